@@ -1,0 +1,34 @@
+"""The torch core of StackWise: grow a rack of transformer stacks, one at a time.
+
+The public names are imported on first use, so that reading a configuration costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stackwise_core.config import StackWiseConfig as StackWiseConfig
+    from stackwise_core.dataloader import ProgressiveDataLoader as ProgressiveDataLoader
+    from stackwise_core.masking import MaskSpec as MaskSpec
+    from stackwise_core.rack_builder import ProgressiveRackBuilder as ProgressiveRackBuilder
+    from stackwise_core.rack_builder import create_stack_from_config as create_stack_from_config
+    from stackwise_core.trainer import ProgressiveTrainer as ProgressiveTrainer
+
+_HOMES = {
+    "StackWiseConfig": "config",
+    "ProgressiveDataLoader": "dataloader",
+    "MaskSpec": "masking",
+    "ProgressiveRackBuilder": "rack_builder",
+    "create_stack_from_config": "rack_builder",
+    "ProgressiveTrainer": "trainer",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"stackwise_core has no public name {name!r}")
+    return getattr(importlib.import_module(f"stackwise_core.{_HOMES[name]}"), name)

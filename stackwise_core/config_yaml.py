@@ -1,0 +1,76 @@
+"""YAML in: no duplicate keys, 1e-3 is a number, and errors that name file and line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stackwise_core.errors import ConfigError, Fault
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which would keep the last of two equal keys and read 1e-3 as text."""
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in keys:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands here twice", key_node.start_mark)
+        keys.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_value(text: str) -> Any:
+    """Return the YAML value of a command-line string: 8, true, 1e-3, [1, 2], word."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError:
+        return text
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in `path`; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: no such file, not readable, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except FileNotFoundError:
+        raise ConfigError([Fault(str(path), "no such file", "give the path of a YAML configuration")]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([Fault(str(path), str(error), "give a readable YAML configuration")]) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "no YAML"
+        raise ConfigError([Fault(where, str(problem), "mend the YAML on this line")]) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError([Fault(str(path), type(values).__name__, "a mapping with run, data, model, ... is expected")])
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Set dotted keys in nested mappings, in place."""
+    for dotted, value in overrides.items():
+        *parents, last = dotted.split(".")
+        target = values
+        for name in parents:
+            child = target.setdefault(name, {})
+            if not isinstance(child, dict):
+                raise ConfigError([Fault(dotted, repr(value), f"{name} is a value, not a section")])
+            target = child
+        target[last] = value

@@ -1,0 +1,53 @@
+"""The errors a user can meet. Each carries the exit code of the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class StackWiseError(Exception):
+    """A fault that is explained to the user in one message, without a traceback.
+
+    Exit codes: 1 a stage failed, 2 the command or configuration is wrong, 3 an artifact is bad.
+    """
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a configuration: where, what was received, what is allowed."""
+
+    path: str
+    received: str
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: got {self.received}; {self.allowed}"
+
+
+class ConfigError(StackWiseError, ValueError):
+    """The configuration or the command is wrong. `faults` lists every fault, not the first."""
+
+    exit_code = 2
+
+    def __init__(self, faults: list[Fault]) -> None:
+        """Keep the faults; the message is one line per fault."""
+        self.faults = faults
+        super().__init__("\n".join(str(fault) for fault in faults))
+
+
+class CorpusError(StackWiseError, ValueError):
+    """The corpus is missing, empty, binary, too short, or not what it was."""
+
+    exit_code = 2
+
+
+class NonFiniteLossError(StackWiseError, ArithmeticError):
+    """A loss or gradient was infinite or NaN; the stage stopped before the weights were touched."""
+
+
+class StageInterruptedError(StackWiseError):
+    """A stop was asked for (SIGTERM, Ctrl-C); a checkpoint was written first."""
+
+    exit_code = 1

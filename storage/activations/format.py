@@ -1,0 +1,162 @@
+"""What an activation store looks like on disk: sizes, names, and nothing that does I/O.
+
+    <folder>/store.zarr/                     Zarr v3 group, attributes of the store + format_version
+        activations/   [rows, T, D] float    one file per shard, c.<index>.0.0
+        sequence_id/   [rows] int64          which sequence a row was computed from
+        view/          [rows] int32          which corruption of it
+        validation/                          a group with the same three arrays
+    <folder>/records/<group>-<index>.json    one per finished shard: rows, size, checksum
+
+T is the number of positions, D the channels. A *row* is one sequence, a *chunk* the smallest unit that
+is read and checked, a *shard* one file of chunks followed by an index of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+import torch
+
+from storage.activations import bfloat16
+from storage.errors import ArtifactCorruptError
+
+FORMAT_VERSION: Final = 1
+ZARR: Final = "store.zarr"
+RECORDS: Final = "records"
+
+Group = Literal["train", "validation"]
+GROUPS: Final[tuple[Group, ...]] = get_args(Group)
+GROUP_FOLDERS: Final[dict[Group, str]] = {"train": ZARR, "validation": f"{ZARR}/validation"}
+VALIDATION_VIEW: Final = -1
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in get_args(Dtype)}
+# Zarr keeps its own type objects; numpy has no name for bfloat16.
+ZARR_DTYPES: Final = {"bfloat16": bfloat16.BFloat16(), "float16": "float16", "float32": "float32"}
+
+MIN_CHUNK_BYTES: Final = 64 * 2**10
+MIN_SHARD_BYTES: Final = 64 * 2**20
+MAX_SHARD_BYTES: Final = 2**30
+SHARDS_OF_LARGE_STORE: Final = 64
+
+# Rows are copied as they lie in memory, and the store is little-endian.
+assert sys.byteorder == "little", "activation stores need a little-endian machine"
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """One group of rows and how it is cut into chunks and shards.
+
+    Attributes:
+        rows: Number of rows; may be 0.
+        seq_len: Positions per row, T.
+        d_model: Channels per position, D.
+        dtype: Of every value.
+        chunk_bytes: Data bytes wanted in a chunk. Rounded up to whole rows on construction.
+        shard_bytes: Data bytes wanted in a shard; 0 takes a 64th of the group, but 64 MiB at least and
+            1 GiB at most. Rounded down to whole chunks on construction, at least one.
+
+    Raises:
+        ValueError: A size is out of range or the dtype is not one of the three.
+    """
+
+    rows: int
+    seq_len: int
+    d_model: int
+    dtype: Dtype
+    chunk_bytes: int = MIN_CHUNK_BYTES
+    shard_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        """Make the two wanted sizes exact, so that equal layouts are equal specs."""
+        if self.rows < 0 or min(self.seq_len, self.d_model, self.chunk_bytes) < 1 or self.shard_bytes < 0:
+            raise ValueError(f"sizes out of range: {self}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
+        per_chunk = min(_ceil_div(self.chunk_bytes, self.row_bytes), max(self.rows, 1))
+        object.__setattr__(self, "chunk_bytes", per_chunk * self.row_bytes)
+        share = self.rows * self.row_bytes // SHARDS_OF_LARGE_STORE
+        wanted = self.shard_bytes or min(max(share, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+        per_shard = min(max(wanted // self.chunk_bytes, 1), max(self.n_chunks, 1))
+        object.__setattr__(self, "shard_bytes", per_shard * self.chunk_bytes)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch knows it."""
+        return DTYPES[self.dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.seq_len * self.d_model * self.torch_dtype.itemsize
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows that are checked together: row r lies in chunk r // rows_per_chunk."""
+        return self.chunk_bytes // self.row_bytes
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Chunks in a whole shard."""
+        return self.shard_bytes // self.chunk_bytes
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows in a whole shard."""
+        return self.rows_per_chunk * self.chunks_per_shard
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks in the group; the last may be partly padding."""
+        return _ceil_div(self.rows, self.rows_per_chunk)
+
+    @property
+    def n_shards(self) -> int:
+        """Shards in the group; the last may be shorter."""
+        return _ceil_div(self.rows, self.rows_per_shard)
+
+    def shard_range(self, index: int) -> range:
+        """Rows of one shard."""
+        first = index * self.rows_per_shard
+        return range(first, min(first + self.rows_per_shard, self.rows))
+
+    def chunks_in_shard(self, index: int) -> int:
+        """Chunks of one shard that hold a row."""
+        return _ceil_div(len(self.shard_range(index)), self.rows_per_chunk)
+
+
+def shard_path(group: Group, index: int) -> str:
+    """Posix path of a shard, relative to the store's folder."""
+    return f"{GROUP_FOLDERS[group]}/activations/c.{index}.0.0"
+
+
+def is_shard(name: str) -> bool:
+    """Whether a path that is relative to the store's folder is a shard's."""
+    return name.startswith(f"{ZARR}/") and "/activations/c." in name
+
+
+def record_path(group: Group, index: int) -> str:
+    """Posix path of the record of a finished shard, relative to the store's folder."""
+    return f"{RECORDS}/{group}-{index:05d}.json"
+
+
+def metadata_paths(group: Group, spec: GroupSpec) -> list[str]:
+    """Posix paths of every file of a group but its shards, relative to the store's folder."""
+    folder = GROUP_FOLDERS[group]
+    arrays = ("activations", "sequence_id", "view")
+    chunks = [f"{folder}/{array}/c.0" for array in arrays[1:]] if spec.rows else []
+    return [f"{folder}/zarr.json", *(f"{folder}/{array}/zarr.json" for array in arrays), *chunks]
+
+
+def corrupt(folder: Path, path: Path, problem: str) -> ArtifactCorruptError:
+    """An error that names the file and the way out; `folder` is the artifact's."""
+    return ArtifactCorruptError(
+        path, problem, f"delete {folder} and run the same command again: it will be remade"
+    )
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

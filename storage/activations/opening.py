@@ -1,0 +1,67 @@
+"""What is compared when a sealed store is opened: all sizes, and the content of all but the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.activations.format import (
+    ZARR,
+    Group,
+    corrupt,
+    is_shard,
+    metadata_paths,
+    shard_path,
+)
+from storage.activations.metadata import GroupMetadata, read_metadata
+from storage.activations.verify import checksum_file
+from storage.errors import ArtifactMissingError
+
+Files = Mapping[str, tuple[int, str]]
+
+
+def open_sealed(folder: Path, files: Files) -> tuple[dict[str, Any], dict[Group, GroupMetadata]]:
+    """Read the metadata of a store, having compared what is cheap to compare.
+
+    Args:
+        folder: The sealed artifact.
+        files: Its sealed list: posix path relative to `folder` -> (size in bytes, `<algorithm>:<hex>`).
+
+    Returns:
+        Attributes and groups, as `read_metadata`.
+
+    Raises:
+        ArtifactMissingError: There is no such folder.
+        ArtifactError: A newer version of this program wrote the store.
+        ArtifactCorruptError: A file is missing, or is not what was sealed, or the list lacks one.
+    """
+    if not folder.is_dir():
+        raise ArtifactMissingError(folder, "no such activation store", "run the command that makes it")
+    for name, (size, checksum) in files.items():
+        _check_file(folder, name, size, checksum)
+    attributes, groups = read_metadata(folder)
+    for group, metadata in groups.items():
+        _check_listed(folder, files, group, metadata)
+    return attributes, groups
+
+
+def _check_file(folder: Path, name: str, size: int, checksum: str) -> None:
+    """Compare a file's size, and its checksum if it is part of the Zarr metadata."""
+    path = folder / name
+    if not path.is_file():
+        raise corrupt(folder, path, "missing")
+    if (found := path.stat().st_size) != size:
+        raise corrupt(folder, path, f"{found} bytes, sealed with {size}")
+    if name.startswith(f"{ZARR}/") and not is_shard(name):
+        now = checksum_file(path, checksum.partition(":")[0])
+        if now != checksum:
+            raise corrupt(folder, path, f"checksum {now}, sealed with {checksum}")
+
+
+def _check_listed(folder: Path, files: Files, group: Group, metadata: GroupMetadata) -> None:
+    """Refuse a list that lacks a file: Zarr would read it as fill values, and nobody would know."""
+    shards = (shard_path(group, index) for index in range(metadata.spec.n_shards))
+    for name in (*metadata_paths(group, metadata.spec), *shards):
+        if name not in files:
+            raise corrupt(folder, folder / name, "not in the sealed list")

@@ -1,0 +1,42 @@
+"""What can be wrong with an artifact. Every message names the path and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stackwise_core.errors import StackWiseError
+
+
+class ArtifactError(StackWiseError):
+    """An artifact cannot be used."""
+
+    exit_code = 3
+
+    def __init__(self, path: Path | str, problem: str, remedy: str) -> None:
+        """Compose one message of the path, what is wrong with it, and what to do."""
+        self.path = Path(path)
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{path}: {problem}. {remedy}")
+
+
+class ArtifactMissingError(ArtifactError, FileNotFoundError):
+    """Nothing is there."""
+
+
+class ArtifactUnsealedError(ArtifactError):
+    """Something is there, but it was never finished."""
+
+
+class ArtifactCorruptError(ArtifactError, ValueError):
+    """It was finished once, and is not what was sealed."""
+
+
+class StoreSpaceError(StackWiseError, OSError):
+    """The disk, or the budget of the configuration, is too small for what would be written."""
+
+
+class RunBusyError(StackWiseError):
+    """Another live process holds the run with another configuration."""
+
+    exit_code = 2
