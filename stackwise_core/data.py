@@ -93,6 +93,11 @@ def read_corpus(source: str) -> Corpus:
     return Corpus(source, tuple(documents), hashlib.sha256(joined.encode()).hexdigest())
 
 
+def corpus_digest(source: str) -> str:
+    """Return the content hash of a source."""
+    return read_corpus(source).digest
+
+
 def _paths(source: str) -> list[Path]:
     if source == "stdlib":
         return _standard_library()

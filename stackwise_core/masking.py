@@ -16,6 +16,8 @@ BoolArray = NDArray[np.bool_]
 
 VALIDATION_VIEW = -1
 """Validation sequences have one view of their own, the same in every run."""
+VALIDATION_SEED = 20_260_101
+"""Seed of the validation masks, whatever the seed of the run."""
 
 _SALT_MASKED, _SALT_KIND, _SALT_TOKEN, SALT_ORDER = range(1, 5)
 
@@ -56,6 +58,10 @@ class MaskSpec(BaseModel):
     mask_token: int
     n_regular_tokens: int
     """Random replacements are drawn from [0, n_regular_tokens): never a special token."""
+
+    def for_validation(self) -> MaskSpec:
+        """Return the same corruption under the seed that every run validates with."""
+        return self.model_copy(update={"seed": VALIDATION_SEED})
 
     def masks(self, sequence_ids: IntArray, view: int, seq_len: int) -> BoolArray:
         """Return which positions are masked.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
@@ -33,7 +35,7 @@ class RowOrder(BaseModel):
         rows = np.arange(self.n_rows, dtype=np.int64)
         return np.argsort(hash_bits(self.seed, SALT_ORDER, epoch, rows), kind="stable").astype(np.int64)
 
-    def batches(self, start: int, stop: int):
+    def batches(self, start: int, stop: int) -> Iterator[tuple[IntArray, int]]:
         """Yield (rows [batch_size], view) for the steps start .. stop - 1."""
         epoch, permutation = -1, np.empty(0, dtype=np.int64)
         for step in range(start, stop):
@@ -42,6 +44,10 @@ class RowOrder(BaseModel):
                 permutation = self.epoch_rows(epoch)
             first = (step % self.steps_per_epoch) * self.batch_size
             yield permutation[first : first + self.batch_size], epoch % self.views
+
+    def count_visited(self, steps: int) -> int:
+        """Return how many (row, view) pairs `visited` would, without drawing an order; at most that many."""
+        return min(steps * self.batch_size, self.views * min(self.n_rows, steps * self.batch_size))
 
     def visited(self, steps: int) -> tuple[IntArray, IntArray]:
         """Return the distinct (row, view) pairs that `steps` steps read, ordered by view, then row.

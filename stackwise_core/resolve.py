@@ -107,11 +107,16 @@ def resolve_mask(config: StackWiseConfig, stage: int) -> MaskSpec | None:
     )
 
 
+def resolve_views(config: StackWiseConfig) -> int:
+    """Return the mask draws per sequence: as configured, else 1 for clm and 8 otherwise."""
+    return config.cache.views or (1 if config.training.progressive.training_objective == "clm" else 8)
+
+
 def resolve_order(config: StackWiseConfig, n_rows: int) -> RowOrder:
     """Return the order in which every stage visits the `n_rows` training sequences."""
-    causal = config.training.progressive.training_objective == "clm"
-    views = config.cache.views or (1 if causal else 8)
-    return RowOrder(seed=config.run.seed, n_rows=n_rows, batch_size=config.training.batch_size, views=views)
+    return RowOrder(
+        seed=config.run.seed, n_rows=n_rows, batch_size=config.training.batch_size, views=resolve_views(config)
+    )
 
 
 def resolve_stage(config: StackWiseConfig, stage: int) -> StageSpec:

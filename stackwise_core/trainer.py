@@ -17,7 +17,7 @@ from stackwise_core.failpoints import reach
 from stackwise_core.model import Head, Rack, Stack
 from stackwise_core.objectives import Batch, loss_positions, summed_loss
 from stackwise_core.rack_builder import ProgressiveRackBuilder
-from stackwise_core.resolve import OptimSpec, resolve_mask, resolve_stage, resolve_stream_dtype
+from stackwise_core.resolve import OptimSpec, resolve_mask, resolve_stage, resolve_stream_dtype, resolve_views
 from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowSource
 
 # ---------------------------------------------------------------- what trains
@@ -297,7 +297,7 @@ class ProgressiveTrainer:
             stack_idx=index,
             trunk_activations=(store or trunk) if index else None,
             cache_activations=self.config.training.progressive.cache_activations,
-            views=self.config.cache.views or (1 if resolve_mask(self.config, index) is None else 8),
+            views=resolve_views(self.config),
         )
         model = stage_model(rack, index)
         return train_stack(model, _endless(loader), spec, hooks=hooks)

@@ -11,8 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stackwise_core.masking import IntArray
+from stackwise_core.data import PackedSequences
+from stackwise_core.masking import IntArray, MaskSpec
 from stackwise_core.model import Stack
+from stackwise_core.objectives import batch_fields
 
 STREAM_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -69,3 +71,33 @@ class LiveTrunk:
         """Return the boundary of (corrupted) inputs: [B, T, D] in the stream's dtype."""
         device = self.embedding.weight.device
         return advance(self.stacks, self.embedding(input_ids_BT.to(device)), self.dtype)
+
+
+class RowsFromTokens:
+    """A boundary derived from tokens through the whole trunk: what refills a store, and what checks one."""
+
+    def __init__(
+        self, train: PackedSequences, validation: PackedSequences, mask_spec: MaskSpec | None, trunk: LiveTrunk
+    ) -> None:
+        """Take both splits, the corruption of the stage that will read the boundary, and its trunk."""
+        self.train, self.validation, self.mask_spec, self.trunk = train, validation, mask_spec, trunk
+
+    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
+        """Return the boundary of some sequences: [B, T, D]; a negative view is the validation split's."""
+        sequences, mask_spec = (self.train, self.mask_spec)
+        if view < 0:
+            sequences, mask_spec = self.validation, self.mask_spec and self.mask_spec.for_validation()
+        tokens, ids = sequences.take(sequences.rows_of(sequence_ids))
+        return self.trunk(batch_fields(tokens, ids, view, mask_spec)["input_ids"])
+
+
+class RowsFromBoundary:
+    """A boundary advanced from the one below it, by one stack forward per row."""
+
+    def __init__(self, below: RowSource, stack: Stack, dtype: torch.dtype, device: torch.device) -> None:
+        """Take the boundary below and the stack between."""
+        self.below, self.stack, self.dtype, self.device = below, stack.eval(), dtype, device
+
+    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
+        """Return the boundary of some sequences: [B, T, D]."""
+        return advance([self.stack], self.below.rows(sequence_ids, view).to(self.device), self.dtype)

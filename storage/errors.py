@@ -40,3 +40,9 @@ class RunBusyError(StackWiseError):
     """Another live process holds the run with another configuration."""
 
     exit_code = 2
+
+
+class ArtifactsFolderError(StackWiseError, OSError):
+    """The folder of artifacts cannot be used at all."""
+
+    exit_code = 2

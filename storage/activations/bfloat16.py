@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 
 import ml_dtypes
 import numpy as np
-from zarr.dtype import DataTypeValidationError, Float16, ZDType, data_type_registry
+from zarr.dtype import DataTypeValidationError, Float16, data_type_registry
 
 _NATIVE = np.dtype(ml_dtypes.bfloat16)
 
@@ -41,4 +41,4 @@ class BFloat16(Float16):
         return _NATIVE if self.endianness == "little" else _NATIVE.newbyteorder(">")
 
 
-data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)
+data_type_registry.register("bfloat16", BFloat16)

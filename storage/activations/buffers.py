@@ -1,10 +1,11 @@
-"""Tensors as bytes, and where in memory they should lie."""
+"""Tensors as bytes: views, checksums, and where in memory they should lie."""
 
 from __future__ import annotations
 
 from math import prod
 from typing import Final
 
+import google_crc32c
 import numpy as np
 import torch
 
@@ -14,6 +15,11 @@ PAGE_BYTES: Final = 4096
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     """View a contiguous CPU tensor `[n, ...]` as uint8 `[n, bytes]` without a copy."""
     return tensor.view(torch.uint8).numpy().reshape(len(tensor), tensor[:1].nbytes)
+
+
+def crc32c(data: np.ndarray) -> int:
+    """Checksum of contiguous uint8 `[size]`; an array, for google_crc32c refuses a writable memoryview."""
+    return google_crc32c.value(data)  # pyright: ignore
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

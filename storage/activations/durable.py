@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ def write_durably(path: Path, data: np.ndarray) -> None:
             try:
                 written = 0
                 while written < data.nbytes:
-                    written += os.write(fd, data[written:])
+                    written += os.write(fd, data[written:].data)
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -71,7 +71,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def explain_full_disk(path: Path, n_bytes: int | None = None) -> Iterator[None]:
+def explain_full_disk(path: Path, n_bytes: int | None = None) -> Generator[None]:
     """Turn "no space left" and "over quota" into one error that names the file and the remedy."""
     try:
         yield

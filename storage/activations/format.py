@@ -20,7 +20,8 @@ from typing import Final, Literal, get_args
 
 import torch
 
-from storage.activations import bfloat16
+# For its effect: zarr-python knows the data type from here on.
+import storage.activations.bfloat16  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from storage.errors import ArtifactCorruptError
 
 FORMAT_VERSION: Final = 1
@@ -34,8 +35,6 @@ VALIDATION_VIEW: Final = -1
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in get_args(Dtype)}
-# Zarr keeps its own type objects; numpy has no name for bfloat16.
-ZARR_DTYPES: Final = {"bfloat16": bfloat16.BFloat16(), "float16": "float16", "float32": "float32"}
 
 MIN_CHUNK_BYTES: Final = 64 * 2**10
 MIN_SHARD_BYTES: Final = 64 * 2**20

@@ -16,7 +16,6 @@ from storage.activations.format import (
     GROUP_FOLDERS,
     GROUPS,
     ZARR,
-    ZARR_DTYPES,
     Dtype,
     Group,
     GroupSpec,
@@ -26,7 +25,7 @@ from storage.activations.rows import RowIndex
 from storage.errors import ArtifactError
 
 # "." keeps the shards of an array in one folder; "/" would make two folders for each.
-_CHUNK_KEYS = {"name": "default", "configuration": {"separator": "."}}
+_CHUNK_KEYS: Any = {"name": "default", "configuration": {"separator": "."}}
 _VERSION_KEY = "format_version"
 
 
@@ -59,7 +58,7 @@ def write_metadata(zarr_folder: Path, attributes: dict[str, Any], groups: dict[G
         groups: The two groups of rows.
     """
     ordered = json.loads(json.dumps(attributes | {_VERSION_KEY: FORMAT_VERSION}, sort_keys=True))
-    root = zarr.create_group(zarr_folder, attributes=ordered)
+    root = zarr.create_group(zarr_folder, attributes=ordered)  # pyright: ignore[reportUnknownMemberType]
     _write_group(root, groups["train"])
     _write_group(root.create_group("validation"), groups["validation"])
 
@@ -69,7 +68,7 @@ def _write_group(group: zarr.Group, metadata: GroupMetadata) -> None:
     group.create_array(
         "activations",
         shape=(spec.rows, spec.seq_len, spec.d_model),
-        dtype=ZARR_DTYPES[spec.dtype],
+        dtype=spec.dtype,
         chunks=(spec.rows_per_shard, spec.seq_len, spec.d_model),
         serializer=codec_chain(spec),
         filters=None,
@@ -110,7 +109,7 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[Group, GroupMetada
     """
     root_path = folder / ZARR
     try:
-        root = zarr.open_group(root_path, mode="r")
+        root = zarr.open_group(root_path, mode="r", zarr_format=3)  # pyright: ignore[reportUnknownMemberType]
         attributes = dict(root.attrs)
         _check_version(folder, attributes.pop(_VERSION_KEY, None))
         nodes: dict[Group, zarr.Group] = {"train": root, "validation": cast(zarr.Group, root["validation"])}
@@ -133,21 +132,22 @@ def _check_version(folder: Path, version: object) -> None:
 
 
 def _read_group(folder: Path, name: Group, group: zarr.Group) -> GroupMetadata:
-    array = cast(zarr.Array, group["activations"])
+    array = cast("zarr.Array[Any]", group["activations"])
     path = folder / GROUP_FOLDERS[name] / "activations" / "zarr.json"
-    spec = _spec_of(array)
-    if spec is None or array.metadata.codecs != (codec_chain(spec),):
-        codecs = getattr(array.metadata, "codecs", "?")
+    spec, codecs = _spec_of(array), getattr(array.metadata, "codecs", None)
+    if spec is None or codecs != (codec_chain(spec),):
         raise corrupt(
             folder, path, f"chunks {array.shards} of {array.chunks} by {codecs} are not this format's"
         )
-    sequence_id, view = (np.asarray(cast(zarr.Array, group[key])[:]) for key in ("sequence_id", "view"))
+    sequence_id, view = (
+        np.asarray(cast("zarr.Array[Any]", group[key])[:]) for key in ("sequence_id", "view")
+    )
     if len(sequence_id) != spec.rows:
         raise corrupt(folder, path, f"{spec.rows} rows, but {len(sequence_id)} sequence ids")
     return GroupMetadata(spec, RowIndex(sequence_id, view))
 
 
-def _spec_of(array: zarr.Array) -> GroupSpec | None:
+def _spec_of(array: zarr.Array[Any]) -> GroupSpec | None:
     """Derive the spec from an array's own shapes, or None if no spec gives them."""
     rows, seq_len, d_model = array.shape
     row_bytes = seq_len * d_model * array.dtype.itemsize

@@ -38,7 +38,7 @@ class StoreReader:
     read, `never` trusts the disk; the index of a shard is compared in all three. Whole files put in each
     other's place are beyond this; `verify_files` finds them.
 
-    Reading from several threads is safe. A reader is a context manager; after `close` it opens its files anew.
+    Several threads may read at once. A reader is a context manager; a read after `close` opens files anew.
 
     Attributes:
         folder: The artifact.
@@ -72,7 +72,8 @@ class StoreReader:
         self._check = check
         self._shard_indices: dict[tuple[Group, int], ShardIndex] = {}
         self._indexing = threading.Lock()
-        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
+        # Not a bound method: without a cycle the files close as soon as the reader is dropped.
+        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(functools.partial(_open_shard, folder))
 
     def rows(
         self, sequence_ids: torch.Tensor | np.ndarray, view: int, out: torch.Tensor | None = None
@@ -122,11 +123,14 @@ class StoreReader:
             raise IndexError(f"{group} rows {rows.min()}..{rows.max()} of {spec.rows}")
         out = destination(out, (len(rows), spec.seq_len, spec.d_model), spec.torch_dtype)
         data = bytes_of(out)
-        chunks, within = (part.tolist() for part in np.divmod(rows, spec.rows_per_chunk))
+        chunks: list[int] = (rows // spec.rows_per_chunk).tolist()
+        within: list[int] = (rows % spec.rows_per_chunk).tolist()
         # In the order of the file, so that rows of one chunk are read together.
-        for chunk, places in groupby(np.argsort(rows, kind="stable").tolist(), key=chunks.__getitem__):
+        order: list[int] = np.argsort(rows, kind="stable").tolist()
+        for chunk, places in groupby(order, key=chunks.__getitem__):
             wanted = [(place, within[place]) for place in places]
-            self._read_chunk(group, *divmod(chunk, spec.chunks_per_shard), wanted, data)
+            shard, slot = divmod(chunk, spec.chunks_per_shard)
+            self._read_chunk(group, shard, slot, wanted, data)
         return out
 
     def close(self) -> None:
@@ -153,12 +157,12 @@ class StoreReader:
                 for place, row in wanted:
                     file.read(data[place], offset + row * spec.row_bytes, what)
                 return
-            # A chunk of one row is read to where it belongs.
+            # A chunk of one row is read to where it belongs, and only copied if it was asked for twice.
             alone = spec.rows_per_chunk == 1
             chunk = data[wanted[0][0]] if alone else np.empty(spec.chunk_bytes, np.uint8)
             file.read_checked(chunk, np.empty(CRC_BYTES, np.uint8), offset, what)
             index.verified[slot] = True
-            for place, row in wanted:
+            for place, row in wanted[1:] if alone else wanted:
                 data[place] = chunk[row * spec.row_bytes : (row + 1) * spec.row_bytes]
         except ShardDamageError as damage:
             raise corrupt(self.folder, self.folder / shard_path(group, shard), str(damage)) from None
@@ -173,9 +177,10 @@ class StoreReader:
                 self._shard_indices[group, shard] = index
             return self._shard_indices[group, shard]
 
-    def _open_shard(self, group: Group, shard: int) -> ShardFile:
-        path = self.folder / shard_path(group, shard)
-        try:
-            return ShardFile(path)
-        except FileNotFoundError:
-            raise corrupt(self.folder, path, "missing") from None
+
+def _open_shard(folder: Path, group: Group, shard: int) -> ShardFile:
+    path = folder / shard_path(group, shard)
+    try:
+        return ShardFile(path)
+    except FileNotFoundError:
+        raise corrupt(folder, path, "missing") from None

@@ -25,8 +25,8 @@ class RowIndex:
         """
         if sequence_id.ndim != 1 or sequence_id.shape != view.shape:
             raise ValueError(f"sequence_id {sequence_id.shape} and view {view.shape} must be [rows] both")
-        self.sequence_id = sequence_id.astype(np.int64, copy=False)
-        self.view = view.astype(np.int32, copy=False)
+        self.sequence_id = sequence_id = sequence_id.astype(np.int64, copy=False)
+        self.view = view = view.astype(np.int32, copy=False)
         # view -> (its sequence ids, ascending; the row of each)
         self._rows_of_view: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for value in np.unique(view).tolist():

@@ -12,11 +12,10 @@ import os
 import weakref
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import torch
 
-from storage.activations.buffers import bytes_of
+from storage.activations.buffers import bytes_of, crc32c
 from storage.activations.format import GroupSpec
 
 CRC_BYTES = 4
@@ -53,7 +52,7 @@ def encode_shard(spec: GroupSpec, rows: torch.Tensor) -> np.ndarray:
         last = chunks[whole].reshape(spec.rows_per_chunk, spec.row_bytes)
         last[:rest] = data[n_whole_rows:]
         last[rest:] = bytes_of(torch.full_like(rows[:1], torch.nan))
-    crcs = np.array([google_crc32c.value(chunk) for chunk in chunks], "<u4")
+    crcs = np.array([crc32c(chunk) for chunk in chunks], "<u4")
     body[:, spec.chunk_bytes :] = crcs.view(np.uint8).reshape(n_chunks, CRC_BYTES)
 
     entries = np.full((spec.chunks_per_shard, 2), _NO_CHUNK, "<u8")
@@ -61,7 +60,7 @@ def encode_shard(spec: GroupSpec, rows: torch.Tensor) -> np.ndarray:
     entries[:n_chunks, 1] = stride
     index = entries.view(np.uint8).reshape(-1)
     shard[body.size : -CRC_BYTES] = index
-    shard[-CRC_BYTES:] = np.array([google_crc32c.value(index)], "<u4").view(np.uint8)
+    shard[-CRC_BYTES:] = np.array([crc32c(index)], "<u4").view(np.uint8)
     return shard
 
 
@@ -105,8 +104,9 @@ class ShardIndex:
 
 
 class ShardFile:
-    """An open shard. The descriptor closes when the last reference goes, so that a thread may go on
-    reading while another evicts the file from the reader's cache.
+    """An open shard, closed when the last reference goes.
+
+    So a thread may go on reading while another evicts the file from the reader's cache.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,10 +129,10 @@ class ShardFile:
             ShardDamageError: The file ends before that, or the checksum differs.
         """
         self._fill([out, crc], offset, what)
-        if google_crc32c.value(out) != int(crc.view("<u4")[0]):
+        if crc32c(out) != int(crc.view("<u4")[0]):
             raise ShardDamageError(f"the checksum of {what} differs from its bytes")
 
     def _fill(self, buffers: list[np.ndarray], offset: int, what: str) -> None:
         wanted = sum(buffer.nbytes for buffer in buffers)
-        if (got := os.preadv(self._fd, buffers, offset)) != wanted:
+        if (got := os.preadv(self._fd, [buffer.data for buffer in buffers], offset)) != wanted:
             raise ShardDamageError(f"{what} is cut off: {got} of {wanted} bytes at offset {offset}")

@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
 
 MANIFEST = "manifest.json"
+# Not crc32c: a crc32c over data followed by its own crc32c is one constant, whatever the data, so every
+# shard of a shape would have the same checksum, and so would two stores with different numbers.
+CHECKSUM = "sha256"
 _BLOCK_BYTES = 8 * 2**20
-_ALGORITHMS = {"crc32c": google_crc32c.Checksum, "sha256": hashlib.sha256}
+_ALGORITHMS: dict[str, Callable[[], Any]] = {"crc32c": google_crc32c.Checksum, "sha256": hashlib.sha256}
 
 
-def checksum_file(path: Path, algorithm: str = "crc32c") -> str:
+def checksum_bytes(data: np.ndarray, algorithm: str = CHECKSUM) -> str:
+    """Checksum of contiguous uint8 `[size]`, as `checksum_file` would give of a file of these bytes."""
+    state = _start(algorithm)
+    state.update(data)
+    return _spell(algorithm, state)
+
+
+def checksum_file(path: Path, algorithm: str = CHECKSUM) -> str:
     """Checksum of a file's bytes, as `<algorithm>:<hex>`.
 
     Args:
         path: The file, read once in blocks of 8 MiB.
-        algorithm: `crc32c` (detects damage) or `sha256` (detects intent as well).
+        algorithm: `sha256`, or `crc32c`, which tells nothing of files that hold crc32c of their own.
 
     Raises:
         ValueError: The algorithm is neither.
     """
-    if algorithm not in _ALGORITHMS:
-        raise ValueError(f"checksum algorithm must be one of {sorted(_ALGORITHMS)}, got {algorithm!r}")
-    state = _ALGORITHMS[algorithm]()
+    state = _start(algorithm)
     # An ndarray: google_crc32c refuses a memoryview of a writable buffer.
     block = np.empty(_BLOCK_BYTES, np.uint8)
     with path.open("rb", buffering=0) as file:
-        while n := file.readinto(block):
+        while n := file.readinto(block.data):
             state.update(block[:n])
-    digest = state.hexdigest()
-    return f"{algorithm}:{digest.decode() if isinstance(digest, bytes) else digest}"
+    return _spell(algorithm, state)
 
 
 def verify_files(folder: Path, files: Mapping[str, tuple[int, str]]) -> list[str]:
@@ -53,6 +61,16 @@ def verify_files(folder: Path, files: Mapping[str, tuple[int, str]]) -> list[str
     return [line for line in problems if line] + [
         f"{folder / name}: not in the sealed list" for name in extra
     ]
+
+
+def _start(algorithm: str) -> Any:
+    if algorithm not in _ALGORITHMS:
+        raise ValueError(f"checksum algorithm must be one of {sorted(_ALGORITHMS)}, got {algorithm!r}")
+    return _ALGORITHMS[algorithm]()
+
+
+def _spell(algorithm: str, state: Any) -> str:
+    return f"{algorithm}:{state.digest().hex()}"
 
 
 def _problem(path: Path, size: int, checksum: str) -> str:

@@ -6,11 +6,12 @@ import filecmp
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import torch
 
@@ -22,11 +23,19 @@ from storage.activations.durable import (
     sync_tree,
     write_durably,
 )
-from storage.activations.format import GROUPS, RECORDS, ZARR, Group, GroupSpec, record_path, shard_path
+from storage.activations.format import (
+    RECORDS,
+    VALIDATION_VIEW,
+    ZARR,
+    Group,
+    GroupSpec,
+    record_path,
+    shard_path,
+)
 from storage.activations.metadata import GroupMetadata, write_metadata
 from storage.activations.rows import RowIndex
 from storage.activations.shard import encode_shard
-from storage.activations.verify import checksum_file
+from storage.activations.verify import checksum_bytes, checksum_file
 from storage.errors import ArtifactUnsealedError
 
 _log = logging.getLogger(__name__)
@@ -49,7 +58,7 @@ class StoreWriter:
     half-written. The writer pickles; other processes are handed a copy and write disjoint shards.
 
     What is durable when: the metadata before the constructor returns, a shard before its record, both before
-    `write_shard` returns. A shard without a record does not count, so no order of crashes lets half of one in.
+    `write_shard` returns. A shard without a record does not count, so no crash lets half of one in.
     """
 
     def __init__(
@@ -80,8 +89,8 @@ class StoreWriter:
         self.folder = folder
         self.specs: dict[Group, GroupSpec] = {"train": train, "validation": validation}
         groups: dict[Group, GroupMetadata] = {
-            "train": _checked(train, train_index),
-            "validation": _checked(validation, validation_index),
+            "train": _checked("train", train, train_index),
+            "validation": _checked("validation", validation, validation_index),
         }
         with explain_full_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -90,13 +99,7 @@ class StoreWriter:
 
     def missing_shards(self) -> list[ShardRange]:
         """Shards still to be written, in order. Reads every byte that is recorded, to trust none unseen."""
-        shards = (
-            ShardRange(group, index, rows.start, len(rows))
-            for group in GROUPS
-            for index in range(self.specs[group].n_shards)
-            for rows in [self.specs[group].shard_range(index)]
-        )
-        return [shard for shard in shards if not self._is_written(shard)]
+        return [shard for shard in self._shards() if not self._is_written(shard)]
 
     def write_shard(self, shard: ShardRange, rows: torch.Tensor) -> None:
         """Write one shard, then its record; both are on the disk on return.
@@ -116,9 +119,14 @@ class StoreWriter:
                 f"{shard} needs {shape} {spec.torch_dtype} on the cpu, "
                 f"got {tuple(rows.shape)} {rows.dtype} on {rows.device}"
             )
+        assert spec.shard_range(shard.index) == range(shard.first_row, shard.first_row + shard.n_rows), shard
         data = encode_shard(spec, rows.detach().contiguous())
-        record = _rows_of(shard) | {"size": data.nbytes, "crc32c": f"{google_crc32c.value(data):08x}"}
-        write_durably(self.folder / shard_path(shard.group, shard.index), data)
+        # Hashing takes as long as writing and needs no disk, so the two go side by side.
+        with ThreadPoolExecutor(1) as pool:
+            checksum = pool.submit(checksum_bytes, data)
+            write_durably(self.folder / shard_path(shard.group, shard.index), data)
+        rows_of_shard = [shard.first_row, shard.n_rows]
+        record = {"rows": rows_of_shard, "size": data.nbytes, "checksum": checksum.result()}
         text = np.frombuffer(json.dumps(record).encode(), np.uint8)
         write_durably(self.folder / record_path(shard.group, shard.index), text)
 
@@ -126,22 +134,20 @@ class StoreWriter:
         """List every file of the finished folder, for its manifest.
 
         Returns:
-            Posix path relative to the folder -> (size in bytes, `crc32c:<hex>`). The checksums of shards come
+            Posix path relative to the folder -> (size in bytes, `sha256:<hex>`). The checksums of shards come
             from their records, computed from memory before the bytes went to the disk; others are computed.
 
         Raises:
             ArtifactUnsealedError: A shard has not been written.
         """
         listed: dict[str, tuple[int, str]] = {}
-        for group in GROUPS:
-            for index in range(self.specs[group].n_shards):
-                record = self._record(group, index)
-                path = shard_path(group, index)
-                if record is None:
-                    raise ArtifactUnsealedError(
-                        self.folder / path, "this shard has no record", "write the missing shards first"
-                    )
-                listed[path] = record["size"], f"crc32c:{record['crc32c']}"
+        for shard in self._shards():
+            name = shard_path(shard.group, shard.index)
+            recorded = self._recorded(shard)
+            if recorded is None:
+                problem = "this shard has not been written"
+                raise ArtifactUnsealedError(self.folder / name, problem, "write the missing shards first")
+            listed[name] = recorded
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if path.is_file() and name not in listed:
@@ -152,52 +158,55 @@ class StoreWriter:
         """Write the metadata beside; keep the store that is there if it has the same, else replace it."""
         store, records = self.folder / ZARR, self.folder / RECORDS
         fresh = self.folder / (ZARR + TEMPORARY_SUFFIX)
-        write_metadata(fresh, attributes, groups)
-        if _holds(store, fresh):
-            shutil.rmtree(fresh)
-        else:
-            # The records go first: from here on nothing vouches for a shard of the old store.
-            for old in (records, store):
-                if old.exists():
-                    _log.warning("%s: its metadata is damaged; it is removed and made afresh", old)
-                    shutil.rmtree(old)
-                    sync(self.folder)
-            sync_tree(fresh)
-            fresh.rename(store)
+        try:
+            write_metadata(fresh, attributes, groups)
+            if not _holds(store, fresh):
+                # The records go first: from here on nothing vouches for a shard of the old store.
+                for old in (records, store):
+                    if old.exists():
+                        _log.warning("%s: the metadata is not this store's; removed, to be made afresh", old)
+                        shutil.rmtree(old)
+                        sync(self.folder)
+                sync_tree(fresh)
+                fresh.rename(store)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
         records.mkdir(exist_ok=True)
         sync(self.folder)
 
+    def _shards(self) -> Iterator[ShardRange]:
+        """All shards of the store, in order."""
+        for group, spec in self.specs.items():
+            for index in range(spec.n_shards):
+                rows = spec.shard_range(index)
+                yield ShardRange(group, index, rows.start, len(rows))
+
     def _is_written(self, shard: ShardRange) -> bool:
         """Whether a shard is there as its record says, to the last bit."""
-        record = self._record(shard.group, shard.index)
+        recorded = self._recorded(shard)
         path = self.folder / shard_path(shard.group, shard.index)
-        return (
-            record is not None
-            and record["rows"] == _rows_of(shard)["rows"]
-            and path.is_file()
-            and path.stat().st_size == record["size"]
-            and checksum_file(path) == f"crc32c:{record['crc32c']}"
-        )
+        return recorded is not None and checksum_file(path) == recorded[1]
 
-    def _record(self, group: Group, index: int) -> dict[str, Any] | None:
-        """Read a shard's record, or None if there is none that can be read."""
+    def _recorded(self, shard: ShardRange) -> tuple[int, str] | None:
+        """Size and checksum of a shard by its record, or None without a record and a file of that size."""
+        path = self.folder / shard_path(shard.group, shard.index)
         try:
-            record = json.loads((self.folder / record_path(group, index)).read_bytes())
-        except (FileNotFoundError, ValueError):
+            record = json.loads((self.folder / record_path(shard.group, shard.index)).read_bytes())
+            rows, size, checksum = record["rows"], record["size"], record["checksum"]
+            as_recorded = rows == [shard.first_row, shard.n_rows] and path.stat().st_size == size
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        whole = isinstance(record, dict) and record.keys() == {"rows", "size", "crc32c"}
-        return record if whole else None
+        return (size, checksum) if as_recorded else None
 
 
-def _rows_of(shard: ShardRange) -> dict[str, Any]:
-    return {"rows": [shard.first_row, shard.n_rows]}
-
-
-def _checked(spec: GroupSpec, index: tuple[np.ndarray, np.ndarray]) -> GroupMetadata:
-    """Refuse an index that could not be read back."""
-    if len(index[0]) != spec.rows:
-        raise ValueError(f"{len(index[0])} sequence ids for {spec.rows} rows")
-    return GroupMetadata(spec, RowIndex(*index))
+def _checked(group: Group, spec: GroupSpec, index: tuple[np.ndarray, np.ndarray]) -> GroupMetadata:
+    """Refuse an index by which the rows could not be found again."""
+    rows = RowIndex(*index)
+    if len(rows.view) != spec.rows:
+        raise ValueError(f"{group}: {len(rows.view)} sequence ids for {spec.rows} rows")
+    if ((rows.view == VALIDATION_VIEW) != (group == "validation")).any():
+        raise ValueError(f"{group}: view {VALIDATION_VIEW} means validation rows, and they alone have it")
+    return GroupMetadata(spec, rows)
 
 
 def _holds(store: Path, fresh: Path) -> bool:

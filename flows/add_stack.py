@@ -1,0 +1,20 @@
+"""The flow that adds one stack."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows import tasks
+from flows.stage import Stage
+from stackwise_core.identity import Ref
+
+
+@flow(name="add-stack", flow_run_name="add stack {stage.index} ({stage.plan.spec.mode}, {stage.plan.spec.strategy}, "
+      "{stage.plan.spec.precision})")
+def add_stack(stage: Stage) -> Ref:
+    """Build a stack on a trunk, train it, cache its boundary for the next one, judge the result."""
+    build = tasks.prepared(stage, tasks.build_stack, "build stack")(stage)
+    trunk = tasks.prepared(stage, tasks.configure_trunk, "configure trunk of stack")(stage)
+    stack = tasks.prepared(stage, tasks.train, "train stack")(stage, build, trunk)
+    activations = tasks.prepared(stage, tasks.cache_activations, "cache activations of stack")(stage, stack)
+    return tasks.prepared(stage, tasks.validate, "validate stack")(stage, stack, activations)

@@ -1,0 +1,98 @@
+"""What Prefect's pages show of a run: progress while it works, the stage table and the report after each stage."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from flows.numbers import clock, size, stage_line
+from flows.progress import Event, Listener, RowsCached, StageDone, StepTaken
+from flows.stage import Stage
+from flows.summary import StageSummary
+
+_SECONDS_BETWEEN_UPDATES = 5.0
+"""An update costs tens of milliseconds on the server: by time, never by step."""
+
+
+def key_of(*parts: object) -> str:
+    """Return an artifact key: lowercase letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(map(str, parts)).lower()).strip("-")
+
+
+def progress_artifact(stage: Stage) -> Listener:
+    """Return a listener that keeps a progress artifact of one task up to date."""
+    artifact: UUID | None = None
+    last = time.monotonic()
+
+    def listen(event: Event) -> None:
+        nonlocal artifact, last
+        if not isinstance(event, (StepTaken, RowsCached)) or time.monotonic() - last < _SECONDS_BETWEEN_UPDATES:
+            return
+        last = time.monotonic()
+        percent, text = _progress_of(event)
+        if artifact is None:
+            artifact = create_progress_artifact(percent, key_of(stage.config.run.name, "stage", event.stage), text)
+        else:
+            update_progress_artifact(artifact, percent, text)
+
+    return listen
+
+
+def _progress_of(event: StepTaken | RowsCached) -> tuple[float, str]:
+    if isinstance(event, StepTaken):
+        return 100.0 * event.step / event.steps, f"step {event.step} of {event.steps}, loss {event.loss:.4f}"
+    done = f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
+    return 100.0 * event.n_bytes / max(1, event.of_bytes), done
+
+
+def publish_run(name: str, root: str) -> Listener:
+    """Return a listener that publishes the stage table and the run report after every stage."""
+    done: list[StageSummary] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StageDone):
+            done.append(event.summary)
+            create_table_artifact([_row(summary) for summary in done], key_of(name, "stages"), f"Stages of {name}")
+            create_markdown_artifact(report(name, root, done), key_of(name, "report"), f"Report of {name}")
+
+    return listen
+
+
+def _row(summary: StageSummary) -> dict[str, Any]:
+    return {
+        "stage": summary.stage,
+        "how": summary.name,
+        "blocks": summary.blocks,
+        "parameters": summary.rack_parameters,
+        "trained": summary.trainable_parameters,
+        "training loss": _rounded(summary.train_loss),
+        "validation loss": _rounded(summary.validation_loss),
+        "time": clock(summary.seconds or 0.0),
+        "cache": size(summary.cache_bytes) if summary.cache_bytes is not None else summary.cache_note,
+        "stack": summary.artifacts["stack"],
+    }
+
+
+def _rounded(loss: float | None) -> float | None:
+    return None if loss is None else round(loss, 4)
+
+
+def report(name: str, root: str, stages: list[StageSummary]) -> str:
+    """Return the run as markdown: a sentence and a paragraph per stage."""
+    lines = [f"# {name}", "", f"{len(stages)} stages so far. Artifacts are in `{root}`.", ""]
+    for stage in stages:
+        lines += [f"## Stage {stage.stage}: {stage.name}", "", stage_line(stage) + ".", ""]
+        lines += [f"- {kind}: `{artifact}` ({stage.states[kind]})" for kind, artifact in stage.artifacts.items()]
+        if "activations" not in stage.artifacts:
+            lines.append(f"- activations: none, {stage.cache_note}")
+        lines.append("")
+    return "\n".join(lines)

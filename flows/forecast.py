@@ -1,0 +1,123 @@
+"""`stackwise plan`: what would run, what it costs, what is there already. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.numbers import parameters, size
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
+from stackwise_core.data import pack, read_corpus
+from stackwise_core.identity import RunPlan, StagePlan, plan_run
+from stackwise_core.resolve import resolve_order, tokenizer_of
+from storage.demand import TASK_KINDS, Demand, compute_demand
+from storage.layout import Artifacts, State
+
+
+def show_plan(config: StackWiseConfig, root: str, *, as_json: bool) -> None:
+    """Print the plan of a configuration; nothing is written."""
+    artifacts = Artifacts(root)
+    corpus = read_corpus(config.data.source)
+    plan = plan_run(config, corpus.digest)
+    demand = compute_demand(plan, artifacts, config.cache.keep)
+    n_train, n_validation = _count_sequences(config, artifacts, plan)
+    stages = [_stage(config, plan, stage, demand, artifacts, n_train, n_validation) for stage in plan.stages]
+    if as_json:
+        document = {
+            "run": config.run.name,
+            "artifacts": str(artifacts.root),
+            "data": {"state": artifacts.state(plan.data_ref).value, "artifact": plan.data_ref.name},
+            "train_sequences": n_train,
+            "validation_sequences": n_validation,
+            "complete": demand.complete,
+            "stages": stages,
+        }
+        print(json.dumps(document, indent=1))
+        return
+    _print_plan(config, artifacts, stages, n_train, n_validation)
+
+
+def _count_sequences(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> tuple[int, int]:
+    if artifacts.state(plan.data_ref) is State.SEALED:
+        facts = artifacts.manifest(plan.data_ref).facts
+        return facts["train_sequences"], facts["validation_sequences"]
+    data = config.data
+    corpus = read_corpus(data.source)
+    train, validation = pack(corpus, tokenizer_of(config), data.seq_len, data.max_sequences, data.validation_fraction)
+    return len(train), len(validation)
+
+
+def _stage(
+    config: StackWiseConfig,
+    plan: RunPlan,
+    stage: StagePlan,
+    demand: Demand,
+    artifacts: Artifacts,
+    n_train: int,
+    n_validation: int,
+) -> dict[str, Any]:
+    shape, optim, seq_len = stage.build.shape, stage.spec.optim, config.data.seq_len
+    blocks = [other.build.n_blocks for other in plan.stages[: stage.index + 1]]
+    ratio = stage.stack.mask.ratio if stage.stack.mask else None
+    own, trunk = stage_flops(shape, blocks, stage.index, optim, seq_len, ratio or 1.0)
+    cache = None
+    if stage.activations is not None:
+        rows = resolve_order(config, n_train).count_visited(stage.activations.steps)
+        rows += min(stage.activations.validation_sequences, n_validation)
+        cache = store_bytes(rows, seq_len, shape.d_model, stage.activations.dtype)
+    cached_below = stage.index > 0 and plan.stages[stage.index - 1].activations is not None
+    kinds = {task: kind for task, kind in TASK_KINDS.items() if stage.recipe(kind) is not None}
+    return {
+        "stage": stage.index,
+        "mode": stage.spec.mode,
+        "trunk": stage.spec.strategy,
+        "operator": stage.spec.operator,
+        "time_step": None,
+        "mask_ratio": ratio,
+        "precision": stage.spec.precision,
+        "adapters": [],
+        "blocks": stage.build.n_blocks,
+        "steps": optim.steps,
+        "trainable_parameters": trainable_parameters(shape, blocks[-1], stage.index),
+        "rack_parameters": rack_parameters(shape, blocks),
+        "flops": own + (0.0 if cached_below else trunk),
+        "flops_saved_by_cache": trunk if cached_below else 0.0,
+        "memory_bytes": training_bytes(shape, blocks[-1], stage.index, optim.batch_size, seq_len),
+        "cache_bytes": cache,
+        "cache_note": stage.no_cache_reason,
+        "states": {kind: artifacts.state(stage.ref(kind)).value for kind in kinds.values()},
+        "to_run": [task for task, kind in kinds.items() if stage.ref(kind) in demand.needed],
+    }
+
+
+def _print_plan(
+    config: StackWiseConfig, artifacts: Artifacts, stages: list[dict[str, Any]], n_train: int, n_validation: int
+) -> None:
+    console = Console()
+    sequences = f"{n_train:,} training and {n_validation:,} validation sequences of {config.data.seq_len} tokens"
+    console.print(f"[bold]{config.run.name}[/] in {artifacts.root}: {sequences}", highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage")
+    columns = ("mask", "blocks", "parameters", "trains", "steps", "PFLOP", "saved", "memory", "cache")
+    for name in columns:
+        table.add_column(name, justify="right")
+    table.add_column("to run")
+    for row in stages:
+        table.add_row(
+            f"{row['stage']} ({row['mode']}, {row['trunk']}, {row['precision']})",
+            "-" if row["mask_ratio"] is None else f"{row['mask_ratio']:.2f}",
+            str(row["blocks"]),
+            parameters(row["rack_parameters"]),
+            parameters(row["trainable_parameters"]),
+            str(row["steps"]),
+            f"{row['flops'] / 1e15:.3g}",
+            f"{row['flops_saved_by_cache'] / 1e15:.3g}",
+            size(row["memory_bytes"]),
+            "none" if row["cache_bytes"] is None else size(row["cache_bytes"]),
+            ", ".join(row["to_run"]) or "nothing: all is there",
+        )
+    console.print(table)

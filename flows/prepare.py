@@ -1,0 +1,94 @@
+"""Before the first stage: the corpus becomes sequences, and the disk is asked whether it will do."""
+
+from __future__ import annotations
+
+import shutil
+
+from flows.progress import Message, TaskStarted, stop_requested, tell
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.costs import store_bytes
+from stackwise_core.data import pack, read_corpus
+from stackwise_core.errors import ConfigError, CorpusError, Fault
+from stackwise_core.identity import Ref, RunPlan, StagePlan
+from stackwise_core.resolve import resolve_order, tokenizer_of
+from storage.errors import StoreSpaceError
+from storage.layout import Artifacts, State
+from storage.sequences import save_sequences
+
+
+def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> Ref:
+    """Pack the corpus into sequences, unless that was done.
+
+    Raises:
+        CorpusError: it gives no sequences, or changed since its hash was taken.
+        ConfigError: it gives fewer sequences than one batch.
+    """
+    ref = plan.data_ref
+    waiting = f"waiting for {ref.name}, which another process is making"
+    with artifacts.lock(ref.name, on_wait=lambda holder: tell(Message(waiting)), should_stop=stop_requested):
+        if artifacts.state(ref) is State.CORRUPT:
+            artifacts.manifest(ref)
+        if artifacts.state(ref) is not State.SEALED:
+            tell(TaskStarted(-1, "prepare data"))
+            _pack_into(config, artifacts, plan)
+    n_rows = artifacts.manifest(ref).facts["train_sequences"]
+    if n_rows < config.training.batch_size:
+        received = str(config.training.batch_size)
+        fault = Fault("training.batch_size", received, f"the corpus gives only {n_rows} training sequences")
+        raise ConfigError([fault])
+    return ref
+
+
+def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
+    data = config.data
+    corpus = read_corpus(data.source)
+    if corpus.digest != plan.data.corpus:
+        raise CorpusError(f"data.source: got {data.source!r}; its text changed while the run was starting; start again")
+    train, validation = pack(corpus, tokenizer_of(config), data.seq_len, data.max_sequences, data.validation_fraction)
+    save_sequences(artifacts.work(plan.data_ref), train, validation)
+    facts = {
+        "documents": len(corpus.documents),
+        "train_sequences": len(train),
+        "validation_sequences": len(validation),
+        "seq_len": data.seq_len,
+    }
+    artifacts.seal(plan.data_ref, plan.data, (), facts, {})
+
+
+def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[StagePlan]) -> None:
+    """Forecast the stores that must be written, and refuse before the first byte what cannot fit.
+
+    Args:
+        config: of the run.
+        artifacts: the data artifact must be sealed.
+        stages: those whose store must be written.
+
+    Raises:
+        StoreSpaceError: a store exceeds cache.max_gb, or the free space; both are named.
+    """
+    sizes = [forecast_store(config, artifacts, stage) for stage in stages]
+    free = shutil.disk_usage(artifacts.root).free
+    # Under `last` a store and its successor exist side by side, and no more than that.
+    together = sum(sizes) if config.cache.keep == "all" else max((sum(sizes[n : n + 2]) for n in range(len(sizes))), default=0)
+    largest = max(sizes, default=0)
+    budget = config.cache.max_gb * 2**30
+    if largest > budget or together > free:
+        raise StoreSpaceError(
+            f"cache.max_gb: got {config.cache.max_gb}; the largest store of this run needs {_gib(largest)}, all that "
+            f"exist at once {_gib(together)}, and {_gib(free)} are free in {artifacts.root}; free some space, raise "
+            "cache.max_gb, lower training.steps_per_stack, or set training.progressive.cache_activations: false"
+        )
+
+
+def forecast_store(config: StackWiseConfig, artifacts: Artifacts, stage: StagePlan) -> int:
+    """Return the bytes of a stage's store, counted from the rows that its reader visits."""
+    recipe = stage.activations
+    assert recipe is not None
+    data = artifacts.manifest(Ref(kind="data", stage=-1, sha256=recipe.data)).facts
+    order = resolve_order(config, data["train_sequences"])
+    rows = order.count_visited(recipe.steps) + min(recipe.validation_sequences, data["validation_sequences"])
+    return store_bytes(rows, data["seq_len"], stage.build.shape.d_model, recipe.dtype)
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.3f} GiB"

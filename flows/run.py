@@ -1,0 +1,92 @@
+"""A run, whoever adds its stages: plan by demand, prepare, add stage after stage, retire, check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flows.prepare import check_space, prepare_data
+from flows.progress import Message, RunStarted, StageDone, tell
+from flows.stage import Stage
+from flows.steps import build_stack, cache_activations, configure_trunk, train, validate
+from flows.summary import StageSummary, summarise
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.data import corpus_digest
+from stackwise_core.identity import RunPlan, plan_run
+from storage.demand import Demand, compute_demand, forced_refs
+from storage.layout import Artifacts, State
+from storage.runs import begin_attempt, retire_unless_read
+
+
+def add_stage(stage: Stage) -> None:
+    """Add one stack by plain calls, without Prefect."""
+    build = build_stack(stage)
+    trunk = configure_trunk(stage)
+    stack = train(stage, build, trunk)
+    activations = cache_activations(stage, stack)
+    validate(stage, stack, activations)
+
+
+def grow(
+    config: StackWiseConfig,
+    root: str,
+    *,
+    from_stack: int = -1,
+    force: str = "",
+    add: Callable[[Stage], None] = add_stage,
+) -> list[StageSummary]:
+    """Bring a run to its target, making only what is not there.
+
+    Args:
+        config: what to make.
+        root: where artifacts live.
+        from_stack: redo the stages from this one on; -1 redoes none.
+        force: redo this task (build, trunk, train, cache, validate) of those stages, or of all.
+        add: adds one stage; the flow hands in its own.
+
+    Returns:
+        What every stage came to.
+
+    Raises:
+        StackWiseError: one clear message; what was sealed stays, and the same call goes on from there.
+    """
+    config.validate()
+    artifacts = Artifacts(root).open()
+    plan = plan_run(config, corpus_digest(config.data.source))
+    forced = forced_refs(plan, from_stack, force)
+    demand = compute_demand(plan, artifacts, config.cache.keep, forced)
+    with begin_attempt(artifacts, config, plan, _tell_waiting):
+        tell(RunStarted(config.run.name, len(plan.stages), str(artifacts.root)))
+        prepare_data(config, artifacts, plan)
+        check_space(config, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in demand.needed])
+        for index in range(len(plan.stages)):
+            add(_stage(config, root, plan, index, demand))
+            if config.cache.keep == "last":
+                retire_superseded(artifacts, plan, index, config.run.name)
+            tell(StageDone(index, summarise(artifacts, plan)[index]))
+        compute_demand(plan, artifacts, config.cache.keep)  # raises if a stage was redone to other bytes
+    return summarise(artifacts, plan)
+
+
+def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand: Demand) -> Stage:
+    return Stage(
+        config=config,
+        root=root,
+        corpus=plan.data.corpus,
+        index=index,
+        needed=frozenset(ref.kind for ref in demand.needed if ref.stage == index and ref.kind != "data"),
+        forced=frozenset(ref.kind for ref in demand.forced if ref.stage == index),
+    )
+
+
+def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name: str) -> None:
+    """Drop the boundary below stage `index` once the one above it is sealed and validated."""
+    if index == 0 or plan.stages[index].activations is None or plan.stages[index - 1].activations is None:
+        return
+    stage, below = plan.stages[index], plan.stages[index - 1].ref("activations")
+    superseded = all(artifacts.state(stage.ref(kind)) is State.SEALED for kind in ("activations", "validation"))
+    if superseded and artifacts.state(below) is State.SEALED and not retire_unless_read(artifacts, below, run_name):
+        tell(Message(f"{below.name} is kept: another run that is alive plans to read it"))
+
+
+def _tell_waiting(holder: str) -> None:
+    tell(Message(f"waiting for {holder}"))

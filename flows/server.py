@@ -1,0 +1,151 @@
+"""Prefect's server, embedded: started beside the first imports, gone with this process however it ends."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator
+from pathlib import Path
+
+from stackwise_core.errors import ConfigError, Fault, StackWiseError
+
+_STARTUP_SECONDS = 180.0
+"""A first start creates the database and registers blocks: over a minute was seen on a slow disk."""
+
+# The server dies with its parent, also when that is killed with SIGKILL: the kernel sends SIGTERM
+# when the thread that started it ends. Set by a wrapper, since preexec_fn is unsafe with threads.
+_WITH_PARENT = (
+    "import ctypes, os, signal, sys\n"
+    "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1)\n"
+    "os.execv(sys.argv[2], sys.argv[2:])\n"
+)
+
+
+class ServerError(StackWiseError):
+    """Prefect's embedded server did not start, or ended early."""
+
+
+def quiet_prefect() -> None:
+    """Set what must be set before prefect is imported: our own display instead of its log lines, no telemetry.
+
+    Its logs still go to its API; a variable that the user has set stays.
+    """
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+def check_api(url: str) -> None:
+    """Make sure that the API of PREFECT_API_URL answers.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not _healthy(url, timeout=5.0):
+        remedy = "it does not answer; start it with `prefect server start`, or unset it to use the embedded server"
+        raise ConfigError([Fault("PREFECT_API_URL", repr(url), remedy)])
+
+
+@contextlib.contextmanager
+def embedded_server(log: Path) -> Generator[threading.Event]:
+    """Start Prefect's server in the background for as long as the block runs.
+
+    PREFECT_API_URL is set at once, before prefect is imported; the event is set once the server answers.
+
+    Args:
+        log: where its output goes.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    os.environ["PREFECT_API_URL"] = url
+    server = _Server(url, port, log)
+    threading.Thread(target=server.run, daemon=True, name="prefect-server").start()
+    atexit.register(server.stop)
+    try:
+        yield server.ready
+    finally:
+        server.stop()
+        os.environ.pop("PREFECT_API_URL", None)
+
+
+def wait_until_ready(ready: threading.Event, log: Path) -> None:
+    """Wait for the embedded server.
+
+    Raises:
+        ServerError: it did not answer in time; its log is named.
+    """
+    if not ready.wait(_STARTUP_SECONDS):
+        raise ServerError(f"Prefect's embedded server did not start within {_STARTUP_SECONDS:.0f} s; see {log}")
+
+
+class _Server:
+    """The server process and the thread that owns it."""
+
+    def __init__(self, url: str, port: int, log: Path) -> None:
+        self.url, self.port, self.log = url, port, log
+        self.ready = threading.Event()
+        self.stopping = threading.Event()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> None:
+        """Start the server and stay with it: if this thread ended, the kernel would end the server."""
+        command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on"]
+        environment = {**os.environ, "PREFECT__SERVER_FINAL": "1", "PREFECT_SERVER_UI_ENABLED": "true"}
+        environment.pop("PREFECT_API_URL")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            # A session of its own: Ctrl-C is for us, and we need the server to record how the run ended.
+            self.process = subprocess.Popen(
+                [sys.executable, "-S", "-c", _WITH_PARENT, str(os.getpid()), *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        while self.process.poll() is None and not self.stopping.is_set():
+            if self.ready.is_set() or not _healthy(self.url, timeout=1.0):
+                time.sleep(0.1)
+            else:
+                self.ready.set()
+        if not self.stopping.is_set():
+            self._ended_early()
+
+    def _ended_early(self) -> None:
+        """Stop the run at a safe point: without its server, Prefect would wait for minutes."""
+        print(f"Prefect's embedded server ended unexpectedly; see {self.log}", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self.stopping.wait(20.0):
+            os._exit(1)
+
+    def stop(self) -> None:
+        """End the server; again is harmless."""
+        self.stopping.set()
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def _healthy(url: str, timeout: float) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=timeout) as answer:
+            return answer.read() == b"true"
+    except (OSError, ValueError, urllib.error.URLError):
+        return False

@@ -1,0 +1,138 @@
+"""One stage of one run: what its tasks know, and how any of them makes its artifact."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from flows.progress import Message, TaskReused, TaskStarted, stop_requested, stopping_on_signals, tell
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.data import PackedSequences
+from stackwise_core.errors import StageInterruptedError
+from stackwise_core.failpoints import reach
+from stackwise_core.hardware import n_threads, use_hardware
+from stackwise_core.identity import Kind, Ref, RunPlan, StagePlan, plan_run
+from storage.demand import TASK_KINDS
+from storage.layout import Artifacts, State
+from storage.manifest import fingerprint
+from storage.sequences import load_sequences
+
+Facts = dict[str, Any]
+"""What a task found out; it goes into the manifest."""
+
+
+class Stage(BaseModel):
+    """What the tasks of one stage share, as plain values; the rest is derived from them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: StackWiseConfig
+    root: str
+    """The artifacts folder."""
+    corpus: str
+    """Content hash of the corpus."""
+    index: int
+    """Creation index of the stack that is added."""
+    needed: frozenset[Kind] = frozenset()
+    """Kinds that must be made: absent or retired, and read by something that must be made."""
+    forced: frozenset[Kind] = frozenset()
+    """Kinds that are made again although they are sealed."""
+
+    @functools.cached_property
+    def artifacts(self) -> Artifacts:
+        """Where artifacts live."""
+        return Artifacts(self.root)
+
+    @functools.cached_property
+    def run_plan(self) -> RunPlan:
+        """The whole run, by recipe."""
+        return plan_run(self.config, self.corpus)
+
+    @property
+    def plan(self) -> StagePlan:
+        """This stage, by recipe."""
+        return self.run_plan.stages[self.index]
+
+    @property
+    def trunk(self) -> tuple[StagePlan, ...]:
+        """The stages of the trunk, in data-flow order."""
+        return self.run_plan.stages[: self.index]
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """The configured device; looking it up also sets torch's threads."""
+        return use_hardware(self.config.hardware)
+
+    @functools.cached_property
+    def sequences(self) -> tuple[PackedSequences, PackedSequences]:
+        """Train and validation sequences."""
+        return load_sequences(self.artifacts, self.run_plan.data_ref)
+
+
+def make(
+    stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Facts], records: tuple[str, ...] = ()
+) -> Ref:
+    """Make the artifact of a task, unless it is there: lock, work, seal.
+
+    It may be sealed although the task is called: another process was first, or this one died between
+    the seal and Prefect's record of it. A retired artifact that nothing needs stays retired.
+
+    Args:
+        stage: of which run.
+        task: a key of `storage.demand.TASK_KINDS`.
+        inputs: what `work` reads; their digests go into the manifest.
+        work: fills the work folder, going on from what a killed attempt left there.
+        records: files that are logs, not content.
+    """
+    kind = TASK_KINDS[task]
+    ref, artifacts = stage.plan.ref(kind), stage.artifacts
+    waiting = functools.partial(_tell_waiting, ref)
+    with stopping_on_signals(), artifacts.lock(ref.name, on_wait=waiting, should_stop=stop_requested):
+        forced = kind in stage.forced
+        if not forced and _is_there(stage, ref):
+            tell(TaskReused(stage.index, task))
+            return ref
+        tell(TaskStarted(stage.index, task))
+        if forced:
+            artifacts.discard_work(ref)
+        began = time.monotonic()
+        facts = work(artifacts.work(ref))
+        facts["seconds"] = round(time.monotonic() - began, 3)
+        recipe = stage.plan.recipe(kind)
+        assert recipe is not None
+        entries = tuple(artifacts.input_entry(read) for read in inputs)
+        reach(f"seal-{task}", stage.index)
+        artifacts.seal(ref, recipe, entries, facts, _fingerprint(stage), records=records)
+        reach(f"sealed-{task}", stage.index)
+        if stop_requested():
+            raise StageInterruptedError(f"stopped on request after {ref.name} was sealed; run the same command to go on")
+    return ref
+
+
+def _is_there(stage: Stage, ref: Ref) -> bool:
+    """Say whether an artifact need not be made: it is sealed, or nothing needs it.
+
+    Raises:
+        ArtifactCorruptError: it was sealed and is damaged; it is not replaced behind anyone's back.
+    """
+    if ref.kind not in stage.needed:
+        return True
+    state = stage.artifacts.state(ref)
+    if state is State.CORRUPT:
+        stage.artifacts.manifest(ref)
+    return state is State.SEALED
+
+
+def _tell_waiting(ref: Ref, holder: str) -> None:
+    tell(Message(f"waiting for {ref.name}, which {holder} is making"))
+
+
+def _fingerprint(stage: Stage) -> dict[str, Any]:
+    hardware = stage.config.hardware
+    return fingerprint(n_threads(hardware), str(stage.device), hardware.compile)

@@ -1,0 +1,80 @@
+"""`stackwise train`: find out without torch, prefect or a server whether anything has to run; then run it."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from flows.numbers import parameters
+from flows.server import check_api, embedded_server, quiet_prefect, wait_until_ready
+from flows.summary import StageSummary, summarise
+from flows.terminal import showing, stage_table
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.data import corpus_digest
+from stackwise_core.identity import plan_run
+from storage.demand import compute_demand, forced_refs
+from storage.layout import Artifacts
+
+
+def train(config: StackWiseConfig, config_path: str, root: str, from_stack: int, force: str) -> None:
+    """Grow the rack of a configuration to its target, and say what came of it.
+
+    Raises:
+        StackWiseError: one clear message; the same command goes on from what is sealed.
+    """
+    artifacts = Artifacts(root).open()
+    plan = plan_run(config, corpus_digest(config.data.source))
+    forced = forced_refs(plan, from_stack, force)
+    complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
+    if not complete:
+        _run_flow(config, artifacts, from_stack, force)
+    _say_result(config, config_path, artifacts, summarise(artifacts, plan), reused=complete)
+
+
+def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, force: str) -> None:
+    import os
+
+    quiet_prefect()
+    log = artifacts.root / "prefect" / "server.log"
+    with ExitStack() as stack:
+        url = os.environ.get("PREFECT_API_URL")
+        if url:
+            check_api(url)
+        else:
+            ready = stack.enter_context(embedded_server(log))
+            print("starting Prefect's embedded server (a first start takes about a minute)", file=sys.stderr)
+        # These imports take seconds; the server starts meanwhile.
+        import torch  # noqa: F401
+
+        if not url:
+            wait_until_ready(ready, log)
+        from flows.train_rack import train_rack
+
+        listener = stack.enter_context(showing())
+        from flows.progress import listening
+
+        stack.enter_context(listening(listener))
+        train_rack(config, str(artifacts.root), from_stack, force)
+
+
+def _say_result(
+    config: StackWiseConfig, config_path: str, artifacts: Artifacts, stages: list[StageSummary], *, reused: bool
+) -> None:
+    console = Console()
+    console.print(stage_table(stages))
+    name, last = config.run.name, stages[-1]
+    made = "was there already" if reused else "is done"
+    counts = f"{len(stages)} stacks, {parameters(last.rack_parameters)} parameters"
+    grown = config.training.progressive.target_stacks + 1
+    root = "" if artifacts.root == Path("artifacts").absolute() else f" --artifacts {artifacts.root}"
+    console.print(
+        f"\n{name} {made}: {counts}, validation loss {last.validation_loss:.4f}, in {artifacts.root}\n"
+        f"next: stackwise status {name}{root} | stackwise verify {name}{root}\n"
+        f"grow: stackwise train {config_path}{root} --set training.progressive.target_stacks={grown}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )

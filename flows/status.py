@@ -1,0 +1,82 @@
+"""`stackwise status`: the runs of an artifacts folder, and the stages of one. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.summary import StageSummary, summarise
+from flows.terminal import stage_table
+from storage.layout import Artifacts
+from storage.runs import Attempt, attempts, find_run, is_live, run_names
+
+
+def show_runs(root: str, *, as_json: bool) -> None:
+    """Print every run: its state, how far it is, its newest loss."""
+    artifacts = Artifacts(root).existing()
+    runs = [_run(artifacts, find_run(artifacts, name)) for name in run_names(artifacts)]
+    if as_json:
+        print(json.dumps({"artifacts": str(artifacts.root), "runs": runs}, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("run", "state", "stages", "valid. loss", "attempts", "started"):
+        table.add_column(name, justify="right" if name in ("stages", "valid. loss", "attempts") else "left")
+    for run in runs:
+        loss = "-" if run["validation_loss"] is None else f"{run['validation_loss']:.4f}"
+        stages = f"{run['stages_done']}/{run['stages']}"
+        table.add_row(run["name"], run["state"], stages, loss, str(run["attempts"]), run["started"])
+    Console().print(table if runs else f"no runs yet in {artifacts.root}")
+
+
+def show_stages(root: str, name: str, *, as_json: bool) -> None:
+    """Print the stages of a run and their artifacts.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    artifacts = Artifacts(root).existing()
+    attempt = find_run(artifacts, name)
+    run, stages = _run(artifacts, attempt), summarise(artifacts, attempt.plan)
+    if as_json:
+        print(json.dumps({**run, "stage_list": [stage.model_dump() for stage in stages]}, indent=1))
+        return
+    console = Console()
+    console.print(f"[bold]{name}[/]: {run['state']}, attempt {attempt.number}, {attempt.folder}", highlight=False)
+    if run["message"]:
+        console.print(run["message"], highlight=False, markup=False)
+    console.print(stage_table(stages))
+    console.print()
+    console.print(_artifact_table(stages))
+
+
+def _artifact_table(stages: list[StageSummary]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("stage", "artifact", "state"):
+        table.add_column(name)
+    for stage in stages:
+        for kind, artifact in stage.artifacts.items():
+            table.add_row(str(stage.stage), artifact, stage.states[kind])
+        if "activations" not in stage.artifacts:
+            table.add_row(str(stage.stage), "no activations", stage.cache_note)
+    return table
+
+
+def _run(artifacts: Artifacts, attempt: Attempt) -> dict[str, Any]:
+    stages = summarise(artifacts, attempt.plan)
+    done = [stage for stage in stages if stage.states["stack"] == stage.states["validation"] == "sealed"]
+    outcome = attempt.outcome
+    live = is_live(artifacts, attempt.name)
+    state = "running" if live else "killed" if outcome is None else outcome["state"]
+    return {
+        "name": attempt.name,
+        "state": state,
+        "message": "" if live or outcome is None else outcome["message"],
+        "stages": len(stages),
+        "stages_done": len(done),
+        "validation_loss": done[-1].validation_loss if done else None,
+        "attempts": len(attempts(artifacts, attempt.name)),
+        "started": attempt.start["started"],
+    }

@@ -1,0 +1,79 @@
+"""The five tasks of a stage: Prefect's names, cache keys and records around the plain steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.context import TaskRunContext
+
+from flows import steps
+from flows.artifacts import progress_artifact
+from flows.progress import listening
+from flows.stage import Stage
+from stackwise_core.identity import Ref
+from storage.demand import TASK_KINDS
+
+
+def _policy(name: str) -> CacheKeyFnPolicy:
+    """Key a task by what it makes; what makes nothing (a cache that nobody reads) has no key."""
+
+    def key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
+        stage: Stage = parameters["stage"]
+        kind = TASK_KINDS[name]
+        return None if stage.plan.recipe(kind) is None else f"{name}-{stage.plan.ref(kind).sha256}"
+
+    return CacheKeyFnPolicy(cache_key_fn=key)
+
+
+def _stage_task(name: str) -> Callable[[Callable[..., Any]], Task[..., Any]]:
+    return task(name=name, cache_policy=_policy(name), persist_result=True, result_serializer="json")
+
+
+@_stage_task("build")
+def build_stack(stage: Stage) -> Ref:
+    """Describe the new stack: operator, source, seed, digest of its initial tensors."""
+    return steps.build_stack(stage)
+
+
+@_stage_task("trunk")
+def configure_trunk(stage: Stage) -> Ref:
+    """Describe the rack as the stage finds it."""
+    return steps.configure_trunk(stage)
+
+
+@_stage_task("train")
+def train(stage: Stage, build: Ref, trunk: Ref) -> Ref:
+    """Train the new stack, from its last checkpoint if there is one."""
+    with listening(progress_artifact(stage)):
+        return steps.train(stage, build, trunk)
+
+
+@_stage_task("cache")
+def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
+    """Write the boundary that the next stage reads, or say why not."""
+    with listening(progress_artifact(stage)):
+        return steps.cache_activations(stage, stack)
+
+
+@_stage_task("validate")
+def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
+    """Measure the validation loss, and compare cached rows with live ones."""
+    return steps.validate(stage, stack, activations)
+
+
+def prepared(stage: Stage, made_by: Task[..., Any], sentence: str) -> Task[..., Any]:
+    """Return a task as this stage calls it: named for people, its record beside the artifacts.
+
+    Prefect's record only says that the work was done once. Whether its artifact is there is known
+    from disk alone: what must be made skips the record.
+    """
+    needed = TASK_KINDS[made_by.name] in stage.needed | stage.forced
+    return made_by.with_options(
+        task_run_name=f"{sentence} {stage.index}",
+        result_storage=Path(stage.root).absolute() / "prefect",
+        refresh_cache=True if needed else None,
+    )

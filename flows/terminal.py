@@ -1,0 +1,191 @@
+"""What a person sees on stderr: live bars on a terminal, plain lines elsewhere; and the closing tables."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
+
+from flows.numbers import clock, size, stage_line
+from flows.progress import (
+    Event,
+    Listener,
+    Message,
+    RowsCached,
+    RunStarted,
+    StageDone,
+    StepTaken,
+    TaskReused,
+    TaskStarted,
+)
+from flows.summary import StageSummary
+
+_PLAIN_SECONDS = 10.0
+
+
+class _Speed:
+    """Tokens per second and time left, from the steps seen since a task began."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.steps = 0
+
+    def update(self, event: StepTaken) -> tuple[float, float]:
+        """Return (tokens/s, seconds left)."""
+        self.steps += 1
+        elapsed = max(time.monotonic() - self.began, 1e-9)
+        return self.steps * event.n_tokens / elapsed, (event.steps - event.step) * elapsed / self.steps
+
+
+@contextmanager
+def showing(stream_is_terminal: bool | None = None) -> Generator[Listener]:
+    """Give a listener that shows a run on stderr for as long as the block runs."""
+    is_terminal = sys.stderr.isatty() if stream_is_terminal is None else stream_is_terminal
+    if not is_terminal:
+        yield PlainLines()
+        return
+    bars = LiveBars(Console(stderr=True))
+    with bars.live:
+        yield bars
+
+
+class PlainLines:
+    """One line when something begins or ends, and one every ten seconds in between."""
+
+    def __init__(self) -> None:
+        """Start with nothing said."""
+        self.speed = _Speed()
+        self.last = 0.0
+        self.n_stages = 0
+
+    def __call__(self, event: Event) -> None:
+        """Say it, if it is worth a line."""
+        match event:
+            case RunStarted():
+                self.n_stages = event.n_stages
+                self._say(f"run {event.name}: {event.n_stages} stages in {event.folder}")
+            case TaskStarted():
+                self.speed, self.last = _Speed(), time.monotonic()
+                self._say(f"{_where(event.stage, self.n_stages)}{event.task}")
+            case StepTaken():
+                speed, left = self.speed.update(event)
+                if event.step == event.steps or time.monotonic() - self.last >= _PLAIN_SECONDS:
+                    self.last = time.monotonic()
+                    self._say(
+                        f"{_where(event.stage, self.n_stages)}step {event.step}/{event.steps}, loss {event.loss:.4f}, "
+                        f"{speed:,.0f} tokens/s, {clock(left)} left"
+                    )
+            case RowsCached():
+                if event.n_bytes == event.of_bytes or time.monotonic() - self.last >= _PLAIN_SECONDS:
+                    self.last = time.monotonic()
+                    done = f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
+                    self._say(f"{_where(event.stage, self.n_stages)}{done}")
+            case StageDone():
+                self._say(f"{_where(event.stage, self.n_stages)}{stage_line(event.summary)}")
+            case Message():
+                self._say(event.text)
+            case TaskReused():
+                pass
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _where(stage: int, n_stages: int) -> str:
+    return f"stage {stage} ({stage + 1} of {n_stages}): " if stage >= 0 else ""
+
+
+class LiveBars:
+    """A bar per stage: what it does, loss, tokens/s, time left, cache bytes."""
+
+    def __init__(self, console: Console) -> None:
+        """Draw on a console; `live` must be entered."""
+        self.console = console
+        self.progress = Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[detail]}", style="dim"),
+            console=console,
+        )
+        self.live = Live(self.progress, console=console, refresh_per_second=8)
+        self.bars: dict[int, TaskID] = {}
+        self.speed = _Speed()
+        self.n_stages = 0
+
+    def __call__(self, event: Event) -> None:
+        """Show it."""
+        match event:
+            case RunStarted():
+                self.n_stages = event.n_stages
+                self.console.print(f"[bold]{escape(event.name)}[/]: {event.n_stages} stages in {escape(event.folder)}")
+            case TaskStarted():
+                self.speed = _Speed()
+                self._update(event.stage, event.task, completed=0, total=None, detail="")
+            case StepTaken():
+                speed, left = self.speed.update(event)
+                detail = (
+                    f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s  {clock(left)} left"
+                )
+                self._update(event.stage, "train", completed=event.step, total=event.steps, detail=detail)
+            case RowsCached():
+                detail = f"{size(event.n_bytes)} of {size(event.of_bytes)}"
+                self._update(event.stage, "cache", completed=event.n_bytes, total=event.of_bytes, detail=detail)
+            case StageDone():
+                self._update(event.stage, "done", completed=1, total=1, detail=stage_line(event.summary))
+            case Message():
+                self.console.print(escape(event.text))
+            case TaskReused():
+                pass
+
+    def _update(self, stage: int, task: str, *, completed: float, total: float | None, detail: str) -> None:
+        name = f"stage {stage}" if stage >= 0 else "corpus"
+        description = f"{name:<9}{task:<16}"
+        if stage not in self.bars:
+            self.bars[stage] = self.progress.add_task(description, total=total, detail=detail)
+        self.progress.update(
+            self.bars[stage], description=description, completed=completed, total=total, detail=detail
+        )
+
+
+def stage_table(summaries: list[StageSummary]) -> Table:
+    """Return the stages of a run as a table for the terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage")
+    for name in ("blocks", "parameters", "trained", "train loss", "valid. loss", "time", "tokens/s", "cache"):
+        table.add_column(name, justify="right")
+    for row in summaries:
+        table.add_row(
+            f"{row.stage} ({row.name})",
+            str(row.blocks),
+            _number(row.rack_parameters),
+            _number(row.trainable_parameters),
+            _loss(row.train_loss),
+            _loss(row.validation_loss),
+            clock(row.seconds) if row.seconds is not None else "-",
+            _number(row.tokens_per_second),
+            _cache(row),
+        )
+    return table
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _cache(row: StageSummary) -> str:
+    if row.cache_bytes is None:
+        return row.states["activations"]
+    state = row.states["activations"]
+    return size(row.cache_bytes) + ("" if state == "sealed" else f" ({state})")

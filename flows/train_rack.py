@@ -1,0 +1,39 @@
+"""The flow that grows a rack to its target, stage by stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from prefect import flow
+
+from flows.add_stack import add_stack
+from flows.artifacts import publish_run
+from flows.progress import listening
+from flows.run import grow
+from flows.stage import Stage
+from stackwise_core.config import StackWiseConfig
+
+
+@flow(name="train-rack", flow_run_name="grow {config.run.name} to {config.training.progressive.target_stacks} stacks")
+def train_rack(
+    config: StackWiseConfig,
+    artifacts: str = "artifacts",
+    from_stack: int = -1,
+    force: Literal["", "build", "trunk", "train", "cache", "validate"] = "",
+) -> None:
+    """Grow a rack: each stage is built on a trunk, trained, cached and validated.
+
+    What is sealed is reused, what was interrupted goes on, what is missing is made.
+
+    Args:
+        config: what to make.
+        artifacts: folder that holds everything this makes.
+        from_stack: redo the stages from this one on; -1 redoes none.
+        force: redo this task of those stages, or of all.
+    """
+    with listening(publish_run(config.run.name, artifacts)):
+        grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
+
+
+def _add(stage: Stage) -> None:
+    add_stack(stage)

@@ -1,0 +1,92 @@
+"""`stackwise verify`: every byte against its seal, sampled rows against what tokens give."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from flows.inspect import find_artifact
+from flows.numbers import size
+from storage.errors import ArtifactError
+from storage.layout import Artifacts
+from storage.manifest import RETIRED, read_manifest
+from storage.runs import Attempt, find_run, run_names
+from storage.verify import verify_files
+
+
+def verify(root: str, what: str | None) -> int:
+    """Verify one artifact, the artifacts of a run, or everything; print what is wrong.
+
+    Returns:
+        0 if all is as it was sealed, 3 otherwise.
+    """
+    artifacts = Artifacts(root).existing()
+    folders, runs = _chosen(artifacts, what)
+    problems: list[str] = []
+    total = 0
+    for folder in folders:
+        found, n_bytes = _verify_folder(folder)
+        problems += found
+        total += n_bytes
+        print(f"{'BAD ' if found else 'ok  '}{folder.name}{' (retired)' if (folder / RETIRED).exists() else ''}")
+    n_rows = 0
+    if not problems:  # rows of damaged stores or weights would only say the same again
+        for run in runs:
+            found, checked = _derive_rows(artifacts, run, {folder.name for folder in folders})
+            problems += found
+            n_rows += checked
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    verdict = f"{len(problems)} problems" if problems else "all as sealed"
+    print(f"{verdict}: {len(folders)} artifacts, {size(total)} read, {n_rows} cached rows derived again from tokens")
+    return 3 if problems else 0
+
+
+def _chosen(artifacts: Artifacts, what: str | None) -> tuple[list[Path], list[Attempt]]:
+    """Return the folders to verify, and the runs by which their stores can be derived again."""
+    every_run = [find_run(artifacts, name) for name in run_names(artifacts)]
+    if what is None:
+        return artifacts.everything(), every_run
+    named = [run for run in every_run if run.name == what]
+    if not named:
+        return [find_artifact(artifacts, what)], every_run
+    plan = named[0].plan
+    refs = [plan.data_ref]
+    for stage in plan.stages:
+        refs += [stage.ref(kind) for kind in ("build", "trunk", "stack", "activations", "validation") if stage.recipe(kind)]
+    return [artifacts.folder(ref) for ref in refs if artifacts.folder(ref).exists()], named
+
+
+def _verify_folder(folder: Path) -> tuple[list[str], int]:
+    """Return what is wrong with one artifact, and the bytes read."""
+    try:
+        manifest = read_manifest(folder)
+    except (ArtifactError, FileNotFoundError) as error:
+        return [str(error)], 0
+    if (folder / RETIRED).exists():
+        return [], 0
+    remedy = f"Remove {folder} and run `stackwise train` again: it will be remade"
+    return [f"{line}. {remedy}" for line in verify_files(folder, manifest.checksums())], manifest.n_bytes
+
+
+def _derive_rows(artifacts: Artifacts, run: Attempt, chosen: set[str]) -> tuple[list[str], int]:
+    """Derive sampled rows of a run's stores again from tokens."""
+    from flows.stage import Stage
+    from flows.steps import compare_store
+    from storage.layout import State
+
+    problems: list[str] = []
+    n_rows = 0
+    plan = run.plan
+    for stage in plan.stages:
+        if stage.activations is None or stage.ref("activations").name not in chosen:
+            continue
+        if artifacts.state(stage.ref("activations")) is not State.SEALED:
+            continue
+        here = Stage(config=run.config, root=str(artifacts.root), corpus=plan.data.corpus, index=stage.index)
+        checked, differing = compare_store(here, stage.ref("activations"))
+        n_rows += checked
+        if differing:
+            folder = artifacts.folder(stage.ref("activations"))
+            problems.append(f"{folder}: {len(differing)} of {checked} sampled rows differ from tokens: {differing[:5]}")
+    return problems, n_rows

@@ -1,0 +1,122 @@
+"""Judging a rack: validation loss, and whether cached rows are what the live rack computes.
+
+Letters: B sequences, T positions, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stackwise_core.masking import VALIDATION_VIEW, IntArray, MaskSpec
+from stackwise_core.model import Head, Rack, Stack
+from stackwise_core.objectives import Batch, batch_fields, summed_loss
+from stackwise_core.trunk import RowSource, advance
+
+_SEQUENCES_AT_ONCE = 32
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Relative, against the row's largest value, where kernels may sum in another order (CUDA)."""
+
+
+@torch.no_grad()
+def judge_depth(
+    embedding: nn.Embedding,
+    stacks: Iterable[Stack],
+    head: Head,
+    tokens_BT: IntArray,
+    sequence_ids: IntArray,
+    mask_spec: MaskSpec | None,
+    stream_dtype: torch.dtype,
+    *,
+    depth: int,
+) -> dict[str, float]:
+    """Return the validation loss of the first `depth` stacks with their own head [nats per loss position].
+
+    Args:
+        embedding: of the rack.
+        stacks: in data-flow order; may be loaded one by one, none is kept.
+        head: as the last of the stacks was trained with.
+        tokens_BT: clean validation sequences.
+        sequence_ids: [B].
+        mask_spec: the corruption; None is the causal objective.
+        stream_dtype: the trunk's stream is rounded to this after every stack but the last.
+        depth: how many stacks there are.
+
+    Returns:
+        validation_loss on the rounded stream that the stack was trained on, validation_loss_exact on
+        the unrounded one, and the number of loss positions.
+    """
+    batch = batch_fields(tokens_BT, sequence_ids, VALIDATION_VIEW, mask_spec)
+    rounded = exact = embedding(batch["input_ids"].to(embedding.weight.device))
+    for n, stack in enumerate(stacks):
+        stack.eval()
+        exact = advance([stack], exact, torch.float32)
+        rounded = advance([stack], rounded, stream_dtype if n + 1 < depth else torch.float32)
+    loss, positions = _mean_loss(rounded, head, batch)
+    loss_exact, _ = _mean_loss(exact, head, batch)
+    return {"validation_loss": loss, "validation_loss_exact": loss_exact, "loss_positions": positions}
+
+
+@torch.no_grad()
+def evaluate_rack(
+    rack: Rack, tokens_BT: IntArray, sequence_ids: IntArray, mask_spec: MaskSpec | None, depth: int | None = None
+) -> float:
+    """Return the validation loss of a rack in memory, unrounded [nats per loss position].
+
+    Args:
+        rack: the whole rack.
+        tokens_BT: clean sequences.
+        sequence_ids: [B].
+        mask_spec: the corruption; None is the causal objective.
+        depth: use only the first stacks, with the rack's present head; None uses all.
+    """
+    was_training = rack.training
+    rack.eval()
+    batch = batch_fields(tokens_BT, sequence_ids, VALIDATION_VIEW, mask_spec)
+    hidden = torch.cat(
+        [rack.hidden(part.to(rack.embedding.weight.device), depth) for part in batch["input_ids"].split(_SEQUENCES_AT_ONCE)]
+    )
+    rack.train(was_training)
+    return _mean_loss(hidden, rack.head, batch)[0]
+
+
+def _mean_loss(hidden_BTD: Tensor, head: Head, batch: Batch) -> tuple[float, int]:
+    """Return the mean loss over all loss positions, and their number; the head runs in parts."""
+    total, positions = 0.0, 0
+    for first in range(0, len(hidden_BTD), _SEQUENCES_AT_ONCE):
+        rows = slice(first, first + _SEQUENCES_AT_ONCE)
+        part = {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        loss, count = summed_loss(hidden_BTD[rows], head, part)
+        total, positions = total + loss.item(), positions + count
+    return total / max(1, positions), positions
+
+
+def differing_rows(
+    stored: RowSource, live: RowSource, sample: list[tuple[int, int]], *, exact: bool
+) -> tuple[int, list[tuple[int, int]]]:
+    """Compare sampled rows of a store with what tokens give.
+
+    Args:
+        stored: the store.
+        live: the same boundary, derived again.
+        sample: (sequence id, view) pairs.
+        exact: bit for bit (on a CPU), or within the tolerance of the dtype.
+
+    Returns:
+        How many were compared, and the pairs that differ.
+    """
+    differing: list[tuple[int, int]] = []
+    for sequence_id, view in sample:
+        ids = np.array([sequence_id], dtype=np.int64)
+        row, derived = stored.rows(ids, view).cpu(), live.rows(ids, view).cpu()
+        same = torch.equal(row, derived)
+        if not same and not exact:
+            limit = _TOLERANCE[row.dtype] * derived.float().abs().max()
+            same = bool((row.float() - derived.float()).abs().max() <= limit)
+        if not same:
+            differing.append((sequence_id, view))
+    return len(sample), differing

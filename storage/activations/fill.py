@@ -1,0 +1,124 @@
+"""Fill a store from anything that has its rows, going on where a killed attempt stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stackwise_core.errors import StageInterruptedError
+from stackwise_core.failpoints import reach
+from stackwise_core.trunk import RowSource
+from storage.activations.format import VALIDATION_VIEW, Dtype, Group, GroupSpec
+from storage.activations.writer import ShardRange, StoreWriter
+
+_SEQUENCES_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class StoreRows:
+    """Which rows a store holds, and what describes it."""
+
+    sequence_ids: np.ndarray
+    """int64 [rows], of the training rows."""
+    views: np.ndarray
+    """int64 [rows], their views."""
+    validation_ids: np.ndarray
+    """int64 [validation rows]."""
+    seq_len: int
+    d_model: int
+    dtype: Dtype
+    attributes: dict[str, Any]
+
+    def index(self, group: Group) -> tuple[np.ndarray, np.ndarray]:
+        """Return sequence ids (int64) and views (int32) of a group's rows."""
+        if group == "train":
+            return self.sequence_ids, self.views.astype(np.int32)
+        return self.validation_ids, np.full(len(self.validation_ids), VALIDATION_VIEW, np.int32)
+
+    def spec(self, group: Group) -> GroupSpec:
+        """Return the layout of a group."""
+        return GroupSpec(len(self.index(group)[0]), self.seq_len, self.d_model, self.dtype)
+
+    def sample(self, n_rows: int) -> list[tuple[int, int]]:
+        """Return about `n_rows` (sequence id, view) pairs, spread evenly over both groups."""
+        sequence_ids, views = (
+            np.concatenate([self.index(group)[part] for group in ("train", "validation")]) for part in (0, 1)
+        )
+        places = np.unique(np.linspace(0, len(views) - 1, n_rows).round().astype(np.int64))
+        return [(int(sequence_ids[place]), int(views[place])) for place in places]
+
+
+def fill_store(
+    folder: Path,
+    rows: StoreRows,
+    source: RowSource,
+    on_progress: Callable[[int, int], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, int]:
+    """Write every shard that is not there yet.
+
+    Args:
+        folder: the work folder.
+        rows: which rows.
+        source: what has them.
+        on_progress: told (bytes on disk, bytes in all) after every shard.
+        should_stop: asked after every shard.
+
+    Returns:
+        train_rows, validation_rows and store_bytes.
+
+    Raises:
+        StageInterruptedError: `should_stop()`; the shards written so far are kept.
+        StoreSpaceError: the disk is full; likewise.
+    """
+    specs: dict[Group, GroupSpec] = {"train": rows.spec("train"), "validation": rows.spec("validation")}
+    writer = StoreWriter(
+        folder,
+        specs["train"],
+        specs["validation"],
+        rows.attributes,
+        rows.index("train"),
+        rows.index("validation"),
+    )
+    missing = writer.missing_shards()
+    total = sum(spec.rows * spec.row_bytes for spec in specs.values())
+    done = total - sum(shard.n_rows * specs[shard.group].row_bytes for shard in missing)
+    on_progress(done, total)
+    for number, shard in enumerate(missing, 1):
+        writer.write_shard(shard, _compute(rows, shard, specs[shard.group], source))
+        done += shard.n_rows * specs[shard.group].row_bytes
+        on_progress(done, total)
+        reach("cache", number)
+        if should_stop() and number < len(missing):
+            raise StageInterruptedError(
+                f"stopped on request with {done:,} of {total:,} bytes cached; run the same command to go on"
+            )
+    return {
+        "train_rows": specs["train"].rows,
+        "validation_rows": specs["validation"].rows,
+        "store_bytes": total,
+    }
+
+
+def _compute(rows: StoreRows, shard: ShardRange, spec: GroupSpec, source: RowSource) -> torch.Tensor:
+    """Return the rows of a shard: [n_rows, T, D] in the store's dtype, on the CPU."""
+    out = torch.empty((shard.n_rows, spec.seq_len, spec.d_model), dtype=spec.torch_dtype)
+    sequence_ids, views = rows.index(shard.group)
+    for first, last in _runs(views, shard.first_row, shard.first_row + shard.n_rows):
+        part = source.rows(sequence_ids[first:last], int(views[first]))
+        out[first - shard.first_row : last - shard.first_row] = part.cpu()
+    return out
+
+
+def _runs(views: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut start .. stop into pieces of one view and of bounded length."""
+    first = start
+    for last in range(start + 1, stop + 1):
+        if last == stop or views[last] != views[first] or last - first == _SEQUENCES_AT_ONCE:
+            yield first, last
+            first = last

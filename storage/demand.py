@@ -1,0 +1,157 @@
+"""From the goals of a run backwards: what must be made, given what is on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stackwise_core.identity import Kind, Ref, RunPlan, StagePlan
+from stackwise_core.errors import ConfigError, Fault
+from storage.errors import ArtifactCorruptError
+from storage.layout import Artifacts, State
+
+TASK_KINDS: dict[str, Kind] = {
+    "build": "build",
+    "trunk": "trunk",
+    "train": "stack",
+    "cache": "activations",
+    "validate": "validation",
+}
+"""Names of the tasks, as `--force` takes them, and what each makes."""
+
+
+@dataclass
+class Demand:
+    """The answer: the state of every artifact of a run, and which must be made."""
+
+    states: dict[Ref, State] = field(default_factory=dict)
+    needed: set[Ref] = field(default_factory=set)
+    """Absent or retired (or to be redone on purpose), and needed by a goal."""
+    forced: frozenset[Ref] = frozenset()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing has to run."""
+        return not self.needed
+
+
+def forced_refs(plan: RunPlan, from_stack: int, force: str) -> frozenset[Ref]:
+    """Return what is to be redone on purpose.
+
+    Raises:
+        ConfigError: there is no such stage or task.
+    """
+    if from_stack >= len(plan.stages):
+        raise ConfigError([Fault("--from-stack", str(from_stack), f"the stages are 0 to {len(plan.stages) - 1}")])
+    if force and force not in TASK_KINDS:
+        raise ConfigError([Fault("--force", repr(force), f"the tasks are {', '.join(TASK_KINDS)}")])
+    if from_stack < 0 and not force:
+        return frozenset()
+    kinds = [TASK_KINDS[force]] if force else list(TASK_KINDS.values())
+    stages = plan.stages[max(from_stack, 0) :]
+    return frozenset(stage.ref(kind) for stage in stages for kind in kinds if stage.recipe(kind) is not None)
+
+
+def compute_demand(
+    plan: RunPlan, artifacts: Artifacts, keep: str, forced: frozenset[Ref] = frozenset()
+) -> Demand:
+    """Find what must run.
+
+    An artifact is needed if it is a goal, or if an artifact that must be made reads it, and it is not
+    sealed. Goals are every stack and every validation, and with keep = all every cache. A retired
+    cache is made again only if something that must be made reads it.
+
+    Args:
+        plan: what the run is.
+        artifacts: what is there.
+        keep: `cache.keep`.
+        forced: made again on purpose, though sealed.
+
+    Raises:
+        ArtifactCorruptError: a goal or something that is needed is damaged, or was made from other inputs.
+    """
+    demand = Demand(forced=forced)
+    for stage in plan.stages:
+        goals: list[Kind] = ["stack", "validation"]
+        if keep == "all" and stage.activations is not None:
+            goals.append("activations")
+        for kind in goals:
+            _need(stage.ref(kind), plan, artifacts, demand)
+    for ref in forced:
+        _need(ref, plan, artifacts, demand)
+    _check_lineage(demand, artifacts)
+    return demand
+
+
+def _need(ref: Ref, plan: RunPlan, artifacts: Artifacts, demand: Demand) -> None:
+    """Mark an artifact as needed; if it must be made, so is everything it reads."""
+    if ref in demand.needed:
+        return
+    if ref not in demand.states:
+        demand.states[ref] = artifacts.state(ref)
+    state = demand.states[ref]
+    if state is State.CORRUPT and ref not in demand.forced:
+        artifacts.manifest(ref)  # raises, and says which file is wrong and what to do
+    if state is State.SEALED and ref not in demand.forced:
+        return
+    demand.needed.add(ref)
+    for read in reads(ref, plan, artifacts):
+        _need(read, plan, artifacts, demand)
+
+
+def reads(ref: Ref, plan: RunPlan, artifacts: Artifacts) -> list[Ref]:
+    """Return what making an artifact reads, in the order it must exist."""
+    if ref.kind == "data":
+        return []
+    stage = plan.stages[ref.stage]
+    below = [other.ref("stack") for other in plan.stages[: ref.stage]]
+    if ref.kind == "build":
+        return below[-1:]
+    if ref.kind == "trunk":
+        return below
+    if ref.kind == "stack":
+        return [plan.data_ref, *below, stage.ref("build"), stage.ref("trunk"), *_boundary(plan, ref.stage)]
+    if ref.kind == "activations":
+        return [plan.data_ref, *below, stage.ref("stack")]
+    cache = [stage.ref("activations")] if stage.activations is not None else []
+    return [plan.data_ref, *below, stage.ref("stack"), *cache]
+
+
+def _boundary(plan: RunPlan, index: int) -> list[Ref]:
+    """Return the cache that a stage trains on, and the validation that vouches for it."""
+    if index == 0 or plan.stages[index - 1].activations is None:
+        return []
+    before = plan.stages[index - 1]
+    return [before.ref("activations"), before.ref("validation")]
+
+
+def advance_source(stage: StagePlan, plan: RunPlan, artifacts: Artifacts) -> Ref | None:
+    """Return the store below, if the stage's boundary can be computed from it by one stack forward.
+
+    It must be sealed and hold the rows that the next stage visits: the same order, and no fewer steps.
+    """
+    if stage.index == 0 or stage.activations is None:
+        return None
+    below = plan.stages[stage.index - 1].activations
+    if below is None or below.steps < stage.activations.steps or below.mask != stage.activations.mask:
+        return None
+    ref = plan.stages[stage.index - 1].ref("activations")
+    return ref if artifacts.state(ref) is State.SEALED else None
+
+
+def _check_lineage(demand: Demand, artifacts: Artifacts) -> None:
+    """Refuse an artifact that was made from something else than what is there now."""
+    sealed = {ref for ref, state in demand.states.items() if state is State.SEALED}
+    for ref in sealed - demand.needed:
+        for entry in artifacts.manifest(ref).inputs:
+            if artifacts.state(entry.ref) is not State.SEALED or entry.ref in demand.forced:
+                continue
+            there = artifacts.manifest(entry.ref)
+            if there.digest != entry.digest:
+                raise ArtifactCorruptError(
+                    artifacts.folder(ref),
+                    f"was made from other bytes of {entry.ref.name} than are there now "
+                    f"({entry.digest[:12]}, now {there.digest[:12]})",
+                    f"Redo what follows from it: run the same command with --from-stack {max(ref.stage, 0)}",
+                )
+
+

@@ -1,0 +1,276 @@
+"""Where each artifact lives, and how it gets there: work -> sealed -> retired, trash or quarantine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from stackwise_core.identity import Kind, Recipe, Ref
+from storage.durable import sync, sync_tree, write_text
+from storage.errors import (
+    ArtifactCorruptError,
+    ArtifactError,
+    ArtifactMissingError,
+    ArtifactsFolderError,
+    ArtifactUnsealedError,
+)
+from storage.locks import FileLock, no_wait
+from storage.manifest import MANIFEST, RETIRED, FileEntry, InputEntry, Manifest, make_manifest, read_manifest
+from storage.verify import checksum_file, verify_files
+
+FOLDERS: dict[Kind, str] = {
+    "data": "data",
+    "build": "builds",
+    "trunk": "trunks",
+    "stack": "stacks",
+    "activations": "activations",
+    "validation": "validations",
+}
+
+
+class State(Enum):
+    """What is on disk of an artifact."""
+
+    SEALED = "sealed"
+    RETIRED = "retired"
+    ABSENT = "absent"
+    CORRUPT = "corrupt"
+
+
+class Artifacts:
+    """A folder of artifacts. Knows names and seals, nothing of what is inside."""
+
+    def __init__(self, root: Path | str) -> None:
+        """Name the folder; nothing is touched before `open()`."""
+        self.root = Path(root).absolute()
+        self._checked: set[tuple[str, str]] = set()
+
+    def open(self) -> Artifacts:
+        """Create the folder and its rooms, and make sure that files can be written and renamed there.
+
+        Raises:
+            ArtifactsFolderError: it cannot be written, or work/ lies on another file system.
+        """
+        try:
+            for name in (*FOLDERS.values(), "runs", "work", "locks", "trash", "quarantine"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            probe = self.root / "work" / f"probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ArtifactsFolderError(
+                f"--artifacts {self.root}: cannot be written ({reason}); give a folder this user may write to"
+            ) from None
+        device = (self.root / "work").stat().st_dev
+        elsewhere = [name for name in FOLDERS.values() if (self.root / name).stat().st_dev != device]
+        if elsewhere:
+            raise ArtifactsFolderError(
+                f"{self.root}: work/ and {', '.join(elsewhere)}/ lie on different file systems, so nothing can be "
+                "sealed by renaming; keep the artifacts folder on one file system"
+            )
+        return self
+
+    def existing(self) -> Artifacts:
+        """Return self if the folder is there.
+
+        Raises:
+            ArtifactsFolderError: there is none.
+        """
+        if not self.root.is_dir():
+            raise ArtifactsFolderError(f"--artifacts {self.root}: there is no such folder; `stackwise train` makes one")
+        return self
+
+    # ------------------------------------------------------------ names
+
+    def folder(self, ref: Ref) -> Path:
+        """Return where the sealed artifact lives."""
+        return self.root / FOLDERS[ref.kind] / ref.name
+
+    def work(self, ref: Ref) -> Path:
+        """Return where the artifact is made, created if need be; what a killed task left is still in it."""
+        folder = self.root / "work" / ref.name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def lock(
+        self,
+        name: str,
+        *,
+        shared: bool = False,
+        on_wait: Callable[[str], None] = no_wait,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> FileLock:
+        """Return the lock of a name, to be held with `with`."""
+        return FileLock(self.root / "locks" / name, shared=shared, on_wait=on_wait, should_stop=should_stop)
+
+    # ------------------------------------------------------------ state
+
+    def state(self, ref: Ref) -> State:
+        """Say what is on disk, from the manifest and the sizes of the listed files.
+
+        Bytes are not read here: checksums are compared when a file is used, and by `stackwise verify`.
+        """
+        folder = self.folder(ref)
+        if not (folder / MANIFEST).exists():
+            return State.ABSENT
+        if (folder / RETIRED).exists():
+            return State.RETIRED
+        try:
+            self.manifest(ref)
+        except ArtifactError:
+            return State.CORRUPT
+        return State.SEALED
+
+    def manifest(self, ref: Ref) -> Manifest:
+        """Return the manifest of a sealed artifact, every listed file present in its size.
+
+        Raises:
+            ArtifactMissingError, ArtifactUnsealedError, ArtifactCorruptError: each names path and remedy.
+        """
+        folder = self.folder(ref)
+        remedy = "Run `stackwise train` with the configuration that made it: it will be made"
+        if not folder.exists():
+            raise ArtifactMissingError(folder, "there is no such artifact", remedy)
+        if not (folder / MANIFEST).exists():
+            raise ArtifactUnsealedError(folder, "was never sealed (no manifest)", remedy)
+        if (folder / RETIRED).exists():
+            raise ArtifactMissingError(folder, "was retired: its data was dropped on purpose", remedy)
+        manifest = read_manifest(folder, ref)
+        for name, entry in manifest.files.items():
+            self._check_size(folder, name, entry)
+        return manifest
+
+    def checked(self, ref: Ref) -> Path:
+        """Return the folder of a sealed artifact after comparing every checksum, once per digest.
+
+        Raises:
+            ArtifactError: as `manifest`, or a file's bytes are not what was sealed.
+        """
+        manifest, folder = self.manifest(ref), self.folder(ref)
+        if (ref.sha256, manifest.digest) not in self._checked:
+            problems = verify_files(folder, manifest.checksums())
+            if problems:
+                path, _, problem = problems[0].partition(": ")
+                remedy = f"Remove {folder} and run the same command again: it will be remade"
+                raise ArtifactCorruptError(path, problem, remedy)
+            self._checked.add((ref.sha256, manifest.digest))
+        return folder
+
+    def _check_size(self, folder: Path, name: str, entry: FileEntry) -> None:
+        path = folder / name
+        remedy = f"Remove {folder} and run the same command again: it will be remade"
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise ArtifactCorruptError(path, "is missing from a sealed artifact", remedy) from None
+        if size != entry.size:
+            raise ArtifactCorruptError(path, f"has {size:,} bytes, sealed with {entry.size:,}", remedy)
+
+    def input_entry(self, ref: Ref) -> InputEntry:
+        """Return (id, digest) of a sealed artifact, as manifests record what they were made from."""
+        return InputEntry(ref=ref, digest=self.manifest(ref).digest)
+
+    def everything(self) -> list[Path]:
+        """Return the folder of every artifact with a manifest, sorted."""
+        return sorted(path.parent for name in FOLDERS.values() for path in (self.root / name).glob(f"*/{MANIFEST}"))
+
+    # ------------------------------------------------------------ transitions
+
+    def seal(
+        self,
+        ref: Ref,
+        recipe: Recipe,
+        inputs: tuple[InputEntry, ...],
+        facts: dict[str, Any],
+        fingerprint: dict[str, Any],
+        *,
+        checksums: dict[str, tuple[int, str]] | None = None,
+        records: tuple[str, ...] = (),
+    ) -> Manifest:
+        """Turn the work folder into the artifact: flush, manifest last, rename, flush the parents.
+
+        An artifact of that id which is sealed already (a forced attempt) stays if its digest is the
+        same; otherwise it goes to the trash and the new one takes its place.
+
+        Args:
+            ref: what it is.
+            recipe: what it was made by.
+            inputs: what it was made from.
+            facts: what the task found out.
+            fingerprint: on what it was computed.
+            checksums: of files whose checksum is known already; the others are read.
+            records: files that are logs, not content.
+        """
+        work, folder, known = self.work(ref), self.folder(ref), checksums or {}
+        files = {
+            path.relative_to(work).as_posix(): FileEntry(
+                size=path.stat().st_size,
+                checksum=known.get(path.relative_to(work).as_posix(), (0, ""))[1] or checksum_file(path, "sha256"),
+                content=path.relative_to(work).as_posix() not in records,
+            )
+            for path in sorted(work.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        }
+        manifest = make_manifest(ref, recipe, inputs, files, facts, fingerprint)
+        sync_tree(work)
+        write_text(work / MANIFEST, manifest.model_dump_json(indent=1))
+        if self.state(ref) is State.SEALED and self.manifest(ref).digest == manifest.digest:
+            self._discard(work)
+            return self.manifest(ref)
+        if folder.exists():
+            self._discard(folder)
+        os.replace(work, folder)
+        sync(folder.parent)
+        sync(work.parent)
+        return manifest
+
+    def retire(self, ref: Ref) -> None:
+        """Drop the data of a sealed artifact on purpose; the manifest stays to tell what was there."""
+        folder = self.folder(ref)
+        if not (folder / MANIFEST).exists():
+            return
+        if not (folder / RETIRED).exists():
+            write_text(folder / RETIRED, json.dumps({"retired": datetime.now(UTC).isoformat(timespec="seconds")}))
+        for path in folder.iterdir():
+            if path.name not in (MANIFEST, RETIRED):
+                self._discard(path)
+
+    def quarantine(self, ref: Ref, reason: str) -> Path:
+        """Take a sealed artifact out of every reader's reach, and keep it for inspection."""
+        target = self._unused("quarantine", ref.name)
+        write_text(self.folder(ref) / "reason.txt", reason + "\n")
+        os.replace(self.folder(ref), target)
+        sync(target.parent)
+        sync(self.folder(ref).parent)
+        return target
+
+    def discard(self, ref: Ref) -> None:
+        """Throw an artifact away, sealed or not."""
+        if self.folder(ref).exists():
+            self._discard(self.folder(ref))
+
+    def discard_work(self, ref: Ref) -> None:
+        """Throw away what an attempt left, so that the next begins at the beginning."""
+        self._discard(self.work(ref))
+
+    def _discard(self, path: Path) -> None:
+        """Rename into trash/, which is atomic, then delete, which is not."""
+        target = self._unused("trash", path.name)
+        os.replace(path, target)
+        sync(path.parent)
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+    def _unused(self, room: str, name: str) -> Path:
+        """Return a path in a room that nothing has taken: the name, the process, a number."""
+        base = self.root / room / f"{name}.{os.getpid()}"
+        number = 0
+        while (path := base.with_name(f"{base.name}.{number}")).exists():
+            number += 1
+        return path

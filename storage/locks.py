@@ -1,0 +1,93 @@
+"""Locks between processes of one machine: flock on files that are never deleted."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from stackwise_core.errors import StageInterruptedError
+
+_POLL_SECONDS = 0.2
+
+
+def no_wait(holder: str) -> None:
+    """Say nothing about waiting."""
+
+
+class FileLock:
+    """An advisory lock that the kernel releases when its process ends, however it ends.
+
+    The descriptor is close-on-exec, so a child process started by exec never holds it; do not fork
+    without exec while holding one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        shared: bool = False,
+        on_wait: Callable[[str], None] = no_wait,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Name the lock; it is taken by `with`, or by `try_acquire`."""
+        self.path, self.shared = path, shared
+        self.on_wait, self.should_stop = on_wait, should_stop
+        self._fd: int | None = None
+
+    def try_acquire(self) -> bool:
+        """Take the lock if nobody holds it in a conflicting way."""
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        self._fd = fd
+        if not self.shared:
+            self._sign()
+        return True
+
+    def _sign(self) -> None:
+        """Write who holds it, for people who wait."""
+        assert self._fd is not None
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}).encode()
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, text, 0)
+
+    def holder(self) -> str:
+        """Return who held it last: 'process 123 on host since ...'."""
+        try:
+            entry = json.loads(self.path.read_text())
+            return f"process {entry['pid']} on {entry['host']} since {entry['since']}"
+        except (OSError, ValueError, KeyError):
+            return "another process"
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> FileLock:
+        told = False
+        while not self.try_acquire():
+            if not told:
+                self.on_wait(self.holder())
+                told = True
+            if self.should_stop():
+                raise StageInterruptedError(f"stopped on request while waiting for {self.path.name}")
+            time.sleep(_POLL_SECONDS)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()

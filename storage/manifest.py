@@ -1,0 +1,166 @@
+"""What an artifact is, what it was made from, and the digest of what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stackwise_core.identity import NUMERICS, Kind, Recipe, Ref, canonical_json
+from storage.errors import ArtifactCorruptError
+
+MANIFEST = "manifest.json"
+RETIRED = "retired.json"
+FORMAT_VERSION = 1
+
+
+class FileEntry(BaseModel):
+    """One file of an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int
+    """[bytes]"""
+    checksum: str
+    """'sha256:...' or, for shards, 'crc32c:...'."""
+    content: bool = True
+    """False for logs and timings, which may differ between equal artifacts: they are not in the digest."""
+
+
+class InputEntry(BaseModel):
+    """One artifact that this one was made from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ref: Ref
+    digest: str
+
+
+class Manifest(BaseModel):
+    """The seal: written last, it lists everything. What is not sealed is not read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    ref: Ref
+    recipe: dict[str, Any]
+    numerics: int
+    inputs: tuple[InputEntry, ...]
+    files: dict[str, FileEntry]
+    digest: str
+    """Hash of the content files: equal digests are equal bytes."""
+    facts: dict[str, Any]
+    """What the task found out: losses, counts, seconds."""
+    fingerprint: dict[str, Any]
+    """On what it was computed. Recorded, not hashed."""
+    created: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.files.values())
+
+    def checksums(self) -> dict[str, tuple[int, str]]:
+        """Return {path: (size, checksum)}, as the activation reader and `verify` take it."""
+        return {path: (entry.size, entry.checksum) for path, entry in self.files.items()}
+
+
+def make_manifest(
+    ref: Ref,
+    recipe: Recipe,
+    inputs: tuple[InputEntry, ...],
+    files: dict[str, FileEntry],
+    facts: dict[str, Any],
+    fingerprint: dict[str, Any],
+) -> Manifest:
+    """Compose the manifest of a finished artifact."""
+    return Manifest(
+        ref=ref,
+        recipe=recipe.dump(),
+        numerics=NUMERICS[recipe.kind],
+        inputs=inputs,
+        files=files,
+        digest=digest_of(files),
+        facts=facts,
+        fingerprint=fingerprint,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def digest_of(files: dict[str, FileEntry]) -> str:
+    """Return the hash of the sorted list of content files, their sizes and checksums."""
+    listed = {path: [entry.size, entry.checksum] for path, entry in files.items() if entry.content}
+    return hashlib.sha256(canonical_json(listed).encode()).hexdigest()
+
+
+def read_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
+    """Read and check the manifest of a sealed artifact.
+
+    Raises:
+        ArtifactCorruptError: it is no manifest, of a newer format, of another id, or was edited.
+    """
+    path = folder / MANIFEST
+    remedy = f"Remove {folder} and run the same command again: it will be remade"
+    try:
+        manifest = Manifest.model_validate(json.loads(path.read_bytes()))
+    except (ValueError, ValidationError) as error:
+        version = _version_of(path)
+        if version > FORMAT_VERSION:
+            problem = f"the manifest has format {version}, this version reads up to {FORMAT_VERSION}"
+            raise ArtifactCorruptError(path, problem, "Use the version of StackWise that wrote it") from None
+        raise ArtifactCorruptError(path, f"is no manifest ({str(error).splitlines()[0]})", remedy) from None
+    if ref is not None and manifest.ref != ref:
+        problem = f"belongs to {manifest.ref.name} ({manifest.ref.sha256}), not to {ref.sha256}"
+        raise ArtifactCorruptError(path, problem, remedy)
+    if not _hash_matches(manifest) or digest_of(manifest.files) != manifest.digest:
+        raise ArtifactCorruptError(path, "was edited: its recipe or file list does not give its hashes", remedy)
+    return manifest
+
+
+def _hash_matches(manifest: Manifest) -> bool:
+    """Say whether the recorded recipe hashes to the id."""
+    text = canonical_json({"kind": manifest.ref.kind, "numerics": manifest.numerics, "recipe": manifest.recipe})
+    return hashlib.sha256(text.encode()).hexdigest() == manifest.ref.sha256
+
+
+def _version_of(path: Path) -> int:
+    try:
+        version = json.loads(path.read_bytes()).get("format_version", 0)
+    except (ValueError, AttributeError):
+        return 0
+    return version if isinstance(version, int) else 0
+
+
+def fingerprint(threads: int, device: str, compiled: bool) -> dict[str, Any]:
+    """Return what the numbers may depend on beside the recipe: versions, device, CPU, threads, commit."""
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "device": device,
+        "cpu": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "processes": 1,
+        "compile": compiled,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """Return the checked-out commit of this code, or '' outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=5).stdout.strip()
+    except OSError:
+        return ""
+
+
+KINDS: tuple[Kind, ...] = ("data", "build", "trunk", "stack", "activations", "validation")

@@ -1,0 +1,183 @@
+"""Runs: a name, its attempts, and who is alive."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.errors import ConfigError, CorpusError, Fault
+from stackwise_core.identity import Ref, RunPlan
+from storage.durable import write_text
+from storage.errors import RunBusyError
+from storage.layout import Artifacts
+
+_PLANS_LOCK = "plans"
+"""Held while a run writes what it will read, and while someone decides to retire a store."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run."""
+
+    name: str
+    number: int
+    folder: Path
+
+    @property
+    def plan(self) -> RunPlan:
+        """What it set out to make."""
+        return RunPlan.model_validate_json((self.folder / "plan.json").read_bytes())
+
+    @property
+    def config(self) -> StackWiseConfig:
+        """The configuration, as it was."""
+        return StackWiseConfig.from_yaml(self.folder / "config.yaml")
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """When, where and by which process it was started."""
+        return json.loads((self.folder / "start.json").read_text())
+
+    @property
+    def outcome(self) -> dict[str, Any] | None:
+        """How it ended; None while it lives, or if it was killed."""
+        path = self.folder / "outcome.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def attempts(artifacts: Artifacts, name: str) -> list[Attempt]:
+    """Return the attempts of a run, oldest first."""
+    folders = sorted((artifacts.root / "runs" / name / "attempts").glob("[0-9]*"))
+    return [Attempt(name, int(folder.name), folder) for folder in folders if (folder / "start.json").exists()]
+
+
+def run_names(artifacts: Artifacts) -> list[str]:
+    """Return the names of all runs, sorted."""
+    return sorted(path.name for path in (artifacts.root / "runs").glob("*") if attempts(artifacts, path.name))
+
+
+def find_run(artifacts: Artifacts, name: str) -> Attempt:
+    """Return the newest attempt of a run.
+
+    Raises:
+        ConfigError: there is no run of that name; those that exist are listed.
+    """
+    found = attempts(artifacts, name)
+    if not found:
+        there = ", ".join(run_names(artifacts)) or "none yet"
+        raise ConfigError([Fault("RUN", repr(name), f"no such run in {artifacts.root}; there: {there}")])
+    return found[-1]
+
+
+def is_live(artifacts: Artifacts, name: str) -> bool:
+    """Say whether some process holds the run now."""
+    with artifacts.lock(_PLANS_LOCK):
+        return _is_live(artifacts, name)
+
+
+def _is_live(artifacts: Artifacts, name: str) -> bool:
+    """Say whether a run is held; the caller holds the plans lock, or the probe itself would be seen."""
+    lock = artifacts.lock(f"run-{name}")
+    if lock.try_acquire():
+        lock.release()
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def begin_attempt(
+    artifacts: Artifacts,
+    config: StackWiseConfig,
+    plan: RunPlan,
+    on_wait: Callable[[str], None],
+) -> Generator[Attempt]:
+    """Register a run for as long as the block lasts, before its first task.
+
+    Two live processes may share a run if their configurations are equal: each artifact is then made by
+    whichever comes first. Stores that a live run plans to read are not retired, and nothing that it
+    planned is collected.
+
+    Raises:
+        RunBusyError: the run is alive with another configuration.
+        CorpusError: the run's name was used on another text.
+    """
+    name = config.run.name
+    alive = artifacts.lock(f"run-{name}", shared=True)
+    with artifacts.lock("gc", shared=True, on_wait=on_wait):
+        with artifacts.lock(_PLANS_LOCK, on_wait=on_wait):
+            others_live = _is_live(artifacts, name)
+            _check_previous(artifacts, config, plan, others_live)
+            attempt = attempts(artifacts, name)[-1] if others_live else _write_attempt(artifacts, config, plan)
+            alive.try_acquire()
+        try:
+            yield attempt
+            _write_outcome(attempt, "done", "")
+        except BaseException as error:
+            _write_outcome(attempt, type(error).__name__, str(error))
+            raise
+        finally:
+            alive.release()
+
+
+def _check_previous(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan, others_live: bool) -> None:
+    name = config.run.name
+    before = attempts(artifacts, name)
+    if not before:
+        return
+    last = before[-1]
+    if others_live and last.plan != plan:
+        who = last.start
+        raise RunBusyError(
+            f"run.name: got {name!r}; process {who['pid']} on {who['host']} is running it with another configuration "
+            f"({last.folder / 'config.yaml'}); wait for it, stop it, or choose another run.name"
+        )
+    if last.config.data == config.data and last.plan.data.corpus != plan.data.corpus:
+        raise CorpusError(
+            f"data.source: got {config.data.source!r}; its text is not what run {name!r} was started on "
+            f"({last.start['started']}); restore the text, or choose another run.name to train on the new one"
+        )
+
+
+def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan) -> Attempt:
+    before = attempts(artifacts, config.run.name)
+    number = before[-1].number + 1 if before else 1
+    base = artifacts.root / "runs" / config.run.name
+    folder = base / "attempts" / f"{number:04d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    config.to_yaml(folder / "config.yaml")
+    write_text(folder / "plan.json", plan.model_dump_json(indent=1))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    # start.json comes last: without it the attempt does not exist.
+    write_text(
+        folder / "start.json", json.dumps({"started": now, "pid": os.getpid(), "host": socket.gethostname()})
+    )
+    write_text(base / "current", f"{number:04d}\n")
+    return Attempt(config.run.name, number, folder)
+
+
+def _write_outcome(attempt: Attempt, state: str, message: str) -> None:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    with contextlib.suppress(OSError):  # a full disk must not hide the error that is under way
+        write_text(attempt.folder / "outcome.json", json.dumps({"state": state, "message": message, "ended": now}))
+
+
+def retire_unless_read(artifacts: Artifacts, ref: Ref, own_run: str) -> bool:
+    """Retire a store unless another live run plans to read it; say whether it was retired."""
+    with artifacts.lock(_PLANS_LOCK):
+        for name in run_names(artifacts):
+            if name != own_run and _is_live(artifacts, name) and ref in _stores_of(find_run(artifacts, name).plan):
+                return False
+        artifacts.retire(ref)
+        return True
+
+
+def _stores_of(plan: RunPlan) -> set[Ref]:
+    return {stage.ref("activations") for stage in plan.stages if stage.activations is not None}
