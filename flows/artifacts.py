@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from prefect.artifacts import (
@@ -40,7 +40,8 @@ def progress_artifact(stage: Stage) -> Listener:
         last = time.monotonic()
         percent, text = _progress_of(event)
         if artifact is None:
-            artifact = create_progress_artifact(percent, key_of(stage.config.run.name, "stage", event.stage), text)
+            key = key_of(stage.config.run.name, "stage", event.stage)
+            artifact = cast("UUID", create_progress_artifact(percent, key, text))  # typed for async callers too
         else:
             update_progress_artifact(artifact, percent, text)
 

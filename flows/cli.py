@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options) or 0
+        return options.run(options)
     except StackWiseError as error:
         print(f"stackwise: {error}", file=sys.stderr)
         return error.exit_code
@@ -108,27 +108,32 @@ def _train(options: argparse.Namespace) -> int:
 
     if options.from_stack < -1:
         raise ConfigError([Fault("--from-stack", str(options.from_stack), "stages are counted from 0")])
-    return train(_load_config(options), options.config, options.artifacts, options.from_stack, options.force)
+    train(_load_config(options), options.config, options.artifacts, options.from_stack, options.force)
+    return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
     from flows.forecast import show_plan
 
-    return show_plan(_load_config(options), options.artifacts, as_json=options.json)
+    show_plan(_load_config(options), options.artifacts, as_json=options.json)
+    return 0
 
 
 def _status(options: argparse.Namespace) -> int:
     from flows.status import show_runs, show_stages
 
     if options.name is None:
-        return show_runs(options.artifacts, as_json=options.json)
-    return show_stages(options.artifacts, options.name, as_json=options.json)
+        show_runs(options.artifacts, as_json=options.json)
+    else:
+        show_stages(options.artifacts, options.name, as_json=options.json)
+    return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from flows.inspect import show_artifact
 
-    return show_artifact(options.artifacts, options.uri, as_json=options.json)
+    show_artifact(options.artifacts, options.uri, as_json=options.json)
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from flows.numbers import parameters, size
+from flows.terminal import plain_table
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
 from stackwise_core.data import pack, read_corpus
-from stackwise_core.identity import RunPlan, StagePlan, plan_run
+from stackwise_core.identity import Kind, RunPlan, StagePlan, plan_run
 from stackwise_core.resolve import resolve_order, tokenizer_of
 from storage.demand import TASK_KINDS, Demand, compute_demand
 from storage.layout import Artifacts, State
@@ -70,7 +70,7 @@ def _stage(
         rows += min(stage.activations.validation_sequences, n_validation)
         cache = store_bytes(rows, seq_len, shape.d_model, stage.activations.dtype)
     cached_below = stage.index > 0 and plan.stages[stage.index - 1].activations is not None
-    kinds = {task: kind for task, kind in TASK_KINDS.items() if stage.recipe(kind) is not None}
+    kinds: dict[str, Kind] = {task: kind for task, kind in TASK_KINDS.items() if stage.recipe(kind) is not None}
     return {
         "stage": stage.index,
         "mode": stage.spec.mode,
@@ -100,24 +100,20 @@ def _print_plan(
     console = Console()
     sequences = f"{n_train:,} training and {n_validation:,} validation sequences of {config.data.seq_len} tokens"
     console.print(f"[bold]{config.run.name}[/] in {artifacts.root}: {sequences}", highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stage")
-    columns = ("mask", "blocks", "parameters", "trains", "steps", "PFLOP", "saved", "memory", "cache")
-    for name in columns:
-        table.add_column(name, justify="right")
-    table.add_column("to run")
+    columns = ("|mask", "|trains", "|of", "|steps", "|TFLOP", "|saved", "|memory", "|cache", "to run")
+    table = plain_table("stage", "how", *columns)
     for row in stages:
         table.add_row(
-            f"{row['stage']} ({row['mode']}, {row['trunk']}, {row['precision']})",
+            str(row["stage"]),
+            f"{row['mode']}, {row['trunk']}, {row['precision']}",
             "-" if row["mask_ratio"] is None else f"{row['mask_ratio']:.2f}",
-            str(row["blocks"]),
-            parameters(row["rack_parameters"]),
             parameters(row["trainable_parameters"]),
+            parameters(row["rack_parameters"]),
             str(row["steps"]),
-            f"{row['flops'] / 1e15:.3g}",
-            f"{row['flops_saved_by_cache'] / 1e15:.3g}",
+            f"{row['flops'] / 1e12:.3g}",
+            f"{row['flops_saved_by_cache'] / 1e12:.3g}",
             size(row["memory_bytes"]),
             "none" if row["cache_bytes"] is None else size(row["cache_bytes"]),
-            ", ".join(row["to_run"]) or "nothing: all is there",
+            " ".join(row["to_run"]) or "nothing",
         )
     console.print(table)

@@ -37,8 +37,9 @@ def parameters(count: int | None) -> str:
     """Return a number of parameters for people: 912, 43.2 k, 1.27 M."""
     if count is None:
         return "-"
+    value = float(count)
     for unit in ("", " k", " M"):
-        if count < 1000:
-            return f"{count:.3g}{unit}"
-        count = count / 1000  # pyright: ignore[reportAssignmentType]
-    return f"{count:.3g} B"
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} B"

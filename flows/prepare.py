@@ -69,7 +69,9 @@ def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[Stag
     sizes = [forecast_store(config, artifacts, stage) for stage in stages]
     free = shutil.disk_usage(artifacts.root).free
     # Under `last` a store and its successor exist side by side, and no more than that.
-    together = sum(sizes) if config.cache.keep == "all" else max((sum(sizes[n : n + 2]) for n in range(len(sizes))), default=0)
+    together = (
+        sum(sizes) if config.cache.keep == "all" else max((sum(sizes[n : n + 2]) for n in range(len(sizes))), default=0)
+    )
     largest = max(sizes, default=0)
     budget = config.cache.max_gb * 2**30
     if largest > budget or together > free:

@@ -57,7 +57,9 @@ def grow(
     with begin_attempt(artifacts, config, plan, _tell_waiting):
         tell(RunStarted(config.run.name, len(plan.stages), str(artifacts.root)))
         prepare_data(config, artifacts, plan)
-        check_space(config, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in demand.needed])
+        check_space(
+            config, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in demand.needed]
+        )
         for index in range(len(plan.stages)):
             add(_stage(config, root, plan, index, demand))
             if config.cache.keep == "last":

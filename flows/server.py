@@ -57,10 +57,10 @@ def check_api(url: str) -> None:
 
 
 @contextlib.contextmanager
-def embedded_server(log: Path) -> Generator[threading.Event]:
+def embedded_server(log: Path) -> Generator[EmbeddedServer]:
     """Start Prefect's server in the background for as long as the block runs.
 
-    PREFECT_API_URL is set at once, before prefect is imported; the event is set once the server answers.
+    PREFECT_API_URL is set at once, before prefect is imported; `wait_until_ready` says when it answers.
 
     Args:
         log: where its output goes.
@@ -68,33 +68,23 @@ def embedded_server(log: Path) -> Generator[threading.Event]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    os.environ["PREFECT_API_URL"] = url
-    server = _Server(url, port, log)
+    server = EmbeddedServer(port, log)
+    os.environ["PREFECT_API_URL"] = server.url
     threading.Thread(target=server.run, daemon=True, name="prefect-server").start()
     atexit.register(server.stop)
     try:
-        yield server.ready
+        yield server
     finally:
         server.stop()
-        os.environ.pop("PREFECT_API_URL", None)
+        del os.environ["PREFECT_API_URL"]
 
 
-def wait_until_ready(ready: threading.Event, log: Path) -> None:
-    """Wait for the embedded server.
-
-    Raises:
-        ServerError: it did not answer in time; its log is named.
-    """
-    if not ready.wait(_STARTUP_SECONDS):
-        raise ServerError(f"Prefect's embedded server did not start within {_STARTUP_SECONDS:.0f} s; see {log}")
-
-
-class _Server:
+class EmbeddedServer:
     """The server process and the thread that owns it."""
 
-    def __init__(self, url: str, port: int, log: Path) -> None:
-        self.url, self.port, self.log = url, port, log
+    def __init__(self, port: int, log: Path) -> None:
+        """Name the port; `run` starts it."""
+        self.url, self.port, self.log = f"http://127.0.0.1:{port}/api", port, log
         self.ready = threading.Event()
         self.stopping = threading.Event()
         self.process: subprocess.Popen[bytes] | None = None
@@ -123,6 +113,19 @@ class _Server:
                 self.ready.set()
         if not self.stopping.is_set():
             self._ended_early()
+
+    def wait_until_ready(self) -> None:
+        """Wait until the server answers, and say so if that takes a while.
+
+        Raises:
+            ServerError: it did not answer in time; its log is named.
+        """
+        if self.ready.wait(3.0):
+            return
+        print("starting Prefect's embedded server (the very first start takes about a minute)", file=sys.stderr)
+        if not self.ready.wait(_STARTUP_SECONDS):
+            seconds = f"{_STARTUP_SECONDS:.0f} s"
+            raise ServerError(f"Prefect's embedded server did not start within {seconds}; see {self.log}")
 
     def _ended_early(self) -> None:
         """Stop the run at a safe point: without its server, Prefect would wait for minutes."""

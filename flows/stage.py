@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from flows.progress import Message, TaskReused, TaskStarted, stop_requested, stopping_on_signals, tell
 from stackwise_core.config import StackWiseConfig
@@ -27,10 +28,19 @@ Facts = dict[str, Any]
 """What a task found out; it goes into the manifest."""
 
 
-class Stage(BaseModel):
-    """What the tasks of one stage share, as plain values; the rest is derived from them."""
+@dataclass(frozen=True)
+class Made:
+    """What filling a work folder came to."""
 
-    model_config = ConfigDict(frozen=True)
+    facts: Facts
+    checksums: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Of files that were hashed as they were written: path -> (size, checksum)."""
+    records: tuple[str, ...] = ()
+    """Files that are logs, not content."""
+
+
+class Stage(BaseModel, frozen=True):
+    """What the tasks of one stage share, as plain values; the rest is derived from them."""
 
     config: StackWiseConfig
     root: str
@@ -75,9 +85,7 @@ class Stage(BaseModel):
         return load_sequences(self.artifacts, self.run_plan.data_ref)
 
 
-def make(
-    stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Facts], records: tuple[str, ...] = ()
-) -> Ref:
+def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made]) -> Ref:
     """Make the artifact of a task, unless it is there: lock, work, seal.
 
     It may be sealed although the task is called: another process was first, or this one died between
@@ -88,7 +96,6 @@ def make(
         task: a key of `storage.demand.TASK_KINDS`.
         inputs: what `work` reads; their digests go into the manifest.
         work: fills the work folder, going on from what a killed attempt left there.
-        records: files that are logs, not content.
     """
     kind = TASK_KINDS[task]
     ref, artifacts = stage.plan.ref(kind), stage.artifacts
@@ -102,16 +109,18 @@ def make(
         if forced:
             artifacts.discard_work(ref)
         began = time.monotonic()
-        facts = work(artifacts.work(ref))
-        facts["seconds"] = round(time.monotonic() - began, 3)
+        made = work(artifacts.work(ref))
+        facts = {**made.facts, "seconds": round(time.monotonic() - began, 3)}
         recipe = stage.plan.recipe(kind)
         assert recipe is not None
         entries = tuple(artifacts.input_entry(read) for read in inputs)
         reach(f"seal-{task}", stage.index)
-        artifacts.seal(ref, recipe, entries, facts, _fingerprint(stage), records=records)
+        artifacts.seal(ref, recipe, entries, facts, _fingerprint(stage), checksums=made.checksums, records=made.records)
         reach(f"sealed-{task}", stage.index)
         if stop_requested():
-            raise StageInterruptedError(f"stopped on request after {ref.name} was sealed; run the same command to go on")
+            raise StageInterruptedError(
+                f"stopped on request after {ref.name} was sealed; run the same command to go on"
+            )
     return ref
 
 

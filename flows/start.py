@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import ExitStack
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
 from flows.numbers import parameters
-from flows.server import check_api, embedded_server, quiet_prefect, wait_until_ready
+from flows.progress import listening
+from flows.server import check_api, embedded_server, quiet_prefect
 from flows.summary import StageSummary, summarise
 from flows.terminal import showing, stage_table
 from stackwise_core.config import StackWiseConfig
@@ -35,29 +36,18 @@ def train(config: StackWiseConfig, config_path: str, root: str, from_stack: int,
 
 
 def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, force: str) -> None:
-    import os
-
+    """Run the flow on the server of PREFECT_API_URL, or on an embedded one that starts during the imports."""
     quiet_prefect()
-    log = artifacts.root / "prefect" / "server.log"
-    with ExitStack() as stack:
-        url = os.environ.get("PREFECT_API_URL")
-        if url:
-            check_api(url)
-        else:
-            ready = stack.enter_context(embedded_server(log))
-            print("starting Prefect's embedded server (a first start takes about a minute)", file=sys.stderr)
-        # These imports take seconds; the server starts meanwhile.
-        import torch  # noqa: F401
+    url = os.environ.get("PREFECT_API_URL")
+    if url:
+        check_api(url)
+    with nullcontext() if url else embedded_server(artifacts.root / "prefect" / "server.log") as server:
+        from flows.train_rack import run_to_the_end
 
-        if not url:
-            wait_until_ready(ready, log)
-        from flows.train_rack import train_rack
-
-        listener = stack.enter_context(showing())
-        from flows.progress import listening
-
-        stack.enter_context(listening(listener))
-        train_rack(config, str(artifacts.root), from_stack, force)
+        if server is not None:
+            server.wait_until_ready()
+        with showing() as listener, listening(listener):
+            run_to_the_end(config, str(artifacts.root), from_stack, force)
 
 
 def _say_result(

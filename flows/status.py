@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.summary import StageSummary, summarise
-from flows.terminal import stage_table
+from flows.terminal import plain_table, stage_table
 from storage.layout import Artifacts
 from storage.runs import Attempt, attempts, find_run, is_live, run_names
 
@@ -21,9 +21,7 @@ def show_runs(root: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"artifacts": str(artifacts.root), "runs": runs}, indent=1))
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "state", "stages", "valid. loss", "attempts", "started"):
-        table.add_column(name, justify="right" if name in ("stages", "valid. loss", "attempts") else "left")
+    table = plain_table("run", "state", "|stages", "|valid. loss", "|attempts", "started")
     for run in runs:
         loss = "-" if run["validation_loss"] is None else f"{run['validation_loss']:.4f}"
         stages = f"{run['stages_done']}/{run['stages']}"
@@ -53,9 +51,7 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
 
 
 def _artifact_table(stages: list[StageSummary]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("stage", "artifact", "state"):
-        table.add_column(name)
+    table = plain_table("stage", "artifact", "state")
     for stage in stages:
         for kind, artifact in stage.artifacts.items():
             table.add_row(str(stage.stage), artifact, stage.states[kind])

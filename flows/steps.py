@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
 
 from flows.progress import Message, RowsCached, StepTaken, stop_requested, tell
-from flows.stage import Facts, Stage, make
+from flows.stage import Facts, Made, Stage, make
 from stackwise_core.costs import rack_parameters, stack_parameters, trainable_parameters
 from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
 from stackwise_core.errors import StackWiseError
@@ -50,10 +50,10 @@ class CacheMismatchError(StackWiseError):
 def build_stack(stage: Stage) -> Ref:
     """Describe the new stack: operator, source, seed, and the digest of its initial tensors."""
 
-    def work(folder: Path) -> Facts:
+    def work(folder: Path) -> Made:
         description = {**stage.plan.build.dump(), "initial_tensors": tensor_digest(_initial_stack(stage))}
         write_text(folder / "build.json", json.dumps(description, indent=1))
-        return {"operator": stage.plan.build.operator, "blocks": stage.plan.build.n_blocks}
+        return Made({"operator": stage.plan.build.operator, "blocks": stage.plan.build.n_blocks})
 
     return make(stage, "build", [below.ref("stack") for below in stage.trunk[-1:]], work)
 
@@ -62,7 +62,7 @@ def configure_trunk(stage: Stage) -> Ref:
     """Describe the rack as this stage finds it: stacks in order, precision, strategy, embedding, head."""
     stacks = [below.ref("stack") for below in stage.trunk]
 
-    def work(folder: Path) -> Facts:
+    def work(folder: Path) -> Made:
         entries = [
             {"stack": ref.sha256, "precision": below.spec.precision, "adapters": []}
             for ref, below in zip(stacks, stage.trunk, strict=True)
@@ -74,7 +74,7 @@ def configure_trunk(stage: Stage) -> Ref:
             "head": stacks[-1].sha256 if stacks else None,
         }
         write_text(folder / "trunk.json", json.dumps(description, indent=1))
-        return {"strategy": stage.plan.trunk.strategy, "stacks": len(stacks)}
+        return Made({"strategy": stage.plan.trunk.strategy, "stacks": len(stacks)})
 
     return make(stage, "trunk", stacks, work)
 
@@ -84,7 +84,7 @@ def train(stage: Stage, build: Ref, trunk: Ref) -> Ref:
     inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.trunk)]
     inputs += [build, trunk, *_store_below(stage)]
 
-    def work(folder: Path) -> Facts:
+    def work(folder: Path) -> Made:
         model = _model_to_train(stage, build)
         optim = stage.plan.spec.optim
         state = load_state(folder)
@@ -99,15 +99,16 @@ def train(stage: Stage, build: Ref, trunk: Ref) -> Ref:
         save_trained(folder, model, records)
         discard_state(folder)
         n_tokens = (optim.steps - first_step) * optim.batch_size * stage.config.data.seq_len
-        return {
+        facts = {
             **_parameter_facts(stage),
             "steps": optim.steps,
             "first_step": first_step,
             "train_loss": records[-1]["loss"],
             "tokens_per_second": round(n_tokens / seconds),
         }
+        return Made(facts, records=(METRICS,))
 
-    return make(stage, "train", inputs, work, records=(METRICS,))
+    return make(stage, "train", inputs, work)
 
 
 def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
@@ -119,10 +120,10 @@ def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
         return None
     stacks = [*(below.ref("stack") for below in stage.trunk), stack]
 
-    def work(folder: Path) -> Facts:
+    def work(folder: Path) -> Made:
         with _boundary_above(stage) as (source, origin):
-            counts = fill_store(folder, _rows_to_store(stage), source, _on_cached(stage), stop_requested)
-        return {"from": origin, "boundary": stage.index + 1, **counts}
+            counts, checksums = fill_store(folder, _rows_to_store(stage), source, _on_cached(stage), stop_requested)
+        return Made({"from": origin, "boundary": stage.index + 1, **counts}, checksums)
 
     return make(stage, "cache", [stage.run_plan.data_ref, *stacks], work)
 
@@ -136,11 +137,11 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
     inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.trunk), stack]
     inputs += [activations] if activations else []
 
-    def work(folder: Path) -> Facts:
+    def work(folder: Path) -> Made:
         compared = _compare_cache(stage, activations) if activations else {"cache": stage.plan.no_cache_reason}
         facts: Facts = {**_judge(stage), **compared}
         write_text(folder / "report.json", json.dumps(facts, indent=1))
-        return facts
+        return Made(facts)
 
     return make(stage, "validate", inputs, work)
 
@@ -281,8 +282,11 @@ def _rows_to_store(stage: Stage) -> StoreRows:
     )
 
 
-def _on_cached(stage: Stage):
-    return lambda n_bytes, of_bytes: tell(RowsCached(stage.index, n_bytes, of_bytes))
+def _on_cached(stage: Stage) -> Callable[[int, int], None]:
+    def on_cached(n_bytes: int, of_bytes: int) -> None:
+        tell(RowsCached(stage.index, n_bytes, of_bytes))
+
+    return on_cached
 
 
 # ---------------------------------------------------------------- validation

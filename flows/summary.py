@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from stackwise_core.identity import Kind, RunPlan, StagePlan
 from storage.layout import Artifacts, State
 from storage.manifest import Manifest, read_manifest
 
 
-class StageSummary(BaseModel):
+class StageSummary(BaseModel, frozen=True):
     """One stage. A number that is not known yet is None."""
-
-    model_config = ConfigDict(frozen=True)
 
     stage: int
     name: str

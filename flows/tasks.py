@@ -75,5 +75,5 @@ def prepared(stage: Stage, made_by: Task[..., Any], sentence: str) -> Task[..., 
     return made_by.with_options(
         task_run_name=f"{sentence} {stage.index}",
         result_storage=Path(stage.root).absolute() / "prefect",
-        refresh_cache=True if needed else None,
+        refresh_cache=needed,
     )

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
-from flows.numbers import clock, size, stage_line
+from flows.numbers import clock, parameters, size, stage_line
 from flows.progress import (
     Event,
     Listener,
@@ -150,34 +150,32 @@ class LiveBars:
         description = f"{name:<9}{task:<16}"
         if stage not in self.bars:
             self.bars[stage] = self.progress.add_task(description, total=total, detail=detail)
-        self.progress.update(
-            self.bars[stage], description=description, completed=completed, total=total, detail=detail
-        )
+        self.progress.update(self.bars[stage], description=description, completed=completed, total=total, detail=detail)
 
 
 def stage_table(summaries: list[StageSummary]) -> Table:
-    """Return the stages of a run as a table for the terminal."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stage")
-    for name in ("blocks", "parameters", "trained", "train loss", "valid. loss", "time", "tokens/s", "cache"):
-        table.add_column(name, justify="right")
+    """Return the stages of a run as a table that fits 80 columns."""
+    table = plain_table("stage", "how", "|blocks", "|parameters", "|train loss", "|valid. loss", "|time", "cache")
     for row in summaries:
         table.add_row(
-            f"{row.stage} ({row.name})",
+            str(row.stage),
+            row.name,
             str(row.blocks),
-            _number(row.rack_parameters),
-            _number(row.trainable_parameters),
+            parameters(row.rack_parameters),
             _loss(row.train_loss),
             _loss(row.validation_loss),
             clock(row.seconds) if row.seconds is not None else "-",
-            _number(row.tokens_per_second),
             _cache(row),
         )
     return table
 
 
-def _number(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
+def plain_table(*columns: str) -> Table:
+    """Return an empty table without lines; a column whose name begins with | is set to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    for name in columns:
+        table.add_column(name.removeprefix("|"), justify="right" if name.startswith("|") else "left")
+    return table
 
 
 def _loss(value: float | None) -> str:
@@ -185,7 +183,7 @@ def _loss(value: float | None) -> str:
 
 
 def _cache(row: StageSummary) -> str:
-    if row.cache_bytes is None:
-        return row.states["activations"]
     state = row.states["activations"]
-    return size(row.cache_bytes) + ("" if state == "sealed" else f" ({state})")
+    if row.cache_bytes is None:
+        return state
+    return size(row.cache_bytes) if state == "sealed" else f"{state} ({size(row.cache_bytes)})"

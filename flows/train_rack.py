@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 from prefect import flow
+from prefect.exceptions import TerminationSignal
+from prefect.logging.handlers import APILogHandler
 
 from flows.add_stack import add_stack
 from flows.artifacts import publish_run
@@ -12,6 +14,9 @@ from flows.progress import listening
 from flows.run import grow
 from flows.stage import Stage
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.errors import StageInterruptedError
+
+Task = Literal["", "build", "trunk", "train", "cache", "validate"]
 
 
 @flow(name="train-rack", flow_run_name="grow {config.run.name} to {config.training.progressive.target_stacks} stacks")
@@ -19,7 +24,7 @@ def train_rack(
     config: StackWiseConfig,
     artifacts: str = "artifacts",
     from_stack: int = -1,
-    force: Literal["", "build", "trunk", "train", "cache", "validate"] = "",
+    force: Task = "",
 ) -> None:
     """Grow a rack: each stage is built on a trunk, trained, cached and validated.
 
@@ -37,3 +42,13 @@ def train_rack(
 
 def _add(stage: Stage) -> None:
     add_stack(stage)
+
+
+def run_to_the_end(config: StackWiseConfig, root: str, from_stack: int, force: str) -> None:
+    """Run the flow from the command line, and send Prefect what it still has to log before its server goes."""
+    try:
+        train_rack(config, root, from_stack, cast("Task", force))
+    except TerminationSignal:
+        raise StageInterruptedError("stopped on request between two tasks; run the same command to go on") from None
+    finally:
+        APILogHandler().flush()

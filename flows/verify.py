@@ -53,7 +53,9 @@ def _chosen(artifacts: Artifacts, what: str | None) -> tuple[list[Path], list[At
     plan = named[0].plan
     refs = [plan.data_ref]
     for stage in plan.stages:
-        refs += [stage.ref(kind) for kind in ("build", "trunk", "stack", "activations", "validation") if stage.recipe(kind)]
+        refs += [
+            stage.ref(kind) for kind in ("build", "trunk", "stack", "activations", "validation") if stage.recipe(kind)
+        ]
     return [artifacts.folder(ref) for ref in refs if artifacts.folder(ref).exists()], named
 
 

@@ -25,7 +25,14 @@ _HOMES = {
     "ProgressiveTrainer": "trainer",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "MaskSpec",
+    "ProgressiveDataLoader",
+    "ProgressiveRackBuilder",
+    "ProgressiveTrainer",
+    "StackWiseConfig",
+    "create_stack_from_config",
+]
 
 
 def __getattr__(name: str) -> Any:

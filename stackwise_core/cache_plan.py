@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from stackwise_core.config import StackWiseConfig
 
 
-class CacheDecision(BaseModel):
+class CacheDecision(BaseModel, frozen=True):
     """Whether the cache task of a stage writes a store, and the reason to show where it does not."""
-
-    model_config = ConfigDict(frozen=True)
 
     cached: bool
     reason: str
@@ -26,5 +24,7 @@ def decide_cache(config: StackWiseConfig, stage: int) -> CacheDecision:
     if stage + 1 >= growth.target_stacks:
         return CacheDecision(cached=False, reason="last stage: no stage reads it; raising target_stacks fills it")
     if not growth.cache_activations:
-        return CacheDecision(cached=False, reason="training.progressive.cache_activations is false: the trunk runs live")
+        return CacheDecision(
+            cached=False, reason="training.progressive.cache_activations is false: the trunk runs live"
+        )
     return CacheDecision(cached=True, reason=f"append on a frozen trunk: stage {stage + 1} reads boundary {stage + 1}")

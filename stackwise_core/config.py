@@ -6,6 +6,7 @@ configuration and find finished work without paying for either.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,47 +45,47 @@ class Section(BaseModel):
 class RunConfig(Section):
     """What this run is called and the one seed that everything random derives from."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Name of the run: letters, digits, '.', '_' and '-'. Changes no result."""
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of initialisation, masks and order."""
 
 
 class DataConfig(Section):
     """The corpus and how it is cut into sequences."""
 
-    source: str = Field("stdlib", min_length=1)
+    source: str = Field(default="stdlib", min_length=1)
     """'stdlib' (the running Python's own library), or the path or glob of text files."""
-    tokenizer: str = Field("byte", min_length=1)
+    tokenizer: str = Field(default="byte", min_length=1)
     """'byte' (256 bytes, [MASK], [PAD], [END]), or the path of a tokenizer.json."""
-    seq_len: int = Field(128, ge=8, le=131072)
+    seq_len: int = Field(default=128, ge=8, le=131072)
     """Length of a sequence [tokens]."""
-    max_sequences: int = Field(0, ge=0)
+    max_sequences: int = Field(default=0, ge=0)
     """At most this many training sequences; 0 takes all."""
-    validation_fraction: float = Field(0.05, gt=0.0, lt=0.5)
+    validation_fraction: float = Field(default=0.05, gt=0.0, lt=0.5)
     """Fraction of the corpus held out for validation."""
 
 
 class ModelConfig(Section):
     """The shape of a block, shared by every stack (Llama: RMSNorm, RoPE, GQA, SwiGLU)."""
 
-    vocab_size: int = Field(264, ge=2)
+    vocab_size: int = Field(default=264, ge=2)
     """Rows of the embedding [tokens]; at least what the tokenizer has (byte: 259)."""
-    d_model: int = Field(128, ge=8)
+    d_model: int = Field(default=128, ge=8)
     """Width of the residual stream [channels]."""
-    n_heads: int = Field(4, ge=1)
+    n_heads: int = Field(default=4, ge=1)
     """Attention heads; d_model / n_heads must be even."""
-    n_kv_heads: int = Field(0, ge=0)
+    n_kv_heads: int = Field(default=0, ge=0)
     """Key and value heads (grouped-query attention); 0 means n_heads."""
-    d_ff: int = Field(0, ge=0)
+    d_ff: int = Field(default=0, ge=0)
     """Inner width of the feed-forward [channels]; 0 means 8/3 d_model rounded up to 32."""
-    blocks_per_stack: int = Field(2, ge=1, le=128)
+    blocks_per_stack: int = Field(default=2, ge=1, le=128)
     """Transformer blocks in a stack."""
     tie_embeddings: bool = True
     """Tie head and embedding in the first stage; afterwards the head is its own tensor."""
-    rope_theta: float = Field(10000.0, gt=1.0)
+    rope_theta: float = Field(default=10000.0, gt=1.0)
     """Base of the rotary position frequencies."""
-    norm_eps: float = Field(1e-5, gt=0.0, lt=1e-1)
+    norm_eps: float = Field(default=1e-5, gt=0.0, lt=1e-1)
     """Epsilon inside RMSNorm."""
     attention: Literal["auto", "causal", "bidirectional"] = "auto"
     """Who sees whom; auto is bidirectional for mlm and causal otherwise."""
@@ -102,13 +103,13 @@ class LoraOverride(Section):
 class StackOverride(Section):
     """What one stack, in creation order, does differently; 0 or 'default' keeps the common value."""
 
-    n_blocks: int = Field(0, ge=0, le=128)
+    n_blocks: int = Field(default=0, ge=0, le=128)
     """Blocks in this stack; 0 means model.blocks_per_stack."""
     precision: Literal["default", "full", "half", "bfloat16", "nvfp4", "qlora"] = "default"
     """Precision of this stack."""
     mode: Literal["default", "append", "prepend"] = "default"
     """Where this stack is added."""
-    steps: int = Field(0, ge=0)
+    steps: int = Field(default=0, ge=0)
     """Optimizer steps of this stack's stage; 0 means training.steps_per_stack."""
 
 
@@ -117,15 +118,15 @@ class ProgressiveConfig(Section):
 
     enabled: bool = True
     """Grow stack by stack; false trains the target rack whole, in one joint stage."""
-    max_stacks: int = Field(12, ge=1, le=1024)
+    max_stacks: int = Field(default=12, ge=1, le=1024)
     """The most stacks this rack may ever have; time-as-depth spreads its steps over them."""
-    target_stacks: int = Field(3, ge=1, le=1024)
+    target_stacks: int = Field(default=3, ge=1, le=1024)
     """Stacks to reach now; raise it later to continue."""
     building_mode: Literal["append", "prepend"] = "append"
     """Add new stacks at the end (append) or between embeddings and trunk (prepend)."""
     trunk_strategy: Literal["frozen", "qlora", "full"] = "frozen"
     """What of the existing stacks trains: nothing, their adapters, everything."""
-    trunk_trainable_top: int = Field(0, ge=0)
+    trunk_trainable_top: int = Field(default=0, ge=0)
     """With qlora: only the top n trunk stacks' adapters train; 0 means all."""
     new_stack_precision: Precision = "full"
     """Training and storage precision of a new stack."""
@@ -135,9 +136,9 @@ class ProgressiveConfig(Section):
     """Masked, causal or custom targets."""
     qlora_enabled: bool = False
     """Give every stack a 'stack' adapter at creation."""
-    qlora_rank: int = Field(16, ge=1)
+    qlora_rank: int = Field(default=16, ge=1)
     """Rank of the stack adapter."""
-    qlora_alpha: float = Field(32.0, gt=0.0)
+    qlora_alpha: float = Field(default=32.0, gt=0.0)
     """Alpha of the stack adapter."""
     qlora_strategy: Literal["simplified", "progressive", "variable"] = "simplified"
     """The same rank everywhere, by pattern, or per stack from qlora_configs."""
@@ -149,13 +150,13 @@ class ProgressiveConfig(Section):
     """Variable strategy: {creation index: {rank, alpha}}."""
     progressive_qlora: bool = False
     """At growth, give every trunk stack without one a smaller 'progressive' adapter."""
-    progressive_qlora_rank: int = Field(8, ge=1)
+    progressive_qlora_rank: int = Field(default=8, ge=1)
     """Rank of the progressive adapter."""
-    progressive_qlora_alpha: float = Field(16.0, gt=0.0)
+    progressive_qlora_alpha: float = Field(default=16.0, gt=0.0)
     """Alpha of the progressive adapter."""
     time_interpretation: Literal["none", "input", "depth"] = "none"
     """Diffusion time: none, an input, or the depth itself."""
-    time_embedding_dim: int = Field(64, ge=2)
+    time_embedding_dim: int = Field(default=64, ge=2)
     """Width of the time embedding [channels]; projected if it differs from d_model."""
     time_encoding_type: Literal["sinusoidal", "learned"] = "sinusoidal"
     """How a time step is embedded."""
@@ -163,9 +164,9 @@ class ProgressiveConfig(Section):
     """Which time step a stack of time-as-depth has."""
     time_mapping: TimeMapping = Field(default_factory=list)
     """Custom mapping: the time step of each stack in creation order, or 'module:name'."""
-    time_per_stack: int = Field(1, ge=1)
+    time_per_stack: int = Field(default=1, ge=1)
     """Linear mapping: time steps between neighbouring stacks."""
-    num_time_steps: int = Field(0, ge=0)
+    num_time_steps: int = Field(default=0, ge=0)
     """Time steps in all; 0 means max_stacks * time_per_stack."""
     stacks: list[StackOverride] = Field(default_factory=list)
     """Per-stack overrides {n_blocks, precision, mode, steps} in creation order."""
@@ -174,43 +175,43 @@ class ProgressiveConfig(Section):
 class TrainingConfig(Section):
     """Optimisation of one stage."""
 
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Sequences in one optimizer step."""
-    accumulation_steps: int = Field(1, ge=1)
+    accumulation_steps: int = Field(default=1, ge=1)
     """Parts a batch is computed in, one after the other; must divide batch_size."""
-    steps_per_stack: int = Field(200, ge=1)
+    steps_per_stack: int = Field(default=200, ge=1)
     """Optimizer steps of a stage."""
-    learning_rate: float = Field(2e-3, gt=0.0)
+    learning_rate: float = Field(default=2e-3, gt=0.0)
     """Peak learning rate of AdamW."""
-    min_learning_rate: float = Field(2e-4, ge=0.0)
+    min_learning_rate: float = Field(default=2e-4, ge=0.0)
     """Learning rate at the end of the cosine."""
-    adapter_learning_rate: float = Field(1e-3, gt=0.0)
+    adapter_learning_rate: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate of LoRA adapters."""
-    warmup_steps: int = Field(20, ge=0)
+    warmup_steps: int = Field(default=20, ge=0)
     """Steps of linear warm-up at the start of every stage."""
-    weight_decay: float = Field(0.1, ge=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0)
     """AdamW weight decay of matrices; none on norms and embeddings."""
-    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     """AdamW first-moment decay."""
-    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
     """AdamW second-moment decay."""
-    gradient_clip: float = Field(1.0, ge=0.0)
+    gradient_clip: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; 0 does not clip."""
     new_stack_init: Literal["auto", "copy", "copy_zero", "random", "zero"] = "auto"
     """Growth operator; auto is copy in append and copy_zero in prepend."""
-    joint_steps: int = Field(0, ge=0)
+    joint_steps: int = Field(default=0, ge=0)
     """Steps of the joint anneal after the last stage."""
-    checkpoint_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints inside a stage. Changes no result."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
     """Steps between plain progress lines. Changes no result."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass at block boundaries."""
-    mask_ratio: float = Field(0.15, gt=0.0, le=1.0)
+    mask_ratio: float = Field(default=0.15, gt=0.0, le=1.0)
     """mlm without time: the probability that a position is masked."""
-    mask_ratio_min: float = Field(0.15, gt=0.0, le=1.0)
+    mask_ratio_min: float = Field(default=0.15, gt=0.0, le=1.0)
     """Mask ratio of time step 0."""
-    mask_ratio_max: float = Field(0.90, gt=0.0, le=1.0)
+    mask_ratio_max: float = Field(default=0.90, gt=0.0, le=1.0)
     """Mask ratio of the last time step."""
     mask_ratio_table: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field(default_factory=list)
     """Mask ratio of every time step; empty interpolates from min to max."""
@@ -231,9 +232,9 @@ class CacheConfig(Section):
 
     dtype: StreamDtype = "bfloat16"
     """Type of the stored stream, and of the frozen trunk's stream when it is live."""
-    views: int = Field(0, ge=0, le=1024)
+    views: int = Field(default=0, ge=0, le=1024)
     """Mask draws per sequence; 0 is automatic (1 for clm, else 8)."""
-    max_gb: float = Field(50.0, gt=0.0)
+    max_gb: float = Field(default=50.0, gt=0.0)
     """Most bytes of one store [GiB]; more is refused before anything is written."""
     keep: Literal["last", "all"] = "last"
     """Keep only the newest boundary, or every one."""
@@ -244,22 +245,22 @@ class CacheConfig(Section):
 class HardwareConfig(Section):
     """Where it runs. Recorded with every artifact, never part of an id."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """'auto', 'cpu', 'cuda' or 'cuda:N'."""
     compile: bool = False
     """Run the new stack through torch.compile."""
-    processes: int = Field(1, ge=1)
+    processes: int = Field(default=1, ge=1)
     """Processes that train one stage together."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(default=0, ge=0)
     """CPU threads of torch; 0 means as many as this process may use."""
 
 
 class ValidationConfig(Section):
     """How a stage is judged."""
 
-    max_sequences: int = Field(256, ge=1)
+    max_sequences: int = Field(default=256, ge=1)
     """At most this many validation sequences."""
-    sampled_rows: int = Field(16, ge=1)
+    sampled_rows: int = Field(default=16, ge=1)
     """Rows of a cache that are derived again from tokens and compared."""
 
 
@@ -302,10 +303,9 @@ class StackWiseConfig(Section):
             config = cls.model_validate(values)
         except ValidationError as error:
             faults, remainder = schema_faults(cls, values, error)
-            try:
+            # What is left may not be a configuration yet: then its schema faults are told first.
+            with contextlib.suppress(ValidationError):
                 faults += cross_field_faults(cls.model_validate(remainder))
-            except ValidationError:
-                pass  # what is left is not yet a configuration: its schema faults are told first
             raise ConfigError(faults) from None
         config.validate()
         return config

@@ -64,7 +64,9 @@ def _training_faults(config: StackWiseConfig) -> Iterator[Fault]:
             f"must not exceed training.mask_ratio_max = {training.mask_ratio_max}",
         )
     if training.progressive.training_objective == "clm" and config.cache.views > 1:
-        yield Fault("cache.views", str(config.cache.views), "clm has no masks: its views would be identical copies; use 0")
+        yield Fault(
+            "cache.views", str(config.cache.views), "clm has no masks: its views would be identical copies; use 0"
+        )
 
 
 def _growth_faults(config: StackWiseConfig) -> Iterator[Fault]:
@@ -195,15 +197,12 @@ def _unknown_key(schema: type[BaseModel], location: tuple[int | str, ...]) -> st
 
 def _remove(values: Any, location: tuple[int | str, ...]) -> None:
     *parents, last = location
-    for part in parents:
-        if isinstance(values, dict) and part in values:
+    try:
+        for part in parents:
             values = values[part]
-        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
-            values = values[part]
-        else:
-            return
-    if isinstance(values, dict):
-        values.pop(last, None)
+        del values[last]
+    except (KeyError, IndexError, TypeError):
+        return  # the key is missing, or stands below a value that is no section: nothing to take out
 
 
 def _lookup(config: BaseModel, path: str) -> Any:

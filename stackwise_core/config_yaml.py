@@ -20,7 +20,9 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
         if key in keys:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands here twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} stands here twice", key_node.start_mark
+            )
         keys.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -34,7 +36,7 @@ _Loader.add_implicit_resolver(
 def parse_value(text: str) -> Any:
     """Return the YAML value of a command-line string: 8, true, 1e-3, [1, 2], word."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
 
@@ -46,7 +48,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, not readable, not YAML, or not a mapping.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError([Fault(str(path), "no such file", "give the path of a YAML configuration")]) from None
     except (OSError, UnicodeDecodeError) as error:

@@ -107,7 +107,7 @@ class ProgressiveDataLoader:
                 received = f"{len(source)} rows"
                 raise ConfigError([Fault("trunk_activations", received, "one row for every row of the loader")])
             return source[first_row : first_row + len(ids)]
-        if hasattr(source, "rows"):
+        if isinstance(source, RowSource):
             return source.rows(ids, view)
         if not callable(source):
             kind = type(source).__name__
@@ -124,9 +124,13 @@ class ProgressiveDataLoader:
 
 
 def _tokens_and_ids(raw: Any) -> tuple[IntArray, IntArray, int | None]:
-    fields: dict[str, Any] = raw if isinstance(raw, dict) else {"input_ids": raw[0] if isinstance(raw, (tuple, list)) else raw}
+    fields: dict[str, Any] = (
+        raw if isinstance(raw, dict) else {"input_ids": raw[0] if isinstance(raw, (tuple, list)) else raw}
+    )
     if "input_ids" not in fields:
-        raise ConfigError([Fault("base_dataloader", f"a batch with {sorted(fields)}", "each batch needs input_ids [B, T]")])
+        raise ConfigError(
+            [Fault("base_dataloader", f"a batch with {sorted(fields)}", "each batch needs input_ids [B, T]")]
+        )
     tokens = np.asarray(fields["input_ids"], dtype=np.int64)
     if tokens.ndim != 2:
         raise ConfigError([Fault("base_dataloader", f"input_ids of shape {tokens.shape}", "[B, T] is expected")])

@@ -78,7 +78,10 @@ def evaluate_rack(
     rack.eval()
     batch = batch_fields(tokens_BT, sequence_ids, VALIDATION_VIEW, mask_spec)
     hidden = torch.cat(
-        [rack.hidden(part.to(rack.embedding.weight.device), depth) for part in batch["input_ids"].split(_SEQUENCES_AT_ONCE)]
+        [
+            rack.hidden(part.to(rack.embedding.weight.device), depth)
+            for part in batch["input_ids"].split(_SEQUENCES_AT_ONCE)
+        ]
     )
     rack.train(was_training)
     return _mean_loss(hidden, rack.head, batch)[0]

@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from stackwise_core.cache_plan import decide_cache
 from stackwise_core.config import StackWiseConfig
@@ -33,10 +33,8 @@ NUMERICS: dict[Kind, int] = {"data": 1, "build": 1, "trunk": 1, "stack": 1, "act
 """Bumped whenever the numbers of a kind change for an unchanged recipe: tests/test_golden.py says when."""
 
 
-class Ref(BaseModel):
+class Ref(BaseModel, frozen=True):
     """The name of an artifact: what tasks exchange. It says what, never where."""
-
-    model_config = ConfigDict(frozen=True)
 
     kind: Kind
     stage: int
@@ -56,7 +54,7 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-class Recipe(Value):
+class Recipe(Value, frozen=True):
     """What a core function receives to make an artifact, parents named by their hashes.
 
     A field that is at its default is not part of the hash, so that a later version can add fields
@@ -75,7 +73,7 @@ class Recipe(Value):
         return Ref(kind=self.kind, stage=stage, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
-class DataRecipe(Recipe):
+class DataRecipe(Recipe, frozen=True):
     """Packed sequences of a corpus."""
 
     kind = "data"
@@ -86,7 +84,7 @@ class DataRecipe(Recipe):
     validation_fraction: float
 
 
-class BuildRecipe(Recipe):
+class BuildRecipe(Recipe, frozen=True):
     """A new stack before training."""
 
     kind = "build"
@@ -99,7 +97,7 @@ class BuildRecipe(Recipe):
     """Hash of the stack that is copied."""
 
 
-class TrunkRecipe(Recipe):
+class TrunkRecipe(Recipe, frozen=True):
     """The rack as a stage finds it."""
 
     kind = "trunk"
@@ -108,7 +106,7 @@ class TrunkRecipe(Recipe):
     """Hashes in data-flow order; the embedding is the first stack's, the head the last one's."""
 
 
-class StackRecipe(Recipe):
+class StackRecipe(Recipe, frozen=True):
     """A trained stack, with the head it was trained with."""
 
     kind = "stack"
@@ -124,7 +122,7 @@ class StackRecipe(Recipe):
     """Type of the trunk's stream; None where there is no trunk."""
 
 
-class ActivationRecipe(Recipe):
+class ActivationRecipe(Recipe, frozen=True):
     """The stream after the first `boundary` stacks, for the rows that the next stage visits."""
 
     kind = "activations"
@@ -140,7 +138,7 @@ class ActivationRecipe(Recipe):
     validation_sequences: int
 
 
-class ValidationRecipe(Recipe):
+class ValidationRecipe(Recipe, frozen=True):
     """The judgement on a stage: its losses, and whether its cache equals the live trunk."""
 
     kind = "validation"
@@ -150,7 +148,7 @@ class ValidationRecipe(Recipe):
     sampled_rows: int
 
 
-class StagePlan(Value):
+class StagePlan(Value, frozen=True):
     """Everything one stage makes, by recipe."""
 
     spec: StageSpec
@@ -184,7 +182,7 @@ class StagePlan(Value):
         return recipes[kind]
 
 
-class RunPlan(Value):
+class RunPlan(Value, frozen=True):
     """A whole run, by recipe: what it will be, whether or not any of it exists."""
 
     data: DataRecipe

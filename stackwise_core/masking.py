@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -47,10 +47,8 @@ def hash_uniform(seed: int, salt: int, *keys: IntArray | int) -> NDArray[np.floa
     return (hash_bits(seed, salt, *keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-class MaskSpec(BaseModel):
+class MaskSpec(BaseModel, frozen=True):
     """How inputs are corrupted in one stage. A value: it enters ids as it stands."""
-
-    model_config = ConfigDict(frozen=True)
 
     seed: int
     ratio: float

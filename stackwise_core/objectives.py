@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stackwise_core.masking import IntArray, MaskSpec
+from stackwise_core.model import Head
 
 Batch = dict[str, Any]
 
@@ -68,12 +69,12 @@ def loss_positions(batch: Batch) -> Tensor:
     return batch["combined_masks"] if "combined_masks" in batch else batch["masks"]
 
 
-def summed_loss(hidden_BTD: Tensor, head: torch.nn.Module, batch: Batch) -> tuple[Tensor, int]:
+def summed_loss(hidden_BTD: Tensor, head: Head, batch: Batch) -> tuple[Tensor, int]:
     """Sum the cross-entropy over the loss positions; the head sees no other position.
 
     Args:
         hidden_BTD: residual stream after the last stack.
-        head: final norm and projection; `head.norm` and `head.projection` are applied at P positions.
+        head: final norm and projection.
         batch: with targets and masks.
 
     Returns:

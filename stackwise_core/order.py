@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from stackwise_core.masking import SALT_ORDER, IntArray, hash_bits
 
 
-class RowOrder(BaseModel):
+class RowOrder(BaseModel, frozen=True):
     """Which rows step s reads, and under which view. A value: it enters ids as it stands.
 
     An epoch is a permutation of the `n_rows` training sequences cut into whole batches; what does
     not fill a batch is left out of that epoch (another permutation brings it in). The view of
     epoch e is e mod `views`. Resuming needs one integer: the step.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     seed: int
     n_rows: int

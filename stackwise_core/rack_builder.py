@@ -191,4 +191,3 @@ def count_parameters(module: nn.Module) -> dict[str, int]:
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
     }
-

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from stackwise_core.config import StackWiseConfig, StreamDtype
 from stackwise_core.config_rules import stage_blocks, stage_steps
@@ -19,13 +19,11 @@ from stackwise_core.order import RowOrder
 GrowthOperator = Literal["copy", "copy_zero", "random", "zero"]
 
 
-class Value(BaseModel):
+class Value(BaseModel, frozen=True, extra="forbid"):
     """A frozen value that enters ids as it stands."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-
-class ModelShape(Value):
+class ModelShape(Value, frozen=True):
     """What every block of a rack has in common."""
 
     vocab_size: int
@@ -44,7 +42,7 @@ class ModelShape(Value):
         return self.d_model // self.n_heads
 
 
-class OptimSpec(Value):
+class OptimSpec(Value, frozen=True):
     """The optimisation of one stage: AdamW, warm-up and cosine, clipping."""
 
     steps: int
@@ -59,7 +57,7 @@ class OptimSpec(Value):
     accumulation_steps: int = 1
 
 
-class StageSpec(Value):
+class StageSpec(Value, frozen=True):
     """One addition, resolved: which stack, how it starts, how it trains."""
 
     index: int

@@ -124,7 +124,8 @@ def train_step(
         ids = batch["sequence_ids"].tolist()
         raise NonFiniteLossError(
             f"step {step}: loss {loss}, gradient norm {norm}; sequence ids {ids}. No weight was touched by this step; "
-            f"lower training.learning_rate (now {spec.learning_rate}) or raise training.warmup_steps ({spec.warmup_steps})"
+            f"lower training.learning_rate (now {spec.learning_rate}) or raise training.warmup_steps "
+            f"(now {spec.warmup_steps})"
         )
     optimizer.step()
     return {"step": step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
@@ -161,8 +162,7 @@ def train_stack(
         restore(model, optimizer, state)
         records = list(state.records)
     model.train()
-    step = len(records)
-    for step, batch in zip(range(step, spec.steps), batches, strict=False):
+    for step, batch in zip(range(len(records), spec.steps), batches, strict=False):
         record = train_step(model, batch, optimizer, spec, step)
         records.append(record)
         hooks.on_step(record)
@@ -172,7 +172,9 @@ def train_stack(
         if (stop or due) and step + 1 < spec.steps:
             hooks.on_checkpoint(capture(model, optimizer, records))
         if stop:
-            raise StageInterruptedError(f"stopped on request after step {step + 1} of {spec.steps}; run the same command to go on")
+            raise StageInterruptedError(
+                f"stopped on request after step {step + 1} of {spec.steps}; run the same command to go on"
+            )
     if len(records) < spec.steps:
         fault = Fault("dataloader", f"{len(records)} batches", f"training.steps_per_stack = {spec.steps} are needed")
         raise ConfigError([fault])
@@ -319,4 +321,3 @@ def _endless(loader: Iterable[Batch]) -> Iterator[Batch]:
             yield batch
         if empty:
             return
-

@@ -6,7 +6,7 @@ Letters: B sequences, T positions, D channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ STREAM_DTYPES: dict[str, torch.dtype] = {
 }
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """Anything that has the boundary of a sequence under a view: a store, for one."""
 

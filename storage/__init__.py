@@ -1,0 +1,1 @@
+"""Artifacts on disk: ids, seals, locks, the activation store. Never imports Prefect."""

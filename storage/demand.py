@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stackwise_core.identity import Kind, Ref, RunPlan, StagePlan
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.identity import Kind, Ref, RunPlan, StagePlan
 from storage.errors import ArtifactCorruptError
 from storage.layout import Artifacts, State
 
@@ -46,14 +46,12 @@ def forced_refs(plan: RunPlan, from_stack: int, force: str) -> frozenset[Ref]:
         raise ConfigError([Fault("--force", repr(force), f"the tasks are {', '.join(TASK_KINDS)}")])
     if from_stack < 0 and not force:
         return frozenset()
-    kinds = [TASK_KINDS[force]] if force else list(TASK_KINDS.values())
+    kinds: list[Kind] = [TASK_KINDS[force]] if force else list(TASK_KINDS.values())
     stages = plan.stages[max(from_stack, 0) :]
     return frozenset(stage.ref(kind) for stage in stages for kind in kinds if stage.recipe(kind) is not None)
 
 
-def compute_demand(
-    plan: RunPlan, artifacts: Artifacts, keep: str, forced: frozenset[Ref] = frozenset()
-) -> Demand:
+def compute_demand(plan: RunPlan, artifacts: Artifacts, keep: str, forced: frozenset[Ref] = frozenset()) -> Demand:
     """Find what must run.
 
     An artifact is needed if it is a goal, or if an artifact that must be made reads it, and it is not
@@ -153,5 +151,3 @@ def _check_lineage(demand: Demand, artifacts: Artifacts) -> None:
                     f"({entry.digest[:12]}, now {there.digest[:12]})",
                     f"Redo what follows from it: run the same command with --from-stack {max(ref.stage, 0)}",
                 )
-
-

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from stackwise_core.identity import NUMERICS, Kind, Recipe, Ref, canonical_json
 from storage.errors import ArtifactCorruptError
@@ -20,10 +20,8 @@ RETIRED = "retired.json"
 FORMAT_VERSION = 1
 
 
-class FileEntry(BaseModel):
+class FileEntry(BaseModel, frozen=True, extra="forbid"):
     """One file of an artifact."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int
     """[bytes]"""
@@ -33,19 +31,15 @@ class FileEntry(BaseModel):
     """False for logs and timings, which may differ between equal artifacts: they are not in the digest."""
 
 
-class InputEntry(BaseModel):
+class InputEntry(BaseModel, frozen=True, extra="forbid"):
     """One artifact that this one was made from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     ref: Ref
     digest: str
 
 
-class Manifest(BaseModel):
+class Manifest(BaseModel, frozen=True, extra="forbid"):
     """The seal: written last, it lists everything. What is not sealed is not read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int = FORMAT_VERSION
     ref: Ref

@@ -156,9 +156,7 @@ def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan)
     write_text(folder / "plan.json", plan.model_dump_json(indent=1))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     # start.json comes last: without it the attempt does not exist.
-    write_text(
-        folder / "start.json", json.dumps({"started": now, "pid": os.getpid(), "host": socket.gethostname()})
-    )
+    write_text(folder / "start.json", json.dumps({"started": now, "pid": os.getpid(), "host": socket.gethostname()}))
     write_text(base / "current", f"{number:04d}\n")
     return Attempt(config.run.name, number, folder)
 

@@ -58,9 +58,7 @@ def verify_files(folder: Path, files: Mapping[str, tuple[int, str]]) -> list[str
     problems = (_problem(folder / name, *expected) for name, expected in sorted(files.items()))
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     extra = sorted(present - files.keys() - {MANIFEST})
-    return [line for line in problems if line] + [
-        f"{folder / name}: not in the sealed list" for name in extra
-    ]
+    return [line for line in problems if line] + [f"{folder / name}: not in the sealed list" for name in extra]
 
 
 def _start(algorithm: str) -> Any:

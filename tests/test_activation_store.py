@@ -29,12 +29,12 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stackwise_core.masking import VALIDATION_VIEW
 from storage.activations import reader as reader_module
 from storage.activations.bfloat16 import BFloat16
 from storage.activations.buffers import PAGE_BYTES, empty_aligned
-from storage.activations.format import GROUP_FOLDERS, GROUPS, VALIDATION_VIEW, GroupSpec, shard_path
+from storage.activations.format import GROUP_FOLDERS, GROUPS, GroupSpec, shard_path
 from storage.activations.reader import RowMissingError, StoreReader
-from storage.activations.verify import checksum_file, verify_files
 from storage.activations.writer import ShardRange, StoreWriter
 from storage.errors import (
     ArtifactCorruptError,
@@ -43,6 +43,7 @@ from storage.errors import (
     ArtifactUnsealedError,
     StoreSpaceError,
 )
+from storage.verify import checksum_file, verify_files
 
 MIB = 2**20
 T, D = 3, 5  # positions and channels of the small stores here
@@ -157,18 +158,14 @@ def sealed(original: Any, tmp_path: Path) -> tuple[Store, Path, dict[str, tuple[
         (2**12, 30, 3, 63.984375, 2),  # 3 rows make 64 KiB; whole chunks make up a shard
     ],
 )
-def test_sizes_follow_the_rule(
-    rows: int, row_kib: int, per_chunk: int, shard_mib: float, n_shards: int
-) -> None:
+def test_sizes_follow_the_rule(rows: int, row_kib: int, per_chunk: int, shard_mib: float, n_shards: int) -> None:
     spec = GroupSpec(rows, row_kib, 512, "bfloat16")
     assert (spec.rows_per_chunk, spec.shard_bytes / MIB, spec.n_shards) == (per_chunk, shard_mib, n_shards)
     assert dataclasses.replace(spec) == spec
     assert list(itertools.chain(*map(spec.shard_range, range(n_shards)))) == list(range(rows))
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"rows": -1}, {"seq_len": 0}, {"d_model": 0}, {"dtype": "int8"}, {"chunk_bytes": 0}]
-)
+@pytest.mark.parametrize("wrong", [{"rows": -1}, {"seq_len": 0}, {"d_model": 0}, {"dtype": "int8"}, {"chunk_bytes": 0}])
 def test_impossible_spec_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="got 'int8'" if "dtype" in wrong else "out of range"):
         GroupSpec(**({"rows": 1, "seq_len": 1, "d_model": 1, "dtype": "float32"} | wrong))
@@ -336,9 +333,7 @@ def swap_shard(folder: Path) -> None:
     shutil.copy(folder / shard_path("train", 0), folder / shard_path("train", 1))
 
 
-@pytest.mark.parametrize(
-    "damage", [delete_record, cut_record, cut_shard, delete_shard, flip_shard, swap_shard]
-)
+@pytest.mark.parametrize("damage", [delete_record, cut_record, cut_shard, delete_shard, flip_shard, swap_shard])
 def test_resume_rewrites_exactly_the_damaged_shard(sealed: Any, damage: Any) -> None:
     store, folder, files = sealed
     whole, inode = content(folder), (folder / shard_path("train", 0)).stat().st_ino
@@ -351,9 +346,7 @@ def test_resume_rewrites_exactly_the_damaged_shard(sealed: Any, damage: Any) -> 
     assert (folder / shard_path("train", 0)).stat().st_ino == inode
 
 
-@pytest.mark.parametrize(
-    "file", ["zarr.json", "activations/zarr.json", "sequence_id/c.0", "validation/view/c.0"]
-)
+@pytest.mark.parametrize("file", ["zarr.json", "activations/zarr.json", "sequence_id/c.0", "validation/view/c.0"])
 def test_damaged_metadata_starts_afresh(sealed: Any, file: str, caplog: pytest.LogCaptureFixture) -> None:
     store, folder, files = sealed
     flip(folder / "store.zarr" / file, 5)
@@ -467,8 +460,10 @@ def die_at(step: int) -> None:
             before()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def audit(event: str, _: tuple[Any, ...]) -> None:
-        if event in {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}:
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        changes = event in {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
+        # zarr-python's own renames happen in a folder that does not count yet; its mkdirs stand for them.
+        if changes and not str(args[0]).endswith(".partial"):
             die_if_due()
 
     def dying_write(fd: int, data: Any) -> int:
@@ -508,7 +503,7 @@ def test_sigkill_at_any_step_then_resume_gives_identical_bytes(tmp_path: Path) -
     files = store.write(tmp_path / "whole")
     whole = content(tmp_path / "whole")
     killed = sorted((tmp_path / "killed").iterdir())
-    assert len(killed) > 50
+    assert len(killed) > 30
     assert content(killed[-1]) == whole  # one of the two that lived
     for folder in killed:
         named = {name: data for name, data in content(folder).items() if ".tmp" not in name}
@@ -527,7 +522,7 @@ def test_every_flipped_byte_of_a_shard_is_found(sealed: Any, group: Any, check: 
     for index in range(store.specs[group].n_shards):
         name = shard_path(group, index)
         path, rows = folder / name, list(store.specs[group].shard_range(index))
-        for position in range(0, files[name][0], 7):
+        for position in range(0, files[name][0], 11):
             flip(path, position)
             with StoreReader(folder, files, check) as reader, pytest.raises(ArtifactCorruptError) as caught:
                 reader.read(group, rows)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.failpoints import reach
+from stackwise_core.masking import VALIDATION_VIEW
 from stackwise_core.trunk import RowSource
-from storage.activations.format import VALIDATION_VIEW, Dtype, Group, GroupSpec
+from storage.activations.format import Dtype, Group, GroupSpec
 from storage.activations.writer import ShardRange, StoreWriter
 
 _SEQUENCES_AT_ONCE = 32
@@ -31,7 +32,7 @@ class StoreRows:
     """int64 [validation rows]."""
     seq_len: int
     d_model: int
-    dtype: Dtype
+    dtype: str
     attributes: dict[str, Any]
 
     def index(self, group: Group) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +43,7 @@ class StoreRows:
 
     def spec(self, group: Group) -> GroupSpec:
         """Return the layout of a group."""
-        return GroupSpec(len(self.index(group)[0]), self.seq_len, self.d_model, self.dtype)
+        return GroupSpec(len(self.index(group)[0]), self.seq_len, self.d_model, cast("Dtype", self.dtype))
 
     def sample(self, n_rows: int) -> list[tuple[int, int]]:
         """Return about `n_rows` (sequence id, view) pairs, spread evenly over both groups."""
@@ -59,7 +60,7 @@ def fill_store(
     source: RowSource,
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool],
-) -> dict[str, int]:
+) -> tuple[dict[str, int], dict[str, tuple[int, str]]]:
     """Write every shard that is not there yet.
 
     Args:
@@ -70,7 +71,7 @@ def fill_store(
         should_stop: asked after every shard.
 
     Returns:
-        train_rows, validation_rows and store_bytes.
+        The counts train_rows, validation_rows and store_bytes; and for every file (size, checksum).
 
     Raises:
         StageInterruptedError: `should_stop()`; the shards written so far are kept.

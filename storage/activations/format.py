@@ -22,6 +22,7 @@ import torch
 
 # For its effect: zarr-python knows the data type from here on.
 import storage.activations.bfloat16  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from stackwise_core.trunk import STREAM_DTYPES
 from storage.errors import ArtifactCorruptError
 
 FORMAT_VERSION: Final = 1
@@ -31,10 +32,8 @@ RECORDS: Final = "records"
 Group = Literal["train", "validation"]
 GROUPS: Final[tuple[Group, ...]] = get_args(Group)
 GROUP_FOLDERS: Final[dict[Group, str]] = {"train": ZARR, "validation": f"{ZARR}/validation"}
-VALIDATION_VIEW: Final = -1
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in get_args(Dtype)}
 
 MIN_CHUNK_BYTES: Final = 64 * 2**10
 MIN_SHARD_BYTES: Final = 64 * 2**20
@@ -73,8 +72,8 @@ class GroupSpec:
         """Make the two wanted sizes exact, so that equal layouts are equal specs."""
         if self.rows < 0 or min(self.seq_len, self.d_model, self.chunk_bytes) < 1 or self.shard_bytes < 0:
             raise ValueError(f"sizes out of range: {self}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
+        if self.dtype not in STREAM_DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(STREAM_DTYPES)}, got {self.dtype!r}")
         per_chunk = min(_ceil_div(self.chunk_bytes, self.row_bytes), max(self.rows, 1))
         object.__setattr__(self, "chunk_bytes", per_chunk * self.row_bytes)
         share = self.rows * self.row_bytes // SHARDS_OF_LARGE_STORE
@@ -85,7 +84,7 @@ class GroupSpec:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch knows it."""
-        return DTYPES[self.dtype]
+        return STREAM_DTYPES[self.dtype]
 
     @property
     def row_bytes(self) -> int:
@@ -152,9 +151,7 @@ def metadata_paths(group: Group, spec: GroupSpec) -> list[str]:
 
 def corrupt(folder: Path, path: Path, problem: str) -> ArtifactCorruptError:
     """An error that names the file and the way out; `folder` is the artifact's."""
-    return ArtifactCorruptError(
-        path, problem, f"delete {folder} and run the same command again: it will be remade"
-    )
+    return ArtifactCorruptError(path, problem, f"delete {folder} and run the same command again: it will be remade")
 
 
 def _ceil_div(a: int, b: int) -> int:

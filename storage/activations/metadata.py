@@ -136,12 +136,8 @@ def _read_group(folder: Path, name: Group, group: zarr.Group) -> GroupMetadata:
     path = folder / GROUP_FOLDERS[name] / "activations" / "zarr.json"
     spec, codecs = _spec_of(array), getattr(array.metadata, "codecs", None)
     if spec is None or codecs != (codec_chain(spec),):
-        raise corrupt(
-            folder, path, f"chunks {array.shards} of {array.chunks} by {codecs} are not this format's"
-        )
-    sequence_id, view = (
-        np.asarray(cast("zarr.Array[Any]", group[key])[:]) for key in ("sequence_id", "view")
-    )
+        raise corrupt(folder, path, f"chunks {array.shards} of {array.chunks} by {codecs} are not this format's")
+    sequence_id, view = (np.asarray(cast("zarr.Array[Any]", group[key])[:]) for key in ("sequence_id", "view"))
     if len(sequence_id) != spec.rows:
         raise corrupt(folder, path, f"{spec.rows} rows, but {len(sequence_id)} sequence ids")
     return GroupMetadata(spec, RowIndex(sequence_id, view))

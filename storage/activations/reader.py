@@ -12,8 +12,9 @@ from typing import Final, Literal, Self
 import numpy as np
 import torch
 
+from stackwise_core.masking import VALIDATION_VIEW
 from storage.activations.buffers import bytes_of, destination
-from storage.activations.format import VALIDATION_VIEW, Group, corrupt, shard_path
+from storage.activations.format import Group, corrupt, shard_path
 from storage.activations.opening import open_sealed
 from storage.activations.shard import CRC_BYTES, ShardDamageError, ShardFile, ShardIndex
 from storage.errors import ArtifactError
@@ -48,9 +49,7 @@ class StoreReader:
         dtype: Of the training rows.
     """
 
-    def __init__(
-        self, folder: Path, files: Mapping[str, tuple[int, str]], check: Check = "first_touch"
-    ) -> None:
+    def __init__(self, folder: Path, files: Mapping[str, tuple[int, str]], check: Check = "first_touch") -> None:
         """Open a store: the sizes of all its files and the content of the small ones are compared here.
 
         Args:
@@ -75,9 +74,7 @@ class StoreReader:
         # Not a bound method: without a cycle the files close as soon as the reader is dropped.
         self._open = functools.lru_cache(MAX_OPEN_SHARDS)(functools.partial(_open_shard, folder))
 
-    def rows(
-        self, sequence_ids: torch.Tensor | np.ndarray, view: int, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def rows(self, sequence_ids: torch.Tensor | np.ndarray, view: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of some sequences in one view, in the order asked for.
 
         Args:
@@ -145,9 +142,7 @@ class StoreReader:
         """Close all files."""
         self.close()
 
-    def _read_chunk(
-        self, group: Group, shard: int, slot: int, wanted: list[tuple[int, int]], data: np.ndarray
-    ) -> None:
+    def _read_chunk(self, group: Group, shard: int, slot: int, wanted: list[tuple[int, int]], data: np.ndarray) -> None:
         """Copy rows of one chunk, given as (place in `data`, row within the chunk), checking it if due."""
         spec, what = self._groups[group].spec, f"chunk {slot}"
         try:

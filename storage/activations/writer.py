@@ -15,17 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage.activations.durable import (
-    TEMPORARY_SUFFIX,
-    explain_full_disk,
-    remove_temporaries,
-    sync,
-    sync_tree,
-    write_durably,
-)
+from stackwise_core.masking import VALIDATION_VIEW
 from storage.activations.format import (
     RECORDS,
-    VALIDATION_VIEW,
     ZARR,
     Group,
     GroupSpec,
@@ -35,8 +27,16 @@ from storage.activations.format import (
 from storage.activations.metadata import GroupMetadata, write_metadata
 from storage.activations.rows import RowIndex
 from storage.activations.shard import encode_shard
-from storage.activations.verify import checksum_bytes, checksum_file
+from storage.durable import (
+    TEMPORARY_SUFFIX,
+    explain_full_disk,
+    remove_temporaries,
+    sync,
+    sync_tree,
+    write_durably,
+)
 from storage.errors import ArtifactUnsealedError
+from storage.verify import checksum_bytes, checksum_file
 
 _log = logging.getLogger(__name__)
 
@@ -212,6 +212,4 @@ def _checked(group: Group, spec: GroupSpec, index: tuple[np.ndarray, np.ndarray]
 def _holds(store: Path, fresh: Path) -> bool:
     """Whether every file of `fresh` is in `store` with the same bytes."""
     names = (path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file())
-    return all(
-        (store / name).is_file() and filecmp.cmp(fresh / name, store / name, shallow=False) for name in names
-    )
+    return all((store / name).is_file() and filecmp.cmp(fresh / name, store / name, shallow=False) for name in names)

@@ -1,0 +1,53 @@
+# Everything runs in .venv; a target sets up what it needs and is quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CONFIG ?= configs/quickstart.yaml
+
+.PHONY: setup train test test-slow check bench docs clean
+
+train: $(VENV)/run ## grow the quickstart rack: three stacks, about two minutes
+	@$(BIN)/stackwise train $(CONFIG)
+
+test: $(VENV)/test ## the tests
+	@$(BIN)/python -m pytest $(PYTEST)
+
+test-slow: $(VENV)/test ## the tests that take minutes
+	@$(BIN)/python -m pytest -m slow $(PYTEST)
+
+check: $(VENV)/check ## style, types, import layers, spelling
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright --level error
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/codespell
+
+bench: $(VENV)/test ## the benchmarks: JSON and a table in benchmarks/results/
+	@$(BIN)/python -m benchmarks
+
+docs: $(VENV)/test ## run every snippet of the docs
+	@$(BIN)/python -m pytest tests/test_docs.py
+
+setup: $(VENV)/run $(VENV)/test $(VENV)/check ## all of the above's needs at once
+
+# One stamp per set of needs, so that `make train` does not wait for what only tests use.
+$(VENV)/run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"StackWise needs Python 3.11 or newer; $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing what stackwise needs into $(VENV) (some minutes, once)"
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/test: $(VENV)/run
+	@echo "installing what the tests need"
+	@$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/check: $(VENV)/run
+	@echo "installing what the checks need"
+	@$(PIP) install -c constraints.txt -e '.[test,check]'
+	@touch $@ $(VENV)/test
+
+clean: ## remove the virtual environment; artifacts stay
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""What is fast, measured: `python -m benchmarks` writes results/*.json and results/README.md."""

@@ -1,0 +1,185 @@
+"""How a benchmark measures, and how what it measured is written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """One quantity, once per round."""
+
+    case: str
+    """Under which circumstances."""
+    what: str
+    unit: str
+    values: Sequence[float]
+    at_least: float | None = None
+    """The goal, where there is one."""
+    at_most: float | None = None
+
+    @property
+    def median(self) -> float:
+        """The value that counts: half of the rounds were below it."""
+        return statistics.median(self.values)
+
+    @property
+    def met(self) -> bool | None:
+        """Say whether the median meets the goal; None where there is no goal."""
+        if self.at_least is None and self.at_most is None:
+            return None
+        return (self.at_least is None or self.median >= self.at_least) and (
+            self.at_most is None or self.median <= self.at_most
+        )
+
+    def dump(self) -> dict[str, Any]:
+        """Return it as JSON: the values, and what is read off them."""
+        low, high = quartiles(self.values)
+        summary = {"median": self.median, "quartiles": [low, high], "range": [min(self.values), max(self.values)]}
+        return {**dataclasses.asdict(self), **summary, "met": self.met}
+
+
+def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Time candidates in turn, so that what else the machine does meets them all alike.
+
+    Each round starts with another candidate: none is always the one after the slowest.
+
+    Args:
+        candidates: what to call, by name.
+        rounds: how often each is timed.
+        warmup: rounds before those that are not timed.
+
+    Returns:
+        Seconds per call and round, by name. Round i of one belongs to round i of another: compare them by `ratios`.
+    """
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for n in range(warmup + rounds):
+        shift = n % len(names)
+        for name in names[shift:] + names[:shift]:
+            began = time.perf_counter()
+            candidates[name]()
+            if n >= warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
+    """Return the ratio of every round."""
+    return [a / b for a, b in zip(numerator, denominator, strict=True)]
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the first and the third quartile; of fewer than four values, the smallest and the largest."""
+    if len(values) < 4:
+        return min(values), max(values)
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+# ---------------------------------------------------------------- where it was measured
+
+
+def machine() -> dict[str, Any]:
+    """Name the machine and the moment: a number without them means nothing."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": len(os.sched_getaffinity(0)),
+        "load": [round(load, 2) for load in os.getloadavg()],
+        "python": sys.version.split()[0],
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "prefect": version("prefect"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+    }
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    facts = dict(reversed([part.strip() for part in line.split(":", 1)]) for line in lines if "model name" in line)
+    return next(iter(facts), "unknown")
+
+
+def _commit() -> str:
+    """Return the commit, with a plus if code differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def write(name: str, title: str, where: Mapping[str, Any], measures: Sequence[Measure]) -> None:
+    """Write results/<name>.json, and the table of all results anew."""
+    RESULTS.mkdir(exist_ok=True)
+    result = {"name": name, "title": title, "machine": dict(where), "measures": [m.dump() for m in measures]}
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    pages = [page(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    (RESULTS / "README.md").write_text("\n".join([_PREFACE, *pages]))
+
+
+_PREFACE = """# Results
+
+Generated by `python -m benchmarks` from the JSON files beside it; edit neither. Candidates take turns within one
+run, and a ratio is taken within each round. Spread: the quartiles, or the extremes of fewer than four rounds.
+"""
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """Return one benchmark's results as Markdown."""
+    where = result["machine"]
+    lines = [
+        f"## {result['name']}",
+        "",
+        result["title"],
+        "",
+        f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads unless said otherwise, "
+        f"load {where['load'][0]} at the start; torch {where['torch']}, transformers {where['transformers']}, "
+        f"prefect {where['prefect']}, Python {where['python']}; commit {where['commit']}, {where['date']}.",
+        "",
+        "| case | what | median | spread | rounds | goal |",
+        "|---|---|--:|--:|--:|---|",
+    ]
+    for m in result["measures"]:
+        low, high = m["quartiles"]
+        spread = f"{number(low)} to {number(high)}"
+        lines.append(
+            f"| {m['case']} | {m['what']} | {number(m['median'])} {m['unit']} | {spread} | {len(m['values'])} "
+            f"| {_goal(m)} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def number(value: float) -> str:
+    """Return a number with the digits that mean something."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _goal(measure: Mapping[str, Any]) -> str:
+    if measure["met"] is None:
+        return ""
+    bounds = {"at least": measure["at_least"], "at most": measure["at_most"]}
+    goal = ", ".join(f"{side} {bound:g}" for side, bound in bounds.items() if bound is not None)
+    return f"{goal}: {'met' if measure['met'] else '**missed**'}"

@@ -1,0 +1,183 @@
+"""One training step against `transformers.LlamaForCausalLM`: same shape, weights, batch, objective, optimizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.harness import Measure, interleaved, ratios
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.costs import stage_flops
+from stackwise_core.model import Rack
+from stackwise_core.objectives import Batch, clm_fields, summed_loss
+from stackwise_core.rack_builder import grow_stack, new_rack
+from stackwise_core.resolve import ModelShape, OptimSpec, resolve_shape, resolve_stage
+from stackwise_core.trainer import StageModel, make_optimizer, train_step
+
+SEQ_LEN = 256
+N_BLOCKS = 2
+SHAPES = ((256, 8), (512, 4))
+"""Width of the stream and sequences per batch."""
+HEAD_DIM = 64
+MATMUL_SIZE = 1024
+
+Step = Callable[[], float]
+
+
+def measure(quick: bool) -> list[Measure]:
+    threads = [1] if quick else [n for n in (1, 2) if n <= len(os.sched_getaffinity(0))]
+    rounds = 5 if quick else 20
+    return [m for d_model, batch_size in SHAPES for n in threads for m in _measure(d_model, batch_size, n, rounds)]
+
+
+def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list[Measure]:
+    torch.set_num_threads(n_threads)
+    shape, optim = _resolve(d_model, batch_size)
+    batch = _batch(shape, batch_size)
+    rack = _rack(shape)
+    llama = llama_like(rack)
+    check_same_loss(rack, llama, batch)
+
+    step_flops = stage_flops(shape, [N_BLOCKS], 0, optim, SEQ_LEN, loss_fraction=1.0)[0] / optim.steps
+    seconds = interleaved(
+        {
+            "first stage": stackwise_step(StageModel(rack.stacks[0], rack.head, rack.embedding), batch, optim),
+            "later stage": stackwise_step(_later_stage(shape), _on_trunk(batch, d_model), optim),
+            "Llama": llama_step(llama, batch["input_ids"], optim),
+            "matmul": matmul,
+        },
+        rounds,
+    )
+
+    case = f"d={d_model}, batch {batch_size}, {n_threads} thread{'s' if n_threads > 1 else ''}"
+    tokens = batch_size * SEQ_LEN
+    measures = [
+        Measure(case, name, "tokens/s", [tokens / s for s in seconds[name]])
+        for name in ("first stage", "later stage", "Llama")
+    ]
+    measures += [
+        Measure(case, f"{name} / Llama", "x", ratios(seconds["Llama"], seconds[name]), at_least=1.0)
+        for name in ("first stage", "later stage")
+    ]
+    measures += [
+        Measure(case, name, "GFLOP/s", [flops / s / 1e9 for s in seconds[name]])
+        for name, flops in {"first stage": step_flops, "Llama": step_flops, "matmul": 2.0 * MATMUL_SIZE**3}.items()
+    ]
+    return measures
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+def _resolve(d_model: int, batch_size: int) -> tuple[ModelShape, OptimSpec]:
+    config = StackWiseConfig()
+    config.model.d_model = d_model
+    config.model.n_heads = d_model // HEAD_DIM
+    config.training.batch_size = batch_size
+    config.training.progressive.training_objective = "clm"
+    return resolve_shape(config), resolve_stage(config, 0).optim
+
+
+def _rack(shape: ModelShape) -> Rack:
+    rack = new_rack(shape, seed=0)
+    rack.stacks.append(grow_stack(shape, N_BLOCKS, 0, "random", seed=0, source=None))
+    return rack
+
+
+def _later_stage(shape: ModelShape) -> StageModel:
+    rack = _rack(shape)
+    rack.untie()
+    return StageModel(rack.stacks[0], rack.head)
+
+
+def _batch(shape: ModelShape, batch_size: int) -> Batch:
+    tokens = np.random.default_rng(0).integers(shape.vocab_size, size=(batch_size, SEQ_LEN))
+    return {**clm_fields(tokens), "sequence_ids": torch.arange(batch_size), "trunk_activations": None}
+
+
+def _on_trunk(batch: Batch, d_model: int) -> Batch:
+    stream = torch.randn(*batch["input_ids"].shape, d_model, generator=torch.Generator().manual_seed(0))
+    return {**batch, "trunk_activations": stream.bfloat16()}
+
+
+def llama_like(rack: Rack) -> LlamaForCausalLM:
+    """Return transformers' Llama of the same shape with the same weights, as fast as eager mode lets it be."""
+    shape = rack.shape
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.d_model,
+        intermediate_size=shape.d_ff,
+        num_hidden_layers=N_BLOCKS,
+        num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_kv_heads,
+        max_position_embeddings=SEQ_LEN,
+        rms_norm_eps=shape.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=shape.tie_embeddings,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    llama = LlamaForCausalLM(config).float().train()
+    ours = [rack.embedding, *rack.stacks[0].blocks, rack.head.norm, rack.head.projection]
+    theirs = [llama.model.embed_tokens, *llama.model.layers, llama.model.norm, llama.lm_head]
+    with torch.no_grad():
+        for mine, yours in zip(ours, theirs, strict=True):
+            _copy_weights(mine, yours)
+    return llama
+
+
+_LLAMA_NAMES = {
+    "attention_norm": "input_layernorm",
+    "attention": "self_attn",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn": "mlp",
+}
+
+
+def _copy_weights(mine: nn.Module, yours: nn.Module) -> None:
+    for name, parameter in mine.named_parameters():
+        first, _, rest = name.partition(".")
+        path = f"{_LLAMA_NAMES[first]}.{rest}" if rest else name
+        yours.get_parameter(path).copy_(parameter)
+
+
+def check_same_loss(rack: Rack, llama: LlamaForCausalLM, batch: Batch) -> None:
+    """Make sure that both do the same work: the same loss for the same weights and tokens."""
+    total, positions = summed_loss(rack.hidden(batch["input_ids"]), rack.head, batch)
+    ours = total.item() / positions
+    ids = batch["input_ids"]
+    theirs = llama(input_ids=ids, labels=ids).loss.item()
+    assert abs(ours - theirs) < 1e-4, f"another loss for the same weights: {ours} here, {theirs} in transformers"
+
+
+def stackwise_step(model: StageModel, batch: Batch, optim: OptimSpec) -> Step:
+    optimizer = make_optimizer(model, optim)
+    return lambda: train_step(model, batch, optimizer, optim, 0)["loss"]
+
+
+def llama_step(llama: LlamaForCausalLM, ids: torch.Tensor, optim: OptimSpec) -> Step:
+    optimizer = make_optimizer(llama, optim)
+    parameters = list(llama.parameters())
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = llama(input_ids=ids, labels=ids).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, optim.gradient_clip)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+_FACTORS = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE)
+
+
+def matmul() -> torch.Tensor:
+    """Multiply two matrices: what the cores can do at most."""
+    return _FACTORS[0] @ _FACTORS[1]
