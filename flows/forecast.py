@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Console
 
 from flows.numbers import parameters, size
-from flows.terminal import plain_table
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
 from stackwise_core.data import pack, read_corpus
@@ -99,21 +98,22 @@ def _print_plan(
 ) -> None:
     console = Console()
     sequences = f"{n_train:,} training and {n_validation:,} validation sequences of {config.data.seq_len} tokens"
-    console.print(f"[bold]{config.run.name}[/] in {artifacts.root}: {sequences}", highlight=False)
-    columns = ("|mask", "|trains", "|of", "|steps", "|TFLOP", "|saved", "|memory", "|cache", "to run")
-    table = plain_table("stage", "how", *columns)
+    console.print(f"[bold]{config.run.name}[/] in {artifacts.root}\n{sequences}", highlight=False, soft_wrap=True)
     for row in stages:
-        table.add_row(
-            str(row["stage"]),
-            f"{row['mode']}, {row['trunk']}, {row['precision']}",
-            "-" if row["mask_ratio"] is None else f"{row['mask_ratio']:.2f}",
-            parameters(row["trainable_parameters"]),
-            parameters(row["rack_parameters"]),
-            str(row["steps"]),
-            f"{row['flops'] / 1e12:.3g}",
-            f"{row['flops_saved_by_cache'] / 1e12:.3g}",
-            size(row["memory_bytes"]),
-            "none" if row["cache_bytes"] is None else size(row["cache_bytes"]),
-            " ".join(row["to_run"]) or "nothing",
-        )
-    console.print(table)
+        console.print(_paragraph(row), highlight=False, markup=False)
+
+
+def _paragraph(row: dict[str, Any]) -> str:
+    """Return one stage of the plan for people, in five short lines."""
+    masks = "inputs as they are" if row["mask_ratio"] is None else f"{row['mask_ratio']:.0%} of the positions masked"
+    saved = row["flops_saved_by_cache"]
+    saving = f", {saved / 1e12:.3g} saved by the cache below" if saved else ""
+    cache = row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"])
+    return (
+        f"\nstage {row['stage']}: {row['mode']}, {row['trunk']}, {row['precision']}\n"
+        f"  stack   {row['blocks']} blocks, {row['operator']}; {row['steps']} steps, {masks}\n"
+        f"  trains  {parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters\n"
+        f"  costs   {row['flops'] / 1e12:.3g} TFLOP{saving}; about {size(row['memory_bytes'])} of memory\n"
+        f"  cache   {cache}\n"
+        f"  to run  {', '.join(row['to_run']) or 'nothing, all is there'}"
+    )

@@ -155,12 +155,11 @@ class LiveBars:
 
 def stage_table(summaries: list[StageSummary]) -> Table:
     """Return the stages of a run as a table that fits 80 columns."""
-    table = plain_table("stage", "how", "|blocks", "|parameters", "|train loss", "|valid. loss", "|time", "cache")
+    table = plain_table("stage", "how", "|parameters", "|train loss", "|valid. loss", "|time", "cache")
     for row in summaries:
         table.add_row(
             str(row.stage),
             row.name,
-            str(row.blocks),
             parameters(row.rack_parameters),
             _loss(row.train_loss),
             _loss(row.validation_loss),

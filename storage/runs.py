@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.errors import ConfigError, CorpusError, Fault
+from stackwise_core.errors import ConfigError, CorpusError, Fault, StageInterruptedError
 from stackwise_core.identity import Ref, RunPlan
 from storage.durable import write_text
 from storage.errors import RunBusyError
@@ -121,7 +121,8 @@ def begin_attempt(
             yield attempt
             _write_outcome(attempt, "done", "")
         except BaseException as error:
-            _write_outcome(attempt, type(error).__name__, str(error))
+            stopped = isinstance(error, StageInterruptedError) or not isinstance(error, Exception)
+            _write_outcome(attempt, "stopped" if stopped else "failed", str(error))
             raise
         finally:
             alive.release()

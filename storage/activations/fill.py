@@ -99,11 +99,8 @@ def fill_store(
             raise StageInterruptedError(
                 f"stopped on request with {done:,} of {total:,} bytes cached; run the same command to go on"
             )
-    return {
-        "train_rows": specs["train"].rows,
-        "validation_rows": specs["validation"].rows,
-        "store_bytes": total,
-    }
+    counts = {"train_rows": specs["train"].rows, "validation_rows": specs["validation"].rows, "store_bytes": total}
+    return counts, writer.files()
 
 
 def _compute(rows: StoreRows, shard: ShardRange, spec: GroupSpec, source: RowSource) -> torch.Tensor:
