@@ -29,6 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.close()
         return 1
 
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"stackwise: {where}{error.strerror or error}; what was sealed is kept", file=sys.stderr)
+        return 1
+
 
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter

@@ -85,7 +85,8 @@ def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name:
     if index == 0 or plan.stages[index].activations is None or plan.stages[index - 1].activations is None:
         return
     stage, below = plan.stages[index], plan.stages[index - 1].ref("activations")
-    superseded = all(artifacts.state(stage.ref(kind)) is State.SEALED for kind in ("activations", "validation"))
+    above = artifacts.state(stage.ref("activations")), artifacts.state(stage.ref("validation"))
+    superseded = above[0] in (State.SEALED, State.RETIRED) and above[1] is State.SEALED
     if superseded and artifacts.state(below) is State.SEALED and not retire_unless_read(artifacts, below, run_name):
         tell(Message(f"{below.name} is kept: another run that is alive plans to read it"))
 

@@ -130,7 +130,7 @@ def _is_there(stage: Stage, ref: Ref) -> bool:
     Raises:
         ArtifactCorruptError: it was sealed and is damaged; it is not replaced behind anyone's back.
     """
-    if ref.kind not in stage.needed:
+    if ref.kind not in stage.needed or stage.artifacts.promote(ref):
         return True
     state = stage.artifacts.state(ref)
     if state is State.CORRUPT:

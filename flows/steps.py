@@ -29,7 +29,6 @@ from storage.activations.fill import StoreRows, fill_store
 from storage.activations.reader import StoreReader
 from storage.checkpoints import (
     METRICS,
-    discard_state,
     load_embedding,
     load_head,
     load_stack,
@@ -97,7 +96,6 @@ def train(stage: Stage, build: Ref, trunk: Ref) -> Ref:
             records = train_stack(model, batches, optim, state=state, hooks=_hooks(stage, folder))
         seconds = time.monotonic() - began
         save_trained(folder, model, records)
-        discard_state(folder)
         n_tokens = (optim.steps - first_step) * optim.batch_size * stage.config.data.seq_len
         facts = {
             **_parameter_facts(stage),

@@ -155,7 +155,7 @@ class LiveBars:
 
 def stage_table(summaries: list[StageSummary]) -> Table:
     """Return the stages of a run as a table that fits 80 columns."""
-    table = plain_table("stage", "how", "|parameters", "|train loss", "|valid. loss", "|time", "cache")
+    table = plain_table("stage", "how", "|params", "|loss", "|val. loss", "|time", "cache")
     for row in summaries:
         table.add_row(
             str(row.stage),
@@ -171,7 +171,7 @@ def stage_table(summaries: list[StageSummary]) -> Table:
 
 def plain_table(*columns: str) -> Table:
     """Return an empty table without lines; a column whose name begins with | is set to the right."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         table.add_column(name.removeprefix("|"), justify="right" if name.startswith("|") else "left")
     return table
@@ -185,4 +185,4 @@ def _cache(row: StageSummary) -> str:
     state = row.states["activations"]
     if row.cache_bytes is None:
         return state
-    return size(row.cache_bytes) if state == "sealed" else f"{state} ({size(row.cache_bytes)})"
+    return size(row.cache_bytes) if state == "sealed" else state

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,10 +18,10 @@ from stackwise_core.model import Head, Stack
 from stackwise_core.trainer import StageModel, TrainingState
 from storage.durable import explain_full_disk, replace_folder, settle_folder, write_bytes, write_text
 from storage.errors import ArtifactCorruptError
-from storage.layout import Artifacts
+from storage.layout import SCRATCH, Artifacts
 
 STACK, HEAD, EMBEDDING, METRICS = "stack.safetensors", "head.safetensors", "embedding.safetensors", "metrics.jsonl"
-_STATE_FOLDER = "checkpoint"
+_STATE_FOLDER = f"{SCRATCH}/checkpoint"
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -103,7 +102,7 @@ def _fill(module: Module, artifacts: Artifacts, ref: Ref, name: str) -> Module:
 def save_state(work: Path, state: TrainingState) -> None:
     """Replace the mid-stage checkpoint of a work folder; a kill leaves the old one or the new one."""
     fresh = work / f"{_STATE_FOLDER}.tmp"
-    fresh.mkdir(exist_ok=True)
+    fresh.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(fresh):
         payload = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()})
         (fresh / "state.safetensors").write_bytes(payload)
@@ -127,9 +126,3 @@ def load_state(work: Path) -> TrainingState | None:
     if hashlib.sha256(payload).hexdigest() != header["sha256"]:
         return None
     return TrainingState(header["step"], load_safetensors(payload), header["records"])
-
-
-def discard_state(work: Path) -> None:
-    """Remove the mid-stage checkpoint, also a half-written one: the stage is over."""
-    for folder in work.glob(f"{_STATE_FOLDER}*"):
-        shutil.rmtree(folder)

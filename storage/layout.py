@@ -11,8 +11,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from stackwise_core.failpoints import reach
 from stackwise_core.identity import Kind, Recipe, Ref
-from storage.durable import sync, sync_tree, write_text
+from storage.durable import remove_temporaries, sync, sync_tree, write_text
 from storage.errors import (
     ArtifactCorruptError,
     ArtifactError,
@@ -32,6 +33,10 @@ FOLDERS: dict[Kind, str] = {
     "activations": "activations",
     "validation": "validations",
 }
+
+
+SCRATCH = "scratch"
+"""Folder inside a work folder for what helps to go on after a kill; it is never sealed."""
 
 
 class State(Enum):
@@ -194,10 +199,7 @@ class Artifacts:
         checksums: dict[str, tuple[int, str]] | None = None,
         records: tuple[str, ...] = (),
     ) -> Manifest:
-        """Turn the work folder into the artifact: flush, manifest last, rename, flush the parents.
-
-        An artifact of that id which is sealed already (a forced attempt) stays if its digest is the
-        same; otherwise it goes to the trash and the new one takes its place.
+        """Turn the work folder into the artifact: flush, manifest last, then `promote`.
 
         Args:
             ref: what it is.
@@ -205,31 +207,46 @@ class Artifacts:
             inputs: what it was made from.
             facts: what the task found out.
             fingerprint: on what it was computed.
-            checksums: of files whose checksum is known already; the others are read.
+            checksums: path -> (size, checksum) of files that need not be read again.
             records: files that are logs, not content.
         """
-        work, folder, known = self.work(ref), self.folder(ref), checksums or {}
-        files = {
-            path.relative_to(work).as_posix(): FileEntry(
-                size=path.stat().st_size,
-                checksum=known.get(path.relative_to(work).as_posix(), (0, ""))[1] or checksum_file(path, "sha256"),
-                content=path.relative_to(work).as_posix() not in records,
-            )
-            for path in sorted(work.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
-        }
-        manifest = make_manifest(ref, recipe, inputs, files, facts, fingerprint)
+        work, known = self.work(ref), checksums or {}
+        remove_temporaries(work)
+        files: dict[str, FileEntry] = {}
+        for path in sorted(work.rglob("*")):
+            name = path.relative_to(work).as_posix()
+            if path.is_file() and name != MANIFEST and not name.startswith(SCRATCH):
+                n_bytes, checksum = known.get(name) or (path.stat().st_size, checksum_file(path, "sha256"))
+                files[name] = FileEntry(size=n_bytes, checksum=checksum, content=name not in records)
         sync_tree(work)
-        write_text(work / MANIFEST, manifest.model_dump_json(indent=1))
+        write_text(
+            work / MANIFEST, make_manifest(ref, recipe, inputs, files, facts, fingerprint).model_dump_json(indent=1)
+        )
+        reach(f"promote-{ref.kind}", ref.stage)
+        self.promote(ref)
+        return self.manifest(ref)
+
+    def promote(self, ref: Ref) -> bool:
+        """Put a work folder that has its manifest in place; say whether there was one.
+
+        An artifact of that id which is sealed already (a forced attempt) stays if its digest is the
+        same; otherwise it goes to the trash and the new one takes its place. Called again before a task
+        begins: it may have been killed between the manifest and the rename.
+        """
+        work, folder = self.root / "work" / ref.name, self.folder(ref)
+        if not (work / MANIFEST).exists():
+            return False
+        manifest = read_manifest(work, ref)
+        shutil.rmtree(work / SCRATCH, ignore_errors=True)
         if self.state(ref) is State.SEALED and self.manifest(ref).digest == manifest.digest:
             self._discard(work)
-            return self.manifest(ref)
+            return True
         if folder.exists():
             self._discard(folder)
         os.replace(work, folder)
         sync(folder.parent)
         sync(work.parent)
-        return manifest
+        return True
 
     def retire(self, ref: Ref) -> None:
         """Drop the data of a sealed artifact on purpose; the manifest stays to tell what was there."""

@@ -1,0 +1,107 @@
+"""The order of rows against brute force: what an epoch is, what a resumed run reads, what a store must hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.errors import StackWiseError
+from stackwise_core.order import RowOrder
+from stackwise_core.resolve import resolve_order
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> RowOrder:
+    batch_size = draw(st.integers(1, 7))
+    return RowOrder(
+        seed=draw(st.integers(0, 2**31 - 1)),
+        n_rows=draw(st.integers(batch_size, 40)),
+        batch_size=batch_size,
+        views=draw(st.integers(1, 5)),
+    )
+
+
+def as_lists(order: RowOrder, start: int, stop: int) -> list[tuple[list[int], int]]:
+    return [(rows.tolist(), view) for rows, view in order.batches(start, stop)]
+
+
+@given(orders(), st.integers(0, 1000))
+def test_an_epoch_is_a_permutation(order: RowOrder, epoch: int) -> None:
+    assert sorted(order.epoch_rows(epoch).tolist()) == list(range(order.n_rows))
+
+
+@given(orders(), st.integers(0, 60))
+def test_batches_are_slices_of_the_epochs(order: RowOrder, steps: int) -> None:
+    whole = order.n_rows // order.batch_size
+    assert order.steps_per_epoch == whole
+    expected: list[tuple[list[int], int]] = []
+    for epoch in range(steps // whole + 1):
+        rows = order.epoch_rows(epoch).tolist()
+        for n in range(whole):
+            expected.append((rows[n * order.batch_size : (n + 1) * order.batch_size], epoch % order.views))
+    assert as_lists(order, 0, steps) == expected[:steps]
+
+
+@given(orders(), st.integers(0, 40), st.integers(0, 40))
+def test_resuming_reads_the_tail(order: RowOrder, start: int, more: int) -> None:
+    assert as_lists(order, start, start + more) == as_lists(order, 0, start + more)[start:]
+
+
+@given(orders(), st.integers(0, 80))
+def test_visited_is_what_the_steps_read(order: RowOrder, steps: int) -> None:
+    read = {(row, view) for rows, view in as_lists(order, 0, steps) for row in rows}
+    rows, views = order.visited(steps)
+    pairs = list(zip(rows.tolist(), views.tolist(), strict=True))
+    assert pairs == sorted(read, key=lambda pair: (pair[1], pair[0]))
+
+
+@given(orders(), st.integers(0, 80))
+def test_count_visited_bounds_visited(order: RowOrder, steps: int) -> None:
+    """Exact while no view comes round again, and where batches leave no row over."""
+    exact = len(order.visited(steps)[0])
+    assert order.count_visited(steps) >= exact
+    if steps <= order.views * order.steps_per_epoch or order.n_rows % order.batch_size == 0:
+        assert order.count_visited(steps) == exact
+
+
+@given(orders())
+@settings(max_examples=20)
+def test_a_full_store_is_indexed_by_view_then_row(order: RowOrder) -> None:
+    rows, views = order.visited(500 * order.views)
+    if len(rows) == order.n_rows * order.views:
+        assert (views * order.n_rows + rows).tolist() == list(range(len(rows)))
+
+
+def test_orders_differ_by_epoch_and_seed_and_not_by_batch_size_or_views() -> None:
+    order = RowOrder(seed=0, n_rows=100, batch_size=4, views=2)
+    assert order.epoch_rows(0).tolist() != order.epoch_rows(1).tolist()
+    assert order.epoch_rows(0).tolist() != order.model_copy(update={"seed": 1}).epoch_rows(0).tolist()
+    other = order.model_copy(update={"batch_size": 7, "views": 5})
+    assert order.epoch_rows(3).tolist() == other.epoch_rows(3).tolist()
+
+
+def test_epochs_are_well_shuffled() -> None:
+    """Over many epochs each row is as often in the first batch as any other: 5 standard deviations."""
+    order = RowOrder(seed=3, n_rows=40, batch_size=10, views=1)
+    counts = np.bincount(np.concatenate([order.epoch_rows(epoch)[:10] for epoch in range(2000)]), minlength=40)
+    assert abs(counts - 500).max() < 5 * (2000 * 0.25 * 0.75) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("objective", "views", "expected"), [("mlm", 0, 8), ("clm", 0, 1), ("mlm", 3, 3), ("mlm", 1, 1), ("clm", 1, 1)]
+)
+def test_views_of_a_configuration(objective: str, views: int, expected: int) -> None:
+    values = {"run": {"seed": 5}, "cache": {"views": views}, "training": {"batch_size": 6}}
+    values["training"]["progressive"] = {"training_objective": objective}  # pyright: ignore[reportArgumentType]
+    order = resolve_order(StackWiseConfig.from_dict(values), 50)
+    assert order == RowOrder(seed=5, n_rows=50, batch_size=6, views=expected)
+    assert [view for _, view in order.batches(0, 8 * 9)] == [epoch % expected for epoch in range(9) for _ in range(8)]
+
+
+@pytest.mark.xfail(strict=True, reason="steps_per_epoch is 0: ZeroDivisionError", raises=ZeroDivisionError)
+def test_fewer_rows_than_a_batch_is_explained() -> None:
+    with pytest.raises(StackWiseError, match="batch_size"):
+        list(resolve_order(StackWiseConfig(), 31).batches(0, 1))
