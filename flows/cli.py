@@ -28,7 +28,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `stackwise status | head`
         sys.stderr.close()
         return 1
-
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"stackwise: {where}{error.strerror or error}; what was sealed is kept", file=sys.stderr)

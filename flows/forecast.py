@@ -109,9 +109,10 @@ def _paragraph(row: dict[str, Any]) -> str:
     saved = row["flops_saved_by_cache"]
     saving = f", {saved / 1e12:.3g} saved by the cache below" if saved else ""
     cache = row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"])
+    plural = "block" if row["blocks"] == 1 else "blocks"
     return (
         f"\nstage {row['stage']}: {row['mode']}, {row['trunk']}, {row['precision']}\n"
-        f"  stack   {row['blocks']} {'block' if row['blocks'] == 1 else 'blocks'}, {row['operator']}; {row['steps']} steps, {masks}\n"
+        f"  stack   {row['blocks']} {plural}, {row['operator']}; {row['steps']} steps, {masks}\n"
         f"  trains  {parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters\n"
         f"  costs   {row['flops'] / 1e12:.3g} TFLOP{saving}; about {size(row['memory_bytes'])} of memory\n"
         f"  cache   {cache}\n"
