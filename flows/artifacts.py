@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
+from collections.abc import Generator
 from typing import Any, cast
 from uuid import UUID
 
+from prefect import get_run_logger
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -39,13 +42,23 @@ def progress_artifact(stage: Stage) -> Listener:
             return
         last = time.monotonic()
         percent, text = _progress_of(event)
-        if artifact is None:
-            key = key_of(stage.config.run.name, "stage", event.stage)
-            artifact = cast("UUID", create_progress_artifact(percent, key, text))  # typed for async callers too
-        else:
-            update_progress_artifact(artifact, percent, text)
+        with _never_failing("progress"):
+            if artifact is None:
+                key = key_of(stage.config.run.name, "stage", event.stage)
+                artifact = cast("UUID", create_progress_artifact(percent, key, text))  # typed for async callers too
+            else:
+                update_progress_artifact(artifact, percent, text)
 
     return listen
+
+
+@contextlib.contextmanager
+def _never_failing(what: str) -> Generator[None]:
+    """Log that a page could not be updated, and go on: no training stops for its display."""
+    try:
+        yield
+    except Exception as error:  # whatever an HTTP client raises when a server is down or slow
+        get_run_logger().warning("the %s on Prefect's pages was not updated: %s", what, error)
 
 
 def _progress_of(event: StepTaken | RowsCached) -> tuple[float, str]:
@@ -62,8 +75,9 @@ def publish_run(name: str, root: str) -> Listener:
     def listen(event: Event) -> None:
         if isinstance(event, StageDone):
             done.append(event.summary)
-            create_table_artifact([_row(summary) for summary in done], key_of(name, "stages"), f"Stages of {name}")
-            create_markdown_artifact(report(name, root, done), key_of(name, "report"), f"Report of {name}")
+            with _never_failing("stage table and report"):
+                create_table_artifact([_row(summary) for summary in done], key_of(name, "stages"), f"Stages of {name}")
+                create_markdown_artifact(report(name, root, done), key_of(name, "report"), f"Report of {name}")
 
     return listen
 

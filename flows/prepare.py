@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from flows.progress import Message, TaskStarted, stop_requested, tell
+from flows.progress import DataReady, Message, TaskStarted, stop_requested, tell
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.costs import store_bytes
 from stackwise_core.data import pack, read_corpus
@@ -31,7 +31,9 @@ def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -
         if artifacts.state(ref) is not State.SEALED:
             tell(TaskStarted(-1, "prepare data"))
             _pack_into(config, artifacts, plan)
-    n_rows = artifacts.manifest(ref).facts["train_sequences"]
+    facts = artifacts.manifest(ref).facts
+    n_rows = facts["train_sequences"]
+    tell(DataReady(n_rows, facts["validation_sequences"]))
     if n_rows < config.training.batch_size:
         received = str(config.training.batch_size)
         fault = Fault("training.batch_size", received, f"the corpus gives only {n_rows} training sequences")

@@ -22,6 +22,14 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class DataReady:
+    """The packed sequences are there."""
+
+    n_train: int
+    n_validation: int
+
+
+@dataclass(frozen=True)
 class TaskStarted:
     """A task does work."""
 
@@ -72,7 +80,7 @@ class Message:
     text: str
 
 
-Event = RunStarted | TaskStarted | TaskReused | StepTaken | RowsCached | StageDone | Message
+Event = RunStarted | DataReady | TaskStarted | TaskReused | StepTaken | RowsCached | StageDone | Message
 Listener = Callable[[Event], None]
 
 # One process runs one run. Prefect calls tasks with plain parameters, so who listens, and whether to

@@ -53,15 +53,15 @@ def grow(
     artifacts = Artifacts(root).open()
     plan = plan_run(config, corpus_digest(config.data.source))
     forced = forced_refs(plan, from_stack, force)
-    demand = compute_demand(plan, artifacts, config.cache.keep, forced)
     with begin_attempt(artifacts, config, plan, _tell_waiting):
         tell(RunStarted(config.run.name, len(plan.stages), str(artifacts.root)))
         prepare_data(config, artifacts, plan)
-        check_space(
-            config, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in demand.needed]
-        )
+        needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed
+        check_space(config, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in needed])
         for index in range(len(plan.stages)):
-            add(_stage(config, root, plan, index, demand))
+            # Asked again at every stage: another process may have made, and retired, something meanwhile.
+            still_forced = frozenset(ref for ref in forced if ref.stage >= index)
+            add(_stage(config, root, plan, index, compute_demand(plan, artifacts, config.cache.keep, still_forced)))
             if config.cache.keep == "last":
                 retire_superseded(artifacts, plan, index, config.run.name)
             tell(StageDone(index, summarise(artifacts, plan)[index]))

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from flows.numbers import clock, parameters, size, stage_line
 from flows.progress import (
+    DataReady,
     Event,
     Listener,
     Message,
@@ -71,6 +72,8 @@ class PlainLines:
             case RunStarted():
                 self.n_stages = event.n_stages
                 self._say(f"run {event.name}: {event.n_stages} stages in {event.folder}")
+            case DataReady():
+                self._say(_sequences(event))
             case TaskStarted():
                 self.speed, self.last = _Speed(), time.monotonic()
                 self._say(f"{_where(event.stage, self.n_stages)}{event.task}")
@@ -96,6 +99,10 @@ class PlainLines:
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+
+def _sequences(event: DataReady) -> str:
+    return f"{event.n_train:,} training and {event.n_validation:,} validation sequences"
 
 
 def _where(stage: int, n_stages: int) -> str:
@@ -126,6 +133,8 @@ class LiveBars:
             case RunStarted():
                 self.n_stages = event.n_stages
                 self.console.print(f"[bold]{escape(event.name)}[/]: {event.n_stages} stages in {escape(event.folder)}")
+            case DataReady():
+                self._update(-1, "ready", completed=1, total=1, detail=_sequences(event))
             case TaskStarted():
                 self.speed = _Speed()
                 self._update(event.stage, event.task, completed=0, total=None, detail="")

@@ -63,7 +63,7 @@ def _verify_folder(folder: Path) -> tuple[list[str], int]:
     """Return what is wrong with one artifact, and the bytes read."""
     try:
         manifest = read_manifest(folder)
-    except (ArtifactError, FileNotFoundError) as error:
+    except ArtifactError as error:
         return [str(error)], 0
     if (folder / RETIRED).exists():
         return [], 0

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from stackwise_core.identity import NUMERICS, Kind, Recipe, Ref, canonical_json
-from storage.errors import ArtifactCorruptError
+from storage.errors import ArtifactCorruptError, ArtifactUnsealedError
 
 MANIFEST = "manifest.json"
 RETIRED = "retired.json"
@@ -26,7 +26,7 @@ class FileEntry(BaseModel, frozen=True, extra="forbid"):
     size: int
     """[bytes]"""
     checksum: str
-    """'sha256:...' or, for shards, 'crc32c:...'."""
+    """'sha256:' and 64 hex digits."""
     content: bool = True
     """False for logs and timings, which may differ between equal artifacts: they are not in the digest."""
 
@@ -97,9 +97,13 @@ def read_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
     """Read and check the manifest of a sealed artifact.
 
     Raises:
+        ArtifactUnsealedError: there is no manifest.
         ArtifactCorruptError: it is no manifest, of a newer format, of another id, or was edited.
     """
     path = folder / MANIFEST
+    if not path.exists():
+        remedy = "Run `stackwise train` with the configuration that makes it: it will be made"
+        raise ArtifactUnsealedError(folder, "was never sealed (it has no manifest)", remedy)
     remedy = f"Remove {folder} and run the same command again: it will be remade"
     try:
         manifest = Manifest.model_validate(json.loads(path.read_bytes()))

@@ -1,0 +1,183 @@
+"""What the tests of flows share: a corpus, a configuration that grows in half a second, digests, events.
+
+Prefect is never imported here: the tests that need it are marked `flow` and share one server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_PREFECT_HOME = tempfile.mkdtemp(prefix="stackwise-prefect-")
+os.environ["PREFECT_HOME"] = _PREFECT_HOME  # read when prefect is first imported: the user's own stays untouched
+os.environ.pop("PREFECT_API_URL", None)
+
+_WORDS = "the of stack trunk frozen layer boundary token grows each one then keeps rack under noise".split()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
+
+
+def write_corpus(path: Path, *, words: int = 400, seed: int = 0) -> Path:
+    """Write some kilobytes of text that a model can learn something of."""
+    draw = random.Random(seed)
+    path.write_text(" ".join(draw.choice(_WORDS) for _ in range(words)))
+    return path
+
+
+def tiny_values(corpus: Path) -> dict[str, Any]:
+    """Three stacks of one block; 16 sequences in batches of 4, so that 12 steps are three epochs."""
+    return {
+        "run": {"name": "tiny"},
+        "data": {"source": str(corpus), "seq_len": 16, "max_sequences": 16, "validation_fraction": 0.1},
+        "model": {"d_model": 16, "n_heads": 2, "d_ff": 32, "blocks_per_stack": 1},
+        "training": {
+            "batch_size": 4,
+            "steps_per_stack": 12,
+            "warmup_steps": 2,
+            "checkpoint_every": 4,
+            "progressive": {"training_objective": "clm", "target_stacks": 3},
+        },
+        "hardware": {"threads": 1, "device": "cpu"},
+        "validation": {"max_sequences": 8, "sampled_rows": 64},
+    }
+
+
+def tiny(folder: Path, changes: dict[str, Any] | None = None) -> Any:
+    """Return the tiny configuration, its corpus written into `folder`; changes are dotted keys."""
+    from stackwise_core.config import StackWiseConfig
+    from stackwise_core.config_yaml import apply_overrides
+
+    corpus = folder / "corpus.txt"
+    values = tiny_values(corpus if corpus.exists() else write_corpus(corpus))
+    apply_overrides(values, changes or {})
+    return StackWiseConfig.from_dict(values)
+
+
+def manifests(root: Path) -> dict[str, dict[str, Any]]:
+    """Return every manifest below an artifacts folder, by the artifact's name."""
+    return {path.parent.name: json.loads(path.read_text()) for path in root.glob("*/*/manifest.json")}
+
+
+def digests(root: Path) -> dict[str, str]:
+    """Return the digest of every artifact: equal digests are equal bytes. `verify` says that they are true."""
+    sealed = {name: m["digest"] for name, m in manifests(root).items() if m["ref"]["kind"] in _KINDS}
+    assert sealed, f"nothing sealed in {root}"
+    return sealed
+
+
+_KINDS = {"data", "build", "trunk", "stack", "activations", "validation"}
+
+
+def folder_of(root: Path, kind: str, stage: int) -> Path:
+    """Return the one folder of a kind and stage."""
+    rooms = {"activations": "activations"}
+    (found,) = (root / rooms.get(kind, f"{kind}s")).glob(f"{kind}-{stage}-*")
+    return found
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+class Recorder:
+    """Hears what a run tells."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def __call__(self, event: Any) -> None:
+        self.events.append(event)
+
+    @property
+    def made(self) -> list[str]:
+        """Tasks that did work, as 'train 1', in order."""
+        from flows.progress import TaskStarted
+
+        return [f"{event.task} {event.stage}" for event in self.events if isinstance(event, TaskStarted)]
+
+    @property
+    def messages(self) -> list[str]:
+        from flows.progress import Message
+
+        return [event.text for event in self.events if isinstance(event, Message)]
+
+
+def grown(config: Any, root: Path, **how: Any) -> Recorder:
+    """Grow by plain calls and return what was told."""
+    from flows.progress import listening
+    from flows.run import grow
+
+    recorder = Recorder()
+    with listening(recorder):
+        grow(config, str(root), **how)
+    return recorder
+
+
+ALL_OF = {
+    stage: [f"{task} {stage}" for task in ("build", "trunk", "train", "cache", "validate")] for stage in range(9)
+}
+
+
+def made_by_stages(n_stages: int, first: int = 0) -> list[str]:
+    """What a run from stage `first` on makes; the last stage caches nothing."""
+    tasks = [task for stage in range(first, n_stages) for task in ALL_OF[stage]]
+    tasks.remove(f"cache {n_stages - 1}")
+    return tasks
+
+
+@pytest.fixture(scope="session", autouse=False)
+def quick_disk() -> Generator[None]:
+    """Leave out fsync, which only a power cut would tell from doing it: a run is three times as fast."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, quick_disk: None) -> Callable[..., Path]:
+    """Give the artifacts of an undisturbed run of a configuration: made once, to be compared with, not changed."""
+    made: dict[str, Path] = {}
+
+    def of(changes: dict[str, Any] | None = None) -> Path:
+        key = json.dumps(changes or {}, sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("reference")
+            grown(tiny(folder, changes), folder / "artifacts")
+            made[key] = folder / "artifacts"
+        return made[key]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+    """Start the one Prefect server of the session and return its API."""
+    from flows.server import embedded_server, quiet_prefect
+
+    before = dict(os.environ)
+    quiet_prefect()
+    try:
+        with embedded_server(tmp_path_factory.mktemp("server") / "server.log") as server:
+            import prefect  # noqa: F401  # while the server starts
+
+            server.wait_until_ready()
+            yield server.url
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+
+
+def subset(names: Iterable[str], *kinds: str) -> set[str]:
+    """Return the artifact names of some kinds, such as 'stack' or 'stack-1'."""
+    return {name for name in names if name.startswith(tuple(f"{kind}-" for kind in kinds))}
