@@ -21,6 +21,7 @@ from flows.numbers import clock, size, stage_line
 from flows.progress import Event, Listener, RowsCached, StageDone, StepTaken
 from flows.stage import Stage
 from flows.summary import StageSummary
+from flows.terminal import PlainLines
 
 _SECONDS_BETWEEN_UPDATES = 5.0
 """An update costs tens of milliseconds on the server: by time, never by step."""
@@ -68,6 +69,11 @@ def _progress_of(event: StepTaken | RowsCached) -> tuple[float, str]:
     return 100.0 * event.n_bytes / max(1, event.of_bytes), done
 
 
+def run_log() -> Listener:
+    """Return a listener that writes what happens into the log of the flow or task that runs, by the minute."""
+    return PlainLines(lambda text: get_run_logger().info(text), seconds_between_steps=60.0)
+
+
 def publish_run(name: str, root: str) -> Listener:
     """Return a listener that publishes the stage table and the run report after every stage."""
     done: list[StageSummary] = []
@@ -92,7 +98,7 @@ def _row(summary: StageSummary) -> dict[str, Any]:
         "training loss": _rounded(summary.train_loss),
         "validation loss": _rounded(summary.validation_loss),
         "time": clock(summary.seconds or 0.0),
-        "cache": size(summary.cache_bytes) if summary.cache_bytes is not None else summary.cache_note,
+        "cache": size(summary.cache_bytes) if summary.cache_bytes is not None else "none",
         "stack": summary.artifacts["stack"],
     }
 

@@ -94,6 +94,7 @@ class EmbeddedServer:
         command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on"]
         environment = {**os.environ, "PREFECT__SERVER_FINAL": "1", "PREFECT_SERVER_UI_ENABLED": "true"}
+        environment["PREFECT_UI_API_URL"] = self.url  # else its pages ask port 4200
         environment.pop("PREFECT_API_URL")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -27,8 +27,6 @@ from flows.progress import (
     TaskStarted,
 )
 from flows.summary import StageSummary
-
-_PLAIN_SECONDS = 10.0
 
 
 class _Speed:
@@ -58,10 +56,12 @@ def showing(stream_is_terminal: bool | None = None) -> Generator[Listener]:
 
 
 class PlainLines:
-    """One line when something begins or ends, and one every ten seconds in between."""
+    """One line when something begins or ends, and one now and then in between."""
 
-    def __init__(self) -> None:
-        """Start with nothing said."""
+    def __init__(self, say: Callable[[str], None] | None = None, seconds_between_steps: float = 10.0) -> None:
+        """Say lines with `say`; by default they are printed to stderr."""
+        self._say = say or _print_line
+        self.seconds = seconds_between_steps
         self.speed = _Speed()
         self.last = 0.0
         self.n_stages = 0
@@ -79,14 +79,14 @@ class PlainLines:
                 self._say(f"{_where(event.stage, self.n_stages)}{event.task}")
             case StepTaken():
                 speed, left = self.speed.update(event)
-                if event.step == event.steps or time.monotonic() - self.last >= _PLAIN_SECONDS:
+                if event.step == event.steps or time.monotonic() - self.last >= self.seconds:
                     self.last = time.monotonic()
                     self._say(
                         f"{_where(event.stage, self.n_stages)}step {event.step}/{event.steps}, loss {event.loss:.4f}, "
                         f"{speed:,.0f} tokens/s, {clock(left)} left"
                     )
             case RowsCached():
-                if event.n_bytes == event.of_bytes or time.monotonic() - self.last >= _PLAIN_SECONDS:
+                if event.n_bytes == event.of_bytes or time.monotonic() - self.last >= self.seconds:
                     self.last = time.monotonic()
                     done = f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
                     self._say(f"{_where(event.stage, self.n_stages)}{done}")
@@ -97,8 +97,9 @@ class PlainLines:
             case TaskReused():
                 pass
 
-    def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+
+def _print_line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _sequences(event: DataReady) -> str:

@@ -9,7 +9,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import APILogHandler
 
 from flows.add_stack import add_stack
-from flows.artifacts import publish_run
+from flows.artifacts import publish_run, run_log
 from flows.progress import listening
 from flows.run import grow
 from flows.stage import Stage
@@ -36,7 +36,7 @@ def train_rack(
         from_stack: redo the stages from this one on; -1 redoes none.
         force: redo this task of those stages, or of all.
     """
-    with listening(publish_run(config.run.name, artifacts)):
+    with listening(run_log()), listening(publish_run(config.run.name, artifacts)):
         grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
 
 
