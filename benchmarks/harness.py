@@ -147,6 +147,11 @@ run, and a ratio is taken within each round. Spread: the quartiles, or the extre
 """
 
 
+_BUSY_LOAD = 0.5
+"""Load at the start above which something else was running."""
+_BUSY = ("", "**The machine was busy with other work: these numbers judge no goal. Run it again on a quiet one.**")
+
+
 def page(result: Mapping[str, Any]) -> str:
     """Return one benchmark's results as Markdown."""
     where = result["machine"]
@@ -158,6 +163,7 @@ def page(result: Mapping[str, Any]) -> str:
         f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads unless said otherwise, "
         f"load {where['load'][0]} at the start; torch {where['torch']}, transformers {where['transformers']}, "
         f"prefect {where['prefect']}, Python {where['python']}; commit {where['commit']}, {where['date']}.",
+        *(_BUSY if where["load"][0] > _BUSY_LOAD else ()),
         "",
         "| case | what | median | spread | rounds | goal |",
         "|---|---|--:|--:|--:|---|",

@@ -10,11 +10,11 @@ import contextlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic.functional_validators import AfterValidator
 
 from stackwise_core.config_rules import cross_field_faults, schema_faults
+from stackwise_core.config_yaml import apply_overrides, dump_yaml, load_yaml
 from stackwise_core.errors import ConfigError, Fault
 
 Precision = Literal["full", "half", "bfloat16", "nvfp4", "qlora"]
@@ -39,7 +39,9 @@ TimeMapping = Annotated[
 class Section(BaseModel):
     """A part of the configuration: unknown keys and wrong types are errors, on assignment too."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class RunConfig(Section):
@@ -203,8 +205,6 @@ class TrainingConfig(Section):
     """Steps of the joint anneal after the last stage."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints inside a stage. Changes no result."""
-    log_every: int = Field(default=10, ge=1)
-    """Steps between plain progress lines. Changes no result."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass at block boundaries."""
     mask_ratio: float = Field(default=0.15, gt=0.0, le=1.0)
@@ -283,12 +283,12 @@ class StackWiseConfig(Section):
     """Validation loss and cache checks."""
 
     def validate(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Check the rules that span fields.
+        """Check the schema again, since lists and mappings can be changed in place, and the rules that span fields.
 
         Raises:
             ConfigError: lists every fault at once, each with its path, value and what is allowed.
         """
-        faults = cross_field_faults(self)
+        faults = _all_faults(type(self), self.model_dump(warnings=False))
         if faults:
             raise ConfigError(faults)
 
@@ -299,16 +299,10 @@ class StackWiseConfig(Section):
         Raises:
             ConfigError: lists the faults of the schema and of the rules together.
         """
-        try:
-            config = cls.model_validate(values)
-        except ValidationError as error:
-            faults, remainder = schema_faults(cls, values, error)
-            # What is left may not be a configuration yet: then its schema faults are told first.
-            with contextlib.suppress(ValidationError):
-                faults += cross_field_faults(cls.model_validate(remainder))
-            raise ConfigError(faults) from None
-        config.validate()
-        return config
+        faults = _all_faults(cls, values)
+        if faults:
+            raise ConfigError(faults)
+        return cls.model_validate(values)
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> StackWiseConfig:
@@ -321,8 +315,6 @@ class StackWiseConfig(Section):
         Raises:
             ConfigError: the file is missing or no YAML, or lists every fault in it.
         """
-        from stackwise_core.config_yaml import apply_overrides, load_yaml
-
         values = load_yaml(Path(path))
         apply_overrides(values, overrides or {})
         return cls.from_dict(values)
@@ -336,7 +328,22 @@ class StackWiseConfig(Section):
         if callable(self.training.progressive.time_mapping):
             key = "training.progressive.time_mapping"
             raise ConfigError([Fault(key, "a callable", "a file needs 'module:name' or a list")])
-        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        text = dump_yaml(self.model_dump(mode="json"))
         if path is not None:
-            Path(path).write_text(text)
+            Path(path).write_text(text, encoding="utf-8")
         return text
+
+
+def _all_faults(schema: type[StackWiseConfig], values: dict[str, Any]) -> list[Fault]:
+    """Return the faults of the schema, and of the rules as far as they concern values that have none."""
+    try:
+        return cross_field_faults(schema.model_validate(values))
+    except ValidationError as error:
+        faults, remainder = schema_faults(schema, values, error)
+    # What is left may not be a configuration yet: then its schema faults are told first.
+    with contextlib.suppress(ValidationError):
+        broken = {fault.path for fault in faults}
+        for fault in cross_field_faults(schema.model_validate(remainder)):
+            if not any(path in (fault.path, *fault.allowed.split()) for path in broken):
+                faults.append(fault)
+    return faults

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from stackwise_core.errors import Fault
 
@@ -55,7 +56,9 @@ def _training_faults(config: StackWiseConfig) -> Iterator[Fault]:
     shortest = min(stage_steps(config, stage) for stage in range(training.progressive.target_stacks))
     if training.warmup_steps > shortest:
         yield Fault(
-            "training.warmup_steps", str(training.warmup_steps), f"must not exceed the {shortest} steps of a stage"
+            "training.warmup_steps",
+            str(training.warmup_steps),
+            f"must not exceed training.steps_per_stack = {shortest} (of the shortest stage)",
         )
     if training.mask_ratio_min > training.mask_ratio_max:
         yield Fault(
@@ -178,8 +181,15 @@ def schema_faults(
         else:
             message = item["msg"].removeprefix("Value error, ")
             faults.append(Fault(path, repr(item["input"]), message[0].lower() + message[1:]))
-        _remove(remainder, item["loc"])
+    # From the back, so that the places of list items before them stay right.
+    for item in sorted(error.errors(include_url=False), key=_place, reverse=True):
+        location = item["loc"]
+        _remove(remainder, location[:-1] if item["type"] == "missing" else location)
     return faults, remainder
+
+
+def _place(item: ErrorDetails) -> list[str]:
+    return [f"{part:09d}" if isinstance(part, int) else part for part in item["loc"]]
 
 
 def _unknown_key(schema: type[BaseModel], location: tuple[int | str, ...]) -> str:

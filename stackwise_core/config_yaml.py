@@ -15,22 +15,35 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which would keep the last of two equal keys and read 1e-3 as text."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which would leave 1e3 unquoted though the loader above reads it as a number."""
+
+
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys: set[Any] = set()
+    keys: set[tuple[str, str]] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+        key = (key_node.tag, key_node.value)
         if key in keys:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} stands here twice", key_node.start_mark
-            )
+            problem = f"the key {key_node.value!r} stands here twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
         keys.add(key)
     return loader.construct_mapping(node, deep=True)
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Return YAML text that `load_yaml` reads back as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_value(text: str) -> Any:

@@ -101,6 +101,8 @@ def corpus_digest(source: str) -> str:
 def _paths(source: str) -> list[Path]:
     if source == "stdlib":
         return _standard_library()
+    if Path(source).is_file():
+        return [Path(source)]
     paths = sorted(Path(name) for name in glob.glob(source, recursive=True))
     files = [path for path in paths if path.is_file()]
     if not files:
@@ -167,12 +169,12 @@ def pack(
 def _split(corpus: Corpus, fraction: float) -> tuple[list[bytes], list[bytes]]:
     """Hold out whole documents; where they are too few or too uneven for that, the end of each.
 
-    Held-out documents must come within a quarter of the asked fraction.
+    Held-out documents must come within a quarter of the asked fraction; equal ones stay on one side.
     """
     texts = [document.text for document in corpus.documents]
     wanted = fraction * sum(map(len, texts))
     held, size = 0, 0
-    while size < wanted:
+    while size < wanted or (0 < held < len(texts) and texts[held] == texts[held - 1]):
         size += len(texts[held])
         held += 1
     if size <= 1.25 * wanted:

@@ -69,6 +69,9 @@ class ProgressiveDataLoader:
             cache_activations: with a callable, keep each computed row in RAM for later passes.
             views: mask draws per sequence.
         """
+        if isinstance(trunk_activations, Tensor) and views > 1:
+            allowed = "a tensor holds the activations of one view; give an object with rows() or a callable"
+            raise ConfigError([Fault("views", str(views), allowed)])
         self.base_dataloader = base_dataloader
         self.masking_strategy = masking_strategy
         self.stack_idx = stack_idx
@@ -124,18 +127,31 @@ class ProgressiveDataLoader:
 
 
 def _tokens_and_ids(raw: Any) -> tuple[IntArray, IntArray, int | None]:
-    fields: dict[str, Any] = (
-        raw if isinstance(raw, dict) else {"input_ids": raw[0] if isinstance(raw, (tuple, list)) else raw}
-    )
+    first = raw[0] if isinstance(raw, (tuple, list)) and len(raw) else raw
+    fields: dict[str, Any] = raw if isinstance(raw, dict) else {"input_ids": first}
     if "input_ids" not in fields:
-        raise ConfigError(
-            [Fault("base_dataloader", f"a batch with {sorted(fields)}", "each batch needs input_ids [B, T]")]
-        )
-    tokens = np.asarray(fields["input_ids"], dtype=np.int64)
-    if tokens.ndim != 2:
-        raise ConfigError([Fault("base_dataloader", f"input_ids of shape {tokens.shape}", "[B, T] is expected")])
+        raise _bad_batch(f"a batch with {sorted(fields)}", "each batch needs input_ids [B, T]")
+    tokens = _integers("input_ids", fields["input_ids"], n_dimensions=2)
     ids = fields.get("sequence_ids")
-    return tokens, content_ids(tokens) if ids is None else np.asarray(ids, dtype=np.int64), fields.get("view")
+    sequence_ids = content_ids(tokens) if ids is None else _integers("sequence_ids", ids, n_dimensions=1)
+    if len(sequence_ids) != len(tokens):
+        raise _bad_batch(f"{len(sequence_ids)} sequence_ids for {len(tokens)} rows", "one id for every row")
+    return tokens, sequence_ids, fields.get("view")
+
+
+def _integers(name: str, value: Any, n_dimensions: int) -> IntArray:
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise _bad_batch(f"{name} of rows that differ in length", "a rectangle of integers is expected") from None
+    if array.dtype.kind not in "iu" or array.ndim != n_dimensions:
+        shape = "[B, T]" if n_dimensions == 2 else "[B]"
+        raise _bad_batch(f"{name} of {array.dtype} and shape {array.shape}", f"integers {shape} are expected")
+    return array.astype(np.int64)
+
+
+def _bad_batch(received: str, allowed: str) -> ConfigError:
+    return ConfigError([Fault("base_dataloader", received, allowed)])
 
 
 def content_ids(tokens: IntArray) -> IntArray:

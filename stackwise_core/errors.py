@@ -36,6 +36,9 @@ class ConfigError(StackWiseError, ValueError):
         self.faults = faults
         super().__init__("\n".join(str(fault) for fault in faults))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Fault]]]:
+        return type(self), (self.faults,)
+
 
 class CorpusError(StackWiseError, ValueError):
     """The corpus is missing, empty, binary, too short, or not what it was."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from stackwise_core.cache_plan import decide_cache
 from stackwise_core.config import StackWiseConfig
@@ -39,7 +39,7 @@ class Ref(BaseModel, frozen=True):
     kind: Kind
     stage: int
     """Creation index of the stage that makes it; -1 for data."""
-    sha256: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Hash of the recipe, in full."""
 
     @property

@@ -155,14 +155,19 @@ def rotary_table(shape: ModelShape, seq_len: int, device: torch.device) -> Tenso
     """Return cosines and sines of the rotary angles: [2, T, C], float32, shared by every block."""
     key = (seq_len, shape.head_dim, shape.rope_theta, device)
     if key not in _rotary_tables:
-        frequencies = 1.0 / shape.rope_theta ** (torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
-        angles = torch.outer(torch.arange(seq_len).float(), frequencies)
-        angles = torch.cat([angles, angles], dim=-1)
-        # Sines of the first half are negated here so that rotating is one roll and two products.
-        sign = torch.ones(shape.head_dim)
-        sign[: shape.head_dim // 2] = -1.0
-        _rotary_tables[key] = torch.stack([angles.cos(), angles.sin() * sign]).to(device)
+        with torch.inference_mode(False):  # a table made under inference mode could not be used in training
+            _rotary_tables[key] = _make_rotary_table(shape, seq_len).to(device)
     return _rotary_tables[key]
+
+
+def _make_rotary_table(shape: ModelShape, seq_len: int) -> Tensor:
+    frequencies = 1.0 / shape.rope_theta ** (torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
+    angles = torch.outer(torch.arange(seq_len).float(), frequencies)
+    angles = torch.cat([angles, angles], dim=-1)
+    # Sines of the first half are negated here so that rotating is one roll and two products.
+    sign = torch.ones(shape.head_dim)
+    sign[: shape.head_dim // 2] = -1.0
+    return torch.stack([angles.cos(), angles.sin() * sign])
 
 
 def rotate(x_BHTC: Tensor, rotary: Tensor) -> Tensor:

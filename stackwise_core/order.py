@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from pydantic import BaseModel
 
+from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.masking import SALT_ORDER, IntArray, hash_bits
 
 
@@ -25,7 +26,14 @@ class RowOrder(BaseModel, frozen=True):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in one pass over the rows."""
+        """Whole batches in one pass over the rows.
+
+        Raises:
+            ConfigError: the rows do not fill one.
+        """
+        if self.n_rows < self.batch_size:
+            allowed = f"the corpus gives only {self.n_rows} training sequences"
+            raise ConfigError([Fault("training.batch_size", str(self.batch_size), allowed)])
         return self.n_rows // self.batch_size
 
     def epoch_rows(self, epoch: int) -> IntArray:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from stackwise_core.config import ModelConfig, StackWiseConfig
@@ -97,7 +98,10 @@ class ProgressiveRackBuilder:
             if name not in ModelConfig.model_fields:
                 known = ", ".join(ModelConfig.model_fields)
                 raise ConfigError([Fault(name, repr(value), f"there is no such dimension; known: {known}")])
-            setattr(config.model, name, value)
+            try:
+                setattr(config.model, name, value)
+            except ValidationError as error:
+                raise ConfigError([Fault(f"model.{name}", repr(value), error.errors()[0]["msg"])]) from None
         config.validate()
         self.config = config
         self._rack = new_rack(resolve_shape(config), config.run.seed)
@@ -133,6 +137,8 @@ class ProgressiveRackBuilder:
         if index >= growth.max_stacks:
             received, allowed = str(index + 1), f"at most {growth.max_stacks} stacks"
             raise ConfigError([Fault("training.progressive.max_stacks", received, allowed)])
+        if n_blocks is not None and n_blocks < 1:
+            raise ConfigError([Fault("n_blocks", str(n_blocks), "a stack has at least one block")])
         if precision not in (None, "full"):
             raise ConfigError([Fault("precision", repr(precision), "this version does not build it yet")])
         spec = resolve_stage(self.config, index)
@@ -143,11 +149,13 @@ class ProgressiveRackBuilder:
         return stack
 
     def prepare_stage(self, index: int) -> None:
-        """Freeze what stage `index` does not train: the trunk below it and, after the first, the embedding."""
+        """Let the stack and the head of stage `index` train, in the first stage the embedding; freeze the rest."""
         if index > 0:
             self._rack.untie()
-            freeze(self._rack.embedding)
-        self.freeze_trunk(list(range(index)))
+        freeze(self._rack)
+        trained = [self.stacks[index], self._rack.head, *([self._rack.embedding] if index == 0 else [])]
+        for module in trained:
+            module.requires_grad_(True)
 
     def freeze_trunk(self, indices: list[int] | None = None) -> None:
         """Freeze some stacks by creation index; all but the newest by default."""

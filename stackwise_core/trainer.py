@@ -171,7 +171,7 @@ def train_stack(
         due = hooks.checkpoint_every and (step + 1) % hooks.checkpoint_every == 0
         if (stop or due) and step + 1 < spec.steps:
             hooks.on_checkpoint(capture(model, optimizer, records))
-        if stop:
+        if stop and step + 1 < spec.steps:
             raise StageInterruptedError(
                 f"stopped on request after step {step + 1} of {spec.steps}; run the same command to go on"
             )
@@ -186,9 +186,9 @@ def _parts(batch: Batch, n_parts: int) -> Iterator[Batch]:
     if n_parts == 1:
         yield batch
         return
-    size = len(batch["sequence_ids"]) // n_parts
+    size = len(batch["sequence_ids"])
     for n in range(n_parts):
-        rows = slice(n * size, (n + 1) * size)
+        rows = slice(n * size // n_parts, (n + 1) * size // n_parts)
         yield {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
@@ -263,6 +263,7 @@ class ProgressiveTrainer:
         """
         self.config.validate()
         target = target_stacks or self.config.training.progressive.target_stacks
+        self._check(rack_builder, target)
         results: list[StageResult] = []
         for index in range(rack_builder.n_trained, target):
             if index == rack_builder.n_stacks:
@@ -280,6 +281,16 @@ class ProgressiveTrainer:
             fault = Fault("target_stacks", "None", "joint training is not built yet in this version; give a number")
             raise ConfigError([fault])
         return self.train_progressively(rack_builder, dataloader, target_stacks)
+
+    def _check(self, builder: ProgressiveRackBuilder, target: int) -> None:
+        """Refuse before the first step what would go wrong after the last."""
+        growth = self.config.training.progressive
+        limit = builder.config.training.progressive.max_stacks
+        if target > limit:
+            raise ConfigError([Fault("target_stacks", str(target), f"the builder's max_stacks is {limit}")])
+        if growth.training_objective == "clm" and not builder.build_rack().shape.causal:
+            allowed = "the builder's rack is bidirectional: every position would see its own target"
+            raise ConfigError([Fault("training.progressive.training_objective", "'clm'", allowed)])
 
     def _train_stage(
         self,

@@ -13,7 +13,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from stackwise_core.identity import Ref, StagePlan
+from stackwise_core.identity import Ref, StagePlan, canonical_json
 from stackwise_core.model import Head, Stack
 from stackwise_core.trainer import StageModel, TrainingState
 from storage.durable import explain_full_disk, replace_folder, settle_folder, write_bytes, write_text
@@ -106,8 +106,8 @@ def save_state(work: Path, state: TrainingState) -> None:
     with explain_full_disk(fresh):
         payload = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()})
         (fresh / "state.safetensors").write_bytes(payload)
-        header = {"step": state.step, "sha256": hashlib.sha256(payload).hexdigest(), "records": state.records}
-        (fresh / "state.json").write_text(json.dumps(header))
+        header = {"step": state.step, "tensors": hashlib.sha256(payload).hexdigest(), "records": state.records}
+        (fresh / "state.json").write_text(json.dumps({"header": header, "sha256": _header_digest(header)}))
     replace_folder(fresh, work / _STATE_FOLDER)
 
 
@@ -119,10 +119,16 @@ def load_state(work: Path) -> TrainingState | None:
     folder = work / _STATE_FOLDER
     settle_folder(folder)
     try:
-        header: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        written = json.loads((folder / "state.json").read_bytes())
         payload = (folder / "state.safetensors").read_bytes()
-    except (OSError, ValueError):
+        header: dict[str, Any] = written["header"]
+        intact = written["sha256"] == _header_digest(header)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    if hashlib.sha256(payload).hexdigest() != header["sha256"]:
+    if not intact or hashlib.sha256(payload).hexdigest() != header["tensors"]:
         return None
     return TrainingState(header["step"], load_safetensors(payload), header["records"])
+
+
+def _header_digest(header: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(header).encode()).hexdigest()

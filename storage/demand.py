@@ -139,7 +139,7 @@ def advance_source(stage: StagePlan, plan: RunPlan, artifacts: Artifacts) -> Ref
 def _check_lineage(demand: Demand, artifacts: Artifacts) -> None:
     """Refuse an artifact that was made from something else than what is there now."""
     sealed = {ref for ref, state in demand.states.items() if state is State.SEALED}
-    for ref in sealed - demand.needed:
+    for ref in sorted(sealed - demand.needed, key=lambda ref: (ref.stage, ref.kind)):
         for entry in artifacts.manifest(ref).inputs:
             if artifacts.state(entry.ref) is not State.SEALED or entry.ref in demand.forced:
                 continue

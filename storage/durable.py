@@ -104,6 +104,7 @@ def replace_folder(fresh: Path, target: Path) -> None:
     sync_tree(fresh)
     aside = target.with_name(f"{target.name}.old")
     if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
     fresh.rename(target)
     sync(target.parent)

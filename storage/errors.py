@@ -19,6 +19,9 @@ class ArtifactError(StackWiseError):
         self.remedy = remedy
         super().__init__(f"{path}: {problem}. {remedy}")
 
+    def __reduce__(self) -> tuple[type[ArtifactError], tuple[Path, str, str]]:
+        return type(self), (self.path, self.problem, self.remedy)
+
 
 class ArtifactMissingError(ArtifactError, FileNotFoundError):
     """Nothing is there."""

@@ -73,6 +73,8 @@ class Artifacts:
             raise ArtifactsFolderError(
                 f"--artifacts {self.root}: cannot be written ({reason}); give a folder this user may write to"
             ) from None
+        for path in (self.root / "trash").iterdir():  # what a killed process had thrown away already
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         device = (self.root / "work").stat().st_dev
         elsewhere = [name for name in FOLDERS.values() if (self.root / name).stat().st_dev != device]
         if elsewhere:
@@ -173,7 +175,7 @@ class Artifacts:
         remedy = f"Remove {folder} and run the same command again: it will be remade"
         try:
             size = path.stat().st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ArtifactCorruptError(path, "is missing from a sealed artifact", remedy) from None
         if size != entry.size:
             raise ArtifactCorruptError(path, f"has {size:,} bytes, sealed with {entry.size:,}", remedy)
@@ -215,7 +217,7 @@ class Artifacts:
         files: dict[str, FileEntry] = {}
         for path in sorted(work.rglob("*")):
             name = path.relative_to(work).as_posix()
-            if path.is_file() and name != MANIFEST and not name.startswith(SCRATCH):
+            if path.is_file() and name != MANIFEST and not name.startswith(f"{SCRATCH}/"):
                 n_bytes, checksum = known.get(name) or (path.stat().st_size, checksum_file(path, "sha256"))
                 files[name] = FileEntry(size=n_bytes, checksum=checksum, content=name not in records)
         sync_tree(work)
@@ -238,7 +240,7 @@ class Artifacts:
             return False
         manifest = read_manifest(work, ref)
         shutil.rmtree(work / SCRATCH, ignore_errors=True)
-        if self.state(ref) is State.SEALED and self.manifest(ref).digest == manifest.digest:
+        if self._is_as_sealed(ref, manifest.digest):
             self._discard(work)
             return True
         if folder.exists():
@@ -248,13 +250,20 @@ class Artifacts:
         sync(work.parent)
         return True
 
+    def _is_as_sealed(self, ref: Ref, digest: str) -> bool:
+        """Say whether an artifact of this digest is in place, every byte of it as it was sealed."""
+        if self.state(ref) is not State.SEALED or self.manifest(ref).digest != digest:
+            return False
+        return not verify_files(self.folder(ref), self.manifest(ref).checksums())
+
     def retire(self, ref: Ref) -> None:
         """Drop the data of a sealed artifact on purpose; the manifest stays to tell what was there."""
         folder = self.folder(ref)
         if not (folder / MANIFEST).exists():
             return
         if not (folder / RETIRED).exists():
-            write_text(folder / RETIRED, json.dumps({"retired": datetime.now(UTC).isoformat(timespec="seconds")}))
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            self._mark(folder, RETIRED, json.dumps({"retired": now}))
         for path in folder.iterdir():
             if path.name not in (MANIFEST, RETIRED):
                 self._discard(path)
@@ -262,11 +271,18 @@ class Artifacts:
     def quarantine(self, ref: Ref, reason: str) -> Path:
         """Take a sealed artifact out of every reader's reach, and keep it for inspection."""
         target = self._unused("quarantine", ref.name)
-        write_text(self.folder(ref) / "reason.txt", reason + "\n")
+        self._mark(self.folder(ref), "reason.txt", reason + "\n")
         os.replace(self.folder(ref), target)
         sync(target.parent)
         sync(self.folder(ref).parent)
         return target
+
+    def _mark(self, folder: Path, name: str, text: str) -> None:
+        """Put a file into a sealed folder; what a kill leaves half-written lies in work/, not in the folder."""
+        made = self.root / "work" / f"{folder.name}.{name}"
+        write_text(made, text)
+        os.replace(made, folder / name)
+        sync(folder)
 
     def discard(self, ref: Ref) -> None:
         """Throw an artifact away, sealed or not."""

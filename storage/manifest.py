@@ -105,13 +105,13 @@ def read_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
         remedy = "Run `stackwise train` with the configuration that makes it: it will be made"
         raise ArtifactUnsealedError(folder, "was never sealed (it has no manifest)", remedy)
     remedy = f"Remove {folder} and run the same command again: it will be remade"
+    version = _version_of(path)
+    if version > FORMAT_VERSION:
+        problem = f"the manifest has format {version}, this version reads up to {FORMAT_VERSION}"
+        raise ArtifactCorruptError(path, problem, "Use the version of StackWise that wrote it")
     try:
         manifest = Manifest.model_validate(json.loads(path.read_bytes()))
     except (ValueError, ValidationError) as error:
-        version = _version_of(path)
-        if version > FORMAT_VERSION:
-            problem = f"the manifest has format {version}, this version reads up to {FORMAT_VERSION}"
-            raise ArtifactCorruptError(path, problem, "Use the version of StackWise that wrote it") from None
         raise ArtifactCorruptError(path, f"is no manifest ({str(error).splitlines()[0]})", remedy) from None
     if ref is not None and manifest.ref != ref:
         problem = f"belongs to {manifest.ref.name} ({manifest.ref.sha256}), not to {ref.sha256}"
@@ -157,7 +157,7 @@ def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=5).stdout.strip()
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         return ""
 
 

@@ -55,7 +55,7 @@ class Attempt:
 
 def attempts(artifacts: Artifacts, name: str) -> list[Attempt]:
     """Return the attempts of a run, oldest first."""
-    folders = sorted((artifacts.root / "runs" / name / "attempts").glob("[0-9]*"))
+    folders = sorted((artifacts.root / "runs" / name / "attempts").glob("[0-9]*"), key=lambda path: int(path.name))
     return [Attempt(name, int(folder.name), folder) for folder in folders if (folder / "start.json").exists()]
 
 
@@ -134,7 +134,7 @@ def _check_previous(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan
     if not before:
         return
     last = before[-1]
-    if others_live and last.plan != plan:
+    if others_live and (last.plan != plan or last.config.cache.keep != config.cache.keep):
         who = last.start
         raise RunBusyError(
             f"run.name: got {name!r}; process {who['pid']} on {who['host']} is running it with another configuration "
@@ -153,7 +153,7 @@ def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan)
     base = artifacts.root / "runs" / config.run.name
     folder = base / "attempts" / f"{number:04d}"
     folder.mkdir(parents=True, exist_ok=True)
-    config.to_yaml(folder / "config.yaml")
+    write_text(folder / "config.yaml", config.to_yaml())
     write_text(folder / "plan.json", plan.model_dump_json(indent=1))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     # start.json comes last: without it the attempt does not exist.

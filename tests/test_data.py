@@ -52,6 +52,7 @@ def flat(texts: list[bytes]) -> list[int]:
 # ---------------------------------------------------------------- the byte tokenizer
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_byte_tokenizer_round_trips(text: str) -> None:
     tokens = TOKENIZER.encode(text.encode())
@@ -72,7 +73,7 @@ def test_specials_are_readable_and_no_bytes() -> None:
 # ---------------------------------------------------------------- packing
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(TEXTS, min_size=1),
     st.integers(1, 12),
@@ -81,6 +82,9 @@ def test_specials_are_readable_and_no_bytes() -> None:
 def test_packing_keeps_every_byte_once(texts: list[bytes], seq_len: int, fraction: float) -> None:
     wanted = fraction * sum(map(len, texts))
     n_held, size = next((n, size) for n, size in enumerate(accumulate(map(len, texts)), 1) if size >= wanted)
+    while n_held < len(texts) and texts[n_held] == texts[n_held - 1]:  # equal texts stay on one side
+        size += len(texts[n_held])
+        n_held += 1
     if size <= 1.25 * wanted:
         halves = texts[n_held:], texts[:n_held]
     else:  # the end of each text, from a whole character on
@@ -128,7 +132,6 @@ def test_a_split_does_not_break_a_character() -> None:
         assert "".join(halves) == "€" * 100
 
 
-@pytest.mark.xfail(strict=True, reason="documents with the same text are split apart: validation is seen in training")
 def test_equal_documents_stay_on_one_side(tmp_path: Path) -> None:
     for n in range(40):
         (tmp_path / f"{n}.txt").write_text(f"{n // 2:03d} {'x' * 50}\n")  # every text twice
@@ -163,7 +166,7 @@ def test_too_short_is_one_error(text: bytes, says: str) -> None:
 # ---------------------------------------------------------------- corpora
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=4), TEXTS, min_size=1))
 def test_digest_depends_on_texts_not_on_names(files: dict[str, bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -186,13 +189,13 @@ def test_digest_changes_with_a_byte(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"abc")
     before = corpus_digest(str(file))
-    file.write_bytes(b"abd")
+    file.write_bytes(b"xbc")
     assert corpus_digest(str(file)) != before
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", "empty"), (b"ab\0c", "binary.*byte 2"), (b"caf\xe9", r"no UTF-8 text \(byte 3\)")],
+    [(b"", "empty"), (b"ab\0c", "binary.*byte 2"), (b"abc\xe9", r"no UTF-8 text \(byte 3\)")],
 )
 def test_bad_files_are_named(tmp_path: Path, content: bytes, says: str) -> None:
     file = tmp_path / "bad.txt"
@@ -219,10 +222,25 @@ def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read_corpus(str(tmp_path / "*.txt"))
 
 
-@pytest.mark.xfail(strict=True, reason="a path that exists is read as a glob", raises=CorpusError)
 def test_a_path_with_brackets_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "notes [1].txt").write_text("text")
     assert read_corpus(str(tmp_path / "notes [1].txt")).documents[0].text == b"text"
+
+
+def test_standard_library_is_nothing_but_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "a.py",
+        "json/b.py",
+        "site-packages/c.py",
+        "dist-packages/d.py",
+        "test/e.py",
+        "json/tests/f.py",
+        "g.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert {document.name for document in read_corpus("stdlib").documents} == {"a.py", "b.py"}
 
 
 def test_standard_library_is_there_and_always_the_same() -> None:

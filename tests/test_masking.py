@@ -82,6 +82,7 @@ def test_reference_is_splitmix64() -> None:
     assert splitmix64(0) == 0xE220A8397B1DCDAF
 
 
+@settings(deadline=None)
 @given(SEEDS, st.integers(1, 7), st.lists(IDS, max_size=4))
 def test_hash_equals_the_reference(seed: int, salt: int, keys: list[int]) -> None:
     assert hash_bits(seed, salt, *keys).item() == reference_bits(seed, salt, *keys)
@@ -100,7 +101,7 @@ def test_hash_goldens() -> None:
 # ---------------------------------------------------------------- masks and corruption
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     SEEDS, st.floats(0.01, 1), st.sampled_from(["bert", "mask"]), IDS, VIEWS, st.lists(st.integers(0, 255), min_size=1)
 )
@@ -124,6 +125,7 @@ def test_one_row_equals_the_definition(
     assert tokens.tolist() == [row]  # the clean tokens are the targets
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=5), IDS, VIEWS)
 def test_masks_are_nested_in_the_ratio(ratios: list[float], sequence_id: int, view: int) -> None:
     rows = [spec(ratio=ratio).masks(ids_of(sequence_id), view, 64) for ratio in sorted(ratios)]
@@ -136,6 +138,7 @@ def test_ratio_one_masks_everything_and_zero_nothing() -> None:
     assert not spec(ratio=0.0).masks(ids_of(*range(50)), 0, 200).any()
 
 
+@settings(deadline=None)
 @given(st.lists(IDS, min_size=1, max_size=6), st.data())
 def test_a_row_does_not_depend_on_its_batch(ids: list[int], data: st.DataObject) -> None:
     mask_spec, view = spec(ratio=0.5), data.draw(VIEWS)

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Recorder, digests, files_below, folder_of, grown, made_by_stages, manifests, subset, tiny
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from conftest import digests, files_below, folder_of, grown, made_by_stages, manifests, subset, tiny
 from flows import steps
+from flows.progress import listening
+from flows.run import add_stage, grow
 from flows.steps import CacheMismatchError
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.data import ByteTokenizer, pack, read_corpus
@@ -26,7 +28,6 @@ from stackwise_core.masking import VALIDATION_VIEW
 from stackwise_core.model import Rack, Stack
 from stackwise_core.objectives import batch_fields, loss_positions
 from stackwise_core.resolve import resolve_mask, resolve_order, resolve_shape
-from stackwise_core.trunk import STREAM_DTYPES
 from storage.activations import fill
 from storage.errors import ArtifactCorruptError, StoreSpaceError
 
@@ -51,7 +52,7 @@ SETTINGS = [
 
 
 def test_same_configuration_gives_the_same_bytes_anywhere(tmp_path: Path, reference: Reference) -> None:
-    config = tiny(tmp_path, {"run.name": "another-name", "training.checkpoint_every": 5, "training.log_every": 1})
+    config = tiny(tmp_path, {"run.name": "another-name", "training.checkpoint_every": 5})
     assert grown(config, tmp_path / "there").made == ["prepare data -1", *made_by_stages(3)]
     assert digests(tmp_path / "there") == digests(reference())
     for stage in range(3):
@@ -239,9 +240,7 @@ def test_redoing_gives_the_same_bytes(
     assert folder_of(root, "stack", 2).stat().st_ino == before  # equal bytes: the old one stays
 
 
-def test_redoing_to_other_bytes_is_told(
-    tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_redoing_to_other_bytes_is_told(tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same recipe, other numbers: what was made from the old ones must not pass for made from the new ones."""
     root = _copy(reference(), tmp_path)
     real = steps.train_stack
@@ -254,13 +253,12 @@ def test_redoing_to_other_bytes_is_told(
 
     monkeypatch.setattr(steps, "train_stack", drifting)
     one = tiny(tmp_path, {"training.progressive.target_stacks": 1, "run.name": "one"})
-    with pytest.raises(ArtifactCorruptError, match="was made from other bytes of stack-0-.*--from-stack"):
-        grown(one, root, force="train")
+    assert grown(one, root, force="train").made == ["train 0", "validate 0"]
     monkeypatch.undo()
-    with pytest.raises(ArtifactCorruptError, match="--from-stack"):
+    with pytest.raises(ArtifactCorruptError, match=r"was made from other bytes of stack-0-.*--from-stack 0$"):
         grown(tiny(tmp_path), root)
     grown(tiny(tmp_path), root, from_stack=0)
-    assert digests(root) == digests(reference())
+    assert {name: digests(root)[name] for name in digests(reference())} == digests(reference())
 
 
 # ---------------------------------------------------------------- judging
@@ -407,12 +405,12 @@ def _made_in(root: Path) -> list[str]:
 
 def test_a_loss_that_explodes_stops_the_stage(tmp_path: Path, reference: Reference) -> None:
     root = tmp_path / "a"
-    with pytest.raises(NonFiniteLossError, match="sequence ids .*learning_rate") as error:
+    with pytest.raises(NonFiniteLossError, match=r"sequence ids .*learning_rate") as error:
         grown(tiny(tmp_path, {"training.learning_rate": 1e30}), root)
     assert error.value.exit_code == 1
     assert not list((root / "stacks").iterdir())
     again = grown(tiny(tmp_path), root)
-    assert again.made == ["trunk 0", *made_by_stages(3)[2:]] or again.made == made_by_stages(3)[2:]
+    assert again.made == made_by_stages(3)[2:]  # build and trunk do not depend on the rate
     assert {name: digests(root)[name] for name in digests(reference())} == digests(reference())
 
 
@@ -445,13 +443,7 @@ def test_stages_before_a_failure_stay(tmp_path: Path, reference: Reference, monk
 def test_a_damaged_cache_is_refused_by_name(damage: str, tmp_path: Path, reference: Reference) -> None:
     root = _copy(reference(), tmp_path)
     shard = folder_of(root, "activations", 1) / "store.zarr/activations/c.0.0.0"
-    data = bytearray(shard.read_bytes())
-    data[100] ^= 1
-    {
-        "flip": lambda: shard.write_bytes(data),
-        "cut": lambda: shard.write_bytes(data[:-7]),
-        "delete": shard.unlink,
-    }[damage]()
+    _damage(shard, damage)
     shutil.rmtree(folder_of(root, "stack", 2))  # whose training reads it
     with pytest.raises(ArtifactCorruptError) as error:
         grown(tiny(tmp_path), root)
@@ -462,6 +454,29 @@ def test_a_damaged_cache_is_refused_by_name(damage: str, tmp_path: Path, referen
     shutil.rmtree(folder_of(root, "activations", 1))  # as the remedy says
     grown(tiny(tmp_path), root)
     assert digests(root) == digests(reference())
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_a_damaged_cache_is_not_advanced(damage: str, tmp_path: Path, reference: Reference) -> None:
+    """One more stack: the boundary above is computed from the damaged one, or that is refused; never ignored."""
+    root = _copy(reference(), tmp_path)
+    shard = folder_of(root, "activations", 1) / "store.zarr/activations/c.0.0.0"
+    _damage(shard, damage)
+    with pytest.raises(ArtifactCorruptError) as error:
+        grown(tiny(tmp_path, {"training.progressive.target_stacks": 4}), root)
+    assert (error.value.exit_code, error.value.path) == (3, shard)
+    assert not list((root / "stacks").glob("stack-3-*"))
+
+
+def _damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    if how == "flip":
+        path.write_bytes(data)
+    elif how == "cut":
+        path.write_bytes(data[:-7])
+    else:
+        path.unlink()
 
 
 def test_a_damaged_stack_is_refused_by_name(tmp_path: Path, reference: Reference) -> None:
@@ -480,9 +495,6 @@ def test_a_damaged_stack_is_refused_by_name(tmp_path: Path, reference: Reference
 
 
 def test_a_store_another_live_run_reads_is_not_retired(tmp_path: Path, reference: Reference) -> None:
-    from flows.progress import listening
-    from flows.run import add_stage, grow
-
     root, heard = tmp_path / "a", []
     # Both share stages 0 and 1; the other one, alive all the time, plans to read both boundaries.
     other = tiny(tmp_path, {"run.name": "other"})
@@ -499,25 +511,25 @@ def test_a_store_another_live_run_reads_is_not_retired(tmp_path: Path, reference
     assert [(folder_of(root, "activations", n) / "store.zarr").exists() for n in (0, 1)] == [False, True]
 
 
-def test_a_second_process_does_not_remake_what_was_retired_meanwhile(tmp_path: Path, reference: Reference) -> None:
-    """It planned while nothing was there; before it gets to stage 0, the first process is done with all."""
-    from flows.progress import listening
-    from flows.run import add_stage, grow
-
-    root, first = tmp_path / "a", []
+@pytest.mark.parametrize("moment", ["between stages", "within a stage"])
+def test_a_process_that_lags_does_not_remake_what_was_retired(
+    moment: str, tmp_path: Path, reference: Reference
+) -> None:
+    """Another process of the run finishes while this one stands in stage 0, or between stages 0 and 1."""
+    root, four = tmp_path / "a", {"training.progressive.target_stacks": 4}
 
     def late(stage: Any) -> None:
-        if stage.index == 0:
-            first.extend(grown(tiny(tmp_path), root).made)
+        if stage.index == 0 and moment == "within a stage":
+            grow(tiny(tmp_path, four), str(root))
         add_stage(stage)
-
-    from conftest import Recorder
+        if stage.index == 0 and moment == "between stages":
+            grow(tiny(tmp_path, four), str(root))
 
     heard = Recorder()
     with listening(heard):
-        grow(tiny(tmp_path), str(root), add=late)
-    assert heard.made == ["prepare data -1", *made_by_stages(3)]
-    assert digests(root) == digests(reference())
+        grow(tiny(tmp_path, four), str(root), add=late)
+    assert heard.made == ["prepare data -1", *made_by_stages(4)]
+    assert digests(root) == digests(reference(four))
 
 
 def _copy(root: Path, to: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,15 @@ from stackwise_core.trainer import (
 from stackwise_core.trunk import LiveTrunk
 
 T, STEPS = 10, 7
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Such small matrices gain nothing from a second thread, and wait for it where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny(objective: str = "mlm", tie: bool = True, **training: Any) -> StackWiseConfig:
@@ -90,6 +99,7 @@ def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 # ---------------------------------------------------------------- the learning rate
 
 
+@settings(deadline=None)
 @given(st.integers(1, 50), st.integers(0, 50), st.floats(0, 1), st.floats(1e-6, 1))
 def test_learning_rate_is_a_line_then_half_a_cosine(steps: int, warmup: int, lowest: float, peak: float) -> None:
     warmup, lowest = min(warmup, steps), lowest * peak
@@ -210,7 +220,6 @@ def test_accumulation_gives_the_same_weights(objective: str, parts: int) -> None
         torch.testing.assert_close(trained[1][name], weight, rtol=0, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="rows that do not fill a part are left out, without a word")
 def test_accumulation_takes_every_row() -> None:
     model, _ = stage_of(tiny("clm"), 0)
     batch = batch_fields(sequences(5).tokens.astype(np.int64), np.arange(5), 0, None)
@@ -274,7 +283,7 @@ def loaded(stored: Stored) -> TrainingState:
     return TrainingState(len(records), safetensors.torch.load(stored[0]), records)
 
 
-STAGES = {(index, objective): (index, objective) for index in (0, 1) for objective in ("mlm", "clm")}
+STAGES = [(index, objective) for index in (0, 1) for objective in ("mlm", "clm")]
 UNINTERRUPTED: dict[Any, tuple[dict[str, Tensor], list[dict[str, float]]]] = {}
 
 
@@ -287,7 +296,7 @@ def uninterrupted(index: int, objective: str) -> tuple[dict[str, Tensor], list[d
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(sorted(STAGES)), st.lists(st.integers(1, STEPS - 1), min_size=1, max_size=3, unique=True))
+@given(st.sampled_from(STAGES), st.lists(st.integers(1, STEPS - 1), min_size=1, max_size=3, unique=True))
 def test_interrupted_at_any_steps_gives_the_same_bits(stage: tuple[int, str], stops: list[int]) -> None:
     expected, expected_records = uninterrupted(*stage)
     state: TrainingState | None = None
@@ -325,7 +334,6 @@ def test_checkpoints_come_when_due_and_change_nothing() -> None:
     assert same_bits(weights(model), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="the finished stage is thrown away: no checkpoint, no result")
 def test_a_stop_at_the_last_step_loses_nothing() -> None:
     model, batches_from = stage_of(tiny(), 0)
     checkpoints: list[int] = []
@@ -498,14 +506,12 @@ def test_trainer_validates_on_entry_and_refuses_joint_training() -> None:
     assert builder.n_stacks == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the rack's shape is the builder's, the objective the trainer's: targets leak")
 def test_a_bidirectional_rack_does_not_train_causally() -> None:
     builder = ProgressiveRackBuilder(d_model=16, n_heads=2)  # mlm, so bidirectional
     with pytest.raises(ConfigError):
         ProgressiveTrainer(tiny("clm")).train_progressively(builder, loader_of(), 1)
 
 
-@pytest.mark.xfail(strict=True, reason="four stacks are trained before the fifth is refused")
 def test_more_than_max_stacks_is_refused_before_training() -> None:
     config = tiny(steps_per_stack=2)
     builder = ProgressiveRackBuilder(config)

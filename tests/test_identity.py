@@ -1,0 +1,268 @@
+"""Ids: what changes them, what does not, and what they were when artifacts were first written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.identity import NUMERICS, Kind, Recipe, Ref, RunPlan, canonical_json, plan_run
+
+CORPUS = "0" * 64
+KINDS: tuple[Kind, ...] = ("build", "trunk", "stack", "activations", "validation")
+
+
+def nested(settings: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for path, value in settings.items():
+        *parents, last = path.split(".")
+        section = values
+        for part in parents:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return values
+
+
+def plan(settings: dict[str, Any] | None = None, corpus: str = CORPUS) -> RunPlan:
+    return plan_run(StackWiseConfig.from_dict(nested(settings or {})), corpus)
+
+
+def ids(run: RunPlan) -> dict[str, str]:
+    """Every id of a run: {"data": ..., "stack-1": ...}."""
+    found = {"data": run.data_ref.sha256}
+    for stage in run.stages:
+        for kind in KINDS:
+            if stage.recipe(kind) is not None:
+                found[f"{kind}-{stage.index}"] = stage.ref(kind).sha256
+    return found
+
+
+def changed(settings: dict[str, Any], base: dict[str, Any] | None = None) -> set[str]:
+    """The artifacts whose id differs from the base's, or that only one of the two has."""
+    before, after = ids(plan(base)), ids(plan({**(base or {}), **settings}))
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+EVERYTHING = set(ids(plan()))
+TRAINED = {f"{kind}-{n}" for kind in KINDS for n in range(3)} - {"activations-2"}
+FROM_STACK_0 = TRAINED - {"build-0", "trunk-0"}
+
+
+def test_a_run_has_these_artifacts() -> None:
+    assert {"data"} | TRAINED == EVERYTHING  # the last stage writes no cache: nothing reads it
+
+
+# ---------------------------------------------------------------- what changes no id
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("run.name", "another"),
+        ("training.checkpoint_every", 7),
+        ("hardware.device", "cpu"),
+        ("hardware.compile", True),
+        ("hardware.threads", 3),
+        ("cache.keep", "all"),
+        ("cache.max_gb", 1.0),
+        ("training.progressive.max_stacks", 5),
+        # Two spellings of the same thing.
+        ("cache.views", 8),
+        ("model.n_kv_heads", 4),
+        ("model.d_ff", 352),
+        ("model.attention", "bidirectional"),
+        ("training.new_stack_init", "copy"),
+        ("training.progressive.stacks", [{"n_blocks": 2, "steps": 200, "precision": "full", "mode": "append"}]),
+        ("training.gradient_clip", 1),
+    ],
+)
+def test_what_changes_no_result_changes_no_id(path: str, value: Any) -> None:
+    assert changed({path: value}) == set()
+
+
+def test_the_source_enters_by_its_content() -> None:
+    assert changed({"data.source": "texts/*.txt"}) == set()
+    other = ids(plan(corpus="1" * 64))
+    assert {name for name, value in ids(plan()).items() if other[name] == value} == {"build-0", "trunk-0"}
+
+
+def test_raising_the_target_keeps_what_is_there() -> None:
+    """Only the cache that the next stage reads is new, and with it the check of that cache."""
+    three, five = ids(plan()), ids(plan({"training.progressive.target_stacks": 5}))
+    kept = {name for name, value in three.items() if five[name] == value}
+    assert kept == EVERYTHING - {"validation-2"}
+    new = {f"{kind}-{n}" for kind in KINDS for n in (3, 4)}
+    assert five.keys() - three.keys() == {"activations-2", *new} - {"activations-4"}
+
+
+def test_caching_changes_no_trained_artifact() -> None:
+    """Time, not results: without a cache there is none to name, and no check of one."""
+    gone = {"activations-0", "activations-1", "validation-0", "validation-1"}
+    assert changed({"training.progressive.cache_activations": False}) == gone
+
+
+# ---------------------------------------------------------------- what does
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("run.seed", 1, TRAINED - {"trunk-0"}),
+        ("data.seq_len", 64, {"data"} | FROM_STACK_0),
+        ("data.max_sequences", 100, {"data"} | FROM_STACK_0),
+        ("data.validation_fraction", 0.1, {"data"} | FROM_STACK_0),
+        *(
+            (f"training.{name}", value, FROM_STACK_0)
+            for name, value in {
+                "batch_size": 16,
+                "accumulation_steps": 2,
+                "steps_per_stack": 201,
+                "learning_rate": 1e-3,
+                "min_learning_rate": 1e-4,
+                "warmup_steps": 10,
+                "weight_decay": 0.0,
+                "beta1": 0.8,
+                "beta2": 0.9,
+                "gradient_clip": 0.0,
+                "mask_ratio": 0.2,
+                "corruption": "mask",
+            }.items()
+        ),
+        ("cache.views", 4, FROM_STACK_0),
+        *(
+            (f"model.{name}", value, TRAINED - {"trunk-0"})
+            for name, value in {
+                "vocab_size": 300,
+                "d_model": 64,
+                "n_heads": 2,
+                "n_kv_heads": 2,
+                "d_ff": 100,
+                "blocks_per_stack": 3,
+                "tie_embeddings": False,
+                "rope_theta": 5e4,
+                "norm_eps": 1e-6,
+                "attention": "causal",
+            }.items()
+        ),
+        # From the second stack on.
+        ("training.new_stack_init", "random", FROM_STACK_0 - {"stack-0", "activations-0", "validation-0", "trunk-1"}),
+        ("cache.dtype", "float16", FROM_STACK_0 - {"stack-0", "build-1", "trunk-1"}),
+        # The judgement, and the validation rows that a store holds for it.
+        ("validation.max_sequences", 10, {"activations-0", "activations-1"} | {f"validation-{n}" for n in range(3)}),
+        ("validation.sampled_rows", 2, {f"validation-{n}" for n in range(3)}),
+    ],
+)
+def test_what_changes_results_changes_their_ids(path: str, value: Any, expected: set[str]) -> None:
+    assert changed({path: value}) == expected
+
+
+def test_the_objective_changes_every_trained_id() -> None:
+    assert changed({"training.progressive.training_objective": "clm"}) == TRAINED - {"trunk-0"}
+
+
+def test_a_sweep_over_stage_3_shares_stages_0_to_2() -> None:
+    base = {"training.progressive.target_stacks": 4}
+    steps = changed({"training.progressive.stacks": [{}, {}, {}, {"steps": 50}]}, base)
+    assert steps == {"stack-3", "validation-3", "activations-2", "validation-2"}  # its cache holds the rows it visits
+    blocks = changed({"training.progressive.stacks": [{}, {}, {}, {"n_blocks": 7}]}, base)
+    assert blocks == {"build-3", "stack-3", "validation-3"}
+
+
+def test_a_change_runs_up_the_chain_and_not_down() -> None:
+    """A stage's own steps: that stack and what stands on it, and the cache that it reads."""
+    got = changed({"training.progressive.stacks": [{}, {"steps": 50}]})
+    assert got == FROM_STACK_0 - {"stack-0", "trunk-1", "build-1"}
+
+
+# ---------------------------------------------------------------- how ids are made
+
+
+class Old(Recipe):
+    kind = "data"
+    corpus: str
+    ratio: float = 0.5
+
+
+class New(Old):
+    added: int = 7
+    also: tuple[str, ...] = ()
+    note: str | None = None
+
+
+def test_a_new_field_at_its_default_renames_nothing() -> None:
+    assert New(corpus="x").ref(-1) == Old(corpus="x").ref(-1)
+    assert New(corpus="x", ratio=0.25).ref(-1) == Old(corpus="x", ratio=0.25).ref(-1)
+    others = [New(corpus="x", added=8), New(corpus="x", also=("y",)), New(corpus="x", note="")]
+    assert len({recipe.ref(-1) for recipe in (*others, Old(corpus="x"))}) == 4
+
+
+def test_kind_and_numerics_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Old(corpus="x")
+    before = recipe.ref(-1)
+    monkeypatch.setitem(NUMERICS, "data", NUMERICS["data"] + 1)
+    assert recipe.ref(-1).sha256 != before.sha256
+
+    class Elsewhere(Old):
+        kind = "stack"
+
+    assert Elsewhere(corpus="x").ref(-1).sha256 not in (before.sha256, recipe.ref(-1).sha256)
+
+
+@pytest.mark.parametrize("kind", sorted(NUMERICS))
+def test_a_bump_of_numerics_renames_what_is_made_from_it(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = ids(plan())
+    monkeypatch.setitem(NUMERICS, kind, NUMERICS[kind] + 1)
+    renamed = {name for name, value in ids(plan()).items() if before[name] != value}
+    assert {name for name in EVERYTHING if name.split("-")[0] == kind} <= renamed
+    below = {
+        "data": {"build-0", "trunk-0"},
+        "build": {"data", "trunk-0"},
+        "trunk": {"data", "build-0"},
+        "stack": {"data", "build-0", "trunk-0"},
+        "activations": EVERYTHING - {"activations-0", "activations-1", "validation-0", "validation-1"},
+        "validation": EVERYTHING - {f"validation-{n}" for n in range(3)},
+    }
+    assert EVERYTHING - renamed == below[kind]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text(), JSON, max_size=4))
+def test_canonical_json_does_not_depend_on_the_order_of_keys(value: dict[str, Any]) -> None:
+    text = canonical_json(value)
+    assert text == canonical_json(dict(reversed(value.items())))
+    assert text.isascii()
+
+
+def test_names_are_readable() -> None:
+    sha = "0123456789abcdef" * 4
+    assert Ref(kind="stack", stage=2, sha256=sha).name == "stack-2-0123456789ab"
+    assert Ref(kind="data", stage=-1, sha256=sha).name == "data-0123456789ab"
+
+
+def test_golden_ids_of_the_default_configuration() -> None:
+    """If these move, every artifact on every disk is orphaned: only a bump of NUMERICS or a new default may do it."""
+    run = plan()
+    found = [run.data_ref.name] + [stage.ref(kind).name for stage in run.stages[:2] for kind in KINDS]
+    assert found == [
+        "data-5c77be235d95",
+        "build-0-19a954571636",
+        "trunk-0-78a5247dda4b",
+        "stack-0-ca9fe08a51f9",
+        "activations-0-0f41b20e63e3",
+        "validation-0-5f1d7f3e16ea",
+        "build-1-c6c626aa51be",
+        "trunk-1-6bd33b8a9809",
+        "stack-1-21172e2cfe17",
+        "activations-1-71cb7ab509ef",
+        "validation-1-62d4617fdfef",
+    ]
