@@ -19,7 +19,7 @@ from stackwise_core.errors import StageInterruptedError
 from stackwise_core.failpoints import reach
 from stackwise_core.hardware import n_threads, use_hardware
 from stackwise_core.identity import Kind, Ref, RunPlan, StagePlan, plan_run
-from storage.demand import TASK_KINDS
+from storage.demand import TASK_KINDS, compute_demand
 from storage.layout import Artifacts, State
 from storage.manifest import fingerprint
 from storage.sequences import load_sequences
@@ -135,6 +135,8 @@ def _is_there(stage: Stage, ref: Ref) -> bool:
     state = stage.artifacts.state(ref)
     if state is State.CORRUPT:
         stage.artifacts.manifest(ref)
+    if state is State.RETIRED:  # while this process was busy elsewhere: is it needed even now?
+        return ref not in compute_demand(stage.run_plan, stage.artifacts, stage.config.cache.keep).needed
     return state is State.SEALED
 
 

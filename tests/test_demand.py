@@ -458,6 +458,8 @@ def test_lineage_of_what_is_redone_or_gone_is_not_compared(artifacts: Artifacts)
     assert needed(artifacts, forced=frozenset([REFS["stack 1"]])) == {"stack 1"}  # it reads the new one
     artifacts.discard(REFS["build 1"])
     assert needed(artifacts) == set()  # nothing to compare with
+    remake(artifacts, "cache 1")
+    assert needed(artifacts, forced=frozenset([REFS["cache 1"]])) == {"cache 1"}  # it may come back as it was
 
 
 def test_a_retired_input_is_not_compared_until_it_is_back(artifacts: Artifacts) -> None:

@@ -227,6 +227,7 @@ def test_speed_counts_from_where_the_task_began(
     now = Clock()
     monkeypatch.setattr(terminal, "time", now)
     lines = PlainLines()
+    now.now += 1000.0  # earlier tasks
     lines(TaskStarted(1, "train"))
     for number in range(91, 101):
         now.now += 1.0
