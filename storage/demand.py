@@ -125,7 +125,10 @@ def _boundary(plan: RunPlan, index: int) -> list[Ref]:
 def advance_source(stage: StagePlan, plan: RunPlan, artifacts: Artifacts) -> Ref | None:
     """Return the store below, if the stage's boundary can be computed from it by one stack forward.
 
-    It must be sealed, or nothing is advanced, and hold the rows that the next stage visits: the same order, and no fewer steps.
+    It must be sealed and hold the rows that the next stage visits: the same order, and no fewer steps.
+
+    Raises:
+        ArtifactCorruptError: it is damaged; that is told, not worked around.
     """
     if stage.index == 0 or stage.activations is None:
         return None
@@ -134,7 +137,7 @@ def advance_source(stage: StagePlan, plan: RunPlan, artifacts: Artifacts) -> Ref
         return None
     ref = plan.stages[stage.index - 1].ref("activations")
     if artifacts.state(ref) is State.CORRUPT:
-        artifacts.manifest(ref)  # raises: damage is told, not worked around
+        artifacts.manifest(ref)  # raises, naming the file
     return ref if artifacts.state(ref) is State.SEALED else None
 
 
