@@ -87,7 +87,9 @@ def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name:
     stage, below = plan.stages[index], plan.stages[index - 1].ref("activations")
     above = artifacts.state(stage.ref("activations")), artifacts.state(stage.ref("validation"))
     superseded = above[0] in (State.SEALED, State.RETIRED) and above[1] is State.SEALED
-    if superseded and artifacts.state(below) is State.SEALED and not retire_unless_read(artifacts, below, run_name):
+    if artifacts.state(below) is State.RETIRED:
+        artifacts.retire(below)  # again: a kill may have left some of its data
+    elif superseded and artifacts.state(below) is State.SEALED and not retire_unless_read(artifacts, below, run_name):
         tell(Message(f"{below.name} is kept: another run that is alive plans to read it"))
 
 

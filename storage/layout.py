@@ -74,9 +74,10 @@ class Artifacts:
                 f"--artifacts {self.root}: cannot be written ({reason}); give a folder this user may write to"
             ) from None
         for path in (self.root / "trash").iterdir():  # what a killed process had thrown away already
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            _delete(path)
         device = (self.root / "work").stat().st_dev
-        elsewhere = [name for name in FOLDERS.values() if (self.root / name).stat().st_dev != device]
+        rooms = (*FOLDERS.values(), "trash", "quarantine")
+        elsewhere = [name for name in rooms if (self.root / name).stat().st_dev != device]
         if elsewhere:
             raise ArtifactsFolderError(
                 f"{self.root}: work/ and {', '.join(elsewhere)}/ lie on different file systems, so nothing can be "
@@ -298,7 +299,7 @@ class Artifacts:
         target = self._unused("trash", path.name)
         os.replace(path, target)
         sync(path.parent)
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
+        _delete(target)
 
     def _unused(self, room: str, name: str) -> Path:
         """Return a path in a room that nothing has taken: the name, the process, a number."""
@@ -307,3 +308,11 @@ class Artifacts:
         while (path := base.with_name(f"{base.name}.{number}")).exists():
             number += 1
         return path
+
+
+def _delete(path: Path) -> None:
+    """Delete what is in the trash; another process may be emptying it too."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

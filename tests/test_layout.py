@@ -17,6 +17,7 @@ from test_durable import ROOT, die_everywhere
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.identity import Ref, plan_run
+from storage import layout
 from storage.errors import (
     ArtifactCorruptError,
     ArtifactError,
@@ -542,6 +543,24 @@ def test_killed_while_retiring_it_is_still_as_sealed() -> None:
 
 def test_trash_of_a_killed_process_is_emptied() -> None:
     die_everywhere("test_layout", "RetireLeavesNoTrash")
+
+
+@pytest.mark.parametrize("what", ["a folder", "a file"])
+def test_trash_that_another_process_emptied_is_gone_as_it_should_be(
+    what: str, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may start at any moment, and so also between a rename into trash/ and its deletion."""
+    seal(artifacts, CONTENT if what == "a folder" else {"file": b"x"}, {})
+    sync = layout.sync
+
+    def sync_while_another_run_starts(path: Path) -> None:
+        sync(path)
+        Artifacts(artifacts.root).open()
+
+    monkeypatch.setattr(layout, "sync", sync_while_another_run_starts)
+    artifacts.retire(REF) if what == "a file" else artifacts.discard(REF)
+    assert artifacts.state(REF) is (State.RETIRED if what == "a file" else State.ABSENT)
+    assert content(artifacts.root / "trash") == {}
 
 
 def test_the_failpoint_kills_between_manifest_and_rename(artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -479,6 +479,30 @@ def test_a_cache_handed_in_is_what_the_stage_reads() -> None:
     assert same_bits(weights(builder.build_rack()), weights(expected.build_rack()))
 
 
+@pytest.mark.parametrize(
+    ("objective", "views", "asked"),
+    [
+        ("mlm", 0, [0, 0, 1, 1, 2, 2, 3]),
+        ("mlm", 2, [0, 0, 1, 1, 0, 0, 1]),
+        ("clm", 0, [0] * 7),
+    ],
+)
+def test_each_pass_over_the_loader_is_the_next_view(objective: str, views: int, asked: list[int]) -> None:
+    class Store:
+        """Zeros, whatever is asked."""
+
+        views_asked: list[int]
+
+        def rows(self, sequence_ids: Any, view: int) -> Tensor:
+            self.views_asked.append(view)
+            return torch.zeros(len(sequence_ids), T, 16)
+
+    config, store = tiny(objective), Store()
+    config.cache.views, store.views_asked = views, []
+    ProgressiveTrainer(config).train_progressively(ProgressiveRackBuilder(config), loader_of(2), cache={1: store})
+    assert store.views_asked == asked
+
+
 def test_training_lowers_the_loss() -> None:
     """A repeated text is learnt: far below the ln 256 of a guess."""
     text = torch.arange(T).repeat(4, 1) + 97
