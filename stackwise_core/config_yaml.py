@@ -43,7 +43,7 @@ for _class in (_Loader, _Dumper):
 
 def dump_yaml(values: dict[str, Any]) -> str:
     """Return YAML text that `load_yaml` reads back as the same values."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def parse_value(text: str) -> Any:
@@ -75,7 +75,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError([Fault(str(path), type(values).__name__, "a mapping with run, data, model, ... is expected")])
-    return values
+    # `training:` with everything below it commented out is an empty section, not a wrong value.
+    return {name: {} if section is None else section for name, section in values.items()}
 
 
 def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> None:

@@ -143,7 +143,7 @@ class ProgressiveRackBuilder:
             raise ConfigError([Fault("precision", repr(precision), "this version does not build it yet")])
         spec = resolve_stage(self.config, index)
         source = self.stacks[-1] if self.stacks else None
-        shape, seed = resolve_shape(self.config), self.config.run.seed
+        shape, seed = self._rack.shape, self.config.run.seed
         stack = grow_stack(shape, n_blocks or spec.n_blocks, index, spec.operator, seed, source)
         self._rack.stacks.append(stack)
         return stack

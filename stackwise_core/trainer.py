@@ -41,6 +41,9 @@ class StageModel(nn.Module):
         """Return the stream below the new stack, float32: the embedding, or the frozen trunk's boundary."""
         device = self.head.projection.weight.device
         if self.embedding is not None:
+            largest, rows = int(batch["input_ids"].max()), self.embedding.num_embeddings
+            if largest >= rows:
+                raise ConfigError([Fault("model.vocab_size", str(rows), f"the batch holds token {largest}")])
             return self.embedding(batch["input_ids"].to(device))
         if batch["trunk_activations"] is None:
             raise ConfigError([Fault("trunk_activations", "None", "a stack on a trunk needs the trunk's activations")])
