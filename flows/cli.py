@@ -112,7 +112,8 @@ def _train(options: argparse.Namespace) -> int:
 
     if options.from_stack < -1:
         raise ConfigError([Fault("--from-stack", str(options.from_stack), "stages are counted from 0")])
-    train(_load_config(options), options.config, options.artifacts, options.from_stack, options.force)
+    command = ["stackwise", "train", options.config, *(word for entry in options.set for word in ("--set", entry))]
+    train(_load_config(options), command, options.artifacts, options.from_stack, options.force)
     return 0
 
 

@@ -66,7 +66,7 @@ def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[Stag
         stages: those whose store must be written.
 
     Raises:
-        StoreSpaceError: a store exceeds cache.max_gb, or the free space; both are named.
+        ConfigError: a store exceeds cache.max_gb. StoreSpaceError: they exceed the free space. Both name both.
     """
     sizes = [forecast_store(config, artifacts, stage) for stage in stages]
     free = shutil.disk_usage(artifacts.root).free
@@ -76,12 +76,15 @@ def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[Stag
     )
     largest = max(sizes, default=0)
     budget = config.cache.max_gb * 2**30
-    if largest > budget or together > free:
-        raise StoreSpaceError(
-            f"cache.max_gb: got {config.cache.max_gb}; the largest store of this run needs {_gib(largest)}, all that "
-            f"exist at once {_gib(together)}, and {_gib(free)} are free in {artifacts.root}; free some space, raise "
-            "cache.max_gb, lower training.steps_per_stack, or set training.progressive.cache_activations: false"
-        )
+    needs = (
+        f"the largest store of this run needs {_gib(largest)}, all that exist at once {_gib(together)}, and "
+        f"{_gib(free)} are free in {artifacts.root}"
+    )
+    remedy = "lower training.steps_per_stack, or set training.progressive.cache_activations: false"
+    if largest > budget:
+        raise ConfigError([Fault("cache.max_gb", str(config.cache.max_gb), f"{needs}; raise cache.max_gb, {remedy}")])
+    if together > free:
+        raise StoreSpaceError(f"cache.max_gb is {config.cache.max_gb}; {needs}; free some space, {remedy}")
 
 
 def forecast_store(config: StackWiseConfig, artifacts: Artifacts, stage: StagePlan) -> int:

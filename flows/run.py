@@ -77,6 +77,7 @@ def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand
         index=index,
         needed=frozenset(ref.kind for ref in demand.needed if ref.stage == index and ref.kind != "data"),
         forced=frozenset(ref.kind for ref in demand.forced if ref.stage == index),
+        redo=demand.forced,
     )
 
 

@@ -53,6 +53,8 @@ class Stage(BaseModel, frozen=True):
     """Kinds that must be made: absent or retired, and read by something that must be made."""
     forced: frozenset[Kind] = frozenset()
     """Kinds that are made again although they are sealed."""
+    redo: frozenset[Ref] = frozenset()
+    """All that this run has still to make again on purpose, in this stage and above."""
 
     @functools.cached_property
     def artifacts(self) -> Artifacts:
@@ -136,7 +138,7 @@ def _is_there(stage: Stage, ref: Ref) -> bool:
     if state is State.CORRUPT:
         stage.artifacts.manifest(ref)
     if state is State.RETIRED:  # while this process was busy elsewhere: is it needed even now?
-        return ref not in compute_demand(stage.run_plan, stage.artifacts, stage.config.cache.keep).needed
+        return ref not in compute_demand(stage.run_plan, stage.artifacts, stage.config.cache.keep, stage.redo).needed
     return state is State.SEALED
 
 

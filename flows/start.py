@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,8 +21,15 @@ from storage.demand import compute_demand, forced_refs
 from storage.layout import Artifacts
 
 
-def train(config: StackWiseConfig, config_path: str, root: str, from_stack: int, force: str) -> None:
+def train(config: StackWiseConfig, command: list[str], root: str, from_stack: int, force: str) -> None:
     """Grow the rack of a configuration to its target, and say what came of it.
+
+    Args:
+        config: what to make.
+        command: how the user said it, for the line that says how to go on.
+        root: where artifacts live.
+        from_stack: redo the stages from this one on; -1 redoes none.
+        force: redo this task of those stages, or of all.
 
     Raises:
         StackWiseError: one clear message; the same command goes on from what is sealed.
@@ -32,7 +40,7 @@ def train(config: StackWiseConfig, config_path: str, root: str, from_stack: int,
     complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
     if not complete:
         _run_flow(config, artifacts, from_stack, force)
-    _say_result(config, config_path, artifacts, summarise(artifacts, plan), reused=complete)
+    _say_result(config, command, artifacts, summarise(artifacts, plan), reused=complete)
 
 
 def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, force: str) -> None:
@@ -51,7 +59,7 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
 
 
 def _say_result(
-    config: StackWiseConfig, config_path: str, artifacts: Artifacts, stages: list[StageSummary], *, reused: bool
+    config: StackWiseConfig, command: list[str], artifacts: Artifacts, stages: list[StageSummary], *, reused: bool
 ) -> None:
     console = Console()
     console.print(stage_table(stages))
@@ -59,11 +67,14 @@ def _say_result(
     made = "was there already" if reused else "is done"
     counts = f"{len(stages)} stacks, {parameters(last.rack_parameters)} parameters"
     grown = config.training.progressive.target_stacks + 1
-    root = "" if artifacts.root == Path("artifacts").absolute() else f" --artifacts {artifacts.root}"
+    root = [] if artifacts.root == Path("artifacts").absolute() else ["--artifacts", str(artifacts.root)]
+    look = shlex.join([name, *root])
+    grow = shlex.join([*command, *root, "--set", f"training.progressive.target_stacks={grown}"])
     console.print(
         f"\n{name} {made}: {counts}, validation loss {last.validation_loss:.4f}, in {artifacts.root}\n"
-        f"next: stackwise status {name}{root} | stackwise verify {name}{root}\n"
-        f"grow: stackwise train {config_path}{root} --set training.progressive.target_stacks={grown}",
+        f"look: stackwise status {look}\n"
+        f"      stackwise verify {look}\n"
+        f"grow: {grow}",
         soft_wrap=True,
         highlight=False,
         markup=False,

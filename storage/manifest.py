@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -152,6 +153,7 @@ def fingerprint(threads: int, device: str, compiled: bool) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _commit() -> str:
     """Return the checked-out commit of this code, or '' outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]

@@ -163,6 +163,8 @@ def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan)
 
 
 def _write_outcome(attempt: Attempt, state: str, message: str) -> None:
+    if attempt.outcome and attempt.outcome["state"] == "done":
+        return  # another process of the same run brought it to its end
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with contextlib.suppress(OSError):  # a full disk must not hide the error that is under way
         write_text(attempt.folder / "outcome.json", json.dumps({"state": state, "message": message, "ended": now}))

@@ -222,7 +222,7 @@ def test_exit_codes_come_through_the_flow(here: Any, tmp_path: Path, reference: 
     assert err.splitlines()[-1].startswith("stackwise: step 1: loss ")
 
     code, out, err = here("--set", "cache.max_gb=0.000001", "--set", "run.name=small")
-    assert code == 1
+    assert code == 2
     assert err.splitlines()[-1].startswith("stackwise: cache.max_gb: got 1e-06; the largest store of this run needs")
 
     code, out, err = here("--set", "training.batch_size=99", "--set", "run.name=wide")

@@ -23,7 +23,7 @@ from flows.steps import CacheMismatchError
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.data import ByteTokenizer, pack, read_corpus
 from stackwise_core.dataloader import PackedBatches
-from stackwise_core.errors import NonFiniteLossError
+from stackwise_core.errors import ConfigError, NonFiniteLossError
 from stackwise_core.masking import VALIDATION_VIEW
 from stackwise_core.model import Rack, Stack
 from stackwise_core.objectives import batch_fields, loss_positions
@@ -372,7 +372,7 @@ def test_a_wrong_cache_is_quarantined_and_heals(
 
 def test_a_budget_too_small_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     root = tmp_path / "a"
-    with pytest.raises(StoreSpaceError, match=r"cache\.max_gb: got 1e-06; .* are free in") as error:
+    with pytest.raises(ConfigError, match=r"cache\.max_gb: got 1e-06; .* are free in") as error:
         grown(tiny(tmp_path, {"cache.max_gb": 1e-6}), root)
     assert "\n" not in str(error.value)
     assert set(_made_in(root)) == {"data"}
@@ -382,7 +382,7 @@ def test_a_full_disk_is_refused_before_anything_is_made(tmp_path: Path, monkeypa
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 100, 100))
     root = tmp_path / "a"
-    with pytest.raises(StoreSpaceError, match=r"cache\.max_gb: got 50\.0; .* 0\.000 GiB are free in .*/a"):
+    with pytest.raises(StoreSpaceError, match=r"cache\.max_gb is 50\.0; .* 0\.000 GiB are free in .*/a"):
         grown(tiny(tmp_path), root)
     assert set(_made_in(root)) == {"data"}
     # Without caches nothing large is written, and the same disk will do.
