@@ -5,28 +5,27 @@ Plain functions, without Prefect: `tasks.py` turns them into tasks, tests and be
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from flows.boundaries import boundary_above, boundary_below, compare_store, rows_to_store, store_below
 from flows.progress import Message, RowsCached, StepTaken, stop_requested, tell
 from flows.stage import Facts, Made, Stage, make
 from stackwise_core.costs import rack_parameters, stack_parameters, trainable_parameters
 from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
 from stackwise_core.errors import StackWiseError
-from stackwise_core.evaluate import differing_rows, judge_depth
+from stackwise_core.evaluate import judge_depth
 from stackwise_core.identity import Ref
 from stackwise_core.model import Stack
 from stackwise_core.rack_builder import grow_stack, new_rack
 from stackwise_core.resolve import resolve_order
 from stackwise_core.trainer import Hooks, StageModel, TrainingState, train_stack
-from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowsFromBoundary, RowsFromTokens, RowSource
-from storage.activations.fill import StoreRows, fill_store
-from storage.activations.reader import StoreReader
+from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowSource
+from storage.activations.fill import fill_store
 from storage.checkpoints import (
     METRICS,
     load_embedding,
@@ -37,7 +36,6 @@ from storage.checkpoints import (
     save_trained,
     tensor_digest,
 )
-from storage.demand import advance_source
 from storage.durable import write_text
 from storage.errors import ArtifactCorruptError
 
@@ -81,7 +79,7 @@ def configure_trunk(stage: Stage) -> Ref:
 def train(stage: Stage, build: Ref, trunk: Ref) -> Ref:
     """Train the new stack on the trunk's boundary, cached or live, from the last checkpoint if there is one."""
     inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.trunk)]
-    inputs += [build, trunk, *_store_below(stage)]
+    inputs += [build, trunk, *store_below(stage)]
 
     def work(folder: Path) -> Made:
         model = _model_to_train(stage, build)
@@ -91,7 +89,7 @@ def train(stage: Stage, build: Ref, trunk: Ref) -> Ref:
             tell(Message(f"stage {stage.index} goes on from its checkpoint at step {state.step}"))
         first_step = state.step if state else 0
         began = time.monotonic()
-        with _boundary_below(stage) as boundary:
+        with boundary_below(stage) as boundary:
             batches = _batches(stage, boundary, first_step)
             records = train_stack(model, batches, optim, state=state, hooks=_hooks(stage, folder))
         seconds = time.monotonic() - began
@@ -119,8 +117,8 @@ def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
     stacks = [*(below.ref("stack") for below in stage.trunk), stack]
 
     def work(folder: Path) -> Made:
-        with _boundary_above(stage) as (source, origin):
-            counts, checksums = fill_store(folder, _rows_to_store(stage), source, _on_cached(stage), stop_requested)
+        with boundary_above(stage) as (source, origin):
+            counts, checksums = fill_store(folder, rows_to_store(stage), source, _on_cached(stage), stop_requested)
         return Made({"from": origin, "boundary": stage.index + 1, **counts}, checksums)
 
     return make(stage, "cache", [stage.run_plan.data_ref, *stacks], work)
@@ -209,77 +207,6 @@ def _parameter_facts(stage: Stage) -> Facts:
     }
 
 
-# ---------------------------------------------------------------- boundaries
-
-
-def _store_below(stage: Stage) -> list[Ref]:
-    """Return the store this stage trains on, if it trains on one."""
-    return [stage.trunk[-1].ref("activations")] if stage.trunk and stage.trunk[-1].activations else []
-
-
-@contextlib.contextmanager
-def _open_store(stage: Stage, ref: Ref) -> Generator[StoreReader]:
-    manifest = stage.artifacts.manifest(ref)
-    with StoreReader(stage.artifacts.folder(ref), manifest.checksums()) as reader:
-        yield reader
-
-
-@contextlib.contextmanager
-def _boundary_below(stage: Stage) -> Generator[RowSource | LiveTrunk | None]:
-    """Give what the new stack stands on: nothing, a store, or the live trunk; their rows are the same bytes."""
-    if stage.index == 0:
-        yield None
-    elif store := _store_below(stage):
-        with _open_store(stage, store[0]) as reader:
-            yield reader
-    else:
-        yield _live_trunk(stage, stage.index)
-
-
-@contextlib.contextmanager
-def _boundary_above(stage: Stage) -> Generator[tuple[RowSource, str]]:
-    """Give the boundary on top of this stage's stack, and say how it is made."""
-    below = advance_source(stage.plan, stage.run_plan, stage.artifacts)
-    if below is None:
-        yield _rows_from_tokens(stage), "tokens"
-        return
-    stack = load_stack(stage.artifacts, stage.plan).to(stage.device)
-    dtype = STREAM_DTYPES[stage.config.cache.dtype]
-    with _open_store(stage, below) as reader:
-        yield RowsFromBoundary(reader, stack, dtype, stage.device), f"boundary {stage.index}"
-
-
-def _rows_from_tokens(stage: Stage) -> RowsFromTokens:
-    """Return the boundary on top of this stage's stack as tokens give it, through the whole rack."""
-    assert stage.plan.activations is not None
-    return RowsFromTokens(*stage.sequences, stage.plan.activations.mask, _live_trunk(stage, stage.index + 1))
-
-
-def _live_trunk(stage: Stage, n_stacks: int) -> LiveTrunk:
-    plans = stage.run_plan.stages[:n_stacks]
-    embedding = load_embedding(stage.artifacts, plans[0]).to(stage.device)
-    stacks = [load_stack(stage.artifacts, plan).to(stage.device) for plan in plans]
-    return LiveTrunk(embedding, stacks, STREAM_DTYPES[stage.config.cache.dtype])
-
-
-def _rows_to_store(stage: Stage) -> StoreRows:
-    """Return which rows the next stage visits, and what describes the store."""
-    recipe = stage.plan.activations
-    assert recipe is not None
-    train_sequences, validation_sequences = stage.sequences
-    rows, views = resolve_order(stage.config, len(train_sequences)).visited(recipe.steps)
-    validation_ids = validation_sequences.sequence_ids[: recipe.validation_sequences]
-    return StoreRows(
-        sequence_ids=train_sequences.sequence_ids[rows],
-        views=views,
-        validation_ids=np.asarray(validation_ids),
-        seq_len=stage.config.data.seq_len,
-        d_model=stage.plan.build.shape.d_model,
-        dtype=recipe.dtype,
-        attributes={"id": stage.plan.ref("activations").sha256, "recipe": recipe.dump()},
-    )
-
-
 def _on_cached(stage: Stage) -> Callable[[int, int], None]:
     def on_cached(n_bytes: int, of_bytes: int) -> None:
         tell(RowsCached(stage.index, n_bytes, of_bytes))
@@ -310,18 +237,6 @@ def _judge(stage: Stage) -> Facts:
         depth=len(plans),
     )
     return {"validation_sequences": len(rows), **losses}
-
-
-def compare_store(stage: Stage, ref: Ref) -> tuple[int, list[tuple[int, int]]]:
-    """Derive sampled rows of a store again from tokens, through the whole rack.
-
-    Returns:
-        How many rows were compared, and the (sequence id, view) pairs that differ.
-    """
-    sample = _rows_to_store(stage).sample(stage.plan.validation.sampled_rows)
-    with _open_store(stage, ref) as reader:
-        # A CPU gives the same bits; CUDA kernels may sum in another order.
-        return differing_rows(reader, _rows_from_tokens(stage), sample, exact=stage.device.type == "cpu")
 
 
 def _compare_cache(stage: Stage, ref: Ref) -> Facts:

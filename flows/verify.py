@@ -73,8 +73,8 @@ def _verify_folder(folder: Path) -> tuple[list[str], int]:
 
 def _derive_rows(artifacts: Artifacts, run: Attempt, chosen: set[str]) -> tuple[list[str], int]:
     """Derive sampled rows of a run's stores again from tokens."""
+    from flows.boundaries import compare_store
     from flows.stage import Stage
-    from flows.steps import compare_store
     from storage.layout import State
 
     problems: list[str] = []
