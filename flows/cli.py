@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
+from importlib.metadata import version
 from typing import Any
 
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
@@ -28,9 +30,16 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `stackwise status | head`
         sys.stderr.close()
         return 1
-    except OSError as error:
+    except OSError as error:  # a file or the disk, told by the system
         where = f"{error.filename}: " if error.filename else ""
         print(f"stackwise: {where}{error.strerror or error}; what was sealed is kept", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print("stackwise: not enough memory; lower the sizes of the model or training.batch_size", file=sys.stderr)
+        return 1
+    except Exception:  # a fault of ours: the traceback is for us, the last line for whoever sees it
+        traceback.print_exc()
+        print("stackwise: an unexpected error, please report it; what was sealed is kept", file=sys.stderr)
         return 1
 
 
@@ -44,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "            3 an artifact is missing, unsealed or corrupt",
         formatter_class=formatter,
     )
+    parser.add_argument("--version", action="version", version=f"stackwise {version('stackwise')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, summary: str, example: str, run: Any) -> argparse.ArgumentParser:
@@ -137,8 +147,7 @@ def _status(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from flows.inspect import show_artifact
 
-    show_artifact(options.artifacts, options.uri, as_json=options.json)
-    return 0
+    return show_artifact(options.artifacts, options.uri, as_json=options.json)
 
 
 def _verify(options: argparse.Namespace) -> int:

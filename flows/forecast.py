@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from flows.numbers import parameters, size
 from stackwise_core.config import StackWiseConfig
@@ -98,7 +99,9 @@ def _print_plan(
 ) -> None:
     console = Console()
     sequences = f"{n_train:,} training and {n_validation:,} validation sequences of {config.data.seq_len} tokens"
-    console.print(f"[bold]{config.run.name}[/] in {artifacts.root}\n{sequences}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[bold]{config.run.name}[/] in {escape(str(artifacts.root))}\n{sequences}", highlight=False, soft_wrap=True
+    )
     for row in stages:
         console.print(_paragraph(row), highlight=False, markup=False)
 

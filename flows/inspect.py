@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from flows.numbers import size
 from stackwise_core.errors import ConfigError, Fault
+from storage.errors import ArtifactMissingError
 from storage.layout import Artifacts, State
 from storage.manifest import Manifest, read_manifest
+from storage.runs import run_names
 
 _SAMPLED_ROWS = 64
 
@@ -21,21 +20,32 @@ def find_artifact(artifacts: Artifacts, uri: str) -> Path:
     """Return the folder of an artifact given by path, by name, or by a unique start of its name.
 
     Raises:
-        ConfigError: none, or several, answer to it.
+        ArtifactError: nothing answers to it, or it was never sealed.
+        ConfigError: several do.
     """
     if (Path(uri) / "manifest.json").exists():
         return Path(uri).absolute()
     found = [folder for folder in artifacts.everything() if folder.name.startswith(Path(uri).name)]
     exact = [folder for folder in found if folder.name == Path(uri).name]
+    if not found:
+        if Path(uri).is_dir():
+            read_manifest(Path(uri))  # raises: it has none
+        runs = ", ".join(run_names(artifacts)) or "none"
+        raise ArtifactMissingError(
+            uri, f"is no artifact in {artifacts.root}", f"See `stackwise status RUN`; runs: {runs}"
+        )
     if len(exact or found) != 1:
-        names = ", ".join(folder.name for folder in found[:5]) or "`stackwise status RUN` lists what there is"
-        what = "no artifact of that name" if not found else f"{len(found)} artifacts begin so"
-        raise ConfigError([Fault("URI", repr(uri), f"{what} in {artifacts.root}: {names}")])
+        names = ", ".join(folder.name for folder in found[:5])
+        raise ConfigError([Fault("URI", repr(uri), f"{len(found)} artifacts begin so in {artifacts.root}: {names}")])
     return (exact or found)[0]
 
 
-def show_artifact(root: str, uri: str, *, as_json: bool) -> None:
-    """Print one artifact: what it is, what it was made from, its files, and for a store its statistics."""
+def show_artifact(root: str, uri: str, *, as_json: bool) -> int:
+    """Print one artifact: what it is, what it was made from, its files, and for a store its statistics.
+
+    Returns:
+        3 if it is damaged, else 0.
+    """
     artifacts = Artifacts(root).existing()
     folder = find_artifact(artifacts, uri)
     manifest = read_manifest(folder)
@@ -45,8 +55,9 @@ def show_artifact(root: str, uri: str, *, as_json: bool) -> None:
         document["store"] = _describe_store(folder, manifest)
     if as_json:
         print(json.dumps(document, indent=1))
-        return
-    _print_artifact(document, manifest)
+    else:
+        _print_artifact(document, manifest)
+    return 3 if state is State.CORRUPT else 0
 
 
 def _describe_store(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -77,21 +88,20 @@ def _describe_store(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _print_artifact(document: dict[str, Any], manifest: Manifest) -> None:
-    console = Console()
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("artifact", manifest.ref.name)
-    table.add_row("folder", document["folder"])
-    table.add_row("state", document["state"])
-    table.add_row("id", manifest.ref.sha256)
-    table.add_row("digest", manifest.digest)
-    table.add_row("created", manifest.created)
-    table.add_row("bytes", f"{size(manifest.n_bytes)} in {len(manifest.files)} files")
-    for entry in manifest.inputs:
-        table.add_row("made from", f"{entry.ref.name}  (digest {entry.digest[:12]})")
+    """Print a line per fact, unwrapped, so that ids and folders can be copied."""
+    lines: list[tuple[str, object]] = [
+        ("artifact", manifest.ref.name),
+        ("folder", document["folder"]),
+        ("state", document["state"]),
+        ("id", manifest.ref.sha256),
+        ("digest", manifest.digest),
+        ("created", manifest.created),
+        ("bytes", f"{size(manifest.n_bytes)} in {len(manifest.files)} files"),
+    ]
+    lines += [("made from", f"{entry.ref.name} (digest {entry.digest[:12]})") for entry in manifest.inputs]
     for section in ("facts", "store", "recipe", "fingerprint"):
         for key, value in document.get(section, {}).items():
-            text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-            table.add_row(f"{section}.{key}", text)
-    console.print(table, highlight=False)
+            lines.append((f"{section}.{key}", json.dumps(value) if isinstance(value, (dict, list)) else value))
+    width = max(len(key) for key, _ in lines) + 2
+    for key, value in lines:
+        print(f"{key:<{width}}{value}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+from flows.numbers import size
 from flows.progress import DataReady, Message, TaskStarted, stop_requested, tell
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.costs import store_bytes
@@ -69,22 +70,30 @@ def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[Stag
         ConfigError: a store exceeds cache.max_gb. StoreSpaceError: they exceed the free space. Both name both.
     """
     sizes = [forecast_store(config, artifacts, stage) for stage in stages]
+    remaining = [
+        n_bytes - min(n_bytes, _written(artifacts, stage)) for n_bytes, stage in zip(sizes, stages, strict=True)
+    ]
     free = shutil.disk_usage(artifacts.root).free
     # Under `last` a store and its successor exist side by side, and no more than that.
-    together = (
-        sum(sizes) if config.cache.keep == "all" else max((sum(sizes[n : n + 2]) for n in range(len(sizes))), default=0)
-    )
+    pairs = (sum(remaining[n : n + 2]) for n in range(len(remaining)))
+    together = sum(remaining) if config.cache.keep == "all" else max(pairs, default=0)
     largest = max(sizes, default=0)
     budget = config.cache.max_gb * 2**30
     needs = (
-        f"the largest store of this run needs {_gib(largest)}, all that exist at once {_gib(together)}, and "
-        f"{_gib(free)} are free in {artifacts.root}"
+        f"the largest store of this run needs {size(largest)}, what is still to be written {size(together)}, and "
+        f"{size(free)} are free in {artifacts.root}"
     )
     remedy = "lower training.steps_per_stack, or set training.progressive.cache_activations: false"
     if largest > budget:
         raise ConfigError([Fault("cache.max_gb", str(config.cache.max_gb), f"{needs}; raise cache.max_gb, {remedy}")])
     if together > free:
         raise StoreSpaceError(f"cache.max_gb is {config.cache.max_gb}; {needs}; free some space, {remedy}")
+
+
+def _written(artifacts: Artifacts, stage: StagePlan) -> int:
+    """Return the bytes of a store that a killed attempt has written already, and that need not be found again."""
+    shards = (artifacts.root / "work" / stage.ref("activations").name / "store.zarr").rglob("c.*")
+    return sum(path.stat().st_size for path in shards if path.is_file())
 
 
 def forecast_store(config: StackWiseConfig, artifacts: Artifacts, stage: StagePlan) -> int:
@@ -95,7 +104,3 @@ def forecast_store(config: StackWiseConfig, artifacts: Artifacts, stage: StagePl
     order = resolve_order(config, data["train_sequences"])
     rows = order.count_visited(recipe.steps) + min(recipe.validation_sequences, data["validation_sequences"])
     return store_bytes(rows, data["seq_len"], stage.build.shape.d_model, recipe.dtype)
-
-
-def _gib(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.3f} GiB"

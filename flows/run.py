@@ -11,10 +11,11 @@ from flows.steps import build_stack, cache_activations, configure_trunk, train, 
 from flows.summary import StageSummary, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import corpus_digest
+from stackwise_core.hardware import use_hardware
 from stackwise_core.identity import RunPlan, plan_run
 from storage.demand import Demand, compute_demand, forced_refs
-from storage.layout import Artifacts, State
-from storage.runs import begin_attempt, retire_unless_read
+from storage.layout import Artifacts
+from storage.runs import begin_attempt, retire_superseded
 
 
 def add_stage(stage: Stage) -> None:
@@ -50,6 +51,7 @@ def grow(
         StackWiseError: one clear message; what was sealed stays, and the same call goes on from there.
     """
     config.validate()
+    use_hardware(config.hardware)  # a device that is not there is told before anything is made
     artifacts = Artifacts(root).open()
     plan = plan_run(config, corpus_digest(config.data.source))
     forced = forced_refs(plan, from_stack, force)
@@ -62,8 +64,8 @@ def grow(
             # Asked again at every stage: another process may have made, and retired, something meanwhile.
             still_forced = frozenset(ref for ref in forced if ref.stage >= index)
             add(_stage(config, root, plan, index, compute_demand(plan, artifacts, config.cache.keep, still_forced)))
-            if config.cache.keep == "last":
-                retire_superseded(artifacts, plan, index, config.run.name)
+            if config.cache.keep == "last" and (kept := retire_superseded(artifacts, plan, index, config.run.name)):
+                tell(Message(f"{kept.name} is kept: another run that is alive plans to read it"))
             tell(StageDone(index, summarise(artifacts, plan)[index]))
         compute_demand(plan, artifacts, config.cache.keep)  # raises if a stage was redone to other bytes
     return summarise(artifacts, plan)
@@ -79,19 +81,6 @@ def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand
         forced=frozenset(ref.kind for ref in demand.forced if ref.stage == index),
         redo=demand.forced,
     )
-
-
-def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name: str) -> None:
-    """Drop the boundary below stage `index` once the one above it is sealed and validated."""
-    if index == 0 or plan.stages[index].activations is None or plan.stages[index - 1].activations is None:
-        return
-    stage, below = plan.stages[index], plan.stages[index - 1].ref("activations")
-    above = artifacts.state(stage.ref("activations")), artifacts.state(stage.ref("validation"))
-    superseded = above[0] in (State.SEALED, State.RETIRED) and above[1] is State.SEALED
-    if artifacts.state(below) is State.RETIRED:
-        artifacts.retire(below)  # again: a kill may have left some of its data
-    elif superseded and artifacts.state(below) is State.SEALED and not retire_unless_read(artifacts, below, run_name):
-        tell(Message(f"{below.name} is kept: another run that is alive plans to read it"))
 
 
 def _tell_waiting(holder: str) -> None:

@@ -116,14 +116,11 @@ class EmbeddedServer:
             self._ended_early()
 
     def wait_until_ready(self) -> None:
-        """Wait until the server answers, and say so if that takes a while.
+        """Wait until the server answers.
 
         Raises:
             ServerError: it did not answer in time; its log is named.
         """
-        if self.ready.wait(3.0):
-            return
-        print("starting Prefect's embedded server (the very first start takes about a minute)", file=sys.stderr)
         if not self.ready.wait(_STARTUP_SECONDS):
             seconds = f"{_STARTUP_SECONDS:.0f} s"
             raise ServerError(f"Prefect's embedded server did not start within {seconds}; see {self.log}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from stackwise_core.data import corpus_digest
 from stackwise_core.identity import plan_run
 from storage.demand import compute_demand, forced_refs
 from storage.layout import Artifacts
+from storage.runs import register_complete
 
 
 def train(config: StackWiseConfig, command: list[str], root: str, from_stack: int, force: str) -> None:
@@ -38,7 +40,9 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
     plan = plan_run(config, corpus_digest(config.data.source))
     forced = forced_refs(plan, from_stack, force)
     complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
-    if not complete:
+    if complete:
+        register_complete(artifacts, config, plan)
+    else:
         _run_flow(config, artifacts, from_stack, force)
     _say_result(config, command, artifacts, summarise(artifacts, plan), reused=complete)
 
@@ -49,6 +53,7 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
     url = os.environ.get("PREFECT_API_URL")
     if url:
         check_api(url)
+    print("starting Prefect (seconds; on a machine's first run its server takes up to a minute)", file=sys.stderr)
     with nullcontext() if url else embedded_server(artifacts.root / "prefect" / "server.log") as server:
         from flows.train_rack import run_to_the_end
 

@@ -6,10 +6,12 @@ import json
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flows.summary import StageSummary, summarise
 from flows.terminal import plain_table, stage_table
+from storage.errors import ArtifactError
 from storage.layout import Artifacts
 from storage.runs import Attempt, attempts, find_run, is_live, run_names
 
@@ -17,7 +19,7 @@ from storage.runs import Attempt, attempts, find_run, is_live, run_names
 def show_runs(root: str, *, as_json: bool) -> None:
     """Print every run: its state, how far it is, its newest loss."""
     artifacts = Artifacts(root).existing()
-    runs = [_run(artifacts, find_run(artifacts, name)) for name in run_names(artifacts)]
+    runs = [_run_or_damage(artifacts, name) for name in run_names(artifacts)]
     if as_json:
         print(json.dumps({"artifacts": str(artifacts.root), "runs": runs}, indent=1))
         return
@@ -26,7 +28,7 @@ def show_runs(root: str, *, as_json: bool) -> None:
         loss = "-" if run["validation_loss"] is None else f"{run['validation_loss']:.4f}"
         stages = f"{run['stages_done']}/{run['stages']}"
         table.add_row(run["name"], run["state"], stages, loss, str(run["attempts"]), run["started"])
-    Console().print(table if runs else f"no runs yet in {artifacts.root}")
+    Console().print(table if runs else f"no runs yet in {escape(str(artifacts.root))}")
 
 
 def show_stages(root: str, name: str, *, as_json: bool) -> None:
@@ -42,7 +44,10 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
         print(json.dumps({**run, "stage_list": [stage.model_dump() for stage in stages]}, indent=1))
         return
     console = Console()
-    console.print(f"[bold]{name}[/]: {run['state']}, attempt {attempt.number}, {attempt.folder}", highlight=False)
+    where = escape(str(attempt.folder))
+    console.print(
+        f"[bold]{name}[/]: {run['state']}, attempt {attempt.number}, {where}", highlight=False, soft_wrap=True
+    )
     if run["message"]:
         console.print(run["message"], highlight=False, markup=False)
     console.print(stage_table(stages))
@@ -65,14 +70,38 @@ def _run(artifacts: Artifacts, attempt: Attempt) -> dict[str, Any]:
     done = [stage for stage in stages if stage.states["stack"] == stage.states["validation"] == "sealed"]
     outcome = attempt.outcome
     live = is_live(artifacts, attempt.name)
-    state = "running" if live else "killed" if outcome is None else outcome["state"]
+    state = "running" if live else _state_at_rest(outcome, complete=len(done) == len(stages))
     return {
         "name": attempt.name,
         "state": state,
-        "message": "" if live or outcome is None else outcome["message"],
+        "message": outcome["message"] if outcome and state in ("failed", "stopped") else "",
         "stages": len(stages),
         "stages_done": len(done),
         "validation_loss": done[-1].validation_loss if done else None,
         "attempts": len(attempts(artifacts, attempt.name)),
         "started": attempt.start["started"],
     }
+
+
+def _run_or_damage(artifacts: Artifacts, name: str) -> dict[str, Any]:
+    """Return a run for the list; one that is damaged does not hide the others."""
+    try:
+        return _run(artifacts, find_run(artifacts, name))
+    except ArtifactError as error:
+        nothing: dict[str, Any] = {
+            "stages": 0,
+            "stages_done": 0,
+            "validation_loss": None,
+            "attempts": 0,
+            "started": "-",
+        }
+        return {"name": name, "state": "damaged", "message": str(error), **nothing}
+
+
+def _state_at_rest(outcome: dict[str, Any] | None, *, complete: bool) -> str:
+    """Return how a run stands that no process holds: what is on disk says more than how it last ended."""
+    if complete:
+        return "done"
+    if outcome is None:
+        return "killed"
+    return "incomplete" if outcome["state"] == "done" else outcome["state"]

@@ -17,7 +17,7 @@ from flows.progress import Message, RowsCached, StepTaken, stop_requested, tell
 from flows.stage import Facts, Made, Stage, make
 from stackwise_core.costs import rack_parameters, stack_parameters, trainable_parameters
 from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
-from stackwise_core.errors import StackWiseError
+from stackwise_core.errors import ConfigError, Fault, StackWiseError
 from stackwise_core.evaluate import judge_depth
 from stackwise_core.identity import Ref
 from stackwise_core.model import Stack
@@ -236,6 +236,9 @@ def _judge(stage: Stage) -> Facts:
         STREAM_DTYPES[stage.config.cache.dtype],
         depth=len(plans),
     )
+    if not losses["loss_positions"]:
+        allowed = f"it masks none of the {len(rows)} validation sequences' positions: there is no loss to measure"
+        raise ConfigError([Fault("training.mask_ratio", str(stage.config.training.mask_ratio), allowed)])
     return {"validation_sequences": len(rows), **losses}
 
 

@@ -52,7 +52,7 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
     manifests = {kind: found for kind in kinds if (found := _manifest(artifacts, stage, kind, states[kind]))}
     facts = {kind: manifest.facts for kind, manifest in manifests.items()}
     stack, cache, validation = (facts.get(kind, {}) for kind in ("stack", "activations", "validation"))
-    seconds = [found["seconds"] for found in facts.values()]
+    seconds = [found.get("seconds", 0.0) for found in facts.values()]
     return StageSummary(
         stage=stage.index,
         name=stage_name(stage),

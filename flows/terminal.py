@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows.numbers import clock, parameters, size, stage_line
 from flows.progress import (
@@ -99,7 +99,8 @@ class PlainLines:
 
 
 def _print_line(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # whoever read it has gone: no training stops for that
+        print(text, file=sys.stderr, flush=True)
 
 
 def _sequences(event: DataReady) -> str:
@@ -118,13 +119,14 @@ class LiveBars:
         self.console = console
         self.progress = Progress(
             SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            TextColumn("{task.fields[detail]}", style="dim"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10),
+            TextColumn("{task.fields[detail]}", style="dim", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
         )
         self.live = Live(self.progress, console=console, refresh_per_second=8)
         self.bars: dict[int, TaskID] = {}
+        self.showing: dict[int, str] = {}
         self.speed = _Speed()
         self.n_stages = 0
 
@@ -141,9 +143,7 @@ class LiveBars:
                 self._update(event.stage, event.task, completed=0, total=None, detail="")
             case StepTaken():
                 speed, left = self.speed.update(event)
-                detail = (
-                    f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s  {clock(left)} left"
-                )
+                detail = f"{event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s  {clock(left)} left"
                 self._update(event.stage, "train", completed=event.step, total=event.steps, detail=detail)
             case RowsCached():
                 detail = f"{size(event.n_bytes)} of {size(event.of_bytes)}"
@@ -157,10 +157,13 @@ class LiveBars:
 
     def _update(self, stage: int, task: str, *, completed: float, total: float | None, detail: str) -> None:
         name = f"stage {stage}" if stage >= 0 else "corpus"
-        description = f"{name:<9}{task:<16}"
-        if stage not in self.bars:
+        description = f"{name:<9}{task:<9}"
+        if self.showing.get(stage) != task:  # rich cannot make a bar endless again: a new task gets a new one
+            if stage in self.bars:
+                self.progress.remove_task(self.bars[stage])
             self.bars[stage] = self.progress.add_task(description, total=total, detail=detail)
-        self.progress.update(self.bars[stage], description=description, completed=completed, total=total, detail=detail)
+            self.showing[stage] = task
+        self.progress.update(self.bars[stage], completed=completed, total=total, detail=detail)
 
 
 def stage_table(summaries: list[StageSummary]) -> Table:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from flows.inspect import find_artifact
 from flows.numbers import size
+from stackwise_core.identity import Kind
 from storage.errors import ArtifactError
-from storage.layout import Artifacts
+from storage.layout import FOLDERS, Artifacts, State
 from storage.manifest import RETIRED, read_manifest
 from storage.runs import Attempt, find_run, run_names
 from storage.verify import verify_files
@@ -29,6 +30,7 @@ def verify(root: str, what: str | None) -> int:
         problems += found
         total += n_bytes
         print(f"{'BAD ' if found else 'ok  '}{folder.name}{' (retired)' if (folder / RETIRED).exists() else ''}")
+    problems += _missing(artifacts, runs) if what is None or what in run_names(artifacts) else []
     n_rows = 0
     if not problems:  # rows of damaged stores or weights would only say the same again
         for run in runs:
@@ -46,7 +48,8 @@ def _chosen(artifacts: Artifacts, what: str | None) -> tuple[list[Path], list[At
     """Return the folders to verify, and the runs by which their stores can be derived again."""
     every_run = [find_run(artifacts, name) for name in run_names(artifacts)]
     if what is None:
-        return artifacts.everything(), every_run
+        rooms = (artifacts.root / room for room in FOLDERS.values())
+        return sorted(folder for room in rooms if room.exists() for folder in room.iterdir()), every_run
     named = [run for run in every_run if run.name == what]
     if not named:
         return [find_artifact(artifacts, what)], every_run
@@ -57,6 +60,24 @@ def _chosen(artifacts: Artifacts, what: str | None) -> tuple[list[Path], list[At
             stage.ref(kind) for kind in ("build", "trunk", "stack", "activations", "validation") if stage.recipe(kind)
         ]
     return [artifacts.folder(ref) for ref in refs if artifacts.folder(ref).exists()], named
+
+
+def _missing(artifacts: Artifacts, runs: list[Attempt]) -> list[str]:
+    """Return what runs that were brought to their end have no longer."""
+    problems: list[str] = []
+    for run in runs:
+        if run.outcome is None or run.outcome["state"] != "done":
+            continue
+        for stage in run.plan.stages:
+            kinds: list[Kind] = ["stack", "validation"]
+            if run.config.cache.keep == "all" and stage.activations is not None:
+                kinds.append("activations")
+            absent = [stage.ref(kind) for kind in kinds if artifacts.state(stage.ref(kind)) is State.ABSENT]
+            remedy = f"run `stackwise train` with the configuration of {run.name} again: it will be made"
+            problems += [
+                f"{artifacts.folder(ref)}: missing, though run {run.name} was done; {remedy}" for ref in absent
+            ]
+    return problems
 
 
 def _verify_folder(folder: Path) -> tuple[list[str], int]:
@@ -75,7 +96,6 @@ def _derive_rows(artifacts: Artifacts, run: Attempt, chosen: set[str]) -> tuple[
     """Derive sampled rows of a run's stores again from tokens."""
     from flows.boundaries import compare_store
     from flows.stage import Stage
-    from storage.layout import State
 
     problems: list[str] = []
     n_rows = 0

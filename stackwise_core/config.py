@@ -71,15 +71,15 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The shape of a block, shared by every stack (Llama: RMSNorm, RoPE, GQA, SwiGLU)."""
 
-    vocab_size: int = Field(default=264, ge=2)
+    vocab_size: int = Field(default=264, ge=2, le=2**24)
     """Rows of the embedding [tokens]; at least what the tokenizer has (byte: 259)."""
-    d_model: int = Field(default=128, ge=8)
+    d_model: int = Field(default=128, ge=8, le=2**17)
     """Width of the residual stream [channels]."""
     n_heads: int = Field(default=4, ge=1)
     """Attention heads; d_model / n_heads must be even."""
     n_kv_heads: int = Field(default=0, ge=0)
     """Key and value heads (grouped-query attention); 0 means n_heads."""
-    d_ff: int = Field(default=0, ge=0)
+    d_ff: int = Field(default=0, ge=0, le=2**20)
     """Inner width of the feed-forward [channels]; 0 means 8/3 d_model rounded up to 32."""
     blocks_per_stack: int = Field(default=2, ge=1, le=128)
     """Transformer blocks in a stack."""
@@ -177,11 +177,11 @@ class ProgressiveConfig(Section):
 class TrainingConfig(Section):
     """Optimisation of one stage."""
 
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=2**24)
     """Sequences in one optimizer step."""
     accumulation_steps: int = Field(default=1, ge=1)
     """Parts a batch is computed in, one after the other; must divide batch_size."""
-    steps_per_stack: int = Field(default=200, ge=1)
+    steps_per_stack: int = Field(default=200, ge=1, le=2**32)
     """Optimizer steps of a stage."""
     learning_rate: float = Field(default=2e-3, gt=0.0)
     """Peak learning rate of AdamW."""
@@ -245,13 +245,13 @@ class CacheConfig(Section):
 class HardwareConfig(Section):
     """Where it runs. Recorded with every artifact, never part of an id."""
 
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     """'auto', 'cpu', 'cuda' or 'cuda:N'."""
     compile: bool = False
     """Run the new stack through torch.compile."""
     processes: int = Field(default=1, ge=1)
     """Processes that train one stage together."""
-    threads: int = Field(default=0, ge=0)
+    threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of torch; 0 means as many as this process may use."""
 
 
@@ -260,7 +260,7 @@ class ValidationConfig(Section):
 
     max_sequences: int = Field(default=256, ge=1)
     """At most this many validation sequences."""
-    sampled_rows: int = Field(default=16, ge=1)
+    sampled_rows: int = Field(default=16, ge=1, le=2**20)
     """Rows of a cache that are derived again from tokens and compared."""
 
 

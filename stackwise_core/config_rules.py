@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -135,7 +135,8 @@ def _not_built_faults(config: StackWiseConfig) -> Iterator[Fault]:
     for path, refused in _NOT_BUILT.items():
         value = _lookup(config, path)
         if value in refused:
-            yield Fault(path, repr(value), "this version does not build it yet")
+            allowed = " or ".join(map(repr, _allowed(config, path, refused)))
+            yield Fault(path, repr(value), f"this version does not build it yet; use {allowed}")
     for path, mode in _WITHOUT_EFFECT.items():
         if _lookup(config, path) != _default(config, path):
             yield Fault(path, repr(_lookup(config, path)), f"belongs to {mode}, which this version does not build yet")
@@ -147,6 +148,14 @@ def _not_built_faults(config: StackWiseConfig) -> Iterator[Fault]:
             yield Fault(f"{here}.mode", repr(stack.mode), "this version does not build it yet")
     if config.data.tokenizer != "byte":
         yield Fault("data.tokenizer", repr(config.data.tokenizer), "this version builds only 'byte' so far")
+
+
+def _allowed(config: BaseModel, path: str, refused: tuple[Any, ...]) -> list[Any]:
+    """Return the values of a key that are built."""
+    *sections, name = path.split(".")
+    section = _lookup(config, ".".join(sections))
+    choices = get_args(type(section).model_fields[name].annotation) or (True, False)
+    return [choice for choice in choices if choice not in refused]
 
 
 def stage_steps(config: StackWiseConfig, stage: int) -> int:

@@ -50,7 +50,7 @@ def parse_value(text: str) -> Any:
     """Return the YAML value of a command-line string: 8, true, 1e-3, [1, 2], word."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 
@@ -64,9 +64,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError([Fault(str(path), "no such file", "give the path of a YAML configuration")]) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError([Fault(str(path), str(error), "give a readable YAML configuration")]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also of dates and numbers that are none
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or "no YAML"

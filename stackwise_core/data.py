@@ -101,10 +101,12 @@ def corpus_digest(source: str) -> str:
 def _paths(source: str) -> list[Path]:
     if source == "stdlib":
         return _standard_library()
-    if Path(source).is_file():
-        return [Path(source)]
-    paths = sorted(Path(name) for name in glob.glob(source, recursive=True))
-    files = [path for path in paths if path.is_file()]
+    try:
+        if Path(source).is_file():
+            return [Path(source)]
+        files = [path for path in map(Path, sorted(glob.glob(source, recursive=True))) if path.is_file()]
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"data.source: got {source[:80]!r}; it cannot be looked up ({error})") from None
     if not files:
         what = "it is a folder; add /**/*.txt" if Path(source).is_dir() else "no file matches"
         raise CorpusError(f"data.source: got {source!r}; {what} (seen from {Path.cwd()})")

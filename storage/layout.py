@@ -53,6 +53,7 @@ class Artifacts:
 
     def __init__(self, root: Path | str) -> None:
         """Name the folder; nothing is touched before `open()`."""
+        self.given = str(root)
         self.root = Path(root).absolute()
         self._checked: set[tuple[str, str]] = set()
 
@@ -62,6 +63,10 @@ class Artifacts:
         Raises:
             ArtifactsFolderError: it cannot be written, or work/ lies on another file system.
         """
+        if "://" in self.given or not self.given:
+            raise ArtifactsFolderError(
+                f"--artifacts {self.given!r}: give a local folder; object stores are not built yet"
+            )
         try:
             for name in (*FOLDERS.values(), "runs", "work", "locks", "trash", "quarantine"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
@@ -104,6 +109,8 @@ class Artifacts:
     def work(self, ref: Ref) -> Path:
         """Return where the artifact is made, created if need be; what a killed task left is still in it."""
         folder = self.root / "work" / ref.name
+        if folder.is_symlink():
+            folder.unlink()  # what is made stays inside the artifacts folder
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -215,6 +222,8 @@ class Artifacts:
         """
         work, known = self.work(ref), checksums or {}
         remove_temporaries(work)
+        for path in work.rglob(".*"):  # .DS_Store and the like: no task writes hidden files
+            path.unlink()
         files: dict[str, FileEntry] = {}
         for path in sorted(work.rglob("*")):
             name = path.relative_to(work).as_posix()
@@ -262,12 +271,16 @@ class Artifacts:
         folder = self.folder(ref)
         if not (folder / MANIFEST).exists():
             return
-        if not (folder / RETIRED).exists():
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            self._mark(folder, RETIRED, json.dumps({"retired": now}))
+        self.mark_retired(ref)
         for path in folder.iterdir():
             if path.name not in (MANIFEST, RETIRED):
                 self._discard(path)
+
+    def mark_retired(self, ref: Ref) -> None:
+        """Take a sealed artifact from its readers; `retire` then drops the data."""
+        if not (self.folder(ref) / RETIRED).exists():
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            self._mark(self.folder(ref), RETIRED, json.dumps({"retired": now}))
 
     def quarantine(self, ref: Ref, reason: str) -> Path:
         """Take a sealed artifact out of every reader's reach, and keep it for inspection."""

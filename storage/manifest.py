@@ -55,6 +55,13 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     fingerprint: dict[str, Any]
     """On what it was computed. Recorded, not hashed."""
     created: str
+    seal: str = ""
+    """Hash of all of the above, so that a changed fact or input is seen too."""
+
+    def expected_seal(self) -> str:
+        """Return what `seal` must be."""
+        text = canonical_json(self.model_dump(mode="json", exclude={"seal"}))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def n_bytes(self) -> int:
@@ -75,7 +82,7 @@ def make_manifest(
     fingerprint: dict[str, Any],
 ) -> Manifest:
     """Compose the manifest of a finished artifact."""
-    return Manifest(
+    manifest = Manifest(
         ref=ref,
         recipe=recipe.dump(),
         numerics=NUMERICS[recipe.kind],
@@ -86,6 +93,7 @@ def make_manifest(
         fingerprint=fingerprint,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    return manifest.model_copy(update={"seal": manifest.expected_seal()})
 
 
 def digest_of(files: dict[str, FileEntry]) -> str:
@@ -119,6 +127,8 @@ def read_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
         raise ArtifactCorruptError(path, problem, remedy)
     if not _hash_matches(manifest) or digest_of(manifest.files) != manifest.digest:
         raise ArtifactCorruptError(path, "was edited: its recipe or file list does not give its hashes", remedy)
+    if manifest.seal != manifest.expected_seal():
+        raise ArtifactCorruptError(path, "was edited: its facts or inputs are not what was sealed", remedy)
     return manifest
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,8 +18,9 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, CorpusError, Fault, StageInterruptedError
 from stackwise_core.identity import Ref, RunPlan
 from storage.durable import write_text
-from storage.errors import RunBusyError
-from storage.layout import Artifacts
+from storage.errors import ArtifactCorruptError, RunBusyError
+from storage.layout import Artifacts, State
+from storage.locks import no_wait
 
 _PLANS_LOCK = "plans"
 """Held while a run writes what it will read, and while someone decides to retire a store."""
@@ -34,7 +37,8 @@ class Attempt:
     @property
     def plan(self) -> RunPlan:
         """What it set out to make."""
-        return RunPlan.model_validate_json((self.folder / "plan.json").read_bytes())
+        with _explained(self.folder / "plan.json") as path:
+            return RunPlan.model_validate_json(path.read_bytes())
 
     @property
     def config(self) -> StackWiseConfig:
@@ -44,18 +48,30 @@ class Attempt:
     @property
     def start(self) -> dict[str, Any]:
         """When, where and by which process it was started."""
-        return json.loads((self.folder / "start.json").read_text())
+        with _explained(self.folder / "start.json") as path:
+            return json.loads(path.read_text())
 
     @property
     def outcome(self) -> dict[str, Any] | None:
         """How it ended; None while it lives, or if it was killed."""
-        path = self.folder / "outcome.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        with _explained(self.folder / "outcome.json") as path:
+            return json.loads(path.read_text()) if path.exists() else None
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Generator[Path]:
+    """Turn a missing or damaged file of an attempt into one error that names it."""
+    try:
+        yield path
+    except (ValueError, FileNotFoundError) as error:
+        remedy = f"Remove {path.parent}: artifacts stay, and `stackwise train` registers the run anew"
+        raise ArtifactCorruptError(path, f"is damaged ({str(error).splitlines()[0]})", remedy) from None
 
 
 def attempts(artifacts: Artifacts, name: str) -> list[Attempt]:
     """Return the attempts of a run, oldest first."""
-    folders = sorted((artifacts.root / "runs" / name / "attempts").glob("[0-9]*"), key=lambda path: int(path.name))
+    found = (artifacts.root / "runs" / name / "attempts").glob("*")
+    folders = sorted((path for path in found if path.name.isdecimal()), key=lambda path: int(path.name))
     return [Attempt(name, int(folder.name), folder) for folder in folders if (folder / "start.json").exists()]
 
 
@@ -78,18 +94,20 @@ def find_run(artifacts: Artifacts, name: str) -> Attempt:
 
 
 def is_live(artifacts: Artifacts, name: str) -> bool:
-    """Say whether some process holds the run now."""
-    with artifacts.lock(_PLANS_LOCK):
-        return _is_live(artifacts, name)
-
-
-def _is_live(artifacts: Artifacts, name: str) -> bool:
-    """Say whether a run is held; the caller holds the plans lock, or the probe itself would be seen."""
-    lock = artifacts.lock(f"run-{name}")
-    if lock.try_acquire():
-        lock.release()
+    """Say whether some process holds the run now. Writes nothing, so it works on read-only media."""
+    try:
+        fd = os.open(artifacts.root / "locks" / f"run-{name}", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
         return False
-    return True
+    try:
+        for _ in range(3):  # another probe may hold it for an instant
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return False
+            time.sleep(0.05)
+        return True
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
@@ -113,10 +131,11 @@ def begin_attempt(
     alive = artifacts.lock(f"run-{name}", shared=True)
     with artifacts.lock("gc", shared=True, on_wait=on_wait):
         with artifacts.lock(_PLANS_LOCK, on_wait=on_wait):
-            others_live = _is_live(artifacts, name)
+            others_live = is_live(artifacts, name)
             _check_previous(artifacts, config, plan, others_live)
             attempt = attempts(artifacts, name)[-1] if others_live else _write_attempt(artifacts, config, plan)
-            alive.try_acquire()
+            while not alive.try_acquire():  # a probe holds it for an instant
+                time.sleep(0.01)
         try:
             yield attempt
             _write_outcome(attempt, "done", "")
@@ -170,14 +189,47 @@ def _write_outcome(attempt: Attempt, state: str, message: str) -> None:
         write_text(attempt.folder / "outcome.json", json.dumps({"state": state, "message": message, "ended": now}))
 
 
+def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name: str) -> Ref | None:
+    """Drop the boundary below stage `index` once the one above it is sealed and validated.
+
+    Returns:
+        The store, if it is kept because another live run plans to read it.
+    """
+    if index == 0 or plan.stages[index].activations is None or plan.stages[index - 1].activations is None:
+        return None
+    stage, below = plan.stages[index], plan.stages[index - 1].ref("activations")
+    above = artifacts.state(stage.ref("activations")), artifacts.state(stage.ref("validation"))
+    superseded = above[0] in (State.SEALED, State.RETIRED) and above[1] is State.SEALED
+    if artifacts.state(below) is State.RETIRED:
+        artifacts.retire(below)  # again: a kill may have left some of its data
+    elif superseded and artifacts.state(below) is State.SEALED and not retire_unless_read(artifacts, below, run_name):
+        return below
+    return None
+
+
 def retire_unless_read(artifacts: Artifacts, ref: Ref, own_run: str) -> bool:
     """Retire a store unless another live run plans to read it; say whether it was retired."""
     with artifacts.lock(_PLANS_LOCK):
         for name in run_names(artifacts):
-            if name != own_run and _is_live(artifacts, name) and ref in _stores_of(find_run(artifacts, name).plan):
+            if name != own_run and is_live(artifacts, name) and ref in _stores_of(find_run(artifacts, name).plan):
                 return False
-        artifacts.retire(ref)
-        return True
+        artifacts.mark_retired(ref)
+    artifacts.retire(ref)  # dropping the data takes its time: not under the lock
+    return True
+
+
+def register_complete(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan) -> None:
+    """Register a run of which everything was there already, and retire what it does not keep.
+
+    Nothing is written if its newest attempt was the same.
+    """
+    before = attempts(artifacts, config.run.name)
+    if not before or before[-1].plan != plan or before[-1].config != config:
+        with begin_attempt(artifacts, config, plan, no_wait):
+            pass
+    if config.cache.keep == "last":
+        for index in range(len(plan.stages)):
+            retire_superseded(artifacts, plan, index, config.run.name)
 
 
 def _stores_of(plan: RunPlan) -> set[Ref]:

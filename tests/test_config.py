@@ -148,7 +148,7 @@ def test_every_fault_at_once() -> None:
         "model.vocab_size": ("100", "the byte tokenizer needs at least 259"),
         "training.accumulation_steps": ("4", "must divide training.batch_size = 30"),
         "training.progressive.target_stacks": ("5", "must not exceed training.progressive.max_stacks = 4"),
-        "training.progressive.building_mode": ("'prepend'", "this version does not build it yet"),
+        "training.progressive.building_mode": ("'prepend'", "this version does not build it yet; use 'append'"),
     }
 
 
@@ -472,7 +472,11 @@ def other_value(path: str) -> Any:
 
 @pytest.mark.parametrize(("path", "value"), [(path, value) for path in _NOT_BUILT for value in _NOT_BUILT[path]])
 def test_modes_that_are_not_built_are_refused_by_name(path: str, value: Any) -> None:
-    assert faults_of(nested(path, value)) == [Fault(path, repr(value), "this version does not build it yet")]
+    (fault,) = faults_of(nested(path, value))
+    assert (fault.path, fault.received) == (path, repr(value))
+    assert fault.allowed.startswith("this version does not build it yet; use ")
+    for choice in fault.allowed.partition("; use ")[2].split(" or "):  # what it says to use is accepted
+        StackWiseConfig.from_dict(nested(path, ast.literal_eval(choice)))
 
 
 @pytest.mark.parametrize("path", _WITHOUT_EFFECT)

@@ -121,7 +121,7 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_that_does_not_start_is_an_error_that_names_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "_STARTUP_SECONDS", 0.0)
     never = EmbeddedServer(9, tmp_path / "server.log")
@@ -129,7 +129,6 @@ def test_a_server_that_does_not_start_is_an_error_that_names_its_log(
     with pytest.raises(ServerError, match=f"did not start .* see {tmp_path}/server.log") as error:
         never.wait_until_ready()
     assert error.value.exit_code == 1
-    assert "starting Prefect's embedded server" in capsys.readouterr().err
     never.stop()  # harmless: it never began
 
 

@@ -50,7 +50,7 @@ class StoreRows:
         sequence_ids, views = (
             np.concatenate([self.index(group)[part] for group in ("train", "validation")]) for part in (0, 1)
         )
-        places = np.unique(np.linspace(0, len(views) - 1, n_rows).round().astype(np.int64))
+        places = np.unique(np.linspace(0, len(views) - 1, min(n_rows, len(views))).round().astype(np.int64))
         return [(int(sequence_ids[place]), int(views[place])) for place in places]
 
 
