@@ -222,8 +222,8 @@ class Artifacts:
         """
         work, known = self.work(ref), checksums or {}
         remove_temporaries(work)
-        for path in work.rglob(".*"):  # .DS_Store and the like: no task writes hidden files
-            path.unlink()
+        for path in list(work.rglob(".*")):  # .DS_Store and the like: no task writes hidden files
+            _delete(path)
         files: dict[str, FileEntry] = {}
         for path in sorted(work.rglob("*")):
             name = path.relative_to(work).as_posix()
