@@ -7,7 +7,7 @@ CONFIG ?= configs/quickstart.yaml
 
 .PHONY: setup train test test-slow check bench docs clean
 
-train: $(VENV)/run ## grow the quickstart rack: three stacks, about two minutes
+train: $(VENV)/run ## grow the quickstart rack: three stacks, two to three minutes
 	@$(BIN)/stackwise train $(CONFIG)
 
 test: $(VENV)/test ## the tests

@@ -167,6 +167,7 @@ def test_hidden_files_are_not_sealed(tmp_path: Path) -> None:
     shutil.rmtree(folder)
     (root / "work" / folder.name).mkdir()
     (root / "work" / folder.name / ".DS_Store").write_bytes(b"?")
+    (root / "work" / folder.name / ".hidden/.deeper").mkdir(parents=True)
     grow(config, str(root))
     assert json.loads((folder / "manifest.json").read_text())["digest"] == before
 
