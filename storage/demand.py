@@ -145,11 +145,10 @@ def _check_lineage(demand: Demand, artifacts: Artifacts) -> None:
     """Refuse an artifact that was made from something else than what is there now."""
     sealed = {ref for ref, state in demand.states.items() if state is State.SEALED}
     for ref in sorted(sealed - demand.needed, key=lambda ref: (ref.stage, ref.kind)):
-        for entry in artifacts.manifest(ref).inputs:
-            if artifacts.state(entry.ref) is not State.SEALED or entry.ref in demand.forced:
-                continue
-            there = artifacts.manifest(entry.ref)
-            if there.digest != entry.digest:
+        manifest = artifacts.sealed(ref)  # asked again: another process may have retired it since
+        for entry in manifest.inputs if manifest else ():
+            there = None if entry.ref in demand.forced else artifacts.sealed(entry.ref)
+            if there is not None and there.digest != entry.digest:
                 raise ArtifactCorruptError(
                     artifacts.folder(ref),
                     f"was made from other bytes of {entry.ref.name} than are there now "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -72,7 +73,7 @@ class Artifacts:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             probe = self.root / "work" / f"probe-{os.getpid()}"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             reason = error.strerror or str(error)
             raise ArtifactsFolderError(
@@ -139,6 +140,8 @@ class Artifacts:
             return State.RETIRED
         try:
             self.manifest(ref)
+        except (ArtifactMissingError, ArtifactUnsealedError):  # retired or discarded by another process just now
+            return State.RETIRED if (folder / RETIRED).exists() else State.ABSENT
         except ArtifactError:
             return State.CORRUPT
         return State.SEALED
@@ -150,6 +153,27 @@ class Artifacts:
             ArtifactMissingError, ArtifactUnsealedError, ArtifactCorruptError: each names path and remedy.
         """
         folder = self.folder(ref)
+        try:
+            return self._read_sealed(folder, ref)
+        except ArtifactCorruptError:
+            self._refuse_absent(folder)  # another process may have retired it while it was read
+            raise
+
+    def sealed(self, ref: Ref) -> Manifest | None:
+        """Return the manifest of an artifact that is sealed now; None if it is absent, retired or damaged."""
+        try:
+            return self.manifest(ref)
+        except ArtifactError:
+            return None
+
+    def _read_sealed(self, folder: Path, ref: Ref) -> Manifest:
+        self._refuse_absent(folder)
+        manifest = read_manifest(folder, ref)
+        for name, entry in manifest.files.items():
+            self._check_size(folder, name, entry)
+        return manifest
+
+    def _refuse_absent(self, folder: Path) -> None:
         remedy = "Run `stackwise train` with the configuration that made it: it will be made"
         if not folder.exists():
             raise ArtifactMissingError(folder, "there is no such artifact", remedy)
@@ -157,10 +181,6 @@ class Artifacts:
             raise ArtifactUnsealedError(folder, "was never sealed (no manifest)", remedy)
         if (folder / RETIRED).exists():
             raise ArtifactMissingError(folder, "was retired: its data was dropped on purpose", remedy)
-        manifest = read_manifest(folder, ref)
-        for name, entry in manifest.files.items():
-            self._check_size(folder, name, entry)
-        return manifest
 
     def checked(self, ref: Ref) -> Path:
         """Return the folder of a sealed artifact after comparing every checksum, once per digest.
@@ -274,7 +294,8 @@ class Artifacts:
         self.mark_retired(ref)
         for path in folder.iterdir():
             if path.name not in (MANIFEST, RETIRED):
-                self._discard(path)
+                with contextlib.suppress(FileNotFoundError):  # another process of the run drops it too
+                    self._discard(path)
 
     def mark_retired(self, ref: Ref) -> None:
         """Take a sealed artifact from its readers; `retire` then drops the data."""

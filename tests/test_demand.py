@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -543,3 +543,72 @@ def test_asking_writes_nothing(artifacts: Artifacts) -> None:
     needed(artifacts)
     assert list(snapshot(artifacts.root)) == before
     json.dumps(before)
+
+
+# ---------------------------------------------------------------- while another process of the run goes on
+
+
+def _meanwhile(monkeypatch: pytest.MonkeyPatch, look: int, act: Callable[[], None]) -> list[bool]:
+    """Let something happen just before the n-th look at a file; the list says whether it came to that."""
+    happened: list[bool] = []
+    looks = 0
+    stat = Path.stat
+
+    def looking(path: Path, **how: Any) -> os.stat_result:
+        nonlocal looks
+        looks += 1
+        if looks == look + 1:
+            happened.append(True)
+            act()
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", looking)
+    return happened
+
+
+def test_a_store_may_be_retired_at_any_moment_of_asking(template: Path, tmp_path: Path) -> None:
+    """Two processes share a run; one retires a store while the other finds out what there is to do."""
+    look = 0
+    while True:
+        root = tmp_path / str(look)
+        shutil.copytree(template, root)
+        with pytest.MonkeyPatch.context() as patch:
+            happened = _meanwhile(patch, look, lambda root=root: Artifacts(root).retire(REFS["cache 1"]))
+            assert compute_demand(PLAN, Artifacts(root), "last").needed == set()
+        if not happened:
+            break
+        look += 1
+    assert look > 50
+
+
+@pytest.mark.parametrize("act", ["retire", "discard"])
+def test_a_store_that_goes_while_its_state_is_asked_for_is_not_called_damaged(
+    act: str, template: Path, tmp_path: Path
+) -> None:
+    gone = {"retire": State.RETIRED, "discard": State.ABSENT}[act]
+    look, seen = 0, set[State]()
+    while True:
+        root = tmp_path / str(look)
+        shutil.copytree(template, root)
+        with pytest.MonkeyPatch.context() as patch:
+            happened = _meanwhile(patch, look, lambda root=root: getattr(Artifacts(root), act)(REFS["cache 1"]))
+            seen.add(Artifacts(root).state(REFS["cache 1"]))
+        if not happened:
+            break
+        look += 1
+    assert seen == {State.SEALED, gone}
+
+
+def test_two_processes_may_retire_a_store_at_once(template: Path, tmp_path: Path) -> None:
+    look = 0
+    while True:
+        root = tmp_path / str(look)
+        shutil.copytree(template, root)
+        with pytest.MonkeyPatch.context() as patch:
+            happened = _meanwhile(patch, look, lambda root=root: Artifacts(root).retire(REFS["cache 1"]))
+            Artifacts(root).retire(REFS["cache 1"])
+        assert {path.name for path in Artifacts(root).folder(REFS["cache 1"]).iterdir()} == {MANIFEST, RETIRED}
+        if not happened:
+            break
+        look += 1
+    assert look > 2
