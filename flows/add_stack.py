@@ -9,11 +9,7 @@ from flows.stage import Stage
 from stackwise_core.identity import Ref
 
 
-@flow(
-    name="add-stack",
-    flow_run_name="add stack {stage.index} ({stage.plan.spec.mode}, {stage.plan.spec.strategy}, "
-    "{stage.plan.spec.precision})",
-)
+@flow(name="add-stack", flow_run_name="{stage.title}")
 def add_stack(stage: Stage) -> Ref:
     """Build a stack on a trunk, train it, cache its boundary for the next one, judge the result."""
     build = tasks.prepared(stage, tasks.build_stack, "build stack")(stage)

@@ -11,8 +11,9 @@ from collections.abc import Generator
 import numpy as np
 
 from flows.stage import Stage
+from stackwise_core.anatomy import Anatomy
 from stackwise_core.evaluate import differing_rows
-from stackwise_core.identity import Ref
+from stackwise_core.identity import Ref, StagePlan
 from stackwise_core.resolve import resolve_order
 from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowsFromBoundary, RowsFromTokens, RowSource
 from storage.activations.fill import StoreRows
@@ -23,7 +24,7 @@ from storage.demand import advance_source
 
 def store_below(stage: Stage) -> list[Ref]:
     """Return the store this stage trains on, if it trains on one."""
-    return [stage.trunk[-1].ref("activations")] if stage.trunk and stage.trunk[-1].activations else []
+    return [stage.below[-1].ref("activations")] if stage.below and stage.below[-1].activations else []
 
 
 @contextlib.contextmanager
@@ -35,39 +36,49 @@ def _open_store(stage: Stage, ref: Ref) -> Generator[StoreReader]:
 
 @contextlib.contextmanager
 def boundary_below(stage: Stage) -> Generator[RowSource | LiveTrunk | None]:
-    """Give what the new stack stands on: nothing, a store, or the live trunk; their rows are the same bytes."""
-    if stage.index == 0:
+    """Give what the live stacks stand on: nothing, a store, or the live trunk; their rows are the same bytes."""
+    anatomy = stage.plan.spec.anatomy
+    if anatomy.boundary == 0:
         yield None
     elif store := store_below(stage):
         with _open_store(stage, store[0]) as reader:
             yield reader
     else:
-        yield _live_trunk(stage, stage.index)
+        yield _live_trunk(stage, stage.below, anatomy.below)
 
 
 @contextlib.contextmanager
 def boundary_above(stage: Stage) -> Generator[tuple[RowSource, str]]:
-    """Give the boundary on top of this stage's stack, and say how it is made."""
+    """Give the boundary that the next stage stands on, and say how it is made."""
     below = advance_source(stage.plan, stage.run_plan, stage.artifacts)
     if below is None:
         yield rows_from_tokens(stage), "tokens"
         return
-    stack = load_stack(stage.artifacts, stage.plan).to(stage.device)
+    added = _reader_of(stage).below[-1]
+    stack = load_stack(stage.artifacts, stage.so_far, added).to(stage.device)
     dtype = STREAM_DTYPES[stage.config.cache.dtype]
     with _open_store(stage, below) as reader:
-        yield RowsFromBoundary(reader, stack, dtype, stage.device), f"boundary {stage.index}"
+        yield RowsFromBoundary(reader, stack, dtype, stage.device), f"boundary {len(_reader_of(stage).below) - 1}"
 
 
 def rows_from_tokens(stage: Stage) -> RowsFromTokens:
-    """Return the boundary on top of this stage's stack as tokens give it, through the whole rack."""
+    """Return the boundary that the next stage stands on as tokens give it, through the whole trunk."""
     assert stage.plan.activations is not None
-    return RowsFromTokens(*stage.sequences, stage.plan.activations.mask, _live_trunk(stage, stage.index + 1))
+    train, validation = stage.sequences
+    trunk = _live_trunk(stage, stage.so_far, _reader_of(stage).below)
+    order = resolve_order(stage.config, len(train))
+    return RowsFromTokens(train, validation, stage.plan.activations.mask, trunk, order)
 
 
-def _live_trunk(stage: Stage, n_stacks: int) -> LiveTrunk:
-    plans = stage.run_plan.stages[:n_stacks]
-    embedding = load_embedding(stage.artifacts, plans[0]).to(stage.device)
-    stacks = [load_stack(stage.artifacts, plan).to(stage.device) for plan in plans]
+def _reader_of(stage: Stage) -> Anatomy:
+    """Return the anatomy of the next stage, which reads the store of this one."""
+    return stage.run_plan.stages[stage.index + 1].spec.anatomy
+
+
+def _live_trunk(stage: Stage, plans: tuple[StagePlan, ...], below: tuple[int, ...]) -> LiveTrunk:
+    """Return some stacks as the last of some stages left them."""
+    embedding = load_embedding(stage.artifacts, plans).to(stage.device)
+    stacks = [load_stack(stage.artifacts, plans, stack).to(stage.device) for stack in below]
     return LiveTrunk(embedding, stacks, STREAM_DTYPES[stage.config.cache.dtype])
 
 
@@ -83,7 +94,7 @@ def rows_to_store(stage: Stage) -> StoreRows:
         views=views,
         validation_ids=np.asarray(validation_ids),
         seq_len=stage.config.data.seq_len,
-        d_model=stage.plan.build.shape.d_model,
+        d_model=stage.plan.shape.d_model,
         dtype=recipe.dtype,
         attributes={"id": stage.plan.ref("activations").sha256, "recipe": recipe.dump()},
     )

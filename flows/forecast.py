@@ -60,10 +60,9 @@ def _stage(
     n_train: int,
     n_validation: int,
 ) -> dict[str, Any]:
-    shape, optim, seq_len = stage.build.shape, stage.spec.optim, config.data.seq_len
-    blocks = [other.build.n_blocks for other in plan.stages[: stage.index + 1]]
-    ratio = stage.stack.mask.ratio if stage.stack.mask else None
-    own, trunk = stage_flops(shape, blocks, stage.index, optim, seq_len, ratio or 1.0)
+    spec, shape, seq_len = stage.spec, stage.shape, config.data.seq_len
+    ratio = stage.stack.mask.mean_ratio if stage.stack.mask else None
+    live, below = stage_flops(shape, spec, seq_len, ratio or 1.0)
     cache = None
     if stage.activations is not None:
         rows = resolve_order(config, n_train).count_visited(stage.activations.steps)
@@ -73,20 +72,27 @@ def _stage(
     kinds: dict[str, Kind] = {task: kind for task, kind in TASK_KINDS.items() if stage.recipe(kind) is not None}
     return {
         "stage": stage.index,
-        "mode": stage.spec.mode,
-        "trunk": stage.spec.strategy,
-        "operator": stage.spec.operator,
-        "time_step": None,
+        "name": spec.name,
+        "mode": spec.mode,
+        "trunk": spec.strategy,
+        "order": list(spec.anatomy.order),
+        "trains": {str(stack): spec.anatomy.trains_of(stack) for stack in spec.anatomy.order},
+        "operator": spec.operator,
+        "time_step": spec.time_step,
         "mask_ratio": ratio,
-        "precision": stage.spec.precision,
-        "adapters": [],
-        "blocks": stage.build.n_blocks,
-        "steps": optim.steps,
-        "trainable_parameters": trainable_parameters(shape, blocks[-1], stage.index),
-        "rack_parameters": rack_parameters(shape, blocks),
-        "flops": own + (0.0 if cached_below else trunk),
-        "flops_saved_by_cache": trunk if cached_below else 0.0,
-        "memory_bytes": training_bytes(shape, blocks[-1], stage.index, optim.batch_size, seq_len),
+        "precision": spec.new.precision,
+        "adapters": [
+            {"stack": stack.index, "name": name, "rank": adapter.rank, "alpha": adapter.alpha}
+            for stack in spec.stacks
+            for name, adapter in stack.adapters.items()
+        ],
+        "blocks": spec.n_blocks,
+        "steps": spec.optim.steps,
+        "trainable_parameters": trainable_parameters(shape, spec),
+        "rack_parameters": rack_parameters(shape, spec),
+        "flops": live + (0.0 if cached_below else below),
+        "flops_saved_by_cache": below if cached_below else 0.0,
+        "memory_bytes": training_bytes(shape, spec, seq_len),
         "cache_bytes": cache,
         "cache_note": stage.no_cache_reason,
         "states": {kind: artifacts.state(stage.ref(kind)).value for kind in kinds.values()},
@@ -107,17 +113,29 @@ def _print_plan(
 
 
 def _paragraph(row: dict[str, Any]) -> str:
-    """Return one stage of the plan for people, in five short lines."""
+    """Return one stage of the plan for people, in a few short lines."""
     masks = "inputs as they are" if row["mask_ratio"] is None else f"{row['mask_ratio']:.0%} of the positions masked"
+    time = "" if row["time_step"] is None else f" (time step {row['time_step']})"
     saved = row["flops_saved_by_cache"]
     saving = f", {saved / 1e12:.3g} saved by the cache below" if saved else ""
     cache = row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"])
     plural = "block" if row["blocks"] == 1 else "blocks"
+    how = "all stacks together" if row["mode"] == "joint" else f"{row['blocks']} {plural}, {row['operator']}"
     return (
-        f"\nstage {row['stage']}: {row['mode']}, {row['trunk']}, {row['precision']}\n"
-        f"  stack   {row['blocks']} {plural}, {row['operator']}; {row['steps']} steps, {masks}\n"
+        f"\nstage {row['stage']}: {row['name']}\n"
+        f"  stack   {how}; {row['steps']} steps, {masks}{time}\n"
+        f"{_adapters(row)}"
         f"  trains  {parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters\n"
         f"  costs   {row['flops'] / 1e12:.3g} TFLOP{saving}; about {size(row['memory_bytes'])} of memory\n"
         f"  cache   {cache}\n"
         f"  to run  {', '.join(row['to_run']) or 'nothing, all is there'}"
     )
+
+
+def _adapters(row: dict[str, Any]) -> str:
+    """Return a line on the adapters: of each stack its ranks."""
+    by_stack: dict[int, list[str]] = {}
+    for adapter in row["adapters"]:
+        by_stack.setdefault(adapter["stack"], []).append(f"{adapter['name']} {adapter['rank']}")
+    ranks = "; ".join(f"stack {stack}: {', '.join(names)}" for stack, names in by_stack.items())
+    return f"  LoRA    {ranks}\n" if ranks else ""

@@ -103,4 +103,4 @@ def forecast_store(config: StackWiseConfig, artifacts: Artifacts, stage: StagePl
     data = artifacts.manifest(Ref(kind="data", stage=-1, sha256=recipe.data)).facts
     order = resolve_order(config, data["train_sequences"])
     rows = order.count_visited(recipe.steps) + min(recipe.validation_sequences, data["validation_sequences"])
-    return store_bytes(rows, data["seq_len"], stage.build.shape.d_model, recipe.dtype)
+    return store_bytes(rows, data["seq_len"], stage.shape.d_model, recipe.dtype)

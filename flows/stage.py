@@ -72,9 +72,20 @@ class Stage(BaseModel, frozen=True):
         return self.run_plan.stages[self.index]
 
     @property
-    def trunk(self) -> tuple[StagePlan, ...]:
-        """The stages of the trunk, in data-flow order."""
+    def title(self) -> str:
+        """How a person would call the stage."""
+        spec = self.plan.spec
+        return "train all stacks together" if spec.mode == "joint" else f"add stack {self.index} ({spec.name})"
+
+    @property
+    def below(self) -> tuple[StagePlan, ...]:
+        """The stages before this one, in order."""
         return self.run_plan.stages[: self.index]
+
+    @property
+    def so_far(self) -> tuple[StagePlan, ...]:
+        """The stages up to this one, in order."""
+        return self.run_plan.stages[: self.index + 1]
 
     @functools.cached_property
     def device(self) -> torch.device:

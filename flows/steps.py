@@ -7,27 +7,39 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from flows.boundaries import boundary_above, boundary_below, compare_store, rows_to_store, store_below
 from flows.progress import Message, RowsCached, StepTaken, stop_requested, tell
 from flows.stage import Facts, Made, Stage, make
-from stackwise_core.costs import rack_parameters, stack_parameters, trainable_parameters
-from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
+from stackwise_core.costs import rack_parameters, stack_parameters
+from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader, joint_batches
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
-from stackwise_core.evaluate import judge_depth
-from stackwise_core.identity import Ref
+from stackwise_core.evaluate import judge_rack
+from stackwise_core.identity import Ref, stack_state
+from stackwise_core.masking import MaskSpec
 from stackwise_core.model import Stack
-from stackwise_core.rack_builder import grow_stack, new_rack
-from stackwise_core.resolve import resolve_order
-from stackwise_core.trainer import Hooks, StageModel, TrainingState, train_stack
+from stackwise_core.objectives import Batch
+from stackwise_core.rack_builder import (
+    count_parameters,
+    give_adapters,
+    new_rack,
+    new_stack,
+    prepare_to_train,
+    settle,
+)
+from stackwise_core.resolve import resolve_loss, resolve_mask, resolve_order
+from stackwise_core.stage_model import StageModel
+from stackwise_core.training import Hooks, TrainingState, train_stack
 from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowSource
 from storage.activations.fill import fill_store
 from storage.checkpoints import (
     METRICS,
+    frozen_digests,
     load_embedding,
     load_head,
     load_stack,
@@ -40,64 +52,85 @@ from storage.durable import write_text
 from storage.errors import ArtifactCorruptError
 
 
+class FrozenChangedError(StackWiseError):
+    """A weight that does not train was changed by training."""
+
+
 class CacheMismatchError(StackWiseError):
     """Cached rows are not what the live rack computes; the store was quarantined."""
 
 
-def build_stack(stage: Stage) -> Ref:
-    """Describe the new stack: operator, source, seed, and the digest of its initial tensors."""
+def build_stack(stage: Stage) -> Ref | None:
+    """Describe the new stack: operator, source, seed, and the digest of its initial tensors; the anneal adds none."""
+    recipe = stage.plan.build
+    if recipe is None:
+        return None
 
     def work(folder: Path) -> Made:
-        description = {**stage.plan.build.dump(), "initial_tensors": tensor_digest(_initial_stack(stage))}
+        description = {**recipe.dump(), "initial_tensors": _digest_of_new(stage)}
         write_text(folder / "build.json", json.dumps(description, indent=1))
-        return Made({"operator": stage.plan.build.operator, "blocks": stage.plan.build.n_blocks})
+        return Made({"operator": recipe.operator, "blocks": recipe.n_blocks})
 
-    return make(stage, "build", [below.ref("stack") for below in stage.trunk[-1:]], work)
+    return make(stage, "build", [below.ref("stack") for below in stage.below[-1:]], work)
 
 
 def configure_trunk(stage: Stage) -> Ref:
-    """Describe the rack as this stage finds it: stacks in order, precision, strategy, embedding, head."""
-    stacks = [below.ref("stack") for below in stage.trunk]
+    """Describe the rack as this stage finds it: stacks in order, precision, adapters, strategy."""
+    spec = stage.plan.spec
 
     def work(folder: Path) -> Made:
         entries = [
-            {"stack": ref.sha256, "precision": below.spec.precision, "adapters": []}
-            for ref, below in zip(stacks, stage.trunk, strict=True)
+            {
+                "stack": stack,
+                "state": stack_state(stage.below, stack),
+                "precision": spec.stacks[stack].precision,
+                "adapters": {name: adapter.model_dump() for name, adapter in spec.stacks[stack].adapters.items()},
+                "trains": spec.anatomy.trains_of(stack),
+            }
+            for stack in spec.trunk
         ]
         description = {
             "strategy": stage.plan.trunk.strategy,
             "stacks": entries,
-            "embedding": stacks[0].sha256 if stacks else None,
-            "head": stacks[-1].sha256 if stacks else None,
+            "embedding_trains": spec.anatomy.embedding_trains,
+            "head_trains": spec.anatomy.head_trains,
+            "boundary": spec.anatomy.boundary,
         }
         write_text(folder / "trunk.json", json.dumps(description, indent=1))
-        return Made({"strategy": stage.plan.trunk.strategy, "stacks": len(stacks)})
+        return Made({"strategy": stage.plan.trunk.strategy, "stacks": len(entries)})
 
-    return make(stage, "trunk", stacks, work)
+    return make(stage, "trunk", [below.ref("stack") for below in stage.below], work)
 
 
-def train(stage: Stage, build: Ref, trunk: Ref) -> Ref:
-    """Train the new stack on the trunk's boundary, cached or live, from the last checkpoint if there is one."""
-    inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.trunk)]
-    inputs += [build, trunk, *store_below(stage)]
+def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
+    """Train what the stage trains, on the cached boundary or the live trunk, from the last checkpoint if there is one."""
+    inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.below)]
+    inputs += [*([build] if build else []), trunk, *store_below(stage)]
 
     def work(folder: Path) -> Made:
         model = _model_to_train(stage, build)
-        optim = stage.plan.spec.optim
+        spec = stage.plan.spec
         state = load_state(folder)
         if state is not None:
             tell(Message(f"stage {stage.index} goes on from its checkpoint at step {state.step}"))
         first_step = state.step if state else 0
+        counts = _parameter_facts(stage, model)
+        frozen = frozen_digests(model)
         began = time.monotonic()
         with boundary_below(stage) as boundary:
             batches = _batches(stage, boundary, first_step)
-            records = train_stack(model, batches, optim, state=state, hooks=_hooks(stage, folder))
+            records = train_stack(model, batches, spec.optim, state=state, hooks=_hooks(stage, folder))
         seconds = time.monotonic() - began
-        save_trained(folder, model, records)
-        n_tokens = (optim.steps - first_step) * optim.batch_size * stage.config.data.seq_len
+        if frozen_digests(model) != frozen:
+            raise FrozenChangedError(f"stage {stage.index}: frozen weights changed while it trained; nothing was sealed")
+        for stack in spec.anatomy.trained:
+            settle(model.stack(stack))
+        save_trained(folder, spec, model, records)
+        n_tokens = (spec.optim.steps - first_step) * spec.optim.batch_size * stage.config.data.seq_len
         facts = {
-            **_parameter_facts(stage),
-            "steps": optim.steps,
+            **counts,
+            "frozen_unchanged": sorted(frozen),
+            "steps": spec.optim.steps,
             "first_step": first_step,
             "train_loss": records[-1]["loss"],
             "tokens_per_second": round(n_tokens / seconds),
@@ -114,12 +147,13 @@ def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
     """
     if stage.plan.activations is None:
         return None
-    stacks = [*(below.ref("stack") for below in stage.trunk), stack]
+    stacks = [*(below.ref("stack") for below in stage.below), stack]
+    recipe = stage.plan.activations
 
     def work(folder: Path) -> Made:
         with boundary_above(stage) as (source, origin):
             counts, checksums = fill_store(folder, rows_to_store(stage), source, _on_cached(stage), stop_requested)
-        return Made({"from": origin, "boundary": stage.index + 1, **counts}, checksums)
+        return Made({"from": origin, "boundary": recipe.boundary, **counts}, checksums)
 
     return make(stage, "cache", [stage.run_plan.data_ref, *stacks], work)
 
@@ -145,31 +179,57 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
 # ---------------------------------------------------------------- training
 
 
-def _initial_stack(stage: Stage) -> Stack:
-    """Return the stack as it is before training."""
-    recipe = stage.plan.build
-    source = load_stack(stage.artifacts, stage.trunk[-1]) if recipe.source else None
-    return grow_stack(recipe.shape, recipe.n_blocks, recipe.index, recipe.operator, recipe.seed, source)
+def _new_stacks(stage: Stage) -> list[Stack]:
+    """Return what is new in this stage, as it is before training: one stack, all of joint training, or none."""
+    recipe, spec = stage.plan.build, stage.plan.spec
+    if recipe is None:
+        return []
+    if spec.mode == "joint":
+        return [new_stack(recipe.shape, stack, "random", recipe.seed, None) for stack in spec.stacks]
+    source = None if spec.source is None else load_stack(stage.artifacts, stage.below, spec.source)
+    return [new_stack(recipe.shape, spec.new, spec.operator, recipe.seed, source)]
 
 
-def _model_to_train(stage: Stage, build: Ref) -> StageModel:
-    """Return new stack, head and, in the first stage, embedding, on the device.
+def _digest_of_new(stage: Stage) -> str:
+    return tensor_digest(nn.ModuleList(_new_stacks(stage)))
+
+
+def _model_to_train(stage: Stage, build: Ref | None) -> StageModel:
+    """Return the live part of the rack on the device, ready to train.
 
     Raises:
         ArtifactCorruptError: the initial tensors are not those that the build described.
     """
-    stack = _initial_stack(stage)
-    described = stage.artifacts.checked(build) / "build.json"
-    if tensor_digest(stack) != json.loads(described.read_text())["initial_tensors"]:
-        remedy = f"Was it made by another version of torch? Remove {described.parent} and run the same command again"
-        raise ArtifactCorruptError(described, "describes other initial tensors than this stage starts from", remedy)
-    if stage.index == 0:
-        rack = new_rack(stage.plan.build.shape, stage.plan.build.seed)
-        model = StageModel(stack, rack.head, rack.embedding)
+    spec, shape = stage.plan.spec, stage.plan.shape
+    new = _new_stacks(stage)
+    if build is not None:
+        described = stage.artifacts.checked(build) / "build.json"
+        if tensor_digest(nn.ModuleList(new)) != json.loads(described.read_text())["initial_tensors"]:
+            remedy = f"Was it made by another version of torch? Remove {described.parent} and run the same command again"
+            raise ArtifactCorruptError(described, "describes other initial tensors than this stage starts from", remedy)
+    stacks = {stack.creation_index: stack for stack in new}
+    for index in spec.anatomy.live:
+        if index not in stacks:
+            stacks[index] = load_stack(stage.artifacts, stage.below, index)
+            give_adapters(stacks[index], spec.stacks[index], stage.config.run.seed)
+        prepare_to_train(stacks[index], spec.anatomy.trains_of(index))
+    if stage.below:
+        head = load_head(stage.artifacts, stage.below)
+        embedding = None if spec.anatomy.boundary else load_embedding(stage.artifacts, stage.below)
     else:
-        model = StageModel(stack, load_head(stage.artifacts, stage.trunk[-1]))
+        rack = new_rack(shape, stage.config.run.seed)
+        head, embedding = rack.head, rack.embedding
+    model = StageModel(
+        spec.anatomy,
+        [stacks[index] for index in spec.anatomy.live],
+        head,
+        embedding,
+        loss_function=resolve_loss(stage.config),
+        checkpointing=stage.config.training.activation_checkpointing,
+    )
     if stage.config.hardware.compile:
-        model.stack.compile()
+        for stack in model.live_stacks():
+            stack.compile()
     return model.to(stage.device)
 
 
@@ -186,24 +246,31 @@ def _hooks(stage: Stage, folder: Path) -> Hooks:
     return Hooks(on_step, on_checkpoint, stage.config.training.checkpoint_every, stop_requested)
 
 
-def _batches(stage: Stage, boundary: RowSource | LiveTrunk | None, first_step: int) -> ProgressiveDataLoader:
+def _batches(stage: Stage, boundary: RowSource | LiveTrunk | None, first_step: int) -> Iterable[Batch]:
     train_sequences, _ = stage.sequences
+    spec, recipe = stage.plan.spec, stage.plan.stack
     order = resolve_order(stage.config, len(train_sequences))
+    packed = PackedBatches(train_sequences, order, first_step, spec.optim.steps)
+    if recipe.joint_times:
+        masks = [resolve_mask(stage.config, stack) for stack in range(len(recipe.joint_times))]
+        steps = [step for step, _ in recipe.joint_times]
+        return joint_batches(packed, masks, steps, recipe.order_seed, recipe.views, first_step)
     return ProgressiveDataLoader(
-        base_dataloader=PackedBatches(train_sequences, order, first_step, stage.plan.spec.optim.steps),
-        masking_strategy=stage.plan.stack.mask,
-        stack_idx=stage.index,
+        base_dataloader=packed,
+        masking_strategy=recipe.mask,
+        stack_idx=spec.anatomy.newest,
         trunk_activations=boundary,
+        time_step=spec.time_step,
+        objective=stage.config.training.progressive.training_objective,
     )
 
 
-def _parameter_facts(stage: Stage) -> Facts:
-    shape = stage.plan.build.shape
-    blocks = [part.build.n_blocks for part in (*stage.trunk, stage.plan)]
+def _parameter_facts(stage: Stage, model: StageModel) -> Facts:
+    spec, shape = stage.plan.spec, stage.plan.shape
     return {
-        "stack_parameters": stack_parameters(shape, blocks[-1]),
-        "trainable_parameters": trainable_parameters(shape, blocks[-1], stage.index),
-        "rack_parameters": rack_parameters(shape, blocks),
+        "stack_parameters": stack_parameters(shape, spec.n_blocks),
+        "trainable_parameters": count_parameters(model)["trainable_parameters"],
+        "rack_parameters": rack_parameters(shape, spec),
     }
 
 
@@ -220,26 +287,31 @@ def _on_cached(stage: Stage) -> Callable[[int, int], None]:
 def _judge(stage: Stage) -> Facts:
     """Return the validation losses of the rack up to this stage, with the rounded and the exact stream."""
     _, validation_sequences = stage.sequences
-    plans = (*stage.trunk, stage.plan)
+    plans, anatomy = stage.so_far, stage.plan.spec.anatomy
     rows = np.arange(min(len(validation_sequences), stage.plan.validation.sequences))
-    tokens, ids = validation_sequences.take(rows)
-    mask = stage.plan.stack.mask
-    # One stack is in memory at a time, however deep the rack is.
-    stacks = (load_stack(stage.artifacts, plan).to(stage.device) for plan in plans)
-    losses = judge_depth(
-        load_embedding(stage.artifacts, plans[0]).to(stage.device),
-        stacks,
-        load_head(stage.artifacts, stage.plan).to(stage.device),
-        tokens,
-        ids,
-        mask and mask.for_validation(),
-        STREAM_DTYPES[stage.config.cache.dtype],
-        depth=len(plans),
+    losses = judge_rack(
+        load_embedding(stage.artifacts, plans).to(stage.device),
+        # One stack is in memory at a time, however deep the rack is.
+        (load_stack(stage.artifacts, plans, index).to(stage.device) for index in anatomy.order),
+        load_head(stage.artifacts, plans).to(stage.device),
+        [validation_batch(stage.config, validation_sequences, rows, mask) for mask in _masks_to_judge(stage)],
+        stream_dtype=STREAM_DTYPES[stage.config.cache.dtype],
+        boundary=anatomy.boundary,
+        loss_function=resolve_loss(stage.config),
     )
-    if not losses["loss_positions"]:
+    own, *grid = losses
+    if not own["loss_positions"]:
         allowed = f"it masks none of the {len(rows)} validation sequences' positions: there is no loss to measure"
         raise ConfigError([Fault("training.mask_ratio", str(stage.config.training.mask_ratio), allowed)])
-    return {"validation_sequences": len(rows), **losses}
+    ratios = stage.plan.validation.grid
+    by_ratio = {str(ratio): loss["validation_loss_exact"] for ratio, loss in zip(ratios, grid, strict=True)}
+    return {"validation_sequences": len(rows), **own, **({"by_mask_ratio": by_ratio} if ratios else {})}
+
+
+def _masks_to_judge(stage: Stage) -> list[MaskSpec | None]:
+    """Return the stage's own corruption, then those at which all stages are compared."""
+    own = stage.plan.stack.mask
+    return [own, *(at_ratio(stage.config, ratio) for ratio in stage.plan.validation.grid)]
 
 
 def _compare_cache(stage: Stage, ref: Ref) -> Facts:

@@ -26,6 +26,10 @@ class StageSummary(BaseModel, frozen=True):
     """At the last step [nats per loss position]."""
     validation_loss: float | None = None
     """[nats per loss position]"""
+    mask_ratio: float | None = None
+    """Of the masked objective: losses of stages at different ratios are not comparable."""
+    by_mask_ratio: dict[str, float] = {}
+    """Validation losses at ratios that all stages share, where their own differ [nats per loss position]."""
     seconds: float | None = None
     """Of all five tasks."""
     tokens_per_second: int | None = None
@@ -38,7 +42,7 @@ class StageSummary(BaseModel, frozen=True):
 
 def stage_name(stage: StagePlan) -> str:
     """Return how a person would call the stage."""
-    return f"{stage.spec.mode}, {stage.spec.strategy}, {stage.spec.precision}"
+    return stage.spec.name
 
 
 def summarise(artifacts: Artifacts, plan: RunPlan) -> list[StageSummary]:
@@ -58,11 +62,13 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         name=stage_name(stage),
         states={kind: states[kind].value if kind in states else "none" for kind in _KINDS},
         artifacts={kind: stage.ref(kind).name for kind in kinds},
-        blocks=stage.build.n_blocks,
+        blocks=stage.spec.n_blocks,
         rack_parameters=stack.get("rack_parameters"),
         trainable_parameters=stack.get("trainable_parameters"),
         train_loss=stack.get("train_loss"),
         validation_loss=validation.get("validation_loss"),
+        mask_ratio=stage.stack.mask.mean_ratio if stage.stack.mask else None,
+        by_mask_ratio=validation.get("by_mask_ratio", {}),
         seconds=round(sum(seconds), 1) if stack else None,
         tokens_per_second=stack.get("tokens_per_second"),
         cache_bytes=manifests["activations"].n_bytes if "activations" in manifests else None,

@@ -34,7 +34,7 @@ def _stage_task(name: str) -> Callable[[Callable[..., Any]], Task[..., Any]]:
 
 
 @_stage_task("build")
-def build_stack(stage: Stage) -> Ref:
+def build_stack(stage: Stage) -> Ref | None:
     """Describe the new stack: operator, source, seed, digest of its initial tensors."""
     return steps.build_stack(stage)
 
@@ -46,7 +46,7 @@ def configure_trunk(stage: Stage) -> Ref:
 
 
 @_stage_task("train")
-def train(stage: Stage, build: Ref, trunk: Ref) -> Ref:
+def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
     """Train the new stack, from its last checkpoint if there is one."""
     with listening(progress_artifact(stage)):
         return steps.train(stage, build, trunk)

@@ -36,6 +36,28 @@ TimeMapping = Annotated[
 ]
 
 
+def _stack_time_mapping(value: Any) -> Any:
+    if value not in ("linear", "exponential", "custom") and not callable(value):
+        raise ValueError("'linear', 'exponential' or 'custom' is expected")
+    return value
+
+
+StackTimeMapping = Annotated[
+    Any,
+    AfterValidator(_stack_time_mapping),
+    WithJsonSchema({"type": "string", "enum": ["linear", "exponential", "custom"]}),
+]
+
+
+def _custom_loss(value: Any) -> Any:
+    if value != "" and not callable(value) and not (isinstance(value, str) and value.count(":") == 1):
+        raise ValueError("'module:name' of a function is expected, or nothing")
+    return value
+
+
+CustomLoss = Annotated[Any, AfterValidator(_custom_loss), WithJsonSchema({"type": "string"})]
+
+
 class Section(BaseModel):
     """A part of the configuration: unknown keys and wrong types are errors, on assignment too."""
 
@@ -162,8 +184,8 @@ class ProgressiveConfig(Section):
     """Width of the time embedding [channels]; projected if it differs from d_model."""
     time_encoding_type: Literal["sinusoidal", "learned"] = "sinusoidal"
     """How a time step is embedded."""
-    stack_time_mapping: Literal["linear", "exponential", "custom"] = "linear"
-    """Which time step a stack of time-as-depth has."""
+    stack_time_mapping: StackTimeMapping = "linear"
+    """Which time step a stack of time-as-depth has; in the library also a function, as time_mapping."""
     time_mapping: TimeMapping = Field(default_factory=list)
     """Custom mapping: the time step of each stack in creation order, or 'module:name'."""
     time_per_stack: int = Field(default=1, ge=1)
@@ -203,10 +225,12 @@ class TrainingConfig(Section):
     """Growth operator; auto is copy in append and copy_zero in prepend."""
     joint_steps: int = Field(default=0, ge=0)
     """Steps of the joint anneal after the last stage."""
+    joint_learning_rate: float = Field(default=1e-3, gt=0.0)
+    """Peak learning rate of the joint anneal."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints inside a stage. Changes no result."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass at block boundaries."""
+    """Recompute activations in the backward pass, keeping only those between stacks. Changes no result."""
     mask_ratio: float = Field(default=0.15, gt=0.0, le=1.0)
     """mlm without time: the probability that a position is masked."""
     mask_ratio_min: float = Field(default=0.15, gt=0.0, le=1.0)
@@ -221,8 +245,8 @@ class TrainingConfig(Section):
     """Mean over loss positions, or the diffusion bound's weights."""
     time_sampling: Literal["per_batch", "per_sequence", "stratified"] = "per_batch"
     """How time-as-input draws its steps."""
-    custom_loss: str = ""
-    """Custom objective: 'module:name' of the loss; empty means cross-entropy."""
+    custom_loss: CustomLoss = ""
+    """Custom objective: 'module:name' of loss(logits [P, V], targets [P]) -> [P]; empty means cross-entropy."""
     progressive: ProgressiveConfig = Field(default_factory=ProgressiveConfig)
     """How the rack grows."""
 
@@ -292,6 +316,15 @@ class StackWiseConfig(Section):
         if faults:
             raise ConfigError(faults)
 
+    def in_memory_only(self) -> list[str]:
+        """Return the keys that hold a function object, which no file and no artifact can record."""
+        held = {
+            "training.progressive.time_mapping": self.training.progressive.time_mapping,
+            "training.progressive.stack_time_mapping": self.training.progressive.stack_time_mapping,
+            "training.custom_loss": self.training.custom_loss,
+        }
+        return [path for path, value in held.items() if callable(value)]
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StackWiseConfig:
         """Build and validate from nested mappings.
@@ -325,9 +358,10 @@ class StackWiseConfig(Section):
         Raises:
             ConfigError: a callable is in it, which a file cannot hold: name it as 'module:name'.
         """
-        if callable(self.training.progressive.time_mapping):
-            key = "training.progressive.time_mapping"
-            raise ConfigError([Fault(key, "a callable", "a file needs 'module:name' or a list")])
+        if faults := [
+            Fault(path, "a callable", "a file needs 'module:name' or a list") for path in self.in_memory_only()
+        ]:
+            raise ConfigError(faults)
         text = dump_yaml(self.model_dump(mode="json"))
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from stackwise_core.errors import Fault
+from stackwise_core.growth_rules import effect_faults, growth_faults, stage_steps
+from stackwise_core.timesteps import time_faults
 
 if TYPE_CHECKING:
     from stackwise_core.config import StackWiseConfig
@@ -21,7 +23,14 @@ BYTE_VOCABULARY = 259
 
 def cross_field_faults(config: StackWiseConfig) -> list[Fault]:
     """Return every broken rule of a configuration whose types and ranges are right."""
-    return [*_model_faults(config), *_training_faults(config), *_growth_faults(config), *_not_built_faults(config)]
+    return [
+        *_model_faults(config),
+        *_training_faults(config),
+        *growth_faults(config),
+        *time_faults(config),
+        *effect_faults(config),
+        *_not_built_faults(config),
+    ]
 
 
 def _model_faults(config: StackWiseConfig) -> Iterator[Fault]:
@@ -66,68 +75,15 @@ def _training_faults(config: StackWiseConfig) -> Iterator[Fault]:
             str(training.mask_ratio_min),
             f"must not exceed training.mask_ratio_max = {training.mask_ratio_max}",
         )
-    if training.progressive.training_objective == "clm" and config.cache.views > 1:
-        yield Fault(
-            "cache.views", str(config.cache.views), "clm has no masks: its views would be identical copies; use 0"
-        )
-
-
-def _growth_faults(config: StackWiseConfig) -> Iterator[Fault]:
-    growth = config.training.progressive
-    if growth.target_stacks > growth.max_stacks:
-        yield Fault(
-            "training.progressive.target_stacks",
-            str(growth.target_stacks),
-            f"must not exceed training.progressive.max_stacks = {growth.max_stacks}",
-        )
-    if len(growth.stacks) > growth.max_stacks:
-        yield Fault(
-            "training.progressive.stacks",
-            f"{len(growth.stacks)} entries",
-            f"at most training.progressive.max_stacks = {growth.max_stacks}",
-        )
+    objective = training.progressive.training_objective
+    if objective != "mlm" and config.cache.views > 1:
+        allowed = f"{objective} has no masks: its views would be identical copies; use 0"
+        yield Fault("cache.views", str(config.cache.views), allowed)
 
 
 # Values of the schema that no code stands behind yet. A later version deletes lines from this table.
 _NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "training.progressive.enabled": (False,),
-    "training.progressive.building_mode": ("prepend",),
-    "training.progressive.trunk_strategy": ("qlora", "full"),
-    "training.progressive.new_stack_precision": ("half", "bfloat16", "nvfp4", "qlora"),
-    "training.progressive.training_objective": ("custom",),
-    "training.progressive.qlora_enabled": (True,),
-    "training.progressive.progressive_qlora": (True,),
-    "training.progressive.time_interpretation": ("input", "depth"),
-    "training.loss_weighting": ("elbo",),
-    "training.activation_checkpointing": (True,),
     "cache.dtype": ("int8", "fp8"),
-    "cache.mode": ("auto",),
-}
-# Keys that only matter inside a mode of the table above: setting them would change nothing.
-_WITHOUT_EFFECT: dict[str, str] = {
-    "training.progressive.trunk_trainable_top": "trunk_strategy: qlora",
-    "training.progressive.qlora_rank": "qlora_enabled",
-    "training.progressive.qlora_alpha": "qlora_enabled",
-    "training.progressive.qlora_strategy": "qlora_enabled",
-    "training.progressive.qlora_rank_pattern": "qlora_enabled",
-    "training.progressive.qlora_alpha_pattern": "qlora_enabled",
-    "training.progressive.qlora_configs": "qlora_enabled",
-    "training.progressive.progressive_qlora_rank": "progressive_qlora",
-    "training.progressive.progressive_qlora_alpha": "progressive_qlora",
-    "training.progressive.time_embedding_dim": "time_interpretation: input",
-    "training.progressive.time_encoding_type": "time_interpretation: input",
-    "training.progressive.stack_time_mapping": "time_interpretation: depth",
-    "training.progressive.time_mapping": "time_interpretation: depth",
-    "training.progressive.time_per_stack": "time_interpretation: depth",
-    "training.progressive.num_time_steps": "time_interpretation: depth or input",
-    "training.joint_steps": "the joint anneal",
-    "training.adapter_learning_rate": "qlora_enabled",
-    "training.mask_ratio_min": "time_interpretation: depth or input",
-    "training.mask_ratio_max": "time_interpretation: depth or input",
-    "training.mask_ratio_table": "time_interpretation: depth or input",
-    "training.time_sampling": "time_interpretation: input",
-    "training.custom_loss": "training_objective: custom",
-    "hardware.processes": "training with several processes",
 }
 
 
@@ -137,15 +93,9 @@ def _not_built_faults(config: StackWiseConfig) -> Iterator[Fault]:
         if value in refused:
             allowed = " or ".join(map(repr, _allowed(config, path, refused)))
             yield Fault(path, repr(value), f"this version does not build it yet; use {allowed}")
-    for path, mode in _WITHOUT_EFFECT.items():
-        if _lookup(config, path) != _default(config, path):
-            yield Fault(path, repr(_lookup(config, path)), f"belongs to {mode}, which this version does not build yet")
-    for index, stack in enumerate(config.training.progressive.stacks):
-        here = f"training.progressive.stacks.{index}"
-        if stack.precision not in ("default", "full"):
-            yield Fault(f"{here}.precision", repr(stack.precision), "this version does not build it yet")
-        if stack.mode == "prepend":
-            yield Fault(f"{here}.mode", repr(stack.mode), "this version does not build it yet")
+    if config.hardware.processes > 1:
+        received = str(config.hardware.processes)
+        yield Fault("hardware.processes", received, "this version does not build training with several processes yet")
     if config.data.tokenizer != "byte":
         yield Fault("data.tokenizer", repr(config.data.tokenizer), "this version builds only 'byte' so far")
 
@@ -156,20 +106,6 @@ def _allowed(config: BaseModel, path: str, refused: tuple[Any, ...]) -> list[Any
     section = _lookup(config, ".".join(sections))
     choices = get_args(type(section).model_fields[name].annotation) or (True, False)
     return [choice for choice in choices if choice not in refused]
-
-
-def stage_steps(config: StackWiseConfig, stage: int) -> int:
-    """Optimizer steps of a stage: the stack's override, or the common value."""
-    overrides = config.training.progressive.stacks
-    own = overrides[stage].steps if stage < len(overrides) else 0
-    return own or config.training.steps_per_stack
-
-
-def stage_blocks(config: StackWiseConfig, stage: int) -> int:
-    """Blocks of a stage's stack: the stack's override, or the common value."""
-    overrides = config.training.progressive.stacks
-    own = overrides[stage].n_blocks if stage < len(overrides) else 0
-    return own or config.model.blocks_per_stack
 
 
 def schema_faults(
@@ -229,7 +165,3 @@ def _lookup(config: BaseModel, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)
     return value
-
-
-def _default(config: BaseModel, path: str) -> Any:
-    return _lookup(type(config)(), path)

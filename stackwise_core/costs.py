@@ -6,7 +6,7 @@ sizes this is for.
 
 from __future__ import annotations
 
-from stackwise_core.resolve import ModelShape, OptimSpec
+from stackwise_core.resolve import ModelShape, StackSpec, StageSpec
 
 STREAM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 """Bytes of one value of the stream."""
@@ -31,19 +31,50 @@ def head_parameters(shape: ModelShape) -> int:
     return shape.d_model + embedding_parameters(shape)
 
 
-def trainable_parameters(shape: ModelShape, n_blocks: int, stage: int) -> int:
-    """Parameters that a stage trains: stack and head, in the first stage the embedding (once, if tied)."""
-    count = stack_parameters(shape, n_blocks) + head_parameters(shape)
-    if stage == 0 and not shape.tie_embeddings:
-        count += embedding_parameters(shape)
+def adapter_parameters(shape: ModelShape, n_blocks: int, rank: int) -> int:
+    """Parameters of one adapter: r (in + out) for every matrix."""
+    kv_width = shape.n_kv_heads * shape.head_dim
+    attention = 4 * shape.d_model + 2 * (shape.d_model + kv_width)
+    return n_blocks * rank * (attention + 3 * (shape.d_model + shape.d_ff))
+
+
+def trainable_parameters(shape: ModelShape, spec: StageSpec) -> int:
+    """Parameters that a stage trains; head and embedding count once while they are tied."""
+    anatomy = spec.anatomy
+    count = head_parameters(shape) if anatomy.head_trains else 0
+    if anatomy.embedding_trains:
+        count += time_parameters(shape) + (0 if _tied(shape, spec) else embedding_parameters(shape))
+    for stack in spec.stacks:
+        trains = anatomy.trains_of(stack.index)
+        if trains == "everything":
+            count += stack_parameters(shape, stack.n_blocks)
+        if trains != "nothing":
+            count += _adapters_of(shape, stack)
     return count
 
 
-def rack_parameters(shape: ModelShape, blocks: list[int]) -> int:
-    """Parameters of a whole rack; from the second stack on the head is a tensor of its own."""
-    stacks = sum(stack_parameters(shape, n_blocks) for n_blocks in blocks)
-    tied = shape.tie_embeddings and len(blocks) == 1
-    return stacks + head_parameters(shape) + (0 if tied else embedding_parameters(shape))
+def rack_parameters(shape: ModelShape, spec: StageSpec) -> int:
+    """Parameters of the whole rack at a stage, adapters among them."""
+    stacks = sum(stack_parameters(shape, stack.n_blocks) + _adapters_of(shape, stack) for stack in spec.stacks)
+    embedding = time_parameters(shape) + (0 if _tied(shape, spec) else embedding_parameters(shape))
+    return stacks + head_parameters(shape) + embedding
+
+
+def _adapters_of(shape: ModelShape, stack: StackSpec) -> int:
+    return sum(adapter_parameters(shape, stack.n_blocks, adapter.rank) for adapter in stack.adapters.values())
+
+
+def _tied(shape: ModelShape, spec: StageSpec) -> bool:
+    """Say whether head and embedding are one tensor: in the first stage only."""
+    return shape.tie_embeddings and spec.index == 0
+
+
+def time_parameters(shape: ModelShape) -> int:
+    """Parameters of the time embedding: the table, if it is learned, and the projection, if it needs one."""
+    if shape.time is None:
+        return 0
+    table = shape.time.n_steps * shape.time.dim if shape.time.encoding == "learned" else 0
+    return table + (shape.time.dim * shape.d_model if shape.time.dim != shape.d_model else 0)
 
 
 def stack_flops(shape: ModelShape, n_blocks: int, seq_len: int) -> float:
@@ -54,24 +85,25 @@ def stack_flops(shape: ModelShape, n_blocks: int, seq_len: int) -> float:
     return n_blocks * seq_len * 2.0 * (matrices + scores)
 
 
-def stage_flops(
-    shape: ModelShape, blocks: list[int], stage: int, optim: OptimSpec, seq_len: int, loss_fraction: float
-) -> tuple[float, float]:
-    """FLOPs of training a stage: (new stack and head, forward and backward; frozen trunk, forward).
+def stage_flops(shape: ModelShape, spec: StageSpec, seq_len: int, loss_fraction: float) -> tuple[float, float]:
+    """FLOPs of training a stage: (live stacks and head, forward and backward; frozen stacks below, forward).
+
+    A frozen live stack needs no gradient of its weights, only of its input: two of the three products.
 
     Args:
         shape: of the rack.
-        blocks: blocks of every stack up to this one.
-        stage: which one trains.
-        optim: its steps and batch size.
+        spec: of the stage.
         seq_len: T.
         loss_fraction: share of positions at which the head runs.
     """
-    sequences = optim.steps * optim.batch_size
+    sequences = spec.optim.steps * spec.optim.batch_size
     head = 2.0 * seq_len * loss_fraction * shape.d_model * shape.vocab_size
-    own = 3.0 * (stack_flops(shape, blocks[stage], seq_len) + head)
-    trunk = sum(stack_flops(shape, n_blocks, seq_len) for n_blocks in blocks[:stage])
-    return sequences * own, sequences * trunk
+    live = (3.0 if spec.anatomy.head_trains else 2.0) * head
+    for index in spec.anatomy.live:
+        products = 3.0 if spec.anatomy.trains_of(index) == "everything" else 2.0
+        live += products * stack_flops(shape, spec.stacks[index].n_blocks, seq_len)
+    below = sum(stack_flops(shape, spec.stacks[index].n_blocks, seq_len) for index in spec.anatomy.below)
+    return sequences * live, sequences * below
 
 
 def store_bytes(rows: int, seq_len: int, d_model: int, dtype: str) -> int:
@@ -79,10 +111,13 @@ def store_bytes(rows: int, seq_len: int, d_model: int, dtype: str) -> int:
     return rows * seq_len * d_model * STREAM_BYTES[dtype]
 
 
-def training_bytes(shape: ModelShape, n_blocks: int, stage: int, batch: int, seq_len: int) -> int:
-    """Estimate of the peak bytes of a cached stage: weights with optimizer state, and kept activations.
+def training_bytes(shape: ModelShape, spec: StageSpec, seq_len: int) -> int:
+    """Estimate of the peak bytes of a stage whose boundary is cached: weights, optimizer state, kept activations.
 
     A block keeps about 10 tensors of width d_model and 4 of width d_ff per position for its backward pass.
     """
-    kept = n_blocks * (10 * shape.d_model + 4 * shape.d_ff) * 4
-    return trainable_parameters(shape, n_blocks, stage) * _TRAINING_BYTES + batch * seq_len * kept
+    trained = trainable_parameters(shape, spec)
+    live = [spec.stacks[index] for index in spec.anatomy.live]
+    frozen = sum(stack_parameters(shape, stack.n_blocks) for stack in live) + embedding_parameters(shape) - trained
+    kept = sum(stack.n_blocks for stack in live) * (10 * shape.d_model + 4 * shape.d_ff) * 4
+    return trained * _TRAINING_BYTES + 4 * max(0, frozen) + spec.optim.batch_size * seq_len * kept

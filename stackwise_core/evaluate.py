@@ -23,42 +23,49 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @torch.no_grad()
-def judge_depth(
-    embedding: nn.Embedding,
+def judge_rack(
+    embedding: TokenEmbedding,
     stacks: Iterable[Stack],
     head: Head,
-    tokens_BT: IntArray,
-    sequence_ids: IntArray,
-    mask_spec: MaskSpec | None,
-    stream_dtype: torch.dtype,
+    batches: Sequence[Batch],
     *,
-    depth: int,
-) -> dict[str, float]:
-    """Return the validation loss of the first `depth` stacks with their own head [nats per loss position].
+    stream_dtype: torch.dtype,
+    boundary: int,
+    loss_function: LossFunction | None = None,
+) -> list[dict[str, float]]:
+    """Return the validation losses of a rack [nats per loss position], one entry per batch.
 
     Args:
         embedding: of the rack.
         stacks: in data-flow order; may be loaded one by one, none is kept.
-        head: as the last of the stacks was trained with.
-        tokens_BT: clean validation sequences.
-        sequence_ids: [B].
-        mask_spec: the corruption; None is the causal objective.
-        stream_dtype: the trunk's stream is rounded to this after every stack but the last.
-        depth: how many stacks there are.
+        head: as the stage that is judged left it.
+        batches: validation sequences, each under one corruption; the first is the stage's own.
+        stream_dtype: the frozen trunk's stream is rounded to this after every stack below the boundary.
+        boundary: how many stacks lie below what the stage trained.
+        loss_function: of a custom objective.
 
     Returns:
-        validation_loss on the rounded stream that the stack was trained on, validation_loss_exact on
-        the unrounded one, and the number of loss positions.
+        validation_loss on the rounded stream that the stage trained on, validation_loss_exact on the
+        unrounded one, and the number of loss positions.
     """
-    batch = batch_fields(tokens_BT, sequence_ids, VALIDATION_VIEW, mask_spec)
-    rounded = exact = embedding(batch["input_ids"].to(embedding.weight.device))
+    exact = [_embed(embedding, batch) for batch in batches]
+    rounded = exact[0]
     for n, stack in enumerate(stacks):
         stack.eval()
-        exact = advance([stack], exact, torch.float32)
-        rounded = advance([stack], rounded, stream_dtype if n + 1 < depth else torch.float32)
-    loss, positions = _mean_loss(rounded, head, batch)
-    loss_exact, _ = _mean_loss(exact, head, batch)
-    return {"validation_loss": loss, "validation_loss_exact": loss_exact, "loss_positions": positions}
+        below = n < boundary
+        if boundary:
+            rounded = advance([stack], rounded, stream_dtype if below else torch.float32)
+        exact = [advance([stack], stream, torch.float32) for stream in exact]
+    losses: list[dict[str, float]] = []
+    for n, (stream, batch) in enumerate(zip(exact, batches, strict=True)):
+        loss_exact, positions = _mean_loss(stream, head, batch, loss_function)
+        loss = _mean_loss(rounded, head, batch, loss_function)[0] if n == 0 and boundary else loss_exact
+        losses.append({"validation_loss": loss, "validation_loss_exact": loss_exact, "loss_positions": positions})
+    return losses
+
+
+def _embed(embedding: TokenEmbedding, batch: Batch) -> Tensor:
+    return embedding(batch["input_ids"].to(embedding.weight.device), batch["time_step"])
 
 
 @torch.no_grad()
@@ -87,13 +94,15 @@ def evaluate_rack(
     return _mean_loss(hidden, rack.head, batch)[0]
 
 
-def _mean_loss(hidden_BTD: Tensor, head: Head, batch: Batch) -> tuple[float, int]:
+def _mean_loss(
+    hidden_BTD: Tensor, head: Head, batch: Batch, loss_function: LossFunction | None = None
+) -> tuple[float, int]:
     """Return the mean loss over all loss positions, and their number; the head runs in parts."""
     total, positions = 0.0, 0
     for first in range(0, len(hidden_BTD), _SEQUENCES_AT_ONCE):
         rows = slice(first, first + _SEQUENCES_AT_ONCE)
         part = {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
-        loss, count = summed_loss(hidden_BTD[rows], head, part)
+        loss, count = summed_loss(hidden_BTD[rows], head, part, loss_function)
         total, positions = total + loss.item(), positions + count
     return total / max(1, positions), positions
 

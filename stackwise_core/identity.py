@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
+from stackwise_core.anatomy import Trains, last_trained
 from stackwise_core.cache_plan import decide_cache
-from stackwise_core.config import StackWiseConfig
+from stackwise_core.config import Precision, StackWiseConfig
+from stackwise_core.growth_rules import stage_blocks
 from stackwise_core.masking import MaskSpec
 from stackwise_core.resolve import (
+    AdapterSpec,
     GrowthOperator,
     ModelShape,
     OptimSpec,
     StageSpec,
     Value,
+    resolve_grid,
+    resolve_joint_times,
     resolve_mask,
+    resolve_objective,
+    resolve_precisions,
     resolve_shape,
-    resolve_stage,
+    resolve_stages,
     resolve_stream_dtype,
     resolve_views,
 )
@@ -94,16 +102,25 @@ class BuildRecipe(Recipe, frozen=True):
     operator: GrowthOperator
     seed: int
     source: str | None = None
-    """Hash of the stack that is copied."""
+    """State of the stack that is copied."""
+    adapter: AdapterSpec | None = None
+    quantised: bool = False
+    """Whether it is NF4 from the start."""
+    parts: tuple[int, ...] = ()
+    """Joint training from scratch: the blocks of every stack, in data-flow order."""
 
 
 class TrunkRecipe(Recipe, frozen=True):
     """The rack as a stage finds it."""
 
     kind = "trunk"
-    strategy: Literal["frozen"]
+    strategy: Literal["frozen", "qlora", "full"]
     stacks: tuple[str, ...]
-    """Hashes in data-flow order; the embedding is the first stack's, the head the last one's."""
+    """States in data-flow order."""
+    trains: tuple[Trains, ...] = ()
+    """What of each trains; empty where nothing does."""
+    progressive: AdapterSpec | None = None
+    """What every stack of it carries besides its own adapter, if that trains; before that it is zero."""
 
 
 class StackRecipe(Recipe, frozen=True):
@@ -114,12 +131,24 @@ class StackRecipe(Recipe, frozen=True):
     trunk: str
     data: str
     mask: MaskSpec | None = None
-    """None is the causal objective."""
+    """None is the causal objective, or a custom one."""
     order_seed: int
     views: int
     optim: OptimSpec
     stream_dtype: str | None = None
-    """Type of the trunk's stream; None where there is no trunk."""
+    """Type of the frozen trunk's stream; None where all that there is trains, or gradients flow through it."""
+    mode: Literal["append", "prepend", "joint"] = "append"
+    precision: Precision = "full"
+    """What the stack is stored as from the end of its stage on."""
+    precisions: tuple[Precision, ...] = ()
+    """Joint training from scratch: of every stack, by creation index."""
+    objective: str = ""
+    """Only of a custom objective: its loss."""
+    time_step: int | None = None
+    """Of time-as-depth."""
+    joint_times: tuple[tuple[int, float], ...] = ()
+    """Joint training where depth is time: step and mask ratio of every stack, by creation index."""
+    weighting: Literal["mean", "elbo"] = "mean"
 
 
 class ActivationRecipe(Recipe, frozen=True):
@@ -146,13 +175,17 @@ class ValidationRecipe(Recipe, frozen=True):
     activations: str | None = None
     sequences: int
     sampled_rows: int
+    grid: tuple[float, ...] = ()
+    """Mask ratios at which all stages are compared, where their own differ."""
 
 
 class StagePlan(Value, frozen=True):
     """Everything one stage makes, by recipe."""
 
     spec: StageSpec
-    build: BuildRecipe
+    shape: ModelShape
+    build: BuildRecipe | None
+    """None where no stack is added: the joint anneal."""
     trunk: TrunkRecipe
     stack: StackRecipe
     activations: ActivationRecipe | None
@@ -161,7 +194,7 @@ class StagePlan(Value, frozen=True):
 
     @property
     def index(self) -> int:
-        """Creation index."""
+        """Number of the stage; of a growth stage also the creation index of its stack."""
         return self.spec.index
 
     def ref(self, kind: Kind) -> Ref:
@@ -209,62 +242,108 @@ def plan_run(config: StackWiseConfig, corpus_digest: str) -> RunPlan:
         validation_fraction=config.data.validation_fraction,
     )
     stages: list[StagePlan] = []
-    for index in range(config.training.progressive.target_stacks):
-        stages.append(_plan_stage(config, index, data.ref(-1).sha256, tuple(stages)))
+    for spec in resolve_stages(config):
+        stages.append(_plan_stage(config, spec, data.ref(-1).sha256, tuple(stages)))
     return RunPlan(data=data, stages=tuple(stages))
 
 
-def _plan_stage(config: StackWiseConfig, index: int, data: str, below: tuple[StagePlan, ...]) -> StagePlan:
-    spec = resolve_stage(config, index)
-    trunk_stacks = tuple(stage.ref("stack").sha256 for stage in below)
-    copies = spec.operator in ("copy", "copy_zero")
-    build = BuildRecipe(
-        shape=resolve_shape(config),
-        index=index,
-        n_blocks=spec.n_blocks,
-        operator=spec.operator,
-        seed=config.run.seed,
-        source=trunk_stacks[-1] if copies else None,
+def stack_state(stages: Sequence[StagePlan], stack: int) -> str:
+    """Return what a stack is after some stages: the hash of the last that trained any of it."""
+    anatomies = [stage.spec.anatomy for stage in stages]
+    stage = last_trained(anatomies, stack, "adapters")
+    sha256 = stages[stage].ref("stack").sha256
+    return sha256 if stages[stage].spec.anatomy.newest == stack else f"{sha256}#{stack}"
+
+
+def _plan_stage(config: StackWiseConfig, spec: StageSpec, data: str, below: tuple[StagePlan, ...]) -> StagePlan:
+    index, anatomy, shape = spec.index, spec.anatomy, resolve_shape(config)
+    states = {stack: stack_state(below, stack) for stack in spec.trunk}
+    build = _plan_build(config, shape, spec, states)
+    trains = tuple(anatomy.trains_of(stack) for stack in spec.trunk)
+    trained = any(part != "nothing" for part in trains)
+    trunk = TrunkRecipe(
+        strategy=spec.strategy,
+        stacks=tuple(states.values()),
+        trains=trains if trained else (),
+        progressive=spec.progressive if trained else None,
     )
-    trunk = TrunkRecipe(strategy=spec.strategy, stacks=trunk_stacks)
+    joint = spec.mode == "joint"
     stack = StackRecipe(
-        build=build.ref(index).sha256,
+        build=build.ref(index).sha256 if build else "",
         trunk=trunk.ref(index).sha256,
         data=data,
-        mask=resolve_mask(config, index),
+        mask=resolve_mask(config, anatomy.newest),
         order_seed=config.run.seed,
         views=resolve_views(config),
         optim=spec.optim,
-        stream_dtype=resolve_stream_dtype(config) if below else None,
+        stream_dtype=resolve_stream_dtype(config) if anatomy.boundary else None,
+        mode=spec.mode,
+        precision="full" if joint else spec.precision,
+        precisions=resolve_precisions(config) if joint and build else (),
+        objective=resolve_objective(config),
+        time_step=spec.time_step,
+        joint_times=resolve_joint_times(config) if joint else (),
+        weighting=config.training.loss_weighting,
     )
-    decision = decide_cache(config, index)
-    stacks = (*trunk_stacks, stack.ref(index).sha256)
-    activations = _plan_activations(config, index + 1, data, stacks) if decision.cached else None
+    sha256 = stack.ref(index).sha256
+    decision = decide_cache(config, spec)
+    states |= {c: sha256 if c == anatomy.newest else f"{sha256}#{c}" for c in anatomy.trained}
+    activations = _plan_activations(config, decision.reader, states, data) if decision.reader else None
     validation = ValidationRecipe(
-        stack=stack.ref(index).sha256,
+        stack=sha256,
         activations=activations.ref(index).sha256 if activations else None,
         sequences=config.validation.max_sequences,
         sampled_rows=config.validation.sampled_rows,
+        grid=resolve_grid(config),
     )
     return StagePlan(
         spec=spec,
+        shape=shape,
         build=build,
         trunk=trunk,
         stack=stack,
         activations=activations,
-        no_cache_reason="" if decision.cached else decision.reason,
+        no_cache_reason=decision.reason,
         validation=validation,
     )
 
 
-def _plan_activations(config: StackWiseConfig, boundary: int, data: str, stacks: tuple[str, ...]) -> ActivationRecipe:
-    """Plan the store that stage `boundary` reads: its corruption, its rows."""
-    reader = resolve_stage(config, boundary)
+def _plan_build(
+    config: StackWiseConfig, shape: ModelShape, spec: StageSpec, states: dict[int, str]
+) -> BuildRecipe | None:
+    """Plan the new stack, or the new stacks of joint training from scratch; the anneal adds none."""
+    if spec.mode == "joint" and states:
+        return None
+    source = spec.source
+    return BuildRecipe(
+        shape=shape,
+        index=spec.index,
+        n_blocks=spec.n_blocks,
+        operator=spec.operator,
+        seed=config.run.seed,
+        source=None if source is None else states[source],
+        adapter=spec.adapter,
+        quantised=spec.precision == "qlora" and spec.index > 0,
+        parts=tuple(stage_blocks(config, stack) for stack in spec.anatomy.order) if spec.mode == "joint" else (),
+    )
+
+
+def _plan_activations(
+    config: StackWiseConfig, reader: StageSpec, states: dict[int, str], data: str
+) -> ActivationRecipe:
+    """Plan the store that the next stage reads: its boundary, its corruption, its rows.
+
+    Args:
+        config: of the run.
+        reader: the next stage.
+        states: of the stacks it finds, by creation index.
+        data: hash of the sequences.
+    """
     return ActivationRecipe(
-        boundary=boundary,
-        stacks=stacks,
+        boundary=reader.anatomy.boundary,
+        stacks=tuple(states[below] for below in reader.anatomy.below),
         data=data,
-        mask=resolve_mask(config, boundary),
+        mask=resolve_mask(config, reader.index),
         dtype=resolve_stream_dtype(config),
         order_seed=config.run.seed,
         views=resolve_views(config),

@@ -81,18 +81,23 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """The blocks that are added to a rack, and trained, together."""
 
-    def __init__(self, shape: ModelShape, n_blocks: int, creation_index: int = 0) -> None:
+    def __init__(
+        self, shape: ModelShape, n_blocks: int, creation_index: int = 0, precision: Precision = "full"
+    ) -> None:
         """Create `n_blocks` blocks; `creation_index` says which stack of its rack this is."""
         super().__init__()
         self.shape = shape
         self.creation_index = creation_index
+        self.precision: Precision = precision
         self.blocks = nn.ModuleList(Block(shape) for _ in range(n_blocks))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]."""
+        """[B, T, D] to [B, T, D]; matrix products run in the stack's compute type, the stream stays float32."""
         rotary = rotary_table(self.shape, x_BTD.shape[1], x_BTD.device)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, rotary)
+        compute = compute_dtype(self.precision, x_BTD.device)
+        with torch.autocast(x_BTD.device.type, dtype=compute, enabled=compute != torch.float32):
+            for block in self.blocks:
+                x_BTD = block(x_BTD, rotary)
         return x_BTD
 
 

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import nn
 
-from stackwise_core.config import ModelConfig, StackWiseConfig
+from stackwise_core.adapters import adapter_names, adapter_parameters, add_adapter, merged_dense
+from stackwise_core.anatomy import AdapterName, Anatomy, Trains
+from stackwise_core.config import ModelConfig, Precision, StackOverride, StackWiseConfig
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.growth_rules import GROWTH, stage_blocks, stage_mode, stage_precision
 from stackwise_core.masking import hash_bits
 from stackwise_core.model import Rack, Stack, initialise
-from stackwise_core.resolve import GrowthOperator, ModelShape, resolve_shape, resolve_stage
+from stackwise_core.precision import convert_storage, stored_bytes
+from stackwise_core.resolve import (
+    AdapterSpec,
+    GrowthOperator,
+    ModelShape,
+    StackSpec,
+    StageSpec,
+    resolve_shape,
+    resolve_stack,
+    resolve_stage,
+)
 
 _SALT_INIT = 5
+_ADAPTERS: tuple[AdapterName, ...] = ("stack", "progressive")
 
 
 def init_seed(seed: int, part: int) -> int:
@@ -31,30 +45,53 @@ def new_rack(shape: ModelShape, seed: int) -> Rack:
     return rack
 
 
-def grow_stack(
-    shape: ModelShape, n_blocks: int, index: int, operator: GrowthOperator, seed: int, source: Stack | None
-) -> Stack:
-    """Return stack `index` as it is before training.
+def new_stack(shape: ModelShape, spec: StackSpec, operator: GrowthOperator, seed: int, source: Stack | None) -> Stack:
+    """Return a stack as it is before training, its adapter in place.
 
     Args:
         shape: of the rack.
-        n_blocks: blocks of the new stack.
-        index: creation index; seeds a random start.
+        spec: its creation index, blocks, precision and adapters. Of precision qlora, with a source, it is
+            NF4 from the start; of any other it trains in fp32 and is converted at the end of its stage.
         operator: `random`; `zero`: random with output projections zeroed; `copy`: the source's blocks, the
             first n or repeated cyclically; `copy_zero`: a copy with output projections zeroed. The two
             zero forms leave the rack's function exactly as it was.
         seed: of the run.
-        source: the neighbouring stack, for the copies.
+        source: the neighbouring stack, for the copies: dequantised, its adapters merged.
     """
+    stack = grow_stack(shape, spec.n_blocks, spec.index, operator, seed, source)
+    stack.precision = spec.precision
+    if spec.precision == "qlora" and source is not None:
+        convert_storage(stack, "qlora")
+    give_adapters(stack, spec, seed)
+    return stack
+
+
+def give_adapters(stack: Stack, spec: StackSpec, seed: int) -> None:
+    """Add the adapters that a stack should have and has not; its output stays what it was."""
+    for name, adapter in spec.adapters.items():
+        if name not in adapter_names(stack):
+            give_adapter(stack, name, adapter, seed)
+
+
+def give_adapter(stack: Stack, name: AdapterName, adapter: AdapterSpec, seed: int) -> None:
+    """Add an adapter that does nothing yet; its first factor is seeded by run, stack and name."""
+    bits = hash_bits(seed, _SALT_INIT, stack.creation_index, _ADAPTERS.index(name))
+    drawn = int(bits[0] >> np.uint64(1))
+    add_adapter(stack, name, adapter.rank, adapter.alpha, drawn)
+
+
+def grow_stack(
+    shape: ModelShape, n_blocks: int, index: int, operator: GrowthOperator, seed: int, source: Stack | None
+) -> Stack:
+    """Return the plain fp32 stack that a growth operator gives; see `new_stack`."""
     stack = Stack(shape, n_blocks, index)
     if operator in ("random", "zero"):
         initialise(stack, init_seed(seed, index))
     else:
         if source is None:
             raise ConfigError([Fault("training.new_stack_init", repr(operator), "there is no stack to copy yet")])
-        stack.blocks = nn.ModuleList(
-            copy.deepcopy(source.blocks[n % len(source.blocks)]) for n in range(n_blocks)
-        ).requires_grad_(True)
+        blocks = merged_dense(source).blocks
+        stack.blocks = nn.ModuleList(copy.deepcopy(blocks[n % len(blocks)]) for n in range(n_blocks))
     if operator in ("zero", "copy_zero"):
         _zero_output_projections(stack)
     return stack
@@ -73,15 +110,26 @@ def freeze(module: nn.Module) -> None:
     module.eval()
 
 
+def prepare_to_train(stack: Stack, trains: Trains) -> None:
+    """Give a stack whose weights will train fp32 masters; one that stays frozen keeps its storage."""
+    if trains == "everything":
+        convert_storage(stack, "full")
+
+
+def settle(stack: Stack) -> None:
+    """End a stack's training: store it as its precision says."""
+    convert_storage(stack, stack.precision)
+
+
 def create_stack_from_config(config: StackWiseConfig, creation_index: int = 0) -> Stack:
-    """Return a randomly initialised stack of the configured shape."""
+    """Return a randomly initialised stack of the configured shape, with its adapter if it has one."""
     config.validate()
-    spec = resolve_stage(config, creation_index)
-    return grow_stack(resolve_shape(config), spec.n_blocks, creation_index, "random", config.run.seed, None)
+    spec = resolve_stack(config, creation_index, creation_index)
+    return new_stack(resolve_shape(config), spec, "random", config.run.seed, None)
 
 
 class ProgressiveRackBuilder:
-    """Grows one rack, stack by stack."""
+    """Grows one rack, stack by stack, at either end."""
 
     def __init__(self, config: StackWiseConfig | None = None, **dimensions: Any) -> None:
         """Start an empty rack.
@@ -105,6 +153,7 @@ class ProgressiveRackBuilder:
         config.validate()
         self.config = config
         self._rack = new_rack(resolve_shape(config), config.run.seed)
+        self._added: list[StackOverride] = []
         self._trained: set[int] = set()
 
     @property
@@ -122,64 +171,141 @@ class ProgressiveRackBuilder:
         """How many stacks, in creation order, have been trained."""
         return len(self._trained)
 
-    def append_stack(self, n_blocks: int | None = None, precision: str | None = None) -> Stack:
-        """Add a stack on top and return it.
+    def stack(self, creation_index: int) -> Stack:
+        """Return a stack by its creation index.
+
+        Raises:
+            ConfigError: there is no such stack.
+        """
+        for stack in self.stacks:
+            if stack.creation_index == creation_index:
+                return stack
+        raise ConfigError([Fault("index", str(creation_index), f"the rack has stacks 0 to {self.n_stacks - 1}")])
+
+    def append_stack(self, n_blocks: int | None = None, precision: Precision | None = None) -> Stack:
+        """Add a stack on top of the trunk, below the head, and return it.
 
         Args:
             n_blocks: its blocks; None takes the configuration's.
             precision: its precision; None takes the configuration's.
 
         Raises:
-            ConfigError: there are `max_stacks` already, or the precision is not built yet.
+            ConfigError: there are `max_stacks` already, or the stack would make no sense.
         """
-        growth = self.config.training.progressive
-        index = self.n_stacks
-        if index >= growth.max_stacks:
-            received, allowed = str(index + 1), f"at most {growth.max_stacks} stacks"
-            raise ConfigError([Fault("training.progressive.max_stacks", received, allowed)])
+        return self._add("append", n_blocks, precision)
+
+    def prepend_stack(self, n_blocks: int | None = None, precision: Precision | None = None) -> Stack:
+        """Add a stack between the embedding and the trunk, and return it; see `append_stack`."""
+        return self._add("prepend", n_blocks, precision)
+
+    def add_stack(self) -> Stack:
+        """Add the next stack where the configuration says."""
+        return self._add("default", None, None)
+
+    def _add(
+        self, mode: Literal["default", "append", "prepend"], n_blocks: int | None, precision: Precision | None
+    ) -> Stack:
+        limit, index = self.config.training.progressive.max_stacks, self.n_stacks
+        if index >= limit:
+            raise ConfigError([Fault(f"{GROWTH}.max_stacks", str(index + 1), f"at most {limit} stacks")])
         if n_blocks is not None and n_blocks < 1:
             raise ConfigError([Fault("n_blocks", str(n_blocks), "a stack has at least one block")])
-        if precision not in (None, "full"):
-            raise ConfigError([Fault("precision", repr(precision), "this version does not build it yet")])
-        spec = resolve_stage(self.config, index)
-        source = self.stacks[-1] if self.stacks else None
-        shape, seed = self._rack.shape, self.config.run.seed
-        stack = grow_stack(shape, n_blocks or spec.n_blocks, index, spec.operator, seed, source)
-        self._rack.stacks.append(stack)
+        override = self._override(index, mode, n_blocks, precision)
+        config = self.as_built(self.config, [*self._added, override])
+        config.validate()
+        spec = resolve_stage(config, index)
+        source = None if spec.source is None else self.stack(spec.source)
+        stack = new_stack(self._rack.shape, spec.new, spec.operator, config.run.seed, source)
+        for index_below in spec.trunk:
+            give_adapters(self.stack(index_below), spec.stacks[index_below], config.run.seed)
+        self._rack.stacks.insert(spec.anatomy.order.index(index), stack)
+        self._added.append(override)
         return stack
 
-    def prepare_stage(self, index: int) -> None:
-        """Let the stack and the head of stage `index` train, in the first stage the embedding; freeze the rest."""
-        if index > 0:
+    def _override(self, index: int, mode: str, n_blocks: int | None, precision: Precision | None) -> StackOverride:
+        """Return how this stack is built, spelled out, so that later edits of the configuration leave it as it is."""
+        try:
+            return StackOverride.model_validate(
+                {
+                    "n_blocks": n_blocks or stage_blocks(self.config, index),
+                    "precision": precision or stage_precision(self.config, index),
+                    "mode": stage_mode(self.config, index) if mode == "default" else mode,
+                    "steps": 0,
+                }
+            )
+        except ValidationError as error:
+            item = error.errors()[0]
+            raise ConfigError([Fault(str(item["loc"][0]), repr(item["input"]), item["msg"])]) from None
+
+    def as_built(self, config: StackWiseConfig, added: list[StackOverride] | None = None) -> StackWiseConfig:
+        """Return a configuration with this rack's shape, and its stacks as they were added.
+
+        Args:
+            config: what else is to hold, such as steps and objectives.
+            added: of every stack; None takes those of this rack.
+        """
+        added = self._added if added is None else added
+        merged = config.model_copy(deep=True)
+        merged.model = self.config.model.model_copy()
+        growth = merged.training.progressive
+        configured = growth.stacks
+        growth.max_stacks = max(growth.max_stacks, self.config.training.progressive.max_stacks, len(added))
+        growth.target_stacks = min(max(growth.target_stacks, len(added)), growth.max_stacks)
+        steps = [entry.steps for entry in configured[: len(added)]] + [0] * len(added)
+        built = [entry.model_copy(update={"steps": n}) for entry, n in zip(added, steps, strict=False)]
+        growth.stacks = [*built, *configured[len(added) :]]
+        return merged
+
+    def prepare_stage(self, spec: StageSpec) -> None:
+        """Freeze the rack, and give what will train fp32 weights; from the second stage on the head is untied."""
+        if spec.index > 0:
             self._rack.untie()
         freeze(self._rack)
-        trained = [self.stacks[index], self._rack.head, *([self._rack.embedding] if index == 0 else [])]
-        for module in trained:
-            module.requires_grad_(True)
+        for index in spec.anatomy.order:
+            prepare_to_train(self.stack(index), spec.anatomy.trains_of(index))
+
+    def finish_stage(self, anatomy: Anatomy) -> None:
+        """Freeze and store what trained as its precision says; record that the newest stack is trained."""
+        for index in anatomy.trained:
+            settle(self.stack(index))
+        freeze(self._rack)
+        self._trained.update(anatomy.order)
 
     def freeze_trunk(self, indices: list[int] | None = None) -> None:
         """Freeze some stacks by creation index; all but the newest by default."""
-        for stack in self.stacks:
-            chosen = indices if indices is not None else range(self.n_stacks - 1)
-            if stack.creation_index in chosen:
-                freeze(stack)
+        for index in range(self.n_stacks - 1) if indices is None else indices:
+            freeze(self.stack(index))
 
-    def mark_trained(self, index: int) -> None:
-        """Record that a stack's stage is over."""
-        self._trained.add(index)
+    def freeze_all_but_qlora(self, indices: list[int] | None = None) -> None:
+        """Freeze some stacks by creation index, all by default, but let their adapters train.
+
+        Raises:
+            ConfigError: none of them has an adapter.
+        """
+        chosen = [self.stack(index) for index in (range(self.n_stacks) if indices is None else indices)]
+        adapters = [parameter for stack in chosen for parameter in adapter_parameters(stack)]
+        if not adapters:
+            allowed = f"none of these stacks has an adapter; set {GROWTH}.qlora_enabled before they are built"
+            raise ConfigError([Fault("indices", repr([stack.creation_index for stack in chosen]), allowed)])
+        for stack in chosen:
+            freeze(stack)
+        for parameter in adapters:
+            parameter.requires_grad_(True)
 
     def build_rack(self) -> Rack:
         """Return the rack; it is shared with the builder, not a copy."""
         return self._rack
 
     def get_rack_info(self) -> dict[str, Any]:
-        """Return counts: stacks, blocks, parameters in all and trainable, and one entry per stack."""
+        """Return counts: stacks, blocks, parameters in all and trainable, bytes, and one entry per stack."""
         stacks = [
             {
                 "creation_index": stack.creation_index,
                 "n_blocks": len(stack.blocks),
-                "precision": "full",
+                "precision": stack.precision,
+                "adapters": adapter_names(stack),
                 "trained": stack.creation_index in self._trained,
+                "bytes": stored_bytes(stack),
                 **count_parameters(stack),
             }
             for stack in self.stacks

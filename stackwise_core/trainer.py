@@ -1,226 +1,33 @@
-"""Training one stack: the step, the stage, and the trainer that grows a rack in memory."""
+"""Growing a rack in memory, through the same functions the flow uses."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from stackwise_core.anatomy import Anatomy
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.dataloader import ProgressiveDataLoader
-from stackwise_core.errors import ConfigError, Fault, NonFiniteLossError, StageInterruptedError
-from stackwise_core.failpoints import reach
-from stackwise_core.model import Head, Rack, Stack
-from stackwise_core.objectives import Batch, loss_positions, summed_loss
+from stackwise_core.dataloader import ProgressiveDataLoader, joint_batches
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.hardware import use_hardware
+from stackwise_core.objectives import Batch
 from stackwise_core.rack_builder import ProgressiveRackBuilder
-from stackwise_core.resolve import OptimSpec, resolve_mask, resolve_stage, resolve_stream_dtype, resolve_views
+from stackwise_core.resolve import (
+    StageSpec,
+    resolve_joint,
+    resolve_joint_times,
+    resolve_loss,
+    resolve_mask,
+    resolve_stage,
+    resolve_stream_dtype,
+    resolve_views,
+)
+from stackwise_core.stage_model import StageModel
+from stackwise_core.training import Hooks, train_stack
 from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowSource
-
-# ---------------------------------------------------------------- what trains
-
-
-class StageModel(nn.Module):
-    """What one stage trains: the new stack, the head and, in the first stage, the embedding."""
-
-    def __init__(self, stack: Stack, head: Head, embedding: nn.Embedding | None = None) -> None:
-        """Take the modules as they are; they stay shared with their rack."""
-        super().__init__()
-        self.embedding = embedding
-        self.stack = stack
-        self.head = head
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the stream after the new stack: [B, T, D]."""
-        return self.stack(self.entering(batch))
-
-    def entering(self, batch: Batch) -> Tensor:
-        """Return the stream below the new stack, float32: the embedding, or the frozen trunk's boundary."""
-        device = self.head.projection.weight.device
-        if self.embedding is not None:
-            largest, rows = int(batch["input_ids"].max()), self.embedding.num_embeddings
-            if largest >= rows:
-                raise ConfigError([Fault("model.vocab_size", str(rows), f"the batch holds token {largest}")])
-            return self.embedding(batch["input_ids"].to(device))
-        if batch["trunk_activations"] is None:
-            raise ConfigError([Fault("trunk_activations", "None", "a stack on a trunk needs the trunk's activations")])
-        return batch["trunk_activations"].to(device).float()
-
-
-@dataclass
-class TrainingState:
-    """Everything a stage needs to go on with the same bits: nothing else is random or remembered."""
-
-    step: int
-    tensors: dict[str, Tensor]
-    """Weights as `model.<name>`, AdamW's moments as `optimizer.<name>.<moment>`."""
-    records: list[dict[str, float]]
-
-
-@dataclass
-class Hooks:
-    """What the surroundings of a stage want to know, and may ask."""
-
-    on_step: Callable[[dict[str, float]], None] = lambda record: None
-    on_checkpoint: Callable[[TrainingState], None] = lambda state: None
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 writes none."""
-    should_stop: Callable[[], bool] = lambda: False
-
-
-# ---------------------------------------------------------------- the optimizer
-
-
-def make_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.AdamW:
-    """Return AdamW over what has requires_grad; no weight decay on norms and embeddings."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if p.dim() > 1 and id(p) not in embeddings]
-    others = [p for p in trainable if p.dim() <= 1 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=True)
-
-
-def learning_rate(spec: OptimSpec, step: int) -> float:
-    """Return the rate of a step: linear warm-up, then a cosine from the peak to the minimum."""
-    if step < spec.warmup_steps:
-        return spec.learning_rate * (step + 1) / spec.warmup_steps
-    progress = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return spec.min_learning_rate + (spec.learning_rate - spec.min_learning_rate) * cosine
-
-
-# ---------------------------------------------------------------- one step, one stage
-
-
-def train_step(
-    model: StageModel, batch: Batch, optimizer: torch.optim.Optimizer, spec: OptimSpec, step: int
-) -> dict[str, float]:
-    """Take one optimizer step.
-
-    The loss is the mean over the loss positions of the whole batch, also when it is computed in
-    `spec.accumulation_steps` parts.
-
-    Returns:
-        step, loss [nats per loss position], learning_rate, gradient_norm (before clipping).
-
-    Raises:
-        NonFiniteLossError: before any weight was changed; it names step and sequence ids.
-    """
-    rate = learning_rate(spec, step)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    positions = max(1, int(loss_positions(batch).sum()))
-    loss = 0.0
-    for part in _parts(batch, spec.accumulation_steps):
-        part_sum, _ = summed_loss(model(part), model.head, part)
-        part_loss = part_sum / positions
-        part_loss.backward()
-        loss += part_loss.item()
-    limit = spec.gradient_clip or math.inf
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], limit).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        ids = batch["sequence_ids"].tolist()
-        raise NonFiniteLossError(
-            f"step {step}: loss {loss}, gradient norm {norm}; sequence ids {ids}. No weight was touched by this step; "
-            f"lower training.learning_rate (now {spec.learning_rate}) or raise training.warmup_steps "
-            f"(now {spec.warmup_steps})"
-        )
-    optimizer.step()
-    return {"step": step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
-
-
-def train_stack(
-    model: StageModel,
-    batches: Iterable[Batch],
-    spec: OptimSpec,
-    *,
-    state: TrainingState | None = None,
-    hooks: Hooks | None = None,
-) -> list[dict[str, float]]:
-    """Train a stage to its last step.
-
-    Args:
-        model: what trains.
-        batches: from step 0, or from `state.step` when resuming.
-        spec: the optimisation.
-        state: where an earlier, killed attempt stood; the result has the same bits as without the kill.
-        hooks: progress, checkpoints, a request to stop.
-
-    Returns:
-        One record per step.
-
-    Raises:
-        StageInterruptedError: `hooks.should_stop()`; a checkpoint was handed over first.
-        NonFiniteLossError: see `train_step`.
-    """
-    hooks = hooks or Hooks()
-    optimizer = make_optimizer(model, spec)
-    records: list[dict[str, float]] = []
-    if state is not None:
-        restore(model, optimizer, state)
-        records = list(state.records)
-    model.train()
-    for step, batch in zip(range(len(records), spec.steps), batches, strict=False):
-        record = train_step(model, batch, optimizer, spec, step)
-        records.append(record)
-        hooks.on_step(record)
-        reach("train", step + 1)
-        stop = hooks.should_stop()
-        due = hooks.checkpoint_every and (step + 1) % hooks.checkpoint_every == 0
-        if (stop or due) and step + 1 < spec.steps:
-            hooks.on_checkpoint(capture(model, optimizer, records))
-        if stop and step + 1 < spec.steps:
-            raise StageInterruptedError(
-                f"stopped on request after step {step + 1} of {spec.steps}; run the same command to go on"
-            )
-    if len(records) < spec.steps:
-        fault = Fault("dataloader", f"{len(records)} batches", f"training.steps_per_stack = {spec.steps} are needed")
-        raise ConfigError([fault])
-    return records
-
-
-def _parts(batch: Batch, n_parts: int) -> Iterator[Batch]:
-    """Cut a batch along its rows."""
-    if n_parts == 1:
-        yield batch
-        return
-    size = len(batch["sequence_ids"])
-    for n in range(n_parts):
-        rows = slice(n * size // n_parts, (n + 1) * size // n_parts)
-        yield {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def capture(model: nn.Module, optimizer: torch.optim.Optimizer, records: list[dict[str, float]]) -> TrainingState:
-    """Return the state after the last record; the tensors are the live ones, save them before the next step."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach()
-        for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{moment}"] = value
-    return TrainingState(len(records), tensors, list(records))
-
-
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
-    """Put a captured state back, bit for bit."""
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.tensors.items():
-        if key.startswith("optimizer."):
-            name, moment = key.removeprefix("optimizer.").rsplit(".", 1)
-            moments.setdefault(name, {})[moment] = value
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state.tensors[f"model.{name}"])
-            if name in moments:
-                # `step` is a scalar that fused AdamW wants on the parameter's device.
-                optimizer.state[parameter] = {k: v.clone().to(parameter.device) for k, v in moments[name].items()}
-
-
-# ---------------------------------------------------------------- growing in memory
 
 
 @dataclass
@@ -262,28 +69,40 @@ class ProgressiveTrainer:
             hooks: progress and stop requests.
 
         Returns:
-            One result per stage that was trained here.
+            One result per stage that was trained here; the last is the joint anneal, if there is one.
         """
         self.config.validate()
-        target = target_stacks or self.config.training.progressive.target_stacks
+        growth = self.config.training.progressive
+        target = target_stacks or growth.target_stacks
         self._check(rack_builder, target)
+        if not growth.enabled:
+            return [self._train_jointly(rack_builder, dataloader, 0, target, hooks)]
         results: list[StageResult] = []
         for index in range(rack_builder.n_trained, target):
             if index == rack_builder.n_stacks:
-                rack_builder.append_stack()
-            records = self._train_stage(rack_builder, index, dataloader, (cache or {}).get(index), hooks)
-            rack_builder.mark_trained(index)
-            results.append(StageResult(index, records))
+                rack_builder.add_stack()
+            config = rack_builder.as_built(self.config)
+            spec = resolve_stage(config, index)
+            store = (cache or {}).get(spec.anatomy.boundary) if spec.anatomy.boundary else None
+            results.append(self._train_stage(config, rack_builder, spec, dataloader, store, hooks))
+        if self.config.training.joint_steps:
+            results.append(self._train_jointly(rack_builder, dataloader, target, target, hooks))
         return results
 
     def train_rack(
         self, rack_builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int | None = None
     ) -> list[StageResult]:
-        """Grow to `target_stacks`; see `train_progressively`."""
-        if target_stacks is None:
-            fault = Fault("target_stacks", "None", "joint training is not built yet in this version; give a number")
-            raise ConfigError([fault])
-        return self.train_progressively(rack_builder, dataloader, target_stacks)
+        """Grow to `target_stacks`; without it, train the rack as it is, all stacks together.
+
+        Raises:
+            ConfigError: the rack is empty, or a quantised stack of it has no adapter to train.
+        """
+        if target_stacks is not None:
+            return self.train_progressively(rack_builder, dataloader, target_stacks)
+        self.config.validate()
+        if not rack_builder.n_stacks:
+            raise ConfigError([Fault("target_stacks", "None", "the rack has no stack yet; give a number, or append one")])
+        return [self._train_jointly(rack_builder, dataloader, 0, rack_builder.n_stacks, None)]
 
     def _check(self, builder: ProgressiveRackBuilder, target: int) -> None:
         """Refuse before the first step what would go wrong after the last."""
@@ -295,35 +114,74 @@ class ProgressiveTrainer:
             allowed = "the builder's rack is bidirectional: every position would see its own target"
             raise ConfigError([Fault("training.progressive.training_objective", "'clm'", allowed)])
 
-    def _train_stage(
+    def _train_jointly(
         self,
         builder: ProgressiveRackBuilder,
+        dataloader: Iterable[Any],
         index: int,
+        n_stacks: int,
+        hooks: Hooks | None,
+    ) -> StageResult:
+        while builder.n_stacks < n_stacks:
+            builder.add_stack()
+        config = builder.as_built(self.config)
+        config.training.progressive.target_stacks = n_stacks
+        spec = resolve_joint(config, index, n_stacks)
+        return self._train_stage(config, builder, spec, dataloader, None, hooks)
+
+    def _train_stage(
+        self,
+        config: StackWiseConfig,
+        builder: ProgressiveRackBuilder,
+        spec: StageSpec,
         dataloader: Iterable[Any],
         store: RowSource | None,
         hooks: Hooks | None,
-    ) -> list[dict[str, float]]:
+    ) -> StageResult:
+        anatomy, device = spec.anatomy, use_hardware(config.hardware)
+        builder.prepare_stage(spec)
+        model = self._stage_model(config, builder, anatomy, device)
+        trunk = None
+        if anatomy.boundary and store is None:
+            below = [builder.stack(stack).to(device) for stack in anatomy.below]
+            trunk = LiveTrunk(builder.build_rack().embedding.to(device), below, STREAM_DTYPES[resolve_stream_dtype(config)])
+        batches = _endless(_loader(config, spec, dataloader, store or trunk))
+        records = train_stack(model, batches, spec.optim, hooks=hooks)
+        builder.finish_stage(anatomy)
+        builder.build_rack().to("cpu")  # what the next stage does not need is not on the device
+        return StageResult(spec.index, records)
+
+    def _stage_model(
+        self, config: StackWiseConfig, builder: ProgressiveRackBuilder, anatomy: Anatomy, device: torch.device
+    ) -> StageModel:
         rack = builder.build_rack()
-        spec = resolve_stage(self.config, index).optim
-        builder.prepare_stage(index)
-        trunk = LiveTrunk(rack.embedding, builder.stacks[:index], STREAM_DTYPES[resolve_stream_dtype(self.config)])
-        loader = ProgressiveDataLoader(
-            base_dataloader=dataloader,
-            masking_strategy=resolve_mask(self.config, index),
-            stack_idx=index,
-            trunk_activations=(store or trunk) if index else None,
-            cache_activations=self.config.training.progressive.cache_activations,
-            views=resolve_views(self.config),
-        )
-        model = stage_model(rack, index)
-        return train_stack(model, _endless(loader), spec, hooks=hooks)
+        return StageModel(
+            anatomy,
+            [builder.stack(stack) for stack in anatomy.live],
+            rack.head,
+            None if anatomy.boundary else rack.embedding,
+            loss_function=resolve_loss(config),
+            checkpointing=config.training.activation_checkpointing,
+        ).to(device)
 
 
-def stage_model(rack: Rack, index: int) -> StageModel:
-    """Return what stage `index` of a rack trains."""
-    stack = rack.stacks[index]
-    assert isinstance(stack, Stack)
-    return StageModel(stack, rack.head, rack.embedding if index == 0 else None)
+def _loader(
+    config: StackWiseConfig, spec: StageSpec, dataloader: Iterable[Any], boundary: RowSource | LiveTrunk | None
+) -> Iterable[Batch]:
+    objective = config.training.progressive.training_objective
+    if times := resolve_joint_times(config) if spec.mode == "joint" else ():
+        masks = [resolve_mask(config, stack) for stack in range(len(times))]
+        return joint_batches(dataloader, masks, [step for step, _ in times], config.run.seed, resolve_views(config))
+    return ProgressiveDataLoader(
+        base_dataloader=dataloader,
+        masking_strategy=resolve_mask(config, spec.anatomy.newest),
+        stack_idx=spec.anatomy.newest,
+        trunk_activations=boundary,
+        cache_activations=config.training.progressive.cache_activations,
+        views=resolve_views(config),
+        time_step=spec.time_step,
+        objective=objective,
+    )
 
 
 def _endless(loader: Iterable[Batch]) -> Iterator[Batch]:

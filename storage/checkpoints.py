@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +14,21 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from stackwise_core.adapters import (
+    adapter_names,
+    adapter_state,
+    base_state,
+    load_adapter_state,
+    load_base_state,
+)
+from stackwise_core.anatomy import last_trained
 from stackwise_core.identity import Ref, StagePlan, canonical_json
-from stackwise_core.model import Head, Stack
-from stackwise_core.trainer import StageModel, TrainingState
+from stackwise_core.model import Head, Stack, TokenEmbedding
+from stackwise_core.precision import convert_storage
+from stackwise_core.rack_builder import give_adapter
+from stackwise_core.resolve import StageSpec
+from stackwise_core.stage_model import StageModel
+from stackwise_core.training import TrainingState
 from storage.durable import explain_full_disk, replace_folder, settle_folder, write_bytes, write_text
 from storage.errors import ArtifactCorruptError
 from storage.layout import SCRATCH, Artifacts
@@ -32,6 +45,16 @@ def tensor_digest(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_plain(tensor).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def frozen_digests(model: StageModel) -> dict[str, str]:
+    """Return the hash of every live part of which nothing trains, by name: training must not change them."""
+    parts: dict[str, nn.Module] = {f"stack {stack.creation_index}": stack for stack in model.live_stacks()}
+    parts["head"] = model.head
+    if model.embedding is not None:
+        parts["embedding"] = model.embedding
+    frozen = {name: part for name, part in parts.items() if not any(p.requires_grad for p in part.parameters())}
+    return {name: tensor_digest(part) for name, part in frozen.items()}
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -60,36 +83,85 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- a trained stage
 
 
-def save_trained(work: Path, model: StageModel, records: list[dict[str, float]]) -> None:
-    """Write what a stage trained: stack, head, in the first stage the embedding, and its metrics."""
-    save_tensors(work / STACK, model.stack.state_dict())
-    save_tensors(work / HEAD, model.head.state_dict())
-    if model.embedding is not None:
+def _folder_of(spec: StageSpec, stack: int) -> str:
+    """Return where, inside the artifact of a stage, a stack's files are: its own stack's at the top."""
+    return "" if spec.mode != "joint" and stack == spec.index else f"stack-{stack}/"
+
+
+def save_trained(work: Path, spec: StageSpec, model: StageModel, records: list[dict[str, float]]) -> None:
+    """Write what a stage trained, in the storage type of each, and its metrics: the rest is where it was.
+
+    The new stack is written whole; of the others what trained: the base, or the adapters, one file each.
+    """
+    for stack in model.live_stacks():
+        trains = spec.anatomy.trains_of(stack.creation_index)
+        own = spec.mode != "joint" and stack.creation_index == spec.index
+        folder = work / _folder_of(spec, stack.creation_index)
+        if own or trains == "everything":
+            folder.mkdir(exist_ok=True)
+            save_tensors(folder / STACK, base_state(stack))
+        if own or trains != "nothing":
+            folder.mkdir(exist_ok=True)
+            for name in adapter_names(stack):
+                save_tensors(folder / adapter_file(name), adapter_state(stack, name))
+    if spec.anatomy.head_trains:
+        save_tensors(work / HEAD, model.head.state_dict())
+    if model.embedding is not None and spec.anatomy.embedding_trains:
         save_tensors(work / EMBEDDING, model.embedding.state_dict())
     write_text(work / METRICS, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def load_stack(artifacts: Artifacts, stage: StagePlan) -> Stack:
-    """Return the trained stack of a stage."""
-    stack = Stack(stage.build.shape, stage.build.n_blocks, stage.index)
-    return _fill(stack, artifacts, stage.ref("stack"), STACK)
+def adapter_file(name: str) -> str:
+    """Return the file name of an adapter."""
+    return f"adapter-{name}.safetensors"
 
 
-def load_head(artifacts: Artifacts, stage: StagePlan) -> Head:
-    """Return the head as a stage left it; it is a tensor of its own, tied or not."""
-    return _fill(Head(stage.build.shape), artifacts, stage.ref("stack"), HEAD)
+def load_stack(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) -> Stack:
+    """Return a stack as some successive stages left it: its base and its adapters, each from the last that trained it.
+
+    Args:
+        artifacts: where they are.
+        stages: from the first to the one whose result is wanted; the adapters are those of that stage.
+        stack: creation index.
+    """
+    anatomies = [stage.spec.anatomy for stage in stages]
+    spec = stages[-1].spec.stacks[stack]
+    loaded = Stack(stages[-1].shape, spec.n_blocks, stack, spec.precision)
+    base = stages[last_trained(anatomies, stack, "base")]
+    convert_storage(loaded, spec.precision)
+    _fill(loaded, load_base_state, artifacts, base.ref("stack"), _folder_of(base.spec, stack) + STACK)
+    trained = stages[last_trained(anatomies, stack, "adapters")]
+    there = trained.spec.stacks[stack].adapters
+    for name, adapter in spec.adapters.items():
+        give_adapter(loaded, name, adapter, base.stack.order_seed)
+        if name in there:
+            path = _folder_of(trained.spec, stack) + adapter_file(name)
+            _fill(loaded, partial(load_adapter_state, name=name), artifacts, trained.ref("stack"), path)
+    return loaded.requires_grad_(False)
 
 
-def load_embedding(artifacts: Artifacts, first: StagePlan) -> nn.Embedding:
-    """Return the embedding; only the first stage trains it."""
-    shape = first.build.shape
-    return _fill(nn.Embedding(shape.vocab_size, shape.d_model), artifacts, first.ref("stack"), EMBEDDING)
+def load_head(artifacts: Artifacts, stages: Sequence[StagePlan]) -> Head:
+    """Return the head as the last of some stages left it; it is a tensor of its own, tied or not."""
+    trained = [stage for stage in stages if stage.spec.anatomy.head_trains][-1]
+    return _fill(Head(trained.shape), _load_module, artifacts, trained.ref("stack"), HEAD)
 
 
-def _fill(module: Module, artifacts: Artifacts, ref: Ref, name: str) -> Module:
+def load_embedding(artifacts: Artifacts, stages: Sequence[StagePlan]) -> TokenEmbedding:
+    """Return the embedding as the last of some stages left it."""
+    trained = [stage for stage in stages if stage.spec.anatomy.embedding_trains][-1]
+    return _fill(TokenEmbedding(trained.shape), _load_module, artifacts, trained.ref("stack"), EMBEDDING)
+
+
+def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    module.load_state_dict(tensors, strict=True)
+
+
+def _fill(
+    module: Module, load: Callable[[Module, dict[str, Tensor]], None], artifacts: Artifacts, ref: Ref, name: str
+) -> Module:
     path = artifacts.checked(ref) / name
     try:
-        module.load_state_dict(load_tensors(path), strict=True)
+        load(module, load_tensors(path))
     except RuntimeError as error:
         problem = f"does not fit the model of the configuration ({str(error).splitlines()[-1].strip()})"
         raise ArtifactCorruptError(path, problem, "Check that it belongs to this artifact's recipe") from None

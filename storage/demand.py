@@ -107,7 +107,8 @@ def reads(ref: Ref, plan: RunPlan, artifacts: Artifacts) -> list[Ref]:
     if ref.kind == "trunk":
         return below
     if ref.kind == "stack":
-        return [plan.data_ref, *below, stage.ref("build"), stage.ref("trunk"), *_boundary(plan, ref.stage)]
+        build = [stage.ref("build")] if stage.build else []
+        return [plan.data_ref, *below, *build, stage.ref("trunk"), *_boundary(plan, ref.stage)]
     if ref.kind == "activations":
         return [plan.data_ref, *below, stage.ref("stack")]
     cache = [stage.ref("activations")] if stage.activations is not None else []
@@ -132,8 +133,8 @@ def advance_source(stage: StagePlan, plan: RunPlan, artifacts: Artifacts) -> Ref
     """
     if stage.index == 0 or stage.activations is None:
         return None
-    below = plan.stages[stage.index - 1].activations
-    if below is None or below.steps < stage.activations.steps or below.mask != stage.activations.mask:
+    below, above = plan.stages[stage.index - 1].activations, stage.activations
+    if below is None or below.steps < above.steps or below.mask != above.mask or below.stacks != above.stacks[:-1]:
         return None
     ref = plan.stages[stage.index - 1].ref("activations")
     if artifacts.state(ref) is State.CORRUPT:

@@ -1,0 +1,201 @@
+"""Training one stage: the optimizer, the step, the state that goes on after a kill."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stackwise_core.adapters import adapter_parameters
+from stackwise_core.errors import ConfigError, Fault, NonFiniteLossError, StageInterruptedError
+from stackwise_core.failpoints import reach
+from stackwise_core.objectives import Batch, loss_normaliser
+from stackwise_core.resolve import OptimSpec
+from stackwise_core.stage_model import StageModel
+
+
+@dataclass
+class TrainingState:
+    """Everything a stage needs to go on with the same bits: nothing else is random or remembered."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    """Weights as `model.<name>`, AdamW's moments as `optimizer.<name>.<moment>`."""
+    records: list[dict[str, float]]
+
+
+@dataclass
+class Hooks:
+    """What the surroundings of a stage want to know, and may ask."""
+
+    on_step: Callable[[dict[str, float]], None] = lambda record: None
+    on_checkpoint: Callable[[TrainingState], None] = lambda state: None
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 writes none."""
+    should_stop: Callable[[], bool] = lambda: False
+
+
+# ---------------------------------------------------------------- the optimizer
+
+
+def make_optimizer(model: StageModel, spec: OptimSpec) -> torch.optim.AdamW:
+    """Return AdamW over what trains: no weight decay on norms and embeddings, adapters at a rate of their own."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    adapters = {id(p) for stack in model.live_stacks() for p in adapter_parameters(stack)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        received, allowed = repr(model.anatomy.trains), "nothing would train; choose another trunk_strategy"
+        raise ConfigError([Fault("training.progressive.trunk_strategy", received, allowed)])
+    kinds = {
+        "decayed": [p for p in trainable if p.dim() > 1 and id(p) not in embeddings | adapters],
+        "others": [p for p in trainable if p.dim() <= 1 or id(p) in embeddings],
+        "adapters": [p for p in trainable if id(p) in adapters],
+    }
+    decay = {"decayed": spec.weight_decay, "others": 0.0, "adapters": 0.0}
+    peak = {"decayed": spec.learning_rate, "others": spec.learning_rate, "adapters": spec.adapter_learning_rate}
+    groups = [{"params": kinds[kind], "weight_decay": decay[kind], "peak": peak[kind]} for kind in kinds if kinds[kind]]
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=True)
+
+
+def learning_rate(spec: OptimSpec, step: int) -> float:
+    """Return the rate of a step: linear warm-up, then a cosine from the peak to the minimum."""
+    if step < spec.warmup_steps:
+        return spec.learning_rate * (step + 1) / spec.warmup_steps
+    progress = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return spec.min_learning_rate + (spec.learning_rate - spec.min_learning_rate) * cosine
+
+
+# ---------------------------------------------------------------- one step, one stage
+
+
+def train_step(
+    model: StageModel, batch: Batch, optimizer: torch.optim.Optimizer, spec: OptimSpec, step: int
+) -> dict[str, float]:
+    """Take one optimizer step.
+
+    The loss is the mean over the loss positions of the whole batch, also when it is computed in
+    `spec.accumulation_steps` parts.
+
+    Returns:
+        step, loss [nats per loss position], learning_rate, gradient_norm (before clipping).
+
+    Raises:
+        NonFiniteLossError: before any weight was changed; it names step and sequence ids.
+    """
+    rate = learning_rate(spec, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["peak"] / spec.learning_rate
+    optimizer.zero_grad(set_to_none=True)
+    positions = max(1, loss_normaliser(batch))
+    loss = 0.0
+    for part in _parts(batch, spec.accumulation_steps):
+        part_sum, _ = model.summed_loss(part)
+        part_loss = part_sum / positions
+        part_loss.backward()
+        loss += part_loss.item()
+    limit = spec.gradient_clip or math.inf
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], limit).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        ids = batch["sequence_ids"].tolist()
+        raise NonFiniteLossError(
+            f"step {step}: loss {loss}, gradient norm {norm}; sequence ids {ids}. No weight was touched by this step; "
+            f"lower training.learning_rate (now {spec.learning_rate}) or raise training.warmup_steps "
+            f"(now {spec.warmup_steps})"
+        )
+    optimizer.step()
+    return {"step": step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+
+
+def train_stack(
+    model: StageModel,
+    batches: Iterable[Batch],
+    spec: OptimSpec,
+    *,
+    state: TrainingState | None = None,
+    hooks: Hooks | None = None,
+) -> list[dict[str, float]]:
+    """Train a stage to its last step.
+
+    Args:
+        model: what trains.
+        batches: from step 0, or from `state.step` when resuming.
+        spec: the optimisation.
+        state: where an earlier, killed attempt stood; the result has the same bits as without the kill.
+        hooks: progress, checkpoints, a request to stop.
+
+    Returns:
+        One record per step.
+
+    Raises:
+        StageInterruptedError: `hooks.should_stop()`; a checkpoint was handed over first.
+        NonFiniteLossError: see `train_step`.
+    """
+    hooks = hooks or Hooks()
+    optimizer = make_optimizer(model, spec)
+    records: list[dict[str, float]] = []
+    if state is not None:
+        restore(model, optimizer, state)
+        records = list(state.records)
+    model.train()
+    for step, batch in zip(range(len(records), spec.steps), batches, strict=False):
+        record = train_step(model, batch, optimizer, spec, step)
+        records.append(record)
+        hooks.on_step(record)
+        reach("train", step + 1)
+        stop = hooks.should_stop()
+        due = hooks.checkpoint_every and (step + 1) % hooks.checkpoint_every == 0
+        if (stop or due) and step + 1 < spec.steps:
+            hooks.on_checkpoint(capture(model, optimizer, records))
+        if stop and step + 1 < spec.steps:
+            raise StageInterruptedError(
+                f"stopped on request after step {step + 1} of {spec.steps}; run the same command to go on"
+            )
+    if len(records) < spec.steps:
+        fault = Fault("dataloader", f"{len(records)} batches", f"training.steps_per_stack = {spec.steps} are needed")
+        raise ConfigError([fault])
+    return records
+
+
+def _parts(batch: Batch, n_parts: int) -> Iterator[Batch]:
+    """Cut a batch along its rows."""
+    if n_parts == 1:
+        yield batch
+        return
+    size = len(batch["sequence_ids"])
+    for n in range(n_parts):
+        rows = slice(n * size // n_parts, (n + 1) * size // n_parts)
+        yield {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return what trains, by name; the rest does not change, so no checkpoint holds it."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def capture(model: nn.Module, optimizer: torch.optim.Optimizer, records: list[dict[str, float]]) -> TrainingState:
+    """Return the state after the last record; the tensors are the live ones, save them before the next step."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _trainable(model):
+        tensors[f"model.{name}"] = parameter.detach()
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{moment}"] = value
+    return TrainingState(len(records), tensors, list(records))
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    """Put a captured state back, bit for bit."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.tensors.items():
+        if key.startswith("optimizer."):
+            name, moment = key.removeprefix("optimizer.").rsplit(".", 1)
+            moments.setdefault(name, {})[moment] = value
+    with torch.no_grad():
+        for name, parameter in _trainable(model):
+            parameter.copy_(state.tensors[f"model.{name}"])
+            if name in moments:
+                # `step` is a scalar that fused AdamW wants on the parameter's device.
+                optimizer.state[parameter] = {k: v.clone().to(parameter.device) for k, v in moments[name].items()}
