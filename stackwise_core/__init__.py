@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stackwise_core.config import StackWiseConfig as StackWiseConfig
     from stackwise_core.dataloader import ProgressiveDataLoader as ProgressiveDataLoader
+    from stackwise_core.dataloader import TimeStepMasking as TimeStepMasking
     from stackwise_core.masking import MaskSpec as MaskSpec
     from stackwise_core.rack_builder import ProgressiveRackBuilder as ProgressiveRackBuilder
     from stackwise_core.rack_builder import create_stack_from_config as create_stack_from_config
@@ -23,6 +24,7 @@ _HOMES = {
     "ProgressiveRackBuilder": "rack_builder",
     "create_stack_from_config": "rack_builder",
     "ProgressiveTrainer": "trainer",
+    "TimeStepMasking": "dataloader",
 }
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "ProgressiveRackBuilder",
     "ProgressiveTrainer",
     "StackWiseConfig",
+    "TimeStepMasking",
     "create_stack_from_config",
 ]
 

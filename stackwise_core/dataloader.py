@@ -5,22 +5,100 @@ Letters: B sequences, T positions, D channels.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import PackedSequences
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.masking import IntArray, MaskSpec
-from stackwise_core.objectives import Batch, batch_fields
+from stackwise_core.masking import BoolArray, IntArray, MaskSpec, content_ids
+from stackwise_core.objectives import Batch, batch_fields, custom_fields, input_time_step
 from stackwise_core.order import RowOrder
+from stackwise_core.resolve import resolve_mask
+from stackwise_core.timesteps import mask_ratio_of, resolve_time_input, stack_time_step, time_faults
 from stackwise_core.trunk import RowSource
 
-TrunkActivations = Tensor | RowSource | Callable[[Tensor], Tensor]
+Objective = Literal["mlm", "clm", "custom"]
+TrunkActivations = Tensor | RowSource | Callable[..., Tensor]
+"""A callable gets the corrupted input_ids [B, T] and, where time is an input, the steps [B]."""
+
+
+class TimeStepMasking:
+    """The masks that a configuration's diffusion time means, by stack or by step."""
+
+    def __init__(self, config: StackWiseConfig) -> None:
+        """Take a configuration whose time is an input or the depth.
+
+        Raises:
+            ConfigError: it has no diffusion time, no masks, or breaks a rule about time.
+        """
+        growth = config.training.progressive
+        faults = list(time_faults(config))
+        if growth.time_interpretation == "none":
+            faults.append(Fault("training.progressive.time_interpretation", "'none'", "use depth or input"))
+        if growth.training_objective != "mlm":
+            objective = repr(growth.training_objective)
+            faults.append(Fault("training.progressive.training_objective", objective, "only mlm has masks"))
+        if faults:
+            raise ConfigError(faults)
+        self.config = config
+
+    def get_time_step_for_stack(self, stack_idx: int) -> int:
+        """Return the time step of the `stack_idx`-th created stack.
+
+        Raises:
+            ConfigError: there is no such stack, or time is an input and no property of a stack.
+        """
+        if self.config.training.progressive.time_interpretation != "depth":
+            allowed = "a stack has a step of its own only with depth"
+            raise ConfigError([Fault("training.progressive.time_interpretation", "'input'", allowed)])
+        return stack_time_step(self.config, stack_idx)
+
+    def spec_for_stack(self, stack_idx: int) -> MaskSpec:
+        """Return how the stage of a stack corrupts its inputs: at its step's ratio, or by each sequence's step."""
+        time = resolve_time_input(self.config)
+        ratio = 0.0 if time else mask_ratio_of(self.config, self.get_time_step_for_stack(stack_idx))
+        return self._spec(ratio).model_copy(update={"time": time})
+
+    def generate_masks_for_stack(
+        self, input_ids: Tensor, stack_idx: int, sequence_ids: Tensor | IntArray | None = None, view: int = 0
+    ) -> Tensor:
+        """Return the masks that a stack trains on; see `generate_masks_for_time_step`."""
+        step = self.get_time_step_for_stack(stack_idx)
+        return self.generate_masks_for_time_step(input_ids, step, sequence_ids, view)
+
+    def generate_masks_for_time_step(
+        self, input_ids: Tensor, time_step: int, sequence_ids: Tensor | IntArray | None = None, view: int = 0
+    ) -> Tensor:
+        """Return which positions are masked at a time step.
+
+        Masks of a lighter step are contained in those of a heavier one.
+
+        Args:
+            input_ids: [B, T].
+            time_step: 0 .. T - 1.
+            sequence_ids: [B]; None takes content hashes of the rows, as `ProgressiveDataLoader` does.
+            view: which draw.
+
+        Returns:
+            [B, T], True where masked.
+
+        Raises:
+            ConfigError: there is no such time step.
+        """
+        fields = {"input_ids": input_ids, "sequence_ids": sequence_ids}
+        tokens, ids = _tokens_and_ids(fields)
+        masks = self._spec(mask_ratio_of(self.config, time_step)).masks(ids, view, tokens.shape[1])
+        return torch.from_numpy(masks)
+
+    def _spec(self, ratio: float) -> MaskSpec:
+        spec = resolve_mask(self.config, 0)
+        assert spec is not None
+        return spec.model_copy(update={"ratio": ratio, "time": None})
 
 
 class PackedBatches:
@@ -31,77 +109,111 @@ class PackedBatches:
         self.sequences, self.order, self.start, self.stop = sequences, order, start, stop
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield input_ids [B, T], sequence_ids [B] and the view."""
-        for rows, view in self.order.batches(self.start, self.stop):
+        """Yield input_ids [B, T], sequence_ids [B], the view and, if batches are fixed, the batch's number in it."""
+        for rows, view, number in self.order.numbered_batches(self.start, self.stop):
             tokens, ids = self.sequences.take(rows)
-            yield {"input_ids": tokens, "sequence_ids": ids, "view": view}
+            batch: Batch = {"input_ids": tokens, "sequence_ids": ids, "view": view}
+            if self.order.fixed_batches:
+                batch["batch"] = number
+            yield batch
 
 
 class ProgressiveDataLoader:
     """Wraps any iterable of token batches and yields what a stage trains on.
 
     A batch may be a tensor [B, T], a tuple whose first item is one, or a dict with `input_ids` and, if
-    it has them, `sequence_ids` and `view`. Sequence ids default to a content hash of the row, never
-    its index; the view defaults to the number of passes made so far, modulo `views`.
+    it has them, `sequence_ids`, `view` and `batch`, its number within its view. Sequence ids default to
+    a content hash of the row, never its index; the view defaults to the number of passes made so far,
+    modulo `views`, and the number of the batch to those of the pass before it.
+
+    The custom objective takes `targets` (or `labels`) [B, T] from the batch and, if it has them, `masks`
+    [B, T], the loss positions. The other objectives make both themselves: a batch that brings `targets`
+    or `masks` to them is refused, while `labels`, which many loaders add, are left alone.
 
     Yields a dict with input_ids, targets, masks, time_step, stack_idx, trunk_activations,
-    training_objective, sequence_ids and, for clm, clm_mask and combined_masks.
+    training_objective, sequence_ids and, for clm, clm_mask and combined_masks. `time_step` is a tensor
+    [B] where time is an input, the stack's step where it is the depth, else None; for the diffusion
+    bound there are `loss_weights` [B].
     """
 
     def __init__(
         self,
         base_dataloader: Iterable[Any],
-        masking_strategy: MaskSpec | None = None,
+        masking_strategy: MaskSpec | TimeStepMasking | None = None,
         stack_idx: int = 0,
         trunk_activations: TrunkActivations | None = None,
         cache_activations: bool = False,
         *,
         views: int = 1,
+        objective: Objective | None = None,
+        time_step: int | None = None,
     ) -> None:
         """Wrap a loader.
 
         Args:
             base_dataloader: yields token batches; iterated once per pass over this loader.
-            masking_strategy: how inputs are corrupted (mlm); None is the causal objective.
+            masking_strategy: how inputs are corrupted (mlm); None corrupts nothing.
             stack_idx: the creation index of the stack that trains.
             trunk_activations: the boundary below the new stack: a tensor [N, T, D] in loader order, an
-                object with `rows(sequence_ids, view)`, or a callable from input_ids; None has no trunk.
+                object with `rows(sequence_ids, view)`, or a callable from input_ids and, where time is an
+                input, time_step; None has no trunk.
             cache_activations: with a callable, keep each computed row in RAM for later passes.
             views: mask draws per sequence.
+            objective: None is mlm with a masking strategy, else clm.
+            time_step: the stack's step with time-as-depth; a `TimeStepMasking` knows it.
+
+        Raises:
+            ConfigError: arguments that contradict each other.
         """
         if isinstance(trunk_activations, Tensor) and views > 1:
             allowed = "a tensor holds the activations of one view; give an object with rows() or a callable"
             raise ConfigError([Fault("views", str(views), allowed)])
+        is_masked = masking_strategy is not None
+        if objective is not None and (objective == "mlm") != is_masked:
+            allowed = "a masking_strategy goes with mlm, and only with mlm"
+            raise ConfigError([Fault("objective", repr(objective), allowed)])
         self.base_dataloader = base_dataloader
-        self.masking_strategy = masking_strategy
+        self.objective: Objective = objective or ("mlm" if is_masked else "clm")
         self.stack_idx = stack_idx
+        self.mask_spec, self.time_step = _corruption(masking_strategy, stack_idx, time_step)
         self.trunk_activations = trunk_activations
         self.cache_activations = cache_activations
         self.views = views
         self.passes = 0
-        self._recorded: dict[tuple[int, int], Tensor] = {}
+        self._recorded: dict[tuple[int, int, int | None], Tensor] = {}
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one pass."""
         view = self.passes % self.views
         self.passes += 1
         first_row = 0
-        for raw in self.base_dataloader:
-            tokens, ids, own_view = _tokens_and_ids(raw)
-            batch = self._batch(tokens, ids, view if own_view is None else own_view, first_row)
-            first_row += len(tokens)
+        for number, raw in enumerate(self.base_dataloader):
+            fields = _fields(raw)
+            batch = self._batch(fields, fields.get("view", view), fields.get("batch", number), first_row)
+            first_row += len(batch["sequence_ids"])
             yield batch
 
-    def _batch(self, tokens: IntArray, ids: IntArray, view: int, first_row: int) -> Batch:
-        batch = batch_fields(tokens, ids, view, self.masking_strategy)
-        batch["time_step"] = None
+    def _batch(self, fields: Batch, view: int, number: int, first_row: int) -> Batch:
+        tokens, ids = _tokens_and_ids(fields)
+        if self.objective == "custom":
+            batch = custom_fields(tokens, *_targets_and_masks(fields))
+        else:
+            _refuse_own_targets(fields, self.objective)
+            batch = batch_fields(tokens, ids, view, self.mask_spec, self._steps(ids, view, number))
+        batch.setdefault("time_step", self.time_step)
         batch["stack_idx"] = self.stack_idx
-        batch["training_objective"] = "clm" if self.masking_strategy is None else "mlm"
+        batch["training_objective"] = self.objective
         batch["sequence_ids"] = torch.from_numpy(ids)
-        batch["trunk_activations"] = self._boundary(batch["input_ids"], ids, view, first_row)
+        batch["trunk_activations"] = self._boundary(batch, ids, view, first_row)
         return batch
 
-    def _boundary(self, input_ids: Tensor, ids: IntArray, view: int, first_row: int) -> Tensor | None:
+    def _steps(self, ids: IntArray, view: int, number: int) -> IntArray | None:
+        if self.mask_spec is None or self.mask_spec.time is None:
+            return None
+        slots = np.arange(len(ids), dtype=np.int64)
+        return self.mask_spec.time.steps(self.mask_spec.seed, ids, view, np.full_like(slots, number), slots, len(ids))
+
+    def _boundary(self, batch: Batch, ids: IntArray, view: int, first_row: int) -> Tensor | None:
         source = self.trunk_activations
         if source is None:
             return None
@@ -115,20 +227,49 @@ class ProgressiveDataLoader:
         if not callable(source):
             kind = type(source).__name__
             raise ConfigError([Fault("trunk_activations", kind, "a tensor, an object with rows(), or a callable")])
-        return self._recording(source, input_ids, ids, view) if self.cache_activations else source(input_ids)
+        steps = input_time_step(batch)
+        inputs = (batch["input_ids"],) if steps is None else (batch["input_ids"], steps)
+        return self._recording(source, inputs, ids, view) if self.cache_activations else source(*inputs)
 
-    def _recording(self, live: Callable[[Tensor], Tensor], input_ids: Tensor, ids: IntArray, view: int) -> Tensor:
-        keys = [(int(sequence_id), view) for sequence_id in ids]
+    def _recording(self, live: Callable[..., Tensor], inputs: tuple[Tensor, ...], ids: IntArray, view: int) -> Tensor:
+        steps: list[int | None] = inputs[1].tolist() if len(inputs) > 1 else [None] * len(ids)
+        keys = [(int(sequence_id), view, step) for sequence_id, step in zip(ids, steps, strict=True)]
         new = [n for n, key in enumerate(keys) if key not in self._recorded]
         if new:
-            for n, row in zip(new, live(input_ids[new]), strict=True):
+            for n, row in zip(new, live(*(part[new] for part in inputs)), strict=True):
                 self._recorded[keys[n]] = row
         return torch.stack([self._recorded[key] for key in keys])
 
 
-def _tokens_and_ids(raw: Any) -> tuple[IntArray, IntArray, int | None]:
-    first = raw[0] if isinstance(raw, (tuple, list)) and len(raw) else raw
-    fields: dict[str, Any] = raw if isinstance(raw, dict) else {"input_ids": first}
+def _corruption(
+    strategy: MaskSpec | TimeStepMasking | None, stack_idx: int, time_step: int | None
+) -> tuple[MaskSpec | None, int | None]:
+    """Return the corruption of the stack that trains, and its own time step if it has one."""
+    spec, own_step = None, None
+    if isinstance(strategy, TimeStepMasking):
+        spec = strategy.spec_for_stack(stack_idx)
+        own_step = None if spec.time else strategy.get_time_step_for_stack(stack_idx)
+    else:
+        spec = strategy
+    if time_step is not None and spec is not None and spec.time is not None:
+        allowed = "with time as an input each sequence has its own step; leave it out"
+        raise ConfigError([Fault("time_step", str(time_step), allowed)])
+    if own_step is not None and time_step not in (None, own_step):
+        allowed = f"the masking strategy gives stack {stack_idx} the step {own_step}; leave it out"
+        raise ConfigError([Fault("time_step", str(time_step), allowed)])
+    return spec, time_step if own_step is None else own_step
+
+
+# ---------------------------------------------------------------- reading a batch
+
+
+def _fields(raw: Any) -> Batch:
+    if isinstance(raw, dict):
+        return raw
+    return {"input_ids": raw[0] if isinstance(raw, (tuple, list)) and len(raw) else raw}
+
+
+def _tokens_and_ids(fields: Batch) -> tuple[IntArray, IntArray]:
     if "input_ids" not in fields:
         raise _bad_batch(f"a batch with {sorted(fields)}", "each batch needs input_ids [B, T]")
     tokens = _integers("input_ids", fields["input_ids"], n_dimensions=2)
@@ -136,7 +277,28 @@ def _tokens_and_ids(raw: Any) -> tuple[IntArray, IntArray, int | None]:
     sequence_ids = content_ids(tokens) if ids is None else _integers("sequence_ids", ids, n_dimensions=1)
     if len(sequence_ids) != len(tokens):
         raise _bad_batch(f"{len(sequence_ids)} sequence_ids for {len(tokens)} rows", "one id for every row")
-    return tokens, sequence_ids, fields.get("view")
+    return tokens, sequence_ids
+
+
+def _targets_and_masks(fields: Batch) -> tuple[IntArray, BoolArray | None]:
+    name = "targets" if "targets" in fields else "labels"
+    if name not in fields:
+        allowed = "the custom objective needs targets [B, T] in each batch, under 'targets' or 'labels'"
+        raise _bad_batch(f"a batch with {sorted(fields)}", allowed)
+    targets = _integers(name, fields[name], n_dimensions=2)
+    if fields.get("masks") is None:
+        return targets, None
+    masks = np.asarray(fields["masks"])
+    if masks.dtype != np.bool_:
+        raise _bad_batch(f"masks of {masks.dtype}", "booleans [B, T] are expected, True at the loss positions")
+    return targets, masks
+
+
+def _refuse_own_targets(fields: Batch, objective: Objective) -> None:
+    own = [name for name in ("targets", "masks") if name in fields]
+    if own:
+        allowed = f"{objective} makes its own targets and masks; use objective='custom', or leave these out"
+        raise _bad_batch(f"a batch with {own}", allowed)
 
 
 def _integers(name: str, value: Any, n_dimensions: int) -> IntArray:
@@ -152,9 +314,3 @@ def _integers(name: str, value: Any, n_dimensions: int) -> IntArray:
 
 def _bad_batch(received: str, allowed: str) -> ConfigError:
     return ConfigError([Fault("base_dataloader", received, allowed)])
-
-
-def content_ids(tokens: IntArray) -> IntArray:
-    """Return a 64-bit content hash of each row: [B]."""
-    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in np.ascontiguousarray(tokens)]
-    return np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)

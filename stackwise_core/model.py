@@ -6,11 +6,14 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stackwise_core.resolve import ModelShape
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.resolve import ModelShape, TimeShape
 
 INIT_STD = 0.02
 """Standard deviation of fresh matrices."""
@@ -115,6 +118,69 @@ class Head(nn.Module):
         return self.projection(self.norm(x_BTD))
 
 
+class TimeEmbedding(nn.Module):
+    """A vector for each time step: sinusoidal (Vaswani et al. 2017, section 3.5) or learned."""
+
+    def __init__(self, time: TimeShape, d_model: int) -> None:
+        """Create the table if it is learned, and the projection if the width differs from `d_model`."""
+        super().__init__()
+        self.time = time
+        projected = time.dim != d_model
+        self.table = nn.Embedding(time.n_steps, time.dim) if time.encoding == "learned" else None
+        self.projection = nn.Linear(time.dim, d_model, bias=False) if projected else None
+        # Token embeddings start at INIT_STD a channel; a sinusoid as it is, at 0.7, would drown them in the
+        # residual stream. A projection of N(0, INIT_STD) makes INIT_STD a channel of a vector of length 1.
+        wanted = 1.0 / math.sqrt(time.dim) if projected else INIT_STD
+        self.scale = wanted / (INIT_STD if time.encoding == "learned" else math.sqrt(0.5))
+
+    def forward(self, time_step_B: Tensor) -> Tensor:
+        """Return the vector of each step: [B] to [B, D].
+
+        Raises:
+            ConfigError: a step is not in [0, n_steps).
+        """
+        n_steps = self.time.n_steps
+        outside = time_step_B[(time_step_B < 0) | (time_step_B >= n_steps)]
+        if len(outside):
+            allowed = f"there are {n_steps} time steps: 0 to {n_steps - 1}"
+            raise ConfigError([Fault("time_step", str(outside[0].item()), allowed)])
+        # All steps are embedded, then picked: the bits of a matrix product can depend on how many rows it
+        # has, and a sequence must have the same bytes in a batch and on its own.
+        device = time_step_B.device
+        steps_SC = self.table.weight if self.table is not None else sinusoids(n_steps, self.time.dim, device)
+        steps_SC = steps_SC * self.scale
+        steps_SD = steps_SC if self.projection is None else self.projection(steps_SC)
+        return F.embedding(time_step_B, steps_SD)
+
+
+class TokenEmbedding(nn.Embedding):
+    """A vector for each token, plus that of the sequence's time step where time is an input."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        """Create the table of tokens and, if the shape has time, the time embedding."""
+        super().__init__(shape.vocab_size, shape.d_model)
+        self.time = TimeEmbedding(shape.time, shape.d_model) if shape.time else None
+
+    def forward(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
+        """Return the stream below the first stack: [B, T, D].
+
+        Args:
+            input_ids_BT: tokens.
+            time_step: the step of each sequence, where time is an input: [B].
+
+        Raises:
+            ConfigError: steps are missing, or there is no time embedding to read them.
+        """
+        x_BTD = super().forward(input_ids_BT)
+        if self.time is None and time_step is None:
+            return x_BTD
+        if self.time is None:
+            raise ConfigError([Fault("time_step", "steps", "this rack has no time embedding; give none")])
+        if time_step is None:
+            raise ConfigError([Fault("time_step", "None", "this rack has time as an input; give a step per sequence")])
+        return x_BTD + self.time(time_step.to(x_BTD.device))[:, None, :]
+
+
 class Rack(nn.Module):
     """Embedding, stacks in data-flow order, head."""
 
@@ -122,7 +188,7 @@ class Rack(nn.Module):
         """Create a rack without stacks."""
         super().__init__()
         self.shape = shape
-        self.embedding = nn.Embedding(shape.vocab_size, shape.d_model)
+        self.embedding = TokenEmbedding(shape)
         self.stacks = nn.ModuleList()
         self.head = Head(shape)
         self.tied = shape.tie_embeddings
@@ -139,16 +205,22 @@ class Rack(nn.Module):
             self.head.projection.weight = nn.Parameter(self.embedding.weight.detach().clone())
             self.tied = False
 
-    def hidden(self, input_ids_BT: Tensor, depth: int | None = None) -> Tensor:
-        """Return the stream after the first `depth` stacks (all by default): [B, T, D]."""
-        x_BTD = self.embedding(input_ids_BT)
+    def hidden(self, input_ids_BT: Tensor, depth: int | None = None, time_step: Tensor | None = None) -> Tensor:
+        """Return the stream after the first `depth` stacks (all by default): [B, T, D].
+
+        Args:
+            input_ids_BT: tokens.
+            depth: how many stacks.
+            time_step: the step of each sequence, where time is an input: [B].
+        """
+        x_BTD = self.embedding(input_ids_BT, time_step)
         for stack in self.stacks[:depth]:
             x_BTD = stack(x_BTD)
         return x_BTD
 
-    def forward(self, input_ids_BT: Tensor) -> Tensor:
+    def forward(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
         """Return logits [B, T, V]."""
-        return self.head(self.hidden(input_ids_BT))
+        return self.head(self.hidden(input_ids_BT, time_step=time_step))
 
 
 # ---------------------------------------------------------------- rotary positions
@@ -178,6 +250,16 @@ def _make_rotary_table(shape: ModelShape, seq_len: int) -> Tensor:
 def rotate(x_BHTC: Tensor, rotary: Tensor) -> Tensor:
     """Rotate channel c with channel c + C/2 by the angle of its position (the half-split layout of Llama)."""
     return x_BHTC * rotary[0] + x_BHTC.roll(x_BHTC.shape[-1] // 2, dims=-1) * rotary[1]
+
+
+# ---------------------------------------------------------------- time steps
+
+
+def sinusoids(n_steps: int, dim: int, device: torch.device) -> Tensor:
+    """Return sines and cosines of every step at wavelengths from 2 pi to 10000 * 2 pi: [n_steps, dim]."""
+    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device).float() / dim)
+    angles = torch.outer(torch.arange(n_steps, device=device).float(), frequencies)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 # ---------------------------------------------------------------- initialisation

@@ -35,6 +35,16 @@ class Value(BaseModel, frozen=True, extra="forbid"):
     """A frozen value that enters ids as it stands."""
 
 
+class TimeShape(Value, frozen=True):
+    """The time embedding of a rack whose time is an input."""
+
+    n_steps: int
+    """Steps are 0 .. n_steps - 1."""
+    dim: int
+    """Width of the embedding; projected if it differs from d_model."""
+    encoding: Literal["sinusoidal", "learned"]
+
+
 class ModelShape(Value, frozen=True):
     """What every block of a rack has in common."""
 
@@ -47,6 +57,8 @@ class ModelShape(Value, frozen=True):
     tie_embeddings: bool = True
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    time: TimeShape | None = None
+    """None has no time embedding."""
 
     @property
     def head_dim(self) -> int:

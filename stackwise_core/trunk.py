@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stackwise_core.data import PackedSequences
 from stackwise_core.masking import IntArray, MaskSpec
-from stackwise_core.model import Stack
-from stackwise_core.objectives import batch_fields
+from stackwise_core.model import Stack, TokenEmbedding
+from stackwise_core.objectives import batch_fields, input_time_step
+from stackwise_core.order import RowOrder
 
 STREAM_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -61,35 +62,66 @@ def advance(stacks: Sequence[Stack], stream_BTD: Tensor, dtype: torch.dtype) -> 
 class LiveTrunk:
     """A frozen trunk that computes its boundary from tokens, the same bytes a store would hold."""
 
-    def __init__(self, embedding: nn.Embedding, stacks: Sequence[Stack], dtype: torch.dtype) -> None:
+    def __init__(self, embedding: TokenEmbedding, stacks: Sequence[Stack], dtype: torch.dtype) -> None:
         """Take the trunk's parts, in data-flow order; nothing is copied."""
         self.embedding = embedding
         self.stacks = [stack.eval() for stack in stacks]
         self.dtype = dtype
 
     @torch.no_grad()
-    def __call__(self, input_ids_BT: Tensor) -> Tensor:
-        """Return the boundary of (corrupted) inputs: [B, T, D] in the stream's dtype."""
+    def __call__(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
+        """Return the boundary of (corrupted) inputs: [B, T, D] in the stream's dtype.
+
+        Args:
+            input_ids_BT: corrupted tokens.
+            time_step: the step of each sequence, where time is an input: [B].
+        """
         device = self.embedding.weight.device
-        return advance(self.stacks, self.embedding(input_ids_BT.to(device)), self.dtype)
+        return advance(self.stacks, self.embedding(input_ids_BT.to(device), time_step), self.dtype)
 
 
 class RowsFromTokens:
     """A boundary derived from tokens through the whole trunk: what refills a store, and what checks one."""
 
     def __init__(
-        self, train: PackedSequences, validation: PackedSequences, mask_spec: MaskSpec | None, trunk: LiveTrunk
+        self,
+        train: PackedSequences,
+        validation: PackedSequences,
+        mask_spec: MaskSpec | None,
+        trunk: LiveTrunk,
+        order: RowOrder | None = None,
     ) -> None:
-        """Take both splits, the corruption of the stage that will read the boundary, and its trunk."""
+        """Take both splits, the corruption of the stage that will read the boundary, and its trunk.
+
+        `order` says which batch a row is in, where that decides its time step.
+        """
         self.train, self.validation, self.mask_spec, self.trunk = train, validation, mask_spec, trunk
+        self.order = order
 
     def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
         """Return the boundary of some sequences: [B, T, D]; a negative view is the validation split's."""
         sequences, mask_spec = (self.train, self.mask_spec)
         if view < 0:
             sequences, mask_spec = self.validation, self.mask_spec and self.mask_spec.for_validation()
-        tokens, ids = sequences.take(sequences.rows_of(sequence_ids))
-        return self.trunk(batch_fields(tokens, ids, view, mask_spec)["input_ids"])
+        row_numbers = sequences.rows_of(sequence_ids)
+        tokens, ids = sequences.take(row_numbers)
+        steps = self._steps(mask_spec, ids, row_numbers, view)
+        batch = batch_fields(tokens, ids, view, mask_spec, steps)
+        return self.trunk(batch["input_ids"], input_time_step(batch))
+
+    def _steps(
+        self, mask_spec: MaskSpec | None, sequence_ids: IntArray, row_numbers: IntArray, view: int
+    ) -> IntArray | None:
+        if (
+            mask_spec is None
+            or mask_spec.time is None
+            or self.order is None
+            or not self.order.fixed_batches
+            or view < 0
+        ):
+            return None
+        batches, slots = self.order.places(row_numbers, view)
+        return mask_spec.time.steps(mask_spec.seed, sequence_ids, view, batches, slots, self.order.batch_size)
 
 
 class RowsFromBoundary:
