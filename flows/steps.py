@@ -17,7 +17,7 @@ from flows.boundaries import boundary_above, boundary_below, compare_store, rows
 from flows.progress import Message, RowsCached, StepTaken, stop_requested, tell
 from flows.stage import Facts, Made, Stage, make
 from stackwise_core.costs import rack_parameters, stack_parameters
-from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader, joint_batches
+from stackwise_core.dataloader import JointDataLoader, PackedBatches, ProgressiveDataLoader, validation_batch
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
 from stackwise_core.evaluate import judge_rack
 from stackwise_core.identity import Ref, stack_state
@@ -32,7 +32,7 @@ from stackwise_core.rack_builder import (
     prepare_to_train,
     settle,
 )
-from stackwise_core.resolve import resolve_loss, resolve_mask, resolve_order
+from stackwise_core.resolve import resolve_loss, resolve_order
 from stackwise_core.stage_model import StageModel
 from stackwise_core.training import Hooks, TrainingState, train_stack
 from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowSource
@@ -103,7 +103,7 @@ def configure_trunk(stage: Stage) -> Ref:
 
 
 def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
-    """Train what the stage trains, on the cached boundary or the live trunk, from the last checkpoint if there is one."""
+    """Train the live part of the rack on its boundary, cached or live, from the last checkpoint if there is one."""
     inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.below)]
     inputs += [*([build] if build else []), trunk, *store_below(stage)]
 
@@ -122,7 +122,7 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
             records = train_stack(model, batches, spec.optim, state=state, hooks=_hooks(stage, folder))
         seconds = time.monotonic() - began
         if frozen_digests(model) != frozen:
-            raise FrozenChangedError(f"stage {stage.index}: frozen weights changed while it trained; nothing was sealed")
+            raise FrozenChangedError(f"stage {stage.index}: training changed frozen weights; nothing was sealed")
         for stack in spec.anatomy.trained:
             settle(model.stack(stack))
         save_trained(folder, spec, model, records)
@@ -164,7 +164,7 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
     Raises:
         CacheMismatchError: they differ; the store is in quarantine/ and will be remade.
     """
-    inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.trunk), stack]
+    inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.below), stack]
     inputs += [activations] if activations else []
 
     def work(folder: Path) -> Made:
@@ -205,7 +205,9 @@ def _model_to_train(stage: Stage, build: Ref | None) -> StageModel:
     if build is not None:
         described = stage.artifacts.checked(build) / "build.json"
         if tensor_digest(nn.ModuleList(new)) != json.loads(described.read_text())["initial_tensors"]:
-            remedy = f"Was it made by another version of torch? Remove {described.parent} and run the same command again"
+            remedy = (
+                f"Was it made by another version of torch? Remove {described.parent} and run the same command again"
+            )
             raise ArtifactCorruptError(described, "describes other initial tensors than this stage starts from", remedy)
     stacks = {stack.creation_index: stack for stack in new}
     for index in spec.anatomy.live:
@@ -251,10 +253,10 @@ def _batches(stage: Stage, boundary: RowSource | LiveTrunk | None, first_step: i
     spec, recipe = stage.plan.spec, stage.plan.stack
     order = resolve_order(stage.config, len(train_sequences))
     packed = PackedBatches(train_sequences, order, first_step, spec.optim.steps)
-    if recipe.joint_times:
-        masks = [resolve_mask(stage.config, stack) for stack in range(len(recipe.joint_times))]
-        steps = [step for step, _ in recipe.joint_times]
-        return joint_batches(packed, masks, steps, recipe.order_seed, recipe.views, first_step)
+    if recipe.joint_times and recipe.mask:
+        steps, ratios = zip(*recipe.joint_times, strict=True)
+        masks = [recipe.mask.at_ratio(ratio) for ratio in ratios]
+        return JointDataLoader(packed, masks, steps, recipe.order_seed, recipe.views, first_step)
     return ProgressiveDataLoader(
         base_dataloader=packed,
         masking_strategy=recipe.mask,
@@ -288,13 +290,14 @@ def _judge(stage: Stage) -> Facts:
     """Return the validation losses of the rack up to this stage, with the rounded and the exact stream."""
     _, validation_sequences = stage.sequences
     plans, anatomy = stage.so_far, stage.plan.spec.anatomy
+    objective = stage.config.training.progressive.training_objective
     rows = np.arange(min(len(validation_sequences), stage.plan.validation.sequences))
     losses = judge_rack(
         load_embedding(stage.artifacts, plans).to(stage.device),
         # One stack is in memory at a time, however deep the rack is.
         (load_stack(stage.artifacts, plans, index).to(stage.device) for index in anatomy.order),
         load_head(stage.artifacts, plans).to(stage.device),
-        [validation_batch(stage.config, validation_sequences, rows, mask) for mask in _masks_to_judge(stage)],
+        [validation_batch(validation_sequences, rows, mask, objective) for mask in _masks_to_judge(stage)],
         stream_dtype=STREAM_DTYPES[stage.config.cache.dtype],
         boundary=anatomy.boundary,
         loss_function=resolve_loss(stage.config),
@@ -311,7 +314,7 @@ def _judge(stage: Stage) -> Facts:
 def _masks_to_judge(stage: Stage) -> list[MaskSpec | None]:
     """Return the stage's own corruption, then those at which all stages are compared."""
     own = stage.plan.stack.mask
-    return [own, *(at_ratio(stage.config, ratio) for ratio in stage.plan.validation.grid)]
+    return [own, *(own.at_ratio(ratio) for ratio in stage.plan.validation.grid)] if own else [own]
 
 
 def _compare_cache(stage: Stage, ref: Ref) -> Facts:

@@ -78,10 +78,12 @@ def stage_anatomy(config: StackWiseConfig, stage: int) -> Anatomy:
     growth = config.training.progressive
     order = data_flow(config, stage + 1)
     full = growth.trunk_strategy == "full"
-    trains = tuple(_newest_trains(config, stage) if c == stage else _trunk_trains(config, c, order) for c in order)
+    trains: list[Trains] = [
+        _newest_trains(config, stage) if c == stage else _trunk_trains(config, c, order) for c in order
+    ]
     return Anatomy(
         order=order,
-        trains=trains,
+        trains=tuple(trains),
         embedding_trains=stage == 0 or full,
         head_trains=stage == 0 or full or stage_mode(config, stage) == "append",
     )

@@ -8,6 +8,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,11 @@ class PackedSequences:
     def take(self, rows: IntArray) -> tuple[IntArray, IntArray]:
         """Return tokens [B, T] and sequence ids [B] of some rows."""
         return self.tokens[rows].astype(np.int64), self.sequence_ids[rows]
+
+    def fields(self, rows: IntArray) -> dict[str, NDArray[Any]]:
+        """Return what a batch of some rows holds: input_ids [B, T] and sequence_ids [B]."""
+        tokens, ids = self.take(rows)
+        return {"input_ids": tokens, "sequence_ids": ids}
 
     def rows_of(self, sequence_ids: IntArray) -> IntArray:
         """Return the row numbers of sequence ids; ids are consecutive within a split."""

@@ -5,7 +5,7 @@ Letters: B sequences, T positions, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import PackedSequences
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.masking import BoolArray, IntArray, MaskSpec, content_ids
+from stackwise_core.masking import SALT_DEPTH, VALIDATION_VIEW, BoolArray, IntArray, MaskSpec, content_ids, hash_bits
 from stackwise_core.objectives import Batch, batch_fields, custom_fields, input_time_step
 from stackwise_core.order import RowOrder
 from stackwise_core.resolve import resolve_mask
@@ -111,8 +111,7 @@ class PackedBatches:
     def __iter__(self) -> Iterator[Batch]:
         """Yield input_ids [B, T], sequence_ids [B], the view and, if batches are fixed, the batch's number in it."""
         for rows, view, number in self.order.numbered_batches(self.start, self.stop):
-            tokens, ids = self.sequences.take(rows)
-            batch: Batch = {"input_ids": tokens, "sequence_ids": ids, "view": view}
+            batch: Batch = {**self.sequences.fields(rows), "view": view}
             if self.order.fixed_batches:
                 batch["batch"] = number
             yield batch
@@ -239,6 +238,54 @@ class ProgressiveDataLoader:
             for n, row in zip(new, live(*(part[new] for part in inputs)), strict=True):
                 self._recorded[keys[n]] = row
         return torch.stack([self._recorded[key] for key in keys])
+
+
+class JointDataLoader:
+    """Batches of joint training where depth is time: each step trains the rack of one stack, at its ratio.
+
+    Which one is hash(seed, step); the stacks that were created after it are left out of that step.
+    """
+
+    def __init__(
+        self,
+        base_dataloader: Iterable[Any],
+        mask_specs: Sequence[MaskSpec],
+        time_steps: Sequence[int],
+        seed: int,
+        views: int,
+        first_step: int = 0,
+    ) -> None:
+        """Wrap a loader.
+
+        Args:
+            base_dataloader: as of `ProgressiveDataLoader`.
+            mask_specs: how the stage of each stack corrupts its inputs, by creation index.
+            time_steps: of each stack.
+            seed: of the run.
+            views: mask draws per sequence.
+            first_step: of the first batch; passes go on counting.
+        """
+        self.base_dataloader, self.mask_specs, self.time_steps = base_dataloader, mask_specs, time_steps
+        self.seed, self.views, self.step, self.passes = seed, views, first_step, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of one pass."""
+        view = self.passes % self.views
+        self.passes += 1
+        for raw in self.base_dataloader:
+            stack = int(hash_bits(self.seed, SALT_DEPTH, self.step)[0] % np.uint64(len(self.mask_specs)))
+            self.step += 1
+            fields = {"view": view, **_fields(raw)}
+            yield from ProgressiveDataLoader([fields], self.mask_specs[stack], stack, time_step=self.time_steps[stack])
+
+
+def validation_batch(
+    sequences: PackedSequences, rows: IntArray, mask_spec: MaskSpec | None, objective: Objective
+) -> Batch:
+    """Return some validation sequences as one batch, under the corruption that every run validates with."""
+    base = [{**sequences.fields(rows), "view": VALIDATION_VIEW}]
+    (batch,) = ProgressiveDataLoader(base, mask_spec and mask_spec.for_validation(), objective=objective)
+    return batch
 
 
 def _corruption(

@@ -5,15 +5,15 @@ Letters: B sequences, T positions, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stackwise_core.masking import VALIDATION_VIEW, IntArray, MaskSpec
-from stackwise_core.model import Head, Rack, Stack
-from stackwise_core.objectives import Batch, batch_fields, summed_loss
+from stackwise_core.model import Head, Rack, Stack, TokenEmbedding
+from stackwise_core.objectives import Batch, LossFunction, batch_fields, input_time_step, summed_loss
 from stackwise_core.trunk import RowSource, advance
 
 _SEQUENCES_AT_ONCE = 32
@@ -65,7 +65,7 @@ def judge_rack(
 
 
 def _embed(embedding: TokenEmbedding, batch: Batch) -> Tensor:
-    return embedding(batch["input_ids"].to(embedding.weight.device), batch["time_step"])
+    return embedding(batch["input_ids"].to(embedding.weight.device), input_time_step(batch))
 
 
 @torch.no_grad()
@@ -84,14 +84,14 @@ def evaluate_rack(
     was_training = rack.training
     rack.eval()
     batch = batch_fields(tokens_BT, sequence_ids, VALIDATION_VIEW, mask_spec)
-    hidden = torch.cat(
-        [
-            rack.hidden(part.to(rack.embedding.weight.device), depth)
-            for part in batch["input_ids"].split(_SEQUENCES_AT_ONCE)
-        ]
-    )
+    steps = input_time_step(batch)
+    hidden: list[Tensor] = []
+    for first in range(0, len(tokens_BT), _SEQUENCES_AT_ONCE):
+        rows = slice(first, first + _SEQUENCES_AT_ONCE)
+        tokens = batch["input_ids"][rows].to(rack.embedding.weight.device)
+        hidden.append(rack.hidden(tokens, depth, None if steps is None else steps[rows]))
     rack.train(was_training)
-    return _mean_loss(hidden, rack.head, batch)[0]
+    return _mean_loss(torch.cat(hidden), rack.head, batch)[0]
 
 
 def _mean_loss(

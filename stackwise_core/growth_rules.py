@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
@@ -33,7 +33,7 @@ def stage_blocks(config: StackWiseConfig, stage: int) -> int:
     return own or config.model.blocks_per_stack
 
 
-def stage_mode(config: StackWiseConfig, stage: int) -> str:
+def stage_mode(config: StackWiseConfig, stage: int) -> Literal["append", "prepend"]:
     """Say where a stage's stack is added: the stack's override, or the common value."""
     growth = config.training.progressive
     own = growth.stacks[stage].mode if stage < len(growth.stacks) else "default"
@@ -113,7 +113,7 @@ def _precision_faults(config: StackWiseConfig) -> Iterator[Fault]:
     for stack in range(growth.target_stacks):
         precision, path = stage_precision(config, stack), _precision_path(config, stack)
         if precision in QUANTISED and growth.trunk_strategy == "full" and growth.enabled:
-            allowed = "trunk_strategy full trains the trunk's weights, which would be quantised; use full, half or bfloat16"
+            allowed = "trunk_strategy full trains these weights, which would be quantised; use full, half or bfloat16"
             yield Fault(path, repr(precision), allowed)
         if precision == "qlora" and growth.enabled and stack and training.new_stack_init in ("random", "zero"):
             allowed = f"stack {stack} is NF4 and trains adapters only, so its weights must be a copy; use auto or copy"

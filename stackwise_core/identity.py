@@ -15,20 +15,19 @@ from pydantic import BaseModel, Field
 from stackwise_core.anatomy import Trains, last_trained
 from stackwise_core.cache_plan import decide_cache
 from stackwise_core.config import Precision, StackWiseConfig
-from stackwise_core.growth_rules import stage_blocks
 from stackwise_core.masking import MaskSpec
 from stackwise_core.resolve import (
     AdapterSpec,
     GrowthOperator,
     ModelShape,
     OptimSpec,
+    StackSpec,
     StageSpec,
     Value,
     resolve_grid,
     resolve_joint_times,
     resolve_mask,
     resolve_objective,
-    resolve_precisions,
     resolve_shape,
     resolve_stages,
     resolve_stream_dtype,
@@ -106,8 +105,8 @@ class BuildRecipe(Recipe, frozen=True):
     adapter: AdapterSpec | None = None
     quantised: bool = False
     """Whether it is NF4 from the start."""
-    parts: tuple[int, ...] = ()
-    """Joint training from scratch: the blocks of every stack, in data-flow order."""
+    parts: tuple[StackSpec, ...] = ()
+    """Joint training from scratch: all its stacks, in data-flow order."""
 
 
 class TrunkRecipe(Recipe, frozen=True):
@@ -140,8 +139,6 @@ class StackRecipe(Recipe, frozen=True):
     mode: Literal["append", "prepend", "joint"] = "append"
     precision: Precision = "full"
     """What the stack is stored as from the end of its stage on."""
-    precisions: tuple[Precision, ...] = ()
-    """Joint training from scratch: of every stack, by creation index."""
     objective: str = ""
     """Only of a custom objective: its loss."""
     time_step: int | None = None
@@ -259,13 +256,12 @@ def _plan_stage(config: StackWiseConfig, spec: StageSpec, data: str, below: tupl
     index, anatomy, shape = spec.index, spec.anatomy, resolve_shape(config)
     states = {stack: stack_state(below, stack) for stack in spec.trunk}
     build = _plan_build(config, shape, spec, states)
-    trains = tuple(anatomy.trains_of(stack) for stack in spec.trunk)
-    trained = any(part != "nothing" for part in trains)
+    trained = [stack for stack in spec.trunk if anatomy.trains_of(stack) != "nothing"]
     trunk = TrunkRecipe(
         strategy=spec.strategy,
         stacks=tuple(states.values()),
-        trains=trains if trained else (),
-        progressive=spec.progressive if trained else None,
+        trains=tuple(anatomy.trains_of(stack) for stack in spec.trunk) if trained else (),
+        progressive=spec.stacks[trained[0]].adapters.get("progressive") if trained else None,
     )
     joint = spec.mode == "joint"
     stack = StackRecipe(
@@ -278,8 +274,7 @@ def _plan_stage(config: StackWiseConfig, spec: StageSpec, data: str, below: tupl
         optim=spec.optim,
         stream_dtype=resolve_stream_dtype(config) if anatomy.boundary else None,
         mode=spec.mode,
-        precision="full" if joint else spec.precision,
-        precisions=resolve_precisions(config) if joint and build else (),
+        precision="full" if joint else spec.new.precision,
         objective=resolve_objective(config),
         time_step=spec.time_step,
         joint_times=resolve_joint_times(config) if joint else (),
@@ -322,9 +317,9 @@ def _plan_build(
         operator=spec.operator,
         seed=config.run.seed,
         source=None if source is None else states[source],
-        adapter=spec.adapter,
-        quantised=spec.precision == "qlora" and spec.index > 0,
-        parts=tuple(stage_blocks(config, stack) for stack in spec.anatomy.order) if spec.mode == "joint" else (),
+        adapter=spec.new.adapters.get("stack") if spec.mode != "joint" else None,
+        quantised=spec.new.precision == "qlora" and spec.index > 0,
+        parts=tuple(spec.stacks[stack] for stack in spec.anatomy.order) if spec.mode == "joint" else (),
     )
 
 

@@ -25,6 +25,7 @@ VALIDATION_SEED = 20_260_101
 
 _SALT_MASKED, _SALT_KIND, _SALT_TOKEN, SALT_ORDER = range(1, 5)
 _SALT_TIME, SALT_BATCHES = 6, 7  # 5 initialises stacks; a salt is below 8
+SALT_DEPTH = 0
 
 _ELBO_SMALLEST_RATIO = 1e-3
 """So that no weight of the bound, 1 / ratio, exceeds a thousand."""
@@ -68,6 +69,8 @@ class TimeInput(BaseModel, frozen=True):
     """Mask ratio of every step; empty interpolates from min to max."""
     elbo: bool = False
     """Ratios and loss weights of the diffusion bound."""
+    fixed: int = -1
+    """The step of every sequence, for judging a rack at one noise level; -1 draws them."""
 
     @property
     def by_batch(self) -> bool:
@@ -116,6 +119,8 @@ class TimeInput(BaseModel, frozen=True):
         Raises:
             ConfigError: the sampling goes by batch and the batches are not given.
         """
+        if self.fixed >= 0:
+            return np.full(len(sequence_ids), self.fixed, dtype=np.int64)
         if view < 0 or not self.by_batch:
             u_B = hash_uniform(seed, _SALT_TIME, sequence_ids, view)
         elif batches is None or slots is None:
@@ -139,6 +144,21 @@ class MaskSpec(BaseModel, frozen=True):
     """Random replacements are drawn from [0, n_regular_tokens): never a special token."""
     time: TimeInput | None = None
     """Time-as-input: each sequence has the ratio of its step, and `ratio` is not used."""
+
+    @property
+    def mean_ratio(self) -> float:
+        """The share of positions that is masked, on average over time where time is an input."""
+        if self.time is None:
+            return self.ratio
+        return float(self.time.ratios(np.arange(self.time.n_steps, dtype=np.int64)).mean())
+
+    def at_ratio(self, ratio: float) -> MaskSpec:
+        """Return the same corruption at one ratio: where time is an input, at the step whose ratio is nearest."""
+        if self.time is None:
+            return self.model_copy(update={"ratio": ratio})
+        ratios = self.time.ratios(np.arange(self.time.n_steps, dtype=np.int64))
+        fixed = {"fixed": int(np.abs(ratios - ratio).argmin()), "elbo": False, "table": tuple(ratios.tolist())}
+        return self.model_copy(update={"time": self.time.model_copy(update=fixed)})
 
     def for_validation(self) -> MaskSpec:
         """Return the same corruption under the seed that every run validates with."""

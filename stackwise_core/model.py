@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stackwise_core.config import Precision
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.precision import compute_dtype
 from stackwise_core.resolve import ModelShape, TimeShape
 
 INIT_STD = 0.02

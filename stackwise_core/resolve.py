@@ -26,7 +26,7 @@ from stackwise_core.growth_rules import (
 )
 from stackwise_core.masking import MaskSpec
 from stackwise_core.order import RowOrder
-from stackwise_core.timesteps import mask_ratio_of, resolve_time_input, stack_time_step
+from stackwise_core.timesteps import mask_ratio_of, n_time_steps, resolve_time_input, stack_time_step
 
 GrowthOperator = Literal["copy", "copy_zero", "random", "zero"]
 
@@ -163,22 +163,25 @@ def resolve_shape(config: StackWiseConfig) -> ModelShape:
         tie_embeddings=model.tie_embeddings,
         rope_theta=model.rope_theta,
         norm_eps=model.norm_eps,
+        time=_resolve_time_shape(config),
     )
+
+
+def _resolve_time_shape(config: StackWiseConfig) -> TimeShape | None:
+    growth = config.training.progressive
+    if growth.time_interpretation != "input":
+        return None
+    return TimeShape(n_steps=n_time_steps(config), dim=growth.time_embedding_dim, encoding=growth.time_encoding_type)
 
 
 def resolve_mask(config: StackWiseConfig, stage: int) -> MaskSpec | None:
     """Return how a stage corrupts its inputs; None with clm and custom, which corrupt nothing."""
     if config.training.progressive.training_objective != "mlm":
         return None
-    return mask_at_ratio(config, _stage_ratio(config, stage))
-
-
-def mask_at_ratio(config: StackWiseConfig, ratio: float) -> MaskSpec:
-    """Return the corruption at a mask ratio; with time-as-input every sequence draws its own instead."""
     tokenizer = tokenizer_of(config)
     return MaskSpec(
         seed=config.run.seed,
-        ratio=ratio,
+        ratio=_stage_ratio(config, stage),
         corruption=config.training.corruption,
         mask_token=tokenizer.mask_token,
         n_regular_tokens=tokenizer.n_regular_tokens,
@@ -306,15 +309,10 @@ def _resolve_optim(
 def resolve_joint_times(config: StackWiseConfig) -> tuple[tuple[int, float], ...]:
     """Return time step and mask ratio of every stack, where joint training draws one of them at each step."""
     growth = config.training.progressive
-    if growth.time_interpretation != "depth":
+    if growth.time_interpretation != "depth" or growth.training_objective != "mlm":
         return ()
     steps = [stack_time_step(config, stack) for stack in range(growth.target_stacks)]
     return tuple((step, mask_ratio_of(config, step)) for step in steps)
-
-
-def resolve_precisions(config: StackWiseConfig) -> tuple[Precision, ...]:
-    """Return the precision of every stack, by creation index."""
-    return tuple(stage_precision(config, stack) for stack in range(config.training.progressive.target_stacks))
 
 
 def resolve_objective(config: StackWiseConfig) -> str:

@@ -6,6 +6,7 @@ Letters: B sequences, T positions, D channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +15,7 @@ from stackwise_core.adapters import adapter_parameters
 from stackwise_core.anatomy import Anatomy
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model import Head, Stack, TokenEmbedding
-from stackwise_core.objectives import Batch, LossFunction, summed_loss
+from stackwise_core.objectives import Batch, LossFunction, input_time_step, summed_loss
 
 
 class StageModel(nn.Module):
@@ -81,11 +82,13 @@ class StageModel(nn.Module):
         for stack in self.live_stacks():
             if stack.creation_index > batch["stack_idx"]:
                 continue
-            if self.checkpointing:
-                stream_BTD = checkpoint(stack, stream_BTD, use_reentrant=False)
-            else:
-                stream_BTD = stack(stream_BTD)
+            stream_BTD = self._through(stack, stream_BTD)
         return stream_BTD
+
+    def _through(self, stack: Stack, stream_BTD: Tensor) -> Tensor:
+        if self.checkpointing:
+            return cast("Tensor", checkpoint(stack, stream_BTD, use_reentrant=False))
+        return stack(stream_BTD)
 
     def entering(self, batch: Batch) -> Tensor:
         """Return the stream below the first live stack, float32: from the tokens, or the trunk's boundary."""
@@ -94,7 +97,7 @@ class StageModel(nn.Module):
             largest, rows = int(batch["input_ids"].max()), self.embedding.num_embeddings
             if largest >= rows:
                 raise ConfigError([Fault("model.vocab_size", str(rows), f"the batch holds token {largest}")])
-            return self.embedding(batch["input_ids"].to(device), batch["time_step"])
+            return self.embedding(batch["input_ids"].to(device), input_time_step(batch))
         if batch["trunk_activations"] is None:
             raise ConfigError([Fault("trunk_activations", "None", "a stack on a trunk needs the trunk's activations")])
         return batch["trunk_activations"].to(device).float()

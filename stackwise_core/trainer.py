@@ -10,7 +10,7 @@ import torch
 
 from stackwise_core.anatomy import Anatomy
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.dataloader import ProgressiveDataLoader, joint_batches
+from stackwise_core.dataloader import JointDataLoader, ProgressiveDataLoader
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.hardware import use_hardware
 from stackwise_core.objectives import Batch
@@ -101,7 +101,9 @@ class ProgressiveTrainer:
             return self.train_progressively(rack_builder, dataloader, target_stacks)
         self.config.validate()
         if not rack_builder.n_stacks:
-            raise ConfigError([Fault("target_stacks", "None", "the rack has no stack yet; give a number, or append one")])
+            raise ConfigError(
+                [Fault("target_stacks", "None", "the rack has no stack yet; give a number, or append one")]
+            )
         return [self._train_jointly(rack_builder, dataloader, 0, rack_builder.n_stacks, None)]
 
     def _check(self, builder: ProgressiveRackBuilder, target: int) -> None:
@@ -144,7 +146,9 @@ class ProgressiveTrainer:
         trunk = None
         if anatomy.boundary and store is None:
             below = [builder.stack(stack).to(device) for stack in anatomy.below]
-            trunk = LiveTrunk(builder.build_rack().embedding.to(device), below, STREAM_DTYPES[resolve_stream_dtype(config)])
+            trunk = LiveTrunk(
+                builder.build_rack().embedding.to(device), below, STREAM_DTYPES[resolve_stream_dtype(config)]
+            )
         batches = _endless(_loader(config, spec, dataloader, store or trunk))
         records = train_stack(model, batches, spec.optim, hooks=hooks)
         builder.finish_stage(anatomy)
@@ -169,12 +173,15 @@ def _loader(
     config: StackWiseConfig, spec: StageSpec, dataloader: Iterable[Any], boundary: RowSource | LiveTrunk | None
 ) -> Iterable[Batch]:
     objective = config.training.progressive.training_objective
-    if times := resolve_joint_times(config) if spec.mode == "joint" else ():
-        masks = [resolve_mask(config, stack) for stack in range(len(times))]
-        return joint_batches(dataloader, masks, [step for step, _ in times], config.run.seed, resolve_views(config))
+    mask = resolve_mask(config, spec.anatomy.newest)
+    times = resolve_joint_times(config) if spec.mode == "joint" else ()
+    if mask and times:
+        steps, ratios = zip(*times, strict=True)
+        masks = [mask.at_ratio(ratio) for ratio in ratios]
+        return JointDataLoader(dataloader, masks, steps, config.run.seed, resolve_views(config))
     return ProgressiveDataLoader(
         base_dataloader=dataloader,
-        masking_strategy=resolve_mask(config, spec.anatomy.newest),
+        masking_strategy=mask,
         stack_idx=spec.anatomy.newest,
         trunk_activations=boundary,
         cache_activations=config.training.progressive.cache_activations,

@@ -21,7 +21,7 @@ from stackwise_core.adapters import (
     load_adapter_state,
     load_base_state,
 )
-from stackwise_core.anatomy import last_trained
+from stackwise_core.anatomy import AdapterName, last_trained
 from stackwise_core.identity import Ref, StagePlan, canonical_json
 from stackwise_core.model import Head, Stack, TokenEmbedding
 from stackwise_core.precision import convert_storage
@@ -136,7 +136,7 @@ def load_stack(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) ->
         give_adapter(loaded, name, adapter, base.stack.order_seed)
         if name in there:
             path = _folder_of(trained.spec, stack) + adapter_file(name)
-            _fill(loaded, partial(load_adapter_state, name=name), artifacts, trained.ref("stack"), path)
+            _fill(loaded, partial(_load_adapter, name), artifacts, trained.ref("stack"), path)
     return loaded.requires_grad_(False)
 
 
@@ -152,6 +152,10 @@ def load_embedding(artifacts: Artifacts, stages: Sequence[StagePlan]) -> TokenEm
     return _fill(TokenEmbedding(trained.shape), _load_module, artifacts, trained.ref("stack"), EMBEDDING)
 
 
+def _load_adapter(name: AdapterName, stack: Stack, tensors: dict[str, Tensor]) -> None:
+    load_adapter_state(stack, name, tensors)
+
+
 def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     module.load_state_dict(tensors, strict=True)
 
@@ -162,7 +166,7 @@ def _fill(
     path = artifacts.checked(ref) / name
     try:
         load(module, load_tensors(path))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         problem = f"does not fit the model of the configuration ({str(error).splitlines()[-1].strip()})"
         raise ArtifactCorruptError(path, problem, "Check that it belongs to this artifact's recipe") from None
     return module
