@@ -21,6 +21,13 @@ def stack_parameters(shape: ModelShape, n_blocks: int) -> int:
     return n_blocks * (attention + 3 * shape.d_model * shape.d_ff + 2 * shape.d_model)
 
 
+def n_adapter_parameters(shape: ModelShape, n_blocks: int, rank: int) -> int:
+    """Parameters of one LoRA adapter on every matrix of a stack: the sum of rank * (in + out)."""
+    kv_width = shape.n_kv_heads * shape.head_dim
+    attention = 2 * (shape.d_model + shape.d_model) + 2 * (shape.d_model + kv_width)
+    return n_blocks * rank * (attention + 3 * (shape.d_model + shape.d_ff))
+
+
 def embedding_parameters(shape: ModelShape) -> int:
     """Parameters of the embedding."""
     return shape.vocab_size * shape.d_model

@@ -1,0 +1,265 @@
+"""How a stack is stored and what it computes in: fp32, fp16, bf16, NVFP4, NF4.
+
+One module of ours, `StoredLinear`, holds every low storage type; the libraries give only functions from a dense
+matrix to packed tensors and back. Their modules and tensor subclasses are not used: loading, copying and casting
+those goes wrong silently, each in its own way, while plain buffers do all three as torch does.
+
+Importing this module imports neither bitsandbytes nor torchao, which take seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from stackwise_core.config import Precision
+from stackwise_core.errors import ConfigError, Fault
+
+STORAGE: dict[Precision, str] = {
+    "full": "float32",
+    "half": "float16",
+    "bfloat16": "bfloat16",
+    "nvfp4": "nvfp4",
+    "qlora": "nf4",
+}
+"""What a stack of each precision is stored as once it is frozen."""
+
+_LOW_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_NVFP4_BLOCK = 16
+_NVFP4_LARGEST = 448.0 * 6.0
+"""The largest E4M3 block scale times the largest E2M1 value."""
+_NF4_BLOCK = 64
+_NF4_NESTED_BLOCK = 256
+
+
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the type that matrix products of a stack run in.
+
+    Float32 on every CPU: without native support low products are 10 to 60 times slower, and with it their bits
+    depend on the machine, which would break the equality of cached and live rows (docs/decisions/0001).
+    """
+    if device.type == "cpu" or precision == "full":
+        return torch.float32
+    return torch.float16 if precision == "half" else torch.bfloat16
+
+
+def bytes_per_parameter(storage: str) -> float:
+    """Return the bytes of one weight in a large matrix.
+
+    NVFP4: 4 bits, and an 8-bit scale for 16 weights. NF4 with double quantisation (Dettmers et al. 2023): 4 bits,
+    an 8-bit absmax for 64 weights, and an fp32 scale for 256 of those.
+    """
+    return {
+        "float32": 4.0,
+        "float16": 2.0,
+        "bfloat16": 2.0,
+        "nvfp4": 0.5 + 1 / _NVFP4_BLOCK,
+        "nf4": 0.5 + 1 / _NF4_BLOCK + 4 / (_NF4_BLOCK * _NF4_NESTED_BLOCK),
+    }[storage]
+
+
+def stored_bytes(stack: nn.Module) -> int:
+    """Return the bytes of a stack's tensors, adapters included."""
+    return sum(tensor.nbytes for tensors in (stack.parameters(), stack.buffers()) for tensor in tensors)
+
+
+# ---------------------------------------------------------------- dense to stored and back
+
+
+def quantise(weight: Tensor, storage: str) -> dict[str, Tensor]:
+    """Return the tensors that store a float32 matrix [out, in].
+
+    fp16, bf16: `weight`. NVFP4: `weight` (two E2M1 values a byte), `scale` (E4M3, one per 16), `per_tensor_scale`.
+    NF4: `weight` (two codes a byte), `absmax` (8-bit codes, one per 64), `absmax_scale`, `absmax_offset`.
+
+    Raises:
+        ConfigError: NVFP4 of a matrix whose dimensions do not divide by 16.
+    """
+    if storage == "nvfp4":
+        return _quantise_nvfp4(weight)
+    if storage == "nf4":
+        return _quantise_nf4(weight)
+    return {"weight": weight.to(_LOW_DTYPES[storage])}
+
+
+def dequantise(stored: dict[str, Tensor], storage: str, shape: tuple[int, int]) -> Tensor:
+    """Return the float32 matrix [out, in] that is stored."""
+    if storage == "nvfp4":
+        return _dequantise_nvfp4(stored)
+    if storage == "nf4":
+        return _dequantise_nf4(stored, shape)
+    return stored["weight"].float()
+
+
+def _quantise_nvfp4(weight: Tensor) -> dict[str, Tensor]:
+    from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
+
+    if any(size % _NVFP4_BLOCK for size in weight.shape):
+        received = " x ".join(str(size) for size in weight.shape)
+        allowed = f"nvfp4 needs both dimensions of every matrix to divide by {_NVFP4_BLOCK}"
+        raise ConfigError([Fault("precision", f"a matrix of {received}", allowed)])
+    # A matrix of zeros (a fresh copy_zero) would divide by zero; no trained weight is as small as the clamp.
+    per_tensor_scale = weight.abs().amax().clamp(min=1e-12) / _NVFP4_LARGEST
+    scale, packed = nvfp4_quantize(weight.contiguous(), _NVFP4_BLOCK, per_tensor_scale)
+    return {"weight": packed, "scale": scale, "per_tensor_scale": per_tensor_scale}
+
+
+def _dequantise_nvfp4(stored: dict[str, Tensor]) -> Tensor:
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+
+    scales = stored["per_tensor_scale"]
+    tensor = NVFP4Tensor(stored["weight"], stored["scale"], _NVFP4_BLOCK, torch.float32, per_tensor_scale=scales)
+    return tensor.dequantize(torch.float32)
+
+
+def _quantise_nf4(weight: Tensor) -> dict[str, Tensor]:
+    from bitsandbytes.functional import quantize_4bit
+
+    # One block a row: bitsandbytes cuts blocks from the flat matrix but on a CPU reads them back row by row, so
+    # that a width which 64 does not divide came back with errors of 12 to 40 % instead of 9 [measured, 0.50.2].
+    blocks = F.pad(weight.flatten(), (0, -weight.numel() % _NF4_BLOCK)).view(-1, _NF4_BLOCK)
+    state: Any
+    packed, state = quantize_4bit(blocks, blocksize=_NF4_BLOCK, quant_type="nf4", compress_statistics=True)
+    absmax_scale, offset = state.state2.absmax, state.offset
+    return {"weight": packed, "absmax": state.absmax, "absmax_scale": absmax_scale, "absmax_offset": offset}
+
+
+def _dequantise_nf4(stored: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+
+    nested = dequantize_blockwise(stored["absmax"], absmax=stored["absmax_scale"], blocksize=_NF4_NESTED_BLOCK)
+    absmax = nested + stored["absmax_offset"]
+    blocks = torch.Size((absmax.numel(), _NF4_BLOCK))
+    state = QuantState(absmax, shape=blocks, dtype=torch.float32, blocksize=_NF4_BLOCK, quant_type="nf4")
+    return dequantize_4bit(stored["weight"], state).flatten()[: shape[0] * shape[1]].view(shape)
+
+
+# ---------------------------------------------------------------- the linear layer
+
+
+class StoredLinear(nn.Linear):
+    """A linear layer without bias whose weight is kept in a low storage type and never trains.
+
+    The stored tensors are plain buffers: `state_dict`, `deepcopy` and `.to(device)` treat them as any other; a
+    change of dtype passes them by. `weight` is the packed one: for numbers ask `dense()`. It is a `nn.Linear`
+    because peft puts its layers around those.
+    """
+
+    def __init__(self, weight: Tensor, storage: str) -> None:
+        """Store a float32 matrix [out, in].
+
+        Raises:
+            ConfigError: see `quantise`.
+        """
+        nn.Module.__init__(self)  # not that of nn.Linear, which would make a trainable weight
+        self.register_parameter("bias", None)
+        self.out_features, self.in_features = weight.shape
+        self.storage = storage
+        for name, tensor in quantise(weight.detach().float(), storage).items():
+            self.register_buffer(name, tensor)
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """Return the weight as float32: [out, in]."""
+        return dequantise(dict(self.named_buffers()), self.storage, (self.out_features, self.in_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] to [..., out], in the autocast type if there is one, else in that of the input."""
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        stored = dict(self.named_buffers())
+        shape = (self.out_features, self.in_features)
+        product: Callable[..., Tensor] = _StoredProduct.apply
+        return product(input, self.storage, shape, dtype, tuple(stored), *stored.values())
+
+    def extra_repr(self) -> str:
+        """Say shape and storage type."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, storage={self.storage}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
+        """Follow a move to a device, but never a change of type, which would corrupt packed weights and scales."""
+        for name, tensor in self.named_buffers():
+            moved = fn(tensor)
+            self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return self
+
+
+class _StoredProduct(torch.autograd.Function):
+    """x @ weight.T that keeps the stored tensors for its backward pass, never the dense matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        storage: str,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        names: tuple[str, ...],
+        *stored: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(*stored)
+        ctx.storage, ctx.shape, ctx.names, ctx.dtype, ctx.x_dtype = storage, shape, names, dtype, x.dtype
+        weight = dequantise(dict(zip(names, stored, strict=True)), storage, shape)
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grad_outputs
+        stored = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        weight = dequantise(stored, ctx.storage, ctx.shape).to(ctx.dtype)
+        return (grad.to(ctx.dtype) @ weight).to(ctx.x_dtype), *(None for _ in range(4 + len(stored)))
+
+
+# ---------------------------------------------------------------- a whole stack
+
+
+def base_linears(stack: nn.Module) -> dict[str, nn.Linear]:
+    """Return every linear layer that is not an adapter's, by its path; under an adapter it ends in `.base_layer`."""
+    linears = {path: module for path, module in stack.named_modules() if isinstance(module, nn.Linear)}
+    return {path: linear for path, linear in linears.items() if ".lora_" not in path}
+
+
+def storage_of(linear: nn.Linear) -> str:
+    """Return the storage type of a base linear layer."""
+    return linear.storage if isinstance(linear, StoredLinear) else "float32"
+
+
+def dense_weight(linear: nn.Linear) -> Tensor:
+    """Return the weight of a base linear layer as float32, without gradient: [out, in]."""
+    return linear.dense() if isinstance(linear, StoredLinear) else linear.weight.detach()
+
+
+def convert_storage(stack: nn.Module, precision: Precision) -> None:
+    """Store the matrices of a stack as its precision says, in place; norms and adapters stay float32.
+
+    A matrix that has the type already keeps its bits. Matrices that become float32 are new parameters with
+    `requires_grad`, as in any new layer: what trains is decided after this.
+
+    Raises:
+        ConfigError: nvfp4 of a matrix whose dimensions do not divide by 16; the stack is then unchanged.
+    """
+    storage = STORAGE[precision]
+    with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be saved for a backward
+        converted = {
+            path: _converted(linear, storage)
+            for path, linear in base_linears(stack).items()
+            if storage_of(linear) != storage
+        }
+    for path, linear in converted.items():
+        stack.set_submodule(path, linear)
+
+
+def _converted(linear: nn.Linear, storage: str) -> nn.Module:
+    weight = dense_weight(linear)
+    if storage != "float32":
+        return StoredLinear(weight, storage).train(linear.training)
+    with torch.device("meta"):  # no random numbers are drawn for a weight that is replaced
+        dense = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    dense.weight = nn.Parameter(weight)
+    return dense.train(linear.training)
