@@ -21,6 +21,13 @@ def stack_parameters(shape: ModelShape, n_blocks: int) -> int:
     return n_blocks * (attention + 3 * shape.d_model * shape.d_ff + 2 * shape.d_model)
 
 
+def n_adapter_parameters(shape: ModelShape, n_blocks: int, rank: int) -> int:
+    """Parameters of one LoRA adapter on every matrix of a stack: the sum of rank * (in + out)."""
+    kv_width = shape.n_kv_heads * shape.head_dim
+    attention = 2 * (shape.d_model + shape.d_model) + 2 * (shape.d_model + kv_width)
+    return n_blocks * rank * (attention + 3 * (shape.d_model + shape.d_ff))
+
+
 def embedding_parameters(shape: ModelShape) -> int:
     """Parameters of the embedding."""
     return shape.vocab_size * shape.d_model
@@ -29,13 +36,6 @@ def embedding_parameters(shape: ModelShape) -> int:
 def head_parameters(shape: ModelShape) -> int:
     """Parameters of final norm and projection."""
     return shape.d_model + embedding_parameters(shape)
-
-
-def adapter_parameters(shape: ModelShape, n_blocks: int, rank: int) -> int:
-    """Parameters of one adapter: r (in + out) for every matrix."""
-    kv_width = shape.n_kv_heads * shape.head_dim
-    attention = 4 * shape.d_model + 2 * (shape.d_model + kv_width)
-    return n_blocks * rank * (attention + 3 * (shape.d_model + shape.d_ff))
 
 
 def trainable_parameters(shape: ModelShape, spec: StageSpec) -> int:
@@ -61,7 +61,7 @@ def rack_parameters(shape: ModelShape, spec: StageSpec) -> int:
 
 
 def _adapters_of(shape: ModelShape, stack: StackSpec) -> int:
-    return sum(adapter_parameters(shape, stack.n_blocks, adapter.rank) for adapter in stack.adapters.values())
+    return sum(n_adapter_parameters(shape, stack.n_blocks, adapter.rank) for adapter in stack.adapters.values())
 
 
 def _tied(shape: ModelShape, spec: StageSpec) -> bool:
