@@ -168,7 +168,7 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
     inputs += [activations] if activations else []
 
     def work(folder: Path) -> Made:
-        compared = _compare_cache(stage, activations) if activations else {"cache": stage.plan.no_cache_reason}
+        compared = _compare_cache(stage, activations) if activations else {"cache": "none"}
         facts: Facts = {**_judge(stage), **compared}
         write_text(folder / "report.json", json.dumps(facts, indent=1))
         return Made(facts)

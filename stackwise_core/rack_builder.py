@@ -214,8 +214,10 @@ class ProgressiveRackBuilder:
         config = self.as_built(self.config, [*self._added, override])
         config.validate()
         spec = resolve_stage(config, index)
-        source = None if spec.source is None else self.stack(spec.source)
-        stack = new_stack(self._rack.shape, spec.new, spec.operator, config.run.seed, source)
+        # Joint training from scratch copies nothing.
+        grown = config.training.progressive.enabled
+        source = self.stack(spec.source) if grown and spec.source is not None else None
+        stack = new_stack(self._rack.shape, spec.new, spec.operator if grown else "random", config.run.seed, source)
         for index_below in spec.trunk:
             give_adapters(self.stack(index_below), spec.stacks[index_below], config.run.seed)
         self._rack.stacks.insert(spec.anatomy.order.index(index), stack)
@@ -262,6 +264,7 @@ class ProgressiveRackBuilder:
             self._rack.untie()
         freeze(self._rack)
         for index in spec.anatomy.order:
+            give_adapters(self.stack(index), spec.stacks[index], self.config.run.seed)
             prepare_to_train(self.stack(index), spec.anatomy.trains_of(index))
 
     def finish_stage(self, anatomy: Anatomy) -> None:

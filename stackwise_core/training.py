@@ -98,7 +98,8 @@ def train_step(
         part_loss.backward()
         loss += part_loss.item()
     limit = spec.gradient_clip or math.inf
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], limit).item()
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(trained, limit).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         ids = batch["sequence_ids"].tolist()
         raise NonFiniteLossError(
@@ -157,6 +158,7 @@ def train_stack(
     if len(records) < spec.steps:
         fault = Fault("dataloader", f"{len(records)} batches", f"training.steps_per_stack = {spec.steps} are needed")
         raise ConfigError([fault])
+    optimizer.zero_grad(set_to_none=True)  # gradients of what is frozen from now on would stay in memory
     return records
 
 
