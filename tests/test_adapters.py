@@ -321,9 +321,7 @@ def test_loading_refuses_other_keys_shapes_and_types_and_copies_nothing() -> Non
         load_base_state(stack, {**other, "more": torch.zeros(1)})
     with pytest.raises(ValueError, match=rf"{key} was saved as torch.float32 \[32, 16\] but is torch.uint8"):
         load_base_state(stack, {**other, key: other[key].float()})
-    with pytest.raises(
-        ValueError, match=r"saved as torch.float32 \[2, 32\] but is .* \[4, 32\] here"
-    ):
+    with pytest.raises(ValueError, match=r"saved as torch.float32 \[2, 32\] but is .* \[4, 32\] here"):
         load_adapter_state(stack, "stack", adapter_state(stack, "progressive"))
     assert equal(stack.state_dict(), before)
 
