@@ -119,7 +119,7 @@ def nvfp4_oracle(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     nibbles = (codes + 8 * torch.signbit(scaled)).reshape(-1, 2)
     packed = (nibbles[:, 0] + 16 * nibbles[:, 1]).to(torch.uint8).reshape(weight.shape[0], -1)
     dense = (values * (tensor_scale * scale.float())[:, None]).reshape(weight.shape)
-    return packed, scale.reshape(weight.shape[0], -1), tensor_scale, dense
+    return packed, scale.view(torch.uint8).reshape(weight.shape[0], -1), tensor_scale, dense
 
 
 @pytest.mark.parametrize("scale", [0.02, 3.0])
@@ -134,6 +134,16 @@ def test_nvfp4_is_packed_as_the_oracle_packs(scale: float) -> None:
     assert torch.equal(linear.get_buffer("scale"), scales)
     assert torch.equal(linear.get_buffer("per_tensor_scale"), tensor_scale)
     assert torch.equal(linear.dense(), dense)
+
+
+def test_nvfp4_has_the_bits_of_torchaos_own_tensor() -> None:
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+
+    weight = gaussian(256, 192)
+    peer = NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=per_tensor_amax_to_scale(weight.abs().max()))
+    linear = StoredLinear(weight, "nvfp4")
+    assert torch.equal(linear.weight, peer.qdata)
+    assert torch.equal(linear.dense(), peer.dequantize())
 
 
 def nf4_values() -> Tensor:
