@@ -163,17 +163,17 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(shape.vocab_size, shape.d_model)
         self.time = TimeEmbedding(shape.time, shape.d_model) if shape.time else None
 
-    def forward(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, time_step: Tensor | None = None) -> Tensor:
         """Return the stream below the first stack: [B, T, D].
 
         Args:
-            input_ids_BT: tokens.
+            input: token ids [B, T].
             time_step: the step of each sequence, where time is an input: [B].
 
         Raises:
             ConfigError: steps are missing, or there is no time embedding to read them.
         """
-        x_BTD = super().forward(input_ids_BT)
+        x_BTD = super().forward(input)
         if self.time is None and time_step is None:
             return x_BTD
         if self.time is None:

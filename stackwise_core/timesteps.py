@@ -113,9 +113,7 @@ def _mapped_step(config: StackWiseConfig, c: int) -> int:
     if isinstance(mapping, list):
         steps: list[int] = mapping
         if c >= len(steps):
-            allowed = (
-                f"stack_time_mapping: custom needs a step for stack {c}; add one for every stack in creation order"
-            )
+            allowed = f"has no step for stack {c}; give one for every stack in creation order"
             raise ConfigError([Fault(key, f"{len(steps)} steps", allowed)])
         return steps[c]
     function = import_callable(key, mapping) if isinstance(mapping, str) else mapping

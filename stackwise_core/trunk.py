@@ -112,16 +112,11 @@ class RowsFromTokens:
     def _steps(
         self, mask_spec: MaskSpec | None, sequence_ids: IntArray, row_numbers: IntArray, view: int
     ) -> IntArray | None:
-        if (
-            mask_spec is None
-            or mask_spec.time is None
-            or self.order is None
-            or not self.order.fixed_batches
-            or view < 0
-        ):
+        time = mask_spec.time if mask_spec is not None else None
+        if mask_spec is None or time is None or self.order is None or not time.by_batch or view < 0:
             return None
         batches, slots = self.order.places(row_numbers, view)
-        return mask_spec.time.steps(mask_spec.seed, sequence_ids, view, batches, slots, self.order.batch_size)
+        return time.steps(mask_spec.seed, sequence_ids, view, batches, slots, self.order.batch_size)
 
 
 class RowsFromBoundary:

@@ -15,11 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from stackwise_core.data import PackedSequences
-from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader, content_ids
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.data import FIRST_VALIDATION_ID, PackedSequences
+from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader, TimeStepMasking, content_ids
 from stackwise_core.errors import ConfigError
-from stackwise_core.masking import MaskSpec
+from stackwise_core.masking import VALIDATION_VIEW, MaskSpec, TimeInput
+from stackwise_core.model import Stack, TokenEmbedding, initialise
 from stackwise_core.order import RowOrder
+from stackwise_core.resolve import ModelShape, TimeShape
+from stackwise_core.trunk import LiveTrunk, RowsFromTokens
 
 T, D = 9, 4
 MASKS = MaskSpec(seed=2, ratio=0.5, corruption="mask", mask_token=256, n_regular_tokens=256)
@@ -278,3 +282,258 @@ def test_activations_of_a_wrong_kind_are_explained(source: Any) -> None:
 def test_a_tensor_cannot_serve_several_views() -> None:
     with pytest.raises(ConfigError, match="views"):
         list(ProgressiveDataLoader([TOKENS], MASKS, 1, torch.zeros(6, T, D), views=2))
+
+
+# ---------------------------------------------------------------- time as an input
+
+
+def timed(sampling: Any, n_steps: int = 20, elbo: bool = False) -> MaskSpec:
+    time = TimeInput(n_steps=n_steps, sampling=sampling, ratio_min=0.2, ratio_max=0.9, elbo=elbo)
+    return MASKS.model_copy(update={"time": time, "ratio": 0.0})
+
+
+def steps_of(mask_spec: MaskSpec, batch: Any, view: int, number: int) -> list[int]:
+    assert mask_spec.time is not None
+    ids, slots = batch["sequence_ids"].numpy(), np.arange(len(batch["sequence_ids"]))
+    return mask_spec.time.steps(2, ids, view, np.full_like(slots, number), slots, len(ids)).tolist()
+
+
+@pytest.mark.parametrize("sampling", ["per_batch", "per_sequence", "stratified"])
+def test_every_sequence_has_its_step(sampling: str) -> None:
+    mask_spec = timed(sampling)
+    loader = ProgressiveDataLoader(TOKENS.split(4), mask_spec, views=2)
+    seen: set[int] = set()
+    for number_of_pass in range(4):
+        for number, batch in enumerate(loader):
+            steps = batch["time_step"]
+            assert steps.dtype == torch.int64
+            assert steps.tolist() == steps_of(mask_spec, batch, number_of_pass % 2, number)
+            masks = mask_spec.masks(batch["sequence_ids"].numpy(), number_of_pass % 2, T, steps.numpy())
+            assert batch["masks"].numpy().tolist() == masks.tolist()
+            assert "loss_weights" not in batch
+            seen |= set(steps.tolist())
+    assert len(seen) >= 4
+
+
+def test_a_batch_may_say_its_number() -> None:
+    raw = [{"input_ids": TOKENS, "view": 3, "batch": number} for number in (7, 0, 7)]
+    first, other, again = ProgressiveDataLoader(raw, timed("per_batch", 10**6))
+    assert (
+        first["time_step"].tolist() == again["time_step"].tolist() == steps_of(timed("per_batch", 10**6), first, 3, 7)
+    )
+    assert first["time_step"].tolist() != other["time_step"].tolist()
+
+
+def test_the_bound_brings_its_weights() -> None:
+    (batch,) = ProgressiveDataLoader([TOKENS], timed("stratified", elbo=True))
+    ratios = [0.999 * (step + 0.5) / 20 + 0.001 for step in batch["time_step"].tolist()]
+    assert batch["loss_weights"].tolist() == pytest.approx([1 / ratio for ratio in ratios], rel=1e-6)
+
+
+def test_packed_batches_say_their_number_if_it_lasts() -> None:
+    sequences = PackedSequences(TOKENS.numpy().astype(np.uint16), np.arange(6, dtype=np.int64))
+    order = RowOrder(seed=4, n_rows=6, batch_size=2, views=2, fixed_batches=True)
+    numbers = [batch["batch"] for batch in PackedBatches(sequences, order, 1, 14)]
+    assert numbers == [number for _, _, number in order.numbered_batches(1, 14)]
+    changing = order.model_copy(update={"fixed_batches": False})
+    assert all("batch" not in batch for batch in PackedBatches(sequences, changing, 0, 9))
+
+
+def timed_trunk() -> LiveTrunk:
+    time = TimeShape(n_steps=20, dim=6, encoding="sinusoidal")
+    shape = ModelShape(vocab_size=257, d_model=8, n_heads=2, n_kv_heads=2, d_ff=16, causal=False, time=time)
+    embedding, stack = TokenEmbedding(shape), Stack(shape, 1)
+    for module in (embedding, stack):
+        initialise(module, 1)
+    return LiveTrunk(embedding, [stack], torch.float32)
+
+
+@pytest.mark.parametrize("sampling", ["per_batch", "per_sequence", "stratified"])
+def test_a_row_is_the_same_live_recorded_and_refilled(sampling: str) -> None:
+    """A store is filled by id and view alone: what the batch decides must be found from those."""
+    mask_spec, trunk = timed(sampling), timed_trunk()
+    train = PackedSequences(TOKENS.numpy().astype(np.uint16), np.arange(6, dtype=np.int64) + 10)
+    validation = PackedSequences(train.tokens, np.arange(6, dtype=np.int64) + FIRST_VALIDATION_ID)
+    order = RowOrder(seed=4, n_rows=6, batch_size=2, views=2, fixed_batches=sampling != "per_sequence")
+    refilled = RowsFromTokens(train, validation, mask_spec, trunk, order)
+    packed = PackedBatches(train, order, 0, 14)
+    steps: dict[tuple[int, int], int] = {}
+    for batch, raw in zip(
+        ProgressiveDataLoader(packed, mask_spec, 1, trunk, cache_activations=True), packed, strict=True
+    ):
+        ids, view = raw["sequence_ids"], raw["view"]
+        assert batch["trunk_activations"].equal(trunk(batch["input_ids"], batch["time_step"]))
+        for n, step in enumerate(batch["time_step"].tolist()):
+            assert steps.setdefault((int(ids[n]), view), step) == step
+            assert refilled.rows(ids[n : n + 1], view).equal(batch["trunk_activations"][n : n + 1])
+    assert len(set(steps.values())) > 2
+
+
+@pytest.mark.parametrize("sampling", ["per_batch", "per_sequence"])
+def test_validation_rows_need_no_batches(sampling: str) -> None:
+    trunk = timed_trunk()
+    sequences = PackedSequences(TOKENS.numpy().astype(np.uint16), np.arange(6, dtype=np.int64) + FIRST_VALIDATION_ID)
+    order = RowOrder(seed=4, n_rows=6, batch_size=2, views=2, fixed_batches=True)
+    rows = RowsFromTokens(sequences, sequences, timed(sampling), trunk, order).rows
+    ids = sequences.sequence_ids
+    whole = rows(ids, VALIDATION_VIEW)
+    assert rows(ids[[5, 2]], VALIDATION_VIEW).equal(whole[[5, 2]])
+    expected = RowsFromTokens(sequences, sequences, timed("per_sequence"), trunk).rows(ids, VALIDATION_VIEW)
+    assert whole.equal(expected)
+
+
+def test_recording_tells_steps_apart() -> None:
+    """In a loader that shuffles, a row comes with another step: its old activations are not its new ones."""
+    calls: list[int] = []
+
+    def trunk(input_ids: Tensor, time_step: Tensor) -> Tensor:
+        calls.extend(time_step.tolist())
+        return activations_of(input_ids) + time_step[:, None, None]
+
+    loader = ProgressiveDataLoader(TOKENS.split(1), timed("per_batch"), 1, trunk, cache_activations=True)
+    for tokens in (TOKENS, TOKENS.flip(0), TOKENS):
+        loader.base_dataloader = tokens.split(1)
+        for batch in loader:
+            expected = activations_of(batch["input_ids"]) + batch["time_step"][:, None, None]
+            assert batch["trunk_activations"].equal(expected)
+    assert 6 < len(calls) <= 12
+
+
+# ---------------------------------------------------------------- time as depth
+
+
+def depth_config(**changes: Any) -> StackWiseConfig:
+    growth = {"time_interpretation": "depth", "max_stacks": 4, "time_per_stack": 3, **changes}
+    return StackWiseConfig.model_validate({"run": {"seed": 2}, "training": {"progressive": growth}})
+
+
+def test_masks_by_stack_and_by_step() -> None:
+    strategy, ids = TimeStepMasking(depth_config()), np.arange(6, dtype=np.int64) - 3
+    for stack_idx in range(4):
+        step = strategy.get_time_step_for_stack(stack_idx)
+        spec = strategy.spec_for_stack(stack_idx)
+        ratio = 0.15 + 0.75 * 3 * stack_idx / 11
+        assert step == 3 * stack_idx
+        assert spec == MaskSpec(seed=2, ratio=spec.ratio, corruption="bert", mask_token=256, n_regular_tokens=256)
+        assert spec.ratio == pytest.approx(ratio, rel=1e-12)
+        expected = MASKS.model_copy(update={"ratio": ratio}).masks(ids, 5, T)
+        masks = strategy.generate_masks_for_stack(TOKENS, stack_idx, torch.from_numpy(ids), 5)
+        assert masks.dtype == torch.bool
+        assert masks.numpy().tolist() == expected.tolist()
+        assert strategy.generate_masks_for_time_step(TOKENS, step, ids, 5).equal(masks)
+    lightest, heaviest = (strategy.generate_masks_for_time_step(TOKENS, step) for step in (0, 11))
+    assert not (lightest & ~heaviest).any()
+    assert heaviest.sum() > lightest.sum()
+
+
+def test_a_strategy_masks_as_the_loader_does() -> None:
+    strategy = TimeStepMasking(depth_config())
+    for stack_idx in (0, 3):
+        (batch,) = ProgressiveDataLoader([TOKENS], strategy, stack_idx)
+        assert batch["masks"].equal(strategy.generate_masks_for_stack(TOKENS, stack_idx))
+        assert (batch["time_step"], batch["stack_idx"]) == (3 * stack_idx, stack_idx)
+        assert batch["training_objective"] == "mlm"
+
+
+def test_a_strategy_of_time_as_an_input() -> None:
+    growth = {"time_interpretation": "input", "num_time_steps": 20}
+    config = StackWiseConfig.model_validate(
+        {"run": {"seed": 2}, "training": {"progressive": growth, "time_sampling": "per_sequence"}}
+    )
+    strategy = TimeStepMasking(config)
+    assert strategy.spec_for_stack(0) == strategy.spec_for_stack(3)
+    (batch,) = ProgressiveDataLoader([TOKENS], strategy, 1)
+    for row, step in enumerate(batch["time_step"].tolist()):
+        masks = strategy.generate_masks_for_time_step(TOKENS[row : row + 1], step)
+        assert masks.equal(batch["masks"][row : row + 1])
+    for ask in (lambda: strategy.get_time_step_for_stack(0), lambda: strategy.generate_masks_for_stack(TOKENS, 0)):
+        with pytest.raises(ConfigError, match="time_interpretation: got 'input'; a stack has a step of its own only"):
+            ask()
+
+
+def test_no_such_stack_or_step() -> None:
+    strategy = TimeStepMasking(depth_config())
+    for stack_idx in (-1, 4):
+        with pytest.raises(ConfigError, match=f"stack_idx: got {stack_idx}"):
+            strategy.generate_masks_for_stack(TOKENS, stack_idx)
+    for step in (-1, 12):
+        with pytest.raises(ConfigError, match=f"time_step: got {step}"):
+            strategy.generate_masks_for_time_step(TOKENS, step)
+    with pytest.raises(ConfigError, match="input_ids of float32"):
+        strategy.generate_masks_for_time_step(torch.rand(2, 3), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"time_interpretation": "none", "time_per_stack": 1}, "time_interpretation: got 'none'; use depth or input"),
+        ({"training_objective": "clm"}, "training_objective: got 'clm'; only mlm has masks"),
+        ({"num_time_steps": 4}, "gives stack 2 the step 6"),
+    ],
+)
+def test_a_strategy_without_sense_is_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        TimeStepMasking(depth_config(**changes))
+
+
+def test_the_step_of_a_stack_is_in_its_batches() -> None:
+    """A live trunk does not get it: it is no input."""
+    trunk = CountingTrunk()
+    for spec in (None, MASKS):
+        for batch in ProgressiveDataLoader(TOKENS.split(4), spec, 2, trunk, time_step=6):
+            assert batch["time_step"] == 6
+    assert len(trunk.rows_seen) == 12
+
+
+def test_steps_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ConfigError, match="time_step: got 5; with time as an input"):
+        ProgressiveDataLoader([TOKENS], timed("per_batch"), time_step=5)
+    strategy = TimeStepMasking(depth_config())
+    assert ProgressiveDataLoader([TOKENS], strategy, 2, time_step=6).time_step == 6
+    with pytest.raises(ConfigError, match="time_step: got 5; the masking strategy gives stack 2 the step 6"):
+        ProgressiveDataLoader([TOKENS], strategy, 2, time_step=5)
+
+
+# ---------------------------------------------------------------- the custom objective
+
+
+@pytest.mark.parametrize("name", ["targets", "labels"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_custom_targets_and_masks(name: str, masked: bool) -> None:
+    raw = {"input_ids": TOKENS, name: TOKENS.flip(1), **({"masks": TOKENS > 99} if masked else {})}
+    (batch,) = ProgressiveDataLoader([raw], objective="custom", trunk_activations=activations_of)
+    assert set(batch) == COMMON
+    assert batch["input_ids"].equal(TOKENS)
+    assert batch["targets"].equal(TOKENS.flip(1))
+    assert batch["masks"].equal(TOKENS > 99 if masked else torch.ones(6, T, dtype=torch.bool))
+    assert (batch["training_objective"], batch["time_step"]) == ("custom", None)
+    assert batch["trunk_activations"].equal(activations_of(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (TOKENS, r"got a batch with \['input_ids'\]; the custom objective needs targets .* 'targets' or 'labels'"),
+        ({"input_ids": TOKENS, "target": TOKENS}, r"got a batch with \['input_ids', 'target'\]; the custom"),
+        ({"input_ids": TOKENS, "targets": TOKENS.float()}, "targets of float32"),
+        ({"input_ids": TOKENS, "labels": TOKENS, "masks": TOKENS}, "masks of int64; booleans"),
+        ({"input_ids": TOKENS, "targets": TOKENS[:4]}, r"targets: got \(4, 9\)"),
+    ],
+)
+def test_custom_batches_of_a_wrong_kind_are_explained(raw: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        list(ProgressiveDataLoader([raw], objective="custom"))
+
+
+@pytest.mark.parametrize("spec", [None, MASKS])
+@pytest.mark.parametrize("name", ["masks", "targets"])
+def test_other_objectives_do_not_ignore_given_masks_and_targets(spec: MaskSpec | None, name: str) -> None:
+    raw = {"input_ids": TOKENS, name: TOKENS > 5}
+    with pytest.raises(ConfigError, match=rf"got a batch with \['{name}'\]; (mlm|clm) makes its own"):
+        list(ProgressiveDataLoader([raw], spec))
+
+
+@pytest.mark.parametrize(("objective", "spec"), [("mlm", None), ("clm", MASKS), ("custom", MASKS)])
+def test_an_objective_and_a_strategy_that_contradict_are_refused(objective: Any, spec: MaskSpec | None) -> None:
+    with pytest.raises(ConfigError, match=f"objective: got '{objective}'; a masking_strategy goes with mlm"):
+        ProgressiveDataLoader([TOKENS], spec, objective=objective)

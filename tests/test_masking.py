@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stackwise_core.errors import ConfigError
 from stackwise_core.masking import (
     SALT_ORDER,
     VALIDATION_SEED,
@@ -17,12 +18,13 @@ from stackwise_core.masking import (
     BoolArray,
     IntArray,
     MaskSpec,
+    TimeInput,
     hash_bits,
     hash_uniform,
 )
 
 U64 = (1 << 64) - 1
-MASKED, KIND, TOKEN = 1, 2, 3  # salts
+MASKED, KIND, TOKEN, TIME = 1, 2, 3, 6  # salts
 MASK, REGULAR = 256, 256
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -213,3 +215,101 @@ def test_validation_does_not_depend_on_the_run() -> None:
     assert np.array_equal(rows[0], rows[2])
     validation = spec(seed=9, ratio=0.4, corruption="mask").for_validation()
     assert (validation.seed, validation.ratio, validation.corruption) == (VALIDATION_SEED, 0.4, "mask")
+
+
+# ---------------------------------------------------------------- time as an input
+
+
+def time_of(sampling: Any = "per_sequence", n_steps: int = 10, **changes: Any) -> TimeInput:
+    return TimeInput(n_steps=n_steps, sampling=sampling, ratio_min=0.1, ratio_max=0.9).model_copy(update=changes)
+
+
+def timed(seed: int = 0, **changes: Any) -> MaskSpec:
+    return spec(seed, ratio=0.0).model_copy(update={"time": time_of(**changes)})
+
+
+def test_without_time_a_spec_dumps_as_before() -> None:
+    """Ids hold this dump."""
+    dumped = {"seed": 0, "ratio": 0.15, "corruption": "bert", "mask_token": MASK, "n_regular_tokens": REGULAR}
+    assert spec().model_dump(exclude_defaults=True) == dumped
+
+
+@settings(deadline=None)
+@given(SEEDS, st.lists(IDS, min_size=1, max_size=5), VIEWS, st.integers(1, 2000))
+def test_steps_per_sequence_equal_the_definition(seed: int, ids: list[int], view: int, n_steps: int) -> None:
+    steps = time_of(n_steps=n_steps).steps(seed, ids_of(*ids), view)
+    assert steps.tolist() == [int(reference_uniform(seed, TIME, one, view) * n_steps) for one in ids]
+    assert steps.dtype == np.int64
+
+
+@settings(deadline=None)
+@given(SEEDS, st.lists(st.tuples(st.integers(0, 99), st.integers(0, 6)), min_size=1), st.integers(0, 1023))
+def test_steps_by_batch_equal_the_definition(seed: int, places: list[tuple[int, int]], view: int) -> None:
+    batches, slots = ids_of(*(batch for batch, _ in places)), ids_of(*(slot for _, slot in places))
+    ids = np.arange(len(places), dtype=np.int64)
+    for sampling in ("per_batch", "stratified"):
+        expected: list[int] = []
+        for batch, slot in places:
+            u = reference_uniform(seed, TIME, batch, view) + (slot / 7 if sampling == "stratified" else 0.0)
+            expected.append(int((u - int(u)) * 10))
+        assert time_of(sampling).steps(seed, ids, view, batches, slots, 7).tolist() == expected
+
+
+@pytest.mark.parametrize("n_steps", [3, 8, 24])
+def test_a_stratified_batch_covers_time_evenly(n_steps: int) -> None:
+    """Of 24 rows each of n steps gets 24 / n, in every batch, while the offsets differ by batch and view."""
+    slots = np.arange(24, dtype=np.int64)
+    seen: set[tuple[int, ...]] = set()
+    for batch, view in itertools.product(range(20), range(3)):
+        steps = time_of("stratified", n_steps).steps(0, slots, view, np.full_like(slots, batch), slots, 24)
+        assert np.bincount(steps, minlength=n_steps).tolist() == [24 // n_steps] * n_steps
+        seen.add(tuple(steps.tolist()))
+    assert len(seen) > n_steps // 2
+
+
+@pytest.mark.parametrize("sampling", ["per_batch", "per_sequence", "stratified"])
+def test_each_step_is_drawn_equally_often(sampling: str) -> None:
+    batches = np.repeat(np.arange(5000, dtype=np.int64), 4)
+    slots = np.tile(np.arange(4, dtype=np.int64), 5000)
+    steps = time_of(sampling).steps(3, np.arange(20_000, dtype=np.int64), 0, batches, slots, 4)
+    rows = steps if sampling == "per_sequence" else steps[slots == 1]
+    for count in np.bincount(rows, minlength=10).tolist():
+        assert_share(count, len(rows), 0.1)
+
+
+@pytest.mark.parametrize("sampling", ["per_batch", "stratified"])
+def test_validation_draws_per_sequence(sampling: str) -> None:
+    ids, none = np.arange(50, dtype=np.int64), np.zeros(50, dtype=np.int64)
+    expected = time_of("per_sequence").steps(VALIDATION_SEED, ids, VALIDATION_VIEW)
+    assert time_of(sampling).steps(VALIDATION_SEED, ids, VALIDATION_VIEW).tolist() == expected.tolist()
+    assert time_of(sampling).steps(VALIDATION_SEED, ids, VALIDATION_VIEW, none, none, 50).tolist() == expected.tolist()
+    with pytest.raises(ConfigError, match="time_sampling: got '" + sampling):
+        time_of(sampling).steps(0, ids, 0)
+
+
+def test_each_sequence_has_the_masks_of_its_ratio() -> None:
+    ids, steps = ids_of(4, -9, 2**50, 4), ids_of(0, 9, 4, 9)
+    masks = timed(seed=6).masks(ids, 3, 300, steps)
+    for row, step in enumerate(steps.tolist()):
+        ratio = 0.1 + 0.8 * step / 9
+        one = ids[row : row + 1]
+        assert masks[row].tolist() == spec(6, ratio).masks(one, 3, 300)[0].tolist()
+        assert_share(int(masks[row].sum()), 300, ratio)
+    assert not (masks[0] & ~masks[3]).any()  # the same sequence: the lighter step's masks are in the heavier one's
+    tokens = np.full((4, 300), 7, dtype=np.int64)
+    assert timed(seed=6).corrupt(tokens, masks, ids, 3).tolist() == spec(6).corrupt(tokens, masks, ids, 3).tolist()
+
+
+def test_a_table_and_the_bound_say_the_ratio() -> None:
+    steps = ids_of(2, 0, 1)
+    assert time_of(n_steps=3, table=(0.1, 0.7, 0.2)).ratios(steps).tolist() == [0.2, 0.1, 0.7]
+    bound = time_of(n_steps=3, elbo=True).ratios(steps)
+    assert bound.tolist() == pytest.approx([0.999 * (s + 0.5) / 3 + 0.001 for s in (2, 0, 1)], rel=1e-12)
+    assert time_of(n_steps=1).ratios(ids_of(0)).tolist() == [0.1]
+
+
+def test_steps_belong_to_time_as_an_input() -> None:
+    with pytest.raises(ConfigError, match="steps: got None; the steps of time-as-input are needed"):
+        timed().masks(ids_of(1), 0, 9)
+    with pytest.raises(ConfigError, match="steps: got steps; this corruption has one ratio"):
+        spec().masks(ids_of(1), 0, 9, ids_of(0))

@@ -15,9 +15,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from stackwise_core.masking import MaskSpec
+from stackwise_core.errors import ConfigError
+from stackwise_core.masking import MaskSpec, TimeInput
 from stackwise_core.model import Head, initialise
-from stackwise_core.objectives import Batch, batch_fields, clm_fields, loss_positions, mlm_fields, summed_loss
+from stackwise_core.objectives import (
+    Batch,
+    batch_fields,
+    clm_fields,
+    custom_fields,
+    input_time_step,
+    loss_normaliser,
+    loss_positions,
+    mlm_fields,
+    summed_loss,
+)
 from stackwise_core.resolve import ModelShape
 
 B, T, D, V = 3, 7, 8, 23
@@ -153,3 +164,144 @@ def test_combined_masks_narrow_the_loss() -> None:
     loss, count = summed_loss(hidden, head, {**batch, "combined_masks": keep & batch["clm_mask"]})
     assert count == 1
     torch.testing.assert_close(loss, dense_loss(hidden, head, batch["targets"], keep), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- time as an input, and its bound
+
+STEPS = np.array([0, 7, 3], dtype=np.int64)
+
+
+def timed(elbo: bool = False, n_steps: int = 8) -> MaskSpec:
+    time = TimeInput(n_steps=n_steps, sampling="per_sequence", ratio_min=0.3, ratio_max=0.9, elbo=elbo)
+    return MASKS.model_copy(update={"time": time, "corruption": "mask"})
+
+
+def test_steps_travel_with_the_batch() -> None:
+    tokens, ids = tokens_of(), np.arange(B, dtype=np.int64)
+    batch = batch_fields(tokens, ids, 0, timed(), STEPS)
+    assert batch["time_step"].tolist() == STEPS.tolist()
+    assert "loss_weights" not in batch
+    assert batch["masks"].tolist() == timed().masks(ids, 0, T, STEPS).tolist()
+    drawn = batch_fields(tokens, ids, 0, timed())
+    time = timed().time
+    assert time is not None
+    assert drawn["time_step"].tolist() == time.steps(4, ids, 0).tolist()
+    assert input_time_step(drawn) is drawn["time_step"]
+    assert input_time_step({"time_step": 3}) is None
+    assert input_time_step(batch_of("mlm")) is None
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_the_bound_equals_its_definition(own_loss: bool) -> None:
+    """Sum over masked positions of CE / r, with gradients; float64, so only the formula counts."""
+    batch = batch_fields(tokens_of(), np.arange(B, dtype=np.int64), 1, timed(elbo=True), STEPS)
+    ratios = [0.999 * (step + 0.5) / 8 + 0.001 for step in STEPS.tolist()]
+    assert batch["loss_weights"].tolist() == pytest.approx([1 / r for r in ratios], rel=1e-6)
+    hidden = torch.randn(B, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results: list[list[Tensor]] = []
+    for dense in (False, True):
+        head, x = new_head(torch.float64), hidden.clone().requires_grad_()
+        if dense:
+            loss = torch.zeros((), dtype=torch.float64)
+            for row in range(B):
+                only_row = batch["masks"] & (torch.arange(B) == row)[:, None]
+                loss = loss + dense_loss(x, head, batch["targets"], only_row) * batch["loss_weights"][row].double()
+        else:
+            loss_fn = (lambda logits, targets: F.cross_entropy(logits, targets, reduction="none")) if own_loss else None
+            loss, normaliser = summed_loss(x, head, batch, loss_fn)
+            assert normaliser == loss_normaliser(batch) == B * T
+        loss.backward()
+        assert x.grad is not None
+        results.append([loss.detach(), x.grad, *(p.grad for p in head.parameters() if p.grad is not None)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_bound_of_a_uniform_model_is_log_v() -> None:
+    """E[1 / r over masked positions] = 1: 4,000 sequences leave it within 5 standard errors of log V."""
+    n, n_steps = 4000, 100
+    ids = np.arange(n, dtype=np.int64)
+    batch = batch_fields(np.zeros((n, 64), dtype=np.int64), ids, 0, timed(elbo=True, n_steps=n_steps))
+    head = new_head()
+    torch.nn.init.zeros_(head.projection.weight)
+    with torch.no_grad():
+        total, normaliser = summed_loss(torch.ones(n, 64, D), head, batch)
+    ratios = (0.999 * (np.arange(n_steps) + 0.5) / n_steps + 0.001).tolist()
+    variance = sum((1 - r) / r for r in ratios) / n_steps / normaliser
+    bound = total.item() / normaliser
+    assert abs(bound / np.log(V) - 1) < 5 * variance**0.5 < 0.05
+
+
+def test_the_bound_without_a_masked_position_is_zero() -> None:
+    batch = batch_fields(tokens_of(), np.arange(B, dtype=np.int64), 1, timed(elbo=True), STEPS)
+    batch["masks"] = torch.zeros_like(batch["masks"])
+    hidden = torch.randn(B, T, D, requires_grad=True)
+    loss, normaliser = summed_loss(hidden, new_head(), batch)
+    loss.backward()
+    assert (loss.item(), normaliser) == (0.0, B * T)
+    assert hidden.grad is not None
+    assert hidden.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_other_losses_are_divided_by_their_positions(objective: str) -> None:
+    batch = batch_of(objective)
+    assert loss_normaliser(batch) == int(loss_positions(batch).sum()) > 0
+
+
+# ---------------------------------------------------------------- custom targets and losses
+
+
+def test_custom_fields_are_as_given() -> None:
+    tokens, targets = tokens_of(), tokens_of()[:, ::-1].copy()
+    masks = tokens % 2 == 0
+    batch = custom_fields(tokens, targets, masks)
+    assert batch["input_ids"].tolist() == tokens.tolist()
+    assert batch["targets"].tolist() == targets.tolist()
+    assert loss_positions(batch).tolist() == masks.tolist()
+    assert custom_fields(tokens, targets, None)["masks"].all()
+
+
+def test_custom_fields_of_wrong_shapes_and_ignored_targets() -> None:
+    tokens = tokens_of()
+    with pytest.raises(ConfigError, match=r"targets: got \(3, 6\); the shape of input_ids, \(3, 7\)"):
+        custom_fields(tokens, tokens[:, 1:], None)
+    with pytest.raises(ConfigError, match=r"masks: got \(2, 7\)"):
+        custom_fields(tokens, tokens, np.ones((2, T), dtype=bool))
+    ignored = tokens.copy()
+    ignored[1, 2] = -100
+    with pytest.raises(ConfigError, match="targets: got -100; no target at a loss position; give masks"):
+        custom_fields(tokens, ignored, None)
+    loss, count = summed_loss(torch.randn(B, T, D), new_head(), custom_fields(tokens, ignored, ignored >= 0))
+    assert count == B * T - 1
+    assert loss.isfinite()
+
+
+def test_a_custom_loss_sees_logits_and_targets_of_the_loss_positions() -> None:
+    batch, head, hidden = batch_of("clm"), new_head(), torch.randn(B, T, D, requires_grad=True)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def margin(logits: Tensor, targets: Tensor) -> Tensor:
+        seen.append((logits, targets))
+        return logits.logsumexp(-1) * 2 - logits.gather(-1, targets[:, None])[:, 0]
+
+    loss, count = summed_loss(hidden, head, batch, margin)
+    ((logits, targets),) = seen
+    positions = batch["combined_masks"]
+    torch.testing.assert_close(logits, head(hidden)[positions])
+    assert targets.equal(batch["targets"][positions])
+    assert count == len(targets)
+    torch.testing.assert_close(loss, margin(head(hidden)[positions], targets).sum())
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "received"),
+    [
+        (F.cross_entropy, r"shape \(\)"),
+        (lambda logits, targets: logits, r"shape \(18, 23\)"),
+        (lambda logits, targets: 1.0, "float"),
+    ],
+)
+def test_a_custom_loss_of_a_wrong_shape_is_explained(loss_fn: Any, received: str) -> None:
+    with pytest.raises(ConfigError, match=f"training.custom_loss: got {received}; .* each of the 18 positions"):
+        summed_loss(torch.randn(B, T, D), new_head(), batch_of("clm"), loss_fn)

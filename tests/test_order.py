@@ -21,6 +21,7 @@ def orders(draw: st.DrawFn) -> RowOrder:
         n_rows=draw(st.integers(batch_size, 40)),
         batch_size=batch_size,
         views=draw(st.integers(1, 5)),
+        fixed_batches=draw(st.booleans()),
     )
 
 
@@ -65,10 +66,10 @@ def test_visited_is_what_the_steps_read(order: RowOrder, steps: int) -> None:
 @settings(deadline=None)
 @given(orders(), st.integers(0, 80))
 def test_count_visited_bounds_visited(order: RowOrder, steps: int) -> None:
-    """Exact while no view comes round again, and where batches leave no row over."""
+    """Exact while no view comes round again, and where batches are fixed or leave no row over."""
     exact = len(order.visited(steps)[0])
     assert order.count_visited(steps) >= exact
-    if steps <= order.views * order.steps_per_epoch or order.n_rows % order.batch_size == 0:
+    if order.fixed_batches or steps <= order.views * order.steps_per_epoch or order.n_rows % order.batch_size == 0:
         assert order.count_visited(steps) == exact
 
 
@@ -109,3 +110,46 @@ def test_views_of_a_configuration(objective: str, views: int, expected: int) -> 
 def test_fewer_rows_than_a_batch_is_explained() -> None:
     with pytest.raises(StackWiseError, match="batch_size"):
         list(resolve_order(StackWiseConfig(), 31).batches(0, 1))
+
+
+# ---------------------------------------------------------------- batches fixed per view
+
+
+@settings(deadline=None)
+@given(orders(), st.integers(0, 60))
+def test_fixed_batches_are_the_same_in_every_epoch_of_a_view(order: RowOrder, start: int) -> None:
+    order = order.model_copy(update={"fixed_batches": True})
+    known: dict[tuple[int, int], list[int]] = {}
+    numbers: dict[int, list[int]] = {}
+    stop = start + 3 * order.views * order.steps_per_epoch
+    for step, (rows, view, batch) in enumerate(order.numbered_batches(start, stop), start):
+        assert known.setdefault((view, batch), rows.tolist()) == rows.tolist()
+        numbers.setdefault(step // order.steps_per_epoch, []).append(batch)
+        batches, slots = order.places(rows, view)
+        assert batches.tolist() == [batch] * order.batch_size
+        assert slots.tolist() == list(range(order.batch_size))
+    for epoch in list(numbers)[1:-1]:  # the whole ones
+        assert sorted(numbers[epoch]) == list(range(order.steps_per_epoch))
+    assert len(known) == order.views * order.steps_per_epoch
+
+
+def test_epochs_shuffle_the_fixed_batches_and_views_the_rows() -> None:
+    order = RowOrder(seed=0, n_rows=120, batch_size=4, views=2, fixed_batches=True)
+    epochs = [[batch for _, _, batch in order.numbered_batches(30 * n, 30 * n + 30)] for n in range(4)]
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    groups = [{tuple(rows.tolist()) for rows, _ in order.batches(30 * n, 30 * n + 30)} for n in range(4)]
+    assert groups[0] == groups[2] != groups[1] == groups[3]
+    other = order.model_copy(update={"seed": 1})
+    assert {tuple(rows.tolist()) for rows, _ in other.batches(0, 30)} != groups[0]
+
+
+def test_places_of_rows_that_fill_no_batch() -> None:
+    order = RowOrder(seed=0, n_rows=11, batch_size=4, views=1, fixed_batches=True)
+    batches, slots = order.places(np.arange(11, dtype=np.int64), 0)
+    assert sorted(zip(batches.tolist(), slots.tolist(), strict=True)) == [(n // 4, n % 4) for n in range(11)]
+
+
+def test_fixed_batches_are_part_of_the_value_and_of_no_id_before() -> None:
+    order = RowOrder(seed=0, n_rows=9, batch_size=2, views=1)
+    assert order.model_dump(exclude_defaults=True) == {"seed": 0, "n_rows": 9, "batch_size": 2, "views": 1}
+    assert order != order.model_copy(update={"fixed_batches": True})
