@@ -22,7 +22,7 @@ def show_plan(config: StackWiseConfig, root: str, *, as_json: bool) -> None:
     """Print the plan of a configuration; nothing is written."""
     artifacts = Artifacts(root)
     corpus = read_corpus(config.data.source)
-    plan = plan_run(config, corpus.digest)
+    plan = plan_run(config, corpus.digest, corpus.n_bytes)
     demand = compute_demand(plan, artifacts, config.cache.keep)
     n_train, n_validation = _count_sequences(config, artifacts, plan)
     stages = [_stage(config, plan, stage, demand, artifacts, n_train, n_validation) for stage in plan.stages]

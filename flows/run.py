@@ -10,7 +10,7 @@ from flows.stage import Stage
 from flows.steps import build_stack, cache_activations, configure_trunk, train, validate
 from flows.summary import StageSummary, summarise
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data import corpus_digest
+from stackwise_core.data import corpus_facts
 from stackwise_core.hardware import use_hardware
 from stackwise_core.identity import RunPlan, plan_run
 from storage.demand import Demand, compute_demand, forced_refs
@@ -53,7 +53,8 @@ def grow(
     config.validate()
     use_hardware(config.hardware)  # a device that is not there is told before anything is made
     artifacts = Artifacts(root).open()
-    plan = plan_run(config, corpus_digest(config.data.source))
+    corpus, corpus_bytes = corpus_facts(config.data.source)
+    plan = plan_run(config, corpus, corpus_bytes)
     forced = forced_refs(plan, from_stack, force)
     with begin_attempt(artifacts, config, plan, _tell_waiting):
         tell(RunStarted(config.run.name, len(plan.stages), str(artifacts.root)))
@@ -63,7 +64,8 @@ def grow(
         for index in range(len(plan.stages)):
             # Asked again at every stage: another process may have made, and retired, something meanwhile.
             still_forced = frozenset(ref for ref in forced if ref.stage >= index)
-            add(_stage(config, root, plan, index, compute_demand(plan, artifacts, config.cache.keep, still_forced)))
+            demand = compute_demand(plan, artifacts, config.cache.keep, still_forced)
+            add(_stage(config, root, plan, corpus_bytes, index, demand))
             if config.cache.keep == "last" and (kept := retire_superseded(artifacts, plan, index, config.run.name)):
                 tell(Message(f"{kept.name} is kept: another run that is alive plans to read it"))
             tell(StageDone(index, summarise(artifacts, plan)[index]))
@@ -71,11 +73,12 @@ def grow(
     return summarise(artifacts, plan)
 
 
-def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand: Demand) -> Stage:
+def _stage(config: StackWiseConfig, root: str, plan: RunPlan, corpus_bytes: int, index: int, demand: Demand) -> Stage:
     return Stage(
         config=config,
         root=root,
         corpus=plan.data.corpus,
+        corpus_bytes=corpus_bytes,
         index=index,
         needed=frozenset(ref.kind for ref in demand.needed if ref.stage == index and ref.kind != "data"),
         forced=frozenset(ref.kind for ref in demand.forced if ref.stage == index),

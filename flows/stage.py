@@ -47,6 +47,7 @@ class Stage(BaseModel, frozen=True):
     """The artifacts folder."""
     corpus: str
     """Content hash of the corpus."""
+    corpus_bytes: int
     index: int
     """Creation index of the stack that is added."""
     needed: frozenset[Kind] = frozenset()
@@ -64,7 +65,7 @@ class Stage(BaseModel, frozen=True):
     @functools.cached_property
     def run_plan(self) -> RunPlan:
         """The whole run, by recipe."""
-        return plan_run(self.config, self.corpus)
+        return plan_run(self.config, self.corpus, self.corpus_bytes)
 
     @property
     def plan(self) -> StagePlan:

@@ -16,7 +16,7 @@ from flows.server import check_api, embedded_server, quiet_prefect
 from flows.summary import StageSummary, summarise
 from flows.terminal import showing, stage_table
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data import corpus_digest
+from stackwise_core.data import corpus_facts
 from stackwise_core.identity import plan_run
 from storage.demand import compute_demand, forced_refs
 from storage.layout import Artifacts
@@ -37,7 +37,7 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
         StackWiseError: one clear message; the same command goes on from what is sealed.
     """
     artifacts = Artifacts(root).open()
-    plan = plan_run(config, corpus_digest(config.data.source))
+    plan = plan_run(config, *corpus_facts(config.data.source))
     forced = forced_refs(plan, from_stack, force)
     complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
     if complete:

@@ -55,6 +55,11 @@ class Corpus:
     documents: tuple[Document, ...]
     digest: str
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all documents."""
+        return sum(len(document.text) for document in self.documents)
+
 
 @dataclass(frozen=True)
 class PackedSequences:
@@ -99,9 +104,10 @@ def read_corpus(source: str) -> Corpus:
     return Corpus(source, tuple(documents), hashlib.sha256(joined.encode()).hexdigest())
 
 
-def corpus_digest(source: str) -> str:
-    """Return the content hash of a source."""
-    return read_corpus(source).digest
+def corpus_facts(source: str) -> tuple[str, int]:
+    """Return the content hash of a source, and its bytes."""
+    corpus = read_corpus(source)
+    return corpus.digest, corpus.n_bytes
 
 
 def _paths(source: str) -> list[Path]:

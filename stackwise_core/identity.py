@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from stackwise_core.anatomy import Trains, last_trained
-from stackwise_core.cache_plan import decide_cache
+from stackwise_core.cache_plan import CacheDecision, decide_cache
 from stackwise_core.config import Precision, StackWiseConfig
 from stackwise_core.masking import MaskSpec
 from stackwise_core.resolve import (
@@ -224,12 +224,13 @@ class RunPlan(Value, frozen=True):
         return self.data.ref(-1)
 
 
-def plan_run(config: StackWiseConfig, corpus_digest: str) -> RunPlan:
+def plan_run(config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0) -> RunPlan:
     """Resolve a configuration into the recipes of every artifact it needs.
 
     Args:
         config: valid.
         corpus_digest: content hash of the corpus; see `data.read_corpus`.
+        corpus_bytes: of its text; only `cache.mode: auto` asks, to estimate rows.
     """
     data = DataRecipe(
         corpus=corpus_digest,
@@ -238,9 +239,10 @@ def plan_run(config: StackWiseConfig, corpus_digest: str) -> RunPlan:
         max_sequences=config.data.max_sequences,
         validation_fraction=config.data.validation_fraction,
     )
-    stages: list[StagePlan] = []
-    for spec in resolve_stages(config):
-        stages.append(_plan_stage(config, spec, data.ref(-1).sha256, tuple(stages)))
+    specs, stages = resolve_stages(config), list[StagePlan]()
+    for spec, reader in zip(specs, [*specs[1:], None], strict=True):
+        decision = decide_cache(config, spec, reader, corpus_bytes)
+        stages.append(_plan_stage(config, spec, reader, decision, data.ref(-1).sha256, tuple(stages)))
     return RunPlan(data=data, stages=tuple(stages))
 
 
@@ -252,7 +254,14 @@ def stack_state(stages: Sequence[StagePlan], stack: int) -> str:
     return sha256 if stages[stage].spec.anatomy.newest == stack else f"{sha256}#{stack}"
 
 
-def _plan_stage(config: StackWiseConfig, spec: StageSpec, data: str, below: tuple[StagePlan, ...]) -> StagePlan:
+def _plan_stage(
+    config: StackWiseConfig,
+    spec: StageSpec,
+    reader: StageSpec | None,
+    decision: CacheDecision,
+    data: str,
+    below: tuple[StagePlan, ...],
+) -> StagePlan:
     index, anatomy, shape = spec.index, spec.anatomy, resolve_shape(config)
     states = {stack: stack_state(below, stack) for stack in spec.trunk}
     build = _plan_build(config, shape, spec, states)
@@ -281,9 +290,8 @@ def _plan_stage(config: StackWiseConfig, spec: StageSpec, data: str, below: tupl
         weighting=config.training.loss_weighting,
     )
     sha256 = stack.ref(index).sha256
-    decision = decide_cache(config, spec)
     states |= {c: sha256 if c == anatomy.newest else f"{sha256}#{c}" for c in anatomy.trained}
-    activations = _plan_activations(config, decision.reader, states, data) if decision.reader else None
+    activations = _plan_activations(config, reader, states, data) if reader and decision.cached else None
     validation = ValidationRecipe(
         stack=sha256,
         activations=activations.ref(index).sha256 if activations else None,

@@ -11,7 +11,7 @@ import torch
 from conftest import Recorder, digests, grown, manifests, tiny
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data import corpus_digest
+from stackwise_core.data import corpus_facts
 from stackwise_core.dataloader import PackedBatches
 from stackwise_core.identity import RunPlan, plan_run
 from stackwise_core.rack_builder import ProgressiveRackBuilder
@@ -76,13 +76,24 @@ MODES: dict[str, dict[str, Any]] = {
         f"{G}time_embedding_dim": 16,
     },
 }
-CACHED = ["append", "qlora top", "nf4", "nvfp4 top", "bfloat16", "mixed", "depth", "input", "input per sequence", "elbo"]
+CACHED = [
+    "append",
+    "qlora top",
+    "nf4",
+    "nvfp4 top",
+    "bfloat16",
+    "mixed",
+    "depth",
+    "input",
+    "input per sequence",
+    "elbo",
+]
 
 Reference = Callable[..., Path]
 
 
 def plan_of(config: StackWiseConfig) -> RunPlan:
-    return plan_run(config, corpus_digest(config.data.source))
+    return plan_run(config, *corpus_facts(config.data.source))
 
 
 def final_parts(config: StackWiseConfig, root: Path) -> dict[str, str]:
