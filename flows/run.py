@@ -53,8 +53,7 @@ def grow(
     config.validate()
     use_hardware(config.hardware)  # a device that is not there is told before anything is made
     artifacts = Artifacts(root).open()
-    corpus, corpus_bytes = corpus_facts(config.data.source)
-    plan = plan_run(config, corpus, corpus_bytes)
+    plan = plan_run(config, *corpus_facts(config.data.source))
     forced = forced_refs(plan, from_stack, force)
     with begin_attempt(artifacts, config, plan, _tell_waiting):
         tell(RunStarted(config.run.name, len(plan.stages), str(artifacts.root)))
@@ -65,7 +64,7 @@ def grow(
             # Asked again at every stage: another process may have made, and retired, something meanwhile.
             still_forced = frozenset(ref for ref in forced if ref.stage >= index)
             demand = compute_demand(plan, artifacts, config.cache.keep, still_forced)
-            add(_stage(config, root, plan, corpus_bytes, index, demand))
+            add(_stage(config, root, plan, index, demand))
             if config.cache.keep == "last" and (kept := retire_superseded(artifacts, plan, index, config.run.name)):
                 tell(Message(f"{kept.name} is kept: another run that is alive plans to read it"))
             tell(StageDone(index, summarise(artifacts, plan)[index]))
@@ -78,7 +77,7 @@ def _stage(config: StackWiseConfig, root: str, plan: RunPlan, corpus_bytes: int,
         config=config,
         root=root,
         corpus=plan.data.corpus,
-        corpus_bytes=corpus_bytes,
+        corpus_bytes=plan.corpus_bytes,
         index=index,
         needed=frozenset(ref.kind for ref in demand.needed if ref.stage == index and ref.kind != "data"),
         forced=frozenset(ref.kind for ref in demand.forced if ref.stage == index),

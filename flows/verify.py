@@ -105,7 +105,13 @@ def _derive_rows(artifacts: Artifacts, run: Attempt, chosen: set[str]) -> tuple[
             continue
         if artifacts.state(stage.ref("activations")) is not State.SEALED:
             continue
-        here = Stage(config=run.config, root=str(artifacts.root), corpus=plan.data.corpus, index=stage.index)
+        here = Stage(
+            config=run.config,
+            root=str(artifacts.root),
+            corpus=plan.data.corpus,
+            corpus_bytes=plan.corpus_bytes,
+            index=stage.index,
+        )
         checked, differing = compare_store(here, stage.ref("activations"))
         n_rows += checked
         if differing:

@@ -54,7 +54,7 @@ def _why_live(reader: StageSpec) -> str:
 
 
 def _why_it_does_not_pay(config: StackWiseConfig, writer: StageSpec, reader: StageSpec, corpus_bytes: int) -> str:
-    """Compare the frozen trunk's work with and without a store, by counts alone, so that ids never depend on a clock."""
+    """Compare the frozen trunk's work with and without a store: by counts, as no id may depend on a clock."""
     reads = reader.optim.steps * reader.optim.batch_size
     rows = min(reads, resolve_views(config) * _training_rows(config, corpus_bytes)) if corpus_bytes else reads
     shape, seq_len = resolve_shape(config), config.data.seq_len

@@ -216,6 +216,8 @@ class RunPlan(Value, frozen=True):
     """A whole run, by recipe: what it will be, whether or not any of it exists."""
 
     data: DataRecipe
+    corpus_bytes: int
+    """Of the text; part of no id."""
     stages: tuple[StagePlan, ...]
 
     @property
@@ -243,7 +245,7 @@ def plan_run(config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0)
     for spec, reader in zip(specs, [*specs[1:], None], strict=True):
         decision = decide_cache(config, spec, reader, corpus_bytes)
         stages.append(_plan_stage(config, spec, reader, decision, data.ref(-1).sha256, tuple(stages)))
-    return RunPlan(data=data, stages=tuple(stages))
+    return RunPlan(data=data, corpus_bytes=corpus_bytes, stages=tuple(stages))
 
 
 def stack_state(stages: Sequence[StagePlan], stack: int) -> str:
