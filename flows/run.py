@@ -72,7 +72,7 @@ def grow(
     return summarise(artifacts, plan)
 
 
-def _stage(config: StackWiseConfig, root: str, plan: RunPlan, corpus_bytes: int, index: int, demand: Demand) -> Stage:
+def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand: Demand) -> Stage:
     return Stage(
         config=config,
         root=root,
