@@ -205,6 +205,17 @@ def test_product_and_gradient_have_the_bits_of_the_dense_layer(storage: str, dev
     assert linear.dense().dtype == torch.float32
 
 
+@pytest.mark.parametrize("storage", LOW)
+def test_second_derivatives_are_those_of_the_dense_layer(storage: str) -> None:
+    linear, x = StoredLinear(gaussian(64, 48), storage), gaussian(3, 48, scale=1.0).requires_grad_()
+    seconds: list[Tensor] = []
+    for out in (linear(x), F.linear(x, linear.dense())):
+        (first,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
+        seconds += torch.autograd.grad(first.square().sum(), x)
+    assert seconds[0].any()
+    torch.testing.assert_close(seconds[0], seconds[1])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("storage", LOW)
 def test_autocast_is_followed_forward_and_backward(storage: str, device: str) -> None:
