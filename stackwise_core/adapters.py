@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model import Stack
-from stackwise_core.precision import base_linears, dense_weight
+from stackwise_core.precision import base_linears, dense_weight, silent_import
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -70,7 +70,8 @@ def _check(stack: Stack, name: AdapterName, rank: int) -> None:
 
 
 def _inject(stack: Stack, name: AdapterName, rank: int, alpha: float) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
+    with silent_import():
+        from peft import LoraConfig, inject_adapter_in_model
 
     targets = sorted({path.removesuffix(".base_layer").rpartition(".")[2] for path in base_linears(stack)})
     config = LoraConfig(r=rank, lora_alpha=cast("int", alpha), target_modules=targets)

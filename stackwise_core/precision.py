@@ -9,7 +9,9 @@ Importing this module imports neither bitsandbytes nor torchao, which take secon
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Generator
 from functools import cache
 from typing import Any
 
@@ -68,6 +70,17 @@ def stored_bytes(stack: nn.Module) -> int:
     return sum(tensor.nbytes for tensors in (stack.parameters(), stack.buffers()) for tensor in tensors)
 
 
+@contextlib.contextmanager
+def silent_import() -> Generator[None]:
+    """Keep off the screen what libraries log when imported: kernels of other devices, deprecations of their own."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 # ---------------------------------------------------------------- dense to stored and back
 
 
@@ -97,7 +110,8 @@ def dequantise(stored: dict[str, Tensor], storage: str, shape: tuple[int, int]) 
 
 
 def _quantise_nvfp4(weight: Tensor) -> dict[str, Tensor]:
-    from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
+    with silent_import():
+        from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
 
     if any(size % _NVFP4_BLOCK for size in weight.shape):
         received = " x ".join(str(size) for size in weight.shape)
@@ -128,7 +142,8 @@ def _e2m1_pairs(device: torch.device) -> Tensor:
 
 
 def _quantise_nf4(weight: Tensor) -> dict[str, Tensor]:
-    from bitsandbytes.functional import quantize_4bit
+    with silent_import():
+        from bitsandbytes.functional import quantize_4bit
 
     # One block a row: bitsandbytes cuts blocks from the flat matrix but on a CPU reads them back row by row, so
     # that a width which 64 does not divide came back with errors of 12 to 40 % instead of 9 [measured, 0.50.2].
@@ -140,7 +155,8 @@ def _quantise_nf4(weight: Tensor) -> dict[str, Tensor]:
 
 
 def _dequantise_nf4(stored: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+    with silent_import():
+        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
     nested = dequantize_blockwise(stored["absmax"], absmax=stored["absmax_scale"], blocksize=_NF4_NESTED_BLOCK)
     absmax = nested + stored["absmax_offset"]
