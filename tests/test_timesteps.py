@@ -116,7 +116,8 @@ def test_custom_steps_by_name_from_the_working_directory(tmp_path: Path, monkeyp
     program = (
         "from stackwise_core.config import StackWiseConfig\n"
         "from stackwise_core.timesteps import stack_time_step, time_faults\n"
-        "import sys; assert 'colorsys' not in sys.modules; sys.path = [p for p in sys.path if p not in ('', sys.argv[1])]; before = list(sys.path)\n"
+        "import sys; assert 'colorsys' not in sys.modules\n"
+        "sys.path = [p for p in sys.path if p not in ('', sys.argv[1])]; before = list(sys.path)\n"
         "config = StackWiseConfig()\n"
         "growth = config.training.progressive\n"
         "growth.time_interpretation, growth.stack_time_mapping = 'depth', 'custom'\n"
