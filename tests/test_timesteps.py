@@ -109,12 +109,15 @@ def test_custom_steps_from_a_function(key: str) -> None:
 
 
 def test_custom_steps_by_name_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_mapping.py").write_text("def f(stack_idx, max_stacks, num_time_steps):\n    return 2 * stack_idx\n")
-    (tmp_path / "json.py").write_text("raise RuntimeError('shadows the standard library')\n")
+    function = "def f(stack_idx, max_stacks, num_time_steps):\n    return 2 * stack_idx\n"
+    (tmp_path / "my_mapping.py").write_text("import my_helper, colorsys\n" + function)
+    (tmp_path / "my_helper.py").touch()
+    (tmp_path / "colorsys.py").write_text("raise RuntimeError('shadows the standard library')\n")
     program = (
         "from stackwise_core.config import StackWiseConfig\n"
         "from stackwise_core.timesteps import stack_time_step, time_faults\n"
-        "import sys; sys.path = [p for p in sys.path if p not in ('', sys.argv[1])]; before = list(sys.path)\n"
+        "import sys; assert 'colorsys' not in sys.modules\n"
+        "sys.path = [p for p in sys.path if p not in ('', sys.argv[1])]; before = list(sys.path)\n"
         "config = StackWiseConfig()\n"
         "growth = config.training.progressive\n"
         "growth.time_interpretation, growth.stack_time_mapping = 'depth', 'custom'\n"
