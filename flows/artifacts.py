@@ -97,6 +97,7 @@ def _row(summary: StageSummary) -> dict[str, Any]:
         "trained": summary.trainable_parameters,
         "training loss": _rounded(summary.train_loss),
         "validation loss": _rounded(summary.validation_loss),
+        **{f"at {float(ratio):.0%} masked": _rounded(loss) for ratio, loss in summary.by_mask_ratio.items()},
         "time": clock(summary.seconds or 0.0),
         "cache": size(summary.cache_bytes) if summary.cache_bytes is not None else "none",
         "stack": summary.artifacts["stack"],

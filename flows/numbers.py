@@ -26,6 +26,8 @@ def size(n_bytes: float) -> str:
 def stage_line(summary: StageSummary) -> str:
     """Return what a stage came to, in one line."""
     parts = [f"validation loss {summary.validation_loss:.4f}" if summary.validation_loss is not None else "unfinished"]
+    if summary.by_mask_ratio and summary.mask_ratio is not None:  # stages differ in it: their losses do not compare
+        parts[0] += f" at {summary.mask_ratio:.0%} masked"
     if summary.seconds is not None:
         parts.append(f"in {clock(summary.seconds)}")
     if summary.cache_bytes is not None:

@@ -14,7 +14,7 @@ from flows.numbers import parameters
 from flows.progress import listening
 from flows.server import check_api, embedded_server, quiet_prefect
 from flows.summary import StageSummary, summarise
-from flows.terminal import showing, stage_table
+from flows.terminal import showing, stage_tables
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import corpus_facts
 from stackwise_core.identity import plan_run
@@ -67,10 +67,11 @@ def _say_result(
     config: StackWiseConfig, command: list[str], artifacts: Artifacts, stages: list[StageSummary], *, reused: bool
 ) -> None:
     console = Console()
-    console.print(stage_table(stages))
+    console.print(stage_tables(stages))
     name, last = config.run.name, stages[-1]
     made = "was there already" if reused else "is done"
-    counts = f"{len(stages)} stacks, {parameters(last.rack_parameters)} parameters"
+    plural = "stack" if last.stacks == 1 else "stacks"
+    counts = f"{last.stacks} {plural}, {parameters(last.rack_parameters)} parameters"
     grown = config.training.progressive.target_stacks + 1
     root = [] if artifacts.root == Path("artifacts").absolute() else ["--artifacts", str(artifacts.root)]
     look = shlex.join([name, *root])

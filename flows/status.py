@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.summary import StageSummary, summarise
-from flows.terminal import plain_table, stage_table
+from flows.terminal import plain_table, stage_tables
 from storage.errors import ArtifactError
 from storage.layout import Artifacts
 from storage.runs import Attempt, attempts, find_run, is_live, run_names
@@ -50,7 +50,7 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     )
     if run["message"]:
         console.print(run["message"], highlight=False, markup=False)
-    console.print(stage_table(stages))
+    console.print(stage_tables(stages))
     console.print()
     console.print(_artifact_table(stages))
 

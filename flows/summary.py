@@ -19,7 +19,10 @@ class StageSummary(BaseModel, frozen=True):
     """State on disk of each artifact, by kind; 'none' where the stage makes none."""
     artifacts: dict[str, str]
     """Name of each artifact, by kind."""
+    stacks: int
+    """Of the rack after this stage."""
     blocks: int
+    """That this stage added; in joint training, all."""
     rack_parameters: int | None = None
     trainable_parameters: int | None = None
     train_loss: float | None = None
@@ -62,6 +65,7 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         name=stage_name(stage),
         states={kind: states[kind].value if kind in states else "none" for kind in _KINDS},
         artifacts={kind: stage.ref(kind).name for kind in kinds},
+        stacks=len(stage.spec.stacks),
         blocks=stage.spec.n_blocks,
         rack_parameters=stack.get("rack_parameters"),
         trainable_parameters=stack.get("trainable_parameters"),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
@@ -166,7 +166,13 @@ class LiveBars:
         self.progress.update(self.bars[stage], completed=completed, total=total, detail=detail)
 
 
-def stage_table(summaries: list[StageSummary]) -> Table:
+def stage_tables(summaries: list[StageSummary]) -> Group:
+    """Return the stages of a run and, where their mask ratios differ, their losses at ratios they share."""
+    by_ratio = _ratio_table(summaries)
+    return Group(_stage_table(summaries), *(["", by_ratio] if by_ratio else []))
+
+
+def _stage_table(summaries: list[StageSummary]) -> Table:
     """Return the stages of a run as a table that fits 80 columns."""
     table = plain_table("stage", "how", "|params", "|loss", "|val. loss", "|time", "cache")
     for row in summaries:
@@ -179,6 +185,19 @@ def stage_table(summaries: list[StageSummary]) -> Table:
             clock(row.seconds) if row.seconds is not None else "-",
             _cache(row),
         )
+    return table
+
+
+def _ratio_table(summaries: list[StageSummary]) -> Table | None:
+    """Return the validation losses at mask ratios that all stages share; None where their own do not differ."""
+    judged = [row for row in summaries if row.by_mask_ratio]
+    if not judged:
+        return None
+    ratios = list(judged[0].by_mask_ratio)
+    table = plain_table("stage", "|masked here", *(f"|{float(ratio):.0%}" for ratio in ratios))
+    for row in judged:
+        losses = [f"{row.by_mask_ratio[ratio]:.4f}" for ratio in ratios]
+        table.add_row(str(row.stage), f"{row.mask_ratio:.0%}", *losses)
     return table
 
 
