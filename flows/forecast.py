@@ -80,6 +80,7 @@ def _stage(
         "operator": spec.operator,
         "time_step": spec.time_step,
         "mask_ratio": ratio,
+        "draws_depth": bool(stage.stack.joint_times),
         "precision": spec.new.precision,
         "adapters": [
             {"stack": stack.index, "name": name, "rank": adapter.rank, "alpha": adapter.alpha}
@@ -115,6 +116,7 @@ def _print_plan(
 def _paragraph(row: dict[str, Any]) -> str:
     """Return one stage of the plan for people, in a few short lines."""
     masks = "inputs as they are" if row["mask_ratio"] is None else f"{row['mask_ratio']:.0%} of the positions masked"
+    masks = "each step at the mask ratio of one stack" if row["draws_depth"] else masks
     time = "" if row["time_step"] is None else f" (time step {row['time_step']})"
     saved = row["flops_saved_by_cache"]
     saving = f", {saved / 1e12:.3g} saved by the cache below" if saved else ""

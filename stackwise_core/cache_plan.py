@@ -32,7 +32,8 @@ def decide_cache(
         corpus_bytes: of the text, from which rows are estimated; 0 if unknown.
     """
     if reader is None:
-        return CacheDecision(cached=False, reason="last stage: no stage reads it; raising target_stacks fills it")
+        later = "" if writer.mode == "joint" else "; raising target_stacks fills it"
+        return CacheDecision(cached=False, reason=f"last stage: no stage reads it{later}")
     if reader.anatomy.boundary == 0:
         return CacheDecision(cached=False, reason=f"stage {reader.index} streams from tokens: {_why_live(reader)}")
     if not config.training.progressive.cache_activations:

@@ -13,6 +13,7 @@ from stackwise_core.adapters import adapter_parameters
 from stackwise_core.errors import ConfigError, Fault, NonFiniteLossError, StageInterruptedError
 from stackwise_core.failpoints import reach
 from stackwise_core.objectives import Batch, loss_normaliser
+from stackwise_core.precision import compute_dtype
 from stackwise_core.resolve import OptimSpec
 from stackwise_core.stage_model import StageModel
 
@@ -69,11 +70,47 @@ def learning_rate(spec: OptimSpec, step: int) -> float:
     return spec.min_learning_rate + (spec.learning_rate - spec.min_learning_rate) * cosine
 
 
+class LossScale:
+    """Dynamic loss scaling for fp16 products (Micikevicius et al. 2018, section 3.2); others need none.
+
+    It halves where a gradient overflows, and that step changes no weight; it doubles after 2,000 steps without.
+    All it remembers is in the records of the steps, so that a resumed stage scales as if it had not been killed.
+    """
+
+    growth_interval = 2000
+
+    def __init__(self, start: float, records: list[dict[str, float]]) -> None:
+        """Begin at a scale, and replay what happened so far."""
+        self.value, self.steps_without = start, 0
+        for record in records:
+            self.update(overflowed=bool(record.get("skipped")))
+
+    @classmethod
+    def of(cls, model: StageModel, records: list[dict[str, float]]) -> LossScale | None:
+        """Return the scale for a stage in which a stack computes in fp16; None for any other."""
+        device = model.head.projection.weight.device
+        kinds = {compute_dtype(stack.precision, device) for stack in model.live_stacks()}
+        return cls(2.0**16, records) if torch.float16 in kinds else None
+
+    def update(self, *, overflowed: bool) -> None:
+        """Take note of a step."""
+        self.steps_without = 0 if overflowed else self.steps_without + 1
+        if overflowed:
+            self.value /= 2
+        elif self.steps_without % self.growth_interval == 0:
+            self.value *= 2
+
+
 # ---------------------------------------------------------------- one step, one stage
 
 
 def train_step(
-    model: StageModel, batch: Batch, optimizer: torch.optim.Optimizer, spec: OptimSpec, step: int
+    model: StageModel,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    spec: OptimSpec,
+    step: int,
+    scale: LossScale | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step.
 
@@ -81,7 +118,8 @@ def train_step(
     `spec.accumulation_steps` parts.
 
     Returns:
-        step, loss [nats per loss position], learning_rate, gradient_norm (before clipping).
+        step, loss [nats per loss position], learning_rate, gradient_norm (before clipping), and with a loss
+        scale `skipped`, 1 where scaled gradients overflowed and no weight was changed.
 
     Raises:
         NonFiniteLossError: before any weight was changed; it names step and sequence ids.
@@ -91,15 +129,25 @@ def train_step(
         group["lr"] = rate * group["peak"] / spec.learning_rate
     optimizer.zero_grad(set_to_none=True)
     positions = max(1, loss_normaliser(batch))
-    loss = 0.0
+    loss, factor = 0.0, scale.value if scale else 1.0
     for part in _parts(batch, spec.accumulation_steps):
         part_sum, _ = model.summed_loss(part)
         part_loss = part_sum / positions
-        part_loss.backward()
+        (part_loss * factor).backward()
         loss += part_loss.item()
     limit = spec.gradient_clip or math.inf
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in trained if scale else ():
+        if parameter.grad is not None:
+            parameter.grad /= factor
     norm = nn.utils.clip_grad_norm_(trained, limit).item()
+    record = {"step": step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+    overflowed = math.isfinite(loss) and not math.isfinite(norm) and factor > 1.0
+    if scale:
+        scale.update(overflowed=overflowed)
+        record["skipped"] = float(overflowed)
+    if overflowed:
+        return {**record, "gradient_norm": 0.0}
     if not (math.isfinite(loss) and math.isfinite(norm)):
         ids = batch["sequence_ids"].tolist()
         raise NonFiniteLossError(
@@ -108,7 +156,7 @@ def train_step(
             f"(now {spec.warmup_steps})"
         )
     optimizer.step()
-    return {"step": step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+    return record
 
 
 def train_stack(
@@ -141,9 +189,10 @@ def train_stack(
     if state is not None:
         restore(model, optimizer, state)
         records = list(state.records)
+    scale = LossScale.of(model, records)
     model.train()
     for step, batch in zip(range(len(records), spec.steps), batches, strict=False):
-        record = train_step(model, batch, optimizer, spec, step)
+        record = train_step(model, batch, optimizer, spec, step, scale)
         records.append(record)
         hooks.on_step(record)
         reach("train", step + 1)
