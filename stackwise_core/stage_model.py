@@ -44,9 +44,10 @@ class StageModel(nn.Module):
         super().__init__()
         assert [stack.creation_index for stack in stacks] == list(anatomy.live)
         self.anatomy = anatomy
+        # First, so that a tied matrix has its name, and the gradient norm is summed in data-flow order.
+        self.embedding = embedding
         self.stacks = nn.ModuleDict({str(stack.creation_index): stack for stack in stacks})
         self.head = head
-        self.embedding = embedding
         self.loss_function = loss_function
         self.checkpointing = checkpointing
         self._let_train()

@@ -176,6 +176,16 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
             del os.environ[name]
 
 
+def stage_model(rack: Any, index: int) -> Any:
+    """Return what stage `index` trains of a rack that grows by appending on a frozen trunk."""
+    from stackwise_core.anatomy import stage_anatomy
+    from stackwise_core.config import StackWiseConfig
+    from stackwise_core.stage_model import StageModel
+
+    embedding = None if index else rack.embedding
+    return StageModel(stage_anatomy(StackWiseConfig(), index), [rack.stacks[index]], rack.head, embedding)
+
+
 def subset(names: Iterable[str], *kinds: str) -> set[str]:
     """Return the artifact names of some kinds, such as 'stack' or 'stack-1'."""
     return {name for name in names if name.startswith(tuple(f"{kind}-" for kind in kinds))}

@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import stage_model
 from torch import Tensor, nn
 
 from stackwise_core import costs
-from stackwise_core.config import StackWiseConfig
+from stackwise_core.adapters import adapter_names
+from stackwise_core.config import Precision, StackWiseConfig
 from stackwise_core.errors import ConfigError
 from stackwise_core.model import Stack
+from stackwise_core.precision import base_linears, storage_of
 from stackwise_core.rack_builder import ProgressiveRackBuilder, create_stack_from_config, freeze, grow_stack
-from stackwise_core.resolve import GrowthOperator, ModelShape, resolve_shape
-from stackwise_core.trainer import stage_model
+from stackwise_core.resolve import GrowthOperator, ModelShape, StageSpec, resolve_shape, resolve_stage
 
 SHAPE = ModelShape(vocab_size=264, d_model=16, n_heads=2, n_kv_heads=1, d_ff=24, causal=False)
 
@@ -167,10 +169,29 @@ def test_more_than_max_stacks_is_an_error() -> None:
     assert builder.n_stacks == 2
 
 
-@pytest.mark.parametrize("precision", ["half", "bfloat16", "nvfp4", "qlora"])
-def test_precisions_that_are_not_built_are_refused(precision: str) -> None:
+@pytest.mark.parametrize("precision", ["full", "half", "bfloat16", "nvfp4", "qlora"])
+def test_a_stack_has_the_precision_it_was_added_with(precision: Precision) -> None:
+    """What a stack of NF4 trains are its adapters, so it has one; the first stack is quantised after its stage."""
+    builder = ProgressiveRackBuilder(tiny(), n_kv_heads=2, d_ff=32)
+    builder.append_stack(precision="full")
+    stack = builder.append_stack(precision=precision)
+    assert [entry["precision"] for entry in builder.get_rack_info()["stacks"]] == ["full", precision]
+    assert adapter_names(stack) == (["stack"] if precision == "qlora" else [])
+    stored = {storage_of(linear) for linear in base_linears(stack).values()}
+    assert stored == {"nf4" if precision == "qlora" else "float32"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "refused"),
+    [
+        ("nvfp4", r"model\.d_ff: got 24; stack 0 is NVFP4: 16 must divide it"),
+        ("qlora", r"qlora_rank: got 16; of stack 0 exceeds its narrowest layer \(model\.n_kv_heads: 8\)"),
+        ("int4", r"precision: got 'int4'; Input should be 'default', 'full', 'half', 'bfloat16', 'nvfp4' or 'qlora'"),
+    ],
+)
+def test_precisions_that_do_not_fit_are_refused(precision: Any, refused: str) -> None:
     builder = ProgressiveRackBuilder(tiny())
-    with pytest.raises(ConfigError, match=rf"precision: got '{precision}'"):
+    with pytest.raises(ConfigError, match=refused):
         builder.append_stack(precision=precision)
     assert builder.n_stacks == 0
     builder.append_stack(precision="full")
@@ -205,11 +226,13 @@ def test_a_stack_without_blocks_is_refused() -> None:
 
 def test_builder_validates_on_entry() -> None:
     config = tiny()
-    config.training.progressive.trunk_strategy = "full"
-    with pytest.raises(ConfigError, match="trunk_strategy"):
+    config.training.progressive.trunk_strategy = "qlora"
+    with pytest.raises(ConfigError, match="trunk_strategy: got 'qlora'; no trunk stack has an adapter"):
         ProgressiveRackBuilder(config)
     with pytest.raises(ConfigError, match="trunk_strategy"):
         create_stack_from_config(config)
+    config.training.progressive.trunk_strategy = "full"
+    assert ProgressiveRackBuilder(config).n_stacks == 0
 
 
 def test_create_stack_from_config_is_the_random_stack() -> None:
@@ -222,6 +245,15 @@ def test_create_stack_from_config_is_the_random_stack() -> None:
 
 def trainable(module: nn.Module) -> set[bool]:
     return {parameter.requires_grad for parameter in module.parameters()}
+
+
+def begin_stage(builder: ProgressiveRackBuilder, index: int) -> StageSpec:
+    """Have a stage ready to train: the builder freezes all of the rack, the model lets its part train."""
+    spec = resolve_stage(builder.as_built(builder.config), index)
+    builder.prepare_stage(spec)
+    assert trainable(builder.build_rack()) == {False}
+    stage_model(builder.build_rack(), index)
+    return spec
 
 
 def test_freezing_the_trunk_leaves_the_newest() -> None:
@@ -238,11 +270,11 @@ def test_a_stage_freezes_what_it_does_not_train() -> None:
     for _ in range(3):
         builder.append_stack()
     rack = builder.build_rack()
-    builder.prepare_stage(0)
+    begin_stage(builder, 0)
     assert rack.tied
     assert trainable(rack.embedding) == trainable(rack.head) == {True}
     assert [trainable(stack) for stack in builder.stacks] == [{True}, {False}, {False}]
-    builder.prepare_stage(1)
+    begin_stage(builder, 1)
     assert not rack.tied
     assert trainable(rack.embedding) == {False}
     assert trainable(rack.head) == {True}
@@ -254,7 +286,7 @@ def test_a_stage_thaws_what_it_trains() -> None:
     builder.append_stack()
     builder.append_stack()
     builder.freeze_trunk()
-    builder.prepare_stage(0)
+    begin_stage(builder, 0)
     assert trainable(builder.stacks[0]) == {True}
 
 
@@ -266,18 +298,20 @@ def test_counts_equal_numel_and_the_closed_forms(blocks: list[int], tie: bool) -
     rack, shape = builder.build_rack(), resolve_shape(builder.config)
     for index, n_blocks in enumerate(blocks):
         builder.append_stack(n_blocks=n_blocks)
-        builder.prepare_stage(index)
-        expected = sum(p.numel() for p in stage_model(rack, index).parameters() if p.requires_grad)
-        assert costs.trainable_parameters(shape, n_blocks, index) == expected
+        spec = begin_stage(builder, index)
+        trained = {p.data_ptr(): p.numel() for p in rack.parameters() if p.requires_grad}
+        assert costs.trainable_parameters(shape, spec) == sum(trained.values())
     info = builder.get_rack_info()
     distinct = {parameter.data_ptr(): parameter.numel() for parameter in rack.parameters()}
-    assert info["parameters"] == sum(distinct.values()) == costs.rack_parameters(shape, blocks)
-    assert info["trainable_parameters"] == costs.trainable_parameters(shape, blocks[-1], len(blocks) - 1)
+    assert info["parameters"] == sum(distinct.values()) == costs.rack_parameters(shape, spec)
+    assert info["trainable_parameters"] == costs.trainable_parameters(shape, spec)
     assert (info["n_stacks"], info["n_blocks"]) == (len(blocks), sum(blocks))
     for stack, entry in zip(builder.stacks, info["stacks"], strict=True):
         assert entry["parameters"] == sum(weight.numel() for weight in weights(stack))
         assert entry["parameters"] == costs.stack_parameters(shape, entry["n_blocks"])
     newest = [entry["trainable_parameters"] for entry in info["stacks"]]
     assert newest == [0] * (len(blocks) - 1) + [info["stacks"][-1]["parameters"]]
-    builder.mark_trained(0)
-    assert [entry["trained"] for entry in builder.get_rack_info()["stacks"]] == [n == 0 for n in range(len(blocks))]
+    builder.finish_stage(resolve_stage(builder.as_built(builder.config), 0).anatomy)
+    info = builder.get_rack_info()
+    assert [entry["trained"] for entry in info["stacks"]] == [n == 0 for n in range(len(blocks))]
+    assert info["trainable_parameters"] == 0

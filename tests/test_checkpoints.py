@@ -9,13 +9,14 @@ import os
 import pickle
 import pickletools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import stage_model
 from safetensors.torch import save
 from test_durable import die_everywhere
 from torch import Tensor
@@ -24,7 +25,8 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.identity import StagePlan, plan_run
 from stackwise_core.model import Stack, initialise
 from stackwise_core.rack_builder import new_rack
-from stackwise_core.trainer import StageModel, TrainingState, capture, make_optimizer, stage_model
+from stackwise_core.stage_model import StageModel
+from stackwise_core.training import TrainingState, capture, make_optimizer
 from storage.checkpoints import (
     EMBEDDING,
     HEAD,
@@ -101,15 +103,26 @@ def test_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 def trained_a_step() -> tuple[StageModel, torch.optim.Optimizer]:
     """A tied rack's first stage after one optimizer step, so that every moment is there."""
-    rack = new_rack(FIRST.build.shape, 0)
-    stack = Stack(FIRST.build.shape, FIRST.build.n_blocks, 0)
+    rack = new_rack(FIRST.shape, 0)
+    stack = Stack(FIRST.shape, FIRST.spec.n_blocks, 0)
     initialise(stack, 3)
     rack.stacks.append(stack)
     model = stage_model(rack, 0)
     optimizer = make_optimizer(model, FIRST.spec.optim)
-    model.head(model.stack(rack.embedding(torch.arange(5)[None]))).square().sum().backward()
+    model.head(model.stack(0)(rack.embedding(torch.arange(5)[None]))).square().sum().backward()
     optimizer.step()
     return model, optimizer
+
+
+def trained_later() -> StageModel:
+    """What a second stage trains, with weights of its own."""
+    rack = new_rack(SECOND.shape, 1)
+    rack.untie()
+    for index in range(2):
+        stack = Stack(SECOND.shape, SECOND.spec.n_blocks, index)
+        initialise(stack, 5 + index)
+        rack.stacks.append(stack)
+    return stage_model(rack, 1)
 
 
 def test_a_tied_model_with_its_optimizer_comes_back(tmp_path: Path) -> None:
@@ -240,6 +253,13 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
 # ---------------------------------------------------------------- a trained stage
 
 
+def load_first(artifacts: Artifacts, stages: Sequence[StagePlan]) -> Stack:
+    return load_stack(artifacts, stages, 0)
+
+
+LOADERS: tuple[Callable[..., torch.nn.Module], ...] = (load_first, load_head, load_embedding)
+
+
 @pytest.fixture(scope="module")
 def model() -> StageModel:
     return trained_a_step()[0]
@@ -249,7 +269,7 @@ def seal_stage(root: Path, model: StageModel, stage: StagePlan = FIRST, **instea
     """Seal a stage; `instead` puts other bytes in the place of a file, as a stranger might have sealed them."""
     artifacts = Artifacts(root).open()
     ref = stage.ref("stack")
-    save_trained(artifacts.work(ref), model, RECORDS)
+    save_trained(artifacts.work(ref), stage.spec, model, RECORDS)
     for name, data in instead.items():
         (artifacts.work(ref) / f"{name}.safetensors").write_bytes(data)
     artifacts.seal(ref, stage.stack, (), {}, {}, records=(METRICS,))
@@ -258,8 +278,8 @@ def seal_stage(root: Path, model: StageModel, stage: StagePlan = FIRST, **instea
 
 def test_a_trained_stage_comes_back(model: StageModel, tmp_path: Path) -> None:
     artifacts = seal_stage(tmp_path, model)
-    stack, head, embedding = load_stack(artifacts, FIRST), load_head(artifacts, FIRST), load_embedding(artifacts, FIRST)
-    for loaded, module in ((stack, model.stack), (head, model.head), (embedding, model.embedding)):
+    stack, head, embedding = load_stack(artifacts, [FIRST], 0), load_head(artifacts, [FIRST]), load_embedding(artifacts, [FIRST])
+    for loaded, module in ((stack, model.stack(0)), (head, model.head), (embedding, model.embedding)):
         assert module is not None
         expected = module.state_dict()
         assert {name: bits(tensor) for name, tensor in loaded.state_dict().items()} == {
@@ -278,21 +298,28 @@ def test_head_and_embedding_are_tied_while_training_and_two_tensors_afterwards(
     assert model.embedding is not None
     assert model.head.projection.weight is model.embedding.weight
     artifacts = seal_stage(tmp_path, model)
-    head, embedding = load_head(artifacts, FIRST), load_embedding(artifacts, FIRST)
+    head, embedding = load_head(artifacts, [FIRST]), load_embedding(artifacts, [FIRST])
     assert torch.equal(head.projection.weight, embedding.weight)
     with torch.no_grad():
         head.projection.weight.zero_()
     assert torch.equal(embedding.weight, model.embedding.weight)
-    assert torch.equal(load_embedding(artifacts, FIRST).weight, model.embedding.weight)
+    assert torch.equal(load_embedding(artifacts, [FIRST]).weight, model.embedding.weight)
 
 
 def test_a_later_stage_saves_no_embedding(model: StageModel, tmp_path: Path) -> None:
-    later = StageModel(model.stack, model.head)
-    artifacts = seal_stage(tmp_path, later, SECOND)
+    """The embedding of a rack is the one of the first stage, its head the one of the last."""
+    first, last = seal_stage(tmp_path, model), trained_later()
+    artifacts = seal_stage(tmp_path, last, SECOND)
     assert set(artifacts.manifest(SECOND.ref("stack")).files) == {STACK, HEAD, METRICS}
-    assert load_stack(artifacts, SECOND).creation_index == 1
+    stages = [FIRST, SECOND]
+    assert load_stack(artifacts, stages, 1).creation_index == 1
+    assert tensor_digest(load_stack(artifacts, stages, 1)) == tensor_digest(last.stack(1))
+    assert tensor_digest(load_stack(artifacts, stages, 0)) == tensor_digest(model.stack(0))
+    assert tensor_digest(load_embedding(artifacts, stages)) == tensor_digest(load_embedding(first, [FIRST]))
+    assert tensor_digest(load_head(artifacts, stages)) == tensor_digest(last.head)
     with pytest.raises(ArtifactCorruptError, match=EMBEDDING):
-        load_embedding(artifacts, SECOND)
+        (artifacts.folder(FIRST.ref("stack")) / EMBEDDING).unlink()
+        load_embedding(artifacts, stages)
 
 
 def tensors_of(module: torch.nn.Module, **changes: Tensor | None) -> bytes:
@@ -316,12 +343,12 @@ NORM = "blocks.0.ffn_norm.weight"
 def test_weights_of_another_model_are_refused(
     change: dict[str, Any], problem: str, model: StageModel, tmp_path: Path
 ) -> None:
-    artifacts = seal_stage(tmp_path, model, stack=tensors_of(model.stack, **change))
+    artifacts = seal_stage(tmp_path, model, stack=tensors_of(model.stack(0), **change))
     with pytest.raises(ArtifactCorruptError, match=problem) as caught:
-        load_stack(artifacts, FIRST)
+        load_stack(artifacts, [FIRST], 0)
     assert str(artifacts.folder(FIRST.ref("stack")) / STACK) in str(caught.value)
     assert caught.value.exit_code == 3
-    load_head(artifacts, FIRST)
+    load_head(artifacts, [FIRST])
 
 
 def test_every_loader_is_strict(model: StageModel, tmp_path: Path) -> None:
@@ -332,9 +359,9 @@ def test_every_loader_is_strict(model: StageModel, tmp_path: Path) -> None:
         embedding=save({"weight": torch.ones(264, 17)}),
         stack=save({}),
     )
-    for load in (load_stack, load_head, load_embedding):
+    for load in LOADERS:
         with pytest.raises(ArtifactCorruptError, match="does not fit"):
-            load(artifacts, FIRST)
+            load(artifacts, [FIRST])
 
 
 def garbage() -> dict[str, bytes]:
@@ -354,18 +381,18 @@ def garbage() -> dict[str, bytes]:
 def test_what_is_no_safetensors_file_is_refused(kind: str, model: StageModel, tmp_path: Path) -> None:
     artifacts = seal_stage(tmp_path, model, head=garbage()[kind])
     with pytest.raises(ArtifactCorruptError, match="is no safetensors file") as caught:
-        load_head(artifacts, FIRST)
+        load_head(artifacts, [FIRST])
     assert caught.value.path.name == HEAD
-    load_stack(artifacts, FIRST)
+    load_stack(artifacts, [FIRST], 0)
 
 
 def test_a_flipped_weight_is_refused(model: StageModel, tmp_path: Path) -> None:
     artifacts = seal_stage(tmp_path, model)
     path = artifacts.folder(FIRST.ref("stack")) / STACK
     flip(path.stat().st_size - 1, 0)(path)
-    for load in (load_stack, load_head, load_embedding):
+    for load in LOADERS:
         with pytest.raises(ArtifactError, match=STACK):
-            load(artifacts, FIRST)
+            load(artifacts, [FIRST])
 
 
 # ---------------------------------------------------------------- digests and files

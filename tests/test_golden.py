@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import stage_model
 from torch import nn
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import ByteTokenizer, Corpus, Document, PackedSequences, pack
-from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
-from stackwise_core.evaluate import judge_depth
+from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader, validation_batch
+from stackwise_core.evaluate import judge_rack
 from stackwise_core.identity import NUMERICS, Kind
 from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_mask, resolve_order, resolve_stage
-from stackwise_core.trainer import stage_model, train_stack
+from stackwise_core.training import train_stack
 from stackwise_core.trunk import LiveTrunk, RowsFromTokens
 
 CONFIG = {
@@ -85,7 +86,7 @@ def numbers_of_the_run() -> dict[str, dict[str, float]]:
     found["data"] = {"train": checksum(train.tokens.astype(int)), "validation": checksum(validation.tokens.astype(int))}
     for index in range(2):
         new = builder.append_stack()
-        builder.prepare_stage(index)
+        builder.prepare_stage(resolve_stage(config, index))
         found[f"build {index}"] = {
             "stack": weights_of(new),
             "embedding and head": weights_of(rack.embedding, rack.head),
@@ -99,9 +100,9 @@ def numbers_of_the_run() -> dict[str, dict[str, float]]:
     rows = RowsFromTokens(train, validation, mask, trunk).rows(np.array([3, 0]), 2)
     found["activations 0"] = {"rows": checksum(rows.float())}
     assert mask is not None
-    tokens, ids = validation.take(np.arange(8))
-    found["validation 1"] = judge_depth(
-        rack.embedding, builder.stacks, rack.head, tokens, ids, mask.for_validation(), torch.bfloat16, depth=2
+    batch = validation_batch(validation, np.arange(8), mask, "mlm")
+    (found["validation 1"],) = judge_rack(
+        rack.embedding, builder.stacks, rack.head, [batch], stream_dtype=torch.bfloat16, boundary=1
     )
     return found
 

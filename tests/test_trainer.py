@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import stage_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -24,16 +25,15 @@ from stackwise_core.errors import ConfigError, NonFiniteLossError, StageInterrup
 from stackwise_core.objectives import Batch, batch_fields, loss_positions
 from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import OptimSpec, resolve_mask, resolve_order, resolve_stage
-from stackwise_core.trainer import (
+from stackwise_core.stage_model import StageModel
+from stackwise_core.trainer import ProgressiveTrainer
+from stackwise_core.training import (
     Hooks,
-    ProgressiveTrainer,
-    StageModel,
     TrainingState,
     capture,
     learning_rate,
     make_optimizer,
     restore,
-    stage_model,
     train_stack,
     train_step,
 )
@@ -72,7 +72,7 @@ def stage_of(config: StackWiseConfig, index: int) -> tuple[StageModel, Callable[
     builder = ProgressiveRackBuilder(config)
     for n in range(index + 1):
         builder.append_stack()
-        builder.prepare_stage(n)
+        builder.prepare_stage(resolve_stage(config, n))
     rack, data = builder.build_rack(), sequences()
     trunk = LiveTrunk(rack.embedding, builder.stacks[:index], torch.bfloat16) if index else None
 
@@ -223,7 +223,7 @@ def test_accumulation_gives_the_same_weights(objective: str, parts: int) -> None
 def test_accumulation_takes_every_row() -> None:
     model, _ = stage_of(tiny("clm"), 0)
     batch = batch_fields(sequences(5).tokens.astype(np.int64), np.arange(5), 0, None)
-    batch["sequence_ids"] = torch.arange(5)
+    batch |= {"sequence_ids": torch.arange(5), "stack_idx": 0}
     spec = spec_of(accumulation_steps=2)
     expected = dense_mean_loss(model, batch).item()
     record = train_step(model, batch, make_optimizer(model, spec), spec, 0)
@@ -253,7 +253,7 @@ def test_non_finite_loss_stops_before_any_weight_changes() -> None:
 
 def test_non_finite_gradient_of_a_finite_loss_stops_too() -> None:
     model, batches_from = stage_of(tiny(), 0)
-    model.stack.register_full_backward_hook(lambda *_: (torch.full((4, T, 16), math.inf),))
+    model.stack(0).register_full_backward_hook(lambda *_: (torch.full((4, T, 16), math.inf),))
     before = weights(model)
     with pytest.raises(NonFiniteLossError, match="gradient norm"):
         train_step(model, next(iter(batches_from(0))), make_optimizer(model, spec_of()), spec_of(), 0)
@@ -519,15 +519,30 @@ def test_loaders_that_run_dry_are_an_error() -> None:
             grown(tiny(), loader)
 
 
-def test_trainer_validates_on_entry_and_refuses_joint_training() -> None:
+def test_trainer_validates_on_entry() -> None:
     config = tiny()
     builder, trainer = ProgressiveRackBuilder(config), ProgressiveTrainer(config)
-    with pytest.raises(ConfigError, match="target_stacks: got None; joint training is not built yet"):
+    with pytest.raises(ConfigError, match="target_stacks: got None; the rack has no stack yet"):
         trainer.train_rack(builder, loader_of())
-    config.training.progressive.trunk_strategy = "full"
-    with pytest.raises(ConfigError, match="trunk_strategy"):
-        trainer.train_progressively(builder, loader_of())
+    config.training.progressive.trunk_strategy = "qlora"
+    for train in (trainer.train_progressively, trainer.train_rack):
+        with pytest.raises(ConfigError, match="trunk_strategy: got 'qlora'; no trunk stack has an adapter"):
+            train(builder, loader_of(), 2)
     assert builder.n_stacks == 0
+
+
+def test_without_a_target_the_rack_trains_as_it_is() -> None:
+    """All stacks together, in one stage, from the tokens to the head."""
+    config = tiny()
+    builder = ProgressiveRackBuilder(config)
+    for _ in range(3):
+        builder.append_stack()
+    before = [weights(module) for module in (*builder.stacks, builder.build_rack().head)]
+    (result,) = ProgressiveTrainer(config).train_rack(builder, loader_of())
+    assert (result.index, len(result.records), builder.n_stacks, builder.n_trained) == (0, STEPS, 3, 3)
+    after = [weights(module) for module in (*builder.stacks, builder.build_rack().head)]
+    for old, new in zip(before, after, strict=True):
+        assert not any(weight.equal(new[name]) for name, weight in old.items())
 
 
 def test_a_bidirectional_rack_does_not_train_causally() -> None:
