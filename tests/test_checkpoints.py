@@ -278,7 +278,11 @@ def seal_stage(root: Path, model: StageModel, stage: StagePlan = FIRST, **instea
 
 def test_a_trained_stage_comes_back(model: StageModel, tmp_path: Path) -> None:
     artifacts = seal_stage(tmp_path, model)
-    stack, head, embedding = load_stack(artifacts, [FIRST], 0), load_head(artifacts, [FIRST]), load_embedding(artifacts, [FIRST])
+    stack, head, embedding = (
+        load_stack(artifacts, [FIRST], 0),
+        load_head(artifacts, [FIRST]),
+        load_embedding(artifacts, [FIRST]),
+    )
     for loaded, module in ((stack, model.stack(0)), (head, model.head), (embedding, model.embedding)):
         assert module is not None
         expected = module.state_dict()

@@ -1,0 +1,477 @@
+"""What growing means: what trains and what does not, through which gradients, on which inputs, stored as what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import digests, folder_of, grown, manifests, tiny
+from safetensors.torch import load_file
+from test_modes import DUAL, LORA, MODES, G, plan_of
+from torch import Tensor
+from torch.nn import functional as F
+
+from stackwise_core.adapters import adapter_parameters, adapter_state, base_state
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
+from stackwise_core.identity import plan_run
+from stackwise_core.model import Rack, Stack
+from stackwise_core.rack_builder import ProgressiveRackBuilder
+from stackwise_core.resolve import resolve_mask, resolve_order, resolve_stage, resolve_stages
+from stackwise_core.stage_model import StageModel
+from stackwise_core.trainer import ProgressiveTrainer
+from stackwise_core.training import LossScale, make_optimizer, train_step
+from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
+from storage.layout import Artifacts
+from storage.sequences import load_sequences
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+Reference = Callable[..., Path]
+
+
+def built(config: StackWiseConfig, n_stacks: int) -> ProgressiveRackBuilder:
+    """Return an untrained rack, every parameter moved a little so that nothing is zero by construction."""
+    builder = ProgressiveRackBuilder(config)
+    for _ in range(n_stacks):
+        builder.add_stack()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in builder.build_rack().parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return builder
+
+
+def model_of(builder: ProgressiveRackBuilder, config: StackWiseConfig, stage: int) -> StageModel:
+    spec = resolve_stages(config)[stage]
+    builder.prepare_stage(spec)
+    rack = builder.build_rack()
+    live = [builder.stack(c) for c in spec.anatomy.live]
+    return StageModel(spec.anatomy, live, rack.head, None if spec.anatomy.boundary else rack.embedding)
+
+
+def batch_of(config: StackWiseConfig, stage: int, trunk: Any = None) -> dict[str, Any]:
+    tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(1))
+    objective = config.training.progressive.training_objective
+    loader = ProgressiveDataLoader([tokens], resolve_mask(config, stage), stage, trunk, objective=objective)
+    return next(iter(loader))
+
+
+def dense_loss(rack: Rack, batch: dict[str, Any]) -> Tensor:
+    """The mean cross-entropy of a whole rack, written out: no stage model, no head at loss positions only."""
+    x = rack.embedding(batch["input_ids"])
+    for stack in rack.stacks:
+        x = stack(x)
+    logits = rack.head.projection(rack.head.norm(x))
+    positions = batch.get("combined_masks", batch["masks"])
+    losses = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
+    return losses[positions.flatten()].mean()
+
+
+def gradients(module: Any) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+# ---------------------------------------------------------------- who gets a gradient
+
+
+@pytest.mark.parametrize("mode", ["append", "prepend", "full", "qlora trunk", "nf4 dual", "nvfp4 top", "mixed"])
+def test_exactly_what_trains_gets_a_gradient_and_it_is_the_dense_one(mode: str, tmp_path: Path) -> None:
+    """Against autograd through the whole rack, with everything trainable."""
+    config = tiny(tmp_path, {**MODES[mode], "cache.dtype": "float32"})
+    stage = len(resolve_stages(config)) - 1
+    builder = built(config, stage + 1)
+    model = model_of(builder, config, stage)
+    rack = builder.build_rack()
+    trunk = None
+    if model.embedding is None:
+        below = rack.stacks[: model.anatomy.boundary]
+
+        def trunk(input_ids: Tensor) -> Tensor:
+            x = rack.embedding(input_ids)
+            for stack in below:
+                x = stack(x)
+            return x.detach()
+
+    batch = batch_of(config, stage, trunk)
+    total, count = model.summed_loss(batch)
+    (total / count).backward()
+    found = gradients(rack)
+    expected_names = {name for name, p in rack.named_parameters() if p.requires_grad}
+    assert found.keys() == expected_names
+    rack.zero_grad(set_to_none=True)
+    trains = {c: model.anatomy.trains_of(c) for c in model.anatomy.order}
+    rack.requires_grad_(True)
+    dense_loss(rack, batch).backward()
+    dense = gradients(rack)
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, dense[name], atol=1e-6, rtol=1e-4), name
+    # What should train, by the design: the new stack, the head if it is on top, adapters of a qlora trunk.
+    newest, order = model.anatomy.newest, list(model.anatomy.order)
+    strategy = config.training.progressive.trunk_strategy
+    for position, c in enumerate(order):
+        names = {name for name in expected_names if name.startswith(f"stacks.{position}.")}
+        adapters = {name for name in names if ".lora_" in name}
+        if (c == newest and trains[c] == "everything") or strategy == "full":
+            assert names - adapters, c
+        elif strategy == "qlora" and (c == newest or config.training.progressive.trunk_trainable_top in (0, 1)):
+            top = c == newest or config.training.progressive.trunk_trainable_top == 0 or position == len(order) - 2
+            assert (names == adapters) and bool(adapters) == top, c
+        else:
+            assert not names, c
+    head = {name for name in expected_names if name.startswith("head")}
+    assert bool(head) == (strategy == "full" or order[-1] == newest)
+    assert ("embedding.weight" in expected_names) == (strategy == "full")
+
+
+def test_both_adapters_of_a_trunk_train_and_both_contribute(tmp_path: Path) -> None:
+    config = tiny(tmp_path, MODES["nf4 dual"])
+    builder = built(config, 3)
+    model_of(builder, config, 2)
+    trunk = builder.stack(0)
+    trainable = {id(p) for p in trunk.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in adapter_parameters(trunk)}
+    x = torch.randn(2, 5, 16)
+    outputs = [trunk(x)]
+    for name in ("stack", "progressive"):
+        with torch.no_grad():
+            for parameter in adapter_parameters(trunk, name):
+                parameter.zero_()
+        outputs.append(trunk(x))
+    assert not outputs[0].equal(outputs[1])
+    assert not outputs[1].equal(outputs[2])
+
+
+def test_under_frozen_no_adapter_of_the_trunk_trains_and_all_contribute(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {f"{G}qlora_enabled": True, **LORA, **DUAL})
+    builder = built(config, 3)
+    model = model_of(builder, config, 2)
+    assert [c for c in model.anatomy.order if model.anatomy.trains_of(c) != "nothing"] == [2]
+    assert not any(p.requires_grad for c in (0, 1) for p in builder.stack(c).parameters())
+    stack, x = builder.stack(0), torch.randn(2, 5, 16)
+    before = stack(x)
+    with torch.no_grad():
+        adapter_parameters(stack, "progressive")[1].zero_()
+    assert not stack(x).equal(before)
+
+
+# ---------------------------------------------------------------- what changes on disk
+
+
+def part(root: Path, config: StackWiseConfig, stage: int, stack: int) -> Stack:
+    return load_stack(Artifacts(root), plan_of(config).stages[: stage + 1], stack)
+
+
+def test_a_prepended_stack_trains_below_a_trunk_and_head_that_stay(reference: Reference) -> None:
+    root = reference(MODES["prepend"])
+    config = tiny(root.parent, MODES["prepend"])
+    stages, artifacts = plan_of(config).stages, Artifacts(root)
+    assert [stage.spec.anatomy.order for stage in stages] == [(0,), (1, 0), (2, 1, 0)]
+    for later in (1, 2):
+        assert {path.name for path in folder_of(root, "stack", later).iterdir()} == {
+            "stack.safetensors",
+            "metrics.jsonl",
+            "manifest.json",
+        }
+        facts = manifests(root)[stages[later].ref("stack").name]["facts"]
+        older = {f"stack {c}" for c in range(later)}
+        assert set(facts["frozen_unchanged"]) == {*older, "head", "embedding"}
+    first, last = load_head(artifacts, stages[:1]), load_head(artifacts, stages)
+    assert tensor_digest(first) == tensor_digest(last)
+    assert tensor_digest(load_embedding(artifacts, stages[:1])) == tensor_digest(load_embedding(artifacts, stages))
+    losses = [manifests(root)[stage.ref("validation").name]["facts"]["validation_loss"] for stage in stages]
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_a_prepended_copy_zero_starts_at_the_loss_before_it(tmp_path: Path) -> None:
+    config = tiny(tmp_path, MODES["prepend"])
+    builder = built(config, 1)
+    batch = batch_of(config, 1)
+    with torch.no_grad():
+        before = dense_loss(builder.build_rack(), batch)
+        builder.add_stack()
+        assert dense_loss(builder.build_rack(), batch) == before
+    assert [stack.creation_index for stack in builder.stacks] == [1, 0]
+
+
+def test_a_stack_is_a_copy_of_its_neighbour_dequantised_and_merged(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {**MODES["nf4 dual"], "training.new_stack_init": "copy"})
+    builder = built(config, 2)
+    builder.finish_stage(resolve_stage(config, 1).anatomy)  # quantised, adapters trained
+    source = builder.stack(1)
+    new = builder.add_stack()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        difference = (new(x) - source(x)).abs().max() / source(x).abs().max()
+    assert 0.0 < difference < 0.1  # the copy is NF4 itself: near, and not equal
+
+
+def test_only_the_top_of_a_qlora_trunk_changes(reference: Reference) -> None:
+    root = reference(MODES["qlora top"])
+    config = tiny(root.parent, MODES["qlora top"])
+    for stage in (1, 2, 3):
+        for stack in range(stage):
+            before, after = (part(root, config, at, stack) for at in (stage - 1, stage))
+            assert all(base_state(before)[key].equal(value) for key, value in base_state(after).items())
+            a, b = adapter_state(before, "stack"), adapter_state(after, "stack")
+            changed = [key for key in a if not a[key].equal(b[key])]
+            assert (len(changed) == len(a)) == (stack == stage - 1), (stage, stack)
+
+
+def test_any_depth_is_the_rack_as_its_stage_left_it(reference: Reference) -> None:
+    """Stage 1 judged the adapters it had then: they train on, and its rack still gives the loss it recorded."""
+    from stackwise_core.evaluate import evaluate_rack
+
+    root = reference(MODES["qlora trunk"])
+    config = tiny(root.parent, MODES["qlora trunk"])
+    stages, artifacts = plan_of(config).stages, Artifacts(root)
+    _, validation = load_sequences(artifacts, plan_of(config).data_ref)
+    tokens, ids = validation.take(np.arange(min(8, len(validation))))
+    for depth in (1, 2, 3):
+        rack = Rack(stages[0].shape)
+        rack.untie()
+        rack.embedding.load_state_dict(load_embedding(artifacts, stages[:depth]).state_dict())
+        rack.head.load_state_dict(load_head(artifacts, stages[:depth]).state_dict())
+        rack.stacks.extend(load_stack(artifacts, stages[:depth], c) for c in range(depth))
+        recorded = manifests(root)[stages[depth - 1].ref("validation").name]["facts"]["validation_loss_exact"]
+        assert evaluate_rack(rack, tokens, ids, None) == pytest.approx(recorded, rel=1e-5)
+
+
+STORED = {
+    "half": {"weight": torch.float16},
+    "bfloat16": {"weight": torch.bfloat16},
+    "nvfp4": {"weight": torch.uint8, "per_tensor_scale": torch.float32},
+    "qlora": {"weight": torch.uint8, "absmax": torch.uint8},
+}
+
+
+@pytest.mark.parametrize("precision", STORED)
+def test_a_frozen_stack_is_stored_and_loaded_in_its_type(precision: str, reference: Reference) -> None:
+    changes = {f"{G}new_stack_precision": precision, **(LORA if precision == "qlora" else {})}
+    root = reference(changes)
+    config = tiny(root.parent, changes)
+    for stage in range(3):
+        stored = load_file(folder_of(root, "stack", stage) / "stack.safetensors")
+        for key, dtype in STORED[precision].items():
+            assert stored[f"blocks.0.attention.q_proj.{key}"].dtype == dtype
+        assert stored["blocks.0.attention_norm.weight"].dtype == torch.float32
+        loaded = base_state(part(root, config, 2, stage))
+        assert loaded.keys() == stored.keys()
+        assert all(loaded[key].equal(stored[key]) for key in stored)
+    assert not any(p.requires_grad for p in part(root, config, 2, 0).parameters())
+
+
+def test_the_joint_anneal_trains_everything_it_may(reference: Reference) -> None:
+    """Embedding, head and adapters change; NF4 bases cannot; a bfloat16 base does, and is bfloat16 again."""
+    changes = {
+        "training.joint_steps": 6,
+        f"{G}stacks": [{"precision": "bfloat16"}, {"precision": "qlora"}, {}],
+        **LORA,
+    }
+    root = reference(changes)
+    config = tiny(root.parent, changes)
+    stages, artifacts = plan_of(config).stages, Artifacts(root)
+    assert [stage.spec.mode for stage in stages] == ["append", "append", "append", "joint"]
+
+    def changed(stack: int) -> set[str]:
+        before, after = (base_state(part(root, config, at, stack)) for at in (2, 3))
+        assert {key: tensor.dtype for key, tensor in before.items()} == {key: t.dtype for key, t in after.items()}
+        return {key for key in before if not before[key].equal(after[key])}
+
+    assert "blocks.0.attention.q_proj.weight" in changed(0)
+    assert not changed(1)
+    assert "blocks.0.attention.q_proj.weight" in changed(2)
+    old, new = (adapter_state(part(root, config, at, 1), "stack") for at in (2, 3))
+    assert not any(old[key].equal(new[key]) for key in old if "lora_B" in key)
+    for load in (load_head, load_embedding):
+        assert tensor_digest(load(artifacts, stages[:3])) != tensor_digest(load(artifacts, stages))
+    head, embedding = load_head(artifacts, stages), load_embedding(artifacts, stages)
+    assert not head.projection.weight.equal(embedding.weight)
+
+
+def test_checkpointing_activations_changes_no_bit(tmp_path: Path, reference: Reference) -> None:
+    changes = {**MODES["prepend"], "training.activation_checkpointing": True}
+    root = tmp_path / "a"
+    grown(tiny(tmp_path, changes), root)
+    assert digests(root) == digests(reference(MODES["prepend"]))
+
+
+def test_a_cached_stage_loads_no_stack_of_its_trunk(
+    tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory stays flat because the trunk is not there: only the neighbour is read, once, to be copied."""
+    from flows import boundaries, steps
+
+    loaded: list[int] = []
+    load = steps.load_stack
+
+    def spy(artifacts: Artifacts, stages: Any, stack: int) -> Stack:
+        loaded.append(stack)
+        return load(artifacts, stages, stack)
+
+    monkeypatch.setattr(steps, "load_stack", spy)
+    monkeypatch.setattr(boundaries, "load_stack", spy)
+    config = tiny(tmp_path, {f"{G}target_stacks": 4})
+    root = tmp_path / "a"
+    grown(config, root)
+    loaded.clear()
+    grown(tiny(tmp_path, {f"{G}target_stacks": 4, "training.learning_rate": 1e-3}), root, from_stack=3, force="train")
+    loaded.clear()
+    plan = plan_of(config)
+    from flows.stage import Stage
+
+    stage = Stage(config=config, root=str(root), corpus=plan.data.corpus, corpus_bytes=plan.corpus_bytes, index=3)
+    model = steps._model_to_train(stage, None)
+    assert loaded == [2]
+    assert list(model.stacks) == ["3"]
+
+
+# ---------------------------------------------------------------- masks and time
+
+
+def test_an_answer_cannot_leak_through_a_boundary(tmp_path: Path, reference: Reference) -> None:
+    """Two texts that differ only where both are masked have the same boundary, bit for bit."""
+    from stackwise_core.objectives import batch_fields
+    from stackwise_core.trunk import LiveTrunk
+
+    changes = {f"{G}training_objective": "mlm", "training.corruption": "mask", "training.mask_ratio": 0.4}
+    root = reference(changes)
+    config = tiny(root.parent, changes)
+    stages, artifacts = plan_of(config).stages, Artifacts(root)
+    spec = resolve_mask(config, 1)
+    assert spec is not None
+    tokens, ids = np.arange(32, dtype=np.int64).reshape(2, 16), np.array([7, 8], dtype=np.int64)
+    masks = spec.masks(ids, 0, 16)
+    other = np.where(masks, (tokens + 101) % 256, tokens)
+    assert masks.any()
+    assert (other != tokens).any()
+    trunk = LiveTrunk(load_embedding(artifacts, stages), [load_stack(artifacts, stages, 0)], torch.bfloat16)
+    rows = [trunk(batch_fields(text, ids, 0, spec)["input_ids"]) for text in (tokens, other)]
+    assert rows[0].equal(rows[1])
+    unmasked = trunk(torch.from_numpy(other))
+    assert not unmasked.equal(rows[0])
+
+
+def test_depth_as_time_trains_each_stack_at_its_own_ratio(reference: Reference) -> None:
+    changes = {**MODES["depth"], f"{G}max_stacks": 4}
+    root = reference(changes)
+    config = tiny(root.parent, changes)
+    stages = plan_of(config).stages
+    assert [stage.spec.time_step for stage in stages] == [0, 1, 2]
+    ratios = [stage.stack.mask.ratio for stage in stages if stage.stack.mask]
+    assert ratios == pytest.approx([0.15, 0.40, 0.65])
+    train, _ = load_sequences(Artifacts(root), plan_of(config).data_ref)
+    order = resolve_order(config, len(train))
+    for stage, ratio in zip(stages, ratios, strict=True):
+        base = PackedBatches(train, order, 0, 12)
+        loader = ProgressiveDataLoader(base, stage.stack.mask, stage.index, time_step=stage.spec.time_step)
+        batches = list(loader)
+        assert {batch["time_step"] for batch in batches} == {stage.index}
+        shares = np.mean([batch["masks"].float().mean().item() for batch in batches])
+        assert shares == pytest.approx(ratio, abs=0.06)
+        store = stage.activations
+        if store is not None:
+            assert store.mask is not None
+            assert store.mask.ratio == pytest.approx(ratios[stage.index + 1])
+    facts = [manifests(root)[stage.ref("validation").name]["facts"] for stage in stages]
+    assert all(set(found["by_mask_ratio"]) == {"0.15", "0.3", "0.5", "0.7", "0.9"} for found in facts)
+    assert facts[0]["by_mask_ratio"]["0.15"] == pytest.approx(facts[0]["validation_loss_exact"], rel=1e-6)
+
+
+def test_the_mapping_is_no_part_of_an_id_the_step_is(tmp_path: Path) -> None:
+    linear = tiny(tmp_path, {**MODES["depth"], f"{G}num_time_steps": 12})
+    listed = {f"{G}stack_time_mapping": "custom", f"{G}time_mapping": [0, 1, 2]}
+    custom = tiny(tmp_path, {**MODES["depth"], f"{G}num_time_steps": 12, **listed})
+    other = tiny(tmp_path, {**MODES["depth"], f"{G}num_time_steps": 12, **listed, f"{G}time_mapping": [0, 1, 5]})
+    plans = [plan_run(config, "0" * 64) for config in (linear, custom, other)]
+    ids = [[stage.ref("stack").sha256 for stage in plan.stages] for plan in plans]
+    assert ids[0] == ids[1]
+    assert ids[0][:2] == ids[2][:2]
+    assert ids[0][2] != ids[2][2]
+
+
+def test_joint_training_over_depth_leaves_younger_stacks_out(tmp_path: Path) -> None:
+    """Each step trains the rack of one stack: those created later get no gradient."""
+    config = tiny(tmp_path, MODES["depth joint"])
+    builder = built(config, 3)
+    model = model_of(builder, config, 3)
+    spec = resolve_stages(config)[3]
+    optimizer = make_optimizer(model, spec.optim)
+    batch = {**batch_of(config, 1), "stack_idx": 1}
+    train_step(model, batch, optimizer, spec.optim, 0)
+    assert gradients(builder.stack(0))
+    assert gradients(builder.stack(1))
+    assert not gradients(builder.stack(2))
+    with torch.no_grad():
+        rack = builder.build_rack()
+        prefix = rack.hidden(batch["input_ids"], depth=2)
+        assert model(batch).equal(prefix)
+
+
+# ---------------------------------------------------------------- fp16
+
+
+def test_a_loss_scale_halves_on_overflow_and_doubles_after_a_while() -> None:
+    scale = LossScale(2.0**16, [])
+    history: list[dict[str, float]] = []
+    for step in range(4100):
+        overflowed = step in (3, 50)
+        scale.update(overflowed=overflowed)
+        history.append({"step": step, "skipped": float(overflowed)})
+    assert scale.value == 2.0**16 / 4 * 4  # two halvings, then doubled 2,000 and 4,000 steps after step 50
+    assert LossScale(2.0**16, history).value == scale.value
+
+
+def test_a_scaled_step_is_the_step_and_an_overflow_changes_no_weight(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {f"{G}new_stack_precision": "half"})
+    weights: list[dict[str, Tensor]] = []
+    for scale in (None, LossScale(2.0**16, []), LossScale(2.0**127, [])):
+        builder = built(config, 1)
+        model = model_of(builder, config, 0)
+        spec = resolve_stages(config)[0]
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        batch = batch_of(config, 0)
+        optimizer = make_optimizer(model, spec.optim)
+        record = train_step(model, batch, optimizer, spec.optim, 0, scale)
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        if scale is not None and scale.value == 2.0**126:
+            assert record["skipped"] == 1.0
+            assert all(before[name].equal(p) for name, p in model.named_parameters())
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])  # powers of two lose nothing
+
+
+# ---------------------------------------------------------------- in memory
+
+
+def test_stacks_added_by_hand_train_in_creation_order(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {f"{G}target_stacks": 3})
+    builder = ProgressiveRackBuilder(config)
+    builder.append_stack()
+    builder.prepend_stack(n_blocks=2)
+    builder.append_stack(precision="bfloat16")
+    tokens = [torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    results = ProgressiveTrainer(config).train_progressively(builder, tokens, target_stacks=4)
+    assert [result.index for result in results] == [0, 1, 2, 3]
+    assert [stack.creation_index for stack in builder.stacks] == [1, 0, 2, 3]
+    info = builder.get_rack_info()["stacks"]
+    assert [entry["n_blocks"] for entry in info] == [2, 1, 1, 1]
+    assert [entry["precision"] for entry in info] == ["full", "full", "bfloat16", "full"]
+    assert all(result.loss < 6.0 for result in results)
+
+
+def test_an_edit_of_the_configuration_holds_from_the_next_stage_on(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {f"{G}qlora_enabled": True, **LORA})
+    builder, trainer = ProgressiveRackBuilder(config), ProgressiveTrainer(config)
+    tokens = [torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    trainer.train_progressively(builder, tokens, target_stacks=2)
+    trunk = {c: adapter_state(builder.stack(c), "stack") for c in (0, 1)}
+    frozen = {c: {key: value.clone() for key, value in state.items()} for c, state in trunk.items()}
+    trainer.train_progressively(builder, tokens, target_stacks=3)
+    assert all(frozen[c][key].equal(value) for c in (0, 1) for key, value in trunk[c].items())
+    config.training.progressive.trunk_strategy = "qlora"
+    trainer.train_progressively(builder, tokens, target_stacks=4)
+    assert not any(frozen[c][key].equal(value) for c in (0, 1) for key, value in trunk[c].items() if "lora_B" in key)
