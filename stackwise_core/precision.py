@@ -186,6 +186,8 @@ class StoredLinear(nn.Linear):
         self.register_parameter("bias", None)
         self.out_features, self.in_features = weight.shape
         self.storage = storage
+        self.held: Tensor | None = None
+        """The dense weight, while `held_dense` lasts."""
         for name, tensor in quantise(weight.detach().float(), storage).items():
             self.register_buffer(name, tensor)
 
@@ -198,6 +200,8 @@ class StoredLinear(nn.Linear):
         """[..., in] to [..., out], in the autocast type if there is one, else in that of the input."""
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        if self.held is not None:
+            return F.linear(input.to(dtype), self.held.to(dtype))
         stored = dict(self.named_buffers())
         shape = (self.out_features, self.in_features)
         product: Callable[..., Tensor] = _StoredProduct.apply
@@ -278,6 +282,19 @@ def convert_storage(stack: nn.Module, precision: Precision) -> None:
         }
     for path, linear in converted.items():
         stack.set_submodule(path, linear)
+
+
+@contextlib.contextmanager
+def held_dense(stack: nn.Module) -> Generator[None]:
+    """Dequantise the stored matrices of a stack once for all forward passes inside; without gradient only."""
+    stored = [linear for linear in base_linears(stack).values() if isinstance(linear, StoredLinear)]
+    for linear in stored:
+        linear.held = linear.dense()
+    try:
+        yield
+    finally:
+        for linear in stored:
+            linear.held = None
 
 
 def _converted(linear: nn.Linear, storage: str) -> nn.Module:

@@ -16,6 +16,7 @@ from stackwise_core.masking import IntArray, MaskSpec
 from stackwise_core.model import Stack, TokenEmbedding
 from stackwise_core.objectives import batch_fields, input_time_step
 from stackwise_core.order import RowOrder
+from stackwise_core.precision import held_dense
 
 STREAM_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -49,14 +50,15 @@ def advance(stacks: Sequence[Stack], stream_BTD: Tensor, dtype: torch.dtype) -> 
     Returns:
         [B, T, D] in `dtype`.
     """
-    out_BTD = torch.empty(stream_BTD.shape, dtype=dtype, device=stream_BTD.device)
     group = 1 if stream_BTD.device.type == "cpu" else max(1, len(stream_BTD))
-    for first in range(0, len(stream_BTD), group):
-        x_BTD = stream_BTD[first : first + group]
-        for stack in stacks:
-            x_BTD = stack(x_BTD.float()).to(dtype)
-        out_BTD[first : first + group] = x_BTD
-    return out_BTD
+    for stack in stacks:
+        advanced_BTD = torch.empty(stream_BTD.shape, dtype=dtype, device=stream_BTD.device)
+        with held_dense(stack):  # a quantised stack is dequantised once for all sequences, and one at a time
+            for first in range(0, len(stream_BTD), group):
+                rows = slice(first, first + group)
+                advanced_BTD[rows] = stack(stream_BTD[rows].float()).to(dtype)
+        stream_BTD = advanced_BTD
+    return stream_BTD.to(dtype)
 
 
 class LiveTrunk:
