@@ -96,9 +96,21 @@ def _stage(
         "memory_bytes": training_bytes(shape, spec, seq_len),
         "cache_bytes": cache,
         "cache_note": stage.no_cache_reason,
+        "measured": _measured(stage, artifacts),
         "states": {kind: artifacts.state(stage.ref(kind)).value for kind in kinds.values()},
         "to_run": [task for task, kind in kinds.items() if stage.ref(kind) in demand.needed],
     }
+
+
+def _measured(stage: StagePlan, artifacts: Artifacts) -> dict[str, float]:
+    """Return the speeds of what was made already: tokens trained per second, bytes cached per second."""
+    speeds: dict[str, float] = {}
+    if stack := artifacts.sealed(stage.ref("stack")):
+        speeds["tokens_per_second"] = stack.facts["tokens_per_second"]
+    store = artifacts.sealed(stage.ref("activations")) if stage.activations else None
+    if store and store.facts["seconds"]:
+        speeds["cache_bytes_per_second"] = round(store.n_bytes / store.facts["seconds"])
+    return speeds
 
 
 def _print_plan(
@@ -130,8 +142,17 @@ def _paragraph(row: dict[str, Any]) -> str:
         f"  trains  {parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters\n"
         f"  costs   {row['flops'] / 1e12:.3g} TFLOP{saving}; about {size(row['memory_bytes'])} of memory\n"
         f"  cache   {cache}\n"
+        f"{_speeds(row['measured'])}"
         f"  to run  {', '.join(row['to_run']) or 'nothing, all is there'}"
     )
+
+
+def _speeds(measured: dict[str, float]) -> str:
+    """Return a line on how fast it went when it was made."""
+    parts = [f"trained at {measured['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in measured else []
+    if "cache_bytes_per_second" in measured:
+        parts.append(f"cached at {size(measured['cache_bytes_per_second'])}/s")
+    return f"  was     {', '.join(parts)}\n" if parts else ""
 
 
 def _adapters(row: dict[str, Any]) -> str:
