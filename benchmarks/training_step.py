@@ -16,7 +16,7 @@ from stackwise_core.costs import stage_flops
 from stackwise_core.model import Rack
 from stackwise_core.objectives import Batch, clm_fields, summed_loss
 from stackwise_core.rack_builder import grow_stack, new_rack
-from stackwise_core.resolve import OptimSpec, StageSpec, resolve_shape, resolve_stage
+from stackwise_core.resolve import ModelShape, OptimSpec, StageSpec, resolve_shape, resolve_stage
 from stackwise_core.stage_model import StageModel
 from stackwise_core.training import make_optimizer, train_step
 
@@ -41,8 +41,8 @@ def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list
     config = _config(d_model, batch_size)
     shape, first, later = resolve_shape(config), resolve_stage(config, 0), resolve_stage(config, 1)
     batch = _batch(shape.vocab_size, batch_size)
-    rack = new_rack(shape, seed=0)
-    rack.stacks.append(grow_stack(shape, N_BLOCKS, 0, "random", seed=0, source=None))
+    rack, stack = new_rack(shape, seed=0), grow_stack(shape, N_BLOCKS, 0, "random", seed=0, source=None)
+    rack.stacks.append(stack)
     llama = llama_like(rack)
     check_same_loss(rack, llama, batch)
 
@@ -50,9 +50,7 @@ def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list
     step_flops = stage_flops(shape, first, SEQ_LEN, loss_fraction=1.0)[0] / optim.steps
     seconds = interleaved(
         {
-            "first stage": stackwise_step(
-                StageModel(first.anatomy, [rack.stacks[0]], rack.head, rack.embedding), batch, optim
-            ),
+            "first stage": stackwise_step(StageModel(first.anatomy, [stack], rack.head, rack.embedding), batch, optim),
             "later stage": stackwise_step(_later_stage(shape, later), _on_trunk(batch, d_model), optim),
             "Llama": llama_step(llama, batch["input_ids"], optim),
             "matmul": matmul,
