@@ -191,7 +191,11 @@ def _new_stacks(stage: Stage) -> list[Stack]:
 
 
 def _digest_of_new(stage: Stage) -> str:
-    return tensor_digest(nn.ModuleList(_new_stacks(stage)))
+    return _digest_of(_new_stacks(stage))
+
+
+def _digest_of(stacks: list[Stack]) -> str:
+    return tensor_digest(stacks[0] if len(stacks) == 1 else nn.ModuleList(stacks))
 
 
 def _model_to_train(stage: Stage, build: Ref | None) -> StageModel:
@@ -204,7 +208,7 @@ def _model_to_train(stage: Stage, build: Ref | None) -> StageModel:
     new = _new_stacks(stage)
     if build is not None:
         described = stage.artifacts.checked(build) / "build.json"
-        if tensor_digest(nn.ModuleList(new)) != json.loads(described.read_text())["initial_tensors"]:
+        if _digest_of(new) != json.loads(described.read_text())["initial_tensors"]:
             remedy = (
                 f"Was it made by another version of torch? Remove {described.parent} and run the same command again"
             )

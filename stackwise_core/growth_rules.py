@@ -203,7 +203,7 @@ _ONLY_WITH: dict[str, tuple[_Condition, str]] = {
     f"{GROWTH}.qlora_configs": (_variable, f"{GROWTH}.qlora_strategy: variable, on stacks that have adapters"),
     f"{GROWTH}.progressive_qlora_rank": (_growth_is(progressive_qlora=True), f"{GROWTH}.progressive_qlora: true"),
     f"{GROWTH}.progressive_qlora_alpha": (_growth_is(progressive_qlora=True), f"{GROWTH}.progressive_qlora: true"),
-    "training.adapter_learning_rate": (_any_adapter, "adapters; no stack of this configuration has one"),
+    "training.adapter_learning_rate": (_any_adapter, f"adapters: {GROWTH}.qlora_enabled or progressive_qlora"),
     "training.custom_loss": (_growth_is(training_objective="custom"), f"{GROWTH}.training_objective: custom"),
     "training.joint_learning_rate": (
         lambda config: config.training.joint_steps > 0,

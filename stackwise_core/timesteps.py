@@ -260,7 +260,11 @@ def _without_effect_faults(config: StackWiseConfig) -> Iterator[Fault]:
         ("time_encoding_type", is_input, "time_interpretation: input"),
         ("stack_time_mapping", is_depth, "time_interpretation: depth"),
         ("time_mapping", custom, "time_interpretation: depth with stack_time_mapping: custom"),
-        ("time_per_stack", linear or steps_from_stacks, "stack_time_mapping: linear, or num_time_steps: 0"),
+        (
+            "time_per_stack",
+            linear or steps_from_stacks,
+            "time_interpretation: depth with stack_time_mapping: linear, or depth or input with num_time_steps: 0",
+        ),
         ("num_time_steps", is_depth or is_input, "time_interpretation: depth or input"),
     ):
         if not has_effect and _is_set(growth, name):

@@ -20,12 +20,15 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from stackwise_core.config import LoraOverride, StackOverride, StackWiseConfig
-from stackwise_core.config_rules import _NOT_BUILT, _WITHOUT_EFFECT
-from stackwise_core.config_yaml import parse_value
+from stackwise_core.config_rules import _NOT_BUILT
+from stackwise_core.config_yaml import apply_overrides, parse_value
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.growth_rules import _ONLY_WITH
+from stackwise_core.identity import plan_run
 from stackwise_core.resolve import resolve_stage
 
 ROOT = Path(__file__).parents[1]
+GROWTH = "training.progressive"
 
 # Scripts are written against these names.
 PROMISED_KEYS = {
@@ -133,8 +136,9 @@ def test_every_fault_at_once() -> None:
                 "learning_rate": "fast",
                 "corruption": "rot13",
                 "stepz_per_stack": 3,
-                "progressive": {"target_stacks": 5, "max_stacks": 4, "building_mode": "prepend"},
+                "progressive": {"target_stacks": 5, "max_stacks": 4, "trunk_trainable_top": 1, "time_per_stack": 2},
             },
+            "cache": {"dtype": "int8"},
         }
     )
     found = {fault.path: (fault.received, fault.allowed) for fault in faults}
@@ -148,7 +152,16 @@ def test_every_fault_at_once() -> None:
         "model.vocab_size": ("100", "the byte tokenizer needs at least 259"),
         "training.accumulation_steps": ("4", "must divide training.batch_size = 30"),
         "training.progressive.target_stacks": ("5", "must not exceed training.progressive.max_stacks = 4"),
-        "training.progressive.building_mode": ("'prepend'", "this version does not build it yet; use 'append'"),
+        "training.progressive.trunk_trainable_top": (
+            "1",
+            "changes nothing here: it belongs to training.progressive.trunk_strategy: qlora; leave it out",
+        ),
+        "training.progressive.time_per_stack": (
+            "2",
+            "has an effect only with time_interpretation: depth with stack_time_mapping: linear, or depth or input "
+            "with num_time_steps: 0",
+        ),
+        "cache.dtype": ("'int8'", "this version does not build it yet; use 'bfloat16' or 'float16' or 'float32'"),
     }
 
 
@@ -176,16 +189,48 @@ def test_every_fault_at_once() -> None:
             "4 entries",
         ),
         ({"data": {"tokenizer": "words.json"}}, "data.tokenizer", "'words.json'"),
-        ({"training": {"progressive": {"stacks": [{}, {"precision": "half"}]}}},) + ("",) * 2,
-        ({"training": {"progressive": {"stacks": [{"mode": "prepend"}]}}},) + ("",) * 2,
+        ({"hardware": {"processes": 2}}, "hardware.processes", "2"),
+        (
+            {"training": {"joint_steps": 5, "progressive": {"enabled": False}}},
+            "training.joint_steps",
+            "5",
+        ),
+        ({"training": {"progressive": {"trunk_strategy": "qlora"}}}, f"{GROWTH}.trunk_strategy", "'qlora'"),
+        (
+            {"training": {"progressive": {"trunk_strategy": "full", "stacks": [{}, {"precision": "nvfp4"}]}}},
+            f"{GROWTH}.stacks.1.precision",
+            "'nvfp4'",
+        ),
+        (
+            {"training": {"new_stack_init": "random", "progressive": {"stacks": [{}, {"precision": "qlora"}]}}},
+            "training.new_stack_init",
+            "'random'",
+        ),
+        (
+            {"model": {"d_ff": 24}, "training": {"progressive": {"stacks": [{}, {"precision": "nvfp4"}]}}},
+            "model.d_ff",
+            "24",
+        ),
+        (
+            {"training": {"joint_steps": 5, "progressive": {"stacks": [{}, {"precision": "nvfp4"}]}}},
+            "training.joint_steps",
+            "5",
+        ),
+        (
+            {"training": {"progressive": {"qlora_enabled": True, "qlora_strategy": "variable"}}},
+            f"{GROWTH}.qlora_configs",
+            "0 entries",
+        ),
+        (
+            {"training": {"progressive": {"progressive_qlora": True, "progressive_qlora_rank": 129}}},
+            f"{GROWTH}.progressive_qlora_rank",
+            "129",
+        ),
     ],
 )
 def test_each_rule_across_fields(values: dict[str, Any], path: str, received: str) -> None:
     (fault,) = faults_of(values)
-    if path:
-        assert (fault.path, fault.received) == (path, received)
-    else:
-        assert fault.path in ("training.progressive.stacks.1.precision", "training.progressive.stacks.0.mode")
+    assert (fault.path, fault.received) == (path, received)
     assert fault.allowed
 
 
@@ -449,8 +494,29 @@ def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- no key is accepted and ignored
 
 
+OTHERS: dict[str, Any] = {
+    "run.name": "another",
+    "data.source": "texts/*.txt",
+    "model.d_model": 64,
+    "model.n_heads": 2,
+    f"{GROWTH}.num_time_steps": 20,
+    "training.new_stack_init": "random",
+    f"{GROWTH}.time_embedding_dim": 32,
+    "data.tokenizer": "words.json",
+    f"{GROWTH}.qlora_configs": {n: {"rank": 1, "alpha": 1.0} for n in range(3)},
+    f"{GROWTH}.stack_time_mapping": "exponential",
+    f"{GROWTH}.time_mapping": [0, 1, 1],
+    f"{GROWTH}.stacks": [{"n_blocks": 3}],
+    "training.mask_ratio_table": [0.1 * n for n in range(1, 10)] + [0.95] * 3,
+    "training.custom_loss": "json:dumps",
+    "hardware.device": "cpu",
+}
+
+
 def other_value(path: str) -> Any:
     """A value of a key that is valid and not its default."""
+    if path in OTHERS:
+        return OTHERS[path]
     field = LEAVES[path]
     default = field.get_default(call_default_factory=True)
     if get_origin(field.annotation) is Literal:
@@ -459,15 +525,8 @@ def other_value(path: str) -> Any:
         return not default
     if isinstance(default, int):
         return default + 1
-    if isinstance(default, float):
-        return default / 2
-    others = {
-        "training.progressive.qlora_configs": {0: {"rank": 1, "alpha": 1.0}},
-        "training.progressive.time_mapping": [0, 1],
-        "training.mask_ratio_table": [0.5],
-        "training.custom_loss": "module:name",
-    }
-    return others[path]
+    assert isinstance(default, float)
+    return default / 2
 
 
 @pytest.mark.parametrize(("path", "value"), [(path, value) for path in _NOT_BUILT for value in _NOT_BUILT[path]])
@@ -479,19 +538,86 @@ def test_modes_that_are_not_built_are_refused_by_name(path: str, value: Any) -> 
         StackWiseConfig.from_dict(nested(path, ast.literal_eval(choice)))
 
 
-@pytest.mark.parametrize("path", _WITHOUT_EFFECT)
-def test_keys_of_modes_that_are_not_built_are_refused_by_name(path: str) -> None:
-    (fault,) = faults_of(nested(path, other_value(path)))
-    assert fault.path == path
-    assert _WITHOUT_EFFECT[path] in fault.allowed
+# What must be set beside a key for its other values to mean anything.
+ADAPTED = {f"{GROWTH}.qlora_enabled": True}
+PATTERNED = {**ADAPTED, f"{GROWTH}.qlora_strategy": "progressive"}
+PROGRESSIVE = {f"{GROWTH}.progressive_qlora": True}
+DEPTH = {f"{GROWTH}.time_interpretation": "depth"}
+INPUT = {f"{GROWTH}.time_interpretation": "input"}
+NEEDS: dict[str, dict[str, Any]] = {
+    f"{GROWTH}.trunk_strategy": ADAPTED,
+    f"{GROWTH}.trunk_trainable_top": {**ADAPTED, f"{GROWTH}.trunk_strategy": "qlora"},
+    f"{GROWTH}.qlora_rank": ADAPTED,
+    f"{GROWTH}.qlora_alpha": ADAPTED,
+    f"{GROWTH}.qlora_strategy": ADAPTED,
+    f"{GROWTH}.qlora_rank_pattern": PATTERNED,
+    f"{GROWTH}.qlora_alpha_pattern": PATTERNED,
+    f"{GROWTH}.qlora_configs": {**ADAPTED, f"{GROWTH}.qlora_strategy": "variable"},
+    f"{GROWTH}.progressive_qlora_rank": PROGRESSIVE,
+    f"{GROWTH}.progressive_qlora_alpha": PROGRESSIVE,
+    f"{GROWTH}.time_embedding_dim": INPUT,
+    f"{GROWTH}.time_encoding_type": INPUT,
+    f"{GROWTH}.stack_time_mapping": {**DEPTH, f"{GROWTH}.num_time_steps": 100},
+    f"{GROWTH}.time_mapping": {**DEPTH, f"{GROWTH}.stack_time_mapping": "custom"},
+    f"{GROWTH}.time_per_stack": DEPTH,
+    f"{GROWTH}.num_time_steps": DEPTH,
+    "training.adapter_learning_rate": ADAPTED,
+    "training.joint_learning_rate": {"training.joint_steps": 10},
+    "training.mask_ratio_min": DEPTH,
+    "training.mask_ratio_max": DEPTH,
+    "training.mask_ratio_table": DEPTH,
+    "training.time_sampling": INPUT,
+    "training.loss_weighting": {**INPUT, "training.corruption": "mask"},
+    "training.custom_loss": {f"{GROWTH}.training_objective": "custom"},
+}
+MORE_FOR_VALUE: dict[tuple[str, str], dict[str, Any]] = {
+    (f"{GROWTH}.qlora_strategy", "variable"): {f"{GROWTH}.qlora_configs": other_value(f"{GROWTH}.qlora_configs")},
+    (f"{GROWTH}.stack_time_mapping", "custom"): {f"{GROWTH}.time_mapping": other_value(f"{GROWTH}.time_mapping")},
+}
+NOT_BUILT = {*_NOT_BUILT, "data.tokenizer", "hardware.processes"}
 
 
-def test_every_other_mode_is_accepted() -> None:
-    for path, field in LEAVES.items():
-        if path in _WITHOUT_EFFECT or get_origin(field.annotation) is not Literal:
-            continue
-        for value in set(get_args(field.annotation)) - set(_NOT_BUILT.get(path, ())):
-            StackWiseConfig.from_dict(nested(path, value))
+def configuration(changes: dict[str, Any]) -> StackWiseConfig:
+    values: dict[str, Any] = {}
+    apply_overrides(values, changes)
+    return StackWiseConfig.from_dict(values)
+
+
+def values_of(path: str) -> list[Any]:
+    """Every value of a choice but those that are not built; of any other key one that is not its default."""
+    choices = get_args(LEAVES[path].annotation) if get_origin(LEAVES[path].annotation) is Literal else ()
+    if path == f"{GROWTH}.stack_time_mapping":  # in the library also a function, so that it is no Literal
+        choices = ("linear", "exponential", "custom")
+    built = [choice for choice in choices if choice not in _NOT_BUILT.get(path, ())]
+    return built or ([other_value(path)] if path not in NOT_BUILT else [])
+
+
+@pytest.mark.parametrize("path", NEEDS)
+def test_keys_that_would_change_nothing_are_refused_and_told_where_they_belong(path: str) -> None:
+    faults = faults_of(nested(path, other_value(path)))
+    assert {fault.path for fault in faults} == {path}
+    names = [key.rpartition(".")[2] for key in NEEDS[path]]
+    assert any(name in fault.allowed for fault in faults for name in names)
+
+
+@pytest.mark.parametrize(("path", "value"), [(path, value) for path in LEAVES for value in values_of(path)])
+def test_every_value_is_accepted_where_it_belongs(path: str, value: Any) -> None:
+    more = MORE_FOR_VALUE.get((path, str(value)), {})
+    config = configuration({**NEEDS.get(path, {}), **more, path: value})
+    assert config.model_dump() == configuration(config.model_dump()).model_dump()
+
+
+def test_the_table_of_needs_is_whole() -> None:
+    """A key that the rules refuse without another is in it; what they name are keys of the schema."""
+    assert set(_ONLY_WITH) - set(NEEDS) == {"training.corruption"}  # it belongs to the default objective
+    assert {*_NOT_BUILT, *_ONLY_WITH, *NEEDS} - set(LEAVES) == set()
+
+
+@pytest.mark.parametrize(("path", "value"), [("corruption", "mask"), ("loss_weighting", "elbo")])
+def test_keys_of_the_masked_objective_are_refused_with_another(path: str, value: str) -> None:
+    faults = faults_of({"training": {path: value, "progressive": {"training_objective": "clm"}}})
+    assert {fault.path for fault in faults} == {f"training.{path}"}
+    assert any("training_objective: mlm" in fault.allowed for fault in faults)
 
 
 def test_overrides_of_a_stack_reach_its_stage() -> None:
@@ -541,28 +667,43 @@ def keys_read_in(function: ast.FunctionDef) -> set[str]:
     }
 
 
+RULES = {"config_rules.py", "growth_rules.py", "timesteps.py"}
+"""Modules that read keys to judge them; some of their functions are read by others, too."""
+
+
+def called_by(names: set[str], functions: dict[str, ast.FunctionDef]) -> set[str]:
+    """Those functions of a module that some of them call, however indirectly; a rule only refuses."""
+    found: set[str] = set()
+    while names := {name for name in names - found if name in functions and not name.endswith("_faults")}:
+        found |= names
+        names = {node.id for name in names for node in ast.walk(functions[name]) if isinstance(node, ast.Name)}
+    return found
+
+
 def keys_read_by_the_code() -> set[str]:
-    """The keys that code outside config*.py reads, itself or through a function of config_rules that it imports."""
+    """The keys that code outside the rules reads, itself or through a function of theirs that it imports."""
     trees = {
         path: ast.parse(path.read_text())
         for folder in ("stackwise_core", "storage", "flows")
         for path in (ROOT / folder).rglob("*.py")
     }
+    is_rule = {path: path.name.startswith("config") or path.name in RULES for path in trees}
     imported = {
         alias.name
         for path, tree in trees.items()
-        if not path.name.startswith("config")
+        if not is_rule[path]
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "stackwise_core.config_rules"
+        if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
     keys: set[str] = set()
     for path, tree in trees.items():
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef):
-                continue
-            if not path.name.startswith("config") or (path.name == "config_rules.py" and node.name in imported):
-                keys |= keys_read_in(node)
+        functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        if is_rule[path]:
+            functions = {name: functions[name] for name in called_by(imported, functions) if path.name in RULES}
+            keys |= {key for function in functions.values() for key in keys_read_in(function)}
+        else:
+            keys |= {key for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) for key in keys_read_in(node)}
     return keys
 
 
@@ -579,12 +720,9 @@ def f(config, x: CacheConfig):
     assert read == {"training.batch_size", "cache.keep", "training.progressive.stacks"}
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in LEAVES],
-)
+@pytest.mark.parametrize("path", LEAVES)
 def test_no_key_is_accepted_and_ignored(path: str, keys_read: set[str]) -> None:
-    assert path in keys_read or path in _NOT_BUILT or path in _WITHOUT_EFFECT
+    assert path in keys_read or path in NOT_BUILT
 
 
 @pytest.fixture(scope="module")
@@ -592,5 +730,32 @@ def keys_read() -> set[str]:
     return keys_read_by_the_code()
 
 
-def test_the_tables_name_keys_of_the_schema() -> None:
-    assert {*_NOT_BUILT, *_WITHOUT_EFFECT} - set(LEAVES) == set()
+# What a key changes that is part of no id: where and how fast it runs, what is kept, how a run is called.
+NOT_IN_THE_PLAN = {
+    "run.name",
+    "data.source",  # its content is
+    "training.checkpoint_every",
+    "training.activation_checkpointing",
+    f"{GROWTH}.max_stacks",  # it is a limit
+    f"{GROWTH}.qlora_strategy",  # the ranks it gives are
+    "cache.max_gb",
+    "cache.keep",
+    "hardware.device",
+    "hardware.compile",
+    "hardware.threads",
+}
+
+
+@pytest.mark.parametrize("path", LEAVES.keys() - NOT_BUILT)
+def test_a_key_changes_what_will_be_made(path: str) -> None:
+    """Where its mode is chosen: a key that is accepted there and leaves every id as it was would be ignored."""
+    needed = {**NEEDS.get(path, {}), **BEFORE.get(path, {})}
+    before, after = configuration(needed), configuration({**needed, path: other_value(path)})
+    assert (plan_run(before, "0" * 64) == plan_run(after, "0" * 64)) == (path in NOT_IN_THE_PLAN)
+
+
+BEFORE: dict[str, dict[str, Any]] = {
+    f"{GROWTH}.time_mapping": {f"{GROWTH}.time_mapping": [0, 0, 1]},
+    f"{GROWTH}.qlora_configs": {f"{GROWTH}.qlora_configs": {n: {"rank": 2, "alpha": 1.0} for n in range(3)}},
+}
+"""Keys whose default is not valid in their mode."""

@@ -19,7 +19,7 @@ from conftest import digests, files_below, folder_of, manifests, tiny
 
 from flows.numbers import size
 from flows.progress import listening
-from stackwise_core import trainer
+from stackwise_core import training
 from stackwise_core.errors import ConfigError, NonFiniteLossError
 from storage.errors import ArtifactCorruptError
 
@@ -229,14 +229,14 @@ def test_a_failure_reaches_the_caller_as_it_is_and_the_next_run_goes_on(
     root = _copy(first[0], tmp_path)
     before = digests(root)
     shutil.rmtree(folder_of(root, "stack", 1))
-    real, raised = trainer.train_step, NonFiniteLossError("step 6: made up")
+    real, raised = training.train_step, NonFiniteLossError("step 6: made up")
 
     def failing(model: Any, batch: Any, optimizer: Any, spec: Any, step: int) -> Any:
         if step == 6:
             raise raised
         return real(model, batch, optimizer, spec, step)
 
-    monkeypatch.setattr(trainer, "train_step", failing)
+    monkeypatch.setattr(training, "train_step", failing)
     with pytest.raises(NonFiniteLossError) as error:
         run_to_the_end(_config(tmp_path), str(root), -1, "")
     assert error.value is raised

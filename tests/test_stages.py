@@ -416,9 +416,9 @@ def test_a_loss_that_explodes_stops_the_stage(tmp_path: Path, reference: Referen
 
 def test_stages_before_a_failure_stay(tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 1 explodes at step 6: stage 0 stays as it is, and stage 1 goes on from its last checkpoint."""
-    from stackwise_core import trainer
+    from stackwise_core import training
 
-    real = trainer.train_step
+    real = training.train_step
 
     def exploding(model: Any, batch: Any, optimizer: Any, spec: Any, step: int) -> Any:
         if model.embedding is None and step == 6:
@@ -426,7 +426,7 @@ def test_stages_before_a_failure_stay(tmp_path: Path, reference: Reference, monk
         return real(model, batch, optimizer, spec, step)
 
     root = tmp_path / "a"
-    monkeypatch.setattr(trainer, "train_step", exploding)
+    monkeypatch.setattr(training, "train_step", exploding)
     with pytest.raises(NonFiniteLossError, match="step 6: loss nan"):
         grown(tiny(tmp_path), root)
     monkeypatch.undo()
