@@ -422,7 +422,7 @@ def test_stages_before_a_failure_stay(tmp_path: Path, reference: Reference, monk
 
     def exploding(model: Any, batch: Any, optimizer: Any, spec: Any, step: int) -> Any:
         if model.embedding is None and step == 6:
-            model.stack.blocks[0].ffn.down_proj.weight.data[0, 0] = float("inf")
+            model.live_stacks()[-1].blocks[0].ffn.down_proj.weight.data[0, 0] = float("inf")
         return real(model, batch, optimizer, spec, step)
 
     root = tmp_path / "a"
