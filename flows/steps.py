@@ -34,7 +34,7 @@ from stackwise_core.rack_builder import (
 )
 from stackwise_core.resolve import resolve_loss, resolve_order
 from stackwise_core.stage_model import StageModel
-from stackwise_core.training import Hooks, TrainingState, train_stack
+from stackwise_core.training import Hooks, TrainingState, fits, train_stack
 from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowSource
 from storage.activations.fill import fill_store
 from storage.checkpoints import (
@@ -111,6 +111,9 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
         model = _model_to_train(stage, build)
         spec = stage.plan.spec
         state = load_state(folder)
+        if state is not None and not fits(model, state):
+            tell(Message(f"stage {stage.index} starts anew: its checkpoint is of another version of StackWise"))
+            state = None
         if state is not None:
             tell(Message(f"stage {stage.index} goes on from its checkpoint at step {state.step}"))
         first_step = state.step if state else 0

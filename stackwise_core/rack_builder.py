@@ -14,7 +14,7 @@ from stackwise_core.adapters import adapter_names, adapter_parameters, add_adapt
 from stackwise_core.anatomy import AdapterName, Anatomy, Trains
 from stackwise_core.config import ModelConfig, Precision, StackOverride, StackWiseConfig
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.growth_rules import GROWTH, stage_blocks, stage_mode, stage_precision
+from stackwise_core.growth_rules import GROWTH, growth_faults, stage_blocks, stage_mode, stage_precision
 from stackwise_core.masking import hash_bits
 from stackwise_core.model import Rack, Stack, initialise
 from stackwise_core.precision import convert_storage, stored_bytes
@@ -212,7 +212,8 @@ class ProgressiveRackBuilder:
             raise ConfigError([Fault("n_blocks", str(n_blocks), "a stack has at least one block")])
         override = self._override(index, mode, n_blocks, precision)
         config = self.as_built(self.config, [*self._added, override])
-        config.validate()
+        if faults := list(growth_faults(config)):
+            raise ConfigError(faults)
         spec = resolve_stage(config, index)
         # Joint training from scratch copies nothing.
         grown = config.training.progressive.enabled

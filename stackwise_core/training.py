@@ -237,6 +237,12 @@ def capture(model: nn.Module, optimizer: torch.optim.Optimizer, records: list[di
     return TrainingState(len(records), tensors, list(records))
 
 
+def fits(model: nn.Module, state: TrainingState) -> bool:
+    """Say whether a state holds what trains in this model, under the names and shapes it has."""
+    saved = {key: tensor.shape for key, tensor in state.tensors.items() if key.startswith("model.")}
+    return saved == {f"model.{name}": parameter.shape for name, parameter in _trainable(model)}
+
+
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
     """Put a captured state back, bit for bit."""
     moments: dict[str, dict[str, Tensor]] = {}

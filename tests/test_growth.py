@@ -120,7 +120,8 @@ def test_exactly_what_trains_gets_a_gradient_and_it_is_the_dense_one(mode: str, 
             assert names - adapters, c
         elif strategy == "qlora" and (c == newest or config.training.progressive.trunk_trainable_top in (0, 1)):
             top = c == newest or config.training.progressive.trunk_trainable_top == 0 or position == len(order) - 2
-            assert (names == adapters) and bool(adapters) == top, c
+            assert names == adapters, c
+            assert bool(adapters) == top, c
         else:
             assert not names, c
     head = {name for name in expected_names if name.startswith("head")}
@@ -475,3 +476,35 @@ def test_an_edit_of_the_configuration_holds_from_the_next_stage_on(tmp_path: Pat
     config.training.progressive.trunk_strategy = "qlora"
     trainer.train_progressively(builder, tokens, target_stacks=4)
     assert not any(frozen[c][key].equal(value) for c in (0, 1) for key, value in trunk[c].items() if "lora_B" in key)
+
+
+def test_a_checkpoint_of_another_version_costs_its_steps_and_nothing_else(
+    tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stackwise_core import training
+
+    undisturbed = digests(reference())
+
+    def renamed(model: Any, optimizer: Any, records: Any) -> Any:
+        state = capture(model, optimizer, records)
+        tensors = {key.replace("stacks.0", "stack"): tensor for key, tensor in state.tensors.items()}
+        return training.TrainingState(state.step, tensors, state.records)
+
+    capture = training.capture
+    config, root = tiny(tmp_path), tmp_path / "a"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "capture", renamed)
+        patch.setattr(training, "reach", lambda task, step: 1 / 0 if step == 5 else None)
+        with pytest.raises(ZeroDivisionError):
+            grown(config, root)
+    recorder = grown(config, root)
+    assert any("starts anew: its checkpoint is of another version" in text for text in recorder.messages)
+    assert digests(root) == undisturbed
+
+
+def test_a_key_that_only_a_stack_added_by_hand_needs_is_no_fault(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {f"{G}new_stack_precision": "qlora", f"{G}qlora_rank": 4})
+    builder = ProgressiveRackBuilder(config)
+    builder.append_stack(precision="full")
+    builder.append_stack()
+    assert [entry["adapters"] for entry in builder.get_rack_info()["stacks"]] == [[], ["stack"]]
