@@ -200,10 +200,10 @@ def test_what_a_killed_attempt_wrote_is_not_asked_of_the_disk_again(
 
 
 def _plan(config: StackWiseConfig):
-    from stackwise_core.data import corpus_digest
+    from stackwise_core.data import corpus_facts
     from stackwise_core.identity import plan_run
 
-    return plan_run(config, corpus_digest(config.data.source))
+    return plan_run(config, *corpus_facts(config.data.source))
 
 
 def test_a_loss_over_no_position_is_no_result(tmp_path: Path) -> None:

@@ -420,10 +420,10 @@ def test_stages_before_a_failure_stay(tmp_path: Path, reference: Reference, monk
 
     real = training.train_step
 
-    def exploding(model: Any, batch: Any, optimizer: Any, spec: Any, step: int) -> Any:
+    def exploding(model: Any, batch: Any, optimizer: Any, spec: Any, step: int, scale: Any) -> Any:
         if model.embedding is None and step == 6:
             model.live_stacks()[-1].blocks[0].ffn.down_proj.weight.data[0, 0] = float("inf")
-        return real(model, batch, optimizer, spec, step)
+        return real(model, batch, optimizer, spec, step, scale)
 
     root = tmp_path / "a"
     monkeypatch.setattr(training, "train_step", exploding)
