@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from typing import Any
 
 from flows.numbers import size
 from flows.progress import DataReady, Message, TaskStarted, stop_requested, tell
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.costs import store_bytes
-from stackwise_core.data import pack, read_corpus
+from stackwise_core.data import Corpus, PackedSequences, pack, read_corpus
 from stackwise_core.errors import ConfigError, CorpusError, Fault
+from stackwise_core.examples import ExampleFormat, pack_examples
 from stackwise_core.identity import Ref, RunPlan, StagePlan
 from stackwise_core.resolve import resolve_order, tokenizer_of
 from storage.errors import StoreSpaceError
@@ -22,7 +25,7 @@ def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -
 
     Raises:
         CorpusError: it gives no sequences, or changed since its hash was taken.
-        ConfigError: it gives fewer sequences than one batch.
+        ConfigError: it gives fewer sequences than one batch, or holds tokens that the model does not have.
     """
     ref = plan.data_ref
     waiting = f"waiting for {ref.name}, which another process is making"
@@ -39,7 +42,38 @@ def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -
         received = str(config.training.batch_size)
         fault = Fault("training.batch_size", received, f"the corpus gives only {n_rows} training sequences")
         raise ConfigError([fault])
+    # An artifact that was packed for a larger model has the same id: what it holds is asked again.
+    if faults := list(_vocabulary_faults(config, facts)):
+        raise ConfigError(faults)
     return ref
+
+
+def _vocabulary_faults(config: StackWiseConfig, facts: dict[str, Any]) -> Iterator[Fault]:
+    largest = {"token": facts.get("largest_token", 0)}
+    if not config.training.custom_loss:
+        largest["target"] = facts.get("largest_target", 0)
+    for what, value in largest.items():
+        if value >= config.model.vocab_size:
+            needed = f"the examples hold the {what} {value}: at least {value + 1} is needed"
+            yield Fault("model.vocab_size", str(config.model.vocab_size), needed)
+
+
+def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequences, PackedSequences]:
+    """Return the train and validation sequences of a corpus: of its text, or of its examples with objective custom.
+
+    Raises:
+        CorpusError: the text is too short, or an example is not as it should be.
+    """
+    data, tokenizer = config.data, tokenizer_of(config)
+    if config.training.progressive.training_objective != "custom":
+        return pack(corpus, tokenizer, data.seq_len, data.max_sequences, data.validation_fraction)
+    form = ExampleFormat(
+        seq_len=data.seq_len,
+        vocab_size=config.model.vocab_size,
+        pad_token=tokenizer.pad_token,
+        targets_are_tokens=not config.training.custom_loss,
+    )
+    return pack_examples(corpus, form, data.max_sequences, data.validation_fraction)
 
 
 def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
@@ -47,7 +81,9 @@ def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> 
     corpus = read_corpus(data.source)
     if corpus.digest != plan.data.corpus:
         raise CorpusError(f"data.source: got {data.source!r}; its text changed while the run was starting; start again")
-    train, validation = pack(corpus, tokenizer_of(config), data.seq_len, data.max_sequences, data.validation_fraction)
+    if tokenizer_of(config).name != plan.data.tokenizer:
+        raise CorpusError(f"data.tokenizer: got {data.tokenizer!r}; it changed while the run was starting; start again")
+    train, validation = pack_corpus(config, corpus)
     save_sequences(artifacts.work(plan.data_ref), train, validation)
     facts = {
         "documents": len(corpus.documents),
@@ -55,6 +91,10 @@ def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> 
         "validation_sequences": len(validation),
         "seq_len": data.seq_len,
     }
+    for split in (train, validation):
+        if split.targets is not None and split.masks is not None:
+            facts["largest_token"] = max(facts.get("largest_token", 0), int(split.tokens.max()))
+            facts["largest_target"] = max(facts.get("largest_target", 0), int(split.targets[split.masks].max()))
     artifacts.seal(plan.data_ref, plan.data, (), facts, {})
 
 

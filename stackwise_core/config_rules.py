@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from stackwise_core.errors import Fault
+from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.growth_rules import effect_faults, growth_faults, stage_steps
 from stackwise_core.timesteps import time_faults
+from stackwise_core.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from stackwise_core.config import StackWiseConfig
-
-BYTE_VOCABULARY = 259
-"""256 bytes and [MASK], [PAD], [END]."""
 
 
 def cross_field_faults(config: StackWiseConfig) -> list[Fault]:
     """Return every broken rule of a configuration whose types and ranges are right."""
     return [
         *_model_faults(config),
+        *_tokenizer_faults(config),
         *_training_faults(config),
         *growth_faults(config),
         *time_faults(config),
@@ -42,10 +41,23 @@ def _model_faults(config: StackWiseConfig) -> Iterator[Fault]:
         yield Fault("model.n_heads", str(model.n_heads), f"gives heads of {width} channels; RoPE needs an even number")
     if model.n_kv_heads and model.n_heads % model.n_kv_heads:
         yield Fault("model.n_kv_heads", str(model.n_kv_heads), f"must divide model.n_heads = {model.n_heads}")
-    if config.data.tokenizer == "byte" and model.vocab_size < BYTE_VOCABULARY:
-        yield Fault("model.vocab_size", str(model.vocab_size), f"the byte tokenizer needs at least {BYTE_VOCABULARY}")
     if config.training.progressive.training_objective == "clm" and model.attention == "bidirectional":
         yield Fault("model.attention", "'bidirectional'", "with clm every position would see its own target; use auto")
+
+
+def _tokenizer_faults(config: StackWiseConfig) -> Iterator[Fault]:
+    name, vocab_size = config.data.tokenizer, config.model.vocab_size
+    try:
+        tokenizer = load_tokenizer(name)
+    except ConfigError as error:
+        yield from error.faults
+        return
+    if vocab_size < tokenizer.vocab_size:
+        which = "the byte tokenizer" if name == "byte" else f"data.tokenizer = {name!r}"
+        yield Fault("model.vocab_size", str(vocab_size), f"{which} needs at least {tokenizer.vocab_size}")
+    if tokenizer.mask_token is None and config.training.progressive.training_objective == "mlm":
+        allowed = "it has neither [MASK] nor <mask>, which mlm needs; add one to it, or use training_objective: clm"
+        yield Fault("data.tokenizer", repr(name), allowed)
 
 
 def _training_faults(config: StackWiseConfig) -> Iterator[Fault]:
@@ -96,8 +108,6 @@ def _not_built_faults(config: StackWiseConfig) -> Iterator[Fault]:
     if config.hardware.processes > 1:
         received = str(config.hardware.processes)
         yield Fault("hardware.processes", received, "this version does not build training with several processes yet")
-    if config.data.tokenizer != "byte":
-        yield Fault("data.tokenizer", repr(config.data.tokenizer), "this version builds only 'byte' so far")
 
 
 def _allowed(config: BaseModel, path: str, refused: tuple[Any, ...]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Corpora, the byte tokenizer, and packed sequences with stable ids. Needs no torch."""
+"""Corpora, and packed sequences with stable ids. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,28 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stackwise_core.errors import CorpusError
-from stackwise_core.masking import IntArray
+from stackwise_core.masking import BoolArray, IntArray
+from stackwise_core.tokenizer import TokenArray, Tokenizer, token_dtype
 
 FIRST_VALIDATION_ID = 1 << 40
 """Validation sequences are numbered from here, so that an id tells its split."""
-
-
-class ByteTokenizer:
-    """256 bytes and three specials. Any text is encodable, nothing is unknown."""
-
-    n_regular_tokens = 256
-    mask_token, pad_token, end_token = 256, 257, 258
-    vocab_size = 259
-
-    def encode(self, text: bytes) -> NDArray[np.uint16]:
-        """Return the bytes as token ids: [len(text)]."""
-        return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
-
-    def decode(self, tokens: IntArray) -> str:
-        """Return readable text; specials appear as [MASK], [PAD], [END]."""
-        names = {self.mask_token: b"[MASK]", self.pad_token: b"[PAD]", self.end_token: b"[END]"}
-        pieces = [bytes([token]) if token < 256 else names.get(token, b"[?]") for token in map(int, tokens)]
-        return b"".join(pieces).decode("utf-8", errors="replace")
 
 
 @dataclass(frozen=True)
@@ -63,10 +46,14 @@ class Corpus:
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """One split: tokens [N, T] (uint16) and stable ids [N] (int64)."""
+    """One split: tokens [N, T] (unsigned) and stable ids [N] (int64)."""
 
-    tokens: NDArray[np.uint16]
+    tokens: TokenArray
     sequence_ids: IntArray
+    targets: IntArray | None = None
+    """Of a custom objective: [N, T]."""
+    masks: BoolArray | None = None
+    """Of a custom objective, True at the loss positions: [N, T]."""
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -77,9 +64,11 @@ class PackedSequences:
         return self.tokens[rows].astype(np.int64), self.sequence_ids[rows]
 
     def fields(self, rows: IntArray) -> dict[str, NDArray[Any]]:
-        """Return what a batch of some rows holds: input_ids [B, T] and sequence_ids [B]."""
+        """Return what a batch of some rows holds: input_ids [B, T], sequence_ids [B], and targets and masks if any."""
         tokens, ids = self.take(rows)
-        return {"input_ids": tokens, "sequence_ids": ids}
+        own = {"targets": self.targets, "masks": self.masks}
+        given = {name: array[rows] for name, array in own.items() if array is not None}
+        return {"input_ids": tokens, "sequence_ids": ids, **given}
 
     def rows_of(self, sequence_ids: IntArray) -> IntArray:
         """Return the row numbers of sequence ids; ids are consecutive within a split."""
@@ -149,11 +138,12 @@ def _document(path: Path) -> Document:
 
 
 def pack(
-    corpus: Corpus, tokenizer: ByteTokenizer, seq_len: int, max_sequences: int, validation_fraction: float
+    corpus: Corpus, tokenizer: Tokenizer, seq_len: int, max_sequences: int, validation_fraction: float
 ) -> tuple[PackedSequences, PackedSequences]:
     """Split documents into train and validation, then cut each into sequences of `seq_len` tokens.
 
-    Documents are joined with [END]; what does not fill the last sequence is dropped.
+    Each document is followed by the tokenizer's end token, if it has one; what does not fill the last
+    sequence is dropped.
 
     Returns:
         The train and the validation sequences.
@@ -173,10 +163,9 @@ def pack(
                 f"data.source: got {corpus.source!r}; its {size:,} bytes fill no {name} sequence of data.seq_len = "
                 f"{seq_len} tokens; give more text, a smaller seq_len or another data.validation_fraction"
             )
-    ids = np.arange(max(len(train), len(validation)), dtype=np.int64)
     return (
-        PackedSequences(train, ids[: len(train)]),
-        PackedSequences(validation, FIRST_VALIDATION_ID + ids[: len(validation)]),
+        PackedSequences(train, np.arange(len(train), dtype=np.int64)),
+        PackedSequences(validation, FIRST_VALIDATION_ID + np.arange(len(validation), dtype=np.int64)),
     )
 
 
@@ -207,14 +196,16 @@ def _character_start(text: bytes, cut: int) -> int:
     return cut
 
 
-def _cut(texts: list[bytes], tokenizer: ByteTokenizer, seq_len: int) -> NDArray[np.uint16]:
-    tokens = np.concatenate([np.empty(0, np.uint16), *_with_ends(texts, tokenizer)])
+def _cut(texts: list[bytes], tokenizer: Tokenizer, seq_len: int) -> TokenArray:
+    nothing = np.empty(0, token_dtype(tokenizer.vocab_size))
+    tokens = np.concatenate([nothing, *_with_ends(texts, tokenizer)])
     n_sequences = len(tokens) // seq_len
     return tokens[: n_sequences * seq_len].reshape(n_sequences, seq_len)
 
 
-def _with_ends(texts: list[bytes], tokenizer: ByteTokenizer) -> Iterator[NDArray[np.uint16]]:
-    end = np.array([tokenizer.end_token], dtype=np.uint16)
+def _with_ends(texts: list[bytes], tokenizer: Tokenizer) -> Iterator[TokenArray]:
+    ends = [] if tokenizer.end_token is None else [tokenizer.end_token]
+    end = np.array(ends, dtype=token_dtype(tokenizer.vocab_size))
     for text in texts:
         yield tokenizer.encode(text)
         yield end

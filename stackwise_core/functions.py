@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
+import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Generator
 from typing import Any
 
 from stackwise_core.errors import ConfigError, Fault
 
 
-def load_function(name: str | Callable[..., Any], key: str) -> Callable[..., Any]:
+def load_function(function: str | Callable[..., Any], key: str) -> Callable[..., Any]:
     """Return the function that a key names; one that is given as an object is returned as it is.
 
-    Modules are looked up as Python does, and in the working folder.
+    Modules are looked up as Python does, and then in the working folder.
+
+    Args:
+        function: 'module:name', or the function itself.
+        key: the configuration key that holds it, for the message.
 
     Raises:
-        ConfigError: it cannot be imported, or is no function.
+        ConfigError: the module cannot be imported, or has no such function.
     """
-    if callable(name):
-        return name
-    module_name, _, attribute = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
+    if not isinstance(function, str):
+        return function
+    module_name, _, name = function.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        allowed = f"it cannot be imported from {Path.cwd()} ({type(error).__name__}: {error})"
-        raise ConfigError([Fault(key, repr(name), allowed)]) from None
-    if not callable(function):
-        raise ConfigError([Fault(key, repr(name), "it is no function")])
-    return function
+        with _working_folder_importable():
+            module = importlib.import_module(module_name)
+    except Exception as error:  # importing runs a user's code, which may raise anything
+        allowed = f"cannot be imported ({type(error).__name__}: {error}); run where the module can be found"
+        raise ConfigError([Fault(key, repr(function), allowed)]) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        problem = "no function" if hasattr(module, name) else "nothing"
+        raise ConfigError([Fault(key, repr(function), f"module {module_name} has {problem} called {name!r}")])
+    return found
+
+
+@contextlib.contextmanager
+def _working_folder_importable() -> Generator[None]:
+    """Search the working folder last, so that no file there shadows a library."""
+    before = list(sys.path)
+    sys.path.append(os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def source_digest(function: Callable[..., Any], key: str) -> str:

@@ -32,6 +32,7 @@ from stackwise_core.resolve import (
     resolve_stages,
     resolve_stream_dtype,
     resolve_views,
+    tokenizer_of,
 )
 
 Kind = Literal["data", "build", "trunk", "stack", "activations", "validation"]
@@ -86,9 +87,12 @@ class DataRecipe(Recipe, frozen=True):
     kind = "data"
     corpus: str
     tokenizer: str
+    """'byte', or 'sha256:' and the hash of a tokenizer.json: never its path."""
     seq_len: int
     max_sequences: int
     validation_fraction: float
+    examples: bool = False
+    """Whether the corpus holds examples with targets, one a line, and not text."""
 
 
 class BuildRecipe(Recipe, frozen=True):
@@ -236,10 +240,11 @@ def plan_run(config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0)
     """
     data = DataRecipe(
         corpus=corpus_digest,
-        tokenizer=config.data.tokenizer,
+        tokenizer=tokenizer_of(config).name,
         seq_len=config.data.seq_len,
         max_sequences=config.data.max_sequences,
         validation_fraction=config.data.validation_fraction,
+        examples=config.training.progressive.training_objective == "custom",
     )
     specs, stages = resolve_stages(config), list[StagePlan]()
     for spec, reader in zip(specs, [*specs[1:], None], strict=True):

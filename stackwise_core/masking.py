@@ -141,9 +141,11 @@ class MaskSpec(BaseModel, frozen=True):
     corruption: Literal["bert", "mask"]
     mask_token: int
     n_regular_tokens: int
-    """Random replacements are drawn from [0, n_regular_tokens): never a special token."""
+    """Random replacements are drawn from so many ids, counted from 0: never a special token."""
     time: TimeInput | None = None
     """Time-as-input: each sequence has the ratio of its step, and `ratio` is not used."""
+    special_tokens: tuple[int, ...] = ()
+    """Ids that the count of regular ones skips, ascending; a tokenizer may have them anywhere."""
 
     @property
     def mean_ratio(self) -> float:
@@ -207,9 +209,15 @@ class MaskSpec(BaseModel, frozen=True):
             return np.where(masks, self.mask_token, tokens)
         keys = _keys(sequence_ids, view, tokens.shape[1])
         kind = hash_uniform(self.seed, _SALT_KIND, *keys)
-        drawn = hash_uniform(self.seed, _SALT_TOKEN, *keys) * self.n_regular_tokens
-        replacement = np.where(kind < 0.8, self.mask_token, np.where(kind < 0.9, drawn.astype(np.int64), tokens))
+        drawn = (hash_uniform(self.seed, _SALT_TOKEN, *keys) * self.n_regular_tokens).astype(np.int64)
+        replacement = np.where(kind < 0.8, self.mask_token, np.where(kind < 0.9, self._regular_tokens(drawn), tokens))
         return np.where(masks, replacement, tokens)
+
+    def _regular_tokens(self, numbers: IntArray) -> IntArray:
+        """Return the n-th regular id of each n: [...] to [...]. They are in order, with the specials left out."""
+        specials = np.asarray(self.special_tokens, dtype=np.int64)
+        n_regular_before = specials - np.arange(len(specials))
+        return numbers + np.searchsorted(n_regular_before, numbers, side="right")
 
 
 def _keys(sequence_ids: IntArray, view: int, seq_len: int) -> tuple[IntArray, int, IntArray]:

@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from stackwise_core.anatomy import AdapterName, Anatomy, joint_anatomy, stage_anatomy
 from stackwise_core.config import Precision, StackWiseConfig, StreamDtype
-from stackwise_core.data import ByteTokenizer
 from stackwise_core.functions import load_function, source_digest
 from stackwise_core.growth_rules import (
     adapter_alpha,
@@ -27,6 +26,7 @@ from stackwise_core.growth_rules import (
 from stackwise_core.masking import MaskSpec
 from stackwise_core.order import RowOrder
 from stackwise_core.timesteps import mask_ratio_of, n_time_steps, resolve_time_input, stack_time_step
+from stackwise_core.tokenizer import Tokenizer, load_tokenizer
 
 GrowthOperator = Literal["copy", "copy_zero", "random", "zero"]
 
@@ -144,9 +144,13 @@ class StageSpec(Value, frozen=True):
         return "joint" if self.mode == "joint" else f"{self.mode}, {self.strategy}, {self.new.precision}"
 
 
-def tokenizer_of(config: StackWiseConfig) -> ByteTokenizer:
-    """Return the tokenizer the configuration names; `validate()` admits only 'byte' so far."""
-    return ByteTokenizer()
+def tokenizer_of(config: StackWiseConfig) -> Tokenizer:
+    """Return the tokenizer the configuration names.
+
+    Raises:
+        ConfigError: its file is gone, or is not what it was when `validate()` read it.
+    """
+    return load_tokenizer(config.data.tokenizer)
 
 
 def resolve_shape(config: StackWiseConfig) -> ModelShape:
@@ -179,12 +183,14 @@ def resolve_mask(config: StackWiseConfig, stage: int) -> MaskSpec | None:
     if config.training.progressive.training_objective != "mlm":
         return None
     tokenizer = tokenizer_of(config)
+    assert tokenizer.mask_token is not None  # validate() refuses a tokenizer without one
     return MaskSpec(
         seed=config.run.seed,
         ratio=_stage_ratio(config, stage),
         corruption=config.training.corruption,
         mask_token=tokenizer.mask_token,
         n_regular_tokens=tokenizer.n_regular_tokens,
+        special_tokens=tokenizer.special_tokens,
         time=resolve_time_input(config),
     )
 

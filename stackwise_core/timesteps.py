@@ -6,19 +6,16 @@ configuration's own rules import it.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import itertools
 import math
 import operator
-import os
-import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.functions import load_function
 from stackwise_core.masking import TimeInput
 
 if TYPE_CHECKING:
@@ -116,7 +113,7 @@ def _mapped_step(config: StackWiseConfig, c: int) -> int:
             allowed = f"has no step for stack {c}; give one for every stack in creation order"
             raise ConfigError([Fault(key, f"{len(steps)} steps", allowed)])
         return steps[c]
-    function = import_callable(key, mapping) if isinstance(mapping, str) else mapping
+    function = load_function(mapping, key)
     try:
         step = function(c, growth.max_stacks, n_time_steps(config))
     except Exception as error:  # whatever a user's function raises is a fault of the configuration
@@ -127,41 +124,6 @@ def _mapped_step(config: StackWiseConfig, c: int) -> int:
     except TypeError:
         allowed = f"returns {step!r} for stack {c}; an int is needed"
         raise ConfigError([Fault(key, _shown(mapping), allowed)]) from None
-
-
-def import_callable(key: str, name: str) -> Callable[..., Any]:
-    """Return what 'module:name' names; modules in the working directory are found too.
-
-    Args:
-        key: the configuration key that holds the name, for the message.
-        name: 'module:name'.
-
-    Raises:
-        ConfigError: the module cannot be imported, or has no such function.
-    """
-    module_name, _, function_name = name.partition(":")
-    try:
-        with _working_directory_importable():
-            module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs a user's code, which may raise anything
-        allowed = f"cannot be imported ({type(error).__name__}: {error}); run where the module can be found"
-        raise ConfigError([Fault(key, repr(name), allowed)]) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        problem = "no function" if hasattr(module, function_name) else "nothing"
-        raise ConfigError([Fault(key, repr(name), f"module {module_name} has {problem} called {function_name!r}")])
-    return function
-
-
-@contextlib.contextmanager
-def _working_directory_importable() -> Generator[None]:
-    """Search the working directory last, so that no file there shadows a library."""
-    before = list(sys.path)
-    sys.path.append(os.getcwd())
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 def _shown(mapping: Any) -> str:

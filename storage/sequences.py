@@ -1,8 +1,9 @@
-"""Packed sequences on disk: four arrays that are mapped into memory, not read."""
+"""Packed sequences on disk: arrays that are mapped into memory, not read."""
 
 from __future__ import annotations
 
 import io
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from storage.layout import Artifacts
 
 
 def save_sequences(work: Path, train: PackedSequences, validation: PackedSequences) -> None:
-    """Write both splits into a work folder."""
+    """Write both splits into a work folder: a file for each array that is there, such as `train_tokens.npy`."""
     for split, sequences in (("train", train), ("validation", validation)):
-        _save(work / f"{split}_tokens.npy", sequences.tokens)
-        _save(work / f"{split}_sequence_ids.npy", sequences.sequence_ids)
+        for field in fields(sequences):
+            array = getattr(sequences, field.name)
+            if array is not None:
+                _save(work / f"{split}_{field.name}.npy", array)
 
 
 def load_sequences(artifacts: Artifacts, ref: Ref) -> tuple[PackedSequences, PackedSequences]:
@@ -29,11 +32,12 @@ def load_sequences(artifacts: Artifacts, ref: Ref) -> tuple[PackedSequences, Pac
         ArtifactError: it is missing, unsealed or corrupt.
     """
     folder = artifacts.checked(ref)
-    train, validation = (
-        PackedSequences(_load(folder / f"{split}_tokens.npy"), _load(folder / f"{split}_sequence_ids.npy"))
-        for split in ("train", "validation")
-    )
-    return train, validation
+    return _load_split(folder, "train"), _load_split(folder, "validation")
+
+
+def _load_split(folder: Path, split: str) -> PackedSequences:
+    paths = {field.name: folder / f"{split}_{field.name}.npy" for field in fields(PackedSequences)}
+    return PackedSequences(**{name: _load(path) for name, path in paths.items() if path.exists()})
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from stackwise_core.data import (
     FIRST_VALIDATION_ID,
-    ByteTokenizer,
     Corpus,
     Document,
     PackedSequences,
-    corpus_digest,
+    corpus_facts,
     pack,
     read_corpus,
 )
 from stackwise_core.errors import CorpusError
+from stackwise_core.tokenizer import ByteTokenizer
 
 END = 258
 TOKENIZER = ByteTokenizer()
@@ -47,27 +47,6 @@ def documents_in(sequences: PackedSequences) -> list[bytes]:
 
 def flat(texts: list[bytes]) -> list[int]:
     return [token for text in texts for token in [*text, END]]
-
-
-# ---------------------------------------------------------------- the byte tokenizer
-
-
-@settings(deadline=None)
-@given(st.text())
-def test_byte_tokenizer_round_trips(text: str) -> None:
-    tokens = TOKENIZER.encode(text.encode())
-    assert tokens.dtype == np.uint16
-    assert tokens.tolist() == list(text.encode())
-    assert TOKENIZER.decode(tokens.astype(np.int64)) == text
-
-
-def test_specials_are_readable_and_no_bytes() -> None:
-    assert (
-        TOKENIZER.decode(np.array([72, 105, 256, 257, 258, 300, 255]))
-        == "Hi[MASK][PAD][END][?]\N{REPLACEMENT CHARACTER}"
-    )
-    assert {TOKENIZER.mask_token, TOKENIZER.pad_token, TOKENIZER.end_token} == {256, 257, 258}
-    assert (TOKENIZER.n_regular_tokens, TOKENIZER.vocab_size) == (256, 259)
 
 
 # ---------------------------------------------------------------- packing
@@ -177,20 +156,20 @@ def test_digest_depends_on_texts_not_on_names(files: dict[str, bytes]) -> None:
             (first / name).write_bytes(text)
             (second / f"{99 - n}.txt").write_bytes(text)
         corpora = [read_corpus(f"{first}/*"), read_corpus(f"{folder}/second/**/*.txt")]
-        assert corpora[0].digest == corpora[1].digest == corpus_digest(f"{first}/*")
+        assert corpora[0].digest == corpora[1].digest == corpus_facts(f"{first}/*")[0]
         texts = [[document.text for document in corpus.documents] for corpus in corpora]
         assert texts[0] == texts[1]
         assert sorted(texts[0]) == sorted(files.values())
         (first / "one.more").write_bytes(b"more")
-        assert corpus_digest(f"{first}/*") != corpora[0].digest
+        assert corpus_facts(f"{first}/*")[0] != corpora[0].digest
 
 
 def test_digest_changes_with_a_byte(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"abc")
-    before = corpus_digest(str(file))
+    before = corpus_facts(str(file))[0]
     file.write_bytes(b"xbc")
-    assert corpus_digest(str(file)) != before
+    assert corpus_facts(str(file))[0] != before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 from pathlib import Path
@@ -50,6 +51,31 @@ def test_round_trip_by_mapping(artifacts: Artifacts) -> None:
         assert tokens.dtype == np.int64
         assert (tokens == saved.tokens[::-1]).all()
         assert (ids == saved.sequence_ids[::-1]).all()
+
+
+def test_targets_and_masks_round_trip_where_there_are_any(artifacts: Artifacts, tmp_path: Path) -> None:
+    draw = np.random.default_rng(3)
+    saved = [
+        dataclasses.replace(
+            split, targets=draw.integers(-100, 2**40, (len(split), 8)), masks=draw.random((len(split), 8)) < 0.5
+        )
+        for split in (TRAIN, VALIDATION)
+    ]
+    other = Artifacts(tmp_path / "other").open()
+    save_sequences(other.work(REF), *saved)
+    other.seal(REF, PLAN.data, (), {}, {})
+    names = {f"{split}_{what}.npy" for split in ("train", "validation") for what in ("targets", "masks")}
+    assert {path.name for path in other.folder(REF).iterdir()} == FILES | names | {"manifest.json"}
+    for found, split in zip(load_sequences(other, REF), saved, strict=True):
+        for array, original in ((found.targets, split.targets), (found.masks, split.masks)):
+            assert isinstance(array, np.memmap)
+            assert original is not None
+            assert (array.dtype, array.tobytes()) == (original.dtype, original.tobytes())
+        assert (found.tokens == split.tokens).all()
+    assert [split.targets for split in load_sequences(artifacts, REF)] == [None, None]
+    (other.folder(REF) / "train_masks.npy").unlink()
+    with pytest.raises(ArtifactCorruptError):
+        load_sequences(Artifacts(other.root), REF)
 
 
 def test_equal_sequences_have_equal_bytes(artifacts: Artifacts, tmp_path: Path) -> None:

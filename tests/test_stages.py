@@ -21,13 +21,14 @@ from flows.progress import listening
 from flows.run import add_stage, grow
 from flows.steps import CacheMismatchError
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
-from stackwise_core.data import ByteTokenizer, pack, read_corpus
+from stackwise_core.data import pack, read_corpus
 from stackwise_core.dataloader import PackedBatches
 from stackwise_core.errors import ConfigError, NonFiniteLossError
 from stackwise_core.masking import VALIDATION_VIEW
 from stackwise_core.model import Rack, Stack
 from stackwise_core.objectives import batch_fields, loss_positions
 from stackwise_core.resolve import resolve_mask, resolve_order, resolve_shape
+from stackwise_core.tokenizer import ByteTokenizer
 from storage.activations import fill
 from storage.errors import ArtifactCorruptError, StoreSpaceError
 
