@@ -129,6 +129,9 @@ class ProgressiveDataLoader:
     [B, T], the loss positions. The other objectives make both themselves: a batch that brings `targets`
     or `masks` to them is refused, while `labels`, which many loaders add, are left alone.
 
+    A `ProgressiveDataLoader` as base, which is what a trainer may be given, stands for the loader it wraps:
+    the stage that reads it has an index, a trunk and a time step of its own.
+
     Yields a dict with input_ids, targets, masks, time_step, stack_idx, trunk_activations,
     training_objective, sequence_ids and, for clm, clm_mask and combined_masks. `time_step` is a tensor
     [B] where time is an input, the stack's step where it is the depth, else None; for the diffusion
@@ -171,10 +174,11 @@ class ProgressiveDataLoader:
         if objective is not None and (objective == "mlm") != is_masked:
             allowed = "a masking_strategy goes with mlm, and only with mlm"
             raise ConfigError([Fault("objective", repr(objective), allowed)])
-        self.base_dataloader = base_dataloader
         self.objective: Objective = objective or ("mlm" if is_masked else "clm")
         self.stack_idx = stack_idx
+        self.masking_strategy = masking_strategy
         self.mask_spec, self.time_step = _corruption(masking_strategy, stack_idx, time_step)
+        self.base_dataloader = _unwrapped(base_dataloader, self.mask_spec, stack_idx)
         self.trunk_activations = trunk_activations
         self.cache_activations = cache_activations
         self.views = views
@@ -265,7 +269,8 @@ class JointDataLoader:
             views: mask draws per sequence.
             first_step: of the first batch; passes go on counting.
         """
-        self.base_dataloader, self.mask_specs, self.time_steps = base_dataloader, mask_specs, time_steps
+        self.base_dataloader, *_ = [_unwrapped(base_dataloader, spec, stack) for stack, spec in enumerate(mask_specs)]
+        self.mask_specs, self.time_steps = mask_specs, time_steps
         self.seed, self.views, self.step, self.passes = seed, views, first_step, 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -305,6 +310,24 @@ def _corruption(
         allowed = f"the masking strategy gives stack {stack_idx} the step {own_step}; leave it out"
         raise ConfigError([Fault("time_step", str(time_step), allowed)])
     return spec, time_step if own_step is None else own_step
+
+
+def _unwrapped(base_dataloader: Iterable[Any], mask_spec: MaskSpec | None, stack_idx: int) -> Iterable[Any]:
+    """Return the loader below a `ProgressiveDataLoader` that a stage was given, if it asks for nothing else.
+
+    Raises:
+        ConfigError: it corrupts otherwise than the stage does, or brings the activations of one trunk.
+    """
+    while isinstance(base_dataloader, ProgressiveDataLoader):
+        own, _ = _corruption(base_dataloader.masking_strategy, stack_idx, None)
+        if own is not None and own != mask_spec:
+            allowed = f"stack {stack_idx} is to train on {mask_spec or 'inputs as they are'}; make the two equal"
+            raise ConfigError([Fault("masking_strategy", repr(own), allowed)])
+        if base_dataloader.trunk_activations is not None:
+            allowed = "every stage has a trunk of its own: leave them out, or give the trainer a cache"
+            raise ConfigError([Fault("trunk_activations", "those of one stage", allowed)])
+        base_dataloader = base_dataloader.base_dataloader
+    return base_dataloader
 
 
 # ---------------------------------------------------------------- reading a batch

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+from stackwise_core.config import Section, StackWiseConfig
+from stackwise_core.config_yaml import apply_overrides
+from stackwise_core.errors import ConfigError
+from stackwise_core.identity import RunPlan, plan_run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -35,3 +42,80 @@ def test_the_commands_of_the_readme_parse() -> None:
     assert len(lines) >= 6
     for line in lines:
         assert _parser().parse_args(line.split()).command
+
+
+# ---------------------------------------------------------------- the tables of modes.md
+
+
+def _paths(section: type[Section], prefix: str = "") -> dict[str, str]:
+    """Return the dotted path of every key, by its last name."""
+    paths: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            paths |= _paths(field.annotation, f"{prefix}{name}.")
+        else:
+            paths[name] = prefix + name
+    return paths
+
+
+def _rows(heading: str) -> list[tuple[str, str]]:
+    """Return the first two columns of the table below a heading of modes.md."""
+    page = (ROOT / "docs" / "modes.md").read_text()
+    section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    assert len(rows) > 8
+    return [(settings.strip(), says.strip()) for settings, says in rows]
+
+
+def _configured(settings: str) -> StackWiseConfig:
+    """Return the default configuration with "`key: value`, `key: value`" applied."""
+    paths, values = _paths(StackWiseConfig), dict[str, Any]()
+    pairs = [yaml.safe_load(pair) for pair in re.findall(r"`([^`]+)`", settings)]
+    apply_overrides(values, {paths[key]: value for pair in pairs for key, value in pair.items()})
+    return StackWiseConfig.from_dict(values)
+
+
+def _plan(changes: dict[str, Any]) -> RunPlan:
+    values: dict[str, Any] = {}
+    apply_overrides(values, changes)
+    return plan_run(StackWiseConfig.from_dict(values), "0" * 64)
+
+
+@pytest.mark.parametrize(("settings", "stored"), _rows("What may be cached"))
+def test_what_may_be_cached(settings: str, stored: str) -> None:
+    plan = plan_run(_configured(settings), "0" * 64)
+    boundaries = [stage.activations.boundary for stage in plan.stages if stage.activations is not None]
+    assert (", ".join(map(str, boundaries)) or "none") == stored
+
+
+@pytest.mark.parametrize(("settings", "because"), _rows("What is refused"))
+def test_what_is_refused(settings: str, because: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        _configured(settings)
+    named = [fault.path.rpartition(".")[2] for fault in refused.value.faults]
+    assert all(f"`{name}" in settings + because for name in named), named
+
+
+GROWTH = "training.progressive."
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_kept"),
+    [
+        ({f"{GROWTH}target_stacks": 4}, 3),
+        ({"run.name": "other"}, 3),
+        ({"training.checkpoint_every": 7, "training.activation_checkpointing": True}, 3),
+        ({"hardware.threads": 1, "hardware.device": "cpu", "hardware.compile": True}, 3),
+        ({f"{GROWTH}cache_activations": False}, 3),
+        ({"model.n_kv_heads": 4}, 3),  # what 0 stands for
+        ({"training.joint_steps": 10}, 3),
+        ({f"{GROWTH}stacks": [{}, {}, {"n_blocks": 1}]}, 2),
+        ({f"{GROWTH}progressive_qlora": True, f"{GROWTH}trunk_strategy": "frozen"}, 3),
+        ({"training.learning_rate": 1e-3}, 0),
+        ({"run.seed": 1}, 0),
+    ],
+)
+def test_what_an_id_names(changes: dict[str, Any], n_kept: int) -> None:
+    before = [stage.ref("stack") for stage in _plan({}).stages]
+    after = [stage.ref("stack") for stage in _plan(changes).stages]
+    assert [a == b for a, b in zip(before, after, strict=False)] == [c < n_kept for c in range(3)]
