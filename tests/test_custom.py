@@ -96,7 +96,7 @@ def test_a_loss_that_is_cross_entropy_gives_its_losses(
         grown(config, root)
         found[name] = losses_of(root)
     assert found["cross_entropy"] == pytest.approx(losses_of(reference), abs=1e-6)
-    assert found["smoothed"][0] > found["cross_entropy"][0] + 0.01
+    assert found["smoothed"][-1] > found["cross_entropy"][-1] + 0.01  # a prediction that is sure costs more
 
 
 def losses_of(root: Path) -> list[float]:
@@ -159,5 +159,5 @@ def test_the_digest_is_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
         source_digest(load_function(f"{name}_source:f", "key"), "key") for name in ("first", "second", "third")
     )
     assert first == second != third
-    with pytest.raises(ConfigError, match="its source cannot be read .* write it in a Python file"):
+    with pytest.raises(ConfigError, match=r"its source cannot be read .* write it in a Python file"):
         source_digest(len, "key")

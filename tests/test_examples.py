@@ -178,7 +178,7 @@ def test_what_was_packed_for_a_larger_model_is_not_fed_to_a_smaller(tmp_path: Pa
     with pytest.raises(CorpusError, match=r"rows\.jsonl:1: input_ids hold the token 300, outside 0 to 263"):
         prepare()
     prepare(**{"model.vocab_size": 312})
-    with pytest.raises(ConfigError, match="got 311; .* hold the target 311: at least 312 is needed") as caught:
+    with pytest.raises(ConfigError, match=r"got 311; .* hold the target 311: at least 312 is needed") as caught:
         prepare(**{"model.vocab_size": 311})
     assert [fault.path for fault in caught.value.faults] == ["model.vocab_size"]
     prepare(**{"model.vocab_size": 311, "training.custom_loss": "json:dumps"})

@@ -44,7 +44,7 @@ def byte_level(folder: Path) -> Path:
         single="[MASK] $A", special_tokens=[("[MASK]", library.token_to_id("[MASK]"))]
     )
     library.enable_truncation(5)
-    library.enable_padding(length=12)
+    library.enable_padding(length=400)
     library.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
