@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows.numbers import parameters, size
+from flows.prepare import pack_corpus
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
-from stackwise_core.data import pack, read_corpus
+from stackwise_core.data import read_corpus
 from stackwise_core.identity import Kind, RunPlan, StagePlan, plan_run
-from stackwise_core.resolve import resolve_order, tokenizer_of
+from stackwise_core.resolve import resolve_order
 from storage.demand import TASK_KINDS, Demand, compute_demand
 from storage.layout import Artifacts, State
 
@@ -45,9 +46,7 @@ def _count_sequences(config: StackWiseConfig, artifacts: Artifacts, plan: RunPla
     if artifacts.state(plan.data_ref) is State.SEALED:
         facts = artifacts.manifest(plan.data_ref).facts
         return facts["train_sequences"], facts["validation_sequences"]
-    data = config.data
-    corpus = read_corpus(data.source)
-    train, validation = pack(corpus, tokenizer_of(config), data.seq_len, data.max_sequences, data.validation_fraction)
+    train, validation = pack_corpus(config, read_corpus(config.data.source))
     return len(train), len(validation)
 
 

@@ -311,8 +311,8 @@ def _judge(stage: Stage) -> Facts:
     )
     own, *grid = losses
     if not own["loss_positions"]:
-        allowed = f"it masks none of the {len(rows)} validation sequences' positions: there is no loss to measure"
-        raise ConfigError([Fault("training.mask_ratio", str(stage.config.training.mask_ratio), allowed)])
+        received = f"{len(rows)} validation sequences"
+        raise ConfigError([Fault("validation.max_sequences", received, "none has a loss position; give more, or mask more")])
     ratios = stage.plan.validation.grid
     by_ratio = {str(ratio): loss["validation_loss_exact"] for ratio, loss in zip(ratios, grid, strict=True)}
     return {"validation_sequences": len(rows), **own, **({"by_mask_ratio": by_ratio} if ratios else {})}

@@ -274,7 +274,7 @@ def _plan_stage(
     build = _plan_build(config, shape, spec, states)
     trained = [stack for stack in spec.trunk if anatomy.trains_of(stack) != "nothing"]
     trunk = TrunkRecipe(
-        strategy=spec.strategy,
+        strategy=spec.strategy if trained else "frozen",  # where nothing trains, strategies share their stages
         stacks=tuple(states.values()),
         trains=tuple(anatomy.trains_of(stack) for stack in spec.trunk) if trained else (),
         progressive=spec.stacks[trained[0]].adapters.get("progressive") if trained else None,

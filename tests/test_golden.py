@@ -12,12 +12,13 @@ from conftest import stage_model
 from torch import nn
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data import ByteTokenizer, Corpus, Document, PackedSequences, pack
+from stackwise_core.data import Corpus, Document, PackedSequences, pack
 from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader, validation_batch
 from stackwise_core.evaluate import judge_rack
 from stackwise_core.identity import NUMERICS, Kind
 from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_mask, resolve_order, resolve_stage
+from stackwise_core.tokenizer import ByteTokenizer
 from stackwise_core.training import train_stack
 from stackwise_core.trunk import LiveTrunk, RowsFromTokens
 
