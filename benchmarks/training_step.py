@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.harness import Measure, interleaved, ratios
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.costs import stage_flops
+from stackwise_core.growth_operators import grow_stack, new_rack
 from stackwise_core.model import Rack
 from stackwise_core.objectives import Batch, clm_fields, summed_loss
-from stackwise_core.rack_builder import grow_stack, new_rack
-from stackwise_core.resolve import ModelShape, OptimSpec, StageSpec, resolve_shape, resolve_stage
+from stackwise_core.resolve import ModelShape, resolve_shape
 from stackwise_core.stage_model import StageModel
+from stackwise_core.stages import OptimSpec, StageSpec, resolve_stage
 from stackwise_core.training import make_optimizer, train_step
 
 SEQ_LEN = 256

@@ -13,7 +13,8 @@ import numpy as np
 from flows.stage import Stage
 from stackwise_core.anatomy import Anatomy
 from stackwise_core.evaluate import differing_rows
-from stackwise_core.identity import Ref, StagePlan
+from stackwise_core.identity import Ref
+from stackwise_core.plan import StagePlan
 from stackwise_core.resolve import resolve_order
 from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowsFromBoundary, RowsFromTokens, RowSource
 from storage.activations.fill import StoreRows

@@ -13,7 +13,8 @@ from flows.prepare import pack_corpus
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
 from stackwise_core.data import read_corpus
-from stackwise_core.identity import Kind, RunPlan, StagePlan, plan_run
+from stackwise_core.identity import Kind
+from stackwise_core.plan import RunPlan, StagePlan, plan_run
 from stackwise_core.resolve import resolve_order
 from storage.demand import TASK_KINDS, Demand, compute_demand
 from storage.layout import Artifacts, State

@@ -13,7 +13,8 @@ from stackwise_core.costs import store_bytes
 from stackwise_core.data import Corpus, PackedSequences, pack, read_corpus
 from stackwise_core.errors import ConfigError, CorpusError, Fault
 from stackwise_core.examples import ExampleFormat, pack_examples
-from stackwise_core.identity import Ref, RunPlan, StagePlan
+from stackwise_core.identity import Ref
+from stackwise_core.plan import RunPlan, StagePlan
 from stackwise_core.resolve import resolve_order, tokenizer_of
 from storage.errors import StoreSpaceError
 from storage.layout import Artifacts, State

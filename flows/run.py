@@ -12,7 +12,7 @@ from flows.summary import StageSummary, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import corpus_facts
 from stackwise_core.hardware import use_hardware
-from stackwise_core.identity import RunPlan, plan_run
+from stackwise_core.plan import RunPlan, plan_run
 from storage.demand import Demand, compute_demand, forced_refs
 from storage.layout import Artifacts
 from storage.runs import begin_attempt, retire_superseded

@@ -18,7 +18,8 @@ from stackwise_core.data import PackedSequences
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.failpoints import reach
 from stackwise_core.hardware import n_threads, use_hardware
-from stackwise_core.identity import Kind, Ref, RunPlan, StagePlan, plan_run
+from stackwise_core.identity import Kind, Ref
+from stackwise_core.plan import RunPlan, StagePlan, plan_run
 from storage.demand import TASK_KINDS, compute_demand
 from storage.layout import Artifacts, State
 from storage.manifest import fingerprint

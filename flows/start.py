@@ -17,7 +17,7 @@ from flows.summary import StageSummary, summarise
 from flows.terminal import showing, stage_tables
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import corpus_facts
-from stackwise_core.identity import plan_run
+from stackwise_core.plan import plan_run
 from storage.demand import compute_demand, forced_refs
 from storage.layout import Artifacts
 from storage.runs import register_complete

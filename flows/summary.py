@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from stackwise_core.identity import Kind, RunPlan, StagePlan
+from stackwise_core.identity import Kind
+from stackwise_core.plan import RunPlan, StagePlan
 from storage.layout import Artifacts, State
 from storage.manifest import Manifest, read_manifest
 

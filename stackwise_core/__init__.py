@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stackwise_core.config import StackWiseConfig as StackWiseConfig
     from stackwise_core.dataloader import ProgressiveDataLoader as ProgressiveDataLoader
-    from stackwise_core.dataloader import TimeStepMasking as TimeStepMasking
     from stackwise_core.masking import MaskSpec as MaskSpec
     from stackwise_core.rack_builder import ProgressiveRackBuilder as ProgressiveRackBuilder
     from stackwise_core.rack_builder import create_stack_from_config as create_stack_from_config
+    from stackwise_core.time_step_masking import TimeStepMasking as TimeStepMasking
     from stackwise_core.trainer import ProgressiveTrainer as ProgressiveTrainer
 
 _HOMES = {
@@ -24,7 +24,7 @@ _HOMES = {
     "ProgressiveRackBuilder": "rack_builder",
     "create_stack_from_config": "rack_builder",
     "ProgressiveTrainer": "trainer",
-    "TimeStepMasking": "dataloader",
+    "TimeStepMasking": "time_step_masking",
 }
 
 __all__ = [

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model import Stack
-from stackwise_core.precision import base_linears, dense_weight, silent_import
+from stackwise_core.precision import base_linears, dense_weight
+from stackwise_core.storage_types import silent_import
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

@@ -7,7 +7,8 @@ from pydantic import BaseModel
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.costs import stack_flops, store_bytes
 from stackwise_core.growth_rules import stage_blocks
-from stackwise_core.resolve import StageSpec, resolve_mask, resolve_shape, resolve_views
+from stackwise_core.resolve import resolve_mask, resolve_shape, resolve_views
+from stackwise_core.stages import StageSpec
 
 
 class CacheDecision(BaseModel, frozen=True):

@@ -6,7 +6,8 @@ sizes this is for.
 
 from __future__ import annotations
 
-from stackwise_core.resolve import ModelShape, StackSpec, StageSpec
+from stackwise_core.resolve import ModelShape
+from stackwise_core.stages import StackSpec, StageSpec
 
 STREAM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 """Bytes of one value of the stream."""

@@ -6,99 +6,23 @@ Letters: B sequences, T positions, D channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import PackedSequences
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.masking import SALT_DEPTH, VALIDATION_VIEW, BoolArray, IntArray, MaskSpec, content_ids, hash_bits
+from stackwise_core.masking import SALT_DEPTH, VALIDATION_VIEW, IntArray, MaskSpec, hash_bits
 from stackwise_core.objectives import Batch, batch_fields, custom_fields, input_time_step
 from stackwise_core.order import RowOrder
-from stackwise_core.resolve import resolve_mask
-from stackwise_core.timesteps import mask_ratio_of, resolve_time_input, stack_time_step, time_faults
+from stackwise_core.raw_batches import Objective, raw_fields, refuse_own_targets, targets_and_masks, tokens_and_ids
+from stackwise_core.time_step_masking import TimeStepMasking
 from stackwise_core.trunk import RowSource
 
-Objective = Literal["mlm", "clm", "custom"]
 TrunkActivations = Tensor | RowSource | Callable[..., Tensor]
 """A callable gets the corrupted input_ids [B, T] and, where time is an input, the steps [B]."""
-
-
-class TimeStepMasking:
-    """The masks that a configuration's diffusion time means, by stack or by step."""
-
-    def __init__(self, config: StackWiseConfig) -> None:
-        """Take a configuration whose time is an input or the depth.
-
-        Raises:
-            ConfigError: it has no diffusion time, no masks, or breaks a rule about time.
-        """
-        growth = config.training.progressive
-        faults = list(time_faults(config))
-        if growth.time_interpretation == "none":
-            faults.append(Fault("training.progressive.time_interpretation", "'none'", "use depth or input"))
-        if growth.training_objective != "mlm":
-            objective = repr(growth.training_objective)
-            faults.append(Fault("training.progressive.training_objective", objective, "only mlm has masks"))
-        if faults:
-            raise ConfigError(faults)
-        self.config = config
-
-    def get_time_step_for_stack(self, stack_idx: int) -> int:
-        """Return the time step of the `stack_idx`-th created stack.
-
-        Raises:
-            ConfigError: there is no such stack, or time is an input and no property of a stack.
-        """
-        if self.config.training.progressive.time_interpretation != "depth":
-            allowed = "a stack has a step of its own only with depth"
-            raise ConfigError([Fault("training.progressive.time_interpretation", "'input'", allowed)])
-        return stack_time_step(self.config, stack_idx)
-
-    def spec_for_stack(self, stack_idx: int) -> MaskSpec:
-        """Return how the stage of a stack corrupts its inputs: at its step's ratio, or by each sequence's step."""
-        time = resolve_time_input(self.config)
-        ratio = 0.0 if time else mask_ratio_of(self.config, self.get_time_step_for_stack(stack_idx))
-        return self._spec(ratio).model_copy(update={"time": time})
-
-    def generate_masks_for_stack(
-        self, input_ids: Tensor, stack_idx: int, sequence_ids: Tensor | IntArray | None = None, view: int = 0
-    ) -> Tensor:
-        """Return the masks that a stack trains on; see `generate_masks_for_time_step`."""
-        step = self.get_time_step_for_stack(stack_idx)
-        return self.generate_masks_for_time_step(input_ids, step, sequence_ids, view)
-
-    def generate_masks_for_time_step(
-        self, input_ids: Tensor, time_step: int, sequence_ids: Tensor | IntArray | None = None, view: int = 0
-    ) -> Tensor:
-        """Return which positions are masked at a time step.
-
-        Masks of a lighter step are contained in those of a heavier one.
-
-        Args:
-            input_ids: [B, T].
-            time_step: 0 .. T - 1.
-            sequence_ids: [B]; None takes content hashes of the rows, as `ProgressiveDataLoader` does.
-            view: which draw.
-
-        Returns:
-            [B, T], True where masked.
-
-        Raises:
-            ConfigError: there is no such time step.
-        """
-        fields = {"input_ids": input_ids, "sequence_ids": sequence_ids}
-        tokens, ids = _tokens_and_ids(fields)
-        masks = self._spec(mask_ratio_of(self.config, time_step)).masks(ids, view, tokens.shape[1])
-        return torch.from_numpy(masks)
-
-    def _spec(self, ratio: float) -> MaskSpec:
-        spec = resolve_mask(self.config, 0)
-        assert spec is not None
-        return spec.model_copy(update={"ratio": ratio, "time": None})
 
 
 class PackedBatches:
@@ -191,17 +115,17 @@ class ProgressiveDataLoader:
         self.passes += 1
         first_row = 0
         for number, raw in enumerate(self.base_dataloader):
-            fields = _fields(raw)
+            fields = raw_fields(raw)
             batch = self._batch(fields, fields.get("view", view), fields.get("batch", number), first_row)
             first_row += len(batch["sequence_ids"])
             yield batch
 
     def _batch(self, fields: Batch, view: int, number: int, first_row: int) -> Batch:
-        tokens, ids = _tokens_and_ids(fields)
+        tokens, ids = tokens_and_ids(fields)
         if self.objective == "custom":
-            batch = custom_fields(tokens, *_targets_and_masks(fields))
+            batch = custom_fields(tokens, *targets_and_masks(fields))
         else:
-            _refuse_own_targets(fields, self.objective)
+            refuse_own_targets(fields, self.objective)
             batch = batch_fields(tokens, ids, view, self.mask_spec, self._steps(ids, view, number))
         batch.setdefault("time_step", self.time_step)
         batch["stack_idx"] = self.stack_idx
@@ -280,7 +204,7 @@ class JointDataLoader:
         for raw in self.base_dataloader:
             stack = int(hash_bits(self.seed, SALT_DEPTH, self.step)[0] % np.uint64(len(self.mask_specs)))
             self.step += 1
-            fields = {"view": view, **_fields(raw)}
+            fields = {"view": view, **raw_fields(raw)}
             yield from ProgressiveDataLoader([fields], self.mask_specs[stack], stack, time_step=self.time_steps[stack])
 
 
@@ -331,56 +255,3 @@ def _unwrapped(base_dataloader: Iterable[Any], mask_spec: MaskSpec | None, stack
 
 
 # ---------------------------------------------------------------- reading a batch
-
-
-def _fields(raw: Any) -> Batch:
-    if isinstance(raw, dict):
-        return raw
-    return {"input_ids": raw[0] if isinstance(raw, (tuple, list)) and len(raw) else raw}
-
-
-def _tokens_and_ids(fields: Batch) -> tuple[IntArray, IntArray]:
-    if "input_ids" not in fields:
-        raise _bad_batch(f"a batch with {sorted(fields)}", "each batch needs input_ids [B, T]")
-    tokens = _integers("input_ids", fields["input_ids"], n_dimensions=2)
-    ids = fields.get("sequence_ids")
-    sequence_ids = content_ids(tokens) if ids is None else _integers("sequence_ids", ids, n_dimensions=1)
-    if len(sequence_ids) != len(tokens):
-        raise _bad_batch(f"{len(sequence_ids)} sequence_ids for {len(tokens)} rows", "one id for every row")
-    return tokens, sequence_ids
-
-
-def _targets_and_masks(fields: Batch) -> tuple[IntArray, BoolArray | None]:
-    name = "targets" if "targets" in fields else "labels"
-    if name not in fields:
-        allowed = "the custom objective needs targets [B, T] in each batch, under 'targets' or 'labels'"
-        raise _bad_batch(f"a batch with {sorted(fields)}", allowed)
-    targets = _integers(name, fields[name], n_dimensions=2)
-    if fields.get("masks") is None:
-        return targets, None
-    masks = np.asarray(fields["masks"])
-    if masks.dtype != np.bool_:
-        raise _bad_batch(f"masks of {masks.dtype}", "booleans [B, T] are expected, True at the loss positions")
-    return targets, masks
-
-
-def _refuse_own_targets(fields: Batch, objective: Objective) -> None:
-    own = [name for name in ("targets", "masks") if name in fields]
-    if own:
-        allowed = f"{objective} makes its own targets and masks; use objective='custom', or leave these out"
-        raise _bad_batch(f"a batch with {own}", allowed)
-
-
-def _integers(name: str, value: Any, n_dimensions: int) -> IntArray:
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        raise _bad_batch(f"{name} of rows that differ in length", "a rectangle of integers is expected") from None
-    if array.dtype.kind not in "iu" or array.ndim != n_dimensions:
-        shape = "[B, T]" if n_dimensions == 2 else "[B]"
-        raise _bad_batch(f"{name} of {array.dtype} and shape {array.shape}", f"integers {shape} are expected")
-    return array.astype(np.int64)
-
-
-def _bad_batch(received: str, allowed: str) -> ConfigError:
-    return ConfigError([Fault("base_dataloader", received, allowed)])

@@ -15,17 +15,9 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.hardware import use_hardware
 from stackwise_core.objectives import Batch
 from stackwise_core.rack_builder import ProgressiveRackBuilder
-from stackwise_core.resolve import (
-    StageSpec,
-    resolve_joint,
-    resolve_joint_times,
-    resolve_loss,
-    resolve_mask,
-    resolve_stage,
-    resolve_stream_dtype,
-    resolve_views,
-)
+from stackwise_core.resolve import resolve_loss, resolve_mask, resolve_stream_dtype, resolve_views
 from stackwise_core.stage_model import StageModel
+from stackwise_core.stages import StageSpec, resolve_joint, resolve_joint_times, resolve_stage
 from stackwise_core.training import Hooks, train_stack
 from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowSource
 

@@ -14,8 +14,8 @@ from stackwise_core.errors import ConfigError, Fault, NonFiniteLossError, StageI
 from stackwise_core.failpoints import reach
 from stackwise_core.objectives import Batch, loss_normaliser
 from stackwise_core.precision import compute_dtype
-from stackwise_core.resolve import OptimSpec
 from stackwise_core.stage_model import StageModel
+from stackwise_core.stages import OptimSpec
 
 
 @dataclass

@@ -22,12 +22,13 @@ from stackwise_core.adapters import (
     load_base_state,
 )
 from stackwise_core.anatomy import AdapterName, last_trained
-from stackwise_core.identity import Ref, StagePlan, canonical_json
+from stackwise_core.growth_operators import give_adapter
+from stackwise_core.identity import Ref, canonical_json
 from stackwise_core.model import Head, Stack, TokenEmbedding
+from stackwise_core.plan import StagePlan
 from stackwise_core.precision import convert_storage
-from stackwise_core.rack_builder import give_adapter
-from stackwise_core.resolve import StageSpec
 from stackwise_core.stage_model import StageModel
+from stackwise_core.stages import StageSpec
 from stackwise_core.training import TrainingState
 from storage.durable import explain_full_disk, replace_folder, settle_folder, write_bytes, write_text
 from storage.errors import ArtifactCorruptError

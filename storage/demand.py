@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.identity import Kind, Ref, RunPlan, StagePlan
+from stackwise_core.identity import Kind, Ref
+from stackwise_core.plan import RunPlan, StagePlan
 from storage.errors import ArtifactCorruptError
 from storage.layout import Artifacts, State
 

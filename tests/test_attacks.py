@@ -201,7 +201,7 @@ def test_what_a_killed_attempt_wrote_is_not_asked_of_the_disk_again(
 
 def _plan(config: StackWiseConfig):
     from stackwise_core.data import corpus_facts
-    from stackwise_core.identity import plan_run
+    from stackwise_core.plan import plan_run
 
     return plan_run(config, *corpus_facts(config.data.source))
 

@@ -13,10 +13,12 @@ from stackwise_core import costs
 from stackwise_core.adapters import adapter_names
 from stackwise_core.config import Precision, StackWiseConfig
 from stackwise_core.errors import ConfigError
+from stackwise_core.growth_operators import freeze, grow_stack
 from stackwise_core.model import Stack
 from stackwise_core.precision import base_linears, storage_of
-from stackwise_core.rack_builder import ProgressiveRackBuilder, create_stack_from_config, freeze, grow_stack
-from stackwise_core.resolve import GrowthOperator, ModelShape, StageSpec, resolve_shape, resolve_stage
+from stackwise_core.rack_builder import ProgressiveRackBuilder, create_stack_from_config
+from stackwise_core.resolve import ModelShape, resolve_shape
+from stackwise_core.stages import GrowthOperator, StageSpec, resolve_stage
 
 SHAPE = ModelShape(vocab_size=264, d_model=16, n_heads=2, n_kv_heads=1, d_ff=24, causal=False)
 

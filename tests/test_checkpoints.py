@@ -22,9 +22,9 @@ from test_durable import die_everywhere
 from torch import Tensor
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.identity import StagePlan, plan_run
+from stackwise_core.growth_operators import new_rack
 from stackwise_core.model import Stack, initialise
-from stackwise_core.rack_builder import new_rack
+from stackwise_core.plan import StagePlan, plan_run
 from stackwise_core.stage_model import StageModel
 from stackwise_core.training import TrainingState, capture, make_optimizer
 from storage.checkpoints import (

@@ -24,8 +24,8 @@ from stackwise_core.config_rules import _NOT_BUILT
 from stackwise_core.config_yaml import apply_overrides, parse_value
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.growth_rules import _ONLY_WITH
-from stackwise_core.identity import plan_run
-from stackwise_core.resolve import resolve_stage
+from stackwise_core.plan import plan_run
+from stackwise_core.stages import resolve_stage
 
 ROOT = Path(__file__).parents[1]
 GROWTH = "training.progressive"

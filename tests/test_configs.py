@@ -14,8 +14,8 @@ from conftest import grown, manifests, write_corpus
 from stackwise_core.adapters import adapter_names, adapter_state
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import corpus_facts
-from stackwise_core.identity import StagePlan, plan_run
 from stackwise_core.model import Stack
+from stackwise_core.plan import StagePlan, plan_run
 from stackwise_core.precision import base_linears, storage_of
 from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
 from storage.layout import Artifacts

@@ -13,7 +13,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import PackedSequences, corpus_facts
 from stackwise_core.errors import ConfigError
 from stackwise_core.functions import load_function, source_digest
-from stackwise_core.identity import RunPlan, plan_run
+from stackwise_core.plan import RunPlan, plan_run
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
 

@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import FIRST_VALIDATION_ID, PackedSequences
-from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader, TimeStepMasking, content_ids
+from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader, content_ids
 from stackwise_core.errors import ConfigError
 from stackwise_core.masking import VALIDATION_VIEW, MaskSpec, TimeInput
 from stackwise_core.model import Stack, TokenEmbedding, initialise
 from stackwise_core.order import RowOrder
 from stackwise_core.resolve import ModelShape, TimeShape
+from stackwise_core.time_step_masking import TimeStepMasking
 from stackwise_core.trunk import LiveTrunk, RowsFromTokens, advance
 
 T, D = 9, 4

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError
-from stackwise_core.identity import Ref, RunPlan, plan_run
+from stackwise_core.identity import Ref
+from stackwise_core.plan import RunPlan, plan_run
 from storage.demand import TASK_KINDS, Demand, advance_source, compute_demand, forced_refs, reads
 from storage.errors import ArtifactCorruptError
 from storage.layout import Artifacts, State

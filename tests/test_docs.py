@@ -12,7 +12,7 @@ import yaml
 from stackwise_core.config import Section, StackWiseConfig
 from stackwise_core.config_yaml import apply_overrides
 from stackwise_core.errors import ConfigError
-from stackwise_core.identity import RunPlan, plan_run
+from stackwise_core.plan import RunPlan, plan_run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

@@ -16,7 +16,7 @@ from flows.prepare import prepare_data
 from stackwise_core.data import FIRST_VALIDATION_ID, Corpus, Document, PackedSequences, corpus_facts, read_corpus
 from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.examples import ExampleFormat, pack_examples
-from stackwise_core.identity import plan_run
+from stackwise_core.plan import plan_run
 from storage.layout import Artifacts
 
 PAD = 57

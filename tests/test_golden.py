@@ -17,7 +17,8 @@ from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader, vali
 from stackwise_core.evaluate import judge_rack
 from stackwise_core.identity import NUMERICS, Kind
 from stackwise_core.rack_builder import ProgressiveRackBuilder
-from stackwise_core.resolve import resolve_mask, resolve_order, resolve_stage
+from stackwise_core.resolve import resolve_mask, resolve_order
+from stackwise_core.stages import resolve_stage
 from stackwise_core.tokenizer import ByteTokenizer
 from stackwise_core.training import train_stack
 from stackwise_core.trunk import LiveTrunk, RowsFromTokens

@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from stackwise_core.adapters import adapter_parameters, adapter_state, base_state
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
-from stackwise_core.identity import plan_run
 from stackwise_core.model import Rack, Stack
+from stackwise_core.plan import plan_run
 from stackwise_core.rack_builder import ProgressiveRackBuilder
-from stackwise_core.resolve import resolve_mask, resolve_order, resolve_stage, resolve_stages
+from stackwise_core.resolve import resolve_mask, resolve_order
 from stackwise_core.stage_model import StageModel
+from stackwise_core.stages import resolve_stage, resolve_stages
 from stackwise_core.trainer import ProgressiveTrainer
 from stackwise_core.training import LossScale, make_optimizer, train_step
 from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
@@ -305,16 +306,16 @@ def test_a_cached_stage_loads_no_stack_of_its_trunk(
     tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory stays flat because the trunk is not there: only the neighbour is read, once, to be copied."""
-    from flows import boundaries, steps
+    from flows import boundaries, live_part
 
     loaded: list[int] = []
-    load = steps.load_stack
+    load = live_part.load_stack
 
     def spy(artifacts: Artifacts, stages: Any, stack: int) -> Stack:
         loaded.append(stack)
         return load(artifacts, stages, stack)
 
-    monkeypatch.setattr(steps, "load_stack", spy)
+    monkeypatch.setattr(live_part, "load_stack", spy)
     monkeypatch.setattr(boundaries, "load_stack", spy)
     config = tiny(tmp_path, {f"{G}target_stacks": 4})
     root = tmp_path / "a"
@@ -326,7 +327,7 @@ def test_a_cached_stage_loads_no_stack_of_its_trunk(
     from flows.stage import Stage
 
     stage = Stage(config=config, root=str(root), corpus=plan.data.corpus, corpus_bytes=plan.corpus_bytes, index=3)
-    model = steps._model_to_train(stage, None)
+    model = live_part.model_to_train(stage, None)
     assert loaded == [2]
     assert list(model.stacks) == ["3"]
 

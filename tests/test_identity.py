@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.identity import NUMERICS, Kind, Recipe, Ref, RunPlan, canonical_json, plan_run
+from stackwise_core.identity import NUMERICS, Kind, Recipe, Ref, canonical_json
+from stackwise_core.plan import RunPlan, plan_run
 
 CORPUS = "0" * 64
 KINDS: tuple[Kind, ...] = ("build", "trunk", "stack", "activations", "validation")

@@ -16,7 +16,8 @@ import pytest
 from test_durable import ROOT, die_everywhere
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.identity import Ref, plan_run
+from stackwise_core.identity import Ref
+from stackwise_core.plan import plan_run
 from storage import layout
 from storage.errors import (
     ArtifactCorruptError,

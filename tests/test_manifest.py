@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.identity import NUMERICS, canonical_json, plan_run
+from stackwise_core.identity import NUMERICS, canonical_json
+from stackwise_core.plan import plan_run
 from storage import manifest as manifest_module
 from storage.errors import ArtifactCorruptError, ArtifactError, ArtifactUnsealedError
 from storage.manifest import (

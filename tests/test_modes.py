@@ -14,7 +14,7 @@ from stackwise_core.adapters import adapter_state
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import corpus_facts
 from stackwise_core.dataloader import PackedBatches
-from stackwise_core.identity import RunPlan, plan_run
+from stackwise_core.plan import RunPlan, plan_run
 from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_order
 from stackwise_core.trainer import ProgressiveTrainer

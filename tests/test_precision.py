@@ -21,15 +21,13 @@ from stackwise_core.precision import (
     STORAGE,
     StoredLinear,
     base_linears,
-    bytes_per_parameter,
     compute_dtype,
     convert_storage,
-    dequantise,
-    quantise,
     storage_of,
     stored_bytes,
 )
 from stackwise_core.resolve import ModelShape
+from stackwise_core.storage_types import bytes_per_parameter, dequantise, quantise
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 LOW = ["float16", "bfloat16", "nvfp4", "nf4"]

@@ -17,7 +17,7 @@ from test_durable import ROOT, die_everywhere, recorded
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, CorpusError, StageInterruptedError
-from stackwise_core.identity import RunPlan, plan_run
+from stackwise_core.plan import RunPlan, plan_run
 from storage.errors import RunBusyError, StoreSpaceError
 from storage.layout import Artifacts, State
 from storage.locks import no_wait
@@ -55,7 +55,7 @@ def artifacts(tmp_path: Path) -> Artifacts:
 HOLD = """
 import sys
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.identity import plan_run
+from stackwise_core.plan import plan_run
 from storage.layout import Artifacts
 from storage.runs import begin_attempt
 

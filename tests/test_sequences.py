@@ -12,7 +12,7 @@ import pytest
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import FIRST_VALIDATION_ID, PackedSequences
-from stackwise_core.identity import plan_run
+from stackwise_core.plan import plan_run
 from storage.errors import ArtifactCorruptError, ArtifactMissingError, ArtifactUnsealedError
 from storage.layout import Artifacts
 from storage.sequences import load_sequences, save_sequences

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from flows import steps
+from flows.judging import CacheMismatchError
 from flows.progress import listening
 from flows.run import add_stage, grow
-from flows.steps import CacheMismatchError
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.data import pack, read_corpus
 from stackwise_core.dataloader import PackedBatches

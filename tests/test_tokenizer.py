@@ -21,8 +21,8 @@ from flows.prepare import prepare_data
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import Corpus, Document, corpus_facts, pack
 from stackwise_core.errors import ConfigError, CorpusError
-from stackwise_core.identity import plan_run
 from stackwise_core.masking import MaskSpec
+from stackwise_core.plan import plan_run
 from stackwise_core.resolve import resolve_mask
 from stackwise_core.tokenizer import ByteTokenizer, load_tokenizer
 from storage.layout import Artifacts

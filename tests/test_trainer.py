@@ -24,8 +24,9 @@ from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
 from stackwise_core.errors import ConfigError, NonFiniteLossError, StageInterruptedError
 from stackwise_core.objectives import Batch, batch_fields, loss_positions
 from stackwise_core.rack_builder import ProgressiveRackBuilder
-from stackwise_core.resolve import OptimSpec, resolve_mask, resolve_order, resolve_stage
+from stackwise_core.resolve import resolve_mask, resolve_order
 from stackwise_core.stage_model import StageModel
+from stackwise_core.stages import OptimSpec, resolve_stage
 from stackwise_core.trainer import ProgressiveTrainer
 from stackwise_core.training import (
     Hooks,

@@ -1,0 +1,69 @@
+"""What validation finds: losses of the rack, and whether cached rows are what the live rack computes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flows.boundaries import compare_store
+from flows.stage import Facts, Stage
+from stackwise_core.dataloader import validation_batch
+from stackwise_core.errors import ConfigError, Fault, StackWiseError
+from stackwise_core.evaluate import judge_rack
+from stackwise_core.identity import Ref
+from stackwise_core.masking import MaskSpec
+from stackwise_core.resolve import resolve_loss
+from stackwise_core.trunk import STREAM_DTYPES
+from storage.checkpoints import (
+    load_embedding,
+    load_head,
+    load_stack,
+)
+
+
+class CacheMismatchError(StackWiseError):
+    """Cached rows are not what the live rack computes; the store was quarantined."""
+
+
+def judge(stage: Stage) -> Facts:
+    """Return the validation losses of the rack up to this stage, with the rounded and the exact stream."""
+    _, validation_sequences = stage.sequences
+    plans, anatomy = stage.so_far, stage.plan.spec.anatomy
+    objective = stage.config.training.progressive.training_objective
+    rows = np.arange(min(len(validation_sequences), stage.plan.validation.sequences))
+    losses = judge_rack(
+        load_embedding(stage.artifacts, plans).to(stage.device),
+        # One stack is in memory at a time, however deep the rack is.
+        (load_stack(stage.artifacts, plans, index).to(stage.device) for index in anatomy.order),
+        load_head(stage.artifacts, plans).to(stage.device),
+        [validation_batch(validation_sequences, rows, mask, objective) for mask in _masks_to_judge(stage)],
+        stream_dtype=STREAM_DTYPES[stage.config.cache.dtype],
+        boundary=anatomy.boundary,
+        loss_function=resolve_loss(stage.config),
+    )
+    own, *grid = losses
+    if not own["loss_positions"]:
+        received = f"{len(rows)} validation sequences"
+        allowed = "none of them has a loss position: give more, or mask more"
+        raise ConfigError([Fault("validation.max_sequences", received, allowed)])
+    ratios = stage.plan.validation.grid
+    by_ratio = {str(ratio): loss["validation_loss_exact"] for ratio, loss in zip(ratios, grid, strict=True)}
+    return {"validation_sequences": len(rows), **own, **({"by_mask_ratio": by_ratio} if ratios else {})}
+
+
+def _masks_to_judge(stage: Stage) -> list[MaskSpec | None]:
+    """Return the stage's own corruption, then those at which all stages are compared."""
+    own = stage.plan.stack.mask
+    return [own, *(own.at_ratio(ratio) for ratio in stage.plan.validation.grid)] if own else [own]
+
+
+def compare_cache(stage: Stage, ref: Ref) -> Facts:
+    """Compare sampled rows; a store that is wrong is taken out of every reader's reach."""
+    checked, differing = compare_store(stage, ref)
+    if differing:
+        reason = f"{len(differing)} of {checked} sampled rows differ from what tokens give: {differing[:5]}"
+        folder = stage.artifacts.quarantine(ref, reason)
+        raise CacheMismatchError(
+            f"stage {stage.index}: {reason} (sequence id, view). The store is in {folder} for inspection; "
+            "run the same command again to remake it"
+        )
+    return {"cache": "equals live", "cache_rows_checked": checked}

@@ -1,0 +1,136 @@
+"""What a stage trains: the live part of the rack, built from artifacts, and the batches it sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import nn
+
+from flows.progress import StepTaken, stop_requested, tell
+from flows.stage import Facts, Stage
+from stackwise_core.costs import rack_parameters, stack_parameters
+from stackwise_core.dataloader import JointDataLoader, PackedBatches, ProgressiveDataLoader
+from stackwise_core.growth_operators import give_adapters, new_rack, new_stack, prepare_to_train
+from stackwise_core.identity import Ref
+from stackwise_core.model import Stack
+from stackwise_core.objectives import Batch
+from stackwise_core.rack_builder import count_parameters
+from stackwise_core.resolve import resolve_loss, resolve_order
+from stackwise_core.stage_model import StageModel
+from stackwise_core.training import Hooks, TrainingState
+from stackwise_core.trunk import LiveTrunk, RowSource
+from storage.checkpoints import (
+    load_embedding,
+    load_head,
+    load_stack,
+    save_state,
+    tensor_digest,
+)
+from storage.errors import ArtifactCorruptError
+
+
+def _new_stacks(stage: Stage) -> list[Stack]:
+    """Return what is new in this stage, as it is before training: one stack, all of joint training, or none."""
+    recipe, spec = stage.plan.build, stage.plan.spec
+    if recipe is None:
+        return []
+    if spec.mode == "joint":
+        return [new_stack(recipe.shape, stack, "random", recipe.seed, None) for stack in spec.stacks]
+    source = None if spec.source is None else load_stack(stage.artifacts, stage.below, spec.source)
+    return [new_stack(recipe.shape, spec.new, spec.operator, recipe.seed, source)]
+
+
+def digest_of_new(stage: Stage) -> str:
+    """Return the hash of the initial tensors of what is new."""
+    return _digest_of(_new_stacks(stage))
+
+
+def _digest_of(stacks: list[Stack]) -> str:
+    return tensor_digest(stacks[0] if len(stacks) == 1 else nn.ModuleList(stacks))
+
+
+def model_to_train(stage: Stage, build: Ref | None) -> StageModel:
+    """Return the live part of the rack on the device, ready to train.
+
+    Raises:
+        ArtifactCorruptError: the initial tensors are not those that the build described.
+    """
+    spec, shape = stage.plan.spec, stage.plan.shape
+    new = _new_stacks(stage)
+    if build is not None:
+        described = stage.artifacts.checked(build) / "build.json"
+        if _digest_of(new) != json.loads(described.read_text())["initial_tensors"]:
+            remedy = (
+                f"Was it made by another version of torch? Remove {described.parent} and run the same command again"
+            )
+            raise ArtifactCorruptError(described, "describes other initial tensors than this stage starts from", remedy)
+    stacks = {stack.creation_index: stack for stack in new}
+    for index in spec.anatomy.live:
+        if index not in stacks:
+            stacks[index] = load_stack(stage.artifacts, stage.below, index)
+            give_adapters(stacks[index], spec.stacks[index], stage.config.run.seed)
+        prepare_to_train(stacks[index], spec.anatomy.trains_of(index))
+    if stage.below:
+        head = load_head(stage.artifacts, stage.below)
+        embedding = None if spec.anatomy.boundary else load_embedding(stage.artifacts, stage.below)
+    else:
+        rack = new_rack(shape, stage.config.run.seed)
+        head, embedding = rack.head, rack.embedding
+    model = StageModel(
+        spec.anatomy,
+        [stacks[index] for index in spec.anatomy.live],
+        head,
+        embedding,
+        loss_function=resolve_loss(stage.config),
+        checkpointing=stage.config.training.activation_checkpointing,
+    )
+    if stage.config.hardware.compile:
+        for stack in model.live_stacks():
+            stack.compile()
+    return model.to(stage.device)
+
+
+def hooks_of(stage: Stage, folder: Path) -> Hooks:
+    """Return what training tells and asks: steps to whoever listens, checkpoints to the work folder."""
+    optim = stage.plan.spec.optim
+    n_tokens = optim.batch_size * stage.config.data.seq_len
+
+    def on_step(record: dict[str, float]) -> None:
+        tell(StepTaken(stage.index, int(record["step"]) + 1, optim.steps, record["loss"], n_tokens))
+
+    def on_checkpoint(state: TrainingState) -> None:
+        save_state(folder, state)
+
+    return Hooks(on_step, on_checkpoint, stage.config.training.checkpoint_every, stop_requested)
+
+
+def batches_of(stage: Stage, boundary: RowSource | LiveTrunk | None, first_step: int) -> Iterable[Batch]:
+    """Return the stage's batches from a step on."""
+    train_sequences, _ = stage.sequences
+    spec, recipe = stage.plan.spec, stage.plan.stack
+    order = resolve_order(stage.config, len(train_sequences))
+    packed = PackedBatches(train_sequences, order, first_step, spec.optim.steps)
+    if recipe.joint_times and recipe.mask:
+        steps, ratios = zip(*recipe.joint_times, strict=True)
+        masks = [recipe.mask.at_ratio(ratio) for ratio in ratios]
+        return JointDataLoader(packed, masks, steps, recipe.order_seed, recipe.views, first_step)
+    return ProgressiveDataLoader(
+        base_dataloader=packed,
+        masking_strategy=recipe.mask,
+        stack_idx=spec.anatomy.newest,
+        trunk_activations=boundary,
+        time_step=spec.time_step,
+        objective=stage.config.training.progressive.training_objective,
+    )
+
+
+def parameter_facts(stage: Stage, model: StageModel) -> Facts:
+    """Return the parameters of the new stack, of what trains and of the whole rack."""
+    spec, shape = stage.plan.spec, stage.plan.shape
+    return {
+        "stack_parameters": stack_parameters(shape, spec.n_blocks),
+        "trainable_parameters": count_parameters(model)["trainable_parameters"],
+        "rack_parameters": rack_parameters(shape, spec),
+    }
