@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import grown, manifests, write_corpus
@@ -19,6 +23,7 @@ from stackwise_core.plan import StagePlan, plan_run
 from stackwise_core.precision import base_linears, storage_of
 from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
 from storage.layout import Artifacts
+from storage.sequences import load_sequences
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -43,13 +48,25 @@ def small(name: str, corpus: Path) -> StackWiseConfig:
     return StackWiseConfig.from_dict(values)
 
 
+def make_examples(folder: Path) -> Path:
+    """Make the examples of truecase.yaml by the command that its first lines give, cut to the length used here."""
+    lines = (CONFIGS / "truecase.yaml").read_text().splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("#   python"))
+    command = "\n".join(line.removeprefix("#") for line in lines[first : lines.index("", first)])
+    command = command.strip().replace("python", sys.executable, 1)
+    command = command.replace("20 < len(line) <= 128", "8 < len(line) <= 16")
+    subprocess.run(command, shell=True, check=True, cwd=folder)
+    return folder / "examples.jsonl"
+
+
 class Grown:
     """What a run of a small configuration left on disk."""
 
     def __init__(self, config: StackWiseConfig, root: Path) -> None:
         grown(config, root)
         self.artifacts, self.manifests = Artifacts(root), manifests(root)
-        self.stages = plan_run(config, *corpus_facts(config.data.source)).stages
+        plan = plan_run(config, *corpus_facts(config.data.source))
+        self.data_ref, self.stages = plan.data_ref, plan.stages
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -93,7 +110,8 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, quick_disk: None) -> Callab
     def of(name: str) -> Grown:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            made[name] = Grown(small(name, write_corpus(folder / "corpus.txt")), folder / "artifacts")
+            corpus = make_examples(folder) if name == "truecase" else write_corpus(folder / "corpus.txt")
+            made[name] = Grown(small(name, corpus), folder / "artifacts")
         return made[name]
 
     return of
@@ -221,6 +239,19 @@ def test_end_to_end_is_one_stage(run_of: Run) -> None:
     assert [(stage.spec.mode, stage.spec.anatomy.order) for stage in run.stages] == [("joint", (0, 1, 2))]
     assert run.facts("stack", 0)["trainable_parameters"] == run.facts("stack", 0)["rack_parameters"]
     assert len({run.digests(1)[f"stack {c}"] for c in range(3)}) == 3  # random each, no copies
+
+
+def test_truecase_learns_the_targets_that_are_given(run_of: Run) -> None:
+    run = run_of("truecase")
+    assert (run.order, run.cached) == ((0, 1), [1])
+    assert {stage.stack.objective for stage in run.stages} == {"cross-entropy"}
+    train, _ = load_sequences(run.artifacts, run.data_ref)
+    fields = train.fields(np.arange(len(train)))
+    tokens, targets, masks = fields["input_ids"], fields["targets"], fields["masks"]
+    assert (tokens[masks] == np.char.lower(targets[masks].astype(np.uint32).view("U1")).view(np.uint32)).all()
+    assert 0.3 < masks.mean() < 1.0
+    losses = [run.facts("validation", stage)["validation_loss"] for stage in (0, 1)]
+    assert losses[1] < losses[0] < math.log(264)
 
 
 @pytest.mark.parametrize("name", NAMES)

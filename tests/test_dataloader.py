@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import FIRST_VALIDATION_ID, PackedSequences
-from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader, content_ids
+from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
 from stackwise_core.errors import ConfigError
-from stackwise_core.masking import VALIDATION_VIEW, MaskSpec, TimeInput
+from stackwise_core.masking import VALIDATION_VIEW, MaskSpec, TimeInput, content_ids
 from stackwise_core.model import Stack, TokenEmbedding, initialise
 from stackwise_core.order import RowOrder
 from stackwise_core.resolve import ModelShape, TimeShape
