@@ -11,7 +11,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ROOT, Measure
@@ -151,7 +150,9 @@ def _adapter_flops(shape: ModelShape, spec: StageSpec, seq_len: int) -> float:
     """Return what `stage_flops` leaves out: three products of every adapter, at this width no small part."""
     live = [spec.stacks[index] for index in spec.anatomy.live]
     parameters = sum(
-        n_adapter_parameters(shape, stack.n_blocks, adapter.rank) for stack in live for adapter in stack.adapters.values()
+        n_adapter_parameters(shape, stack.n_blocks, adapter.rank)
+        for stack in live
+        for adapter in stack.adapters.values()
     )
     return 3 * 2.0 * parameters * seq_len * spec.optim.batch_size * spec.optim.steps
 
@@ -215,9 +216,7 @@ def section(measures: Sequence[Measure], configs: Mapping[str, StackWiseConfig])
     return "\n".join(lines)
 
 
-def _row(
-    measures: Sequence[Measure], case: str, config: StackWiseConfig, gap: Sequence[float] | None
-) -> str:
+def _row(measures: Sequence[Measure], case: str, config: StackWiseConfig, gap: Sequence[float] | None) -> str:
     steps = ", ".join(str(spec.optim.steps) for spec in resolve_stages(config))
     last = _losses(measures, case)[-1].values
     cells = [case, steps, f"{block_steps(config):,}", f"{sum(run_flops(config)) / 1e12:.2f}"]
@@ -231,7 +230,9 @@ def _verdict(gaps: Mapping[str, Sequence[float]]) -> str:
     grown = {case: gap for case, gap in gaps.items() if not case.startswith(REFERENCE)}
 
     def named(chosen: Callable[[Sequence[float]], bool]) -> str:
-        return "; ".join(f"{case} ({statistics.mean(gap):+.3f})" for case, gap in grown.items() if chosen(gap)) or "none"
+        return (
+            "; ".join(f"{case} ({statistics.mean(gap):+.3f})" for case, gap in grown.items() if chosen(gap)) or "none"
+        )
 
     return (
         f"**At equal compute growing loses to training end to end in every seed with:** "

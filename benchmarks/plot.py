@@ -11,7 +11,18 @@ Points = Sequence[tuple[float, float]]
 _WIDTH, _HEIGHT = 860, 440
 _LEFT, _TOP, _RIGHT, _BOTTOM = 70, 20, 270, 50
 """Margins [pixels]; the names of the lines stand in the right one."""
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f", "#000000", "#bcbd22")
+_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#8c564b",
+    "#7f7f7f",
+    "#000000",
+    "#bcbd22",
+)
 
 
 def line_chart(series: Mapping[str, Points], x_label: str, y_label: str, y_from: float | None = None) -> str:
