@@ -79,7 +79,10 @@ def _measures(
 ) -> list[Measure]:
     compute = [Measure(case, "compute", "TFLOP", [sum(run_flops(config)) / 1e12])]
     compute.append(Measure(case, "block-steps", "blocks", [float(block_steps(config))]))
-    by_stage = [Measure(case, f"loss after stage {n}", "nats", list(seeds)) for n, seeds in enumerate(zip(*losses))]
+    by_stage = [
+        Measure(case, f"loss after stage {stage}", "nats", list(of_seeds))
+        for stage, of_seeds in enumerate(zip(*losses, strict=True))
+    ]
     if case == REFERENCE:
         return [*compute, *by_stage]
     gap = [mine[-1] - theirs[-1] for mine, theirs in zip(losses, reference, strict=True)]
@@ -199,11 +202,12 @@ def section(measures: Sequence[Measure], configs: Mapping[str, StackWiseConfig])
     lines = [
         "## Growing against training end to end",
         "",
-        f"A rack of {N_STACKS} stacks of 2 blocks, d_model 128, sequences of 128 bytes, batches of 16, {n_seeds} seeds, "
-        "text of Python's standard library; loss in nats per byte. Compute is counted, forward and backward, with "
+        f"A rack of {N_STACKS} stacks of 2 blocks, d_model 128, sequences of 128 bytes, batches of 16, {n_seeds} "
+        "seeds, text of Python's standard library; loss in nats per byte. Compute is forward and backward FLOPs, with "
         "frozen trunks recomputed at every step: with a cache growing costs less than is shown. Block-steps count "
         "blocks that train. Every stage reads the same rows from the first on, so that growing sees fewer different "
-        "rows than training end to end. These are short runs: what holds here need not hold at a hundred times the compute.",
+        "rows than training end to end. These are short runs: what holds here need not hold at a hundred times the "
+        "compute.",
         "",
         "![validation loss against compute](growth.svg)",
         "",

@@ -16,8 +16,9 @@ from stackwise_core.costs import stage_flops
 from stackwise_core.model import Rack
 from stackwise_core.objectives import Batch, clm_fields, summed_loss
 from stackwise_core.rack_builder import grow_stack, new_rack
-from stackwise_core.resolve import ModelShape, OptimSpec, resolve_shape, resolve_stage
-from stackwise_core.trainer import StageModel, make_optimizer, train_step
+from stackwise_core.resolve import ModelShape, OptimSpec, StageSpec, resolve_shape, resolve_stage
+from stackwise_core.stage_model import StageModel
+from stackwise_core.training import make_optimizer, train_step
 
 SEQ_LEN = 256
 N_BLOCKS = 2
@@ -37,17 +38,20 @@ def measure(quick: bool) -> list[Measure]:
 
 def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list[Measure]:
     torch.set_num_threads(n_threads)
-    shape, optim = _resolve(d_model, batch_size)
+    shape, first, later = _resolve(d_model, batch_size)
+    optim = first.optim
     batch = _batch(shape, batch_size)
-    rack = _rack(shape)
+    rack = _rack(shape, first)
     llama = llama_like(rack)
     check_same_loss(rack, llama, batch)
 
-    step_flops = stage_flops(shape, [N_BLOCKS], 0, optim, SEQ_LEN, loss_fraction=1.0)[0] / optim.steps
+    step_flops = stage_flops(shape, first, SEQ_LEN, loss_fraction=1.0)[0] / optim.steps
     seconds = interleaved(
         {
-            "first stage": stackwise_step(StageModel(rack.stacks[0], rack.head, rack.embedding), batch, optim),
-            "later stage": stackwise_step(_later_stage(shape), _on_trunk(batch, d_model), optim),
+            "first stage": stackwise_step(
+                StageModel(first.anatomy, list(rack.stacks), rack.head, rack.embedding), batch, optim
+            ),
+            "later stage": stackwise_step(_later_stage(shape, later), _on_trunk(batch, d_model), optim),
             "Llama": llama_step(llama, batch["input_ids"], optim),
             "matmul": matmul,
         },
@@ -74,35 +78,37 @@ def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list
 # ---------------------------------------------------------------- what is compared
 
 
-def _resolve(d_model: int, batch_size: int) -> tuple[ModelShape, OptimSpec]:
+def _resolve(d_model: int, batch_size: int) -> tuple[ModelShape, StageSpec, StageSpec]:
+    """Return the shape, the first stage, and the second, whose trunk is frozen."""
     config = StackWiseConfig()
     config.model.d_model = d_model
     config.model.n_heads = d_model // HEAD_DIM
     config.training.batch_size = batch_size
     config.training.progressive.training_objective = "clm"
-    return resolve_shape(config), resolve_stage(config, 0).optim
+    return resolve_shape(config), resolve_stage(config, 0), resolve_stage(config, 1)
 
 
-def _rack(shape: ModelShape) -> Rack:
+def _rack(shape: ModelShape, stage: StageSpec) -> Rack:
+    """Return a rack of the stage's new stack alone."""
     rack = new_rack(shape, seed=0)
-    rack.stacks.append(grow_stack(shape, N_BLOCKS, 0, "random", seed=0, source=None))
+    rack.stacks.append(grow_stack(shape, N_BLOCKS, stage.index, "random", seed=0, source=None))
     return rack
 
 
-def _later_stage(shape: ModelShape) -> StageModel:
-    rack = _rack(shape)
+def _later_stage(shape: ModelShape, stage: StageSpec) -> StageModel:
+    rack = _rack(shape, stage)
     rack.untie()
-    return StageModel(rack.stacks[0], rack.head)
+    return StageModel(stage.anatomy, list(rack.stacks), rack.head)
 
 
 def _batch(shape: ModelShape, batch_size: int) -> Batch:
     tokens = np.random.default_rng(0).integers(shape.vocab_size, size=(batch_size, SEQ_LEN))
-    return {**clm_fields(tokens), "sequence_ids": torch.arange(batch_size), "trunk_activations": None}
+    return {**clm_fields(tokens), "sequence_ids": torch.arange(batch_size), "trunk_activations": None, "stack_idx": 0}
 
 
 def _on_trunk(batch: Batch, d_model: int) -> Batch:
     stream = torch.randn(*batch["input_ids"].shape, d_model, generator=torch.Generator().manual_seed(0))
-    return {**batch, "trunk_activations": stream.bfloat16()}
+    return {**batch, "trunk_activations": stream.bfloat16(), "stack_idx": 1}
 
 
 def llama_like(rack: Rack) -> LlamaForCausalLM:

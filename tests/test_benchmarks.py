@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_ticks_are_round_and_reach_around(low: float, high: float) -> None:
     assert marks[0] <= low
     assert marks[-1] >= high
     assert 2 <= len(marks) <= 11
-    assert all(b - a == pytest.approx(step) for a, b in zip(marks, marks[1:], strict=False))
+    assert all(b - a == pytest.approx(step) for a, b in pairwise(marks))
     assert f"{step:.0e}"[0] in "125"
 
 
