@@ -167,8 +167,12 @@ def stackwise_step(model: StageModel, batch: Batch, optim: OptimSpec) -> Step:
 
 
 def llama_step(llama: LlamaForCausalLM, ids: torch.Tensor, optim: OptimSpec) -> Step:
-    optimizer = make_optimizer(llama, optim)
     parameters = list(llama.parameters())
+    matrices = [p for name, p in llama.named_parameters() if p.dim() > 1 and "embed_tokens" not in name]
+    others = [p for name, p in llama.named_parameters() if p.dim() <= 1 or "embed_tokens" in name]
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    betas = (optim.beta1, optim.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=betas, fused=True)
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)

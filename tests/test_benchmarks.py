@@ -40,6 +40,9 @@ def test_block_steps_count_the_blocks_that_train(configs: dict[str, StackWiseCon
     assert block_steps(configs[BUDGET_CASE]) == 3 * 2 * STEPS
     assert block_steps(configs[REFERENCE]) == 6 * joint
     assert block_steps(configs["end to end, equal block-steps only"]) == 3 * 2 * STEPS
+    # Gradients flow through the trunk of a prepended stack, but it does not train.
+    prepend = configs["prepend, frozen, copy_zero"]
+    assert block_steps(prepend) == 2 * (STEPS + 2 * prepend.training.steps_per_stack)
 
 
 def test_cases_share_what_does_not_differ(configs: dict[str, StackWiseConfig]) -> None:
