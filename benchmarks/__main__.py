@@ -9,33 +9,40 @@ import sys
 
 from benchmarks.harness import ROOT, machine, page, write
 
-NAMES = ("training_step", "flow_overhead", "rerun")
+NAMES = ("training_step", "flow_overhead", "rerun", "cache_saving", "memory", "storage_types")
+LONG = ("growth",)
+"""Those that take half an hour: only by name."""
 
 
 def main() -> int:
     """Run one benchmark here, several in a process each: none inherits another's threads and imports."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all without one")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all without one; {LONG[0]}")
     parser.add_argument("--quick", action="store_true", help="few and short rounds, to try it out; writes nothing")
+    parser.add_argument("--artifacts", default="", metavar="FOLDER", help="of growth: kept, and gone on from")
     options = parser.parse_args()
     names = options.names or list(NAMES)
-    if unknown := [name for name in names if name not in NAMES]:
-        parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    if unknown := [name for name in names if name not in NAMES + LONG]:
+        parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(NAMES + LONG)}")
+    if options.artifacts and names != list(LONG):
+        parser.error(f"--artifacts goes with {LONG[0]} alone")
     if len(names) == 1:
-        run(names[0], options.quick)
+        run(names[0], options.quick, **({"artifacts": options.artifacts} if options.artifacts else {}))
         return 0
     flags = ["--quick"] if options.quick else []
     commands = [[sys.executable, "-m", "benchmarks", name, *flags] for name in names]
     return max(subprocess.run(command, cwd=ROOT).returncode for command in commands)
 
 
-def run(name: str, quick: bool) -> None:
-    """Run one benchmark and show its table."""
+def run(name: str, quick: bool, **options: str) -> None:
+    """Run one benchmark and show its table; one that has pages or plots of its own writes them too."""
     module = importlib.import_module(f"benchmarks.{name}")
     where, title = machine(), (module.__doc__ or "").strip()
-    measures = module.measure(quick)
+    measures = module.measure(quick, **options)
     if not quick:
         write(name, title, where, measures)
+        if hasattr(module, "publish"):
+            module.publish(measures)
     print(page({"name": name, "title": title, "machine": where, "measures": [m.dump() for m in measures]}))
 
 

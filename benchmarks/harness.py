@@ -167,12 +167,16 @@ run, and a ratio is taken within each round. Spread: the quartiles, or the extre
 
 _BUSY_CORES = 0.2
 """What others may use at the start without spoiling the numbers; a result without it is judged by its load."""
+_UNTIMED = frozenset({"nats", "TFLOP", "blocks"})
+"""Units of what is the same however busy a machine is."""
 _BUSY = ("", "**The machine was busy with other work: these numbers judge no goal. Run it again on a quiet one.**")
 
 
 def page(result: Mapping[str, Any]) -> str:
     """Return one benchmark's results as Markdown."""
     where = result["machine"]
+    busy = where.get("busy_cores", where["load"][0]) > _BUSY_CORES
+    timed = any(m["unit"] not in _UNTIMED for m in result["measures"])
     lines = [
         f"## {result['name']}",
         "",
@@ -181,7 +185,7 @@ def page(result: Mapping[str, Any]) -> str:
         f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads unless said otherwise, "
         f"load {where['load'][0]} at the start; torch {where['torch']}, transformers {where['transformers']}, "
         f"prefect {where['prefect']}, Python {where['python']}; commit {where['commit']}, {where['date']}.",
-        *(_BUSY if where.get("busy_cores", where["load"][0]) > _BUSY_CORES else ()),
+        *(_BUSY if busy and timed else ()),
         "",
         "| case | what | median | spread | rounds | goal |",
         "|---|---|--:|--:|--:|---|",
