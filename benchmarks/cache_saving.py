@@ -20,8 +20,9 @@ from stackwise_core.costs import stage_flops
 from stackwise_core.data import PackedSequences
 from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
 from stackwise_core.rack_builder import ProgressiveRackBuilder
-from stackwise_core.resolve import StageSpec, resolve_order, resolve_shape, resolve_stage
+from stackwise_core.resolve import resolve_order, resolve_shape
 from stackwise_core.stage_model import StageModel
+from stackwise_core.stages import StageSpec, resolve_stage
 from stackwise_core.training import make_optimizer, train_step
 from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowsFromTokens, RowSource
 from storage.activations.fill import StoreRows, fill_store

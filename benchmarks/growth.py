@@ -20,7 +20,8 @@ from flows.run import grow
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config_yaml import apply_overrides
 from stackwise_core.costs import n_adapter_parameters, stage_flops
-from stackwise_core.resolve import ModelShape, StageSpec, resolve_shape, resolve_stages
+from stackwise_core.resolve import ModelShape, resolve_shape
+from stackwise_core.stages import StageSpec, resolve_stages
 
 SEEDS = (0, 1, 2)
 N_STACKS = 3

@@ -16,15 +16,9 @@ from torch import Tensor, nn
 from benchmarks.harness import Measure, interleaved, ratios
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.model import INIT_STD, Stack
-from stackwise_core.precision import (
-    STORAGE,
-    StoredLinear,
-    base_linears,
-    bytes_per_parameter,
-    convert_storage,
-    dense_weight,
-)
+from stackwise_core.precision import STORAGE, StoredLinear, base_linears, convert_storage, dense_weight
 from stackwise_core.resolve import resolve_shape
+from stackwise_core.storage_types import bytes_per_parameter
 
 D_MODEL = 512
 N_POSITIONS = 1024

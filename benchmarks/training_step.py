@@ -16,15 +16,9 @@ from stackwise_core.costs import stage_flops
 from stackwise_core.growth_operators import grow_stack, new_rack
 from stackwise_core.model import Rack
 from stackwise_core.objectives import Batch, clm_fields, summed_loss
-<<<<<<< HEAD
 from stackwise_core.resolve import ModelShape, resolve_shape
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stages import OptimSpec, StageSpec, resolve_stage
-=======
-from stackwise_core.rack_builder import grow_stack, new_rack
-from stackwise_core.resolve import ModelShape, OptimSpec, StageSpec, resolve_shape, resolve_stage
-from stackwise_core.stage_model import StageModel
->>>>>>> h6
 from stackwise_core.training import make_optimizer, train_step
 
 SEQ_LEN = 256
@@ -45,7 +39,6 @@ def measure(quick: bool) -> list[Measure]:
 
 def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list[Measure]:
     torch.set_num_threads(n_threads)
-<<<<<<< HEAD
     config = _config(d_model, batch_size)
     shape, first, later = resolve_shape(config), resolve_stage(config, 0), resolve_stage(config, 1)
     batch = _batch(shape.vocab_size, batch_size)
@@ -59,21 +52,6 @@ def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list
     seconds = interleaved(
         {
             "first stage": stackwise_step(StageModel(first.anatomy, [stack], rack.head, rack.embedding), batch, optim),
-=======
-    shape, first, later = _resolve(d_model, batch_size)
-    optim = first.optim
-    batch = _batch(shape, batch_size)
-    rack = _rack(shape, first)
-    llama = llama_like(rack)
-    check_same_loss(rack, llama, batch)
-
-    step_flops = stage_flops(shape, first, SEQ_LEN, loss_fraction=1.0)[0] / optim.steps
-    seconds = interleaved(
-        {
-            "first stage": stackwise_step(
-                StageModel(first.anatomy, list(rack.stacks), rack.head, rack.embedding), batch, optim
-            ),
->>>>>>> h6
             "later stage": stackwise_step(_later_stage(shape, later), _on_trunk(batch, d_model), optim),
             "Llama": llama_step(llama, batch["input_ids"], optim),
             "matmul": matmul,
@@ -101,19 +79,13 @@ def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list
 # ---------------------------------------------------------------- what is compared
 
 
-<<<<<<< HEAD
 def _config(d_model: int, batch_size: int) -> StackWiseConfig:
-=======
-def _resolve(d_model: int, batch_size: int) -> tuple[ModelShape, StageSpec, StageSpec]:
-    """Return the shape, the first stage, and the second, whose trunk is frozen."""
->>>>>>> h6
     config = StackWiseConfig()
     config.model.d_model = d_model
     config.model.n_heads = d_model // HEAD_DIM
     config.model.blocks_per_stack = N_BLOCKS
     config.training.batch_size = batch_size
     config.training.progressive.training_objective = "clm"
-<<<<<<< HEAD
     return config
 
 
@@ -127,27 +99,6 @@ def _batch(vocab_size: int, batch_size: int) -> Batch:
     tokens = np.random.default_rng(0).integers(vocab_size, size=(batch_size, SEQ_LEN))
     ids = torch.arange(batch_size)
     return {**clm_fields(tokens), "sequence_ids": ids, "trunk_activations": None, "stack_idx": 0}
-=======
-    return resolve_shape(config), resolve_stage(config, 0), resolve_stage(config, 1)
-
-
-def _rack(shape: ModelShape, stage: StageSpec) -> Rack:
-    """Return a rack of the stage's new stack alone."""
-    rack = new_rack(shape, seed=0)
-    rack.stacks.append(grow_stack(shape, N_BLOCKS, stage.index, "random", seed=0, source=None))
-    return rack
-
-
-def _later_stage(shape: ModelShape, stage: StageSpec) -> StageModel:
-    rack = _rack(shape, stage)
-    rack.untie()
-    return StageModel(stage.anatomy, list(rack.stacks), rack.head)
-
-
-def _batch(shape: ModelShape, batch_size: int) -> Batch:
-    tokens = np.random.default_rng(0).integers(shape.vocab_size, size=(batch_size, SEQ_LEN))
-    return {**clm_fields(tokens), "sequence_ids": torch.arange(batch_size), "trunk_activations": None, "stack_idx": 0}
->>>>>>> h6
 
 
 def _on_trunk(batch: Batch, d_model: int) -> Batch:
@@ -212,7 +163,6 @@ def stackwise_step(model: StageModel, batch: Batch, optim: OptimSpec) -> Step:
 
 def llama_step(llama: LlamaForCausalLM, ids: torch.Tensor, optim: OptimSpec) -> Step:
     parameters = list(llama.parameters())
-<<<<<<< HEAD
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optim.weight_decay},
@@ -222,13 +172,6 @@ def llama_step(llama: LlamaForCausalLM, ids: torch.Tensor, optim: OptimSpec) -> 
         betas=(optim.beta1, optim.beta2),
         fused=True,
     )
-=======
-    matrices = [p for name, p in llama.named_parameters() if p.dim() > 1 and "embed_tokens" not in name]
-    others = [p for name, p in llama.named_parameters() if p.dim() <= 1 or "embed_tokens" in name]
-    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    betas = (optim.beta1, optim.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=betas, fused=True)
->>>>>>> h6
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)

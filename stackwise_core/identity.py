@@ -14,10 +14,7 @@ from pydantic import BaseModel, Field
 from stackwise_core.anatomy import Trains
 from stackwise_core.config import Precision
 from stackwise_core.masking import MaskSpec
-from stackwise_core.resolve import (
-    ModelShape,
-    Value,
-)
+from stackwise_core.resolve import ModelShape, Value
 from stackwise_core.stages import (
     AdapterSpec,
     GrowthOperator,

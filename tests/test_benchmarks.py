@@ -18,9 +18,10 @@ from benchmarks.plot import line_chart, ticks
 from stackwise_core.adapters import adapter_parameters
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.costs import stage_flops
-from stackwise_core.identity import plan_run
+from stackwise_core.plan import plan_run
 from stackwise_core.rack_builder import ProgressiveRackBuilder
-from stackwise_core.resolve import resolve_shape, resolve_stages
+from stackwise_core.resolve import resolve_shape
+from stackwise_core.stages import resolve_stages
 
 
 @pytest.fixture(scope="module")
