@@ -42,12 +42,19 @@ def judge(stage: Stage) -> Facts:
     )
     own, *grid = losses
     if not own["loss_positions"]:
-        received = f"{len(rows)} validation sequences"
-        allowed = "none of them has a loss position: give more, or mask more"
-        raise ConfigError([Fault("validation.max_sequences", received, allowed)])
+        raise ConfigError([_no_position(stage, len(rows))])
     ratios = stage.plan.validation.grid
     by_ratio = {str(ratio): loss["validation_loss_exact"] for ratio, loss in zip(ratios, grid, strict=True)}
     return {"validation_sequences": len(rows), **own, **({"by_mask_ratio": by_ratio} if ratios else {})}
+
+
+def _no_position(stage: Stage, n_sequences: int) -> Fault:
+    """Return why there is no loss to measure: nothing is masked, or the examples mark nothing."""
+    mask = stage.plan.stack.mask
+    found = f"none of the {n_sequences} validation sequences has a loss position"
+    if mask is not None and mask.time is None:
+        return Fault("training.mask_ratio", str(mask.ratio), f"{found}; raise it")
+    return Fault("validation.max_sequences", str(stage.plan.validation.sequences), f"{found}; give more of them")
 
 
 def _masks_to_judge(stage: Stage) -> list[MaskSpec | None]:

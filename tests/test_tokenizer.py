@@ -236,7 +236,7 @@ def test_bytes_cost_no_library(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from stackwise_core.config import StackWiseConfig\n"
-        "from stackwise_core.identity import plan_run\n"
+        "from stackwise_core.plan import plan_run\n"
         "plan_run(StackWiseConfig.from_dict({}), '00' * 32)\n"
         "print(sorted({'tokenizers', 'torch'} & set(sys.modules)))\n"
         "StackWiseConfig.from_dict({'data': {'tokenizer': sys.argv[1]}, 'model': {'vocab_size': 400}})\n"
