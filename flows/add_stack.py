@@ -12,8 +12,8 @@ from stackwise_core.identity import Ref
 @flow(name="add-stack", flow_run_name="{stage.title}")
 def add_stack(stage: Stage) -> Ref:
     """Build a stack on a trunk, train it, cache its boundary for the next one, judge the result."""
-    build = tasks.prepared(stage, tasks.build_stack, "build stack")(stage)
-    trunk = tasks.prepared(stage, tasks.configure_trunk, "configure trunk of stack")(stage)
-    stack = tasks.prepared(stage, tasks.train, "train stack")(stage, build, trunk)
-    activations = tasks.prepared(stage, tasks.cache_activations, "cache activations of stack")(stage, stack)
-    return tasks.prepared(stage, tasks.validate, "validate stack")(stage, stack, activations)
+    build = tasks.prepared(stage, tasks.build_stack, "build")(stage) if stage.plan.build else None
+    trunk = tasks.prepared(stage, tasks.configure_trunk, "configure trunk of")(stage)
+    stack = tasks.prepared(stage, tasks.train, "train")(stage, build, trunk)
+    activations = tasks.prepared(stage, tasks.cache_activations, "cache activations of")(stage, stack)
+    return tasks.prepared(stage, tasks.validate, "validate")(stage, stack, activations)

@@ -74,6 +74,11 @@ class Stage(BaseModel, frozen=True):
         return self.run_plan.stages[self.index]
 
     @property
+    def what(self) -> str:
+        """What the stage works on, for people."""
+        return "all stacks" if self.plan.spec.mode == "joint" else f"stack {self.index}"
+
+    @property
     def title(self) -> str:
         """How a person would call the stage."""
         spec = self.plan.spec

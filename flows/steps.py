@@ -123,6 +123,8 @@ def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
     The boundary below, if it is there, moves up by one stack; otherwise all is derived from tokens.
     """
     if stage.plan.activations is None:
+        if stage.index + 1 < len(stage.run_plan.stages):  # of the last stage everyone expects it
+            tell(Message(f"stage {stage.index} caches nothing: {stage.plan.no_cache_reason}"))
         return None
     stacks = [*(below.ref("stack") for below in stage.below), stack]
     recipe = stage.plan.activations

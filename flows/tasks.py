@@ -65,7 +65,7 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
     return steps.validate(stage, stack, activations)
 
 
-def prepared(stage: Stage, made_by: Task[..., Any], sentence: str) -> Task[..., Any]:
+def prepared(stage: Stage, made_by: Task[..., Any], verb: str) -> Task[..., Any]:
     """Return a task as this stage calls it: named for people, its record beside the artifacts.
 
     Prefect's record only says that the work was done once. Whether its artifact is there is known
@@ -73,7 +73,7 @@ def prepared(stage: Stage, made_by: Task[..., Any], sentence: str) -> Task[..., 
     """
     needed = TASK_KINDS[made_by.name] in stage.needed | stage.forced
     return made_by.with_options(
-        task_run_name=f"{sentence} {stage.index}",
+        task_run_name=f"{verb} {stage.what}",
         result_storage=Path(stage.root).absolute() / "prefect",
         refresh_cache=needed,
     )

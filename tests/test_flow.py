@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from conftest import digests, files_below, folder_of, manifests, tiny
+from conftest import Recorder, digests, files_below, folder_of, manifests, tiny
 
 from flows.numbers import size
 from flows.progress import listening
@@ -295,3 +295,39 @@ def test_a_damaged_cache_fails_the_flow_by_name(first: tuple[Path, FlowRun], tmp
         run.state.result()
     assert run.tasks(count=6)["train stack 1"] == "Failed"
     assert files_below(root / "activations") == before
+
+
+def test_a_prepended_and_annealed_run_reads_as_sentences_too(
+    prefect_api: str, tmp_path: Path, quick_disk: None
+) -> None:
+    """Names say what is worked on; the stage table has the losses that compare; an absent cache says why."""
+    growth = "training.progressive."
+    changes = {
+        **TWO,
+        "run.name": "depth",
+        "training.joint_steps": 4,
+        f"{growth}training_objective": "mlm",
+        f"{growth}time_interpretation": "depth",
+        f"{growth}building_mode": "prepend",
+    }
+    recorder = Recorder()
+    with listening(recorder):
+        run = run_flow(tiny(tmp_path, changes), tmp_path / "a")
+    assert run.state.is_completed(), run.state
+    names = [stage.name for stage in run.stages()]
+    assert names == [
+        "add stack 0 (prepend, frozen, full)",
+        "add stack 1 (prepend, frozen, full)",
+        "train all stacks together",
+    ]
+    tasks = run.tasks(count=14)
+    assert "build all stacks" not in tasks
+    assert tasks["train all stacks"] == tasks["validate all stacks"] == "Completed"
+    table = json.loads(artifacts_named("depth-stages")[-1].data)
+    assert [row["how"] for row in table] == ["prepend, frozen, full", "prepend, frozen, full", "joint"]
+    assert all(row["at 50% masked"] > 0 for row in table)
+    reasons = [text for text in recorder.messages if "caches nothing" in text]
+    assert [text.split(":")[1].strip() for text in reasons] == [
+        "stage 1 streams from tokens",
+        "stage 2 streams from tokens",
+    ]
