@@ -110,7 +110,7 @@ def _read_example(line: bytes, form: ExampleFormat) -> Example:
     """
     try:
         columns: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is no JSON ({error}); the custom objective reads {_EXPECTED}") from None
     if not isinstance(columns, dict):
         raise ValueError(f"is no JSON object; the custom objective reads {_EXPECTED}")

@@ -140,6 +140,7 @@ def test_tokens_are_stored_as_wide_as_they_need() -> None:
         ('{"input_ids": [true], "targets": [1]}', r"input_ids is \[True\]; a list of integers is expected"),
         ('{"input_ids": [1], "targets": [1], "masks": [1]}', r"masks is \[1\]; a list of true and false is expected"),
         ('{"input_ids": [1], "targets": [9223372036854775808]}', "targets holds a number that does not fit into 64"),
+        ("[" * 100_000, "is no JSON"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, says: str) -> None:
