@@ -30,22 +30,25 @@ def judge(stage: Stage) -> Facts:
     plans, anatomy = stage.so_far, stage.plan.spec.anatomy
     objective = stage.config.training.progressive.training_objective
     rows = np.arange(min(len(validation_sequences), stage.plan.validation.sequences))
-    losses = judge_rack(
+    masks = _masks_to_judge(stage)
+    own, *grid = judge_rack(
         load_embedding(stage.artifacts, plans).to(stage.device),
         # One stack is in memory at a time, however deep the rack is.
         (load_stack(stage.artifacts, plans, index).to(stage.device) for index in anatomy.order),
         load_head(stage.artifacts, plans).to(stage.device),
-        [validation_batch(validation_sequences, rows, mask, objective) for mask in _masks_to_judge(stage)],
+        [validation_batch(validation_sequences, rows, mask, objective) for mask in masks],
         stream_dtype=STREAM_DTYPES[stage.config.cache.dtype],
         boundary=anatomy.boundary,
         loss_function=resolve_loss(stage.config),
     )
-    own, *grid = losses
     if not own["loss_positions"]:
         raise ConfigError([_no_position(stage, len(rows))])
-    ratios = stage.plan.validation.grid
-    by_ratio = {str(ratio): loss["validation_loss_exact"] for ratio, loss in zip(ratios, grid, strict=True)}
-    return {"validation_sequences": len(rows), **own, **({"by_mask_ratio": by_ratio} if ratios else {})}
+    by_ratio = {
+        str(round(mask.mean_ratio, 4)): loss["validation_loss_exact"]
+        for mask, loss in zip(masks[1:], grid, strict=True)
+        if mask and loss["loss_positions"]
+    }
+    return {"validation_sequences": len(rows), **own, **({"by_mask_ratio": by_ratio} if by_ratio else {})}
 
 
 def _no_position(stage: Stage, n_sequences: int) -> Fault:

@@ -162,7 +162,7 @@ class ProgressiveConfig(Section):
     """Give every stack a 'stack' adapter at creation."""
     qlora_rank: int = Field(default=16, ge=1)
     """Rank of the stack adapter."""
-    qlora_alpha: float = Field(default=32.0, gt=0.0)
+    qlora_alpha: float = Field(default=32.0, gt=0.0, le=1e6)
     """Alpha of the stack adapter."""
     qlora_strategy: Literal["simplified", "progressive", "variable"] = "simplified"
     """The same rank everywhere, by pattern, or per stack from qlora_configs."""
@@ -176,7 +176,7 @@ class ProgressiveConfig(Section):
     """At growth, give every trunk stack without one a smaller 'progressive' adapter."""
     progressive_qlora_rank: int = Field(default=8, ge=1)
     """Rank of the progressive adapter."""
-    progressive_qlora_alpha: float = Field(default=16.0, gt=0.0)
+    progressive_qlora_alpha: float = Field(default=16.0, gt=0.0, le=1e6)
     """Alpha of the progressive adapter."""
     time_interpretation: Literal["none", "input", "depth"] = "none"
     """Diffusion time: none, an input, or the depth itself."""
@@ -188,9 +188,9 @@ class ProgressiveConfig(Section):
     """Which time step a stack of time-as-depth has; in the library also a function, as time_mapping."""
     time_mapping: TimeMapping = Field(default_factory=list)
     """Custom mapping: the time step of each stack in creation order, or 'module:name'."""
-    time_per_stack: int = Field(default=1, ge=1)
+    time_per_stack: int = Field(default=1, ge=1, le=2**20)
     """Linear mapping: time steps between neighbouring stacks."""
-    num_time_steps: int = Field(default=0, ge=0)
+    num_time_steps: int = Field(default=0, ge=0, le=2**20)
     """Time steps in all; 0 means max_stacks * time_per_stack."""
     stacks: list[StackOverride] = Field(default_factory=list)
     """Per-stack overrides {n_blocks, precision, mode, steps} in creation order."""
@@ -306,13 +306,16 @@ class StackWiseConfig(Section):
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     """Validation loss and cache checks."""
 
-    def validate(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def validate(self, *, corpus: bool = True) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Check the schema again, since lists and mappings can be changed in place, and the rules that span fields.
+
+        Args:
+            corpus: whether `data` is used; a library's caller brings tokens of their own.
 
         Raises:
             ConfigError: lists every fault at once, each with its path, value and what is allowed.
         """
-        faults = _all_faults(type(self), self.model_dump(warnings=False))
+        faults = _all_faults(type(self), self.model_dump(warnings=False), corpus=corpus)
         if faults:
             raise ConfigError(faults)
 
@@ -352,6 +355,15 @@ class StackWiseConfig(Section):
         apply_overrides(values, overrides or {})
         return cls.from_dict(values)
 
+    @classmethod
+    def read_unchecked(cls, path: Path) -> StackWiseConfig:
+        """Read what `to_yaml` wrote, its types and ranges alone.
+
+        Raises:
+            ConfigError, ValueError: it is no YAML, or no configuration.
+        """
+        return cls.model_validate(load_yaml(path))
+
     def to_yaml(self, path: str | Path | None = None) -> str:
         """Return the whole configuration as YAML text, and write it to `path` if one is given.
 
@@ -368,16 +380,16 @@ class StackWiseConfig(Section):
         return text
 
 
-def _all_faults(schema: type[StackWiseConfig], values: dict[str, Any]) -> list[Fault]:
+def _all_faults(schema: type[StackWiseConfig], values: dict[str, Any], *, corpus: bool = True) -> list[Fault]:
     """Return the faults of the schema, and of the rules as far as they concern values that have none."""
     try:
-        return cross_field_faults(schema.model_validate(values))
+        return cross_field_faults(schema.model_validate(values), corpus=corpus)
     except ValidationError as error:
         faults, remainder = schema_faults(schema, values, error)
     # What is left may not be a configuration yet: then its schema faults are told first.
     with contextlib.suppress(ValidationError):
         broken = {fault.path for fault in faults}
-        for fault in cross_field_faults(schema.model_validate(remainder)):
+        for fault in cross_field_faults(schema.model_validate(remainder), corpus=corpus):
             if not any(path in (fault.path, *fault.allowed.split()) for path in broken):
                 faults.append(fault)
     return faults

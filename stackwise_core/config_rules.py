@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from stackwise_core.config import StackWiseConfig
 
 
-def cross_field_faults(config: StackWiseConfig) -> list[Fault]:
-    """Return every broken rule of a configuration whose types and ranges are right."""
+def cross_field_faults(config: StackWiseConfig, *, corpus: bool = True) -> list[Fault]:
+    """Return every broken rule of a configuration whose types and ranges are right; see `validate`."""
     return [
         *_model_faults(config),
-        *_tokenizer_faults(config),
+        *(_tokenizer_faults(config) if corpus else ()),
         *_training_faults(config),
         *growth_faults(config),
         *time_faults(config),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stackwise_core.data import PackedSequences
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.masking import SALT_DEPTH, VALIDATION_VIEW, IntArray, MaskSpec, hash_bits
+from stackwise_core.masking import SALT_DEPTH, VALIDATION_VIEW, IntArray, MaskSpec, content_ids, hash_bits
 from stackwise_core.objectives import Batch, batch_fields, custom_fields, input_time_step
 from stackwise_core.order import RowOrder
 from stackwise_core.raw_batches import Objective, raw_fields, refuse_own_targets, targets_and_masks, tokens_and_ids
@@ -107,7 +107,7 @@ class ProgressiveDataLoader:
         self.cache_activations = cache_activations
         self.views = views
         self.passes = 0
-        self._recorded: dict[tuple[int, int, int | None], Tensor] = {}
+        self._recorded: dict[tuple[int, int, int | None], tuple[int, Tensor]] = {}
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one pass."""
@@ -159,13 +159,19 @@ class ProgressiveDataLoader:
         return self._recording(source, inputs, ids, view) if self.cache_activations else source(*inputs)
 
     def _recording(self, live: Callable[..., Tensor], inputs: tuple[Tensor, ...], ids: IntArray, view: int) -> Tensor:
+        tokens = inputs[0] if inputs else torch.empty(0)
         steps: list[int | None] = inputs[1].tolist() if len(inputs) > 1 else [None] * len(ids)
         keys = [(int(sequence_id), view, step) for sequence_id, step in zip(ids, steps, strict=True)]
+        contents: list[int] = content_ids(tokens.numpy()).tolist()
         new = [n for n, key in enumerate(keys) if key not in self._recorded]
         if new:
             for n, row in zip(new, live(*(part[new] for part in inputs)), strict=True):
-                self._recorded[keys[n]] = row
-        return torch.stack([self._recorded[key] for key in keys])
+                self._recorded[keys[n]] = contents[n], row
+        for key, content in zip(keys, contents, strict=True):
+            if self._recorded[key][0] != content:
+                allowed = "an id of its own for every sequence; two different ones came under this id"
+                raise ConfigError([Fault("sequence_ids", str(key[0]), allowed)])
+        return torch.stack([self._recorded[key][1] for key in keys])
 
 
 class JointDataLoader:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stackwise_core.masking import VALIDATION_VIEW, IntArray, MaskSpec
 from stackwise_core.model import Head, Rack, Stack, TokenEmbedding
-from stackwise_core.objectives import Batch, LossFunction, batch_fields, input_time_step, summed_loss
+from stackwise_core.objectives import Batch, LossFunction, batch_fields, input_time_step, loss_positions, summed_loss
 from stackwise_core.trunk import RowSource, advance
 
 _SEQUENCES_AT_ONCE = 32
@@ -58,7 +58,8 @@ def judge_rack(
         exact = [advance([stack], stream, torch.float32) for stream in exact]
     losses: list[dict[str, float]] = []
     for n, (stream, batch) in enumerate(zip(exact, batches, strict=True)):
-        loss_exact, positions = _mean_loss(stream, head, batch, loss_function)
+        loss_exact, _ = _mean_loss(stream, head, batch, loss_function)
+        positions = int(loss_positions(batch).sum())
         loss = _mean_loss(rounded, head, batch, loss_function)[0] if n == 0 and boundary else loss_exact
         losses.append({"validation_loss": loss, "validation_loss_exact": loss_exact, "loss_positions": positions})
     return losses

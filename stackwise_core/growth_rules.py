@@ -183,6 +183,10 @@ def _patterned(config: StackWiseConfig) -> bool:
     return _adapted(config) and config.training.progressive.qlora_strategy == "progressive"
 
 
+def _by_rule(config: StackWiseConfig) -> bool:
+    return _adapted(config) and config.training.progressive.qlora_strategy != "variable"
+
+
 def _variable(config: StackWiseConfig) -> bool:
     return _adapted(config) and config.training.progressive.qlora_strategy == "variable"
 
@@ -192,11 +196,17 @@ def _masked(config: StackWiseConfig) -> bool:
 
 
 _ADAPTED = (_adapted, f"{GROWTH}.qlora_enabled: true, or a stack of precision qlora")
+_BY_RULE = (_by_rule, f"{GROWTH}.qlora_enabled: true or precision qlora, and no qlora_strategy: variable")
 _PATTERNED = (_patterned, f"{GROWTH}.qlora_strategy: progressive, on stacks that have adapters")
 _ONLY_WITH: dict[str, tuple[_Condition, str]] = {
     f"{GROWTH}.trunk_trainable_top": (_growth_is(trunk_strategy="qlora"), f"{GROWTH}.trunk_strategy: qlora"),
-    f"{GROWTH}.qlora_rank": _ADAPTED,
-    f"{GROWTH}.qlora_alpha": _ADAPTED,
+    f"{GROWTH}.qlora_rank": _BY_RULE,
+    f"{GROWTH}.qlora_alpha": _BY_RULE,
+    f"{GROWTH}.trunk_strategy": (_growth_is(enabled=True), f"{GROWTH}.enabled: true"),
+    "training.new_stack_init": (_growth_is(enabled=True), f"{GROWTH}.enabled: true"),
+    "training.mask_ratio": (_masked, f"{GROWTH}.training_objective: mlm"),
+    "cache.mode": (_growth_is(cache_activations=True), f"{GROWTH}.cache_activations: true"),
+    "cache.keep": (_growth_is(cache_activations=True), f"{GROWTH}.cache_activations: true"),
     f"{GROWTH}.qlora_strategy": _ADAPTED,
     f"{GROWTH}.qlora_rank_pattern": _PATTERNED,
     f"{GROWTH}.qlora_alpha_pattern": _PATTERNED,

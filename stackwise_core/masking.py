@@ -152,7 +152,8 @@ class MaskSpec(BaseModel, frozen=True):
         """The share of positions that is masked, on average over time where time is an input."""
         if self.time is None:
             return self.ratio
-        return float(self.time.ratios(np.arange(self.time.n_steps, dtype=np.int64)).mean())
+        ratios = self.time.ratios(np.arange(self.time.n_steps, dtype=np.int64))
+        return float(ratios.mean() if self.time.fixed < 0 else ratios[self.time.fixed])
 
     def at_ratio(self, ratio: float) -> MaskSpec:
         """Return the same corruption at one ratio: where time is an input, at the step whose ratio is nearest."""

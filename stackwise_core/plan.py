@@ -145,7 +145,7 @@ def _plan_stage(
         views=resolve_views(config),
         optim=spec.optim,
         stream_dtype=resolve_stream_dtype(config) if anatomy.boundary else None,
-        mode=spec.mode,
+        mode="append" if spec.index == 0 and not joint else spec.mode,  # the first stack has no other end
         precision="full" if joint else spec.new.precision,
         objective=resolve_objective(config),
         time_step=spec.time_step,

@@ -11,7 +11,7 @@ from stackwise_core.adapters import adapter_names, adapter_parameters
 from stackwise_core.anatomy import Anatomy
 from stackwise_core.config import ModelConfig, Precision, StackOverride, StackWiseConfig
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.growth_operators import freeze, give_adapters, new_rack, new_stack, prepare_to_train, settle
+from stackwise_core.growth_operators import freeze, give_adapter, new_rack, new_stack, prepare_to_train, settle
 from stackwise_core.growth_rules import GROWTH, growth_faults, stage_blocks, stage_mode, stage_precision
 from stackwise_core.model import Rack, Stack
 from stackwise_core.precision import stored_bytes
@@ -48,7 +48,7 @@ class ProgressiveRackBuilder:
                 setattr(config.model, name, value)
             except ValidationError as error:
                 raise ConfigError([Fault(f"model.{name}", repr(value), error.errors()[0]["msg"])]) from None
-        config.validate()
+        config.validate(corpus=False)
         self.config = config
         self._rack = new_rack(resolve_shape(config), config.run.seed)
         self._added: list[StackOverride] = []
@@ -118,10 +118,16 @@ class ProgressiveRackBuilder:
         source = self.stack(spec.source) if grown and spec.source is not None else None
         stack = new_stack(self._rack.shape, spec.new, spec.operator if grown else "random", config.run.seed, source)
         for index_below in spec.trunk:
-            give_adapters(self.stack(index_below), spec.stacks[index_below], config.run.seed)
+            self._give_progressive(spec, index_below)
         self._rack.stacks.insert(spec.anatomy.order.index(index), stack)
         self._added.append(override)
         return stack
+
+    def _give_progressive(self, spec: StageSpec, index: int) -> None:
+        """Give a stack of the trunk its 'progressive' adapter; its own it got at creation, or never."""
+        stack, adapters = self.stack(index), spec.stacks[index].adapters
+        if "progressive" in adapters and "progressive" not in adapter_names(stack):
+            give_adapter(stack, "progressive", adapters["progressive"], self.config.run.seed)
 
     def _override(self, index: int, mode: str, n_blocks: int | None, precision: Precision | None) -> StackOverride:
         """Return how this stack is built, spelled out, so that later edits of the configuration leave it as it is."""
@@ -163,7 +169,7 @@ class ProgressiveRackBuilder:
             self._rack.untie()
         freeze(self._rack)
         for index in spec.anatomy.order:
-            give_adapters(self.stack(index), spec.stacks[index], self.config.run.seed)
+            self._give_progressive(spec, index)
             prepare_to_train(self.stack(index), spec.anatomy.trains_of(index))
 
     def finish_stage(self, anatomy: Anatomy) -> None:

@@ -25,6 +25,8 @@ def tokens_and_ids(fields: Batch) -> tuple[IntArray, IntArray]:
     if "input_ids" not in fields:
         raise _bad_batch(f"a batch with {sorted(fields)}", "each batch needs input_ids [B, T]")
     tokens = _integers("input_ids", fields["input_ids"], n_dimensions=2)
+    if not tokens.size:
+        raise _bad_batch(f"input_ids of shape {tokens.shape}", "each batch needs at least one token")
     ids = fields.get("sequence_ids")
     sequence_ids = content_ids(tokens) if ids is None else _integers("sequence_ids", ids, n_dimensions=1)
     if len(sequence_ids) != len(tokens):

@@ -15,7 +15,7 @@ from stackwise_core.adapters import adapter_parameters
 from stackwise_core.anatomy import Anatomy
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model import Head, Stack, TokenEmbedding
-from stackwise_core.objectives import Batch, LossFunction, input_time_step, summed_loss
+from stackwise_core.objectives import Batch, LossFunction, input_time_step, loss_positions, summed_loss
 
 
 class StageModel(nn.Module):
@@ -95,9 +95,7 @@ class StageModel(nn.Module):
         """Return the stream below the first live stack, float32: from the tokens, or the trunk's boundary."""
         device = self.head.projection.weight.device
         if self.embedding is not None:
-            largest, rows = int(batch["input_ids"].max()), self.embedding.num_embeddings
-            if largest >= rows:
-                raise ConfigError([Fault("model.vocab_size", str(rows), f"the batch holds token {largest}")])
+            _check_tokens("token", batch["input_ids"], self.embedding.num_embeddings)
             return self.embedding(batch["input_ids"].to(device), input_time_step(batch))
         if batch["trunk_activations"] is None:
             raise ConfigError([Fault("trunk_activations", "None", "a stack on a trunk needs the trunk's activations")])
@@ -105,4 +103,17 @@ class StageModel(nn.Module):
 
     def summed_loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the loss summed over the loss positions [nats], and their number."""
+        if self.loss_function is None:  # targets of a loss of one's own need not be tokens
+            targets = batch["targets"][loss_positions(batch)]
+            _check_tokens("target", targets, self.head.projection.out_features)
         return summed_loss(self(batch), self.head, batch, self.loss_function)
+
+
+def _check_tokens(what: str, tokens: Tensor, vocab_size: int) -> None:
+    """Refuse what the embedding or the head has no row for; torch's own message names neither."""
+    if not tokens.numel():
+        return
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    if smallest < 0 or largest >= vocab_size:
+        found = largest if largest >= vocab_size else smallest
+        raise ConfigError([Fault("model.vocab_size", str(vocab_size), f"the batch holds {what} {found}")])

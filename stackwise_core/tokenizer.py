@@ -63,6 +63,10 @@ class Tokenizer(Protocol):
         ...
 
 
+_MOST_TOKENS = 2**24
+"""What `model.vocab_size` may be."""
+
+
 class ByteTokenizer:
     """256 bytes and three specials. Any text is encodable, nothing is unknown."""
 
@@ -107,6 +111,8 @@ class FileTokenizer:
         self._library.no_padding()
         # A text that spells [MASK] is text: read as the special token, it would be a hole in the input.
         self._library.encode_special_tokens = True
+        if getattr(self._library.model, "dropout", None):
+            raise ValueError("it drops merges at random (dropout), so that a text would have no one encoding")
         ids = self._library.get_vocab(with_added_tokens=True)
         self.name = f"sha256:{hashlib.sha256(description.encode()).hexdigest()}"
         self.mask_token = _first(ids, "[MASK]", "<mask>")
@@ -115,6 +121,8 @@ class FileTokenizer:
         self.pad_token = next(token for token in (pad_token, self.end_token, 0) if token is not None)
         self.vocab_size = max(ids.values(), default=-1) + 1
         added = self._library.get_added_tokens_decoder()
+        if self.vocab_size > _MOST_TOKENS:
+            raise ValueError(f"its largest id is {self.vocab_size - 1:,}; at most {_MOST_TOKENS:,} tokens are possible")
         regular = set(ids.values()) - {token for token, entry in added.items() if entry.special}
         regular -= {self.mask_token, self.end_token, pad_token}
         if not regular:
@@ -125,7 +133,11 @@ class FileTokenizer:
 
     def encode(self, text: bytes) -> TokenArray:
         """Return the ids of a UTF-8 text, without the specials that a template would put around it."""
-        ids = self._library.encode(text.decode("utf-8"), add_special_tokens=False).ids
+        try:
+            ids = self._library.encode(text.decode("utf-8"), add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing narrower
+            allowed = f"it cannot encode the corpus ({error}); give one that knows every text, such as a byte-level one"
+            raise ConfigError([Fault("data.tokenizer", self.name, allowed)]) from None
         return np.array(ids, dtype=token_dtype(self.vocab_size))
 
     def decode(self, tokens: IntArray) -> str:

@@ -12,12 +12,14 @@ from stackwise_core.anatomy import Anatomy
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.dataloader import JointDataLoader, ProgressiveDataLoader
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.growth_rules import growth_faults
 from stackwise_core.hardware import use_hardware
 from stackwise_core.objectives import Batch
 from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_loss, resolve_mask, resolve_stream_dtype, resolve_views
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stages import StageSpec, resolve_joint, resolve_joint_times, resolve_stage
+from stackwise_core.timesteps import time_faults
 from stackwise_core.training import Hooks, train_stack
 from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowSource
 
@@ -63,9 +65,9 @@ class ProgressiveTrainer:
         Returns:
             One result per stage that was trained here; the last is the joint anneal, if there is one.
         """
-        self.config.validate()
+        self.config.validate(corpus=False)
         growth = self.config.training.progressive
-        target = target_stacks or growth.target_stacks
+        target = growth.target_stacks if target_stacks is None else target_stacks
         self._check(rack_builder, target)
         if not growth.enabled:
             return [self._train_jointly(rack_builder, dataloader, 0, target, hooks)]
@@ -91,7 +93,7 @@ class ProgressiveTrainer:
         """
         if target_stacks is not None:
             return self.train_progressively(rack_builder, dataloader, target_stacks)
-        self.config.validate()
+        self.config.validate(corpus=False)
         if not rack_builder.n_stacks:
             raise ConfigError(
                 [Fault("target_stacks", "None", "the rack has no stack yet; give a number, or append one")]
@@ -102,8 +104,21 @@ class ProgressiveTrainer:
         """Refuse before the first step what would go wrong after the last."""
         growth = self.config.training.progressive
         limit = builder.config.training.progressive.max_stacks
-        if target > limit:
-            raise ConfigError([Fault("target_stacks", str(target), f"the builder's max_stacks is {limit}")])
+        if type(target) is not int or not 1 <= target <= limit:
+            allowed = f"a number of stacks from 1 to {limit}: the builder's max_stacks is {limit}"
+            raise ConfigError([Fault("target_stacks", repr(target), allowed)])
+        joint = self.config.training.joint_steps > 0 or not growth.enabled
+        if joint and target < builder.n_stacks:
+            allowed = f"the rack has {builder.n_stacks} stacks already, and joint training takes all of them"
+            raise ConfigError([Fault("target_stacks", str(target), allowed)])
+        built = builder.as_built(self.config)
+        built.training.progressive.target_stacks = max(target, builder.n_stacks)
+        if faults := [*growth_faults(built), *time_faults(built)]:
+            raise ConfigError(faults)
+        mask, vocab_size = resolve_mask(built, 0), builder.build_rack().shape.vocab_size
+        if mask is not None and mask.mask_token >= vocab_size:
+            allowed = f"mlm puts token {mask.mask_token} for [MASK]; the rack needs a row for it"
+            raise ConfigError([Fault("model.vocab_size", str(vocab_size), allowed)])
         if growth.training_objective == "clm" and not builder.build_rack().shape.causal:
             allowed = "the builder's rack is bidirectional: every position would see its own target"
             raise ConfigError([Fault("training.progressive.training_objective", "'clm'", allowed)])
@@ -121,6 +136,10 @@ class ProgressiveTrainer:
         config = builder.as_built(self.config)
         config.training.progressive.target_stacks = n_stacks
         spec = resolve_joint(config, index, n_stacks)
+        for stack in spec.stacks:
+            if spec.anatomy.trains_of(stack.index) == "adapters" and not stack.adapters:
+                allowed = f"stack {stack.index} is quantised and has no adapter: nothing of it could train"
+                raise ConfigError([Fault("precision", repr(stack.precision), allowed)])
         return self._train_stage(config, builder, spec, dataloader, None, hooks)
 
     def _train_stage(

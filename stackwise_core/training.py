@@ -219,6 +219,8 @@ def _parts(batch: Batch, n_parts: int) -> Iterator[Batch]:
     size = len(batch["sequence_ids"])
     for n in range(n_parts):
         rows = slice(n * size // n_parts, (n + 1) * size // n_parts)
+        if rows.start == rows.stop:
+            continue  # a loader's last batch may have fewer rows than there are parts
         yield {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 

@@ -43,8 +43,9 @@ class Attempt:
 
     @property
     def config(self) -> StackWiseConfig:
-        """The configuration, as it was."""
-        return StackWiseConfig.from_yaml(self.folder / "config.yaml")
+        """The configuration, as it was: not judged by the rules of today, nor by files it named then."""
+        with _explained(self.folder / "config.yaml") as path:
+            return StackWiseConfig.read_unchecked(path)
 
     @property
     def start(self) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def _explained(path: Path) -> Generator[Path]:
     """Turn a missing or damaged file of an attempt into one error that names it."""
     try:
         yield path
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ConfigError) as error:
         remedy = f"Remove {path.parent}: artifacts stay, and `stackwise train` registers the run anew"
         raise ArtifactCorruptError(path, f"is damaged ({str(error).splitlines()[0]})", remedy) from None
 

@@ -18,6 +18,7 @@ from stackwise_core import (
     TimeStepMasking,
 )
 from stackwise_core.adapters import adapter_names, adapter_parameters
+from stackwise_core.config_yaml import apply_overrides
 from stackwise_core.errors import ConfigError
 from stackwise_core.trunk import LiveTrunk
 
@@ -319,3 +320,134 @@ def test_a_mapping_may_be_a_function() -> None:
     light, heavy = (masking.generate_masks_for_stack(TOKENS, stack) for stack in (0, 3))
     assert (light & ~heavy).sum() == 0
     assert light.sum() < heavy.sum()
+
+
+# ---------------------------------------------------------------- what an attack found
+
+
+def _config(**changes: Any) -> StackWiseConfig:
+    values: dict[str, Any] = {
+        "model": {"d_model": 16, "n_heads": 2, "blocks_per_stack": 1},
+        "training": {"steps_per_stack": 3, "warmup_steps": 0, "batch_size": 8},
+        "hardware": {"threads": 1, "device": "cpu"},
+    }
+    apply_overrides(values, {key.replace("__", "."): value for key, value in changes.items()})
+    return StackWiseConfig.from_dict(values)
+
+
+LOADER = [torch.randint(0, 256, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (8, 7, 4)]
+GROWTH = "training__progressive__"
+
+
+def test_a_last_batch_may_have_fewer_rows_than_parts() -> None:
+    config = _config(training__accumulation_steps=8)
+    (result,) = ProgressiveTrainer(config).train_progressively(ProgressiveRackBuilder(config), LOADER, 1)
+    whole = _config()
+    (reference,) = ProgressiveTrainer(whole).train_progressively(ProgressiveRackBuilder(whole), LOADER, 1)
+    assert result.loss == pytest.approx(reference.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "message"),
+    [
+        (
+            {
+                f"{GROWTH}qlora_enabled": True,
+                f"{GROWTH}qlora_rank": 2,
+                f"{GROWTH}qlora_strategy": "progressive",
+                f"{GROWTH}qlora_rank_pattern": "increasing",
+            },
+            8,
+            "exceeds its narrowest layer",
+        ),
+        (
+            {
+                f"{GROWTH}time_interpretation": "depth",
+                f"{GROWTH}stack_time_mapping": "custom",
+                f"{GROWTH}time_mapping": [0, 1, 2],
+            },
+            5,
+            "needs a step for stack 3",
+        ),
+        ({}, 0, "a number of stacks from 1 to 12"),
+        ({}, -1, "a number of stacks from 1 to 12"),
+        ({}, "2", "a number of stacks from 1 to 12"),
+    ],
+)
+def test_an_impossible_target_is_refused_before_the_first_step(
+    changes: dict[str, Any], target: Any, message: str
+) -> None:
+    config = _config(**changes)
+    builder = ProgressiveRackBuilder(config)
+    with pytest.raises(ConfigError, match=message):
+        ProgressiveTrainer(config).train_progressively(builder, LOADER, target)
+    assert builder.n_stacks == 0
+
+
+def test_a_stack_that_could_not_train_is_refused_whoever_added_it() -> None:
+    config = _config()
+    builder, trainer = ProgressiveRackBuilder(config), ProgressiveTrainer(config)
+    builder.append_stack(precision="nvfp4")
+    trainer.train_progressively(builder, LOADER, 2)
+    with pytest.raises(ConfigError, match="stack 0 is quantised and has no adapter"):
+        trainer.train_rack(builder, LOADER)
+    full = _config(**{f"{GROWTH}trunk_strategy": "full"})
+    with pytest.raises(ConfigError, match="these weights, which would be quantised"):
+        ProgressiveTrainer(full).train_progressively(builder, LOADER, 3)
+
+
+def test_joint_training_takes_the_whole_rack_or_none() -> None:
+    config = _config()
+    builder = ProgressiveRackBuilder(config)
+    ProgressiveTrainer(config).train_progressively(builder, LOADER, 3)
+    config.training.joint_steps = 2
+    with pytest.raises(ConfigError, match="the rack has 3 stacks already"):
+        ProgressiveTrainer(config).train_progressively(builder, LOADER, 2)
+
+
+def test_a_stack_keeps_the_adapters_of_its_creation() -> None:
+    config = _config()
+    builder, trainer = ProgressiveRackBuilder(config), ProgressiveTrainer(config)
+    trainer.train_progressively(builder, LOADER, 1)
+    config.training.progressive.qlora_enabled = True
+    config.training.progressive.qlora_rank = 2
+    trainer.train_progressively(builder, LOADER, 2)
+    assert [entry["adapters"] for entry in builder.get_rack_info()["stacks"]] == [[], ["stack"]]
+
+
+def test_a_library_needs_no_tokenizer() -> None:
+    config = _config(**{f"{GROWTH}training_objective": "clm"})
+    builder = ProgressiveRackBuilder(config, vocab_size=100)
+    loader = [tokens % 100 for tokens in LOADER]
+    ProgressiveTrainer(config).train_progressively(builder, loader, 2)
+    assert builder.build_rack()(loader[0]).shape[-1] == 100
+    config.training.progressive.training_objective = "mlm"
+    builder = ProgressiveRackBuilder(config, vocab_size=100)
+    with pytest.raises(ConfigError, match=r"token 256 for \[MASK\]"):
+        ProgressiveTrainer(config).train_progressively(builder, loader, 2)
+
+
+def test_ids_that_name_two_sequences_are_refused_where_rows_are_kept() -> None:
+    config = _config(**{f"{GROWTH}training_objective": "clm"})
+    loader = [{"input_ids": tokens[:4], "sequence_ids": torch.arange(4)} for tokens in LOADER]
+    with pytest.raises(ConfigError, match="two different ones came under this id"):
+        ProgressiveTrainer(config).train_progressively(ProgressiveRackBuilder(config), loader, 2)
+
+
+@pytest.mark.parametrize("token", [-1, 264, 4_000])
+def test_a_token_without_a_row_is_named(token: int) -> None:
+    config = _config(**{f"{GROWTH}training_objective": "clm"})
+    tokens = LOADER[0].clone()
+    tokens[1, 3] = token
+    with pytest.raises(ConfigError, match=f"the batch holds token {token}"):
+        ProgressiveTrainer(config).train_progressively(ProgressiveRackBuilder(config), [tokens], 1)
+    batches = [{"input_ids": LOADER[0], "targets": tokens}]
+    config.training.progressive.training_objective = "custom"
+    with pytest.raises(ConfigError, match=f"the batch holds target {token}"):
+        ProgressiveTrainer(config).train_progressively(ProgressiveRackBuilder(config), batches, 1)
+
+
+def test_an_empty_batch_is_named() -> None:
+    config = _config()
+    with pytest.raises(ConfigError, match="each batch needs at least one token"):
+        ProgressiveTrainer(config).train_progressively(ProgressiveRackBuilder(config), [LOADER[0][:0]], 1)
