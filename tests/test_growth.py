@@ -17,16 +17,20 @@ from torch.nn import functional as F
 
 from stackwise_core.adapters import adapter_parameters, adapter_state, base_state
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
+from stackwise_core.dataloader import JointDataLoader, PackedBatches, ProgressiveDataLoader
+from stackwise_core.evaluate import judge_rack
 from stackwise_core.model import Rack, Stack
 from stackwise_core.plan import plan_run
+from stackwise_core.precision import StoredLinear
 from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_mask, resolve_order
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stages import resolve_stage, resolve_stages
 from stackwise_core.trainer import ProgressiveTrainer
-from stackwise_core.training import LossScale, make_optimizer, train_step
+from stackwise_core.training import LossScale, capture, learning_rate, make_optimizer, train_stack, train_step
+from stackwise_core.trunk import LiveTrunk
 from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
+from storage.errors import ArtifactCorruptError
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
 
@@ -159,6 +163,62 @@ def test_under_frozen_no_adapter_of_the_trunk_trains_and_all_contribute(tmp_path
     with torch.no_grad():
         adapter_parameters(stack, "progressive")[1].zero_()
     assert not stack(x).equal(before)
+
+
+def test_two_adapters_of_a_stack_begin_apart(tmp_path: Path) -> None:
+    """Of one rank, they are drawn by their names: equal factors would learn the same thing twice."""
+    config = tiny(tmp_path, {f"{G}qlora_enabled": True, **LORA, **DUAL, f"{G}progressive_qlora_rank": 4})
+    builder = ProgressiveRackBuilder(config)
+    builder.add_stack()
+    builder.add_stack()
+    own, progressive = (adapter_state(builder.stack(0), name) for name in ("stack", "progressive"))
+    assert own.keys() == progressive.keys()
+    assert not any(own[key].equal(progressive[key]) for key in own if "lora_A" in key)
+
+
+def test_adapters_train_at_a_rate_of_their_own_and_do_not_decay(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {**MODES["qlora trunk"], "training.adapter_learning_rate": 7e-4})
+    builder = built(config, 3)
+    model, spec = model_of(builder, config, 2), resolve_stages(config)[2].optim
+    optimizer = make_optimizer(model, spec)
+    train_step(model, batch_of(config, 2), optimizer, spec, 1)
+    adapters = {id(p) for c in range(3) for p in adapter_parameters(builder.stack(c))}
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert adapters < found.keys()
+    share = learning_rate(spec, 1) / spec.learning_rate
+    assert [found[key] for key in adapters] == [(pytest.approx(7e-4 * share), 0.0)] * len(adapters)
+    assert {found[key][0] for key in found.keys() - adapters} == {spec.learning_rate * share}
+
+
+def test_a_gentler_anneal_is_gentler_everywhere(tmp_path: Path) -> None:
+    """At a tenth of the rate, adapters have a tenth of theirs, and the minimum is no higher than the peak."""
+    rates = {"learning_rate": 1e-2, "min_learning_rate": 2e-3, "joint_learning_rate": 1e-3, "adapter_learning_rate": 4e-3}
+    changes = {f"training.{key}": value for key, value in rates.items()}
+    config = tiny(tmp_path, {**changes, "training.joint_steps": 6, f"{G}qlora_enabled": True, **LORA})
+    *_, last, joint = (stage.optim for stage in resolve_stages(config))
+    assert (last.learning_rate, last.min_learning_rate, last.adapter_learning_rate) == (1e-2, 2e-3, 4e-3)
+    assert (joint.learning_rate, joint.min_learning_rate) == (1e-3, 1e-3)
+    assert joint.adapter_learning_rate == pytest.approx(4e-4)
+
+
+def test_a_trained_stage_keeps_no_gradient(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    model, spec = model_of(built(config, 1), config, 0), resolve_stages(config)[0].optim
+    train_stack(model, [batch_of(config, 0)] * spec.steps, spec)
+    assert not gradients(model)
+
+
+def test_a_quantised_trunk_is_dense_only_while_it_runs(tmp_path: Path) -> None:
+    config = tiny(tmp_path, MODES["nf4"])
+    builder = built(config, 2)
+    builder.finish_stage(resolve_stage(config, 0).anatomy)
+    stored = [module for module in builder.stack(0).modules() if isinstance(module, StoredLinear)]
+    held: list[bool] = []
+    builder.stack(0).register_forward_hook(lambda *_: held.append(all(linear.held is not None for linear in stored)))
+    LiveTrunk(builder.build_rack().embedding, [builder.stack(0)], torch.bfloat16)(torch.zeros(2, 5, dtype=torch.long))
+    assert stored
+    assert held == [True, True]
+    assert all(linear.held is None for linear in stored)
 
 
 # ---------------------------------------------------------------- what changes on disk
@@ -332,13 +392,58 @@ def test_a_cached_stage_loads_no_stack_of_its_trunk(
     assert list(model.stacks) == ["3"]
 
 
+@pytest.mark.parametrize("part_of_it", ["stacks", "head", "embedding"])
+def test_a_stage_that_changed_a_frozen_weight_is_not_sealed(
+    part_of_it: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import steps
+
+    def careless(model: StageModel, *args: Any, **how: Any) -> list[dict[str, float]]:
+        records = train_stack(model, *args, **how)
+        frozen = [p for p in getattr(model, part_of_it).parameters() if not p.requires_grad]
+        with torch.no_grad():
+            for parameter in frozen[:1]:
+                parameter.view(-1)[0] += 1.0
+        return records
+
+    monkeypatch.setattr(steps, "train_stack", careless)
+    config, root = tiny(tmp_path, MODES["prepend"]), tmp_path / "a"
+    with pytest.raises(steps.FrozenChangedError, match="stage 1: training changed frozen weights"):
+        grown(config, root)
+    assert [name for name in manifests(root) if name.startswith("stack-")] == [plan_of(config).stages[0].ref("stack").name]
+
+
+def test_a_stack_that_begins_otherwise_than_its_build_says_is_not_trained(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another version of torch draws or quantises differently."""
+    from flows import live_part
+    from flows.stage import Stage
+
+    root = reference()
+    config = tiny(root.parent)
+    plan = plan_of(config)
+    stage = Stage(config=config, root=str(root), corpus=plan.data.corpus, corpus_bytes=plan.corpus_bytes, index=1)
+    live_part.model_to_train(stage, stage.plan.ref("build"))
+    new_stack = live_part.new_stack
+
+    def other(*args: Any) -> Stack:
+        stack = new_stack(*args)
+        with torch.no_grad():
+            next(stack.parameters()).mul_(1.0 + 2**-20)
+        return stack
+
+    monkeypatch.setattr(live_part, "new_stack", other)
+    with pytest.raises(ArtifactCorruptError, match="describes other initial tensors"):
+        live_part.model_to_train(stage, stage.plan.ref("build"))
+
+
 # ---------------------------------------------------------------- masks and time
 
 
 def test_an_answer_cannot_leak_through_a_boundary(tmp_path: Path, reference: Reference) -> None:
     """Two texts that differ only where both are masked have the same boundary, bit for bit."""
     from stackwise_core.objectives import batch_fields
-    from stackwise_core.trunk import LiveTrunk
 
     changes = {f"{G}training_objective": "mlm", "training.corruption": "mask", "training.mask_ratio": 0.4}
     root = reference(changes)
@@ -414,6 +519,39 @@ def test_joint_training_over_depth_leaves_younger_stacks_out(tmp_path: Path) -> 
         assert model(batch).equal(prefix)
 
 
+def test_joint_training_over_depth_masks_anew_in_each_pass(tmp_path: Path) -> None:
+    config = tiny(tmp_path, MODES["depth joint"])
+    masks = [mask for mask in (resolve_mask(config, stack) for stack in range(3)) if mask is not None]
+    tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(1))
+    loader = JointDataLoader([tokens], masks, [0, 1, 2], seed=0, views=2)
+    batches = [batch for _ in range(24) for batch in loader]
+    assert {batch["stack_idx"] for batch in batches} == {0, 1, 2}
+    assert all(batch["time_step"] == batch["stack_idx"] for batch in batches)
+    for stack, mask in enumerate(masks):
+        drawn = [batch for batch in enumerate(batches) if batch[1]["stack_idx"] == stack]
+        for n, batch in drawn:
+            expected = mask.masks(batch["sequence_ids"].numpy(), n % 2, 16)
+            assert (batch["masks"].numpy() == expected).all()
+
+
+def test_only_the_first_batch_is_judged_on_the_rounded_stream(tmp_path: Path) -> None:
+    """The others, at ratios that the trunk was not cached under, are compared between stages: unrounded."""
+    config = tiny(tmp_path)
+    builder = built(config, 2)
+    rack = builder.build_rack()
+    tokens = torch.randint(0, 256, (2, 4, 16), generator=torch.Generator().manual_seed(2))
+    own, other = (next(iter(ProgressiveDataLoader([part], objective="clm"))) for part in tokens)
+
+    def judged(*batches: dict[str, Any], boundary: int = 1) -> list[dict[str, float]]:
+        parts = rack.embedding, builder.stacks, rack.head
+        return judge_rack(*parts, batches, stream_dtype=torch.bfloat16, boundary=boundary)
+
+    first, second = judged(own, other)
+    assert first == judged(own)[0]
+    assert first["validation_loss"] != first["validation_loss_exact"]
+    assert second == judged(other, boundary=0)[0]
+
+
 # ---------------------------------------------------------------- fp16
 
 
@@ -444,6 +582,26 @@ def test_a_scaled_step_is_the_step_and_an_overflow_changes_no_weight(tmp_path: P
             assert record["skipped"] == 1.0
             assert all(before[name].equal(p) for name, p in model.named_parameters())
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])  # powers of two lose nothing
+
+
+def test_a_resumed_stage_scales_its_loss_as_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU products are fp32: here the stage is told that they are fp16."""
+    from stackwise_core import training
+
+    scales: list[float] = []
+
+    def noting(model: Any, batch: Any, optimizer: Any, spec: Any, step: int, scale: Any) -> dict[str, float]:
+        scales.append(scale.value)
+        return train_step(model, batch, optimizer, spec, step, scale)
+
+    monkeypatch.setattr(training, "compute_dtype", lambda precision, device: torch.float16)
+    monkeypatch.setattr(training, "train_step", noting)
+    config = tiny(tmp_path, {f"{G}new_stack_precision": "half"})
+    model, spec = model_of(built(config, 1), config, 0), resolve_stages(config)[0].optim
+    records = [{"step": float(n), "loss": 1.0, "skipped": float(n in (0, 3))} for n in range(spec.steps - 2)]
+    state = capture(model, make_optimizer(model, spec), records)
+    train_stack(model, [batch_of(config, 0)] * 2, spec, state=state)
+    assert scales == [2.0**14, 2.0**14]
 
 
 # ---------------------------------------------------------------- in memory
