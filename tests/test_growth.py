@@ -165,8 +165,8 @@ def test_under_frozen_no_adapter_of_the_trunk_trains_and_all_contribute(tmp_path
     assert not stack(x).equal(before)
 
 
-def test_two_adapters_of_a_stack_begin_apart(tmp_path: Path) -> None:
-    """Of one rank, they are drawn by their names: equal factors would learn the same thing twice."""
+def test_adapters_begin_apart(tmp_path: Path) -> None:
+    """Of one rank, they are drawn by stack and name: equal factors would learn the same thing twice."""
     config = tiny(tmp_path, {f"{G}qlora_enabled": True, **LORA, **DUAL, f"{G}progressive_qlora_rank": 4})
     builder = ProgressiveRackBuilder(config)
     builder.add_stack()
@@ -174,6 +174,8 @@ def test_two_adapters_of_a_stack_begin_apart(tmp_path: Path) -> None:
     own, progressive = (adapter_state(builder.stack(0), name) for name in ("stack", "progressive"))
     assert own.keys() == progressive.keys()
     assert not any(own[key].equal(progressive[key]) for key in own if "lora_A" in key)
+    neighbour = adapter_state(builder.stack(1), "stack")
+    assert not any(own[key].equal(neighbour[key]) for key in own if "lora_A" in key)
 
 
 def test_adapters_train_at_a_rate_of_their_own_and_do_not_decay(tmp_path: Path) -> None:
@@ -188,6 +190,53 @@ def test_adapters_train_at_a_rate_of_their_own_and_do_not_decay(tmp_path: Path) 
     share = learning_rate(spec, 1) / spec.learning_rate
     assert [found[key] for key in adapters] == [(pytest.approx(7e-4 * share), 0.0)] * len(adapters)
     assert {found[key][0] for key in found.keys() - adapters} == {spec.learning_rate * share}
+
+
+RANKS_AND_ALPHAS: dict[str, tuple[dict[str, Any], list[tuple[int, float]]]] = {
+    "simplified": ({}, [(4, 3.0)] * 3),
+    "increasing": ({"qlora_rank_pattern": "increasing"}, [(4, 3.0), (8, 3.0), (16, 3.0)]),
+    "decreasing": ({"qlora_rank_pattern": "decreasing", "qlora_alpha_pattern": "decreasing"}, [(4, 3), (2, 1.5), (1, 1)]),
+    "linear": ({"qlora_rank_pattern": "linear", "qlora_alpha_pattern": "linear"}, [(4, 3.0), (8, 6.0), (12, 9.0)]),
+    "variable": (
+        {"qlora_configs": {n: {"rank": n + 1, "alpha": n + 5.0} for n in range(3)}},
+        [(1, 5.0), (2, 6.0), (3, 7.0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RANKS_AND_ALPHAS)
+def test_each_stack_has_the_rank_and_alpha_of_its_strategy(name: str, tmp_path: Path) -> None:
+    more, expected = RANKS_AND_ALPHAS[name]
+    strategy = name if name in ("simplified", "variable") else "progressive"
+    given = {"qlora_enabled": True, "qlora_strategy": strategy, **more}
+    if name != "variable":
+        given |= {"qlora_rank": 4, "qlora_alpha": 3.0}
+    config = tiny(tmp_path, {f"{G}{key}": value for key, value in given.items()})
+    adapters = [stack.adapters["stack"] for stack in resolve_stages(config)[-1].stacks]
+    assert [(adapter.rank, adapter.alpha) for adapter in adapters] == expected
+
+
+def test_the_top_of_a_trunk_is_what_lies_next_to_the_head(tmp_path: Path) -> None:
+    """Also where the stack that was created last lies at the bottom."""
+    stacks = [{}, {"mode": "prepend"}, {}]
+    config = tiny(tmp_path, {**MODES["qlora top"], f"{G}target_stacks": 3, f"{G}stacks": stacks})
+    anatomy = resolve_stages(config)[2].anatomy
+    assert anatomy.order == (1, 0, 2)
+    assert anatomy.trained == (0, 2)
+    assert anatomy.below == (1,)
+
+
+def test_a_gradient_left_on_what_is_frozen_is_not_clipped_by(tmp_path: Path) -> None:
+    """As after a user's own backward pass: only what trains counts in the norm."""
+    config = tiny(tmp_path, MODES["prepend"])
+    norms: list[float] = []
+    for left in (False, True):
+        builder = built(config, 2)
+        model, spec = model_of(builder, config, 1), resolve_stages(config)[1].optim
+        if left:
+            model.head.projection.weight.grad = torch.ones_like(model.head.projection.weight)
+        norms.append(train_step(model, batch_of(config, 1), make_optimizer(model, spec), spec, 0)["gradient_norm"])
+    assert norms[0] == norms[1]
 
 
 def test_a_gentler_anneal_is_gentler_everywhere(tmp_path: Path) -> None:
@@ -301,6 +350,19 @@ def test_any_depth_is_the_rack_as_its_stage_left_it(reference: Reference) -> Non
         rack.stacks.extend(load_stack(artifacts, stages[:depth], c) for c in range(depth))
         recorded = manifests(root)[stages[depth - 1].ref("validation").name]["facts"]["validation_loss_exact"]
         assert evaluate_rack(rack, tokens, ids, None) == pytest.approx(recorded, rel=1e-5)
+
+
+def test_a_rack_is_evaluated_to_any_depth(tmp_path: Path) -> None:
+    from stackwise_core.evaluate import evaluate_rack
+
+    config = tiny(tmp_path)
+    tokens, ids = np.arange(64, dtype=np.int64).reshape(4, 16), np.arange(4, dtype=np.int64)
+    rack = built(config, 3).build_rack()
+    by_depth = [evaluate_rack(rack, tokens, ids, None, depth) for depth in (1, 2, 3)]
+    assert len(set(by_depth)) == 3
+    assert by_depth[2] == evaluate_rack(rack, tokens, ids, None)
+    del rack.stacks[1:]
+    assert by_depth[0] == evaluate_rack(rack, tokens, ids, None)
 
 
 STORED = {

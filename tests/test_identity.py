@@ -187,6 +187,38 @@ def test_what_a_stack_begins_as_is_in_the_id_of_its_build() -> None:
     assert not quantised & {"build-0", "trunk-1", "stack-0"}
 
 
+G = "training.progressive."
+TOP = {f"{G}trunk_strategy": "qlora", f"{G}qlora_enabled": True, f"{G}trunk_trainable_top": 1}
+
+
+def test_how_much_of_a_trunk_trains_is_in_the_id() -> None:
+    got = changed({f"{G}trunk_trainable_top": 2}, {**TOP, f"{G}target_stacks": 4})
+    assert {"trunk-2", "stack-2", "trunk-3", "stack-3"} <= got
+    assert not got & {"trunk-1", "stack-1"}  # a trunk of one stack trains whole either way
+
+
+def test_the_progressive_adapter_is_in_the_id_where_it_trains() -> None:
+    base = {f"{G}progressive_qlora": True}
+    for change in ({f"{G}progressive_qlora_rank": 4}, {"training.adapter_learning_rate": 1e-4}):
+        assert changed(change, base) == set()
+        got = changed(change, {**base, f"{G}trunk_strategy": "qlora"})
+        assert {"stack-1", "stack-2"} <= got
+        assert "stack-0" not in got
+
+
+def test_a_store_is_named_after_the_last_stage_that_trained_what_it_holds() -> None:
+    """Stage 1 trains adapters of stack 0, whose output it stores for stage 2."""
+    assert "activations-1" in changed({f"{G}stacks": [{}, {"steps": 50}]}, TOP)
+
+
+def test_a_copy_of_another_stack_that_one_stage_trained_is_another_build() -> None:
+    """Appended, it is a copy of stack 1; prepended, of stack 0; stage 1 trained both."""
+    base = {f"{G}trunk_strategy": "full", "training.new_stack_init": "copy"}
+    got = changed({f"{G}stacks": [{}, {}, {"mode": "prepend"}]}, base)
+    assert "build-2" in got
+    assert not got & {"build-1", "stack-1"}
+
+
 # ---------------------------------------------------------------- which caches pay
 
 
