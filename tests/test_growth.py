@@ -365,6 +365,17 @@ def test_a_rack_is_evaluated_to_any_depth(tmp_path: Path) -> None:
     assert by_depth[0] == evaluate_rack(rack, tokens, ids, None)
 
 
+def test_a_stage_is_judged_on_the_stream_that_it_trained_on(reference: Reference) -> None:
+    """Rounded below the boundary and nowhere else: where there is none, the two losses are one."""
+    for mode, rounded in (("append", [False, True, True]), ("prepend", [False] * 3), ("full", [False] * 3)):
+        root = reference(MODES[mode])
+        stages = plan_of(tiny(root.parent, MODES[mode])).stages
+        facts = [manifests(root)[stage.ref("validation").name]["facts"] for stage in stages]
+        differ = [found["validation_loss"] != found["validation_loss_exact"] for found in facts]
+        assert differ == rounded, mode
+        assert all(found["validation_loss"] == pytest.approx(found["validation_loss_exact"], rel=0.01) for found in facts)
+
+
 STORED = {
     "half": {"weight": torch.float16},
     "bfloat16": {"weight": torch.bfloat16},
@@ -548,6 +559,7 @@ def test_depth_as_time_trains_each_stack_at_its_own_ratio(reference: Reference) 
             assert store.mask.ratio == pytest.approx(ratios[stage.index + 1])
     facts = [manifests(root)[stage.ref("validation").name]["facts"] for stage in stages]
     assert all(set(found["by_mask_ratio"]) == {"0.15", "0.3", "0.5", "0.7", "0.9"} for found in facts)
+    assert all(len(set(found["by_mask_ratio"].values())) == 5 for found in facts)
     assert facts[0]["by_mask_ratio"]["0.15"] == pytest.approx(facts[0]["validation_loss_exact"], rel=1e-6)
 
 

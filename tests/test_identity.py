@@ -191,6 +191,13 @@ G = "training.progressive."
 TOP = {f"{G}trunk_strategy": "qlora", f"{G}qlora_enabled": True, f"{G}trunk_trainable_top": 1}
 
 
+@pytest.mark.parametrize("precision", ["half", "bfloat16", "nvfp4", "qlora"])
+def test_what_a_stack_is_stored_as_is_in_its_id(precision: str) -> None:
+    got = changed({f"{G}stacks": [{}, {"precision": precision}]}, {f"{G}qlora_enabled": True})
+    assert {"stack-1", "activations-1", "validation-1", "stack-2"} <= got
+    assert not got & {"build-0", "stack-0", "trunk-1"}
+
+
 def test_how_much_of_a_trunk_trains_is_in_the_id() -> None:
     got = changed({f"{G}trunk_trainable_top": 2}, {**TOP, f"{G}target_stacks": 4})
     assert {"trunk-2", "stack-2", "trunk-3", "stack-3"} <= got
