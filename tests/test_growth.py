@@ -21,7 +21,7 @@ from stackwise_core.dataloader import JointDataLoader, PackedBatches, Progressiv
 from stackwise_core.evaluate import judge_rack
 from stackwise_core.model import Rack, Stack
 from stackwise_core.plan import plan_run
-from stackwise_core.precision import StoredLinear
+from stackwise_core.precision import StoredLinear, base_linears, storage_of
 from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_mask, resolve_order
 from stackwise_core.stage_model import StageModel
@@ -195,7 +195,10 @@ def test_adapters_train_at_a_rate_of_their_own_and_do_not_decay(tmp_path: Path) 
 RANKS_AND_ALPHAS: dict[str, tuple[dict[str, Any], list[tuple[int, float]]]] = {
     "simplified": ({}, [(4, 3.0)] * 3),
     "increasing": ({"qlora_rank_pattern": "increasing"}, [(4, 3.0), (8, 3.0), (16, 3.0)]),
-    "decreasing": ({"qlora_rank_pattern": "decreasing", "qlora_alpha_pattern": "decreasing"}, [(4, 3), (2, 1.5), (1, 1)]),
+    "decreasing": (
+        {"qlora_rank_pattern": "decreasing", "qlora_alpha_pattern": "decreasing"},
+        [(4, 3.0), (2, 1.5), (1, 1.0)],
+    ),
     "linear": ({"qlora_rank_pattern": "linear", "qlora_alpha_pattern": "linear"}, [(4, 3.0), (8, 6.0), (12, 9.0)]),
     "variable": (
         {"qlora_configs": {n: {"rank": n + 1, "alpha": n + 5.0} for n in range(3)}},
@@ -241,8 +244,8 @@ def test_a_gradient_left_on_what_is_frozen_is_not_clipped_by(tmp_path: Path) -> 
 
 def test_a_gentler_anneal_is_gentler_everywhere(tmp_path: Path) -> None:
     """At a tenth of the rate, adapters have a tenth of theirs, and the minimum is no higher than the peak."""
-    rates = {"learning_rate": 1e-2, "min_learning_rate": 2e-3, "joint_learning_rate": 1e-3, "adapter_learning_rate": 4e-3}
-    changes = {f"training.{key}": value for key, value in rates.items()}
+    rates = {"learning_rate": 1e-2, "min_learning_rate": 2e-3, "adapter_learning_rate": 4e-3}
+    changes = {f"training.{key}": value for key, value in rates.items()} | {"training.joint_learning_rate": 1e-3}
     config = tiny(tmp_path, {**changes, "training.joint_steps": 6, f"{G}qlora_enabled": True, **LORA})
     *_, last, joint = (stage.optim for stage in resolve_stages(config))
     assert (last.learning_rate, last.min_learning_rate, last.adapter_learning_rate) == (1e-2, 2e-3, 4e-3)
@@ -321,6 +324,32 @@ def test_a_stack_is_a_copy_of_its_neighbour_dequantised_and_merged(tmp_path: Pat
     assert 0.0 < difference < 0.1  # the copy is NF4 itself: near, and not equal
 
 
+def test_a_copy_has_merged_what_the_adapters_of_its_source_learned(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {f"{G}qlora_enabled": True, **LORA, "training.new_stack_init": "copy"})
+    builder = built(config, 1)
+    source, x = builder.stack(0), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        for parameter in adapter_parameters(source):
+            parameter.mul_(10.0)
+        expected = source(x)
+        assert (builder.add_stack()(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_new_stack_is_a_copy_of_the_one_it_is_put_next_to(tmp_path: Path) -> None:
+    modes = ["append", "prepend", "prepend", "append", "append"]
+    changes = {f"{G}stacks": [{"mode": mode} for mode in modes], f"{G}target_stacks": 5}
+    assert [stage.source for stage in resolve_stages(tiny(tmp_path, changes))] == [None, 0, 1, 0, 3]
+
+
+def test_a_quantised_stack_stays_so_while_its_adapters_train(tmp_path: Path) -> None:
+    config = tiny(tmp_path, MODES["joint nf4"])
+    builder = built(config, 3)
+    for stage in range(3):
+        builder.finish_stage(resolve_stage(config, stage).anatomy)
+    builder.prepare_stage(resolve_stages(config)[3])
+    assert {storage_of(linear) for stack in builder.stacks for linear in base_linears(stack).values()} == {"nf4"}
+
+
 def test_only_the_top_of_a_qlora_trunk_changes(reference: Reference) -> None:
     root = reference(MODES["qlora top"])
     config = tiny(root.parent, MODES["qlora top"])
@@ -373,7 +402,8 @@ def test_a_stage_is_judged_on_the_stream_that_it_trained_on(reference: Reference
         facts = [manifests(root)[stage.ref("validation").name]["facts"] for stage in stages]
         differ = [found["validation_loss"] != found["validation_loss_exact"] for found in facts]
         assert differ == rounded, mode
-        assert all(found["validation_loss"] == pytest.approx(found["validation_loss_exact"], rel=0.01) for found in facts)
+        for found in facts:
+            assert found["validation_loss"] == pytest.approx(found["validation_loss_exact"], rel=0.01)
 
 
 STORED = {
@@ -483,7 +513,8 @@ def test_a_stage_that_changed_a_frozen_weight_is_not_sealed(
     config, root = tiny(tmp_path, MODES["prepend"]), tmp_path / "a"
     with pytest.raises(steps.FrozenChangedError, match="stage 1: training changed frozen weights"):
         grown(config, root)
-    assert [name for name in manifests(root) if name.startswith("stack-")] == [plan_of(config).stages[0].ref("stack").name]
+    sealed = [name for name in manifests(root) if name.startswith("stack-")]
+    assert sealed == [plan_of(config).stages[0].ref("stack").name]
 
 
 def test_a_stack_that_begins_otherwise_than_its_build_says_is_not_trained(
