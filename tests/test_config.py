@@ -196,6 +196,11 @@ def test_every_fault_at_once() -> None:
             "5",
         ),
         ({"training": {"progressive": {"trunk_strategy": "qlora"}}}, f"{GROWTH}.trunk_strategy", "'qlora'"),
+        (  # the last stack is in no stage's trunk
+            {"training": {"progressive": {"trunk_strategy": "qlora", "stacks": [{}, {}, {"precision": "qlora"}]}}},
+            f"{GROWTH}.trunk_strategy",
+            "'qlora'",
+        ),
         (
             {"training": {"progressive": {"trunk_strategy": "full", "stacks": [{}, {"precision": "nvfp4"}]}}},
             f"{GROWTH}.stacks.1.precision",

@@ -531,6 +531,16 @@ def test_a_store_of_another_corruption_is_not_advanced_from(artifacts: Artifacts
     assert advance_source(other, PLAN, artifacts) is None
 
 
+def test_a_store_of_another_trunk_is_not_advanced_from(artifacts: Artifacts) -> None:
+    """As where the stage between changed a stack below both boundaries, or added one there."""
+    stage = PLAN.stages[1]
+    assert stage.activations is not None
+    stacks = stage.activations.stacks
+    for others in (("ab" * 32, *stacks[1:]), (*stacks, "ab" * 32), stacks[1:]):
+        recipe = stage.activations.model_copy(update={"stacks": others})
+        assert advance_source(stage.model_copy(update={"activations": recipe}), PLAN, artifacts) is None
+
+
 # ---------------------------------------------------------------- reading changes nothing
 
 

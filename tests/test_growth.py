@@ -17,16 +17,20 @@ from torch.nn import functional as F
 
 from stackwise_core.adapters import adapter_parameters, adapter_state, base_state
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
+from stackwise_core.dataloader import JointDataLoader, PackedBatches, ProgressiveDataLoader
+from stackwise_core.evaluate import judge_rack
 from stackwise_core.model import Rack, Stack
 from stackwise_core.plan import plan_run
+from stackwise_core.precision import StoredLinear, base_linears, storage_of
 from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_mask, resolve_order
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stages import resolve_stage, resolve_stages
 from stackwise_core.trainer import ProgressiveTrainer
-from stackwise_core.training import LossScale, make_optimizer, train_step
+from stackwise_core.training import LossScale, capture, learning_rate, make_optimizer, train_stack, train_step
+from stackwise_core.trunk import LiveTrunk
 from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
+from storage.errors import ArtifactCorruptError
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
 
@@ -161,6 +165,114 @@ def test_under_frozen_no_adapter_of_the_trunk_trains_and_all_contribute(tmp_path
     assert not stack(x).equal(before)
 
 
+def test_adapters_begin_apart(tmp_path: Path) -> None:
+    """Of one rank, they are drawn by stack and name: equal factors would learn the same thing twice."""
+    config = tiny(tmp_path, {f"{G}qlora_enabled": True, **LORA, **DUAL, f"{G}progressive_qlora_rank": 4})
+    builder = ProgressiveRackBuilder(config)
+    builder.add_stack()
+    builder.add_stack()
+    own, progressive = (adapter_state(builder.stack(0), name) for name in ("stack", "progressive"))
+    assert own.keys() == progressive.keys()
+    assert not any(own[key].equal(progressive[key]) for key in own if "lora_A" in key)
+    neighbour = adapter_state(builder.stack(1), "stack")
+    assert not any(own[key].equal(neighbour[key]) for key in own if "lora_A" in key)
+
+
+def test_adapters_train_at_a_rate_of_their_own_and_do_not_decay(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {**MODES["qlora trunk"], "training.adapter_learning_rate": 7e-4})
+    builder = built(config, 3)
+    model, spec = model_of(builder, config, 2), resolve_stages(config)[2].optim
+    optimizer = make_optimizer(model, spec)
+    train_step(model, batch_of(config, 2), optimizer, spec, 1)
+    adapters = {id(p) for c in range(3) for p in adapter_parameters(builder.stack(c))}
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert adapters < found.keys()
+    share = learning_rate(spec, 1) / spec.learning_rate
+    assert [found[key] for key in adapters] == [(pytest.approx(7e-4 * share), 0.0)] * len(adapters)
+    assert {found[key][0] for key in found.keys() - adapters} == {spec.learning_rate * share}
+
+
+RANKS_AND_ALPHAS: dict[str, tuple[dict[str, Any], list[tuple[int, float]]]] = {
+    "simplified": ({}, [(4, 3.0)] * 3),
+    "increasing": ({"qlora_rank_pattern": "increasing"}, [(4, 3.0), (8, 3.0), (16, 3.0)]),
+    "decreasing": (
+        {"qlora_rank_pattern": "decreasing", "qlora_alpha_pattern": "decreasing"},
+        [(4, 3.0), (2, 1.5), (1, 1.0)],
+    ),
+    "linear": ({"qlora_rank_pattern": "linear", "qlora_alpha_pattern": "linear"}, [(4, 3.0), (8, 6.0), (12, 9.0)]),
+    "variable": (
+        {"qlora_configs": {n: {"rank": n + 1, "alpha": n + 5.0} for n in range(3)}},
+        [(1, 5.0), (2, 6.0), (3, 7.0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RANKS_AND_ALPHAS)
+def test_each_stack_has_the_rank_and_alpha_of_its_strategy(name: str, tmp_path: Path) -> None:
+    more, expected = RANKS_AND_ALPHAS[name]
+    strategy = name if name in ("simplified", "variable") else "progressive"
+    given = {"qlora_enabled": True, "qlora_strategy": strategy, **more}
+    if name != "variable":
+        given |= {"qlora_rank": 4, "qlora_alpha": 3.0}
+    config = tiny(tmp_path, {f"{G}{key}": value for key, value in given.items()})
+    adapters = [stack.adapters["stack"] for stack in resolve_stages(config)[-1].stacks]
+    assert [(adapter.rank, adapter.alpha) for adapter in adapters] == expected
+
+
+def test_the_top_of_a_trunk_is_what_lies_next_to_the_head(tmp_path: Path) -> None:
+    """Also where the stack that was created last lies at the bottom."""
+    stacks = [{}, {"mode": "prepend"}, {}]
+    config = tiny(tmp_path, {**MODES["qlora top"], f"{G}target_stacks": 3, f"{G}stacks": stacks})
+    anatomy = resolve_stages(config)[2].anatomy
+    assert anatomy.order == (1, 0, 2)
+    assert anatomy.trained == (0, 2)
+    assert anatomy.below == (1,)
+
+
+def test_a_gradient_left_on_what_is_frozen_is_not_clipped_by(tmp_path: Path) -> None:
+    """As after a user's own backward pass: only what trains counts in the norm."""
+    config = tiny(tmp_path, MODES["prepend"])
+    norms: list[float] = []
+    for left in (False, True):
+        builder = built(config, 2)
+        model, spec = model_of(builder, config, 1), resolve_stages(config)[1].optim
+        if left:
+            model.head.projection.weight.grad = torch.ones_like(model.head.projection.weight)
+        norms.append(train_step(model, batch_of(config, 1), make_optimizer(model, spec), spec, 0)["gradient_norm"])
+    assert norms[0] == norms[1]
+
+
+def test_a_gentler_anneal_is_gentler_everywhere(tmp_path: Path) -> None:
+    """At a tenth of the rate, adapters have a tenth of theirs, and the minimum is no higher than the peak."""
+    rates = {"learning_rate": 1e-2, "min_learning_rate": 2e-3, "adapter_learning_rate": 4e-3}
+    changes = {f"training.{key}": value for key, value in rates.items()} | {"training.joint_learning_rate": 1e-3}
+    config = tiny(tmp_path, {**changes, "training.joint_steps": 6, f"{G}qlora_enabled": True, **LORA})
+    *_, last, joint = (stage.optim for stage in resolve_stages(config))
+    assert (last.learning_rate, last.min_learning_rate, last.adapter_learning_rate) == (1e-2, 2e-3, 4e-3)
+    assert (joint.learning_rate, joint.min_learning_rate) == (1e-3, 1e-3)
+    assert joint.adapter_learning_rate == pytest.approx(4e-4)
+
+
+def test_a_trained_stage_keeps_no_gradient(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    model, spec = model_of(built(config, 1), config, 0), resolve_stages(config)[0].optim
+    train_stack(model, [batch_of(config, 0)] * spec.steps, spec)
+    assert not gradients(model)
+
+
+def test_a_quantised_trunk_is_dense_only_while_it_runs(tmp_path: Path) -> None:
+    config = tiny(tmp_path, MODES["nf4"])
+    builder = built(config, 2)
+    builder.finish_stage(resolve_stage(config, 0).anatomy)
+    stored = [module for module in builder.stack(0).modules() if isinstance(module, StoredLinear)]
+    held: list[bool] = []
+    builder.stack(0).register_forward_hook(lambda *_: held.append(all(linear.held is not None for linear in stored)))
+    LiveTrunk(builder.build_rack().embedding, [builder.stack(0)], torch.bfloat16)(torch.zeros(2, 5, dtype=torch.long))
+    assert stored
+    assert held == [True, True]
+    assert all(linear.held is None for linear in stored)
+
+
 # ---------------------------------------------------------------- what changes on disk
 
 
@@ -212,6 +324,32 @@ def test_a_stack_is_a_copy_of_its_neighbour_dequantised_and_merged(tmp_path: Pat
     assert 0.0 < difference < 0.1  # the copy is NF4 itself: near, and not equal
 
 
+def test_a_copy_has_merged_what_the_adapters_of_its_source_learned(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {f"{G}qlora_enabled": True, **LORA, "training.new_stack_init": "copy"})
+    builder = built(config, 1)
+    source, x = builder.stack(0), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        for parameter in adapter_parameters(source):
+            parameter.mul_(10.0)
+        expected = source(x)
+        assert (builder.add_stack()(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_new_stack_is_a_copy_of_the_one_it_is_put_next_to(tmp_path: Path) -> None:
+    modes = ["append", "prepend", "prepend", "append", "append"]
+    changes = {f"{G}stacks": [{"mode": mode} for mode in modes], f"{G}target_stacks": 5}
+    assert [stage.source for stage in resolve_stages(tiny(tmp_path, changes))] == [None, 0, 1, 0, 3]
+
+
+def test_a_quantised_stack_stays_so_while_its_adapters_train(tmp_path: Path) -> None:
+    config = tiny(tmp_path, MODES["joint nf4"])
+    builder = built(config, 3)
+    for stage in range(3):
+        builder.finish_stage(resolve_stage(config, stage).anatomy)
+    builder.prepare_stage(resolve_stages(config)[3])
+    assert {storage_of(linear) for stack in builder.stacks for linear in base_linears(stack).values()} == {"nf4"}
+
+
 def test_only_the_top_of_a_qlora_trunk_changes(reference: Reference) -> None:
     root = reference(MODES["qlora top"])
     config = tiny(root.parent, MODES["qlora top"])
@@ -241,6 +379,31 @@ def test_any_depth_is_the_rack_as_its_stage_left_it(reference: Reference) -> Non
         rack.stacks.extend(load_stack(artifacts, stages[:depth], c) for c in range(depth))
         recorded = manifests(root)[stages[depth - 1].ref("validation").name]["facts"]["validation_loss_exact"]
         assert evaluate_rack(rack, tokens, ids, None) == pytest.approx(recorded, rel=1e-5)
+
+
+def test_a_rack_is_evaluated_to_any_depth(tmp_path: Path) -> None:
+    from stackwise_core.evaluate import evaluate_rack
+
+    config = tiny(tmp_path)
+    tokens, ids = np.arange(64, dtype=np.int64).reshape(4, 16), np.arange(4, dtype=np.int64)
+    rack = built(config, 3).build_rack()
+    by_depth = [evaluate_rack(rack, tokens, ids, None, depth) for depth in (1, 2, 3)]
+    assert len(set(by_depth)) == 3
+    assert by_depth[2] == evaluate_rack(rack, tokens, ids, None)
+    del rack.stacks[1:]
+    assert by_depth[0] == evaluate_rack(rack, tokens, ids, None)
+
+
+def test_a_stage_is_judged_on_the_stream_that_it_trained_on(reference: Reference) -> None:
+    """Rounded below the boundary and nowhere else: where there is none, the two losses are one."""
+    for mode, rounded in (("append", [False, True, True]), ("prepend", [False] * 3), ("full", [False] * 3)):
+        root = reference(MODES[mode])
+        stages = plan_of(tiny(root.parent, MODES[mode])).stages
+        facts = [manifests(root)[stage.ref("validation").name]["facts"] for stage in stages]
+        differ = [found["validation_loss"] != found["validation_loss_exact"] for found in facts]
+        assert differ == rounded, mode
+        for found in facts:
+            assert found["validation_loss"] == pytest.approx(found["validation_loss_exact"], rel=0.01)
 
 
 STORED = {
@@ -332,13 +495,59 @@ def test_a_cached_stage_loads_no_stack_of_its_trunk(
     assert list(model.stacks) == ["3"]
 
 
+@pytest.mark.parametrize("part_of_it", ["stacks", "head", "embedding"])
+def test_a_stage_that_changed_a_frozen_weight_is_not_sealed(
+    part_of_it: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import steps
+
+    def careless(model: StageModel, *args: Any, **how: Any) -> list[dict[str, float]]:
+        records = train_stack(model, *args, **how)
+        frozen = [p for p in getattr(model, part_of_it).parameters() if not p.requires_grad]
+        with torch.no_grad():
+            for parameter in frozen[:1]:
+                parameter.view(-1)[0] += 1.0
+        return records
+
+    monkeypatch.setattr(steps, "train_stack", careless)
+    config, root = tiny(tmp_path, MODES["prepend"]), tmp_path / "a"
+    with pytest.raises(steps.FrozenChangedError, match="stage 1: training changed frozen weights"):
+        grown(config, root)
+    sealed = [name for name in manifests(root) if name.startswith("stack-")]
+    assert sealed == [plan_of(config).stages[0].ref("stack").name]
+
+
+def test_a_stack_that_begins_otherwise_than_its_build_says_is_not_trained(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another version of torch draws or quantises differently."""
+    from flows import live_part
+    from flows.stage import Stage
+
+    root = reference()
+    config = tiny(root.parent)
+    plan = plan_of(config)
+    stage = Stage(config=config, root=str(root), corpus=plan.data.corpus, corpus_bytes=plan.corpus_bytes, index=1)
+    live_part.model_to_train(stage, stage.plan.ref("build"))
+    new_stack = live_part.new_stack
+
+    def other(*args: Any) -> Stack:
+        stack = new_stack(*args)
+        with torch.no_grad():
+            next(stack.parameters()).mul_(1.0 + 2**-20)
+        return stack
+
+    monkeypatch.setattr(live_part, "new_stack", other)
+    with pytest.raises(ArtifactCorruptError, match="describes other initial tensors"):
+        live_part.model_to_train(stage, stage.plan.ref("build"))
+
+
 # ---------------------------------------------------------------- masks and time
 
 
 def test_an_answer_cannot_leak_through_a_boundary(tmp_path: Path, reference: Reference) -> None:
     """Two texts that differ only where both are masked have the same boundary, bit for bit."""
     from stackwise_core.objectives import batch_fields
-    from stackwise_core.trunk import LiveTrunk
 
     changes = {f"{G}training_objective": "mlm", "training.corruption": "mask", "training.mask_ratio": 0.4}
     root = reference(changes)
@@ -381,6 +590,7 @@ def test_depth_as_time_trains_each_stack_at_its_own_ratio(reference: Reference) 
             assert store.mask.ratio == pytest.approx(ratios[stage.index + 1])
     facts = [manifests(root)[stage.ref("validation").name]["facts"] for stage in stages]
     assert all(set(found["by_mask_ratio"]) == {"0.15", "0.3", "0.5", "0.7", "0.9"} for found in facts)
+    assert all(len(set(found["by_mask_ratio"].values())) == 5 for found in facts)
     assert facts[0]["by_mask_ratio"]["0.15"] == pytest.approx(facts[0]["validation_loss_exact"], rel=1e-6)
 
 
@@ -414,6 +624,39 @@ def test_joint_training_over_depth_leaves_younger_stacks_out(tmp_path: Path) -> 
         assert model(batch).equal(prefix)
 
 
+def test_joint_training_over_depth_masks_anew_in_each_pass(tmp_path: Path) -> None:
+    config = tiny(tmp_path, MODES["depth joint"])
+    masks = [mask for mask in (resolve_mask(config, stack) for stack in range(3)) if mask is not None]
+    tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(1))
+    loader = JointDataLoader([tokens], masks, [0, 1, 2], seed=0, views=2)
+    batches = [batch for _ in range(24) for batch in loader]
+    assert {batch["stack_idx"] for batch in batches} == {0, 1, 2}
+    assert all(batch["time_step"] == batch["stack_idx"] for batch in batches)
+    for stack, mask in enumerate(masks):
+        drawn = [batch for batch in enumerate(batches) if batch[1]["stack_idx"] == stack]
+        for n, batch in drawn:
+            expected = mask.masks(batch["sequence_ids"].numpy(), n % 2, 16)
+            assert (batch["masks"].numpy() == expected).all()
+
+
+def test_only_the_first_batch_is_judged_on_the_rounded_stream(tmp_path: Path) -> None:
+    """The others, at ratios that the trunk was not cached under, are compared between stages: unrounded."""
+    config = tiny(tmp_path)
+    builder = built(config, 2)
+    rack = builder.build_rack()
+    tokens = torch.randint(0, 256, (2, 4, 16), generator=torch.Generator().manual_seed(2))
+    own, other = (next(iter(ProgressiveDataLoader([part], objective="clm"))) for part in tokens)
+
+    def judged(*batches: dict[str, Any], boundary: int = 1) -> list[dict[str, float]]:
+        parts = rack.embedding, builder.stacks, rack.head
+        return judge_rack(*parts, batches, stream_dtype=torch.bfloat16, boundary=boundary)
+
+    first, second = judged(own, other)
+    assert first == judged(own)[0]
+    assert first["validation_loss"] != first["validation_loss_exact"]
+    assert second == judged(other, boundary=0)[0]
+
+
 # ---------------------------------------------------------------- fp16
 
 
@@ -444,6 +687,26 @@ def test_a_scaled_step_is_the_step_and_an_overflow_changes_no_weight(tmp_path: P
             assert record["skipped"] == 1.0
             assert all(before[name].equal(p) for name, p in model.named_parameters())
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])  # powers of two lose nothing
+
+
+def test_a_resumed_stage_scales_its_loss_as_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU products are fp32: here the stage is told that they are fp16."""
+    from stackwise_core import training
+
+    scales: list[float] = []
+
+    def noting(model: Any, batch: Any, optimizer: Any, spec: Any, step: int, scale: Any) -> dict[str, float]:
+        scales.append(scale.value)
+        return train_step(model, batch, optimizer, spec, step, scale)
+
+    monkeypatch.setattr(training, "compute_dtype", lambda precision, device: torch.float16)
+    monkeypatch.setattr(training, "train_step", noting)
+    config = tiny(tmp_path, {f"{G}new_stack_precision": "half"})
+    model, spec = model_of(built(config, 1), config, 0), resolve_stages(config)[0].optim
+    records = [{"step": float(n), "loss": 1.0, "skipped": float(n in (0, 3))} for n in range(spec.steps - 2)]
+    state = capture(model, make_optimizer(model, spec), records)
+    train_stack(model, [batch_of(config, 0)] * 2, spec, state=state)
+    assert scales == [2.0**14, 2.0**14]
 
 
 # ---------------------------------------------------------------- in memory

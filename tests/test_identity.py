@@ -178,6 +178,82 @@ def test_a_change_runs_up_the_chain_and_not_down() -> None:
     assert got == FROM_STACK_0 - {"stack-0", "trunk-1", "build-1"}
 
 
+def test_what_a_stack_begins_as_is_in_the_id_of_its_build() -> None:
+    """Its adapter, and whether it is NF4 from the start: the build holds the hash of its first tensors."""
+    adapted = {"training.progressive.qlora_enabled": True}
+    assert {"build-0", "build-1", "build-2"} <= changed({"training.progressive.qlora_rank": 4}, adapted)
+    quantised = changed({"training.progressive.stacks": [{}, {"precision": "qlora"}]}, adapted)
+    assert "build-1" in quantised
+    assert not quantised & {"build-0", "trunk-1", "stack-0"}
+
+
+G = "training.progressive."
+TOP = {f"{G}trunk_strategy": "qlora", f"{G}qlora_enabled": True, f"{G}trunk_trainable_top": 1}
+
+
+@pytest.mark.parametrize("precision", ["half", "bfloat16", "nvfp4", "qlora"])
+def test_what_a_stack_is_stored_as_is_in_its_id(precision: str) -> None:
+    got = changed({f"{G}stacks": [{}, {"precision": precision}]}, {f"{G}qlora_enabled": True})
+    assert {"stack-1", "activations-1", "validation-1", "stack-2"} <= got
+    assert not got & {"build-0", "stack-0", "trunk-1"}
+
+
+def test_how_much_of_a_trunk_trains_is_in_the_id() -> None:
+    got = changed({f"{G}trunk_trainable_top": 2}, {**TOP, f"{G}target_stacks": 4})
+    assert {"trunk-2", "stack-2", "trunk-3", "stack-3"} <= got
+    assert not got & {"trunk-1", "stack-1"}  # a trunk of one stack trains whole either way
+
+
+def test_the_progressive_adapter_is_in_the_id_where_it_trains() -> None:
+    base = {f"{G}progressive_qlora": True}
+    for change in ({f"{G}progressive_qlora_rank": 4}, {"training.adapter_learning_rate": 1e-4}):
+        assert changed(change, base) == set()
+        got = changed(change, {**base, f"{G}trunk_strategy": "qlora"})
+        assert {"stack-1", "stack-2"} <= got
+        assert "stack-0" not in got
+
+
+def test_a_store_is_named_after_the_last_stage_that_trained_what_it_holds() -> None:
+    """Stage 1 trains adapters of stack 0, whose output it stores for stage 2."""
+    assert "activations-1" in changed({f"{G}stacks": [{}, {"steps": 50}]}, TOP)
+
+
+def test_a_copy_of_another_stack_that_one_stage_trained_is_another_build() -> None:
+    """Appended, it is a copy of stack 1; prepended, of stack 0; stage 1 trained both."""
+    base = {f"{G}trunk_strategy": "full", "training.new_stack_init": "copy"}
+    got = changed({f"{G}stacks": [{}, {}, {"mode": "prepend"}]}, base)
+    assert "build-2" in got
+    assert not got & {"build-1", "stack-1"}
+
+
+# ---------------------------------------------------------------- which caches pay
+
+
+def reasons(corpus_bytes: int, **more: Any) -> list[str]:
+    """Why each stage but the last writes no cache where that is left to the costs; '' where it writes one."""
+    values = {"cache.mode": "auto", **{key.replace("__", "."): value for key, value in more.items()}}
+    run = plan_run(StackWiseConfig.from_dict(nested(values)), CORPUS, corpus_bytes)
+    assert all((stage.activations is None) == bool(stage.no_cache_reason) for stage in run.stages)
+    return [stage.no_cache_reason for stage in run.stages[:-1]]
+
+
+def test_rows_that_are_read_again_and_again_are_cached() -> None:
+    assert reasons(4000) == ["", ""]
+    too_much = reasons(4000, cache__max_gb=1e-6)
+    assert all("exceed cache.max_gb" in reason for reason in too_much)
+
+
+def test_rows_that_are_read_once_are_cached_where_a_store_can_be_advanced() -> None:
+    """The first boundary would cost what it saves; the second costs one stack and saves two."""
+    for unbounded in (0, 10**9):
+        first, second = reasons(unbounded)
+        assert "costs as much as running the trunk" in first
+        assert second == ""
+    # Where each stage masks at a ratio of its own, no store is advanced.
+    depth = reasons(0, training__progressive__time_interpretation="depth")
+    assert all("costs as much as running the trunk" in reason for reason in depth)
+
+
 # ---------------------------------------------------------------- how ids are made
 
 
