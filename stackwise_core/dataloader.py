@@ -155,17 +155,21 @@ class ProgressiveDataLoader:
             kind = type(source).__name__
             raise ConfigError([Fault("trunk_activations", kind, "a tensor, an object with rows(), or a callable")])
         steps = input_time_step(batch)
-        inputs = (batch["input_ids"],) if steps is None else (batch["input_ids"], steps)
-        return self._recording(source, inputs, ids, view) if self.cache_activations else source(*inputs)
+        if self.cache_activations:
+            return self._recording(source, batch["input_ids"], steps, ids, view)
+        return source(batch["input_ids"]) if steps is None else source(batch["input_ids"], steps)
 
-    def _recording(self, live: Callable[..., Tensor], inputs: tuple[Tensor, ...], ids: IntArray, view: int) -> Tensor:
-        tokens = inputs[0] if inputs else torch.empty(0)
-        steps: list[int | None] = inputs[1].tolist() if len(inputs) > 1 else [None] * len(ids)
-        keys = [(int(sequence_id), view, step) for sequence_id, step in zip(ids, steps, strict=True)]
+    def _recording(
+        self, live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None, ids: IntArray, view: int
+    ) -> Tensor:
+        """Return the boundary of some sequences, computing those that were not asked for before."""
+        step_of: list[int | None] = [None] * len(ids) if steps is None else steps.tolist()
+        keys = [(int(sequence_id), view, step) for sequence_id, step in zip(ids, step_of, strict=True)]
         contents: list[int] = content_ids(tokens.numpy()).tolist()
         new = [n for n, key in enumerate(keys) if key not in self._recorded]
         if new:
-            for n, row in zip(new, live(*(part[new] for part in inputs)), strict=True):
+            rows = live(tokens[new]) if steps is None else live(tokens[new], steps[new])
+            for n, row in zip(new, rows, strict=True):
                 self._recorded[keys[n]] = contents[n], row
         for key, content in zip(keys, contents, strict=True):
             if self._recorded[key][0] != content:

@@ -14,7 +14,7 @@ from flows.cli import main
 from flows.run import grow
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError
-from storage.errors import ArtifactsFolderError, StoreSpaceError
+from storage.errors import ArtifactCorruptError, ArtifactsFolderError, StoreSpaceError
 from storage.layout import Artifacts, State
 from storage.runs import is_live
 
@@ -224,3 +224,55 @@ def _plan_ref(root: Path):
     from storage.runs import find_run
 
     return find_run(Artifacts(root), "r").plan.stages[2].ref("stack")
+
+
+# ---------------------------------------------------------------- of the growth modes
+
+
+def test_a_run_goes_on_although_a_file_it_named_then_has_moved(root: Path, made: Path) -> None:
+    """Old attempts are read as they were: today's rules and today's disk do not lock their name."""
+    (config,) = root.glob("runs/r/attempts/*/config.yaml")
+    config.write_text(config.read_text().replace("tokenizer: byte", "tokenizer: /nowhere/tokenizer.json"))
+    grow(config_of(made, training={"progressive": {"training_objective": "clm"}}), str(root))
+    assert main(["verify", "r", "--artifacts", str(root)]) == 0
+
+
+@pytest.mark.parametrize("text", ["training:\n  progressive:\n", "\0", "training: {dnabled: 1}\n", None])
+def test_a_damaged_configuration_of_an_attempt_is_named(text: str | None, root: Path, made: Path) -> None:
+    (path,) = root.glob("runs/r/attempts/*/config.yaml")
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(ArtifactCorruptError, match=re.escape(str(path))) as caught:
+        grow(config_of(made, training={"progressive": {"training_objective": "clm"}}), str(root))
+    assert f"Remove {path.parent}" in str(caught.value)
+
+
+def test_a_ratio_that_masks_nothing_has_no_loss(tmp_path: Path) -> None:
+    """And where time is an input, the ratio that is told is that of a step there is."""
+    text = tmp_path / "text.txt"
+    text.write_text("x" * 400)
+    values = {
+        "data": {"source": str(text), "seq_len": 8, "validation_fraction": 0.05},
+        "model": {"d_model": 16, "n_heads": 2, "blocks_per_stack": 1},
+        "training": {"batch_size": 4, "steps_per_stack": 2, "warmup_steps": 0},
+        "validation": {"max_sequences": 1},
+        "hardware": {"threads": 1},
+    }
+    depth = {"time_interpretation": "depth", "num_time_steps": 2, "target_stacks": 2, "max_stacks": 2}
+    values["training"] |= {"progressive": depth, "mask_ratio_min": 0.9}
+    stages = grow(StackWiseConfig.from_dict(values), str(tmp_path / "a"))
+    assert all(loss > 0 for stage in stages for loss in stage.by_mask_ratio.values())
+    assert "0.15" not in stages[0].by_mask_ratio  # of 8 positions none is masked
+    ratios = {"mask_ratio_min": 0.5, "mask_ratio_max": 0.7}
+    values["training"] |= {"progressive": {**depth, "time_interpretation": "input"}, **ratios}
+    stages = grow(StackWiseConfig.from_dict(values), str(tmp_path / "a"))
+    assert set(stages[0].by_mask_ratio) <= {"0.5", "0.7"}
+
+
+def test_the_first_stage_is_shared_by_both_ends_and_all_strategies(tmp_path: Path) -> None:
+    from stackwise_core.plan import plan_run
+
+    ways = [{}, {"building_mode": "prepend"}, {"trunk_strategy": "full"}]
+    ways += [{"trunk_strategy": "qlora", "progressive_qlora": True}]
+    plans = [plan_run(config_of(tmp_path, training={"progressive": way}), "0" * 64) for way in ways]
+    assert len({plan.stages[0].ref("stack") for plan in plans}) == 1
+    assert len({plan.stages[1].ref("stack") for plan in plans}) == len(ways)

@@ -301,3 +301,28 @@ def test_a_tokenizer_that_changes_while_a_run_starts_is_told(tmp_path: Path) -> 
     word_level(tmp_path, {word: n for n, word in enumerate(reversed(words), 1)})
     with pytest.raises(CorpusError, match=r"data\.tokenizer: got .*; it changed while the run was starting"):
         prepare_data(config, Artifacts(tmp_path / "artifacts").open(), plan)
+
+
+def test_merges_dropped_at_random_are_refused(tmp_path: Path) -> None:
+    """One text would have many encodings, and one id many bytes."""
+    path = byte_level(tmp_path)
+    values = json.loads(path.read_text())
+    values["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(values))
+    (fault,) = faults_of(config_of(path))
+    assert "drops merges at random (dropout)" in fault
+
+
+def test_an_id_out_of_all_proportion_is_refused_at_once(tmp_path: Path) -> None:
+    (fault,) = faults_of(config_of(word_level(tmp_path, {"a": 1, "b": 4_000_000_000}, "[MASK]")))
+    assert "its largest id is 4,000,000," in fault
+
+
+def test_a_text_that_cannot_be_encoded_is_told(tmp_path: Path) -> None:
+    path = Path(word_level(tmp_path, {"a": 1, "b": 2}, "[MASK]"))
+    values = json.loads(path.read_text())
+    values["model"]["unk_token"] = "[NOT THERE]"
+    path.write_text(json.dumps(values))
+    tokenizer = load_tokenizer(str(path))
+    with pytest.raises(ConfigError, match="it cannot encode the corpus"):
+        tokenizer.encode(b"a zebra b")
