@@ -78,7 +78,7 @@ def ticks(low: float, high: float) -> list[float]:
     """Return four to eleven round numbers at equal distances, from at most `low` to at least `high`."""
     span = (high - low) or abs(high) or 1.0
     step = 10.0 ** math.floor(math.log10(span))
-    step = next(step * part for part in (0.1, 0.2, 0.5, 1.0) if span / (step * part) <= 8)
+    step = next(step * part for part in (0.1, 0.2, 0.5, 1.0, 2.0) if span / (step * part) <= 8)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(n * step, 12) for n in range(first, max(last, first + 1) + 1)]
 

@@ -204,7 +204,6 @@ _ONLY_WITH: dict[str, tuple[_Condition, str]] = {
     f"{GROWTH}.qlora_alpha": _BY_RULE,
     f"{GROWTH}.trunk_strategy": (_growth_is(enabled=True), f"{GROWTH}.enabled: true"),
     "training.new_stack_init": (_growth_is(enabled=True), f"{GROWTH}.enabled: true"),
-    "training.mask_ratio": (_masked, f"{GROWTH}.training_objective: mlm"),
     "cache.mode": (_growth_is(cache_activations=True), f"{GROWTH}.cache_activations: true"),
     "cache.keep": (_growth_is(cache_activations=True), f"{GROWTH}.cache_activations: true"),
     f"{GROWTH}.qlora_strategy": _ADAPTED,

@@ -103,10 +103,11 @@ class StageModel(nn.Module):
 
     def summed_loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the loss summed over the loss positions [nats], and their number."""
+        hidden_BTD = self(batch)
         if self.loss_function is None:  # targets of a loss of one's own need not be tokens
             targets = batch["targets"][loss_positions(batch)]
             _check_tokens("target", targets, self.head.projection.out_features)
-        return summed_loss(self(batch), self.head, batch, self.loss_function)
+        return summed_loss(hidden_BTD, self.head, batch, self.loss_function)
 
 
 def _check_tokens(what: str, tokens: Tensor, vocab_size: int) -> None:

@@ -614,7 +614,8 @@ def test_every_value_is_accepted_where_it_belongs(path: str, value: Any) -> None
 
 def test_the_table_of_needs_is_whole() -> None:
     """A key that the rules refuse without another is in it; what they name are keys of the schema."""
-    assert set(_ONLY_WITH) - set(NEEDS) == {"training.corruption"}  # it belongs to the default objective
+    by_default = {"training.corruption", "training.new_stack_init", "cache.mode", "cache.keep"}
+    assert set(_ONLY_WITH) - set(NEEDS) == by_default  # they belong to what is the default
     assert {*_NOT_BUILT, *_ONLY_WITH, *NEEDS} - set(LEAVES) == set()
 
 
@@ -623,6 +624,22 @@ def test_keys_of_the_masked_objective_are_refused_with_another(path: str, value:
     faults = faults_of({"training": {path: value, "progressive": {"training_objective": "clm"}}})
     assert {fault.path for fault in faults} == {f"training.{path}"}
     assert any("training_objective: mlm" in fault.allowed for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "switched_off"),
+    [
+        ("cache.mode", "auto", f"{GROWTH}.cache_activations"),
+        ("cache.keep", "all", f"{GROWTH}.cache_activations"),
+        ("training.new_stack_init", "copy", f"{GROWTH}.enabled"),
+        (f"{GROWTH}.trunk_strategy", "full", f"{GROWTH}.enabled"),
+    ],
+)
+def test_keys_of_what_is_switched_off_are_refused(path: str, value: str, switched_off: str) -> None:
+    values: dict[str, Any] = {}
+    apply_overrides(values, {path: value, switched_off: False})
+    (fault,) = faults_of(values)
+    assert (fault.path, f"{switched_off}: true" in fault.allowed) == (path, True)
 
 
 def test_overrides_of_a_stack_reach_its_stage() -> None:

@@ -367,7 +367,7 @@ def test_a_last_batch_may_have_fewer_rows_than_parts() -> None:
                 f"{GROWTH}time_mapping": [0, 1, 2],
             },
             5,
-            "needs a step for stack 3",
+            "has no step for stack 3",
         ),
         ({}, 0, "a number of stacks from 1 to 12"),
         ({}, -1, "a number of stacks from 1 to 12"),
