@@ -32,7 +32,7 @@ def configs() -> dict[str, StackWiseConfig]:
 def test_all_cases_cost_the_same_compute(configs: dict[str, StackWiseConfig]) -> None:
     budget = sum(run_flops(configs[BUDGET_CASE]))
     for case in CASES:
-        if not case.endswith("only"):
+        if not case.endswith("only") and "three times" not in case:
             assert sum(run_flops(configs[case])) == pytest.approx(budget, rel=0.02), case
 
 
@@ -52,7 +52,7 @@ def test_cases_share_what_does_not_differ(configs: dict[str, StackWiseConfig]) -
     sharing = [case for case in CASES if "end to end" not in case]
     assert len(sharing) == 8
     assert len({first[case] for case in sharing}) == 1
-    assert len(set(first.values())) == 3  # and two joint runs
+    assert len(set(first.values())) == 4  # and three joint runs
 
 
 def test_adapters_are_counted_in_the_flops() -> None:
