@@ -18,7 +18,6 @@ from flows.stage import Facts, Made, Stage, make
 from stackwise_core.errors import StackWiseError
 from stackwise_core.growth_operators import settle
 from stackwise_core.identity import Ref
-from stackwise_core.plan import stack_state
 from stackwise_core.training import fits, train_stack
 from storage.activations.fill import fill_store
 from storage.checkpoints import (
@@ -49,29 +48,26 @@ def build_stack(stage: Stage) -> Ref | None:
 
 
 def configure_trunk(stage: Stage) -> Ref:
-    """Describe the rack as this stage finds it: stacks in order, precision, adapters, strategy."""
-    spec = stage.plan.spec
+    """Describe the rack as this stage finds it: stacks in order, precision, adapters, what trains.
+
+    Nothing is in it that the recipe does not decide: stages of other modes share it by its id.
+    """
+    spec, recipe = stage.plan.spec, stage.plan.trunk
+    trains = recipe.trains or ("nothing",) * len(spec.trunk)
 
     def work(folder: Path) -> Made:
         entries = [
             {
                 "stack": stack,
-                "state": stack_state(stage.below, stack),
+                "state": state,
                 "precision": spec.stacks[stack].precision,
-                "adapters": {name: adapter.model_dump() for name, adapter in spec.stacks[stack].adapters.items()},
-                "trains": spec.anatomy.trains_of(stack),
+                "adapters": [name for name in spec.stacks[stack].adapters if name == "stack" or recipe.progressive],
+                "trains": part,
             }
-            for stack in spec.trunk
+            for stack, state, part in zip(spec.trunk, recipe.stacks, trains, strict=True)
         ]
-        description = {
-            "strategy": stage.plan.trunk.strategy,
-            "stacks": entries,
-            "embedding_trains": spec.anatomy.embedding_trains,
-            "head_trains": spec.anatomy.head_trains,
-            "boundary": spec.anatomy.boundary,
-        }
-        write_text(folder / "trunk.json", json.dumps(description, indent=1))
-        return Made({"strategy": stage.plan.trunk.strategy, "stacks": len(entries)})
+        write_text(folder / "trunk.json", json.dumps({"strategy": recipe.strategy, "stacks": entries}, indent=1))
+        return Made({"strategy": recipe.strategy, "stacks": len(entries)})
 
     return make(stage, "trunk", [below.ref("stack") for below in stage.below], work)
 

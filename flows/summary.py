@@ -44,11 +44,6 @@ class StageSummary(BaseModel, frozen=True):
     """Why there is no store, or where it came from."""
 
 
-def stage_name(stage: StagePlan) -> str:
-    """Return how a person would call the stage."""
-    return stage.spec.name
-
-
 def summarise(artifacts: Artifacts, plan: RunPlan) -> list[StageSummary]:
     """Return one summary per stage of a plan, whatever of it exists."""
     return [_summarise_stage(artifacts, stage) for stage in plan.stages]
@@ -63,7 +58,7 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
     seconds = [found.get("seconds", 0.0) for found in facts.values()]
     return StageSummary(
         stage=stage.index,
-        name=stage_name(stage),
+        name=stage.spec.name,
         states={kind: states[kind].value if kind in states else "none" for kind in _KINDS},
         artifacts={kind: stage.ref(kind).name for kind in kinds},
         stacks=len(stage.spec.stacks),

@@ -52,32 +52,28 @@ def has_adapter(config: StackWiseConfig, stack: int) -> bool:
     return config.training.progressive.qlora_enabled or stage_precision(config, stack) == "qlora"
 
 
-def adapter_rank(config: StackWiseConfig, stack: int) -> int:
-    """Rank of a stack's adapter by the strategy."""
+def adapter_size(config: StackWiseConfig, stack: int) -> tuple[int, float]:
+    """Rank and alpha of a stack's adapter by the strategy."""
     growth = config.training.progressive
     if growth.qlora_strategy == "variable":
-        return growth.qlora_configs[stack].rank
-    pattern = growth.qlora_rank_pattern if growth.qlora_strategy == "progressive" else "constant"
-    return int(_by_pattern(pattern, growth.qlora_rank, stack))
-
-
-def adapter_alpha(config: StackWiseConfig, stack: int) -> float:
-    """Alpha of a stack's adapter by the strategy."""
-    growth = config.training.progressive
-    if growth.qlora_strategy == "variable":
-        return growth.qlora_configs[stack].alpha
-    pattern = growth.qlora_alpha_pattern if growth.qlora_strategy == "progressive" else "constant"
-    return float(_by_pattern(pattern, growth.qlora_alpha, stack))
+        return growth.qlora_configs[stack].rank, growth.qlora_configs[stack].alpha
+    if growth.qlora_strategy == "simplified":
+        return growth.qlora_rank, growth.qlora_alpha
+    rank = _by_pattern(growth.qlora_rank_pattern, growth.qlora_rank, stack)
+    return int(rank), float(_by_pattern(growth.qlora_alpha_pattern, growth.qlora_alpha, stack))
 
 
 def _by_pattern(pattern: str, value: float, stack: int) -> float:
-    grown = {
-        "constant": value,
-        "increasing": value * 2**stack,
-        "decreasing": max(1, value // 2**stack if isinstance(value, int) else value / 2**stack),
-        "linear": value * (stack + 1),
-    }
-    return grown[pattern]
+    if pattern == "increasing":
+        return value * 2**stack
+    if pattern == "decreasing":
+        return max(1, value // 2**stack if isinstance(value, int) else value / 2**stack)
+    return value * (stack + 1) if pattern == "linear" else value
+
+
+def feed_forward_width(config: StackWiseConfig) -> int:
+    """Inner width of the feed-forward: as configured, else 8/3 of the model's, rounded up to 32."""
+    return config.model.d_ff or -(-config.model.d_model * 8 // 3 // 32) * 32
 
 
 # ---------------------------------------------------------------- rules
@@ -143,7 +139,7 @@ def _adapter_faults(config: StackWiseConfig) -> Iterator[Fault]:
         return
     width, narrowest = min((width, name) for name, width in _widths(config).items())
     for stack in adapted:
-        if (rank := adapter_rank(config, stack)) > width:
+        if (rank := adapter_size(config, stack)[0]) > width:
             path = f"{GROWTH}.qlora_configs" if growth.qlora_strategy == "variable" else f"{GROWTH}.qlora_rank"
             yield Fault(path, str(rank), f"of stack {stack} exceeds its narrowest layer ({narrowest}: {width})")
     if growth.progressive_qlora and growth.progressive_qlora_rank > width:
@@ -157,7 +153,7 @@ def _widths(config: StackWiseConfig) -> dict[str, int]:
     heads = model.n_kv_heads or model.n_heads
     return {
         "model.d_model": model.d_model,
-        "model.d_ff": model.d_ff or -(-model.d_model * 8 // 3 // 32) * 32,
+        "model.d_ff": feed_forward_width(config),
         "model.n_kv_heads": model.d_model // model.n_heads * heads,
     }
 

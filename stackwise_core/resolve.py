@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from stackwise_core.config import StackWiseConfig, StreamDtype
 from stackwise_core.functions import load_function, source_digest
+from stackwise_core.growth_rules import feed_forward_width
 from stackwise_core.masking import MaskSpec
 from stackwise_core.order import RowOrder
 from stackwise_core.timesteps import mask_ratio_of, n_time_steps, resolve_time_input, stack_time_step
@@ -72,7 +73,7 @@ def resolve_shape(config: StackWiseConfig) -> ModelShape:
         d_model=model.d_model,
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads or model.n_heads,
-        d_ff=model.d_ff or -(-model.d_model * 8 // 3 // 32) * 32,
+        d_ff=feed_forward_width(config),
         causal=model.attention == "causal" or (model.attention == "auto" and objective != "mlm"),
         tie_embeddings=model.tie_embeddings,
         rope_theta=model.rope_theta,

@@ -7,8 +7,7 @@ from typing import Literal
 from stackwise_core.anatomy import AdapterName, Anatomy, joint_anatomy, stage_anatomy
 from stackwise_core.config import Precision, StackWiseConfig
 from stackwise_core.growth_rules import (
-    adapter_alpha,
-    adapter_rank,
+    adapter_size,
     has_adapter,
     stage_blocks,
     stage_mode,
@@ -160,7 +159,8 @@ def resolve_stack(config: StackWiseConfig, stack: int, stage: int) -> StackSpec:
     growth = config.training.progressive
     adapters: dict[AdapterName, AdapterSpec] = {}
     if has_adapter(config, stack):
-        adapters["stack"] = AdapterSpec(rank=adapter_rank(config, stack), alpha=adapter_alpha(config, stack))
+        rank, alpha = adapter_size(config, stack)
+        adapters["stack"] = AdapterSpec(rank=rank, alpha=alpha)
     if growth.progressive_qlora and stack < stage:
         progressive = AdapterSpec(rank=growth.progressive_qlora_rank, alpha=growth.progressive_qlora_alpha)
         adapters["progressive"] = progressive

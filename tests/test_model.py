@@ -239,6 +239,7 @@ def test_a_rack_trains_after_inference_mode() -> None:
     with torch.inference_mode():
         rack(tokens)
     rack(tokens).sum().backward()
+    assert all(parameter.grad is not None for parameter in rack.parameters())
 
 
 def test_the_model_draws_nothing_at_random() -> None:

@@ -208,3 +208,16 @@ def test_the_same_seed_and_another_give_the_same_and_other_adapters(reference: R
     b = adapter_state(second, "stack")
     assert a.keys() == b.keys()
     assert not any(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_one_id_is_one_result_whatever_the_mode(reference: Reference) -> None:
+    """Modes share artifacts by id: what two of them name alike they made alike, to the byte."""
+    made: dict[str, tuple[str, str]] = {}
+    shared: set[str] = set()
+    for mode, changes in MODES.items():
+        for name, digest in digests(reference(changes)).items():
+            first, found = made.setdefault(name, (mode, digest))
+            assert digest == found, f"{name} of {mode} and of {first}"
+            if first != mode:
+                shared.add(name.split("-")[0])
+    assert shared == {"data", "build", "trunk", "stack", "activations", "validation"}
