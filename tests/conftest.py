@@ -134,6 +134,17 @@ def made_by_stages(n_stages: int, first: int = 0) -> list[str]:
     return tasks
 
 
+@pytest.fixture
+def one_thread() -> Generator[None]:
+    """Let torch use one thread: tensors this small gain nothing from more."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def quick_disk() -> Generator[None]:
     """Leave out fsync, which only a power cut would tell from doing it: a run is three times as fast."""

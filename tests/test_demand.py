@@ -6,6 +6,8 @@ Artifacts here are small files sealed under the references of a real plan of thr
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import shutil
@@ -577,19 +579,24 @@ def _meanwhile(monkeypatch: pytest.MonkeyPatch, look: int, act: Callable[[], Non
     return happened
 
 
+def _at_every_look(template: Path, folder: Path, act: Callable[[Artifacts], None]) -> Iterator[Artifacts]:
+    """Give fresh artifacts again and again; each time something happens to them one look at a file later."""
+    for look in itertools.count():
+        artifacts = Artifacts(shutil.copytree(template, folder / str(look)))
+        with pytest.MonkeyPatch.context() as patch:
+            happened = _meanwhile(patch, look, functools.partial(act, artifacts))
+            yield artifacts
+        if not happened:
+            return
+
+
 def test_a_store_may_be_retired_at_any_moment_of_asking(template: Path, tmp_path: Path) -> None:
     """Two processes share a run; one retires a store while the other finds out what there is to do."""
-    look = 0
-    while True:
-        root = tmp_path / str(look)
-        shutil.copytree(template, root)
-        with pytest.MonkeyPatch.context() as patch:
-            happened = _meanwhile(patch, look, lambda root=root: Artifacts(root).retire(REFS["cache 1"]))
-            assert compute_demand(PLAN, Artifacts(root), "last").needed == set()
-        if not happened:
-            break
-        look += 1
-    assert look > 50
+    looks = 0
+    for artifacts in _at_every_look(template, tmp_path, lambda artifacts: artifacts.retire(REFS["cache 1"])):
+        assert compute_demand(PLAN, artifacts, "last").needed == set()
+        looks += 1
+    assert looks > 50
 
 
 @pytest.mark.parametrize("act", ["retire", "discard"])
@@ -597,29 +604,14 @@ def test_a_store_that_goes_while_its_state_is_asked_for_is_not_called_damaged(
     act: str, template: Path, tmp_path: Path
 ) -> None:
     gone = {"retire": State.RETIRED, "discard": State.ABSENT}[act]
-    look, seen = 0, set[State]()
-    while True:
-        root = tmp_path / str(look)
-        shutil.copytree(template, root)
-        with pytest.MonkeyPatch.context() as patch:
-            happened = _meanwhile(patch, look, lambda root=root: getattr(Artifacts(root), act)(REFS["cache 1"]))
-            seen.add(Artifacts(root).state(REFS["cache 1"]))
-        if not happened:
-            break
-        look += 1
-    assert seen == {State.SEALED, gone}
+    looking = _at_every_look(template, tmp_path, lambda artifacts: getattr(artifacts, act)(REFS["cache 1"]))
+    assert {artifacts.state(REFS["cache 1"]) for artifacts in looking} == {State.SEALED, gone}
 
 
 def test_two_processes_may_retire_a_store_at_once(template: Path, tmp_path: Path) -> None:
-    look = 0
-    while True:
-        root = tmp_path / str(look)
-        shutil.copytree(template, root)
-        with pytest.MonkeyPatch.context() as patch:
-            happened = _meanwhile(patch, look, lambda root=root: Artifacts(root).retire(REFS["cache 1"]))
-            Artifacts(root).retire(REFS["cache 1"])
-        assert {path.name for path in Artifacts(root).folder(REFS["cache 1"]).iterdir()} == {MANIFEST, RETIRED}
-        if not happened:
-            break
-        look += 1
-    assert look > 2
+    looks = 0
+    for artifacts in _at_every_look(template, tmp_path, lambda artifacts: artifacts.retire(REFS["cache 1"])):
+        artifacts.retire(REFS["cache 1"])
+        assert {path.name for path in artifacts.folder(REFS["cache 1"]).iterdir()} == {MANIFEST, RETIRED}
+        looks += 1
+    assert looks > 2
