@@ -214,7 +214,7 @@ def test_round_trip(tmp_path: Path, dtype: Any, per_chunk: int, check: Any) -> N
             assert same_bits(reader.rows(np.arange(5), VALIDATION_VIEW), store.values["validation"])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_any_shape_round_trips_here_and_in_zarr(data: st.DataObject) -> None:
     def draw(low: int, high: int) -> int:

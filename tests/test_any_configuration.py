@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import grown, manifests, tiny_values, write_corpus
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackwise_core.config import StackWiseConfig
@@ -99,9 +99,7 @@ def accepted(values: dict[str, Any]) -> StackWiseConfig | None:
         return None
 
 
-@settings(
-    max_examples=_EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
-)
+@settings(max_examples=_EXAMPLES, derandomize=True, database=None)
 @given(changes=CHANGES)
 def test_it_trains_or_is_refused(changes: dict[str, Any], folder: Path) -> None:
     values = tiny_values(folder / "corpus.txt")

@@ -341,7 +341,7 @@ def test_default_lists_are_not_shared() -> None:
 # ---------------------------------------------------------------- YAML
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @example(name="x", seed=0, source="null", rate=2e-4, beta2=0.0, steps=20, tie=False, threads=0, n_blocks=0)
 @example(
     name="true", seed=1, source="a: b # c\x85\ufeff", rate=1e16, beta2=0.5, steps=20, tie=True, threads=1, n_blocks=1

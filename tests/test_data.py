@@ -52,7 +52,7 @@ def flat(texts: list[bytes]) -> list[int]:
 # ---------------------------------------------------------------- packing
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(TEXTS, min_size=1),
     st.integers(1, 12),
@@ -145,7 +145,7 @@ def test_too_short_is_one_error(text: bytes, says: str) -> None:
 # ---------------------------------------------------------------- corpora
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=4), TEXTS, min_size=1))
 def test_digest_depends_on_texts_not_on_names(files: dict[str, bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -132,7 +132,7 @@ def test_ids_of_a_batch_are_kept() -> None:
     assert batch["masks"].numpy().tolist() == MASKS.masks(ids.numpy(), 0, T).tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.permutations(range(6)), st.integers(1, 6))
 def test_content_ids_do_not_depend_on_position(order: list[int], batch_size: int) -> None:
     """So a shuffled loader corrupts each row as before, and finds it in a cache."""

@@ -276,7 +276,7 @@ def oracle(states: dict[str, str], keep: str, forced: set[str]) -> set[str]:
 STATES = st.fixed_dictionaries({name: st.sampled_from(["sealed", "sealed", "absent", "retired"]) for name in READS})
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(states=STATES, keep=st.sampled_from(["all", "last"]), forced=st.sets(st.sampled_from(sorted(READS)), max_size=2))
 @example(states=dict.fromkeys(READS, "sealed"), keep="last", forced={"stack 1"})
 @example(states=dict.fromkeys(READS, "retired"), keep="last", forced=set())

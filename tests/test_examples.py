@@ -59,7 +59,7 @@ def padded(lines: list[Line]) -> list[tuple[list[int], list[int], list[bool]]]:
 # ---------------------------------------------------------------- rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=40), st.floats(0.05, 0.45), st.booleans(), st.integers(0, 99))
 def test_every_line_is_one_padded_row(lengths: list[int], fraction: float, masked: bool, seed: int) -> None:
     lines = lines_of(lengths, seed, masked)

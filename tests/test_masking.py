@@ -84,7 +84,6 @@ def test_reference_is_splitmix64() -> None:
     assert splitmix64(0) == 0xE220A8397B1DCDAF
 
 
-@settings(deadline=None)
 @given(SEEDS, st.integers(1, 7), st.lists(IDS, max_size=4))
 def test_hash_equals_the_reference(seed: int, salt: int, keys: list[int]) -> None:
     assert hash_bits(seed, salt, *keys).item() == reference_bits(seed, salt, *keys)
@@ -103,7 +102,7 @@ def test_hash_goldens() -> None:
 # ---------------------------------------------------------------- masks and corruption
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     SEEDS, st.floats(0.01, 1), st.sampled_from(["bert", "mask"]), IDS, VIEWS, st.lists(st.integers(0, 255), min_size=1)
 )
@@ -127,7 +126,6 @@ def test_one_row_equals_the_definition(
     assert tokens.tolist() == [row]  # the clean tokens are the targets
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=5), IDS, VIEWS)
 def test_masks_are_nested_in_the_ratio(ratios: list[float], sequence_id: int, view: int) -> None:
     rows = [spec(ratio=ratio).masks(ids_of(sequence_id), view, 64) for ratio in sorted(ratios)]
@@ -140,7 +138,6 @@ def test_ratio_one_masks_everything_and_zero_nothing() -> None:
     assert not spec(ratio=0.0).masks(ids_of(*range(50)), 0, 200).any()
 
 
-@settings(deadline=None)
 @given(st.lists(IDS, min_size=1, max_size=6), st.data())
 def test_a_row_does_not_depend_on_its_batch(ids: list[int], data: st.DataObject) -> None:
     mask_spec, view = spec(ratio=0.5), data.draw(VIEWS)
@@ -234,7 +231,6 @@ def test_without_time_a_spec_dumps_as_before() -> None:
     assert spec().model_dump(exclude_defaults=True) == dumped
 
 
-@settings(deadline=None)
 @given(SEEDS, st.lists(IDS, min_size=1, max_size=5), VIEWS, st.integers(1, 2000))
 def test_steps_per_sequence_equal_the_definition(seed: int, ids: list[int], view: int, n_steps: int) -> None:
     steps = time_of(n_steps=n_steps).steps(seed, ids_of(*ids), view)
@@ -242,7 +238,6 @@ def test_steps_per_sequence_equal_the_definition(seed: int, ids: list[int], view
     assert steps.dtype == np.int64
 
 
-@settings(deadline=None)
 @given(SEEDS, st.lists(st.tuples(st.integers(0, 99), st.integers(0, 6)), min_size=1), st.integers(0, 1023))
 def test_steps_by_batch_equal_the_definition(seed: int, places: list[tuple[int, int]], view: int) -> None:
     batches, slots = ids_of(*(batch for batch, _ in places)), ids_of(*(slot for _, slot in places))

@@ -309,7 +309,7 @@ def test_advancing_a_boundary_equals_refilling_it(mask_spec: MaskSpec | None, dt
                 assert advanced.rows(ids, view).equal(rows[below + 1].rows(ids, view))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(-1, 7))
 def test_rows_from_tokens_are_the_trunk_of_the_corrupted_row(chosen: list[int], view: int) -> None:
     rack, splits = new_rack(shape_of(), (1,)), splits_of(6, 9)

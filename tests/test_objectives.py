@@ -64,7 +64,7 @@ def batch_of(objective: str) -> Batch:
 # ---------------------------------------------------------------- fields
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(2, 9), st.integers(0, 99))
 def test_clm_shifts_and_never_corrupts(n: int, seq_len: int, seed: int) -> None:
     tokens = np.random.default_rng(seed).integers(0, V, (n, seq_len))

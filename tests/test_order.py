@@ -29,13 +29,11 @@ def as_lists(order: RowOrder, start: int, stop: int) -> list[tuple[list[int], in
     return [(rows.tolist(), view) for rows, view in order.batches(start, stop)]
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(0, 1000))
 def test_an_epoch_is_a_permutation(order: RowOrder, epoch: int) -> None:
     assert sorted(order.epoch_rows(epoch).tolist()) == list(range(order.n_rows))
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(0, 60))
 def test_batches_are_slices_of_the_epochs(order: RowOrder, steps: int) -> None:
     whole = order.n_rows // order.batch_size
@@ -48,13 +46,11 @@ def test_batches_are_slices_of_the_epochs(order: RowOrder, steps: int) -> None:
     assert as_lists(order, 0, steps) == expected[:steps]
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(0, 40), st.integers(0, 40))
 def test_resuming_reads_the_tail(order: RowOrder, start: int, more: int) -> None:
     assert as_lists(order, start, start + more) == as_lists(order, 0, start + more)[start:]
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(0, 80))
 def test_visited_is_what_the_steps_read(order: RowOrder, steps: int) -> None:
     read = {(row, view) for rows, view in as_lists(order, 0, steps) for row in rows}
@@ -63,7 +59,6 @@ def test_visited_is_what_the_steps_read(order: RowOrder, steps: int) -> None:
     assert pairs == sorted(read, key=lambda pair: (pair[1], pair[0]))
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(0, 80))
 def test_count_visited_bounds_visited(order: RowOrder, steps: int) -> None:
     """Exact while no view comes round again, and where batches are fixed or leave no row over."""
@@ -74,7 +69,7 @@ def test_count_visited_bounds_visited(order: RowOrder, steps: int) -> None:
 
 
 @given(orders())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_full_store_is_indexed_by_view_then_row(order: RowOrder) -> None:
     rows, views = order.visited(500 * order.views)
     if len(rows) == order.n_rows * order.views:
@@ -115,7 +110,6 @@ def test_fewer_rows_than_a_batch_is_explained() -> None:
 # ---------------------------------------------------------------- batches fixed per view
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(0, 60))
 def test_fixed_batches_are_the_same_in_every_epoch_of_a_view(order: RowOrder, start: int) -> None:
     order = order.model_copy(update={"fixed_batches": True})

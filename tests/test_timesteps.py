@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stackwise_core.config import StackWiseConfig
@@ -70,7 +70,6 @@ def test_linear_never_clamps() -> None:
     assert "gives stack 3 the step 9" in fault
 
 
-@settings(deadline=None)
 @given(st.integers(2, 40), st.integers(1, 400))
 def test_exponential_steps(n_stacks: int, n_steps: int) -> None:
     config = config_of(

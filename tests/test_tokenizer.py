@@ -76,7 +76,6 @@ def faults_of(config: StackWiseConfig) -> list[str]:
 # ---------------------------------------------------------------- bytes
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_byte_tokenizer_round_trips(text: str) -> None:
     tokens = BYTES.encode(text.encode())
@@ -171,7 +170,7 @@ def test_documents_end_as_the_tokenizer_can_say(tmp_path: Path, specials: list[s
 # ---------------------------------------------------------------- random replacements
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sets(st.integers(0, 30), max_size=20), st.integers(1, 12), st.integers(0, 99))
 def test_random_replacements_skip_specials_in_order(specials: set[int], n_regular: int, seed: int) -> None:
     """The n-th regular id replaces what would be n if there were no specials among them."""

@@ -100,7 +100,6 @@ def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 # ---------------------------------------------------------------- the learning rate
 
 
-@settings(deadline=None)
 @given(st.integers(1, 50), st.integers(0, 50), st.floats(0, 1), st.floats(1e-6, 1))
 def test_learning_rate_is_a_line_then_half_a_cosine(steps: int, warmup: int, lowest: float, peak: float) -> None:
     warmup, lowest = min(warmup, steps), lowest * peak
@@ -296,7 +295,7 @@ def uninterrupted(index: int, objective: str) -> tuple[dict[str, Tensor], list[d
     return UNINTERRUPTED[index, objective]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(STAGES), st.lists(st.integers(1, STEPS - 1), min_size=1, max_size=3, unique=True))
 def test_interrupted_at_any_steps_gives_the_same_bits(stage: tuple[int, str], stops: list[int]) -> None:
     expected, expected_records = uninterrupted(*stage)
