@@ -31,10 +31,12 @@ from hypothesis import strategies as st
 
 from stackwise_core.masking import VALIDATION_VIEW
 from storage.activations import reader as reader_module
+from storage.activations import sharded_array
 from storage.activations.bfloat16 import BFloat16
 from storage.activations.buffers import PAGE_BYTES, empty_aligned
 from storage.activations.format import GROUP_FOLDERS, GROUPS, GroupSpec, shard_path
 from storage.activations.reader import RowMissingError, StoreReader
+from storage.activations.shard_file import ShardFile
 from storage.activations.writer import ShardRange, StoreWriter
 from storage.errors import (
     ArtifactCorruptError,
@@ -132,6 +134,9 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
+both_ways = pytest.mark.parametrize("access", ["map", "read"])
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, str]]]:
     folder = tmp_path_factory.mktemp("original")
@@ -197,14 +202,15 @@ def test_zeros_are_written(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ round trip
 
 
+@both_ways
 @pytest.mark.parametrize("check", ["first_touch", "always", "never"])
 @pytest.mark.parametrize("per_chunk", [1, 3])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_round_trip(tmp_path: Path, dtype: Any, per_chunk: int, check: Any) -> None:
+def test_round_trip(tmp_path: Path, dtype: Any, per_chunk: int, check: Any, access: Any) -> None:
     store = Store.random(spec_of(23, dtype, per_chunk), spec_of(5, dtype, per_chunk), views=3)
     files = store.write(tmp_path)
     ids, views = (torch.from_numpy(np.asarray(part)) for part in store.index["train"])
-    with StoreReader(tmp_path, files, check) as reader:
+    with StoreReader(tmp_path, files, check, access) as reader:
         assert (reader.attributes, reader.dtype) == (ATTRIBUTES, getattr(torch, dtype))
         assert (reader.train, reader.validation) == (store.specs["train"], store.specs["validation"])
         for _ in range(2):  # the second time, chunks have been checked
@@ -293,15 +299,16 @@ def test_unknown_rows_are_errors(sealed: Any) -> None:
                 reader.read("train", outside)
 
 
-def test_few_open_files_and_many_threads(sealed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@both_ways
+def test_few_open_files_and_many_threads(sealed: Any, access: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     store, folder, files = sealed
-    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(sharded_array, "MAX_OPEN_SHARDS", 1)
     before = len(os.listdir("/proc/self/fd"))
-    with StoreReader(folder, files, "always") as reader, ThreadPoolExecutor(4) as pool:
+    with StoreReader(folder, files, "always", access) as reader, ThreadPoolExecutor(4) as pool:
         orders = [torch.randperm(9) for _ in range(40)]
         for order, rows in zip(orders, pool.map(lambda o: reader.read("train", o), orders), strict=True):
             assert same_bits(rows, store.values["train"][order])
-        assert len(os.listdir("/proc/self/fd")) == before + 1
+        assert len(os.listdir("/proc/self/fd")) == before + (2 if access == "map" else 1)  # a mapping holds one too
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -515,16 +522,17 @@ def test_sigkill_at_any_step_then_resume_gives_identical_bytes(tmp_path: Path) -
 # ---------------------------------------------------------------------------------------------- damage
 
 
+@both_ways
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("check", ["first_touch", "always"])
-def test_every_flipped_byte_of_a_shard_is_found(sealed: Any, group: Any, check: Any) -> None:
+def test_every_flipped_byte_of_a_shard_is_found(sealed: Any, group: Any, check: Any, access: Any) -> None:
     store, folder, files = sealed
     for index in range(store.specs[group].n_shards):
         name = shard_path(group, index)
         path, rows = folder / name, list(store.specs[group].shard_range(index))
         for position in range(0, files[name][0], 11):
             flip(path, position)
-            with StoreReader(folder, files, check) as reader, pytest.raises(ArtifactCorruptError) as caught:
+            with StoreReader(folder, files, check, access) as reader, pytest.raises(ArtifactCorruptError) as caught:
                 reader.read(group, rows)
             assert caught.value.path == path
             assert "checksum of" in caught.value.problem
@@ -545,21 +553,25 @@ def test_damage_is_confined_to_its_chunk(sealed: Any) -> None:
                 reader.read("train", [row])
 
 
-def test_policies(sealed: Any) -> None:
+@both_ways
+def test_policies(sealed: Any, access: Any) -> None:
     store, folder, files = sealed
     path = folder / shard_path("train", 0)
-    with StoreReader(folder, files, "always") as always, StoreReader(folder, files) as first_touch:
+    with (
+        StoreReader(folder, files, "always", access) as always,
+        StoreReader(folder, files, access=access) as first_touch,
+    ):
         always.read("train", [0])
         first_touch.read("train", [0])
         flip(path, 0)
         with pytest.raises(ArtifactCorruptError, match="chunk 0"):
             always.read("train", [0])
         assert not same_bits(first_touch.read("train", [0]), store.values["train"][:1])
-    with StoreReader(folder, files, "never") as never:
+    with StoreReader(folder, files, "never", access) as never:
         assert not same_bits(never.read("train", [0]), store.values["train"][:1])
     flip(path, 0)
     flip(path, -1)
-    with StoreReader(folder, files, "never") as never, pytest.raises(ArtifactCorruptError, match="the index"):
+    with StoreReader(folder, files, "never", access) as never, pytest.raises(ArtifactCorruptError, match="the index"):
         never.read("train", [0])
 
 
@@ -583,10 +595,13 @@ def test_missing_empty_short_or_long_file_is_found_at_open(sealed: Any) -> None:
 
 @pytest.mark.parametrize("size", [None, 0, 30, 140, 163])
 @pytest.mark.parametrize("check", ["first_touch", "always", "never"])
-def test_shard_that_shrinks_after_open_is_found_on_touch(sealed: Any, check: Any, size: int | None) -> None:
+@both_ways
+def test_shard_that_shrinks_after_open_is_found_on_touch(
+    sealed: Any, check: Any, size: int | None, access: Any
+) -> None:
     _, folder, files = sealed
     path = folder / shard_path("train", 1)
-    with StoreReader(folder, files, check) as reader:
+    with StoreReader(folder, files, check, access) as reader:
         reader.read("train", [0])
         if size is None:
             path.unlink()
@@ -597,15 +612,69 @@ def test_shard_that_shrinks_after_open_is_found_on_touch(sealed: Any, check: Any
         assert caught.value.path == path
 
 
-def test_shard_that_shrinks_after_its_index_was_read(sealed: Any) -> None:
+@both_ways
+def test_shard_that_shrinks_after_its_index_was_read(sealed: Any, access: Any) -> None:
     _, folder, files = sealed
     for check in ("first_touch", "never"):
         shutil.copytree(folder, copy := folder.with_name(check))
-        with StoreReader(copy, files, check) as reader:
+        with StoreReader(copy, files, check, access) as reader:
             reader.read("train", [7])
             os.truncate(copy / shard_path("train", 1), 100)
-            with pytest.raises(ArtifactCorruptError, match="chunk 1 is cut off"):
+            with pytest.raises(ArtifactCorruptError, match="cut off: 100 bytes"):
                 reader.read("train", [7])
+
+
+def test_a_store_is_mapped_where_it_fits_into_memory_on_a_local_disk(
+    sealed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder, files = sealed
+    noted: list[bool] = []
+
+    class Noted(ShardFile):
+        def __init__(self, path: Path, size: int, *, mapped: bool) -> None:
+            noted.append(mapped)
+            super().__init__(path, size, mapped=mapped)
+
+    monkeypatch.setattr(sharded_array, "ShardFile", Noted)
+
+    def read() -> bool:
+        noted.clear()
+        with StoreReader(folder, files) as reader:
+            reader.read("train", [0])
+        return noted[0]
+
+    assert read()
+    monkeypatch.setattr(reader_module, "is_local", lambda path: path != folder)
+    assert not read()
+    monkeypatch.undo()
+    monkeypatch.setattr(sharded_array, "ShardFile", Noted)
+    monkeypatch.setattr(
+        os, "sysconf", lambda name: 2 * sum(size for size, _ in files.values()) - 1 if "PHYS" in name else 1
+    )
+    assert not read()
+
+
+def test_what_is_new_is_announced_before_the_first_of_it_is_read(sealed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, folder, files = sealed
+    told: list[str] = []
+    reads = {"will_need": ShardFile.will_need, "read_checked": ShardFile.read_checked, "read": ShardFile.read}
+    for name, method in reads.items():
+
+        def noted(self: Any, *arguments: Any, name: str = name, method: Any = method) -> None:
+            told.append(name)
+            method(self, *arguments)
+
+        monkeypatch.setattr(ShardFile, name, noted)
+    for access, second in (("map", ["read"] * 3), ("read", ["will_need"] * 3 + ["read"] * 3)):
+        with StoreReader(folder, files, access=access) as reader:
+            reader.read("train", [1])  # the index of the first shard
+            told.clear()
+            assert same_bits(reader.read("train", [8, 4, 2]), store.values["train"][[8, 4, 2]])
+            assert [name for name in told if name == "will_need"] == ["will_need"] * 3
+            assert told.index("will_need") == told.count("read_checked") - 3  # but for two indices, first
+            told.clear()
+            reader.read("train", [8, 4, 2])
+            assert told == second
 
 
 def test_flipped_byte_of_metadata_is_found_at_open(sealed: Any) -> None:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import functools
-import threading
+import os
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
 
 from stackwise_core.masking import VALIDATION_VIEW
 from storage.activations.buffers import bytes_of, destination
-from storage.activations.format import Group, corrupt, shard_path
+from storage.activations.format import GROUPS, Group, corrupt, shard_path
 from storage.activations.opening import open_sealed
-from storage.activations.shard import CRC_BYTES, ShardDamageError, ShardFile, ShardIndex
+from storage.activations.shard_file import ShardDamageError
+from storage.activations.sharded_array import Check, ShardedArray
 from storage.errors import ArtifactError
+from storage.file_systems import is_local
 
-Check = Literal["first_touch", "always", "never"]
+Access = Literal["auto", "map", "read"]
 Indices = torch.Tensor | np.ndarray | Sequence[int]
-
-MAX_OPEN_SHARDS: Final = 128
 
 
 class RowMissingError(ArtifactError, KeyError):
@@ -49,13 +48,16 @@ class StoreReader:
         dtype: Of the training rows.
     """
 
-    def __init__(self, folder: Path, files: Mapping[str, tuple[int, str]], check: Check = "first_touch") -> None:
+    def __init__(
+        self, folder: Path, files: Mapping[str, tuple[int, str]], check: Check = "first_touch", access: Access = "auto"
+    ) -> None:
         """Open a store: the sizes of all its files and the content of the small ones are compared here.
 
         Args:
             folder: The sealed artifact.
             files: Its sealed list: posix path relative to `folder` -> (size in bytes, `<algorithm>:<hex>`).
             check: When to compare checksums of chunks.
+            access: Through mappings, by `pread`, or mapped if the store is on a local disk and fits into memory.
 
         Raises:
             ArtifactMissingError: There is no such folder.
@@ -63,16 +65,20 @@ class StoreReader:
             ArtifactCorruptError: A file is missing, or is not what was sealed, or the list lacks one.
         """
         self.folder = folder
-        self.attributes, groups = open_sealed(folder, files)
-        self._groups = groups
-        self.train, self.validation = groups["train"].spec, groups["validation"].spec
+        self.attributes, self._groups = open_sealed(folder, files)
+        self.train, self.validation = (self._groups[group].spec for group in GROUPS)
         self.dtype = self.train.torch_dtype
-        self._files = files
-        self._check = check
-        self._shard_indices: dict[tuple[Group, int], ShardIndex] = {}
-        self._indexing = threading.Lock()
-        # Not a bound method: without a cycle the files close as soon as the reader is dropped.
-        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(functools.partial(_open_shard, folder))
+        mapped = access == "map" or (access == "auto" and _can_map(folder, files))
+        self._arrays = {
+            group: ShardedArray(
+                metadata.spec,
+                functools.partial(_path_of, folder, group),
+                [files[shard_path(group, shard)][0] for shard in range(metadata.spec.n_shards)],
+                check,
+                mapped=mapped,
+            )
+            for group, metadata in self._groups.items()
+        }
 
     def rows(self, sequence_ids: torch.Tensor | np.ndarray, view: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of some sequences in one view, in the order asked for.
@@ -119,20 +125,18 @@ class StoreReader:
         if rows.size and not 0 <= rows.min() <= rows.max() < spec.rows:
             raise IndexError(f"{group} rows {rows.min()}..{rows.max()} of {spec.rows}")
         out = destination(out, (len(rows), spec.seq_len, spec.d_model), spec.torch_dtype)
-        data = bytes_of(out)
-        chunks: list[int] = (rows // spec.rows_per_chunk).tolist()
-        within: list[int] = (rows % spec.rows_per_chunk).tolist()
-        # In the order of the file, so that rows of one chunk are read together.
-        order: list[int] = np.argsort(rows, kind="stable").tolist()
-        for chunk, places in groupby(order, key=chunks.__getitem__):
-            wanted = [(place, within[place]) for place in places]
-            shard, slot = divmod(chunk, spec.chunks_per_shard)
-            self._read_chunk(group, shard, slot, wanted, data)
+        try:
+            self._arrays[group].read(rows, bytes_of(out))
+        except ShardDamageError as damage:
+            raise corrupt(self.folder, damage.path, damage.problem) from None
+        except FileNotFoundError as error:
+            raise corrupt(self.folder, Path(error.filename), "missing") from None
         return out
 
     def close(self) -> None:
         """Close all files."""
-        self._open.cache_clear()
+        for array in self._arrays.values():
+            array.close()
 
     def __enter__(self) -> Self:
         """Give the reader itself."""
@@ -142,40 +146,12 @@ class StoreReader:
         """Close all files."""
         self.close()
 
-    def _read_chunk(self, group: Group, shard: int, slot: int, wanted: list[tuple[int, int]], data: np.ndarray) -> None:
-        """Copy rows of one chunk, given as (place in `data`, row within the chunk), checking it if due."""
-        spec, what = self._groups[group].spec, f"chunk {slot}"
-        try:
-            file, index = self._open(group, shard), self._index(group, shard)
-            offset = index.offsets[slot]
-            if self._check == "never" or (self._check == "first_touch" and index.verified[slot]):
-                for place, row in wanted:
-                    file.read(data[place], offset + row * spec.row_bytes, what)
-                return
-            # A chunk of one row is read to where it belongs, and only copied if it was asked for twice.
-            alone = spec.rows_per_chunk == 1
-            chunk = data[wanted[0][0]] if alone else np.empty(spec.chunk_bytes, np.uint8)
-            file.read_checked(chunk, np.empty(CRC_BYTES, np.uint8), offset, what)
-            index.verified[slot] = True
-            for place, row in wanted[1:] if alone else wanted:
-                data[place] = chunk[row * spec.row_bytes : (row + 1) * spec.row_bytes]
-        except ShardDamageError as damage:
-            raise corrupt(self.folder, self.folder / shard_path(group, shard), str(damage)) from None
 
-    def _index(self, group: Group, shard: int) -> ShardIndex:
-        """The index of a shard, read at its first touch and kept for as long as the reader."""
-        with self._indexing:
-            if (group, shard) not in self._shard_indices:
-                size, _ = self._files[shard_path(group, shard)]
-                spec = self._groups[group].spec
-                index = ShardIndex(self._open(group, shard), size, spec, spec.chunks_in_shard(shard))
-                self._shard_indices[group, shard] = index
-            return self._shard_indices[group, shard]
+def _can_map(folder: Path, files: Mapping[str, tuple[int, str]]) -> bool:
+    """Whether mapping is fast and safe: what does not fit would be fetched a page at a time, again and again."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return sum(size for size, _ in files.values()) <= memory // 2 and is_local(folder)
 
 
-def _open_shard(folder: Path, group: Group, shard: int) -> ShardFile:
-    path = folder / shard_path(group, shard)
-    try:
-        return ShardFile(path)
-    except FileNotFoundError:
-        raise corrupt(folder, path, "missing") from None
+def _path_of(folder: Path, group: Group, shard: int) -> Path:
+    return folder / shard_path(group, shard)
