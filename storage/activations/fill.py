@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -90,8 +91,8 @@ def fill_store(
     total = sum(spec.rows * spec.row_bytes for spec in specs.values())
     done = total - sum(shard.n_rows * specs[shard.group].row_bytes for shard in missing)
     on_progress(done, total)
-    for number, shard in enumerate(missing, 1):
-        writer.write_shard(shard, _compute(rows, shard, specs[shard.group], source))
+    computed = ((shard, _compute(rows, shard, specs[shard.group], source)) for shard in missing)
+    for number, shard in enumerate(_write_behind(writer, computed), 1):
         done += shard.n_rows * specs[shard.group].row_bytes
         on_progress(done, total)
         reach("cache", number)
@@ -101,6 +102,23 @@ def fill_store(
             )
     counts = {"train_rows": specs["train"].rows, "validation_rows": specs["validation"].rows, "store_bytes": total}
     return counts, writer.files()
+
+
+def _write_behind(writer: StoreWriter, computed: Iterator[tuple[ShardRange, torch.Tensor]]) -> Iterator[ShardRange]:
+    """Write each shard while the next is computed, and yield it once it is on the disk; one at most waits there."""
+    with ThreadPoolExecutor(1) as disk:
+        behind: tuple[ShardRange, Future[None]] | None = None
+        for shard, rows in computed:
+            if behind is not None:
+                yield _arrived(*behind)
+            behind = shard, disk.submit(writer.write_shard, shard, rows)
+        if behind is not None:
+            yield _arrived(*behind)
+
+
+def _arrived(shard: ShardRange, written: Future[None]) -> ShardRange:
+    written.result()  # raises what the writing raised
+    return shard
 
 
 def _compute(rows: StoreRows, shard: ShardRange, spec: GroupSpec, source: RowSource) -> torch.Tensor:
