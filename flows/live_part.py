@@ -16,11 +16,14 @@ from stackwise_core.growth_operators import give_adapters, new_rack, new_stack, 
 from stackwise_core.identity import Ref
 from stackwise_core.model import Stack
 from stackwise_core.objectives import Batch
+from stackwise_core.prefetch import prefetched
 from stackwise_core.rack_builder import count_parameters
 from stackwise_core.resolve import resolve_loss, resolve_order
 from stackwise_core.stage_model import StageModel
 from stackwise_core.training import Hooks, TrainingState
 from stackwise_core.trunk import LiveTrunk, RowSource
+from storage.activations.reader import StoreReader
+from storage.activations.reused import ReusedRows
 from storage.checkpoints import (
     load_embedding,
     load_head,
@@ -29,6 +32,8 @@ from storage.checkpoints import (
     tensor_digest,
 )
 from storage.errors import ArtifactCorruptError
+
+_BATCHES_AHEAD = 2
 
 
 def _new_stacks(stage: Stage) -> list[Stack]:
@@ -116,7 +121,10 @@ def batches_of(stage: Stage, boundary: RowSource | LiveTrunk | None, first_step:
         steps, ratios = zip(*recipe.joint_times, strict=True)
         masks = [recipe.mask.at_ratio(ratio) for ratio in ratios]
         return JointDataLoader(packed, masks, steps, recipe.order_seed, recipe.views, first_step)
-    return ProgressiveDataLoader(
+    cached = isinstance(boundary, StoreReader)
+    if cached:
+        boundary = ReusedRows(boundary, _BATCHES_AHEAD + 1, pinned=stage.device.type == "cuda")
+    loader = ProgressiveDataLoader(
         base_dataloader=packed,
         masking_strategy=recipe.mask,
         stack_idx=spec.anatomy.newest,
@@ -124,6 +132,8 @@ def batches_of(stage: Stage, boundary: RowSource | LiveTrunk | None, first_step:
         time_step=spec.time_step,
         objective=stage.config.training.progressive.training_objective,
     )
+    # A live trunk computes on the device that trains: ahead of time it would only be in the way.
+    return prefetched(loader, _BATCHES_AHEAD) if cached else loader
 
 
 def parameter_facts(stage: Stage, model: StageModel) -> Facts:

@@ -99,7 +99,8 @@ class StageModel(nn.Module):
             return self.embedding(batch["input_ids"].to(device), input_time_step(batch))
         if batch["trunk_activations"] is None:
             raise ConfigError([Fault("trunk_activations", "None", "a stack on a trunk needs the trunk's activations")])
-        return batch["trunk_activations"].to(device).float()
+        # From pinned memory the copy goes on by itself; a step ends by waiting for its loss, and so for the copy.
+        return batch["trunk_activations"].to(device, non_blocking=True).float()
 
     def summed_loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the loss summed over the loss positions [nats], and their number."""

@@ -36,6 +36,7 @@ from storage.activations.bfloat16 import BFloat16
 from storage.activations.buffers import PAGE_BYTES, empty_aligned
 from storage.activations.format import GROUP_FOLDERS, GROUPS, GroupSpec, shard_path
 from storage.activations.reader import RowMissingError, StoreReader
+from storage.activations.reused import ReusedRows
 from storage.activations.shard_file import ShardFile
 from storage.activations.writer import ShardRange, StoreWriter
 from storage.errors import (
@@ -297,6 +298,22 @@ def test_unknown_rows_are_errors(sealed: Any) -> None:
         for outside in ([9], [-1]):
             with pytest.raises(IndexError, match="train rows"):
                 reader.read("train", outside)
+
+
+def test_reused_rows_are_the_rows_in_few_buffers(sealed: Any) -> None:
+    store, folder, files = sealed
+    ids, views = store.index["train"]
+    rows = np.flatnonzero(np.asarray(views) == 0)
+    batches = [rows[[n % len(rows), (n + 1) % len(rows)]] for n in range(7)] + [rows[:1]]
+    with StoreReader(folder, files) as reader:
+        reused = ReusedRows(reader, 3)
+        given: list[torch.Tensor] = []
+        for n, batch in enumerate(batches):
+            given.append(reused.rows(ids[batch], 0))
+            for values, asked in zip(given[-3:], batches[max(0, n - 2) : n + 1], strict=True):
+                assert same_bits(values, store.values["train"][asked])  # the last three are valid
+        assert len({values.data_ptr() for values in given}) == 3
+        assert all(values.data_ptr() % 4096 == 0 for values in given)
 
 
 @both_ways
@@ -657,7 +674,11 @@ def test_a_store_is_mapped_where_it_fits_into_memory_on_a_local_disk(
 def test_what_is_new_is_announced_before_the_first_of_it_is_read(sealed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     store, folder, files = sealed
     told: list[str] = []
-    reads = {"will_need": ShardFile.will_need, "read_checked": ShardFile.read_checked, "read": ShardFile.read}
+    reads: dict[str, Any] = {
+        "will_need": ShardFile.will_need,
+        "read_checked": ShardFile.read_checked,
+        "read": ShardFile.read,
+    }
     for name, method in reads.items():
 
         def noted(self: Any, *arguments: Any, name: str = name, method: Any = method) -> None:

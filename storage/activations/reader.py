@@ -122,16 +122,31 @@ class StoreReader:
         """
         spec = self._groups[group].spec
         rows = np.asarray(row_indices, np.int64)
-        if rows.size and not 0 <= rows.min() <= rows.max() < spec.rows:
-            raise IndexError(f"{group} rows {rows.min()}..{rows.max()} of {spec.rows}")
         out = destination(out, (len(rows), spec.seq_len, spec.d_model), spec.torch_dtype)
+        self.read_bytes(group, rows, bytes_of(out))
+        return out
+
+    def read_bytes(self, group: Group, rows: np.ndarray, out: np.ndarray) -> None:
+        """Rows as they are stored; a tenth of a millisecond less than `read`, which goes through torch.
+
+        Args:
+            group: Which rows.
+            rows: int64 `[B]`.
+            out: uint8 `[B, bytes of a row]`, C-contiguous rows, to be filled.
+
+        Raises:
+            IndexError: A row is outside the group.
+            ArtifactCorruptError: The bytes are not what was sealed.
+        """
+        n_rows = self._groups[group].spec.rows
+        if rows.size and rows.view(np.uint64).max() >= n_rows:  # a negative number is a large one without its sign
+            raise IndexError(f"{group} rows {rows.min()}..{rows.max()} of {n_rows}")
         try:
-            self._arrays[group].read(rows, bytes_of(out))
+            self._arrays[group].read(rows, out)
         except ShardDamageError as damage:
             raise corrupt(self.folder, damage.path, damage.problem) from None
         except FileNotFoundError as error:
             raise corrupt(self.folder, Path(error.filename), "missing") from None
-        return out
 
     def close(self) -> None:
         """Close all files."""

@@ -56,40 +56,35 @@ def encode_shard(spec: GroupSpec, rows: torch.Tensor) -> np.ndarray:
     return shard
 
 
-class ShardIndex:
-    """Where the chunks of a shard lie, and which of them have been read before.
+def read_offsets(file: ShardFile, size: int, spec: GroupSpec, n_chunks: int) -> np.ndarray:
+    """Read the index at the end of a shard.
 
-    Attributes:
-        offsets: Byte offset of every chunk that holds a row.
-        seen: One flag per chunk; where checksums are compared at the first touch, it was found whole.
+    Args:
+        file: The shard.
+        size: Its sealed size in bytes.
+        spec: The group it belongs to.
+        n_chunks: Chunks that it must hold.
+
+    Returns:
+        int64 `[n_chunks]`: the byte offset of every chunk.
+
+    Raises:
+        ShardDamageError: The index is cut off, damaged, or lacks a chunk.
     """
-
-    def __init__(self, file: ShardFile, size: int, spec: GroupSpec, n_chunks: int) -> None:
-        """Read the index at the end of the file and check it.
-
-        Args:
-            file: The shard.
-            size: Its sealed size in bytes.
-            spec: The group it belongs to.
-            n_chunks: Chunks that it must hold.
-
-        Raises:
-            ShardDamageError: The index is cut off, damaged, or lacks a chunk.
-        """
-        start = size - (spec.chunks_per_shard * _ENTRY_BYTES + CRC_BYTES)
-        if start < 0:
-            raise ShardDamageError(file.path, f"{size} bytes are too few to hold an index")
-        raw = np.empty(size - start - CRC_BYTES, np.uint8)
-        file.read_checked(raw, start, "the index")
-        entries = raw.view("<u8").reshape(-1, 2)[:n_chunks]
-        stride = spec.chunk_bytes + CRC_BYTES
-        # The size is compared first: an offset is then bounded without overflow.
-        bad = (entries[:, 1] != stride) | (entries[:, 0] > max(start - stride, 0))
-        if bad.any():
-            slot = int(bad.argmax())
-            offset, n_bytes = (int(x) for x in entries[slot])
-            empty = offset == n_bytes == int(_NO_CHUNK)
-            what = "is not there" if empty else f"is said to be {n_bytes} bytes at offset {offset}"
-            raise ShardDamageError(file.path, f"chunk {slot} {what}; {stride} bytes before offset {start} are expected")
-        self.offsets: list[int] = entries[:, 0].tolist()
-        self.seen = bytearray(n_chunks)
+    start = size - (spec.chunks_per_shard * _ENTRY_BYTES + CRC_BYTES)
+    if start < 0:
+        raise ShardDamageError(file.path, f"{size} bytes are too few to hold an index")
+    raw = np.empty(size - start - CRC_BYTES, np.uint8)
+    file.read_checked(raw, start, "the index")
+    entries = raw.view("<u8").reshape(-1, 2)[:n_chunks]
+    stride = spec.chunk_bytes + CRC_BYTES
+    # The size is compared first: an offset is then bounded without overflow.
+    bad = (entries[:, 1] != stride) | (entries[:, 0] > max(start - stride, 0))
+    if bad.any():
+        slot = int(bad.argmax())
+        offset, n_bytes = (int(x) for x in entries[slot])
+        empty = offset == n_bytes == int(_NO_CHUNK)
+        what = "is not there" if empty else f"is said to be {n_bytes} bytes at offset {offset}"
+        problem = f"chunk {slot} {what}; {stride} bytes before offset {start} are expected"
+        raise ShardDamageError(file.path, problem)
+    return entries[:, 0].astype(np.int64)

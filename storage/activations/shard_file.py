@@ -65,22 +65,22 @@ class ShardFile:
         """Let the kernel begin to fetch some bytes; it returns before they are there."""
         os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_WILLNEED)
 
-    def read(self, out: np.ndarray, offset: int, what: str) -> None:
+    def read(self, out: np.ndarray, offset: int) -> None:
         """Fill uint8 `out` with the bytes at `offset`.
 
         Raises:
-            ShardDamageError: The file ends before that; `what` names the part that was read.
+            ShardDamageError: The file ends before that.
         """
         if self._mapping is not None:
             np.copyto(out, self._mapping[offset : offset + out.nbytes])
         else:
-            self._fill([out], offset, what)
+            self._fill([out], offset)
 
     def read_checked(self, out: np.ndarray, offset: int, what: str) -> None:
         """Fill `out`, and compare it with the checksum that follows it.
 
         Raises:
-            ShardDamageError: The file ends before that, or the checksum differs.
+            ShardDamageError: The file ends before that, or the checksum differs; `what` names what was read.
         """
         if self._mapping is not None:
             end = offset + out.nbytes
@@ -88,11 +88,11 @@ class ShardFile:
             crc = self._mapping[end : end + CRC_BYTES]
         else:
             crc = np.empty(CRC_BYTES, np.uint8)
-            self._fill([out, crc], offset, what)
+            self._fill([out, crc], offset)
         if crc32c(out) != int.from_bytes(crc, "little"):
             raise ShardDamageError(self.path, f"the checksum of {what} differs from its bytes")
 
-    def _fill(self, buffers: list[np.ndarray], offset: int, what: str) -> None:
+    def _fill(self, buffers: list[np.ndarray], offset: int) -> None:
         wanted = sum(buffer.nbytes for buffer in buffers)
         if (got := os.preadv(self._fd, [buffer.data for buffer in buffers], offset)) != wanted:
-            raise ShardDamageError(self.path, f"{what} is cut off: {got} of {wanted} bytes at offset {offset}")
+            raise ShardDamageError(self.path, f"cut off: {got} of {wanted} bytes at offset {offset}")

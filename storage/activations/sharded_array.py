@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
 
 from storage.activations.format import GroupSpec
-from storage.activations.shard import ShardIndex
+from storage.activations.shard import read_offsets
 from storage.activations.shard_file import CRC_BYTES, ShardFile
 
 Check = Literal["first_touch", "always", "never"]
 
 MAX_OPEN_SHARDS: Final = 128
 """Of one array; the limit on open files is often 1,024, and a mapping counts as another."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Touch:
-    """What one read wants of one shard: for each chunk, (place in the result, row within the chunk)."""
-
-    file: ShardFile
-    index: ShardIndex
-    wanted: dict[int, list[tuple[int, int]]]
 
 
 class ShardedArray:
@@ -46,8 +36,10 @@ class ShardedArray:
             mapped: Read through mappings.
         """
         self._spec, self._sizes, self._check, self._mapped = spec, sizes, check, mapped
-        self._indices: dict[int, ShardIndex] = {}
-        self._indexing = threading.Lock()
+        # Of every chunk: its place in the shard, -1 until the shard's index is read; whether it was read before,
+        # which with `first_touch` says that it was found whole.
+        self._offsets = np.full(spec.n_chunks, -1, np.int64)
+        self._seen = np.zeros(spec.n_chunks, np.bool_)
 
         # Not a bound method: without a cycle the files close as soon as the array is dropped.
         def open_shard(shard: int) -> ShardFile:
@@ -66,53 +58,59 @@ class ShardedArray:
             ShardDamageError: A shard is not what was sealed.
             FileNotFoundError: A shard is not there.
         """
-        touches = self._touches(rows)
-        for touch in touches:  # all that is new is on its way from the disk before the first of it is waited for
-            self._announce(touch)
-        for touch in touches:
-            touch.file.check_size()
-            for slot, wanted in touch.wanted.items():
-                self._read_chunk(touch, slot, wanted, out)
+        chunks, within = np.divmod(rows, self._spec.rows_per_chunk)
+        shards: list[int] = (chunks // self._spec.chunks_per_shard).tolist()
+        files = {shard: self._whole(shard) for shard in set(shards)}
+        self._announce(chunks, files)
+        due = self._due(chunks)
+        if due.any():
+            self._read_due(chunks, within, np.flatnonzero(due), files, out)
+        # A batch is read some thousand times a second: what follows takes a microsecond a row, and the copy.
+        offsets: list[int] = (self._offsets[chunks] + within * self._spec.row_bytes).tolist()
+        for place in np.flatnonzero(~due).tolist():
+            files[shards[place]].read(out[place], offsets[place])
+        self._seen[chunks] = True
 
     def close(self) -> None:
         """Close all files; a later read opens them anew."""
         self._open.cache_clear()
 
-    def _touches(self, rows: np.ndarray) -> list[_Touch]:
-        """In the order of the files, so that rows of one chunk are read together."""
-        chunk_of: list[int] = (rows // self._spec.rows_per_chunk).tolist()
-        row_of: list[int] = (rows % self._spec.rows_per_chunk).tolist()
-        touches: dict[int, _Touch] = {}
-        for place in np.argsort(rows, kind="stable").tolist():
-            shard, slot = divmod(chunk_of[place], self._spec.chunks_per_shard)
-            if shard not in touches:
-                touches[shard] = _Touch(self._open(shard), self._index(shard), {})
-            touches[shard].wanted.setdefault(slot, []).append((place, row_of[place]))
-        return list(touches.values())
+    def _whole(self, shard: int) -> ShardFile:
+        """A shard in its size, its index read."""
+        file = self._open(shard)
+        file.check_size()
+        first = shard * self._spec.chunks_per_shard
+        if self._offsets[first] < 0:  # of several threads each would write the same numbers
+            n_chunks = self._spec.chunks_in_shard(shard)
+            self._offsets[first : first + n_chunks] = read_offsets(file, self._sizes[shard], self._spec, n_chunks)
+        return file
 
-    def _announce(self, touch: _Touch) -> None:
-        for slot in touch.wanted:
-            if not (self._mapped and touch.index.seen[slot]):  # if all fits into memory, what was read before is there
-                touch.file.will_need(touch.index.offsets[slot], self._spec.chunk_bytes + CRC_BYTES)
+    def _announce(self, chunks: np.ndarray, files: dict[int, ShardFile]) -> None:
+        """Let all that is new come from the disk at once, and not one after another as each is waited for."""
+        new = chunks[~self._seen[chunks]] if self._mapped else chunks  # if all fits into memory, what was seen is there
+        n_bytes = self._spec.chunk_bytes + CRC_BYTES
+        for chunk in new.tolist():
+            files[chunk // self._spec.chunks_per_shard].will_need(int(self._offsets[chunk]), n_bytes)
 
-    def _read_chunk(self, touch: _Touch, slot: int, wanted: list[tuple[int, int]], out: np.ndarray) -> None:
-        file, offset, what, row_bytes = touch.file, touch.index.offsets[slot], f"chunk {slot}", self._spec.row_bytes
-        if self._check == "never" or (self._check == "first_touch" and touch.index.seen[slot]):
-            for place, row in wanted:
-                file.read(out[place], offset + row * row_bytes, what)
-        else:
+    def _due(self, chunks: np.ndarray) -> np.ndarray:
+        """Whose checksum is to be compared: bool `[B]`."""
+        if self._check == "first_touch":
+            return ~self._seen[chunks]
+        return np.full(len(chunks), self._check == "always")
+
+    def _read_due(
+        self, chunks: np.ndarray, within: np.ndarray, places: np.ndarray, files: dict[int, ShardFile], out: np.ndarray
+    ) -> None:
+        """Copy rows out of chunks that are read whole, once each, and compared with their checksums."""
+        row_bytes = self._spec.row_bytes
+        by_chunk = places[np.argsort(chunks[places], kind="stable")].tolist()
+        for chunk, group in groupby(by_chunk, key=chunks.__getitem__):
+            wanted = list(group)
             # A chunk of one row is read to where it belongs, and only copied if it was asked for twice.
             alone = self._spec.rows_per_chunk == 1
-            chunk = out[wanted[0][0]] if alone else np.empty(self._spec.chunk_bytes, np.uint8)
-            file.read_checked(chunk, offset, what)
-            for place, row in wanted[1:] if alone else wanted:
-                out[place] = chunk[row * row_bytes : (row + 1) * row_bytes]
-        touch.index.seen[slot] = True
-
-    def _index(self, shard: int) -> ShardIndex:
-        """The index of a shard, read at its first touch and kept for as long as the array."""
-        if (known := self._indices.get(shard)) is not None:
-            return known
-        index = ShardIndex(self._open(shard), self._sizes[shard], self._spec, self._spec.chunks_in_shard(shard))
-        with self._indexing:  # another thread may have been first, and have seen chunks
-            return self._indices.setdefault(shard, index)
+            data = out[wanted[0]] if alone else np.empty(self._spec.chunk_bytes, np.uint8)
+            shard, slot = divmod(int(chunk), self._spec.chunks_per_shard)
+            files[shard].read_checked(data, int(self._offsets[chunk]), f"chunk {slot}")
+            for place in wanted[1:] if alone else wanted:
+                first = within[place] * row_bytes
+                out[place] = data[first : first + row_bytes]
