@@ -23,7 +23,7 @@ check: $(VENV)/check ## style, types, import layers, spelling
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/codespell
 
-bench: $(VENV)/test ## the benchmarks: JSON and a table in benchmarks/results/
+bench: $(VENV)/bench ## the benchmarks: JSON and a table in benchmarks/results/
 	@$(BIN)/python -m benchmarks
 
 docs: $(VENV)/test ## run every snippet of the docs
@@ -43,6 +43,11 @@ $(VENV)/test: $(VENV)/run
 	@echo "installing what the tests need"
 	@$(PIP) install -c constraints.txt -e '.[test]'
 	@touch $@
+
+$(VENV)/bench: $(VENV)/test
+	@echo "installing what the benchmarks compare with"
+	@$(PIP) install -c constraints.txt -e '.[test,bench]'
+	@touch $@ $(VENV)/test
 
 $(VENV)/check: $(VENV)/run
 	@echo "installing what the checks need"

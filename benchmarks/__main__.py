@@ -9,7 +9,18 @@ import sys
 
 from benchmarks.harness import ROOT, machine, page, write
 
-NAMES = ("training_step", "flow_overhead", "rerun", "cache_saving", "memory", "storage_types")
+NAMES = (
+    "training_step",
+    "flow_overhead",
+    "rerun",
+    "cache_saving",
+    "memory",
+    "storage_types",
+    "store_reading",
+    "store_writing",
+    "store_growth",
+    "cache_feeding",
+)
 LONG = ("growth",)
 """Those that take half an hour: only by name."""
 
