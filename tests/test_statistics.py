@@ -85,7 +85,7 @@ def test_every_number_is_that_of_the_dense_formula() -> None:
 
 
 def test_angles_and_histogram() -> None:
-    rows = normal(30, 5, 4) + [1.0, 0, 0, 0]
+    rows = normal(30, 5, 4) + np.eye(4)[0]
     found = describe(rows)
     units = rows / np.linalg.norm(rows, axis=2, keepdims=True)
     assert found.neighbour_cosine == pytest.approx((units[:, 1:] * units[:, :-1]).sum(2).mean())

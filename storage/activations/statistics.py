@@ -196,7 +196,7 @@ class _SecondPass:
         self.counts = np.zeros(_BINS, np.int64)
 
     def add(self, rows_BTD: FloatArray) -> None:
-        finite_BT = np.isfinite(rows_BTD).all(2)
+        finite_BT = np.asarray(np.isfinite(rows_BTD).all(2))
         norms_BT = np.sqrt((np.where(finite_BT[..., None], rows_BTD, 0.0) ** 2).sum(2))
         self.norms[self.n_rows : self.n_rows + len(rows_BTD)] = np.where(finite_BT, norms_BT, np.nan)
         self.n_rows += len(rows_BTD)
