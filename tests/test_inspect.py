@@ -152,10 +152,8 @@ def test_the_chain_leads_back_to_the_data(kept: Path, look: Look) -> None:
     seen: set[str] = set()
     for entry in chain:
         assert set(entry["made_from"]) <= seen
-        assert (
-            entry["digest"]
-            == json.loads((next(kept.glob(f"*/{entry['name']}")) / "manifest.json").read_text())["digest"]
-        )
+        (folder,) = kept.glob(f"*/{entry['name']}")
+        assert entry["digest"] == read_manifest(folder).digest
         seen.add(entry["name"])
     assert chain[-1]["digest"] == document["digest"]
     assert {entry["state"] for entry in chain} == {"sealed"}
@@ -416,14 +414,14 @@ def test_what_cannot_be_shown_is_one_line(
 
 
 def test_a_store_of_other_data_is_not_compared(kept: Path, reference: Reference, look: Look) -> None:
-    other = folder_of(reference({**KEPT, "data.seq_len": 8}), "activations", 1)
+    other = folder_of(reference({**KEPT, f"{GROWTH}.target_stacks": 2, "data.seq_len": 8}), "activations", 0)
     found = look(kept, "activations-1", "--against", other)
     assert (found.code, found.out) == (2, "")
     assert "it holds other sequences than activations-1-" in found.err
 
 
 def test_a_store_of_another_width_is(kept: Path, reference: Reference, look: Look) -> None:
-    other = folder_of(reference({**KEPT, "model.d_model": 8}), "activations", 1)
+    other = folder_of(reference({**KEPT, f"{GROWTH}.target_stacks": 2, "model.d_model": 8}), "activations", 0)
     drift = look(kept, "activations-1", "--json", "--against", other).document["drift"]
     assert drift["stores"][drift["against"]] == other.name
     assert 0 < drift["cka"][drift["here"]][drift["against"]] < 1
