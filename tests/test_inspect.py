@@ -152,8 +152,8 @@ def test_the_chain_leads_back_to_the_data(kept: Path, look: Look) -> None:
     seen: set[str] = set()
     for entry in chain:
         assert set(entry["made_from"]) <= seen
-        (folder,) = kept.glob(f"*/{entry['name']}")
-        assert entry["digest"] == read_manifest(folder).digest
+        (path,) = kept.glob(f"*/{entry['name']}/manifest.json")
+        assert entry["digest"] == read_manifest(path.parent).digest
         seen.add(entry["name"])
     assert chain[-1]["digest"] == document["digest"]
     assert {entry["state"] for entry in chain} == {"sealed"}

@@ -27,7 +27,7 @@ class Drift:
 
 
 def measure_drift(reads: Sequence[ReadRows], places: Sequence[IntArray]) -> Drift:
-    """Compare the same rows of some stores; read twice, block by block.
+    """Compare the same rows of some stores, at least one; read twice, block by block.
 
     Linear CKA of centred X and Y is |Y'X|^2 / (|X'X| |Y'Y|) in Frobenius norms (Kornblith et al. 2019, Similarity of
     neural network representations revisited, section 3). It is biased upwards where tokens are not many more than
