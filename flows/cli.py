@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", "show one artifact: layout, provenance, statistics", _INSPECT_EXAMPLE, _inspect)
     inspect.add_argument("uri", metavar="URI", help="folder or name of an artifact; a unique start of its name will do")
     _add_json(inspect)
+    inspect.add_argument("--html", default="", metavar="FILE", help="write a page about a store or a stack")
+    inspect.add_argument(
+        "--against",
+        default="",
+        metavar="URI2",
+        help="measure the drift of a store from URI2, not from the one below",
+    )
+    inspect.add_argument("--rows", type=int, metavar="N", help="read so many rows of a store for its statistics (64)")
 
     verify = command("verify", "recompute every checksum, derive sampled rows again", _VERIFY_EXAMPLE, _verify)
     verify.add_argument("what", nargs="?", metavar="URI|RUN", help="an artifact or a run; without it, everything")
@@ -89,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 _TRAIN_EXAMPLE = "stackwise train configs/quickstart.yaml --set training.progressive.target_stacks=4"
 _PLAN_EXAMPLE = "stackwise plan configs/quickstart.yaml --json"
 _STATUS_EXAMPLE = "stackwise status quickstart"
-_INSPECT_EXAMPLE = "stackwise inspect activations-1-3f2a"
+_INSPECT_EXAMPLE = "stackwise inspect activations-1-3f2a --html store.html"
 _VERIFY_EXAMPLE = "stackwise verify quickstart"
 
 
@@ -145,9 +153,10 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from flows.inspect import show_artifact
+    from flows.inspect import Look, show_artifact
 
-    return show_artifact(options.artifacts, options.uri, as_json=options.json)
+    look = Look(as_json=options.json, html=options.html, against=options.against, rows=options.rows)
+    return show_artifact(options.artifacts, options.uri, look)
 
 
 def _verify(options: argparse.Namespace) -> int:

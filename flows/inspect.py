@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.inspection.provenance import trace
 from flows.numbers import size
 from stackwise_core.errors import ConfigError, Fault
+from storage.durable import write_text
 from storage.errors import ArtifactMissingError
 from storage.layout import Artifacts, State
 from storage.manifest import Manifest, read_manifest
 from storage.runs import run_names
 
-_SAMPLED_ROWS = 64
+_ROWS = 64
+_PAGES = ("activations", "stack")
+"""Kinds that have a page."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an artifact is looked at."""
+
+    as_json: bool = False
+    html: str = ""
+    """File to write a page to; '' writes none."""
+    against: str = ""
+    """Another store to measure the drift from; '' takes the boundary below."""
+    rows: int | None = None
+    """Of a store, to read for its statistics; None is 64."""
 
 
 def find_artifact(artifacts: Artifacts, uri: str) -> Path:
@@ -40,55 +58,100 @@ def find_artifact(artifacts: Artifacts, uri: str) -> Path:
     return (exact or found)[0]
 
 
-def show_artifact(root: str, uri: str, *, as_json: bool) -> int:
-    """Print one artifact: what it is, what it was made from, its files, and for a store its statistics.
+def show_artifact(root: str, uri: str, look: Look) -> int:
+    """Show one artifact: what it is, what it was made from, its files, and for a store its numbers and rows.
 
     Returns:
         3 if it is damaged, else 0.
+
+    Raises:
+        ArtifactError: there is none, a file of it is damaged, or its data was dropped and a page needs it.
+        ConfigError: what is asked for is not for this kind, or cannot be written.
     """
-    artifacts = Artifacts(root).existing()
-    folder = find_artifact(artifacts, uri)
+    folder = find_artifact(Artifacts(root).existing(), uri)
     manifest = read_manifest(folder)
-    state = artifacts.state(manifest.ref) if artifacts.folder(manifest.ref) == folder else State.SEALED
-    document: dict[str, Any] = {"folder": str(folder), "state": state.value, **manifest.model_dump(mode="json")}
-    if manifest.ref.kind == "activations" and state is State.SEALED:
-        document["store"] = _describe_store(folder, manifest)
-    if as_json:
+    _check_look(manifest, look)
+    artifacts = _home(root, folder, manifest)
+    state = artifacts.state(manifest.ref)
+    if look.html or look.against:
+        artifacts.manifest(manifest.ref)  # raises where there is nothing to look at
+    document = _describe(artifacts, folder, manifest, state, look)
+    if look.html:
+        _write_page(look.html, document)
+    if look.as_json:
         print(json.dumps(document, indent=1))
     else:
         _print_artifact(document, manifest)
     return 3 if state is State.CORRUPT else 0
 
 
-def _describe_store(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Return layout and statistics of a store, the latter over evenly spaced rows."""
-    import numpy as np
+def _home(root: str, folder: Path, manifest: Manifest) -> Artifacts:
+    """Return the artifacts folder that an artifact lies in, which need not be the one that was named."""
+    around = Artifacts(folder.parent.parent)
+    return around if around.folder(manifest.ref) == folder else Artifacts(root)
 
-    from storage.activations.reader import StoreReader
 
-    with StoreReader(folder, manifest.checksums()) as reader:
-        spec = reader.train
-        places = np.unique(np.linspace(0, spec.rows - 1, _SAMPLED_ROWS).round().astype(np.int64))
-        rows = reader.read("train", places).float()
-        return {
-            "shape": [spec.rows, spec.seq_len, spec.d_model],
-            "validation_rows": reader.validation.rows,
-            "dtype": spec.dtype,
-            "rows_per_chunk": spec.rows_per_chunk,
-            "rows_per_shard": spec.rows_per_shard,
-            "shards": spec.n_shards,
-            "sampled_rows": len(places),
-            "mean": rows.mean().item(),
-            "std": rows.std().item(),
-            "largest": rows.abs().max().item(),
-            "non_finite": int((~rows.isfinite()).sum()),
-            "channel_std_smallest": rows.flatten(0, 1).std(0).min().item(),
-            "channel_std_largest": rows.flatten(0, 1).std(0).max().item(),
-        }
+def _check_look(manifest: Manifest, look: Look) -> None:
+    """Refuse what is only for other kinds, before anything is read."""
+    faults: list[Fault] = []
+    kind, name = manifest.ref.kind, manifest.ref.name
+    if look.html and kind not in _PAGES:
+        faults.append(Fault("--html", repr(look.html), f"{name} has no page; stores and stacks have"))
+    if look.html and not Path(look.html).absolute().parent.is_dir():
+        faults.append(Fault("--html", repr(look.html), "its folder does not exist; make it, or choose another"))
+    if look.against and kind != "activations":
+        faults.append(Fault("--against", repr(look.against), f"{name} is no store; two stores can be compared"))
+    if look.rows is not None and kind != "activations":
+        faults.append(Fault("--rows", str(look.rows), f"{name} is no store, and has no rows"))
+    elif look.rows is not None and look.rows < 1:
+        faults.append(Fault("--rows", str(look.rows), "read one row at least"))
+    if faults:
+        raise ConfigError(faults)
+
+
+def _describe(artifacts: Artifacts, folder: Path, manifest: Manifest, state: State, look: Look) -> dict[str, Any]:
+    document: dict[str, Any] = {"folder": str(folder), "state": state.value, **manifest.model_dump(mode="json")}
+    document["provenance"] = trace(artifacts, manifest)
+    if state is not State.SEALED:
+        return document
+    if manifest.ref.kind == "activations":
+        from flows.inspection.store import describe_store
+
+        other = _other_store(artifacts, look.against)
+        document |= describe_store(artifacts, folder, manifest, other, look.rows or _ROWS)
+    elif manifest.ref.kind == "stack" and (look.as_json or look.html):
+        from flows.inspection.stack import describe_stack
+
+        document |= describe_stack(artifacts.checked(manifest.ref), manifest)
+    return document
+
+
+def _other_store(artifacts: Artifacts, uri: str) -> tuple[Path, Manifest] | None:
+    """Return the store to compare with, if one is named."""
+    if not uri:
+        return None
+    folder = find_artifact(artifacts, uri)
+    manifest = read_manifest(folder)
+    if manifest.ref.kind != "activations":
+        raise ConfigError([Fault("--against", repr(uri), f"{manifest.ref.name} is no store; name one")])
+    _home(str(artifacts.root), folder, manifest).manifest(manifest.ref)  # raises where it is not sealed
+    return folder, manifest
+
+
+def _write_page(path: str, document: dict[str, Any]) -> None:
+    from flows.inspection.stack import stack_page
+    from flows.inspection.store_page import store_page
+
+    text = store_page(document) if document["ref"]["kind"] == "activations" else stack_page(document)
+    try:
+        write_text(Path(path).absolute(), text)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError([Fault("--html", repr(path), f"it cannot be written ({reason})")]) from None
 
 
 def _print_artifact(document: dict[str, Any], manifest: Manifest) -> None:
-    """Print a line per fact, unwrapped, so that ids and folders can be copied."""
+    """Print a line per fact, unwrapped, so that ids and folders can be copied; then what is known of a store."""
     lines: list[tuple[str, object]] = [
         ("artifact", manifest.ref.name),
         ("folder", document["folder"]),
@@ -99,9 +162,13 @@ def _print_artifact(document: dict[str, Any], manifest: Manifest) -> None:
         ("bytes", f"{size(manifest.n_bytes)} in {len(manifest.files)} files"),
     ]
     lines += [("made from", f"{entry.ref.name} (digest {entry.digest[:12]})") for entry in manifest.inputs]
-    for section in ("facts", "store", "recipe", "fingerprint"):
+    for section in ("facts", "recipe", "fingerprint"):
         for key, value in document.get(section, {}).items():
             lines.append((f"{section}.{key}", json.dumps(value) if isinstance(value, (dict, list)) else value))
     width = max(len(key) for key, _ in lines) + 2
     for key, value in lines:
         print(f"{key:<{width}}{value}")
+    if "store" in document:
+        from flows.inspection.tables import print_store
+
+        print_store(document)

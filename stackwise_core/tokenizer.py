@@ -65,6 +65,10 @@ class Tokenizer(Protocol):
 
 _MOST_TOKENS = 2**24
 """What `model.vocab_size` may be."""
+_TOKENS_OF_A_CHARACTER = 4
+"""At most, where a token is a byte of UTF-8."""
+_NO_CHARACTER = "\ufffd"
+"""What is read where bytes are none, or not yet one."""
 
 
 class ByteTokenizer:
@@ -175,3 +179,20 @@ def _parsed(description: str) -> FileTokenizer:
 
 def _first(ids: dict[str, int], *names: str) -> int | None:
     return next((ids[name] for name in names if name in ids), None)
+
+
+def decode_pieces(tokenizer: Tokenizer, tokens: IntArray) -> list[tuple[str, int]]:
+    """Return tokens [T] as text cut as finely as it reads: (text, number of tokens) in order.
+
+    A character may be several tokens, and a token may read differently after others: a piece is what the text grows
+    by. Joined, the pieces are `decode(tokens)`, if decoding only ever appends.
+    """
+    pieces, before, first = list[tuple[str, int]](), "", 0
+    while first < len(tokens):
+        longest = min(first + _TOKENS_OF_A_CHARACTER, len(tokens))
+        texts = {end: tokenizer.decode(tokens[:end]) for end in range(first + 1, longest + 1)}
+        whole = (end for end, text in texts.items() if not text.endswith(_NO_CHARACTER))
+        end = next(whole, first + 1)
+        pieces.append((texts[end][len(before) :], end - first))
+        before, first = texts[end], end
+    return pieces

@@ -14,7 +14,7 @@ from torch import Tensor
 from stackwise_core.data import PackedSequences
 from stackwise_core.masking import IntArray, MaskSpec
 from stackwise_core.model import Stack, TokenEmbedding
-from stackwise_core.objectives import batch_fields, input_time_step
+from stackwise_core.objectives import Batch, batch_fields, input_time_step
 from stackwise_core.order import RowOrder
 from stackwise_core.precision import held_dense
 
@@ -82,6 +82,38 @@ class LiveTrunk:
         return advance(self.stacks, self.embedding(input_ids_BT.to(device), time_step), self.dtype)
 
 
+class InputsFromTokens:
+    """What the trunk reads: the sequences, corrupted as for the stage that will read the boundary."""
+
+    def __init__(
+        self,
+        train: PackedSequences,
+        validation: PackedSequences,
+        mask_spec: MaskSpec | None,
+        order: RowOrder | None = None,
+    ) -> None:
+        """Take both splits and the corruption; `order` says which batch a row is in, where that decides its step."""
+        self.train, self.validation, self.mask_spec, self.order = train, validation, mask_spec, order
+
+    def batch(self, sequence_ids: IntArray, view: int) -> Batch:
+        """Return the fields of a batch of some sequences; a negative view is the validation split's."""
+        sequences, mask_spec = (self.train, self.mask_spec)
+        if view < 0:
+            sequences, mask_spec = self.validation, self.mask_spec and self.mask_spec.for_validation()
+        row_numbers = sequences.rows_of(sequence_ids)
+        tokens, ids = sequences.take(row_numbers)
+        return batch_fields(tokens, ids, view, mask_spec, self._steps(mask_spec, ids, row_numbers, view))
+
+    def _steps(
+        self, mask_spec: MaskSpec | None, sequence_ids: IntArray, row_numbers: IntArray, view: int
+    ) -> IntArray | None:
+        time = mask_spec.time if mask_spec is not None else None
+        if mask_spec is None or time is None or self.order is None or not time.by_batch or view < 0:
+            return None
+        batches, slots = self.order.places(row_numbers, view)
+        return time.steps(mask_spec.seed, sequence_ids, view, batches, slots, self.order.batch_size)
+
+
 class RowsFromTokens:
     """A boundary derived from tokens through the whole trunk: what refills a store, and what checks one."""
 
@@ -93,32 +125,14 @@ class RowsFromTokens:
         trunk: LiveTrunk,
         order: RowOrder | None = None,
     ) -> None:
-        """Take both splits, the corruption of the stage that will read the boundary, and its trunk.
-
-        `order` says which batch a row is in, where that decides its time step.
-        """
-        self.train, self.validation, self.mask_spec, self.trunk = train, validation, mask_spec, trunk
-        self.order = order
+        """Take what makes the inputs (see `InputsFromTokens`), and the trunk of the stage that reads the boundary."""
+        self.inputs = InputsFromTokens(train, validation, mask_spec, order)
+        self.trunk = trunk
 
     def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
         """Return the boundary of some sequences: [B, T, D]; a negative view is the validation split's."""
-        sequences, mask_spec = (self.train, self.mask_spec)
-        if view < 0:
-            sequences, mask_spec = self.validation, self.mask_spec and self.mask_spec.for_validation()
-        row_numbers = sequences.rows_of(sequence_ids)
-        tokens, ids = sequences.take(row_numbers)
-        steps = self._steps(mask_spec, ids, row_numbers, view)
-        batch = batch_fields(tokens, ids, view, mask_spec, steps)
+        batch = self.inputs.batch(sequence_ids, view)
         return self.trunk(batch["input_ids"], input_time_step(batch))
-
-    def _steps(
-        self, mask_spec: MaskSpec | None, sequence_ids: IntArray, row_numbers: IntArray, view: int
-    ) -> IntArray | None:
-        time = mask_spec.time if mask_spec is not None else None
-        if mask_spec is None or time is None or self.order is None or not time.by_batch or view < 0:
-            return None
-        batches, slots = self.order.places(row_numbers, view)
-        return time.steps(mask_spec.seed, sequence_ids, view, batches, slots, self.order.batch_size)
 
 
 class RowsFromBoundary:

@@ -24,7 +24,7 @@ from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.masking import MaskSpec
 from stackwise_core.plan import plan_run
 from stackwise_core.resolve import resolve_mask
-from stackwise_core.tokenizer import ByteTokenizer, load_tokenizer
+from stackwise_core.tokenizer import ByteTokenizer, decode_pieces, load_tokenizer
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
 
@@ -327,3 +327,21 @@ def test_a_text_that_cannot_be_encoded_is_told(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(path))
     with pytest.raises(ConfigError, match="it cannot encode the corpus"):
         tokenizer.encode(b"a zebra b")
+
+
+@given(st.text(max_size=12), st.integers(0, 8))
+@settings(max_examples=60)
+def test_pieces_are_the_text_and_the_tokens(text: str, first: int) -> None:
+    """Also where a row begins or ends within a character."""
+    tokens = BYTES.encode(text.encode())[first:].astype(np.int64)
+    pieces = decode_pieces(BYTES, tokens)
+    assert sum(n_tokens for _, n_tokens in pieces) == len(tokens)
+    assert "".join(piece for piece, _ in pieces) == BYTES.decode(tokens)
+
+
+def test_a_piece_is_a_character_however_many_tokens_it_has(tmp_path: Path) -> None:
+    tokens = np.array([*"né".encode(), BYTES.mask_token, *"日".encode(), 0x80, ord("a")])
+    assert decode_pieces(BYTES, tokens) == [("n", 1), ("é", 2), ("[MASK]", 1), ("日", 3), ("\ufffda", 2)]
+    tokenizer = load_tokenizer(str(byte_level(tmp_path)))
+    tokens = tokenizer.encode(TEXT.encode()).astype(np.int64)
+    assert "".join(piece for piece, _ in decode_pieces(tokenizer, tokens)) == tokenizer.decode(tokens)

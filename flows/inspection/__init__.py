@@ -1,0 +1,1 @@
+"""One artifact, looked at: gathered once as a JSON document, then shown as tables, as JSON or as a page."""

@@ -1,0 +1,91 @@
+"""How far two boundaries are from each other: linear CKA, and the angle that each token turned.
+
+Letters: S stores, N tokens, D channels of a store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from storage.activations.sampling import FloatArray, IntArray, ReadRows, blocks
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Every store against every other: symmetric, [S, S] each."""
+
+    n_rows: int
+    n_tokens: int
+    """That are finite in all stores."""
+    cka: FloatArray
+    """1 for the same up to rotation and scale; near 0 for unrelated ones. NaN where a store is constant."""
+    cosine: FloatArray
+    """Mean over tokens, of a token with itself at the other boundary. NaN between stores of different width."""
+
+
+def measure_drift(reads: Sequence[ReadRows], places: Sequence[IntArray]) -> Drift:
+    """Compare the same rows of some stores, at least one; read twice, block by block.
+
+    Linear CKA of centred X and Y is |Y'X|^2 / (|X'X| |Y'Y|) in Frobenius norms (Kornblith et al. 2019, Similarity of
+    neural network representations revisited, section 3). It is biased upwards where tokens are not many more than
+    channels.
+
+    Args:
+        reads: one per store.
+        places: where each store holds the rows: [rows] each.
+
+    Raises:
+        ValueError: the stores differ in the number of positions.
+    """
+    n_stores, n_tokens = len(reads), 0
+    sums: list[FloatArray] = []
+    for tokens in _tokens(reads, places):
+        sums = [old + store.sum(0) for old, store in zip(sums or [0.0] * n_stores, tokens, strict=True)]
+        n_tokens += len(tokens[0])
+    means = [total / max(n_tokens, 1) for total in sums]
+    pairs = [(i, j) for i in range(n_stores) for j in range(i, n_stores)]
+    products = {(i, j): np.zeros((means[i].size, means[j].size)) for i, j in pairs}
+    cosines = np.zeros((n_stores, n_stores))
+    for tokens in _tokens(reads, places):
+        centred = [store - mean for store, mean in zip(tokens, means, strict=True)]
+        units = [_units(store) for store in tokens]
+        for i, j in pairs:
+            products[i, j] += centred[i].T @ centred[j]
+            same_width = means[i].size == means[j].size
+            cosines[i, j] += (units[i] * units[j]).sum() if same_width else np.nan
+    return Drift(
+        n_rows=len(places[0]),
+        n_tokens=n_tokens,
+        cka=_normalised({pair: float((product**2).sum()) for pair, product in products.items()}, n_stores),
+        cosine=_symmetric(cosines / (n_tokens or np.nan)),
+    )
+
+
+def _tokens(reads: Sequence[ReadRows], places: Sequence[IntArray]) -> Iterator[list[FloatArray]]:
+    """Yield the tokens that are finite in every store: [N, D] per store."""
+    for rows in blocks(reads, places):
+        lengths = {store.shape[1] for store in rows}
+        if len(lengths) > 1:
+            raise ValueError(f"stores of {sorted(lengths)} positions cannot be compared token by token")
+        finite = np.logical_and.reduce([np.isfinite(store).all(2) for store in rows])
+        yield [store[finite] for store in rows]
+
+
+def _units(tokens_ND: FloatArray) -> FloatArray:
+    norms = np.sqrt((tokens_ND**2).sum(1, keepdims=True))
+    return tokens_ND / np.where(norms > 0, norms, 1.0)
+
+
+def _normalised(squares: dict[tuple[int, int], float], n_stores: int) -> FloatArray:
+    matrix = np.full((n_stores, n_stores), np.nan)
+    for (i, j), value in squares.items():
+        scale = np.sqrt(squares[i, i] * squares[j, j])
+        matrix[i, j] = value / scale if scale > 0 else np.nan
+    return _symmetric(matrix)
+
+
+def _symmetric(upper: FloatArray) -> FloatArray:
+    return np.triu(upper) + np.triu(upper, 1).T
