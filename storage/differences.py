@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,8 +43,8 @@ class Known:
     """An artifact whose recipe is known, by its manifest or by a plan."""
 
     ref: Ref
-    fields: dict[str, Any]
-    """Dotted path -> plain value, those at their defaults too."""
+    recipe: dict[str, Any]
+    """Plain values, those at their defaults too, and the version of the kind's numbers."""
     created: str = ""
     """By its manifest; empty if it is only planned."""
 
@@ -68,18 +69,18 @@ class Recipes:
 
     def add_manifest(self, manifest: Manifest) -> None:
         """Know an artifact that is there, sealed or retired."""
-        fields = _fields(manifest.ref.kind, manifest.recipe, manifest.numerics)
-        self.known[manifest.ref.sha256] = Known(manifest.ref, fields, manifest.created)
+        recipe = _whole(manifest.ref.kind, manifest.recipe, manifest.numerics)
+        self.known[manifest.ref.sha256] = Known(manifest.ref, recipe, manifest.created)
 
     def add_plan(self, plan: RunPlan) -> None:
         """Know what a run would make."""
         for ref, recipe in plan.recipes.items():
-            self.known.setdefault(ref.sha256, Known(ref, _fields(ref.kind, recipe.dump(), NUMERICS[ref.kind])))
+            self.known.setdefault(ref.sha256, Known(ref, _whole(ref.kind, recipe.dump(), NUMERICS[ref.kind])))
 
     def named(self, name: str) -> list[Known]:
-        """Return what has a name, or a name that begins so."""
+        """Return what has a name, or else a name that begins so; 'stack-1' is not the beginning of stack 10."""
         found = [known for known in self.known.values() if known.ref.name.startswith(name)]
-        return [known for known in found if known.ref.name == name] or found
+        return [known for known in found if f"{known.ref.name}-".startswith(f"{name}-")] or found
 
     def nearest(self, here: Known) -> tuple[Known, list[Difference]] | None:
         """Return the artifact of the same kind and stage that differs in the fewest causes, and those.
@@ -91,7 +92,9 @@ class Recipes:
         others = [known for known in others if (known.ref.kind, known.ref.stage) == (here.ref.kind, here.ref.stage)]
         others.sort(key=lambda known: (known.created, known.ref.sha256), reverse=True)
         ranked = [(known, self.differences(here, known)) for known in others]
-        return min(ranked, key=lambda pair: (len(pair[1]), len(_differing(here, pair[0]))), default=None)
+        return min(
+            ranked, key=lambda pair: (len(pair[1]), len(list(_differing(here.recipe, pair[0].recipe)))), default=None
+        )
 
     def differences(self, here: Known, there: Known) -> list[Difference]:
         """Return the first causes by which two artifacts differ, each by the shortest way down to it."""
@@ -102,7 +105,7 @@ class Recipes:
             if (one.ref.sha256, other.ref.sha256) in seen:
                 continue
             seen.add((one.ref.sha256, other.ref.sha256))
-            for path, mine, its in _differing(one, other):
+            for path, mine, its in _differing(one.recipe, other.recipe):
                 below, beside = self._parent(mine), self._parent(its)
                 if below and beside and below != beside and below.ref.kind == beside.ref.kind:
                     to_compare.append((below, beside, (*chain, below.ref.name)))
@@ -128,26 +131,20 @@ def known_recipes(artifacts: Artifacts) -> Recipes:
     return recipes
 
 
-def _differing(one: Known, other: Known) -> list[tuple[str, Any, Any]]:
-    paths = dict.fromkeys([*one.fields, *other.fields])
-    pairs = ((path, one.fields.get(path, NOTHING), other.fields.get(path, NOTHING)) for path in paths)
-    return [(path, mine, its) for path, mine, its in pairs if mine != its]
+def _differing(mine: Any, its: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted path, value, other value) of what differs, as far down as both sides have the same shape."""
+    if isinstance(mine, Mapping) and isinstance(its, Mapping):
+        for key in dict.fromkeys([*mine, *its]):
+            yield from _differing(mine.get(key, NOTHING), its.get(key, NOTHING), f"{path}.{key}" if path else str(key))
+    elif isinstance(mine, list) and isinstance(its, list) and len(mine) == len(its):
+        for number, pair in enumerate(zip(mine, its, strict=True)):
+            yield from _differing(*pair, f"{path}.{number}")
+    elif mine != its:
+        yield path, mine, its
 
 
-def _fields(kind: Kind, recipe: Mapping[str, Any], numerics: int) -> dict[str, Any]:
-    try:  # with defaults filled in, so that a field on one side only has a value on the other
-        whole: Mapping[str, Any] = _RECIPES[kind].model_validate(recipe).model_dump(mode="json")
-    except ValidationError:  # of another version, which knows other fields
-        whole = recipe
-    return {**_flatten(whole), "numerics": numerics}
-
-
-def _flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Return {dotted path: plain value}; items of lists by their number."""
-    if isinstance(value, Mapping):
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list | tuple) and value:
-        items = [(str(number), item) for number, item in enumerate(value)]
-    else:
-        return {path: list(value) if isinstance(value, tuple) else value}
-    return {at: plain for key, item in items for at, plain in _flatten(item, f"{path}.{key}" if path else key).items()}
+def _whole(kind: Kind, recipe: dict[str, Any], numerics: int) -> dict[str, Any]:
+    """Return a recipe with its defaults filled in, so that a field on one side only has a value on the other."""
+    with contextlib.suppress(ValidationError):  # one of another version knows other fields: as it stands, then
+        recipe = _RECIPES[kind].model_validate(recipe).model_dump(mode="json")
+    return {**recipe, "numerics": numerics}
