@@ -280,7 +280,7 @@ def test_gc_does_not_remove_what_is_being_copied(
 
 
 class Pushing:
-    """A push of a run of one stage, killed before each of its steps."""
+    """A push of a run, killed before each of its steps."""
 
     SECTIONS = {"training": {"progressive": {"target_stacks": 1}}}  # noqa: RUF012
 
@@ -288,7 +288,10 @@ class Pushing:
     def prepare(folder: Path) -> None:
         source = folder.with_name("source")
         if not source.exists():
-            pretend(Artifacts(source).open(), **Pushing.SECTIONS)
+            artifacts = Artifacts(source).open()
+            plan = pretend(artifacts, **Pushing.SECTIONS)
+            for ref in plan.recipes.keys() - {plan.data_ref, plan.stages[0].ref("stack")}:
+                artifacts.discard(ref)  # two are enough; what is not there is not missed
         Artifacts(folder).open()
 
     @staticmethod
@@ -298,23 +301,24 @@ class Pushing:
     @staticmethod
     def check(folder: Path, finished: bool) -> None:
         source, target = Artifacts(folder.with_name("source")), Artifacts(folder)
-        _, plan = plan_of(**Pushing.SECTIONS)
+        refs = [ref for ref in plan_of(**Pushing.SECTIONS)[1].recipes if source.sealed(ref)]
 
         def whole() -> bool:
-            return {target.state(ref) for ref in plan.recipes} == {State.SEALED}
+            return {target.state(ref) for ref in refs} == {State.SEALED}
 
-        assert all(target.checked(ref) for ref in plan.recipes if target.state(ref) is not State.ABSENT)
+        assert len(refs) == 2
+        assert all(target.checked(ref) for ref in refs if target.state(ref) is not State.ABSENT)
         assert whole() or not (folder / "runs/one/attempts/0001/start.json").exists()
         assert whole() or not finished
         Pushing.act(folder)
-        assert all(target.checked(ref) for ref in plan.recipes)
+        assert all(target.checked(ref) for ref in refs)
         collect(target)
         assert files_of(folder) == files_of(source.root)
 
 
 def test_killed_at_any_step_it_goes_on() -> None:
     died = die_everywhere("test_moving", "Pushing")
-    assert died["rename"] >= 15
+    assert died["rename"] >= 12
 
 
 def test_a_copy_goes_on_at_the_first_file_that_has_not_arrived(
