@@ -8,6 +8,7 @@ import traceback
 from importlib.metadata import version
 from typing import Any
 
+from flows.cli_housekeeping import add_housekeeping
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
 
 
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
             name, help=summary, description=summary, epilog=f"example: {example}", formatter_class=formatter
         )
         sub.add_argument("--artifacts", default="artifacts", metavar="FOLDER", help="where artifacts live (artifacts/)")
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, load_config=_load_config)
         return sub
 
     train = command("train", "grow the rack of a configuration to its target", _TRAIN_EXAMPLE, _train)
@@ -91,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = command("verify", "recompute every checksum, derive sampled rows again", _VERIFY_EXAMPLE, _verify)
     verify.add_argument("what", nargs="?", metavar="URI|RUN", help="an artifact or a run; without it, everything")
+
+    add_housekeeping(command)
     return parser
 
 

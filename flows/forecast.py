@@ -98,6 +98,7 @@ def _stage(
         "cache_note": stage.no_cache_reason,
         "measured": _measured(stage, artifacts),
         "states": {kind: artifacts.state(stage.ref(kind)).value for kind in kinds.values()},
+        "artifacts": {kind: stage.ref(kind).name for kind in kinds.values()},
         "to_run": [task for task, kind in kinds.items() if stage.ref(kind) in demand.needed],
     }
 

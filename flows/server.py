@@ -51,7 +51,7 @@ def check_api(url: str) -> None:
     Raises:
         ConfigError: it does not.
     """
-    if not _healthy(url, timeout=5.0):
+    if not is_healthy(url, timeout=5.0):
         remedy = "it does not answer; start it with `prefect server start`, or unset it to use the embedded server"
         raise ConfigError([Fault("PREFECT_API_URL", repr(url), remedy)])
 
@@ -108,7 +108,7 @@ class EmbeddedServer:
                 start_new_session=True,
             )
         while self.process.poll() is None and not self.stopping.is_set():
-            if self.ready.is_set() or not _healthy(self.url, timeout=1.0):
+            if self.ready.is_set() or not is_healthy(self.url, timeout=1.0):
                 time.sleep(0.1)
             else:
                 self.ready.set()
@@ -144,7 +144,8 @@ class EmbeddedServer:
             self.process.kill()
 
 
-def _healthy(url: str, timeout: float) -> bool:
+def is_healthy(url: str, timeout: float) -> bool:
+    """Say whether an API answers that it is well, within some seconds."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=timeout) as answer:
             return answer.read() == b"true"

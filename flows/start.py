@@ -18,6 +18,7 @@ from flows.terminal import showing, stage_tables
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import corpus_facts
 from stackwise_core.plan import plan_run
+from storage.alone import among_others
 from storage.demand import compute_demand, forced_refs
 from storage.layout import Artifacts
 from storage.runs import register_complete
@@ -39,12 +40,17 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
     artifacts = Artifacts(root).open()
     plan = plan_run(config, *corpus_facts(config.data.source))
     forced = forced_refs(plan, from_stack, force)
-    complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
-    if complete:
-        register_complete(artifacts, config, plan)
-    else:
+    with among_others(artifacts, _tell_waiting):  # gc does not remove what is about to be called complete
+        complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
+        if complete:
+            register_complete(artifacts, config, plan)
+    if not complete:
         _run_flow(config, artifacts, from_stack, force)
     _say_result(config, command, artifacts, summarise(artifacts, plan), reused=complete)
+
+
+def _tell_waiting(holder: str) -> None:
+    print(f"waiting for {holder}", file=sys.stderr)
 
 
 def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, force: str) -> None:

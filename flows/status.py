@@ -13,7 +13,8 @@ from flows.summary import StageSummary, summarise
 from flows.terminal import plain_table, stage_tables
 from storage.errors import ArtifactError
 from storage.layout import Artifacts
-from storage.runs import Attempt, attempts, find_run, is_live, run_names
+from storage.locks import Holder
+from storage.runs import Attempt, attempts, find_run, holder_of_run, is_live, run_names
 
 
 def show_runs(root: str, *, as_json: bool) -> None:
@@ -28,7 +29,11 @@ def show_runs(root: str, *, as_json: bool) -> None:
         loss = "-" if run["validation_loss"] is None else f"{run['validation_loss']:.4f}"
         stages = f"{run['stages_done']}/{run['stages']}"
         table.add_row(run["name"], run["state"], stages, loss, str(run["attempts"]), run["started"])
-    Console().print(table if runs else f"no runs yet in {escape(str(artifacts.root))}")
+    console = Console()
+    console.print(table if runs else f"no runs yet in {escape(str(artifacts.root))}")
+    for run in runs:
+        for line in _holders(run):
+            console.print(f"{run['name']}: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def show_stages(root: str, name: str, *, as_json: bool) -> None:
@@ -50,9 +55,21 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     )
     if run["message"]:
         console.print(run["message"], highlight=False, markup=False)
+    for line in _holders(run):
+        console.print(line, highlight=False, markup=False)
     console.print(stage_tables(stages))
     console.print()
     console.print(_artifact_table(stages))
+
+
+def _holders(run: dict[str, Any]) -> list[str]:
+    """Return who holds a run, and who makes which of its artifacts: another process that needs one waits for it."""
+    held = {"started": run["holder"], **run["locks"]}
+    return [f"{what}: {_spell(holder)}" for what, holder in held.items() if holder is not None]
+
+
+def _spell(holder: dict[str, Any]) -> str:
+    return str(Holder(**holder))
 
 
 def _artifact_table(stages: list[StageSummary]) -> Table:
@@ -70,6 +87,7 @@ def _run(artifacts: Artifacts, attempt: Attempt) -> dict[str, Any]:
     done = [stage for stage in stages if stage.states["stack"] == stage.states["validation"] == "sealed"]
     outcome = attempt.outcome
     live = is_live(artifacts, attempt.name)
+    holders = {ref.name: artifacts.lock_holder(ref.name) for ref in attempt.plan.recipes}
     state = "running" if live else _state_at_rest(outcome, complete=len(done) == len(stages))
     return {
         "name": attempt.name,
@@ -80,6 +98,8 @@ def _run(artifacts: Artifacts, attempt: Attempt) -> dict[str, Any]:
         "validation_loss": done[-1].validation_loss if done else None,
         "attempts": len(attempts(artifacts, attempt.name)),
         "started": attempt.start["started"],
+        "holder": holder_of_run(attempt)._asdict() if live else None,
+        "locks": {name: holder._asdict() for name, holder in holders.items() if holder is not None},
     }
 
 
@@ -94,6 +114,8 @@ def _run_or_damage(artifacts: Artifacts, name: str) -> dict[str, Any]:
             "validation_loss": None,
             "attempts": 0,
             "started": "-",
+            "holder": None,
+            "locks": {},
         }
         return {"name": name, "state": "damaged", "message": str(error), **nothing}
 

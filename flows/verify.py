@@ -8,11 +8,12 @@ from pathlib import Path
 from flows.inspect import find_artifact
 from flows.numbers import size
 from stackwise_core.identity import Kind
+from storage.collect import leftovers
 from storage.errors import ArtifactError
-from storage.layout import FOLDERS, Artifacts, State
+from storage.layout import Artifacts, State
 from storage.manifest import RETIRED, read_manifest
 from storage.runs import Attempt, find_run, run_names
-from storage.verify import verify_files
+from storage.verify import NOT_LISTED, verify_files
 
 
 def verify(root: str, what: str | None) -> int:
@@ -23,7 +24,12 @@ def verify(root: str, what: str | None) -> int:
     """
     artifacts = Artifacts(root).existing()
     folders, runs = _chosen(artifacts, what)
-    problems: list[str] = []
+    problems, notes = list[str](), list[str]()
+    if what is None:
+        try:
+            notes = leftovers(artifacts)
+        except ArtifactError as error:
+            problems.append(str(error))
     total = 0
     for folder in folders:
         found, n_bytes = _verify_folder(folder)
@@ -37,8 +43,8 @@ def verify(root: str, what: str | None) -> int:
             found, checked = _derive_rows(artifacts, run, {folder.name for folder in folders})
             problems += found
             n_rows += checked
-    for problem in problems:
-        print(problem, file=sys.stderr)
+    for line in (*problems, *notes):
+        print(line, file=sys.stderr)
     verdict = f"{len(problems)} problems" if problems else "all as sealed"
     print(f"{verdict}: {len(folders)} artifacts, {size(total)} read, {n_rows} cached rows derived again from tokens")
     return 3 if problems else 0
@@ -48,8 +54,7 @@ def _chosen(artifacts: Artifacts, what: str | None) -> tuple[list[Path], list[At
     """Return the folders to verify, and the runs by which their stores can be derived again."""
     every_run = [find_run(artifacts, name) for name in run_names(artifacts)]
     if what is None:
-        rooms = (artifacts.root / room for room in FOLDERS.values())
-        return sorted(folder for room in rooms if room.exists() for folder in room.iterdir()), every_run
+        return artifacts.everything(), every_run
     named = [run for run in every_run if run.name == what]
     if not named:
         return [find_artifact(artifacts, what)], every_run
@@ -88,8 +93,15 @@ def _verify_folder(folder: Path) -> tuple[list[str], int]:
         return [str(error)], 0
     if (folder / RETIRED).exists():
         return [], 0
-    remedy = f"Remove {folder} and run `stackwise train` again: it will be remade"
-    return [f"{line}. {remedy}" for line in verify_files(folder, manifest.checksums())], manifest.n_bytes
+    lines = verify_files(folder, manifest.checksums())
+    return [f"{line}. {_remedy(folder, line)}" for line in lines], manifest.n_bytes
+
+
+def _remedy(folder: Path, problem: str) -> str:
+    """Return what to do: what is too much only has to go."""
+    if problem.endswith(NOT_LISTED):
+        return "Remove it; half-written files (.tmp) are removed by `stackwise gc`"
+    return f"Remove {folder} and run `stackwise train` again: it will be remade"
 
 
 def _derive_rows(artifacts: Artifacts, run: Attempt, chosen: set[str]) -> tuple[list[str], int]:

@@ -85,6 +85,15 @@ class RunPlan(Value, frozen=True):
         """Reference of the packed corpus."""
         return self.data.ref(-1)
 
+    @property
+    def recipes(self) -> dict[Ref, Recipe]:
+        """Every artifact of the run and its recipe, each after what it is made from."""
+        found: dict[Ref, Recipe] = {self.data_ref: self.data}
+        for stage in self.stages:
+            recipes = (stage.build, stage.trunk, stage.stack, stage.activations, stage.validation)
+            found |= {recipe.ref(stage.index): recipe for recipe in recipes if recipe is not None}
+        return found
+
 
 def plan_run(config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0) -> RunPlan:
     """Resolve a configuration into the recipes of every artifact it needs.

@@ -22,7 +22,7 @@ from storage.errors import (
     ArtifactsFolderError,
     ArtifactUnsealedError,
 )
-from storage.locks import FileLock, no_wait
+from storage.locks import FileLock, Holder, is_held, no_wait, read_holder
 from storage.manifest import MANIFEST, RETIRED, FileEntry, InputEntry, Manifest, make_manifest, read_manifest
 from storage.verify import checksum_file, verify_files
 
@@ -38,6 +38,9 @@ FOLDERS: dict[Kind, str] = {
 
 SCRATCH = "scratch"
 """Folder inside a work folder for what helps to go on after a kill; it is never sealed."""
+
+REASON = "reason.txt"
+"""Why a folder is in quarantine."""
 
 
 class State(Enum):
@@ -79,8 +82,7 @@ class Artifacts:
             raise ArtifactsFolderError(
                 f"--artifacts {self.root}: cannot be written ({reason}); give a folder this user may write to"
             ) from None
-        for path in (self.root / "trash").iterdir():  # what a killed process had thrown away already
-            _delete(path)
+        self.empty_trash()  # what a killed process had thrown away already
         device = (self.root / "work").stat().st_dev
         rooms = (*FOLDERS.values(), "trash", "quarantine")
         elsewhere = [name for name in rooms if (self.root / name).stat().st_dev != device]
@@ -125,6 +127,11 @@ class Artifacts:
     ) -> FileLock:
         """Return the lock of a name, to be held with `with`."""
         return FileLock(self.root / "locks" / name, shared=shared, on_wait=on_wait, should_stop=should_stop)
+
+    def lock_holder(self, name: str) -> Holder | None:
+        """Return the process that holds a name's lock alone now; None if nobody does."""
+        path = self.root / "locks" / name
+        return read_holder(path) if is_held(path, alone=True) else None
 
     # ------------------------------------------------------------ state
 
@@ -306,7 +313,7 @@ class Artifacts:
     def quarantine(self, ref: Ref, reason: str) -> Path:
         """Take a sealed artifact out of every reader's reach, and keep it for inspection."""
         target = self._unused("quarantine", ref.name)
-        self._mark(self.folder(ref), "reason.txt", reason + "\n")
+        self._mark(self.folder(ref), REASON, reason + "\n")
         os.replace(self.folder(ref), target)
         sync(target.parent)
         sync(self.folder(ref).parent)
@@ -328,12 +335,33 @@ class Artifacts:
         """Throw away what an attempt left, so that the next begins at the beginning."""
         self._discard(self.work(ref))
 
+    def adopt(self, ref: Ref, complete: Path) -> None:
+        """Put a folder that has its manifest in place: a copy, or one from quarantine.
+
+        What stands there must not be sealed; unsealed or retired, it goes to the trash.
+        """
+        place = self.folder(ref)
+        if place.exists():
+            self._discard(place)
+        os.replace(complete, place)
+        sync(place.parent)
+        sync(complete.parent)
+
     def _discard(self, path: Path) -> None:
         """Rename into trash/, which is atomic, then delete, which is not."""
+        _delete(self.to_trash(path))
+
+    def to_trash(self, path: Path) -> Path:
+        """Rename something into trash/: whole, and from then on nobody's."""
         target = self._unused("trash", path.name)
         os.replace(path, target)
         sync(path.parent)
-        _delete(target)
+        return target
+
+    def empty_trash(self) -> None:
+        """Delete what is in trash/, as far as this user may."""
+        for path in (self.root / "trash").iterdir():
+            _delete(path)
 
     def _unused(self, room: str, name: str) -> Path:
         """Return a path in a room that nothing has taken: the name, the process, a number."""
@@ -346,7 +374,7 @@ class Artifacts:
 
 def _delete(path: Path) -> None:
     """Delete what is in the trash; another process may be emptying it too."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

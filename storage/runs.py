@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -21,9 +20,9 @@ from stackwise_core.plan import RunPlan
 from storage.durable import write_text
 from storage.errors import ArtifactCorruptError, RunBusyError
 from storage.layout import Artifacts, State
-from storage.locks import no_wait
+from storage.locks import Holder, is_held, no_wait
 
-_PLANS_LOCK = "plans"
+PLANS_LOCK = "plans"
 """Held while a run writes what it will read, and while someone decides to retire a store."""
 
 
@@ -97,19 +96,18 @@ def find_run(artifacts: Artifacts, name: str) -> Attempt:
 
 def is_live(artifacts: Artifacts, name: str) -> bool:
     """Say whether some process holds the run now. Writes nothing, so it works on read-only media."""
-    try:
-        fd = os.open(artifacts.root / "locks" / f"run-{name}", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        for _ in range(3):  # another probe may hold it for an instant
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return False
-            time.sleep(0.05)
-        return True
-    finally:
-        os.close(fd)
+    return is_held(artifacts.root / "locks" / f"run-{name}")
+
+
+def live_runs(artifacts: Artifacts) -> dict[str, Holder]:
+    """Return the runs that some process holds now, and the process that started each."""
+    return {name: holder_of_run(find_run(artifacts, name)) for name in run_names(artifacts) if is_live(artifacts, name)}
+
+
+def holder_of_run(attempt: Attempt) -> Holder:
+    """Return the process that started an attempt."""
+    start = attempt.start
+    return Holder(pid=start["pid"], host=start["host"], since=start["started"])
 
 
 @contextlib.contextmanager
@@ -132,7 +130,7 @@ def begin_attempt(
     name = config.run.name
     alive = artifacts.lock(f"run-{name}", shared=True)
     with artifacts.lock("gc", shared=True, on_wait=on_wait):
-        with artifacts.lock(_PLANS_LOCK, on_wait=on_wait):
+        with artifacts.lock(PLANS_LOCK, on_wait=on_wait):
             others_live = is_live(artifacts, name)
             _check_previous(artifacts, config, plan, others_live)
             attempt = attempts(artifacts, name)[-1] if others_live else _write_attempt(artifacts, config, plan)
@@ -211,7 +209,7 @@ def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name:
 
 def retire_unless_read(artifacts: Artifacts, ref: Ref, own_run: str) -> bool:
     """Retire a store unless another live run plans to read it; say whether it was retired."""
-    with artifacts.lock(_PLANS_LOCK):
+    with artifacts.lock(PLANS_LOCK):
         for name in run_names(artifacts):
             if name != own_run and is_live(artifacts, name) and ref in _stores_of(find_run(artifacts, name).plan):
                 return False

@@ -14,6 +14,8 @@ MANIFEST = "manifest.json"
 # Not crc32c: a crc32c over data followed by its own crc32c is one constant, whatever the data, so every
 # shard of a shape would have the same checksum, and so would two stores with different numbers.
 CHECKSUM = "sha256"
+NOT_LISTED = "not in the sealed list"
+"""How `verify_files` tells of a file that is too much."""
 _BLOCK_BYTES = 8 * 2**20
 _ALGORITHMS: dict[str, Callable[[], Any]] = {"crc32c": google_crc32c.Checksum, "sha256": hashlib.sha256}
 
@@ -58,7 +60,7 @@ def verify_files(folder: Path, files: Mapping[str, tuple[int, str]]) -> list[str
     problems = (_problem(folder / name, *expected) for name, expected in sorted(files.items()))
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     extra = sorted(present - files.keys() - {MANIFEST})
-    return [line for line in problems if line] + [f"{folder / name}: not in the sealed list" for name in extra]
+    return [line for line in problems if line] + [f"{folder / name}: {NOT_LISTED}" for name in extra]
 
 
 def _start(algorithm: str) -> Any:

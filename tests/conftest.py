@@ -205,3 +205,48 @@ def stage_model(rack: Any, index: int) -> Any:
 def subset(names: Iterable[str], *kinds: str) -> set[str]:
     """Return the artifact names of some kinds, such as 'stack' or 'stack-1'."""
     return {name for name in names if name.startswith(tuple(f"{kind}-" for kind in kinds))}
+
+
+# ---------------------------------------------------------------- the command line
+
+
+class Result:
+    """What a command did."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+        assert "Traceback" not in out + err
+
+    @property
+    def faults(self) -> list[str]:
+        """The lines on stderr, the name of the program taken off."""
+        assert self.err.startswith("stackwise: ")
+        return self.err.removeprefix("stackwise: ").splitlines()
+
+    @property
+    def document(self) -> Any:
+        assert self.err == ""
+        return json.loads(self.out)
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> Result:
+        from flows.cli import main
+
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stopped:  # argparse
+            code = int(stopped.code or 0)
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return run

@@ -14,57 +14,27 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import digests, files_below, folder_of, grown, made_by_stages, manifests, tiny, tiny_values, write_corpus
+from conftest import (
+    Run,
+    digests,
+    files_below,
+    folder_of,
+    grown,
+    made_by_stages,
+    manifests,
+    tiny,
+    tiny_values,
+    write_corpus,
+)
 
 from flows import steps
-from flows.cli import main
 from flows.run import add_stage
 from storage.activations import fill
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
 Reference = Callable[..., Path]
-COMMANDS = ("train", "plan", "status", "inspect", "verify")
-
-
-class Result:
-    """What a command did."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-        assert "Traceback" not in out + err
-
-    @property
-    def faults(self) -> list[str]:
-        """The lines on stderr, the name of the program taken off."""
-        assert self.err.startswith("stackwise: ")
-        return self.err.removeprefix("stackwise: ").splitlines()
-
-    @property
-    def document(self) -> Any:
-        assert self.err == ""
-        return json.loads(self.out)
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> Result:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stopped:  # argparse
-            code = int(stopped.code or 0)
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return run
+COMMANDS = ("train", "plan", "status", "inspect", "verify", "gc", "du", "why", "push", "pull", "quarantine", "doctor")
 
 
 @pytest.fixture

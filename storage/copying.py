@@ -1,0 +1,178 @@
+"""Sealed artifacts and records of runs, copied from one artifacts folder into another."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.failpoints import reach
+from stackwise_core.identity import Ref
+from storage.durable import TEMPORARY_SUFFIX, explain_full_disk, sync, sync_tree, write_bytes
+from storage.errors import ArtifactCorruptError, ArtifactMissingError, StoreSpaceError
+from storage.layout import Artifacts, State
+from storage.manifest import KINDS, MANIFEST, RETIRED, FileEntry, Manifest, read_manifest
+from storage.runs import PLANS_LOCK, Attempt, attempts
+from storage.verify import checksum_file
+
+_HERE = (State.SEALED, State.RETIRED)
+_RECORDS = ("config.yaml", "plan.json", "outcome.json", "start.json")
+"""start.json comes last: without it an attempt does not exist."""
+
+
+def to_copy(source: Artifacts, target: Artifacts, refs: Iterable[Ref], named: frozenset[Ref]) -> list[Ref]:
+    """Return what the target lacks of some artifacts, each after what it is made from. Changes nothing.
+
+    What is retired at the target stays so, unless it is named; what was never made at the source is left out.
+
+    Raises:
+        ArtifactCorruptError: one is damaged here or there, or is there with other bytes.
+    """
+    wanted = sorted(set(refs), key=lambda ref: (ref.stage, KINDS.index(ref.kind), ref.sha256))
+    return [ref for ref in wanted if source.state(ref) is not State.ABSENT and _is_lacking(source, target, ref, named)]
+
+
+def _is_lacking(source: Artifacts, target: Artifacts, ref: Ref, named: frozenset[Ref]) -> bool:
+    here = _manifest(source, ref)
+    state = target.state(ref)
+    if state is State.ABSENT:
+        return True
+    there = _manifest(target, ref)
+    if there.digest != here.digest:
+        raise ArtifactCorruptError(
+            target.folder(ref),
+            f"holds other bytes than {source.folder(ref)} ({there.digest[:12]}, there {here.digest[:12]}): "
+            "the same recipe, computed on another machine",
+            "Nothing was copied. Use another folder, or remove it and what was made from it",
+        )
+    return state is State.RETIRED and source.state(ref) is State.SEALED and ref in named
+
+
+def _manifest(artifacts: Artifacts, ref: Ref) -> Manifest:
+    """Return the manifest of a sealed or a retired artifact."""
+    if artifacts.state(ref) is State.RETIRED:
+        return read_manifest(artifacts.folder(ref), ref)
+    return artifacts.manifest(ref)
+
+
+def check_room(source: Artifacts, target: Artifacts, refs: Iterable[Ref]) -> None:
+    """Refuse before the first byte what cannot fit.
+
+    Raises:
+        StoreSpaceError: both sizes are named.
+    """
+    n_bytes = sum(_manifest(source, ref).n_bytes for ref in refs if source.state(ref) is State.SEALED)
+    free = shutil.disk_usage(target.root).free
+    if n_bytes > free:
+        raise StoreSpaceError(f"{target.root}: {n_bytes:,} bytes are to be copied and {free:,} are free; nothing was")
+
+
+def copy_artifact(source: Artifacts, target: Artifacts, ref: Ref, on_wait: Callable[[str], None]) -> int:
+    """Copy one artifact: into work/, flushed, every checksum compared on arrival, then renamed into place.
+
+    A copy that was killed goes on at the first file that has not arrived.
+
+    Returns:
+        Bytes that are in place now and were not before.
+
+    Raises:
+        ArtifactCorruptError: what arrived is not what was sealed; nothing is put in place.
+    """
+    manifest, folder = _manifest(source, ref), source.folder(ref)
+    retired = source.state(ref) is State.RETIRED
+    work = target.root / "work" / f"{ref.name}.incoming"
+    with target.lock(ref.name, on_wait=on_wait):
+        if target.state(ref) is State.SEALED:
+            return 0  # another process was first
+        work.mkdir(exist_ok=True)
+        files = {} if retired else manifest.files
+        _drop_strangers(work, files.keys())
+        for number, (name, entry) in enumerate(files.items()):
+            reach(f"copy-{ref.kind}", number)
+            _copy_file(_inside(folder, name), work / name, entry)
+        sync_tree(work)
+        if retired:
+            write_bytes(work / RETIRED, (folder / RETIRED).read_bytes())
+        write_bytes(work / MANIFEST, manifest.model_dump_json(indent=1).encode())
+        reach(f"copied-{ref.kind}", max(ref.stage, 0))
+        target.adopt(ref, work)
+    return sum(entry.size for entry in files.values())
+
+
+def _drop_strangers(work: Path, names: Iterable[str]) -> None:
+    """Remove what an earlier copy left, of the same id with other bytes or half-written."""
+    keep = set(names)
+    for path in work.rglob("*"):
+        if not path.is_dir() and path.relative_to(work).as_posix() not in keep:
+            path.unlink()
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return the path of a listed file; a stranger's list may not lead out of its folder."""
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or (folder / name).is_symlink():
+        raise ArtifactCorruptError(folder / MANIFEST, f"lists {name!r}, which leads out of its folder", "Do not use it")
+    return folder / name
+
+
+def _copy_file(source: Path, target: Path, entry: FileEntry) -> None:
+    algorithm = entry.checksum.partition(":")[0]
+    if target.is_file() and target.stat().st_size == entry.size and checksum_file(target, algorithm) == entry.checksum:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + TEMPORARY_SUFFIX)
+    with explain_full_disk(target, entry.size):
+        try:
+            shutil.copyfile(source, temporary)
+        except FileNotFoundError:
+            remedy = "It was removed while it was copied: run the same command again"
+            raise ArtifactMissingError(source, "is gone", remedy) from None
+        sync(temporary)
+    if (arrived := checksum_file(temporary, algorithm)) != entry.checksum:
+        temporary.unlink()
+        remedy = "Nothing was put in place; run `stackwise verify` where it comes from"
+        raise ArtifactCorruptError(source, f"arrived as {arrived}, sealed with {entry.checksum}", remedy)
+    os.replace(temporary, target)
+
+
+# ---------------------------------------------------------------- records of runs
+
+
+def attempts_to_copy(source: Artifacts, target: Artifacts, run: str) -> list[Attempt]:
+    """Return the attempts of a run that the target lacks.
+
+    Raises:
+        ConfigError: the run went on differently there, or another of that name is there.
+    """
+    there = {attempt.number: attempt.folder for attempt in attempts(target, run)}
+    missing: list[Attempt] = []
+    for attempt in attempts(source, run):
+        if attempt.number not in there:
+            missing.append(attempt)
+        elif any(_differ(attempt.folder, there[attempt.number], name) for name in ("plan.json", "start.json")):
+            other = f"{there[attempt.number]} is of another run of that name; nothing was copied"
+            raise ConfigError([Fault("RUN", repr(run), other)])
+    return missing
+
+
+def _differ(one: Path, other: Path, name: str) -> bool:
+    return (one / name).read_bytes() != (other / name).read_bytes()
+
+
+def copy_run(source: Artifacts, target: Artifacts, run: str) -> None:
+    """Copy the record of a run, after its artifacts: the target then knows it as its own."""
+    with target.lock(PLANS_LOCK):
+        for attempt in attempts_to_copy(source, target, run):
+            folder = target.root / "runs" / run / "attempts" / attempt.folder.name
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in _RECORDS:
+                if (attempt.folder / name).exists():
+                    write_bytes(folder / name, (attempt.folder / name).read_bytes())
+        for attempt in attempts(source, run):  # one that was under way when it was copied before
+            outcome = target.root / "runs" / run / "attempts" / attempt.folder.name / "outcome.json"
+            if attempt.outcome is not None and not outcome.exists():
+                write_bytes(outcome, (attempt.folder / outcome.name).read_bytes())
+        newest = attempts(target, run)[-1].folder.name
+        write_bytes(target.root / "runs" / run / "current", f"{newest}\n".encode())

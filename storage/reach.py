@@ -1,0 +1,122 @@
+"""What the runs of an artifacts folder reach, and what is pinned: everything else may go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.identity import Ref
+from storage.durable import write_text
+from storage.errors import ArtifactCorruptError, ArtifactMissingError
+from storage.layout import Artifacts
+from storage.manifest import MANIFEST, read_manifest
+from storage.runs import attempts, run_names
+
+_PINS = "pins"
+"""Folder of one small file for each pin: its name is the artifact's, its text the whole id."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Names of artifacts that must stay, by the reason."""
+
+    runs: dict[str, frozenset[str]]
+    pinned: frozenset[str]
+    """Pinned, or what something pinned was made from."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All of them."""
+        return self.pinned.union(*self.runs.values())
+
+
+def find_reach(artifacts: Artifacts, runs: Iterable[str] | None = None, *, newest_only: bool = False) -> Reach:
+    """Find what must stay.
+
+    Args:
+        artifacts: where.
+        runs: those that count; all, if none are given.
+        newest_only: of each run only the newest attempt counts, and not what earlier ones planned.
+
+    Raises:
+        ArtifactCorruptError: a record of a run, or the manifest of something pinned, cannot be believed.
+    """
+    names = run_names(artifacts) if runs is None else runs
+    reached = {name: frozenset(ref.name for ref in planned(artifacts, name, newest_only=newest_only)) for name in names}
+    return Reach(reached, frozenset(ref.name for ref in made_from(artifacts, pins(artifacts))))
+
+
+def planned(artifacts: Artifacts, run: str, *, newest_only: bool = False) -> list[Ref]:
+    """Return every artifact that a run set out to make, each after what it is made from."""
+    found = attempts(artifacts, run)
+    return list(dict.fromkeys(ref for attempt in found[-1 if newest_only else 0 :] for ref in attempt.plan.recipes))
+
+
+def newest_first(artifacts: Artifacts) -> list[str]:
+    """Return the names of all runs by when they were last started, the newest first."""
+    started = {name: attempts(artifacts, name)[-1].start["started"] for name in run_names(artifacts)}
+    return sorted(started, key=lambda name: (started[name], name), reverse=True)
+
+
+def made_from(artifacts: Artifacts, refs: Iterable[Ref]) -> list[Ref]:
+    """Return artifacts and, by their manifests, all that is left of what they were made from, in no order.
+
+    Raises:
+        ArtifactCorruptError: the manifest of one of them was edited, so nobody knows.
+    """
+    found, to_ask = dict[Ref, None](), list(refs)
+    while to_ask:
+        ref = to_ask.pop()
+        if ref in found:
+            continue
+        found[ref] = None
+        folder = artifacts.folder(ref)
+        if (folder / MANIFEST).exists():
+            to_ask += [entry.ref for entry in read_manifest(folder, ref).inputs]
+    return list(found)
+
+
+# ---------------------------------------------------------------- pins
+
+
+def pins(artifacts: Artifacts) -> list[Ref]:
+    """Return what is pinned, sorted by name.
+
+    Raises:
+        ArtifactCorruptError: a pin cannot be read.
+    """
+    return [_read_pin(path) for path in sorted((artifacts.root / _PINS).glob("*.json"))]
+
+
+def _read_pin(path: Path) -> Ref:
+    try:
+        return Ref.model_validate_json(path.read_bytes())
+    except ValueError:
+        raise ArtifactCorruptError(path, "is no pin", "Remove it, and pin again what it is named after") from None
+
+
+def pin(artifacts: Artifacts, ref: Ref) -> None:
+    """Keep an artifact, and all it was made from, whatever becomes of the runs."""
+    folder = artifacts.root / _PINS
+    folder.mkdir(exist_ok=True)
+    write_text(folder / f"{ref.name}.json", ref.model_dump_json() + "\n")
+
+
+def unpin(artifacts: Artifacts, name: str) -> Ref:
+    """Take a pin back, given by the artifact's name or a unique start of it.
+
+    Raises:
+        ArtifactMissingError: nothing of that name is pinned. ConfigError: several are.
+    """
+    found = [ref for ref in pins(artifacts) if ref.name.startswith(name)]
+    if not found:
+        there = ", ".join(ref.name for ref in pins(artifacts)) or "none"
+        raise ArtifactMissingError(name, "is not pinned", f"Pinned in {artifacts.root}: {there}")
+    exact = [ref for ref in found if ref.name == name] or found
+    if len(exact) > 1:
+        names = ", ".join(ref.name for ref in exact)
+        raise ConfigError([Fault("--unpin", repr(name), f"{len(exact)} pins begin so: {names}")])
+    (artifacts.root / _PINS / f"{exact[0].name}.json").unlink()
+    return exact[0]
