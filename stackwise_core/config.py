@@ -79,7 +79,7 @@ class DataConfig(Section):
     """The corpus and how it is cut into sequences."""
 
     source: str = Field(default="stdlib", min_length=1)
-    """'stdlib' (the running Python's own library), or path or glob of text files; with custom, of jsonl examples."""
+    """'stdlib' (the running Python's library), path or glob of text, jsonl, parquet, .bin files, or 'hf:owner/name'."""
     tokenizer: str = Field(default="byte", min_length=1)
     """'byte' (256 bytes, [MASK], [PAD], [END]), or the path of a tokenizer.json."""
     seq_len: int = Field(default=128, ge=8, le=131072)
