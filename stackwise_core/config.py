@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic.functional_validators import AfterValidator
 
+from stackwise_core.arguments import check_type
 from stackwise_core.config_rules import cross_field_faults, schema_faults
 from stackwise_core.config_yaml import apply_overrides, dump_yaml, load_yaml
 from stackwise_core.errors import ConfigError, Fault
@@ -335,6 +336,7 @@ class StackWiseConfig(Section):
         Raises:
             ConfigError: lists the faults of the schema and of the rules together.
         """
+        check_type("configuration", values, dict, "nested mappings are expected, as {'data': {'seq_len': 64}}")
         faults = _all_faults(cls, values)
         if faults:
             raise ConfigError(faults)
