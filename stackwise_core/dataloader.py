@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stackwise_core.arguments import check_choice, check_integer, check_type, describe
+from stackwise_core.arguments import check_choice, check_integer, check_type
 from stackwise_core.data import PackedSequences
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.masking import SALT_DEPTH, VALIDATION_VIEW, IntArray, MaskSpec, content_ids, hash_bits
@@ -29,7 +29,7 @@ from stackwise_core.raw_batches import (
     tokens_and_ids,
 )
 from stackwise_core.time_step_masking import TimeStepMasking
-from stackwise_core.trunk import RowSource
+from stackwise_core.trunk import RowSource, check_trunk, checked_boundary
 
 TrunkActivations = Tensor | RowSource | Callable[..., Tensor]
 """A callable gets the corrupted input_ids [B, T] and, where time is an input, the steps [B]."""
@@ -110,7 +110,7 @@ class ProgressiveDataLoader:
             check_integer("time_step", time_step, 0)
         if objective is not None:
             check_choice("objective", objective, get_args(Objective))
-        _check_trunk(trunk_activations)
+        check_trunk(trunk_activations)
         if isinstance(trunk_activations, Tensor) and views > 1:
             allowed = "a tensor holds the activations of one view; give an object with rows() or a callable"
             raise ConfigError([Fault("views", str(views), allowed)])
@@ -168,9 +168,9 @@ class ProgressiveDataLoader:
             if first_row + len(ids) > len(source):
                 received = f"{len(source)} rows"
                 raise ConfigError([Fault("trunk_activations", received, "one row for every row of the loader")])
-            return _checked_boundary(source[first_row : first_row + len(ids)], batch["input_ids"])
+            return checked_boundary(source[first_row : first_row + len(ids)], batch["input_ids"])
         if isinstance(source, RowSource):
-            return _checked_boundary(source.rows(ids, view), batch["input_ids"])
+            return checked_boundary(source.rows(ids, view), batch["input_ids"])
         steps = input_time_step(batch)
         if self.cache_activations:
             return self._recording(source, batch["input_ids"], steps, ids, view)
@@ -245,28 +245,10 @@ def validation_batch(
 
 
 _STRATEGIES = "a MaskSpec, a TimeStepMasking or None is expected"
-_BOUNDARIES = "a tensor [N, T, D] of floats, an object with rows(), a callable or None is expected"
-
-
-def _check_trunk(trunk_activations: Any) -> None:
-    is_tensor = isinstance(trunk_activations, Tensor)
-    if is_tensor and (trunk_activations.ndim != 3 or not trunk_activations.is_floating_point()):
-        raise ConfigError([Fault("trunk_activations", describe(trunk_activations), _BOUNDARIES)])
-    known = is_tensor or isinstance(trunk_activations, RowSource) or callable(trunk_activations)
-    if not known and trunk_activations is not None:
-        raise ConfigError([Fault("trunk_activations", describe(trunk_activations), _BOUNDARIES)])
 
 
 def _run(live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None) -> Tensor:
-    return _checked_boundary(live(tokens) if steps is None else live(tokens, steps), tokens)
-
-
-def _checked_boundary(boundary: Any, tokens: Tensor) -> Tensor:
-    """Refuse what is no boundary of these tokens: a stack would say less clearly what is wrong with it."""
-    if not (isinstance(boundary, Tensor) and boundary.ndim == 3 and boundary.shape[:2] == tokens.shape):
-        allowed = f"a tensor [B, T, D] is expected for each batch, here ({len(tokens)}, {tokens.shape[1]}, D)"
-        raise ConfigError([Fault("trunk_activations", describe(boundary), allowed)])
-    return boundary
+    return checked_boundary(live(tokens) if steps is None else live(tokens, steps), tokens)
 
 
 def _corruption(
