@@ -15,7 +15,7 @@ from stackwise_core.costs import rack_parameters, stage_flops, store_bytes, trai
 from stackwise_core.data import read_corpus
 from stackwise_core.identity import Kind
 from stackwise_core.plan import RunPlan, StagePlan, plan_run
-from stackwise_core.resolve import resolve_order
+from stackwise_core.resolve import reads_examples, resolve_order
 from storage.demand import TASK_KINDS, Demand, compute_demand
 from storage.layout import Artifacts, State
 
@@ -23,7 +23,7 @@ from storage.layout import Artifacts, State
 def show_plan(config: StackWiseConfig, root: str, *, as_json: bool) -> None:
     """Print the plan of a configuration; nothing is written."""
     artifacts = Artifacts(root)
-    corpus = read_corpus(config.data.source)
+    corpus = read_corpus(config.data.source, examples=reads_examples(config))
     plan = plan_run(config, corpus.digest, corpus.n_bytes)
     demand = compute_demand(plan, artifacts, config.cache.keep)
     n_train, n_validation = _count_sequences(config, artifacts, plan)
@@ -47,7 +47,7 @@ def _count_sequences(config: StackWiseConfig, artifacts: Artifacts, plan: RunPla
     if artifacts.state(plan.data_ref) is State.SEALED:
         facts = artifacts.manifest(plan.data_ref).facts
         return facts["train_sequences"], facts["validation_sequences"]
-    train, validation = pack_corpus(config, read_corpus(config.data.source))
+    train, validation = pack_corpus(config, read_corpus(config.data.source, examples=reads_examples(config)))
     return len(train), len(validation)
 
 

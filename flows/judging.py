@@ -7,7 +7,7 @@ import numpy as np
 from flows.boundaries import compare_store
 from flows.stage import Facts, Stage
 from stackwise_core.dataloader import validation_batch
-from stackwise_core.errors import ConfigError, Fault, StackWiseError
+from stackwise_core.errors import StackWiseError
 from stackwise_core.evaluate import judge_rack
 from stackwise_core.identity import Ref
 from stackwise_core.masking import MaskSpec
@@ -41,23 +41,13 @@ def judge(stage: Stage) -> Facts:
         boundary=anatomy.boundary,
         loss_function=resolve_loss(stage.config),
     )
-    if not own["loss_positions"]:
-        raise ConfigError([_no_position(stage, len(rows))])
+    assert own["loss_positions"]  # check_validation refuses a run that would have none
     by_ratio = {
         str(round(mask.mean_ratio, 4)): loss["validation_loss_exact"]
         for mask, loss in zip(masks[1:], grid, strict=True)
         if mask and loss["loss_positions"]
     }
     return {"validation_sequences": len(rows), **own, **({"by_mask_ratio": by_ratio} if by_ratio else {})}
-
-
-def _no_position(stage: Stage, n_sequences: int) -> Fault:
-    """Return why there is no loss to measure: nothing is masked, or the examples mark nothing."""
-    mask = stage.plan.stack.mask
-    found = f"none of the {n_sequences} validation sequences has a loss position"
-    if mask is not None and mask.time is None:
-        return Fault("training.mask_ratio", str(mask.ratio), f"{found}; raise it")
-    return Fault("validation.max_sequences", str(stage.plan.validation.sequences), f"{found}; give more of them")
 
 
 def _masks_to_judge(stage: Stage) -> list[MaskSpec | None]:

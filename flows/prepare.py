@@ -14,11 +14,13 @@ from stackwise_core.data import Corpus, PackedSequences, pack, read_corpus
 from stackwise_core.errors import ConfigError, CorpusError, Fault
 from stackwise_core.examples import ExampleFormat, pack_examples
 from stackwise_core.identity import Ref
+from stackwise_core.masking import VALIDATION_VIEW
 from stackwise_core.plan import RunPlan, StagePlan
-from stackwise_core.resolve import resolve_order, tokenizer_of
+from stackwise_core.resolve import reads_examples, resolve_order, tokenizer_of
+from stackwise_core.sources import check_tokens
 from storage.errors import StoreSpaceError
 from storage.layout import Artifacts, State
-from storage.sequences import save_sequences
+from storage.sequences import load_sequences, save_sequences
 
 
 def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> Ref:
@@ -55,8 +57,11 @@ def _vocabulary_faults(config: StackWiseConfig, facts: dict[str, Any]) -> Iterat
         largest["target"] = facts.get("largest_target", 0)
     for what, value in largest.items():
         if value >= config.model.vocab_size:
-            needed = f"the examples hold the {what} {value}: at least {value + 1} is needed"
+            needed = f"the corpus holds the {what} {value}: at least {value + 1} is needed"
             yield Fault("model.vocab_size", str(config.model.vocab_size), needed)
+    masked = "mask_tokens" in facts and config.training.progressive.training_objective == "mlm"
+    if masked and (facts["mask_tokens"] or facts["largest_token"] >= tokenizer_of(config).vocab_size):
+        yield Fault("data.tokenizer", repr(config.data.tokenizer), f"the corpus was not made by it; {_MADE_BY}")
 
 
 def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequences, PackedSequences]:
@@ -66,7 +71,9 @@ def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequence
         CorpusError: the text is too short, or an example is not as it should be.
     """
     data, tokenizer = config.data, tokenizer_of(config)
-    if config.training.progressive.training_objective != "custom":
+    if corpus.is_tokens:
+        _check_tokens(config, corpus)
+    if not reads_examples(config):
         return pack(corpus, tokenizer, data.seq_len, data.max_sequences, data.validation_fraction)
     form = ExampleFormat(
         seq_len=data.seq_len,
@@ -77,9 +84,22 @@ def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequence
     return pack_examples(corpus, form, data.max_sequences, data.validation_fraction)
 
 
+_MADE_BY = "mlm needs the tokenizer.json that made the tokens, with a [MASK] that is none of them"
+
+
+def _check_tokens(config: StackWiseConfig, corpus: Corpus) -> None:
+    """Refuse tokens that the model has no row for; with mlm also those that are not of the tokenizer, or its [MASK]."""
+    tokenizer, n_rows = tokenizer_of(config), config.model.vocab_size
+    for document in corpus.documents:
+        check_tokens(document, n_rows, "raise model.vocab_size, or give the file of this vocabulary")
+        if config.training.progressive.training_objective == "mlm":
+            remedy = f"data.tokenizer did not make it; {_MADE_BY}"
+            check_tokens(document, tokenizer.vocab_size, remedy, tokenizer.mask_token)
+
+
 def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
     data = config.data
-    corpus = read_corpus(data.source)
+    corpus = read_corpus(data.source, examples=reads_examples(config))
     if corpus.digest != plan.data.corpus:
         raise CorpusError(f"data.source: got {data.source!r}; its text changed while the run was starting; start again")
     if tokenizer_of(config).name != plan.data.tokenizer:
@@ -92,11 +112,43 @@ def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> 
         "validation_sequences": len(validation),
         "seq_len": data.seq_len,
     }
+    mask_token = tokenizer_of(config).mask_token
     for split in (train, validation):
-        if split.targets is not None and split.masks is not None:
+        if corpus.is_tokens or split.targets is not None:
             facts["largest_token"] = max(facts.get("largest_token", 0), int(split.tokens.max()))
+        if corpus.is_tokens:
+            facts["mask_tokens"] = facts.get("mask_tokens", 0) + int((split.tokens == mask_token).sum())
+        if split.targets is not None and split.masks is not None:
             facts["largest_target"] = max(facts.get("largest_target", 0), int(split.targets[split.masks].max()))
     artifacts.seal(plan.data_ref, plan.data, (), facts, {})
+
+
+def check_validation(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
+    """Refuse before the first step a stage whose validation sequences would have no position to judge it by.
+
+    Args:
+        config: of the run.
+        artifacts: the data artifact must be sealed.
+        plan: of the run.
+
+    Raises:
+        ConfigError: names what leaves none, and what to raise.
+    """
+    _, validation = load_sequences(artifacts, plan.data_ref)
+    most = config.validation.max_sequences
+    ids = validation.sequence_ids[:most]
+    found = f"none of the {len(ids)} validation sequences has a loss position"
+    if validation.masks is not None and not validation.masks[:most].any():
+        raise ConfigError([Fault("validation.max_sequences", str(most), f"{found}; raise it")])
+    for mask in {stage.stack.mask: None for stage in plan.stages if stage.stack.mask is not None}:
+        own = mask.for_validation()
+        steps = own.time.steps(own.seed, ids, VALIDATION_VIEW) if own.time else None
+        if own.masks(ids, VALIDATION_VIEW, config.data.seq_len, steps).any():
+            continue
+        if config.training.progressive.time_interpretation == "none":
+            raise ConfigError([Fault("training.mask_ratio", str(mask.ratio), f"{found}; raise it")])
+        remedy = f"{found} at a mask ratio of {mask.mean_ratio:.3g}; raise it or the ratio, or give more text"
+        raise ConfigError([Fault("validation.max_sequences", str(most), remedy)])
 
 
 def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[StagePlan]) -> None:

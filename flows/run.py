@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flows.prepare import check_space, prepare_data
+from flows.prepare import check_space, check_validation, prepare_data
 from flows.progress import Message, RunStarted, StageDone, tell
 from flows.stage import Stage
 from flows.steps import build_stack, cache_activations, configure_trunk, train, validate
@@ -13,6 +13,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import corpus_facts
 from stackwise_core.hardware import use_hardware
 from stackwise_core.plan import RunPlan, plan_run
+from stackwise_core.resolve import reads_examples
 from storage.demand import Demand, compute_demand, forced_refs
 from storage.layout import Artifacts
 from storage.runs import begin_attempt, retire_superseded
@@ -53,11 +54,12 @@ def grow(
     config.validate()
     use_hardware(config.hardware)  # a device that is not there is told before anything is made
     artifacts = Artifacts(root).open()
-    plan = plan_run(config, *corpus_facts(config.data.source))
+    plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
     forced = forced_refs(plan, from_stack, force)
     with begin_attempt(artifacts, config, plan, _tell_waiting):
         tell(RunStarted(config.run.name, len(plan.stages), str(artifacts.root)))
         prepare_data(config, artifacts, plan)
+        check_validation(config, artifacts, plan)
         needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed
         check_space(config, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in needed])
         for index in range(len(plan.stages)):

@@ -18,6 +18,7 @@ from flows.terminal import showing, stage_tables
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import corpus_facts
 from stackwise_core.plan import plan_run
+from stackwise_core.resolve import reads_examples
 from storage.alone import among_others
 from storage.demand import compute_demand, forced_refs
 from storage.layout import Artifacts
@@ -38,7 +39,7 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
         StackWiseError: one clear message; the same command goes on from what is sealed.
     """
     artifacts = Artifacts(root).open()
-    plan = plan_run(config, *corpus_facts(config.data.source))
+    plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
     forced = forced_refs(plan, from_stack, force)
     with among_others(artifacts, _tell_waiting):  # gc does not remove what is about to be called complete
         complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic.functional_validators import AfterValidator
 
+from stackwise_core.arguments import check_type
 from stackwise_core.config_rules import cross_field_faults, schema_faults
 from stackwise_core.config_yaml import apply_overrides, dump_yaml, load_yaml
 from stackwise_core.errors import ConfigError, Fault
@@ -79,7 +80,7 @@ class DataConfig(Section):
     """The corpus and how it is cut into sequences."""
 
     source: str = Field(default="stdlib", min_length=1)
-    """'stdlib' (the running Python's own library), or path or glob of text files; with custom, of jsonl examples."""
+    """'stdlib' (the running Python's library), path or glob of text, jsonl, parquet, .bin files, or 'hf:owner/name'."""
     tokenizer: str = Field(default="byte", min_length=1)
     """'byte' (256 bytes, [MASK], [PAD], [END]), or the path of a tokenizer.json."""
     seq_len: int = Field(default=128, ge=8, le=131072)
@@ -335,6 +336,7 @@ class StackWiseConfig(Section):
         Raises:
             ConfigError: lists the faults of the schema and of the rules together.
         """
+        check_type("configuration", values, dict, "nested mappings are expected, as {'data': {'seq_len': 64}}")
         faults = _all_faults(cls, values)
         if faults:
             raise ConfigError(faults)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import glob
+import functools
 import hashlib
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,19 +13,11 @@ from numpy.typing import NDArray
 
 from stackwise_core.errors import CorpusError
 from stackwise_core.masking import BoolArray, IntArray
+from stackwise_core.sources import Content, Document, documents_of, tokens_in
 from stackwise_core.tokenizer import TokenArray, Tokenizer, token_dtype
 
 FIRST_VALIDATION_ID = 1 << 40
 """Validation sequences are numbered from here, so that an id tells its split."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text: its bytes and their sha256, by which documents are ordered."""
-
-    name: str
-    text: bytes
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -40,8 +30,13 @@ class Corpus:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all documents."""
-        return sum(len(document.text) for document in self.documents)
+        """Bytes of all texts, or the number of all tokens."""
+        return sum(document.n_bytes for document in self.documents)
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether the documents are tokens already, and no text."""
+        return self.documents[0].is_tokens
 
 
 @dataclass(frozen=True)
@@ -75,66 +70,32 @@ class PackedSequences:
         return sequence_ids - self.sequence_ids[0]
 
 
-def read_corpus(source: str) -> Corpus:
-    """Read every document of a source.
+def read_corpus(source: str, *, examples: bool = False) -> Corpus:
+    """Read every document of a source; those of a .bin are mapped, not read.
 
     Args:
-        source: 'stdlib', or the path or glob of UTF-8 text files.
+        source: 'stdlib', the path or glob of text, jsonl, parquet or uint16 .bin files, or 'hf:owner/name'.
+        examples: whether tables hold examples of a custom objective, and not a text a row.
 
     Raises:
-        CorpusError: nothing matches, a file cannot be read, is empty or is no text.
+        CorpusError: nothing matches, or a file cannot be read, is empty or is not what its name says.
     """
-    documents = [_document(path) for path in _paths(source)]
-    documents = [document for document in documents if document.text]
-    if not documents:
+    found = (document for document in documents_of(source, examples=examples) if document.content)
+    documents = tuple(sorted(found, key=lambda document: document.digest))
+    return Corpus(source, documents, _digest(source, [document.digest for document in documents]))
+
+
+def corpus_facts(source: str, *, examples: bool = False) -> tuple[str, int]:
+    """Return the content hash of a source, and its bytes; see `read_corpus`. One document is in memory at a time."""
+    found = documents_of(source, examples=examples)
+    facts = sorted((document.digest, document.n_bytes) for document in found if document.content)
+    return _digest(source, [digest for digest, _ in facts]), sum(n_bytes for _, n_bytes in facts)
+
+
+def _digest(source: str, digests: list[str]) -> str:
+    if not digests:
         raise CorpusError(f"data.source: got {source!r}; every file it names is empty")
-    documents.sort(key=lambda document: document.digest)
-    joined = "\n".join(document.digest for document in documents)
-    return Corpus(source, tuple(documents), hashlib.sha256(joined.encode()).hexdigest())
-
-
-def corpus_facts(source: str) -> tuple[str, int]:
-    """Return the content hash of a source, and its bytes."""
-    corpus = read_corpus(source)
-    return corpus.digest, corpus.n_bytes
-
-
-def _paths(source: str) -> list[Path]:
-    if source == "stdlib":
-        return _standard_library()
-    try:
-        if Path(source).is_file():
-            return [Path(source)]
-        files = [path for path in map(Path, sorted(glob.glob(source, recursive=True))) if path.is_file()]
-    except (OSError, ValueError) as error:
-        raise CorpusError(f"data.source: got {source[:80]!r}; it cannot be looked up ({error})") from None
-    if not files:
-        what = "it is a folder; add /**/*.txt" if Path(source).is_dir() else "no file matches"
-        raise CorpusError(f"data.source: got {source!r}; {what} (seen from {Path.cwd()})")
-    return files
-
-
-def _standard_library() -> list[Path]:
-    """Return the sources of the running Python's library, without its tests, some of which are not UTF-8."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
-    paths = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
-    if not paths:
-        raise CorpusError(f"data.source: got 'stdlib'; {root} holds no sources, give data.source a text file")
-    return sorted(paths)
-
-
-def _document(path: Path) -> Document:
-    try:
-        text = path.read_bytes()
-        text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"data.source: {path} is no UTF-8 text (byte {error.start}); give text files") from None
-    except OSError as error:
-        raise CorpusError(f"data.source: {path} cannot be read ({error.strerror})") from None
-    if b"\0" in text:
-        raise CorpusError(f"data.source: {path} is binary (byte {text.index(0)} is NUL); give text files")
-    return Document(path.name, text, hashlib.sha256(text).hexdigest())
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def pack(
@@ -142,8 +103,8 @@ def pack(
 ) -> tuple[PackedSequences, PackedSequences]:
     """Split documents into train and validation, then cut each into sequences of `seq_len` tokens.
 
-    Each document is followed by the tokenizer's end token, if it has one; what does not fill the last
-    sequence is dropped.
+    Each text is followed by the tokenizer's end token, if it has one; tokens are taken as they are. What does
+    not fill the last sequence is dropped.
 
     Returns:
         The train and the validation sequences.
@@ -151,17 +112,17 @@ def pack(
     Raises:
         CorpusError: a split does not fill one sequence.
     """
-    train_texts, validation_texts = _split(corpus, validation_fraction)
-    train = _cut(train_texts, tokenizer, seq_len)
-    validation = _cut(validation_texts, tokenizer, seq_len)
-    if max_sequences:
-        train = train[:max_sequences]
+    cut = _cut_tokens if corpus.is_tokens else functools.partial(_cut_text, tokenizer)
+    train_parts, validation_parts = _split(corpus, validation_fraction)
+    train = cut(train_parts, seq_len, max_sequences)
+    validation = cut(validation_parts, seq_len, 0)
     for name, tokens in (("train", train), ("validation", validation)):
         if not len(tokens):
-            size = sum(len(document.text) for document in corpus.documents)
+            what = "tokens" if corpus.is_tokens else "bytes"
             raise CorpusError(
-                f"data.source: got {corpus.source!r}; its {size:,} bytes fill no {name} sequence of data.seq_len = "
-                f"{seq_len} tokens; give more text, a smaller seq_len or another data.validation_fraction"
+                f"data.source: got {corpus.source!r}; its {corpus.n_bytes:,} {what} fill no {name} sequence of "
+                f"data.seq_len = {seq_len} tokens; give more text, a smaller seq_len or another "
+                "data.validation_fraction"
             )
     return (
         PackedSequences(train, np.arange(len(train), dtype=np.int64)),
@@ -169,43 +130,67 @@ def pack(
     )
 
 
-def _split(corpus: Corpus, fraction: float) -> tuple[list[bytes], list[bytes]]:
+def _split(corpus: Corpus, fraction: float) -> tuple[list[Content], list[Content]]:
     """Hold out whole documents; where they are too few or too uneven for that, the end of each.
 
     Held-out documents must come within a quarter of the asked fraction; equal ones stay on one side.
     """
-    texts = [document.text for document in corpus.documents]
-    wanted = fraction * sum(map(len, texts))
+    contents = [document.content for document in corpus.documents]
+    wanted = fraction * sum(map(len, contents))
     held, size = 0, 0
-    while size < wanted or (0 < held < len(texts) and texts[held] == texts[held - 1]):
-        size += len(texts[held])
+    while size < wanted or (0 < held < len(contents) and contents[held] == contents[held - 1]):
+        size += len(contents[held])
         held += 1
     if size <= 1.25 * wanted:
-        return texts[held:], texts[:held]
-    cuts = [_character_start(text, round(len(text) * (1 - fraction))) for text in texts]
+        return contents[held:], contents[:held]
+    start_of = _token_start if corpus.is_tokens else _character_start
+    cuts = [start_of(content, round(len(content) * (1 - fraction))) for content in contents]
     return (
-        [text[:cut] for text, cut in zip(texts, cuts, strict=True)],
-        [text[cut:] for text, cut in zip(texts, cuts, strict=True)],
+        [content[:cut] for content, cut in zip(contents, cuts, strict=True)],
+        [content[cut:] for content, cut in zip(contents, cuts, strict=True)],
     )
 
 
-def _character_start(text: bytes, cut: int) -> int:
+def _character_start(text: Content, cut: int) -> int:
     """Move a cut to the left until it splits no UTF-8 character."""
     while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:
         cut -= 1
     return cut
 
 
-def _cut(texts: list[bytes], tokenizer: Tokenizer, seq_len: int) -> TokenArray:
-    nothing = np.empty(0, token_dtype(tokenizer.vocab_size))
-    tokens = np.concatenate([nothing, *_with_ends(texts, tokenizer)])
-    n_sequences = len(tokens) // seq_len
-    return tokens[: n_sequences * seq_len].reshape(n_sequences, seq_len)
+def _token_start(_: Content, cut: int) -> int:
+    """Move a cut to the left until it splits no token of two bytes."""
+    return cut - cut % 2
 
 
-def _with_ends(texts: list[bytes], tokenizer: Tokenizer) -> Iterator[TokenArray]:
+def _cut_text(tokenizer: Tokenizer, texts: list[Content], seq_len: int, most: int) -> TokenArray:
+    """Return at most so many sequences of texts [N, T]; 0 takes all."""
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+    buffer, wanted = bytearray(), most * seq_len * dtype.itemsize  # one copy of the tokens, however many the texts
+    for tokens in _with_ends(texts, tokenizer):
+        buffer += tokens.data
+        if wanted and len(buffer) >= wanted:
+            break
+    return _rows(np.frombuffer(buffer, dtype), seq_len, most)
+
+
+def _with_ends(texts: list[Content], tokenizer: Tokenizer) -> Iterator[TokenArray]:
     ends = [] if tokenizer.end_token is None else [tokenizer.end_token]
     end = np.array(ends, dtype=token_dtype(tokenizer.vocab_size))
     for text in texts:
-        yield tokenizer.encode(text)
+        yield tokenizer.encode(bytes(text))
         yield end
+
+
+def _cut_tokens(parts: list[Content], seq_len: int, most: int) -> TokenArray:
+    """Return at most so many sequences of what .bin files hold [N, T]; of one file a view."""
+    pieces = [tokens_in(part) for part in parts if len(part)]
+    if len(pieces) == 1:
+        return _rows(pieces[0], seq_len, most)
+    return _rows(np.concatenate([np.empty(0, np.uint16), *pieces]), seq_len, most)
+
+
+def _rows(tokens: TokenArray, seq_len: int, most: int) -> TokenArray:
+    n_rows = len(tokens) // seq_len
+    n_rows = min(n_rows, most or n_rows)
+    return tokens[: n_rows * seq_len].reshape(n_rows, seq_len)

@@ -6,20 +6,30 @@ Letters: B sequences, T positions, D channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stackwise_core.arguments import check_choice, check_integer, check_type
 from stackwise_core.data import PackedSequences
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.masking import SALT_DEPTH, VALIDATION_VIEW, IntArray, MaskSpec, content_ids, hash_bits
 from stackwise_core.objectives import Batch, batch_fields, custom_fields, input_time_step
 from stackwise_core.order import RowOrder
-from stackwise_core.raw_batches import Objective, raw_fields, refuse_own_targets, targets_and_masks, tokens_and_ids
+from stackwise_core.raw_batches import (
+    Objective,
+    check_loader,
+    one_pass,
+    raw_fields,
+    refuse_own_targets,
+    targets_and_masks,
+    tokens_and_ids,
+)
 from stackwise_core.time_step_masking import TimeStepMasking
-from stackwise_core.trunk import RowSource
+from stackwise_core.trunk import RowSource, check_trunk, checked_boundary
 
 TrunkActivations = Tensor | RowSource | Callable[..., Tensor]
 """A callable gets the corrupted input_ids [B, T] and, where time is an input, the steps [B]."""
@@ -89,8 +99,18 @@ class ProgressiveDataLoader:
             time_step: the stack's step with time-as-depth; a `TimeStepMasking` knows it.
 
         Raises:
-            ConfigError: arguments that contradict each other.
+            ConfigError: arguments of a wrong type, or that contradict each other.
         """
+        check_loader("base_dataloader", base_dataloader)
+        check_type("masking_strategy", masking_strategy, (MaskSpec, TimeStepMasking, NoneType), _STRATEGIES)
+        check_integer("stack_idx", stack_idx, 0)
+        check_type("cache_activations", cache_activations, bool, "True or False is expected")
+        check_integer("views", views, 1)
+        if time_step is not None:
+            check_integer("time_step", time_step, 0)
+        if objective is not None:
+            check_choice("objective", objective, get_args(Objective))
+        check_trunk(trunk_activations)
         if isinstance(trunk_activations, Tensor) and views > 1:
             allowed = "a tensor holds the activations of one view; give an object with rows() or a callable"
             raise ConfigError([Fault("views", str(views), allowed)])
@@ -114,7 +134,7 @@ class ProgressiveDataLoader:
         view = self.passes % self.views
         self.passes += 1
         first_row = 0
-        for number, raw in enumerate(self.base_dataloader):
+        for number, raw in enumerate(one_pass(self.base_dataloader)):
             fields = raw_fields(raw)
             batch = self._batch(fields, fields.get("view", view), fields.get("batch", number), first_row)
             first_row += len(batch["sequence_ids"])
@@ -148,16 +168,13 @@ class ProgressiveDataLoader:
             if first_row + len(ids) > len(source):
                 received = f"{len(source)} rows"
                 raise ConfigError([Fault("trunk_activations", received, "one row for every row of the loader")])
-            return source[first_row : first_row + len(ids)]
+            return checked_boundary(source[first_row : first_row + len(ids)], batch["input_ids"])
         if isinstance(source, RowSource):
-            return source.rows(ids, view)
-        if not callable(source):
-            kind = type(source).__name__
-            raise ConfigError([Fault("trunk_activations", kind, "a tensor, an object with rows(), or a callable")])
+            return checked_boundary(source.rows(ids, view), batch["input_ids"])
         steps = input_time_step(batch)
         if self.cache_activations:
             return self._recording(source, batch["input_ids"], steps, ids, view)
-        return source(batch["input_ids"]) if steps is None else source(batch["input_ids"], steps)
+        return _run(source, batch["input_ids"], steps)
 
     def _recording(
         self, live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None, ids: IntArray, view: int
@@ -168,7 +185,7 @@ class ProgressiveDataLoader:
         contents: list[int] = content_ids(tokens.numpy()).tolist()
         new = [n for n, key in enumerate(keys) if key not in self._recorded]
         if new:
-            rows = live(tokens[new]) if steps is None else live(tokens[new], steps[new])
+            rows = _run(live, tokens[new], None if steps is None else steps[new])
             for n, row in zip(new, rows, strict=True):
                 self._recorded[keys[n]] = contents[n], row
         for key, content in zip(keys, contents, strict=True):
@@ -211,7 +228,7 @@ class JointDataLoader:
         """Yield the batches of one pass."""
         view = self.passes % self.views
         self.passes += 1
-        for raw in self.base_dataloader:
+        for raw in one_pass(self.base_dataloader):
             stack = int(hash_bits(self.seed, SALT_DEPTH, self.step)[0] % np.uint64(len(self.mask_specs)))
             self.step += 1
             fields = {"view": view, **raw_fields(raw)}
@@ -225,6 +242,13 @@ def validation_batch(
     base = [{**sequences.fields(rows), "view": VALIDATION_VIEW}]
     (batch,) = ProgressiveDataLoader(base, mask_spec and mask_spec.for_validation(), objective=objective)
     return batch
+
+
+_STRATEGIES = "a MaskSpec, a TimeStepMasking or None is expected"
+
+
+def _run(live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None) -> Tensor:
+    return checked_boundary(live(tokens) if steps is None else live(tokens, steps), tokens)
 
 
 def _corruption(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from stackwise_core.data import FIRST_VALIDATION_ID, Corpus, PackedSequences
 from stackwise_core.errors import CorpusError
 from stackwise_core.masking import BoolArray, IntArray
+from stackwise_core.tables import Row, parse_object, shortened
 from stackwise_core.tokenizer import TokenArray, token_dtype
 
 _COLUMNS = ("input_ids", "targets", "masks")
@@ -94,7 +94,7 @@ def _padded(
 def _read_examples(corpus: Corpus, form: ExampleFormat) -> Iterator[Example]:
     for document in corpus.documents:
         # Not splitlines(): a JSON string may hold other line breaks than this one.
-        for number, line in enumerate(document.text.split(b"\n"), 1):
+        for number, line in enumerate(bytes(document.content).split(b"\n"), 1):
             if line.strip():
                 try:
                     yield _read_example(line, form)
@@ -109,11 +109,9 @@ def _read_example(line: bytes, form: ExampleFormat) -> Example:
         ValueError: says what is wrong with it and what to do.
     """
     try:
-        columns: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is no JSON ({error}); the custom objective reads {_EXPECTED}") from None
-    if not isinstance(columns, dict):
-        raise ValueError(f"is no JSON object; the custom objective reads {_EXPECTED}")
+        columns = parse_object(line)
+    except ValueError as error:
+        raise ValueError(f"{error}; the custom objective reads {_EXPECTED}") from None
     if unknown := [name for name in columns if name not in _COLUMNS]:
         raise ValueError(f"got the column {unknown[0]!r}; only {', '.join(_COLUMNS)} are read, leave it out")
     tokens, targets = _column(columns, "input_ids", int), _column(columns, "targets", int)
@@ -129,14 +127,14 @@ def _read_example(line: bytes, form: ExampleFormat) -> Example:
     return Example(tokens, targets, masks)
 
 
-def _column(columns: dict[str, Any], name: str, kind: type) -> NDArray[Any]:
+def _column(columns: Row, name: str, kind: type) -> NDArray[Any]:
     if name not in columns:
         raise ValueError(f"the column {name!r} is missing (it has {list(columns)}); the custom objective needs it")
     values = columns[name]
     # A bool is an int to isinstance, and 0 / 1 would be an unclear mask.
     if not isinstance(values, list) or any(type(value) is not kind for value in values):
         what = "integers" if kind is int else "true and false"
-        raise ValueError(f"{name} is {_short(values)}; a list of {what} is expected")
+        raise ValueError(f"{name} is {shortened(values)}; a list of {what} is expected")
     try:
         return np.array(values, dtype=np.int64 if kind is int else np.bool_)
     except OverflowError:
@@ -150,8 +148,3 @@ def _check_vocabulary(name: str, what: str, values: IntArray, form: ExampleForma
         if name == "targets":
             remedy += ", or give masks that are false where there is no target"
         raise ValueError(f"{name} hold the {what} {outside[0]}, outside 0 to {form.vocab_size - 1}; {remedy}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

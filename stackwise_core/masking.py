@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from stackwise_core.errors import ConfigError, Fault
 
@@ -136,11 +136,12 @@ class TimeInput(BaseModel, frozen=True):
 class MaskSpec(BaseModel, frozen=True):
     """How inputs are corrupted in one stage. A value: it enters ids as it stands."""
 
-    seed: int
-    ratio: float
+    seed: int = Field(ge=0, lt=2**31)
+    ratio: float = Field(ge=0.0, le=1.0)
+    """Share of the positions that is masked."""
     corruption: Literal["bert", "mask"]
-    mask_token: int
-    n_regular_tokens: int
+    mask_token: int = Field(ge=0)
+    n_regular_tokens: int = Field(ge=1)
     """Random replacements are drawn from so many ids, counted from 0: never a special token."""
     time: TimeInput | None = None
     """Time-as-input: each sequence has the ratio of its step, and `ratio` is not used."""

@@ -21,6 +21,7 @@ from stackwise_core.identity import (
 from stackwise_core.resolve import (
     ModelShape,
     Value,
+    reads_examples,
     resolve_grid,
     resolve_mask,
     resolve_objective,
@@ -109,7 +110,7 @@ def plan_run(config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0)
         seq_len=config.data.seq_len,
         max_sequences=config.data.max_sequences,
         validation_fraction=config.data.validation_fraction,
-        examples=config.training.progressive.training_objective == "custom",
+        examples=reads_examples(config),
     )
     specs, stages = resolve_stages(config), list[StagePlan]()
     for spec, reader in zip(specs, [*specs[1:], None], strict=True):

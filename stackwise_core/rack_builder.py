@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 from torch import nn
 
 from stackwise_core.adapters import adapter_names, adapter_parameters
 from stackwise_core.anatomy import Anatomy
+from stackwise_core.arguments import check_choice, check_integer, check_type, describe
 from stackwise_core.config import ModelConfig, Precision, StackOverride, StackWiseConfig
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.growth_operators import freeze, give_adapter, new_rack, new_stack, prepare_to_train, settle
@@ -21,7 +23,9 @@ from stackwise_core.stages import StageSpec, resolve_stack, resolve_stage
 
 def create_stack_from_config(config: StackWiseConfig, creation_index: int = 0) -> Stack:
     """Return a randomly initialised stack of the configured shape, with its adapter if it has one."""
-    config.validate()
+    check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected")
+    config.validate(corpus=False)
+    check_integer("creation_index", creation_index, 0, config.training.progressive.max_stacks - 1)
     spec = resolve_stack(config, creation_index, creation_index)
     return new_stack(resolve_shape(config), spec, "random", config.run.seed, None)
 
@@ -39,7 +43,9 @@ class ProgressiveRackBuilder:
         Raises:
             ConfigError: an impossible configuration or an unknown dimension.
         """
-        config = (config or StackWiseConfig()).model_copy(deep=True) if dimensions else (config or StackWiseConfig())
+        config = StackWiseConfig() if config is None else config
+        check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected; from_yaml(path) reads a file")
+        config = config.model_copy(deep=True) if dimensions else config
         for name, value in dimensions.items():
             if name not in ModelConfig.model_fields:
                 known = ", ".join(ModelConfig.model_fields)
@@ -78,7 +84,8 @@ class ProgressiveRackBuilder:
         for stack in self.stacks:
             if stack.creation_index == creation_index:
                 return stack
-        raise ConfigError([Fault("index", str(creation_index), f"the rack has stacks 0 to {self.n_stacks - 1}")])
+        allowed = f"the rack has stacks 0 to {self.n_stacks - 1}" if self.stacks else "the rack has no stack yet"
+        raise ConfigError([Fault("index", describe(creation_index), allowed)])
 
     def append_stack(self, n_blocks: int | None = None, precision: Precision | None = None) -> Stack:
         """Add a stack on top of the trunk, below the head, and return it.
@@ -106,8 +113,10 @@ class ProgressiveRackBuilder:
         limit, index = self.config.training.progressive.max_stacks, self.n_stacks
         if index >= limit:
             raise ConfigError([Fault(f"{GROWTH}.max_stacks", str(index + 1), f"at most {limit} stacks")])
-        if n_blocks is not None and n_blocks < 1:
-            raise ConfigError([Fault("n_blocks", str(n_blocks), "a stack has at least one block")])
+        if n_blocks is not None:
+            check_integer("n_blocks", n_blocks, 1, 128)
+        if precision is not None:
+            check_choice("precision", precision, get_args(Precision))
         override = self._override(index, mode, n_blocks, precision)
         config = self.as_built(self.config, [*self._added, override])
         if faults := list(growth_faults(config)):
@@ -131,18 +140,14 @@ class ProgressiveRackBuilder:
 
     def _override(self, index: int, mode: str, n_blocks: int | None, precision: Precision | None) -> StackOverride:
         """Return how this stack is built, spelled out, so that later edits of the configuration leave it as it is."""
-        try:
-            return StackOverride.model_validate(
-                {
-                    "n_blocks": n_blocks or stage_blocks(self.config, index),
-                    "precision": precision or stage_precision(self.config, index),
-                    "mode": stage_mode(self.config, index) if mode == "default" else mode,
-                    "steps": 0,
-                }
-            )
-        except ValidationError as error:
-            item = error.errors()[0]
-            raise ConfigError([Fault(str(item["loc"][0]), repr(item["input"]), item["msg"])]) from None
+        return StackOverride.model_validate(
+            {
+                "n_blocks": int(n_blocks or stage_blocks(self.config, index)),
+                "precision": precision or stage_precision(self.config, index),
+                "mode": stage_mode(self.config, index) if mode == "default" else mode,
+                "steps": 0,
+            }
+        )
 
     def as_built(self, config: StackWiseConfig, added: list[StackOverride] | None = None) -> StackWiseConfig:
         """Return a configuration with this rack's shape, and its stacks as they were added.
@@ -180,17 +185,21 @@ class ProgressiveRackBuilder:
         self._trained.update(anatomy.order)
 
     def freeze_trunk(self, indices: list[int] | None = None) -> None:
-        """Freeze some stacks by creation index; all but the newest by default."""
-        for index in range(self.n_stacks - 1) if indices is None else indices:
-            freeze(self.stack(index))
+        """Freeze some stacks by creation index; all but the newest by default.
+
+        Raises:
+            ConfigError: there is no such stack; then none is frozen.
+        """
+        for stack in self._chosen(range(self.n_stacks - 1) if indices is None else indices):
+            freeze(stack)
 
     def freeze_all_but_qlora(self, indices: list[int] | None = None) -> None:
         """Freeze some stacks by creation index, all by default, but let their adapters train.
 
         Raises:
-            ConfigError: none of them has an adapter.
+            ConfigError: there is no such stack, or none of them has an adapter.
         """
-        chosen = [self.stack(index) for index in (range(self.n_stacks) if indices is None else indices)]
+        chosen = self._chosen(range(self.n_stacks) if indices is None else indices)
         adapters = [parameter for stack in chosen for parameter in adapter_parameters(stack)]
         if not adapters:
             allowed = f"none of these stacks has an adapter; set {GROWTH}.qlora_enabled before they are built"
@@ -199,6 +208,10 @@ class ProgressiveRackBuilder:
             freeze(stack)
         for parameter in adapters:
             parameter.requires_grad_(True)
+
+    def _chosen(self, indices: Iterable[int]) -> list[Stack]:
+        check_type("indices", indices, (list, tuple, range, set), "a list of creation indices is expected")
+        return [self.stack(index) for index in indices]
 
     def build_rack(self) -> Rack:
         """Return the rack; it is shared with the builder, not a copy."""

@@ -2,35 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
+from stackwise_core.arguments import check_integer, describe
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.masking import BoolArray, IntArray, content_ids
+from stackwise_core.masking import VALIDATION_VIEW, BoolArray, IntArray, content_ids
 from stackwise_core.objectives import Batch
 
 Objective = Literal["mlm", "clm", "custom"]
 
 
+def check_loader(name: str, loader: Any) -> None:
+    """Refuse what cannot be a loader of batches, before the first of them is asked for.
+
+    Raises:
+        ConfigError: names the argument, what it is, and what to do.
+    """
+    allowed = "anything that yields batches is expected: a DataLoader, or a list of tensors [B, T]"
+    if isinstance(loader, (str, bytes, dict)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise ConfigError([Fault(name, describe(loader), allowed)])
+    if isinstance(loader, (Tensor, np.ndarray)) and loader.ndim != 3:
+        allowed = "rows are no batches: wrap it in DataLoader(..., batch_size=...), or cut it into tensors [B, T]"
+        raise ConfigError([Fault(name, describe(loader), allowed)])
+
+
+def one_pass(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches of one pass over a loader.
+
+    Raises:
+        ConfigError: there is none, as in a generator that an earlier pass has used up.
+    """
+    empty = True
+    for raw in loader:
+        empty = False
+        yield raw
+    if empty:
+        received = (
+            "an iterator that is used up" if isinstance(loader, Iterator) else f"no batch from {describe(loader)}"
+        )
+        allowed = (
+            "every epoch of every stage is a pass of its own over it and needs the batches again: "
+            "give a list of them, a DataLoader, or an object whose __iter__ starts anew"
+        )
+        raise _bad_batch(received, allowed)
+
+
 def raw_fields(raw: Any) -> Batch:
     """Return a batch as a dict, whatever of the three forms it has."""
-    if isinstance(raw, dict):
-        return raw
-    return {"input_ids": raw[0] if isinstance(raw, (tuple, list)) and len(raw) else raw}
+    if not isinstance(raw, dict):
+        return {"input_ids": raw[0] if isinstance(raw, (tuple, list)) and len(raw) else raw}
+    for name in ("view", "batch"):
+        if name in raw:
+            check_integer(
+                f"base_dataloader: {name}", raw[name], VALIDATION_VIEW, what="one integer for the whole batch"
+            )
+    return raw
 
 
-def tokens_and_ids(fields: Batch) -> tuple[IntArray, IntArray]:
-    """Return tokens [B, T] and sequence ids [B], by default content hashes of the rows."""
+def tokens_and_ids(fields: Batch, source: str = "base_dataloader") -> tuple[IntArray, IntArray]:
+    """Return tokens [B, T] and sequence ids [B], by default content hashes of the rows.
+
+    Args:
+        fields: a batch.
+        source: the argument that it came by, for messages.
+    """
     if "input_ids" not in fields:
-        raise _bad_batch(f"a batch with {sorted(fields)}", "each batch needs input_ids [B, T]")
-    tokens = _integers("input_ids", fields["input_ids"], n_dimensions=2)
+        raise _bad_batch(f"a batch with {sorted(fields)}", "each batch needs input_ids [B, T]", source)
+    tokens = _integers("input_ids", fields["input_ids"], 2, source)
     if not tokens.size:
-        raise _bad_batch(f"input_ids of shape {tokens.shape}", "each batch needs at least one token")
+        raise _bad_batch(f"input_ids of shape {tokens.shape}", "each batch needs at least one token", source)
     ids = fields.get("sequence_ids")
-    sequence_ids = content_ids(tokens) if ids is None else _integers("sequence_ids", ids, n_dimensions=1)
+    sequence_ids = content_ids(tokens) if ids is None else _integers("sequence_ids", ids, 1, source)
     if len(sequence_ids) != len(tokens):
-        raise _bad_batch(f"{len(sequence_ids)} sequence_ids for {len(tokens)} rows", "one id for every row")
+        raise _bad_batch(f"{len(sequence_ids)} sequence_ids for {len(tokens)} rows", "one id for every row", source)
     return tokens, sequence_ids
 
 
@@ -40,7 +88,7 @@ def targets_and_masks(fields: Batch) -> tuple[IntArray, BoolArray | None]:
     if name not in fields:
         allowed = "the custom objective needs targets [B, T] in each batch, under 'targets' or 'labels'"
         raise _bad_batch(f"a batch with {sorted(fields)}", allowed)
-    targets = _integers(name, fields[name], n_dimensions=2)
+    targets = _integers(name, fields[name], 2)
     if fields.get("masks") is None:
         return targets, None
     masks = np.asarray(fields["masks"])
@@ -57,16 +105,20 @@ def refuse_own_targets(fields: Batch, objective: Objective) -> None:
         raise _bad_batch(f"a batch with {own}", allowed)
 
 
-def _integers(name: str, value: Any, n_dimensions: int) -> IntArray:
+def _integers(name: str, value: Any, n_dimensions: int, source: str = "base_dataloader") -> IntArray:
     try:
         array = np.asarray(value)
     except ValueError:
-        raise _bad_batch(f"{name} of rows that differ in length", "a rectangle of integers is expected") from None
+        received = f"{name} of rows that differ in length"
+        raise _bad_batch(received, "a rectangle of integers is expected", source) from None
     if array.dtype.kind not in "iu" or array.ndim != n_dimensions:
         shape = "[B, T]" if n_dimensions == 2 else "[B]"
-        raise _bad_batch(f"{name} of {array.dtype} and shape {array.shape}", f"integers {shape} are expected")
+        allowed = f"integers {shape} are expected"
+        if array.dtype.kind in "iu" and array.ndim == 1:
+            allowed += "; this is one row: group rows into batches, as DataLoader(..., batch_size=...) does"
+        raise _bad_batch(f"{name} of {array.dtype} and shape {array.shape}", allowed, source)
     return array.astype(np.int64)
 
 
-def _bad_batch(received: str, allowed: str) -> ConfigError:
-    return ConfigError([Fault("base_dataloader", received, allowed)])
+def _bad_batch(received: str, allowed: str, source: str = "base_dataloader") -> ConfigError:
+    return ConfigError([Fault(source, received, allowed)])

@@ -130,6 +130,11 @@ def resolve_order(config: StackWiseConfig, n_rows: int) -> RowOrder:
     )
 
 
+def reads_examples(config: StackWiseConfig) -> bool:
+    """Return whether the corpus holds examples with targets of their own, and no text."""
+    return config.training.progressive.training_objective == "custom"
+
+
 def resolve_objective(config: StackWiseConfig) -> str:
     """Return what enters ids of a custom objective: the name of its loss, and the hash of its source."""
     if config.training.progressive.training_objective != "custom":

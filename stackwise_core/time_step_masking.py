@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stackwise_core.arguments import check_integer, check_type
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.masking import IntArray, MaskSpec
+from stackwise_core.masking import VALIDATION_VIEW, IntArray, MaskSpec
 from stackwise_core.raw_batches import tokens_and_ids
 from stackwise_core.resolve import resolve_mask
-from stackwise_core.timesteps import mask_ratio_of, resolve_time_input, stack_time_step, time_faults
+from stackwise_core.timesteps import mask_ratio_of, n_time_steps, resolve_time_input, stack_time_step, time_faults
 
 
 class TimeStepMasking:
@@ -22,6 +23,7 @@ class TimeStepMasking:
         Raises:
             ConfigError: it has no diffusion time, no masks, or breaks a rule about time.
         """
+        check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected")
         growth = config.training.progressive
         faults = list(time_faults(config))
         if growth.time_interpretation == "none":
@@ -42,7 +44,8 @@ class TimeStepMasking:
         if self.config.training.progressive.time_interpretation != "depth":
             allowed = "a stack has a step of its own only with depth"
             raise ConfigError([Fault("training.progressive.time_interpretation", "'input'", allowed)])
-        return stack_time_step(self.config, stack_idx)
+        check_integer("stack_idx", stack_idx, 0, self.config.training.progressive.max_stacks - 1)
+        return stack_time_step(self.config, int(stack_idx))
 
     def spec_for_stack(self, stack_idx: int) -> MaskSpec:
         """Return how the stage of a stack corrupts its inputs: at its step's ratio, or by each sequence's step."""
@@ -76,8 +79,10 @@ class TimeStepMasking:
         Raises:
             ConfigError: there is no such time step.
         """
+        check_integer("time_step", time_step, 0, n_time_steps(self.config) - 1)
+        check_integer("view", view, VALIDATION_VIEW)
         fields = {"input_ids": input_ids, "sequence_ids": sequence_ids}
-        tokens, ids = tokens_and_ids(fields)
+        tokens, ids = tokens_and_ids(fields, source="input_ids")
         masks = self._spec(mask_ratio_of(self.config, time_step)).masks(ids, view, tokens.shape[1])
         return torch.from_numpy(masks)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import torch
 
 from stackwise_core.anatomy import Anatomy
+from stackwise_core.arguments import check_type
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.dataloader import JointDataLoader, ProgressiveDataLoader
 from stackwise_core.errors import ConfigError, Fault
@@ -16,6 +18,7 @@ from stackwise_core.growth_rules import growth_faults
 from stackwise_core.hardware import use_hardware
 from stackwise_core.objectives import Batch
 from stackwise_core.rack_builder import ProgressiveRackBuilder
+from stackwise_core.raw_batches import check_loader
 from stackwise_core.resolve import resolve_loss, resolve_mask, resolve_stream_dtype, resolve_views
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stages import StageSpec, resolve_joint, resolve_joint_times, resolve_stage
@@ -42,7 +45,9 @@ class ProgressiveTrainer:
 
     def __init__(self, config: StackWiseConfig | None = None) -> None:
         """Take a configuration; it is validated at every call, since it may be edited in between."""
-        self.config = config or StackWiseConfig()
+        config = StackWiseConfig() if config is None else config
+        check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected; from_yaml(path) reads a file")
+        self.config = config
 
     def train_progressively(
         self,
@@ -65,6 +70,7 @@ class ProgressiveTrainer:
         Returns:
             One result per stage that was trained here; the last is the joint anneal, if there is one.
         """
+        _check_arguments(rack_builder, dataloader, cache, hooks)
         self.config.validate(corpus=False)
         growth = self.config.training.progressive
         target = growth.target_stacks if target_stacks is None else target_stacks
@@ -93,6 +99,7 @@ class ProgressiveTrainer:
         """
         if target_stacks is not None:
             return self.train_progressively(rack_builder, dataloader, target_stacks)
+        _check_arguments(rack_builder, dataloader)
         self.config.validate(corpus=False)
         if not rack_builder.n_stacks:
             raise ConfigError(
@@ -180,6 +187,20 @@ class ProgressiveTrainer:
         ).to(device)
 
 
+def _check_arguments(
+    rack_builder: Any,
+    dataloader: Any,
+    cache: Mapping[int, RowSource] | None = None,
+    hooks: Hooks | None = None,
+) -> None:
+    check_type("rack_builder", rack_builder, ProgressiveRackBuilder, "a ProgressiveRackBuilder is expected")
+    check_loader("dataloader", dataloader)
+    check_type("hooks", hooks, (Hooks, NoneType), "a Hooks or None is expected")
+    check_type("cache", cache, (Mapping, NoneType), "a mapping {boundary: object with rows()} is expected")
+    for boundary, rows in (cache or {}).items():
+        check_type(f"cache[{boundary!r}]", rows, RowSource, "an object with rows(sequence_ids, view) is expected")
+
+
 def _loader(
     config: StackWiseConfig, spec: StageSpec, dataloader: Iterable[Any], boundary: RowSource | LiveTrunk | None
 ) -> Iterable[Batch]:
@@ -203,11 +224,6 @@ def _loader(
 
 
 def _endless(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """Pass over a loader again and again; a pass without a batch ends it."""
+    """Pass over a loader again and again."""
     while True:
-        empty = True
-        for batch in loader:
-            empty = False
-            yield batch
-        if empty:
-            return
+        yield from loader

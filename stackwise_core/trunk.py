@@ -6,12 +6,14 @@ Letters: B sequences, T positions, D channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from stackwise_core.arguments import describe
 from stackwise_core.data import PackedSequences
+from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.masking import IntArray, MaskSpec
 from stackwise_core.model import Stack, TokenEmbedding
 from stackwise_core.objectives import Batch, batch_fields, input_time_step
@@ -32,6 +34,35 @@ class RowSource(Protocol):
     def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
         """Return the boundary activations of some sequences: [B, T, D]."""
         ...
+
+
+_BOUNDARIES = "a tensor [N, T, D] of floats, an object with rows(), a callable or None is expected"
+
+
+def check_trunk(trunk_activations: Any) -> None:
+    """Refuse what can be no source of boundaries.
+
+    Raises:
+        ConfigError: names what it is, and what is allowed.
+    """
+    is_tensor = isinstance(trunk_activations, Tensor)
+    if is_tensor and (trunk_activations.ndim != 3 or not trunk_activations.is_floating_point()):
+        raise ConfigError([Fault("trunk_activations", describe(trunk_activations), _BOUNDARIES)])
+    known = is_tensor or isinstance(trunk_activations, RowSource) or callable(trunk_activations)
+    if not known and trunk_activations is not None:
+        raise ConfigError([Fault("trunk_activations", describe(trunk_activations), _BOUNDARIES)])
+
+
+def checked_boundary(boundary: Any, tokens: Tensor) -> Tensor:
+    """Return the boundary of some tokens [B, T], if it is one: a stack would say less clearly what is wrong with it.
+
+    Raises:
+        ConfigError: it is no tensor [B, T, D].
+    """
+    if not (isinstance(boundary, Tensor) and boundary.ndim == 3 and boundary.shape[:2] == tokens.shape):
+        allowed = f"a tensor [B, T, D] is expected for each batch, here ({len(tokens)}, {tokens.shape[1]}, D)"
+        raise ConfigError([Fault("trunk_activations", describe(boundary), allowed)])
+    return boundary
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ settings.load_profile("untimed")
 _PREFECT_HOME = tempfile.mkdtemp(prefix="stackwise-prefect-")
 os.environ["PREFECT_HOME"] = _PREFECT_HOME  # read when prefect is first imported: the user's own stays untouched
 os.environ.pop("PREFECT_API_URL", None)
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported: a test asks no hub
 
 _WORDS = "the of stack trunk frozen layer boundary token grows each one then keeps rack under noise"
 

@@ -209,6 +209,7 @@ def _plan(config: StackWiseConfig):
 def test_a_loss_over_no_position_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"training\.mask_ratio: got 1e-09"):
         grow(config_of(tmp_path, training={"mask_ratio": 1e-9}), str(tmp_path / "a"))
+    assert not any((tmp_path / "a" / "stacks").iterdir())  # told before the first step
 
 
 def test_damage_shows_in_the_exit_code_of_inspect(root: Path) -> None:

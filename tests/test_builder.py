@@ -188,7 +188,7 @@ def test_a_stack_has_the_precision_it_was_added_with(precision: Precision) -> No
     [
         ("nvfp4", r"model\.d_ff: got 24; stack 0 is NVFP4: 16 must divide it"),
         ("qlora", r"qlora_rank: got 16; of stack 0 exceeds its narrowest layer \(model\.n_kv_heads: 8\)"),
-        ("int4", r"precision: got 'int4'; Input should be 'default', 'full', 'half', 'bfloat16', 'nvfp4' or 'qlora'"),
+        ("int4", "precision: got 'int4'; 'full' or 'half' or 'bfloat16' or 'nvfp4' or 'qlora' is expected"),
     ],
 )
 def test_precisions_that_do_not_fit_are_refused(precision: Any, refused: str) -> None:

@@ -21,6 +21,7 @@ from stackwise_core.data import corpus_facts
 from stackwise_core.model import Stack
 from stackwise_core.plan import StagePlan, plan_run
 from stackwise_core.precision import base_linears, storage_of
+from stackwise_core.resolve import reads_examples
 from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
@@ -65,7 +66,7 @@ class Grown:
     def __init__(self, config: StackWiseConfig, root: Path) -> None:
         grown(config, root)
         self.artifacts, self.manifests = Artifacts(root), manifests(root)
-        plan = plan_run(config, *corpus_facts(config.data.source))
+        plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
         self.data_ref, self.stages = plan.data_ref, plan.stages
 
     @property

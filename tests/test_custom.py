@@ -14,6 +14,7 @@ from stackwise_core.data import PackedSequences, corpus_facts
 from stackwise_core.errors import ConfigError
 from stackwise_core.functions import load_function, source_digest
 from stackwise_core.plan import RunPlan, plan_run
+from stackwise_core.resolve import reads_examples
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
 
@@ -32,7 +33,7 @@ def smoothed(logits, targets):
 
 
 def plan_of(config: StackWiseConfig) -> RunPlan:
-    return plan_run(config, *corpus_facts(config.data.source))
+    return plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
 
 
 def write_shifted(path: Path, splits: tuple[PackedSequences, PackedSequences]) -> Path:
@@ -121,9 +122,22 @@ def test_ids_hold_the_loss_and_that_the_corpus_is_examples(tmp_path: Path, monke
 
 
 def test_text_is_no_examples(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.source: corpus\.txt:1: is no JSON .* one JSON object a line"):
+    with pytest.raises(ValueError, match=r"data\.source: .*/corpus\.txt:1: is no JSON .* one JSON object a line"):
         grown(tiny(tmp_path, CUSTOM), tmp_path / "artifacts")
     assert not manifests(tmp_path / "artifacts")
+
+
+def test_validation_without_a_loss_is_told_before_training(tmp_path: Path) -> None:
+    """Only the last of the three that validate has a loss position, and only two are to be looked at."""
+    rows = [{"input_ids": [n, 1], "targets": [1, n], "masks": [n < 17 or n == 19] * 2} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    changes = {**CUSTOM, "data.source": str(tmp_path / "rows.jsonl"), "data.validation_fraction": 0.15}
+    says = r"validation\.max_sequences: got 2; none of the 2 validation sequences has a loss position; raise it"
+    for _ in range(2):  # the second time the sequences are there already
+        with pytest.raises(ConfigError, match=says):
+            grown(tiny(tmp_path, {**changes, "validation.max_sequences": 2}), tmp_path / "artifacts")
+        assert {name.split("-")[0] for name in manifests(tmp_path / "artifacts")} == {"data"}
+    grown(tiny(tmp_path, {**changes, "validation.max_sequences": 3}), tmp_path / "artifacts")
 
 
 # ---------------------------------------------------------------- functions by name

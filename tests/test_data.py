@@ -157,7 +157,7 @@ def test_digest_depends_on_texts_not_on_names(files: dict[str, bytes]) -> None:
             (second / f"{99 - n}.txt").write_bytes(text)
         corpora = [read_corpus(f"{first}/*"), read_corpus(f"{folder}/second/**/*.txt")]
         assert corpora[0].digest == corpora[1].digest == corpus_facts(f"{first}/*")[0]
-        texts = [[document.text for document in corpus.documents] for corpus in corpora]
+        texts = [[document.content for document in corpus.documents] for corpus in corpora]
         assert texts[0] == texts[1]
         assert sorted(texts[0]) == sorted(files.values())
         (first / "one.more").write_bytes(b"more")
@@ -174,7 +174,13 @@ def test_digest_changes_with_a_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", "empty"), (b"ab\0c", "binary.*byte 2"), (b"abc\xe9", r"no UTF-8 text \(byte 3\)")],
+    [
+        (b"", "empty"),
+        (b"ab\0c", "binary.*byte 2"),
+        (b"abc\xe9", r"no UTF-8 text \(byte 3\)"),
+        (b"a" * (2**20 - 1) + "é".encode() + b"\xe9a", r"no UTF-8 text \(byte 1048577\)"),  # chunks split the first é
+        (b"a" * (2**20 - 1) + b"\xc3a", r"no UTF-8 text \(byte 1048575\)"),
+    ],
 )
 def test_bad_files_are_named(tmp_path: Path, content: bytes, says: str) -> None:
     file = tmp_path / "bad.txt"
@@ -203,7 +209,7 @@ def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_path_with_brackets_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "notes [1].txt").write_text("text")
-    assert read_corpus(str(tmp_path / "notes [1].txt")).documents[0].text == b"text"
+    assert read_corpus(str(tmp_path / "notes [1].txt")).documents[0].content == b"text"
 
 
 def test_standard_library_is_nothing_but_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,14 +225,14 @@ def test_standard_library_is_nothing_but_itself(tmp_path: Path, monkeypatch: pyt
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert {document.name for document in read_corpus("stdlib").documents} == {"a.py", "b.py"}
+    assert {Path(document.name).name for document in read_corpus("stdlib").documents} == {"a.py", "b.py"}
 
 
 def test_standard_library_is_there_and_always_the_same() -> None:
     corpus, again = read_corpus("stdlib"), read_corpus("stdlib")
     assert corpus.digest == again.digest
     assert [document.digest for document in corpus.documents] == sorted(document.digest for document in again.documents)
-    assert sum(len(document.text) for document in corpus.documents) > 1_000_000
-    names = {document.name for document in corpus.documents}
+    assert sum(len(document.content) for document in corpus.documents) > 1_000_000
+    names = {Path(document.name).name for document in corpus.documents}
     assert {"ast.py", "decoder.py"} <= names
     assert not {"torch_version.py", "test_ast.py"} & names  # neither site-packages nor tests

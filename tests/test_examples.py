@@ -17,6 +17,7 @@ from stackwise_core.data import FIRST_VALIDATION_ID, Corpus, Document, PackedSeq
 from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.examples import ExampleFormat, pack_examples
 from stackwise_core.plan import plan_run
+from stackwise_core.resolve import reads_examples
 from storage.layout import Artifacts
 
 PAD = 57
@@ -141,13 +142,17 @@ def test_tokens_are_stored_as_wide_as_they_need() -> None:
         ('{"input_ids": [1], "targets": [1], "masks": [1]}', r"masks is \[1\]; a list of true and false is expected"),
         ('{"input_ids": [1], "targets": [9223372036854775808]}', "targets holds a number that does not fit into 64"),
         ("[" * 100_000, "is no JSON"),
+        (
+            '{"input_ids": [1], "input_ids": [2], "targets": [1]}',
+            "has the key 'input_ids' twice, and only one can count",
+        ),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, says: str) -> None:
     good = '{"input_ids": [1], "targets": [2]}'
     (tmp_path / "rows.jsonl").write_text(f"{good}\n\n  \n{line}\n{good}\n")
-    with pytest.raises(CorpusError, match=rf"^data\.source: rows\.jsonl:4: .*{says}"):
-        pack_examples(read_corpus(f"{tmp_path}/*.jsonl"), FORM, 0, 0.1)
+    with pytest.raises(CorpusError, match=rf"^data\.source: .*/rows\.jsonl:4: .*{says}"):
+        pack_examples(read_corpus(f"{tmp_path}/*.jsonl", examples=True), FORM, 0, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -174,14 +179,16 @@ def test_what_was_packed_for_a_larger_model_is_not_fed_to_a_smaller(tmp_path: Pa
     def prepare(**changes: Any) -> None:
         values = {"data.source": str(tmp_path / "rows.jsonl"), "training.progressive.training_objective": "custom"}
         config = tiny(tmp_path, values | changes)
-        prepare_data(config, artifacts, plan_run(config, *corpus_facts(config.data.source)))
+        prepare_data(
+            config, artifacts, plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
+        )
 
     with pytest.raises(CorpusError, match=r"rows\.jsonl:1: input_ids hold the token 300, outside 0 to 263"):
         prepare()
     prepare(**{"model.vocab_size": 312})
-    with pytest.raises(ConfigError, match=r"got 311; .* hold the target 311: at least 312 is needed") as caught:
+    with pytest.raises(ConfigError, match=r"got 311; .* holds the target 311: at least 312 is needed") as caught:
         prepare(**{"model.vocab_size": 311})
     assert [fault.path for fault in caught.value.faults] == ["model.vocab_size"]
     prepare(**{"model.vocab_size": 311, "training.custom_loss": "json:dumps"})
-    with pytest.raises(ConfigError, match="got 300; the examples hold the token 300: at least 301 is needed"):
+    with pytest.raises(ConfigError, match="got 300; the corpus holds the token 300: at least 301 is needed"):
         prepare(**{"model.vocab_size": 300, "training.custom_loss": "json:dumps"})
