@@ -22,8 +22,8 @@ from pydantic import BaseModel, ValidationError
 from stackwise_core.config import LoraOverride, StackOverride, StackWiseConfig
 from stackwise_core.config_rules import _NOT_BUILT
 from stackwise_core.config_yaml import apply_overrides, parse_value
+from stackwise_core.effect_rules import ONLY_WITH
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.growth_rules import _ONLY_WITH
 from stackwise_core.plan import plan_run
 from stackwise_core.stages import resolve_stage
 
@@ -154,12 +154,13 @@ def test_every_fault_at_once() -> None:
         "training.progressive.target_stacks": ("5", "must not exceed training.progressive.max_stacks = 4"),
         "training.progressive.trunk_trainable_top": (
             "1",
-            "changes nothing here: it belongs to training.progressive.trunk_strategy: qlora; leave it out",
+            "changes nothing here: it belongs to training.progressive.trunk_strategy: qlora, on a trunk that grows to "
+            "more stacks with adapters; leave it out",
         ),
         "training.progressive.time_per_stack": (
             "2",
-            "has an effect only with time_interpretation: depth with stack_time_mapping: linear, or depth or input "
-            "with num_time_steps: 0",
+            "changes nothing here: it belongs to training.progressive.time_interpretation: depth with "
+            "stack_time_mapping: linear, or any with num_time_steps: 0; leave it out",
         ),
         "cache.dtype": ("'int8'", "this version does not build it yet; use 'bfloat16' or 'float16' or 'float32'"),
     }
@@ -614,9 +615,11 @@ def test_every_value_is_accepted_where_it_belongs(path: str, value: Any) -> None
 
 def test_the_table_of_needs_is_whole() -> None:
     """A key that the rules refuse without another is in it; what they name are keys of the schema."""
-    by_default = {"training.corruption", "training.new_stack_init", "cache.mode", "cache.keep"}
-    assert set(_ONLY_WITH) - set(NEEDS) == by_default  # they belong to what is the default
-    assert {*_NOT_BUILT, *_ONLY_WITH, *NEEDS} - set(LEAVES) == set()
+    by_default = "corruption mask_ratio new_stack_init mode keep dtype max_gb blocks_per_stack steps_per_stack"
+    by_default += " new_stack_precision building_mode progressive_qlora"
+    found = {path.rpartition(".")[2] for path in set(ONLY_WITH) - set(NEEDS)}
+    assert found == set(by_default.split())  # they belong to what is the default
+    assert {*_NOT_BUILT, *ONLY_WITH, *NEEDS} - set(LEAVES) == set()
 
 
 @pytest.mark.parametrize(("path", "value"), [("corruption", "mask"), ("loss_weighting", "elbo")])

@@ -13,6 +13,7 @@ from stackwise_core.identity import NUMERICS, Kind, Recipe, Ref, canonical_json
 from stackwise_core.plan import RunPlan, plan_run
 
 CORPUS = "0" * 64
+G = "training.progressive."
 KINDS: tuple[Kind, ...] = ("build", "trunk", "stack", "activations", "validation")
 
 
@@ -105,6 +106,22 @@ def test_caching_changes_no_trained_artifact() -> None:
     assert changed({"training.progressive.cache_activations": False}) == gone
 
 
+def test_what_nobody_samples_is_in_no_id() -> None:
+    for change in ({"training.progressive.cache_activations": False}, {"training.progressive.enabled": False}):
+        assert changed({"validation.sampled_rows": 2}, change) == set()
+
+
+@pytest.mark.parametrize("objective", ["clm", "custom"])
+def test_a_time_step_that_is_only_recorded_is_in_no_id(objective: str) -> None:
+    """Without masks the depth's step changes no number: it stands in the plan alone."""
+    base = {f"{G}training_objective": objective}
+    assert changed({f"{G}time_interpretation": "depth"}, base) == set()
+    depth = {**base, f"{G}time_interpretation": "depth"}
+    assert changed({f"{G}time_per_stack": 3}, depth) == set()
+    assert [stage.spec.time_step for stage in plan({**depth, f"{G}time_per_stack": 3}).stages] == [0, 3, 6]
+    assert changed({f"{G}time_per_stack": 3, f"{G}num_time_steps": 60}, {f"{G}time_interpretation": "depth"})
+
+
 # ---------------------------------------------------------------- what does
 
 
@@ -153,7 +170,7 @@ def test_caching_changes_no_trained_artifact() -> None:
         ("cache.dtype", "float16", FROM_STACK_0 - {"stack-0", "build-1", "trunk-1"}),
         # The judgement, and the validation rows that a store holds for it.
         ("validation.max_sequences", 10, {"activations-0", "activations-1"} | {f"validation-{n}" for n in range(3)}),
-        ("validation.sampled_rows", 2, {f"validation-{n}" for n in range(3)}),
+        ("validation.sampled_rows", 2, {"validation-0", "validation-1"}),  # the last stage has no store to sample
     ],
 )
 def test_what_changes_results_changes_their_ids(path: str, value: Any, expected: set[str]) -> None:
@@ -187,7 +204,6 @@ def test_what_a_stack_begins_as_is_in_the_id_of_its_build() -> None:
     assert not quantised & {"build-0", "trunk-1", "stack-0"}
 
 
-G = "training.progressive."
 TOP = {f"{G}trunk_strategy": "qlora", f"{G}qlora_enabled": True, f"{G}trunk_trainable_top": 1}
 
 
