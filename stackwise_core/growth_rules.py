@@ -123,7 +123,7 @@ def _precision_faults(config: StackWiseConfig) -> Iterator[Fault]:
                 allowed = f"{_named(packed)} NVFP4: 16 must divide {what}; change it, or use bfloat16"
                 yield Fault(path, str(given), allowed)
         if training.joint_steps and not (growth.qlora_enabled or growth.progressive_qlora):
-            allowed = f"the joint anneal trains only adapters of quantised stacks, and {_named(packed)} without"
+            allowed = f"the joint anneal trains only adapters of quantised stacks; {_named(packed)} NVFP4 without any"
             yield Fault("training.joint_steps", str(training.joint_steps), f"{allowed}; set {GROWTH}.qlora_enabled")
 
 
@@ -160,7 +160,7 @@ def _adapter_faults(config: StackWiseConfig) -> Iterator[Fault]:
             faults.setdefault(path, Fault(path, str(rank), allowed))
         if not math.isfinite(alpha):
             path = f"{GROWTH}.qlora_alpha_pattern"
-            allowed = f"alpha of stack {stack} is beyond all numbers; use another"
+            allowed = f"gives stack {stack} an alpha beyond all numbers; use another"
             faults.setdefault(path, Fault(path, repr(growth.qlora_alpha_pattern), allowed))
     yield from faults.values()
     if growth.progressive_qlora and growth.progressive_qlora_rank > width:

@@ -87,17 +87,17 @@ def stack_time_step(config: StackWiseConfig, c: int) -> int:
         allowed = f"{_GROWTH}.max_stacks allows stacks 0 to {n_stacks - 1}"
         raise ConfigError([Fault("stack_idx", str(c), allowed)])
     kind: Any = growth.stack_time_mapping
-    if kind == "linear":
-        step, key = c * growth.time_per_stack, "time_per_stack"
-        remedy = f"lower it, or raise {_GROWTH}.num_time_steps"
-    elif kind == "exponential":
+    if kind == "exponential":
         share = math.expm1(c / (n_stacks - 1)) / math.expm1(1.0) if n_stacks > 1 else 0.0
-        step, key, remedy = round((n_steps - 1) * share), "stack_time_mapping", "use another"
+        return round((n_steps - 1) * share)
+    if kind == "linear":  # past the last step only where num_time_steps is set: by default there are enough
+        step, key = c * growth.time_per_stack, "num_time_steps"
+        remedy = f"raise it, or lower {_GROWTH}.time_per_stack (now {growth.time_per_stack})"
     else:
         step, key = _mapped_step(config, c), "stack_time_mapping" if callable(kind) else "time_mapping"
         remedy = f"change it, or {_GROWTH}.num_time_steps"
     if not 0 <= step < n_steps:
-        allowed = f"gives stack {c} the step {step}, outside 0 to {n_steps - 1}; {remedy}"
+        allowed = f"stack {c} gets the step {step}, outside 0 to {n_steps - 1}; {remedy}"
         raise ConfigError([Fault(f"{_GROWTH}.{key}", shown(getattr(growth, key)), allowed)])
     return step
 

@@ -240,6 +240,103 @@ def test_each_rule_across_fields(values: dict[str, Any], path: str, received: st
     assert fault.allowed
 
 
+ADAPTERS = {f"{GROWTH}.qlora_enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {f"{GROWTH}.new_stack_precision": "qlora", "training.new_stack_init": "random"},
+            "training.new_stack_init: got 'random'; stacks 1, 2 are NF4 and train adapters only, so their "
+            "weights must be "
+            "copies; use auto or copy",
+        ),
+        (
+            {f"{GROWTH}.target_stacks": 7, f"{GROWTH}.new_stack_precision": "qlora", "training.new_stack_init": "zero"},
+            "training.new_stack_init: got 'zero'; stacks 1, 2, 3, 4 and 2 more are NF4 and train adapters only, "
+            "so their weights must be copies; use auto or copy",
+        ),
+        (
+            {f"{GROWTH}.time_interpretation": "depth", f"{GROWTH}.num_time_steps": 2},
+            "training.progressive.num_time_steps: got 2; stack 2 gets the step 2, outside 0 to 1; raise it, or lower "
+            "training.progressive.time_per_stack (now 1)",
+        ),
+        (
+            {
+                **ADAPTERS,
+                f"{GROWTH}.qlora_strategy": "variable",
+                f"{GROWTH}.qlora_configs": {1: {"rank": 2, "alpha": 2.0}},
+            },
+            "training.progressive.qlora_configs: got 1 entries; stacks 0, 2 are without an entry, and each "
+            "adapter needs one (given: 1)",
+        ),
+        (
+            {f"{GROWTH}.new_stack_precision": "nvfp4", "model.d_model": 72},
+            "model.d_model: got 72; stacks 0, 1, 2 are NVFP4: 16 must divide it; change it, or use bfloat16",
+        ),
+        (
+            {f"{GROWTH}.stacks": [{}, {"precision": "nvfp4"}], "model.d_model": 96, "model.n_kv_heads": 1},
+            "model.n_kv_heads: got 1; stack 1 is NVFP4: 16 must divide the layers of width 24 that it gives; "
+            "change it, or use bfloat16",
+        ),
+        (
+            {f"{GROWTH}.new_stack_precision": "nvfp4", "training.joint_steps": 10},
+            "training.joint_steps: got 10; the joint anneal trains only adapters of quantised stacks; stacks 0, "
+            "1, 2 are NVFP4 without any; set training.progressive.qlora_enabled",
+        ),
+        (
+            {f"{GROWTH}.new_stack_precision": "nvfp4", f"{GROWTH}.trunk_strategy": "full"},
+            "training.progressive.new_stack_precision: got 'nvfp4'; trunk_strategy full trains these weights, "
+            "which would be quantised; use full, half or bfloat16",
+        ),
+        (
+            {f"{GROWTH}.trunk_strategy": "qlora"},
+            "training.progressive.trunk_strategy: got 'qlora'; no trunk stack has an adapter that could train; set "
+            "training.progressive.qlora_enabled or progressive_qlora, or use frozen",
+        ),
+        (
+            {"training.loss_weighting": "elbo"},
+            "training.loss_weighting: got 'elbo'; needs training.progressive.time_interpretation: input (now none), "
+            "training.corruption: mask (now bert); set what is missing, or use mean",
+        ),
+        (
+            {**ADAPTERS, f"{GROWTH}.qlora_rank": 512},
+            "training.progressive.qlora_rank: got 512; of stack 0 exceeds its narrowest layer (model.d_model: "
+            "128); lower it",
+        ),
+        (
+            {
+                **ADAPTERS,
+                f"{GROWTH}.qlora_rank": 64,
+                f"{GROWTH}.qlora_strategy": "progressive",
+                f"{GROWTH}.qlora_rank_pattern": "increasing",
+            },
+            "training.progressive.qlora_rank: got 256; of stack 2 exceeds its narrowest layer (model.d_model: "
+            "128); lower it",
+        ),
+        (
+            {
+                **ADAPTERS,
+                f"{GROWTH}.target_stacks": 1024,
+                f"{GROWTH}.max_stacks": 1024,
+                f"{GROWTH}.qlora_strategy": "progressive",
+                f"{GROWTH}.qlora_alpha_pattern": "increasing",
+            },
+            "training.progressive.qlora_alpha_pattern: got 'increasing'; gives stack 1019 an alpha beyond all numbers; "
+            "use another",
+        ),
+    ],
+)
+def test_a_combination_that_makes_no_sense_has_one_sentence(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """As a person meets it: from a file, with what to change, whatever the number of stacks that it concerns."""
+    path = tmp_path / "run.yaml"
+    path.write_text("run: {name: wrong}\n")
+    with pytest.raises(ConfigError) as caught:
+        StackWiseConfig.from_yaml(path, changes)
+    assert str(caught.value) == says
+
+
 @pytest.mark.parametrize(
     ("path", "hint"),
     [

@@ -64,11 +64,11 @@ def test_linear_never_clamps() -> None:
     config = config_of({**DEPTH, "max_stacks": 5, "time_per_stack": 3, "num_time_steps": 9, "target_stacks": 3})
     assert stack_time_step(config, 2) == 6
     assert faults_of(config) == []
-    with pytest.raises(ConfigError, match=r"time_per_stack: got 3; gives stack 3 the step 9, outside 0 to 8"):
+    with pytest.raises(ConfigError, match=r"num_time_steps: got 9; stack 3 gets the step 9, outside 0 to 8; raise it"):
         stack_time_step(config, 3)
     config.training.progressive.target_stacks = 4
     (fault,) = faults_of(config)
-    assert "gives stack 3 the step 9" in fault
+    assert "stack 3 gets the step 9" in fault
 
 
 @given(st.integers(2, 40), st.integers(1, 400))
@@ -136,7 +136,7 @@ def test_custom_steps_by_name_from_the_working_directory(tmp_path: Path, monkeyp
     [
         ([], "got 0 steps; has no step for stack 0"),
         ([0, 1], "got 2 steps; has no step for stack 2"),
-        ([0, 1, 12], "gives stack 2 the step 12, outside 0 to 11"),
+        ([0, 1, 12], "stack 2 gets the step 12, outside 0 to 11"),
         ([0, 5, 4], "falls from 5 to 4 between stacks 1 and 2; steps must not decrease"),
         ("no_such_module:f", "cannot be imported (ModuleNotFoundError"),
         ("math:no_such_function", "module math has nothing called 'no_such_function'"),
@@ -144,7 +144,7 @@ def test_custom_steps_by_name_from_the_working_directory(tmp_path: Path, monkeyp
         ("math:sqrt", "fails for stack 0 with TypeError"),
         ("operator:truediv", "fails for stack 0 with TypeError"),
         (lambda c, stacks, steps: c / 2, "returns 0.0 for stack 0; an int is needed"),
-        (lambda c, stacks, steps: -1, "gives stack 0 the step -1, outside 0 to 11"),
+        (lambda c, stacks, steps: -1, "stack 0 gets the step -1, outside 0 to 11"),
         (lambda c, stacks, steps: 5 - c, "falls from 5 to 4 between stacks 0 and 1"),
         (lambda c, stacks, steps: 1 // (2 - c), "fails for stack 2 with ZeroDivisionError"),
     ],
