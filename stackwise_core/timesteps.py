@@ -63,7 +63,7 @@ def _schedule(config: StackWiseConfig) -> TimeInput:
         sampling=training.time_sampling,
         ratio_min=training.mask_ratio_min if interpolated else 0.0,
         ratio_max=training.mask_ratio_max if interpolated else 0.0,
-        table=() if elbo else table,
+        table=table,
         elbo=elbo,
     )
 

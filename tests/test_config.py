@@ -742,6 +742,18 @@ def test_keys_of_what_is_switched_off_are_refused(path: str, value: str, switche
     assert (fault.path, f"{switched_off}: true" in fault.allowed) == (path, True)
 
 
+def test_one_key_is_told_where_another_would_be_wrong_only_beside_it() -> None:
+    """A strategy that nothing reads says so; that its stacks would be quantised does not come to pass."""
+    growth = {"enabled": False, "trunk_strategy": "full", "new_stack_precision": "nvfp4"}
+    (fault,) = faults_of(nested(GROWTH, growth))
+    assert fault.path == f"{GROWTH}.trunk_strategy"
+
+
+def test_a_quantised_stack_with_a_progressive_adapter_joins_the_anneal() -> None:
+    growth = {"new_stack_precision": "nvfp4", "progressive_qlora": True}
+    StackWiseConfig.from_dict({"training": {"joint_steps": 30, "progressive": growth}})
+
+
 def test_overrides_of_a_stack_reach_its_stage() -> None:
     config = StackWiseConfig.from_dict(nested("training.progressive.stacks", [{}, {"n_blocks": 5, "steps": 77}]))
     assert [(resolve_stage(config, n).n_blocks, resolve_stage(config, n).optim.steps) for n in range(3)] == [

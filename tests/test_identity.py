@@ -270,6 +270,49 @@ def test_rows_that_are_read_once_are_cached_where_a_store_can_be_advanced() -> N
     assert all("costs as much as running the trunk" in reason for reason in depth)
 
 
+@pytest.mark.parametrize(
+    ("more", "rows"),
+    [  # 4000 bytes in sequences of 128, less what is held out, under as many mask draws as there are
+        ({}, 29 * 8),
+        ({"cache__views": 2}, 29 * 2),
+        ({"data__validation_fraction": 0.4}, 18 * 8),
+        ({"data__max_sequences": 10}, 10 * 8),
+        ({"training__progressive__stacks": [{}, {"steps": 20}, {"steps": 20}]}, 29 * 8),
+    ],
+)
+def test_a_store_pays_up_to_the_last_byte_of_its_budget(more: dict[str, Any], rows: int) -> None:
+    n_gib = rows * 128 * 128 * 2 / 2**30  # positions, channels, bfloat16
+    assert reasons(4000, cache__max_gb=n_gib, **more) == ["", ""]
+    assert all("exceed" in reason for reason in reasons(4000, cache__max_gb=n_gib * 0.999, **more))
+
+
+def test_a_boundary_that_stays_where_it_was_is_not_advanced() -> None:
+    """Stage 3 trains adapters of stack 2, so it reads what lies below it, as stage 2 does."""
+    growth = {"target_stacks": 4, "trunk_strategy": "qlora", "stacks": [{}, {}, {"precision": "qlora"}]}
+    _, second, third = reasons(0, training__progressive=growth)
+    assert second == ""
+    assert "costs as much as running the trunk" in third
+
+
+def test_a_stage_without_a_cache_says_why() -> None:
+    said = {
+        f"{G}trunk_strategy": ("full", "stage 1 streams from tokens: the whole trunk trains"),
+        f"{G}building_mode": (
+            "prepend",
+            "stage 1 streams from tokens: gradients flow through the trunk to the prepended",
+        ),
+        f"{G}cache_activations": (False, "training.progressive.cache_activations is false: the trunk runs live"),
+    }
+    for key, (value, reason) in said.items():
+        assert plan({key: value}).stages[0].no_cache_reason.startswith(reason)
+    adapted = plan({f"{G}trunk_strategy": "qlora", f"{G}qlora_enabled": True}).stages
+    assert adapted[0].no_cache_reason == "stage 1 streams from tokens: adapters of every trunk stack train"
+    assert adapted[2].no_cache_reason == "last stage: no stage reads it; raising target_stacks fills it"
+    annealed = plan({"training.joint_steps": 20}).stages
+    assert annealed[2].no_cache_reason == "stage 3 streams from tokens: it trains everything together"
+    assert annealed[3].no_cache_reason == "last stage: no stage reads it"
+
+
 # ---------------------------------------------------------------- how ids are made
 
 

@@ -211,7 +211,7 @@ VALID: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({**DEPTH, "stack_time_mapping": "exponential", "time_per_stack": 9}, {}),
     ({**DEPTH, "training_objective": "clm"}, {}),
     (INPUT, {"time_sampling": "stratified"}),
-    ({**INPUT, "time_embedding_dim": 6, "time_encoding_type": "learned", "time_per_stack": 4}, {}),
+    ({**INPUT, "time_embedding_dim": 7, "time_encoding_type": "learned", "time_per_stack": 4}, {}),
     ({**INPUT, "num_time_steps": 3}, {"mask_ratio_table": [0.5, 0.1, 0.9]}),
     (INPUT, {"loss_weighting": "elbo", "corruption": "mask"}),
 ]
