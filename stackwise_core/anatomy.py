@@ -7,12 +7,14 @@ decided here, once, from the configuration alone. Needs no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
 
-from stackwise_core.config import StackWiseConfig
 from stackwise_core.growth_rules import QUANTISED, has_adapter, stage_mode, stage_precision
+
+if TYPE_CHECKING:  # whose own rules ask this module
+    from stackwise_core.config import StackWiseConfig
 
 AdapterName = Literal["stack", "progressive"]
 Trains = Literal["everything", "adapters", "nothing"]
@@ -78,8 +80,10 @@ def stage_anatomy(config: StackWiseConfig, stage: int) -> Anatomy:
     growth = config.training.progressive
     order = data_flow(config, stage + 1)
     full = growth.trunk_strategy == "full"
+    trunk = [c for c in order if c != stage]
+    top = set(trunk[-growth.trunk_trainable_top :] if growth.trunk_trainable_top else trunk)
     trains: list[Trains] = [
-        _newest_trains(config, stage) if c == stage else _trunk_trains(config, c, order) for c in order
+        _newest_trains(config, stage) if c == stage else _trunk_trains(config, c, c in top) for c in order
     ]
     return Anatomy(
         order=order,
@@ -104,16 +108,12 @@ def _newest_trains(config: StackWiseConfig, stage: int) -> Trains:
     return "adapters" if stage_precision(config, stage) == "qlora" and stage > 0 else "everything"
 
 
-def _trunk_trains(config: StackWiseConfig, stack: int, order: tuple[int, ...]) -> Trains:
+def _trunk_trains(config: StackWiseConfig, stack: int, in_top: bool) -> Trains:
     growth = config.training.progressive
-    newest = max(order)
     if growth.trunk_strategy == "full":
         return "everything"
-    if growth.trunk_strategy == "frozen" or not (growth.progressive_qlora or has_adapter(config, stack)):
-        return "nothing"
-    trunk = [c for c in order if c != newest]
-    top = trunk[-growth.trunk_trainable_top :] if growth.trunk_trainable_top else trunk
-    return "adapters" if stack in top else "nothing"
+    adapts = in_top and (growth.progressive_qlora or has_adapter(config, stack))
+    return "adapters" if growth.trunk_strategy == "qlora" and adapts else "nothing"
 
 
 def last_trained(anatomies: Sequence[Anatomy], stack: int, part: Literal["base", "adapters"]) -> int:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from stackwise_core.effect_rules import effect_faults
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.growth_rules import effect_faults, growth_faults, stage_steps
+from stackwise_core.growth_rules import growth_faults, stage_steps
 from stackwise_core.timesteps import time_faults
 from stackwise_core.tokenizer import load_tokenizer
 

@@ -64,3 +64,8 @@ def source_digest(function: Callable[..., Any], key: str) -> str:
     except (OSError, TypeError) as error:
         allowed = f"its source cannot be read ({error}); write it in a Python file"
         raise ConfigError([Fault(key, repr(function), allowed)]) from None
+
+
+def shown(value: Any) -> str:
+    """Return how a message shows a value: a function by its name."""
+    return getattr(value, "__qualname__", type(value).__name__) if callable(value) else repr(value)

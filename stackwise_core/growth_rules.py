@@ -1,11 +1,10 @@
-"""What makes sense of stacks, precisions, adapters and strategies together, and which keys matter when."""
+"""What each stack has of its own, and what makes sense of stacks, precisions, adapters and strategies together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 from stackwise_core.errors import Fault
 
@@ -106,21 +105,34 @@ def _trunk_has_adapters(config: StackWiseConfig) -> bool:
 
 def _precision_faults(config: StackWiseConfig) -> Iterator[Fault]:
     growth, training = config.training.progressive, config.training
-    for stack in range(growth.target_stacks):
-        precision, path = stage_precision(config, stack), _precision_path(config, stack)
-        if precision in QUANTISED and growth.trunk_strategy == "full" and growth.enabled:
+    precisions = {stack: stage_precision(config, stack) for stack in range(growth.target_stacks)}
+    if growth.trunk_strategy == "full" and growth.enabled:
+        keys = {_precision_path(config, stack): kind for stack, kind in precisions.items() if kind in QUANTISED}
+        for path, precision in keys.items():
             allowed = "trunk_strategy full trains these weights, which would be quantised; use full, half or bfloat16"
             yield Fault(path, repr(precision), allowed)
-        if precision == "qlora" and growth.enabled and stack and training.new_stack_init in ("random", "zero"):
-            allowed = f"stack {stack} is NF4 and trains adapters only, so its weights must be a copy; use auto or copy"
-            yield Fault("training.new_stack_init", repr(training.new_stack_init), allowed)
-        if precision == "nvfp4":
-            for name, width in _widths(config).items():
-                if width % 16:
-                    yield Fault(name, str(width), f"stack {stack} is NVFP4: 16 must divide it (or use bfloat16)")
-        if precision == "nvfp4" and training.joint_steps and not (growth.qlora_enabled or growth.progressive_qlora):
-            allowed = f"the joint anneal trains only adapters of a quantised stack, and stack {stack} has none"
+    copies = [stack for stack, precision in precisions.items() if precision == "qlora" and stack]
+    if copies and growth.enabled and training.new_stack_init in ("random", "zero"):
+        allowed = f"{_named(copies)} NF4 and train adapters only, so their weights must be copies; use auto or copy"
+        yield Fault("training.new_stack_init", repr(training.new_stack_init), allowed)
+    if packed := [stack for stack, precision in precisions.items() if precision == "nvfp4"]:
+        for path, width in _widths(config).items():
+            if width % 16:
+                given = getattr(config.model, path.removeprefix("model."))
+                what = "it" if given == width else f"the layers of width {width} that it gives"
+                allowed = f"{_named(packed)} NVFP4: 16 must divide {what}; change it, or use bfloat16"
+                yield Fault(path, str(given), allowed)
+        if training.joint_steps and not (growth.qlora_enabled or growth.progressive_qlora):
+            allowed = f"the joint anneal trains only adapters of quantised stacks; {_named(packed)} NVFP4 without any"
             yield Fault("training.joint_steps", str(training.joint_steps), f"{allowed}; set {GROWTH}.qlora_enabled")
+
+
+def _named(stacks: list[int]) -> str:
+    """Return "stack 3 is", or "stacks 1, 2 and 3 more are": a rack may have a thousand."""
+    shown, n_more = ", ".join(map(str, stacks[:4])), len(stacks) - 4
+    return (
+        f"stack {shown} is" if len(stacks) == 1 else f"stacks {shown}{f' and {n_more} more' if n_more > 0 else ''} are"
+    )
 
 
 def _precision_path(config: StackWiseConfig, stack: int) -> str:
@@ -131,104 +143,34 @@ def _precision_path(config: StackWiseConfig, stack: int) -> str:
 
 def _adapter_faults(config: StackWiseConfig) -> Iterator[Fault]:
     growth = config.training.progressive
+    variable = growth.qlora_strategy == "variable"
     adapted = [stack for stack in range(growth.target_stacks) if has_adapter(config, stack)]
-    if growth.qlora_strategy == "variable" and (missing := [c for c in adapted if c not in growth.qlora_configs]):
+    if variable and (missing := [c for c in adapted if c not in growth.qlora_configs]):
         given = ", ".join(map(str, sorted(growth.qlora_configs))) or "none"
-        allowed = f"stacks {', '.join(map(str, missing))} need an entry of their own (given: {given})"
+        allowed = f"{_named(missing)} without an entry, and each adapter needs one (given: {given})"
         yield Fault(f"{GROWTH}.qlora_configs", f"{len(growth.qlora_configs)} entries", allowed)
         return
-    width, narrowest = min((width, name) for name, width in _widths(config).items())
+    width, narrowest = min((width, path) for path, width in _widths(config).items())
+    faults: dict[str, Fault] = {}
     for stack in adapted:
-        if (rank := adapter_size(config, stack)[0]) > width:
-            path = f"{GROWTH}.qlora_configs" if growth.qlora_strategy == "variable" else f"{GROWTH}.qlora_rank"
-            yield Fault(path, str(rank), f"of stack {stack} exceeds its narrowest layer ({narrowest}: {width})")
+        rank, alpha = adapter_size(config, stack)
+        if rank > width:
+            path = f"{GROWTH}.qlora_configs.{stack}.rank" if variable else f"{GROWTH}.qlora_rank"
+            allowed = f"of stack {stack} exceeds its narrowest layer ({narrowest}: {width}); lower it"
+            faults.setdefault(path, Fault(path, str(rank), allowed))
+        if not math.isfinite(alpha):
+            path = f"{GROWTH}.qlora_alpha_pattern"
+            allowed = f"gives stack {stack} an alpha beyond all numbers; use another"
+            faults.setdefault(path, Fault(path, repr(growth.qlora_alpha_pattern), allowed))
+    yield from faults.values()
     if growth.progressive_qlora and growth.progressive_qlora_rank > width:
         received, path = str(growth.progressive_qlora_rank), f"{GROWTH}.progressive_qlora_rank"
-        yield Fault(path, received, f"exceeds the narrowest layer of a stack ({narrowest}: {width})")
+        yield Fault(path, received, f"exceeds the narrowest layer of a stack ({narrowest}: {width}); lower it")
 
 
 def _widths(config: StackWiseConfig) -> dict[str, int]:
     """Return the widths of a block's linear layers, by the key that sets each."""
     model = config.model
-    heads = model.n_kv_heads or model.n_heads
-    return {
-        "model.d_model": model.d_model,
-        "model.d_ff": feed_forward_width(config),
-        "model.n_kv_heads": model.d_model // model.n_heads * heads,
-    }
-
-
-# ---------------------------------------------------------------- keys that matter only together with another
-
-_Condition = Callable[["StackWiseConfig"], bool]
-
-
-def _growth_is(**wanted: Any) -> _Condition:
-    return lambda config: any(getattr(config.training.progressive, key) == value for key, value in wanted.items())
-
-
-def _adapted(config: StackWiseConfig) -> bool:
-    return any(has_adapter(config, stack) for stack in range(config.training.progressive.max_stacks))
-
-
-def _any_adapter(config: StackWiseConfig) -> bool:
-    return _adapted(config) or config.training.progressive.progressive_qlora
-
-
-def _patterned(config: StackWiseConfig) -> bool:
-    return _adapted(config) and config.training.progressive.qlora_strategy == "progressive"
-
-
-def _by_rule(config: StackWiseConfig) -> bool:
-    return _adapted(config) and config.training.progressive.qlora_strategy != "variable"
-
-
-def _variable(config: StackWiseConfig) -> bool:
-    return _adapted(config) and config.training.progressive.qlora_strategy == "variable"
-
-
-def _masked(config: StackWiseConfig) -> bool:
-    return config.training.progressive.training_objective == "mlm"
-
-
-_ADAPTED = (_adapted, f"{GROWTH}.qlora_enabled: true, or a stack of precision qlora")
-_BY_RULE = (_by_rule, f"{GROWTH}.qlora_enabled: true or precision qlora, and no qlora_strategy: variable")
-_PATTERNED = (_patterned, f"{GROWTH}.qlora_strategy: progressive, on stacks that have adapters")
-_ONLY_WITH: dict[str, tuple[_Condition, str]] = {
-    f"{GROWTH}.trunk_trainable_top": (_growth_is(trunk_strategy="qlora"), f"{GROWTH}.trunk_strategy: qlora"),
-    f"{GROWTH}.qlora_rank": _BY_RULE,
-    f"{GROWTH}.qlora_alpha": _BY_RULE,
-    f"{GROWTH}.trunk_strategy": (_growth_is(enabled=True), f"{GROWTH}.enabled: true"),
-    "training.new_stack_init": (_growth_is(enabled=True), f"{GROWTH}.enabled: true"),
-    "cache.mode": (_growth_is(cache_activations=True), f"{GROWTH}.cache_activations: true"),
-    "cache.keep": (_growth_is(cache_activations=True), f"{GROWTH}.cache_activations: true"),
-    f"{GROWTH}.qlora_strategy": _ADAPTED,
-    f"{GROWTH}.qlora_rank_pattern": _PATTERNED,
-    f"{GROWTH}.qlora_alpha_pattern": _PATTERNED,
-    f"{GROWTH}.qlora_configs": (_variable, f"{GROWTH}.qlora_strategy: variable, on stacks that have adapters"),
-    f"{GROWTH}.progressive_qlora_rank": (_growth_is(progressive_qlora=True), f"{GROWTH}.progressive_qlora: true"),
-    f"{GROWTH}.progressive_qlora_alpha": (_growth_is(progressive_qlora=True), f"{GROWTH}.progressive_qlora: true"),
-    "training.adapter_learning_rate": (_any_adapter, f"adapters: {GROWTH}.qlora_enabled or progressive_qlora"),
-    "training.custom_loss": (_growth_is(training_objective="custom"), f"{GROWTH}.training_objective: custom"),
-    "training.joint_learning_rate": (
-        lambda config: config.training.joint_steps > 0,
-        "training.joint_steps; there are none",
-    ),
-    "training.corruption": (_masked, f"{GROWTH}.training_objective: mlm"),
-    "training.loss_weighting": (_masked, f"{GROWTH}.training_objective: mlm"),
-}
-
-
-def effect_faults(config: StackWiseConfig) -> Iterator[Fault]:
-    """Yield the keys that were set although nothing of this configuration reads them."""
-    for path, (matters, where) in _ONLY_WITH.items():
-        value = _lookup(config, path)
-        if value != _lookup(type(config)(), path) and not matters(config):
-            yield Fault(path, repr(value), f"changes nothing here: it belongs to {where}; leave it out")
-
-
-def _lookup(config: BaseModel, path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
+    widths = {"model.d_model": model.d_model, "model.d_ff": feed_forward_width(config)}
+    grouped = model.n_kv_heads not in (0, model.n_heads) and model.d_model % model.n_heads == 0
+    return widths | ({"model.n_kv_heads": model.d_model // model.n_heads * model.n_kv_heads} if grouped else {})

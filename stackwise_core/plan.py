@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from stackwise_core.anatomy import last_trained
 from stackwise_core.cache_plan import CacheDecision, decide_cache
-from stackwise_core.config import StackWiseConfig
+from stackwise_core.config import StackWiseConfig, ValidationConfig
 from stackwise_core.identity import (
     ActivationRecipe,
     BuildRecipe,
@@ -35,6 +35,7 @@ from stackwise_core.stages import (
     resolve_joint_times,
     resolve_stages,
 )
+from stackwise_core.timesteps import corrupts_by_time
 
 
 class StagePlan(Value, frozen=True):
@@ -158,7 +159,7 @@ def _plan_stage(
         mode="append" if spec.index == 0 and not joint else spec.mode,  # the first stack has no other end
         precision="full" if joint else spec.new.precision,
         objective=resolve_objective(config),
-        time_step=spec.time_step,
+        time_step=spec.time_step if corrupts_by_time(config) else None,  # elsewhere it is recorded, and changes nothing
         joint_times=resolve_joint_times(config) if joint else (),
         weighting=config.training.loss_weighting,
     )
@@ -169,7 +170,8 @@ def _plan_stage(
         stack=sha256,
         activations=activations.ref(index).sha256 if activations else None,
         sequences=config.validation.max_sequences,
-        sampled_rows=config.validation.sampled_rows,
+        # Without a store none is sampled, whatever is asked for: such ids hold the default.
+        sampled_rows=config.validation.sampled_rows if activations else ValidationConfig().sampled_rows,
         grid=resolve_grid(config),
     )
     return StagePlan(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.functions import load_function
+from stackwise_core.functions import load_function, shown
 from stackwise_core.masking import TimeInput
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _schedule(config: StackWiseConfig) -> TimeInput:
         sampling=training.time_sampling,
         ratio_min=training.mask_ratio_min if interpolated else 0.0,
         ratio_max=training.mask_ratio_max if interpolated else 0.0,
-        table=() if elbo else table,
+        table=table,
         elbo=elbo,
     )
 
@@ -87,18 +87,18 @@ def stack_time_step(config: StackWiseConfig, c: int) -> int:
         allowed = f"{_GROWTH}.max_stacks allows stacks 0 to {n_stacks - 1}"
         raise ConfigError([Fault("stack_idx", str(c), allowed)])
     kind: Any = growth.stack_time_mapping
-    if kind == "linear":
-        step, key = c * growth.time_per_stack, "time_per_stack"
-        remedy = f"lower it, or raise {_GROWTH}.num_time_steps"
-    elif kind == "exponential":
+    if kind == "exponential":
         share = math.expm1(c / (n_stacks - 1)) / math.expm1(1.0) if n_stacks > 1 else 0.0
-        step, key, remedy = round((n_steps - 1) * share), "stack_time_mapping", "use another"
+        return round((n_steps - 1) * share)
+    if kind == "linear":  # past the last step only where num_time_steps is set: by default there are enough
+        step, key = c * growth.time_per_stack, "num_time_steps"
+        remedy = f"raise it, or lower {_GROWTH}.time_per_stack (now {growth.time_per_stack})"
     else:
         step, key = _mapped_step(config, c), "stack_time_mapping" if callable(kind) else "time_mapping"
         remedy = f"change it, or {_GROWTH}.num_time_steps"
     if not 0 <= step < n_steps:
-        allowed = f"gives stack {c} the step {step}, outside 0 to {n_steps - 1}; {remedy}"
-        raise ConfigError([Fault(f"{_GROWTH}.{key}", _shown(getattr(growth, key)), allowed)])
+        allowed = f"stack {c} gets the step {step}, outside 0 to {n_steps - 1}; {remedy}"
+        raise ConfigError([Fault(f"{_GROWTH}.{key}", shown(getattr(growth, key)), allowed)])
     return step
 
 
@@ -118,16 +118,12 @@ def _mapped_step(config: StackWiseConfig, c: int) -> int:
         step = function(c, growth.max_stacks, n_time_steps(config))
     except Exception as error:  # whatever a user's function raises is a fault of the configuration
         allowed = f"fails for stack {c} with {type(error).__name__}: {error}; correct the function"
-        raise ConfigError([Fault(key, _shown(mapping), allowed)]) from error
+        raise ConfigError([Fault(key, shown(mapping), allowed)]) from error
     try:
         return operator.index(step)
     except TypeError:
         allowed = f"returns {step!r} for stack {c}; an int is needed"
-        raise ConfigError([Fault(key, _shown(mapping), allowed)]) from None
-
-
-def _shown(mapping: Any) -> str:
-    return getattr(mapping, "__qualname__", type(mapping).__name__) if callable(mapping) else repr(mapping)
+        raise ConfigError([Fault(key, shown(mapping), allowed)]) from None
 
 
 # ---------------------------------------------------------------- what does not make sense
@@ -142,7 +138,6 @@ def time_faults(config: StackWiseConfig) -> Iterator[Fault]:
         yield from _input_faults(config)
     yield from _schedule_faults(config)
     yield from _elbo_faults(config)
-    yield from _without_effect_faults(config)
 
 
 def _depth_faults(config: StackWiseConfig) -> Iterator[Fault]:
@@ -163,7 +158,7 @@ def _depth_faults(config: StackWiseConfig) -> Iterator[Fault]:
         if not (linear or exponential) and following < step:
             key = "stack_time_mapping" if callable(growth.stack_time_mapping) else "time_mapping"
             allowed = f"falls from {step} to {following} between {pair}; steps must not decrease"
-            yield Fault(f"{_GROWTH}.{key}", _shown(getattr(growth, key)), allowed)
+            yield Fault(f"{_GROWTH}.{key}", shown(getattr(growth, key)), allowed)
             return
 
 
@@ -179,7 +174,7 @@ def _input_faults(config: StackWiseConfig) -> Iterator[Fault]:
 
 def _schedule_faults(config: StackWiseConfig) -> Iterator[Fault]:
     table, n_steps = config.training.mask_ratio_table, n_time_steps(config)
-    if not table or not _corrupts_by_time(config):
+    if not table or not corrupts_by_time(config):
         return
     if len(table) != n_steps:
         allowed = f"needs a ratio for each of the {n_steps} time steps; change it or {_GROWTH}.num_time_steps"
@@ -198,55 +193,12 @@ def _elbo_faults(config: StackWiseConfig) -> Iterator[Fault]:
         f"{_GROWTH}.training_objective": (training.progressive.training_objective, "mlm"),
         "training.corruption": (training.corruption, "mask"),
     }
-    for path, (value, wanted) in needed.items():
-        if value != wanted:
-            allowed = f"needs {path} {wanted} (now {value}); change that, or use mean"
-            yield Fault("training.loss_weighting", "'elbo'", allowed)
-    for name in ("mask_ratio_table", "mask_ratio_min", "mask_ratio_max"):
-        if _is_set(training, name):
-            allowed = "has no effect with training.loss_weighting elbo, which sets the ratios; remove one of the two"
-            yield Fault(f"training.{name}", repr(getattr(training, name)), allowed)
+    wrong = [f"{path}: {wanted} (now {value})" for path, (value, wanted) in needed.items() if value != wanted]
+    if wrong:
+        yield Fault("training.loss_weighting", "'elbo'", f"needs {', '.join(wrong)}; set what is missing, or use mean")
 
 
-def _without_effect_faults(config: StackWiseConfig) -> Iterator[Fault]:
-    """Yield the keys that are set and would change nothing."""
-    training, growth = config.training, config.training.progressive
-    is_depth, is_input = growth.time_interpretation == "depth", growth.time_interpretation == "input"
-    custom = is_depth and growth.stack_time_mapping == "custom"
-    linear = is_depth and growth.stack_time_mapping == "linear"
-    interpolated = _corrupts_by_time(config) and not training.mask_ratio_table
-    steps_from_stacks = (is_depth or is_input) and not growth.num_time_steps
-    with_mlm = "depth or input, with training_objective: mlm"
-    for name, has_effect, remedy in (
-        ("time_embedding_dim", is_input, "time_interpretation: input"),
-        ("time_encoding_type", is_input, "time_interpretation: input"),
-        ("stack_time_mapping", is_depth, "time_interpretation: depth"),
-        ("time_mapping", custom, "time_interpretation: depth with stack_time_mapping: custom"),
-        (
-            "time_per_stack",
-            linear or steps_from_stacks,
-            "time_interpretation: depth with stack_time_mapping: linear, or depth or input with num_time_steps: 0",
-        ),
-        ("num_time_steps", is_depth or is_input, "time_interpretation: depth or input"),
-    ):
-        if not has_effect and _is_set(growth, name):
-            yield Fault(f"{_GROWTH}.{name}", _shown(getattr(growth, name)), f"has an effect only with {remedy}")
-    elbo = training.loss_weighting == "elbo"  # its own rule tells about the ratios then
-    for name, has_effect, remedy in (
-        ("mask_ratio", not (is_depth or is_input), "time_interpretation: none; set mask_ratio_min and mask_ratio_max"),
-        ("mask_ratio_min", interpolated or elbo, f"time_interpretation: {with_mlm} and no mask_ratio_table"),
-        ("mask_ratio_max", interpolated or elbo, f"time_interpretation: {with_mlm} and no mask_ratio_table"),
-        ("mask_ratio_table", _corrupts_by_time(config) or elbo, f"time_interpretation: {with_mlm}"),
-        ("time_sampling", is_input, "time_interpretation: input"),
-    ):
-        if not has_effect and _is_set(training, name):
-            yield Fault(f"training.{name}", repr(getattr(training, name)), f"has an effect only with {remedy}")
-
-
-def _corrupts_by_time(config: StackWiseConfig) -> bool:
+def corrupts_by_time(config: StackWiseConfig) -> bool:
+    """Say whether the time step decides how much of the input is masked."""
     growth = config.training.progressive
     return growth.time_interpretation != "none" and growth.training_objective == "mlm"
-
-
-def _is_set(section: Any, name: str) -> bool:
-    return getattr(section, name) != getattr(type(section)(), name)

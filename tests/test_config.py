@@ -22,8 +22,8 @@ from pydantic import BaseModel, ValidationError
 from stackwise_core.config import LoraOverride, StackOverride, StackWiseConfig
 from stackwise_core.config_rules import _NOT_BUILT
 from stackwise_core.config_yaml import apply_overrides, parse_value
+from stackwise_core.effect_rules import ONLY_WITH
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.growth_rules import _ONLY_WITH
 from stackwise_core.plan import plan_run
 from stackwise_core.stages import resolve_stage
 
@@ -154,12 +154,13 @@ def test_every_fault_at_once() -> None:
         "training.progressive.target_stacks": ("5", "must not exceed training.progressive.max_stacks = 4"),
         "training.progressive.trunk_trainable_top": (
             "1",
-            "changes nothing here: it belongs to training.progressive.trunk_strategy: qlora; leave it out",
+            "changes nothing here: it belongs to training.progressive.trunk_strategy: qlora, on a trunk that grows to "
+            "more stacks with adapters; leave it out",
         ),
         "training.progressive.time_per_stack": (
             "2",
-            "has an effect only with time_interpretation: depth with stack_time_mapping: linear, or depth or input "
-            "with num_time_steps: 0",
+            "changes nothing here: it belongs to training.progressive.time_interpretation: depth with "
+            "stack_time_mapping: linear, or any with num_time_steps: 0; leave it out",
         ),
         "cache.dtype": ("'int8'", "this version does not build it yet; use 'bfloat16' or 'float16' or 'float32'"),
     }
@@ -237,6 +238,103 @@ def test_each_rule_across_fields(values: dict[str, Any], path: str, received: st
     (fault,) = faults_of(values)
     assert (fault.path, fault.received) == (path, received)
     assert fault.allowed
+
+
+ADAPTERS = {f"{GROWTH}.qlora_enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {f"{GROWTH}.new_stack_precision": "qlora", "training.new_stack_init": "random"},
+            "training.new_stack_init: got 'random'; stacks 1, 2 are NF4 and train adapters only, so their "
+            "weights must be "
+            "copies; use auto or copy",
+        ),
+        (
+            {f"{GROWTH}.target_stacks": 7, f"{GROWTH}.new_stack_precision": "qlora", "training.new_stack_init": "zero"},
+            "training.new_stack_init: got 'zero'; stacks 1, 2, 3, 4 and 2 more are NF4 and train adapters only, "
+            "so their weights must be copies; use auto or copy",
+        ),
+        (
+            {f"{GROWTH}.time_interpretation": "depth", f"{GROWTH}.num_time_steps": 2},
+            "training.progressive.num_time_steps: got 2; stack 2 gets the step 2, outside 0 to 1; raise it, or lower "
+            "training.progressive.time_per_stack (now 1)",
+        ),
+        (
+            {
+                **ADAPTERS,
+                f"{GROWTH}.qlora_strategy": "variable",
+                f"{GROWTH}.qlora_configs": {1: {"rank": 2, "alpha": 2.0}},
+            },
+            "training.progressive.qlora_configs: got 1 entries; stacks 0, 2 are without an entry, and each "
+            "adapter needs one (given: 1)",
+        ),
+        (
+            {f"{GROWTH}.new_stack_precision": "nvfp4", "model.d_model": 72},
+            "model.d_model: got 72; stacks 0, 1, 2 are NVFP4: 16 must divide it; change it, or use bfloat16",
+        ),
+        (
+            {f"{GROWTH}.stacks": [{}, {"precision": "nvfp4"}], "model.d_model": 96, "model.n_kv_heads": 1},
+            "model.n_kv_heads: got 1; stack 1 is NVFP4: 16 must divide the layers of width 24 that it gives; "
+            "change it, or use bfloat16",
+        ),
+        (
+            {f"{GROWTH}.new_stack_precision": "nvfp4", "training.joint_steps": 10},
+            "training.joint_steps: got 10; the joint anneal trains only adapters of quantised stacks; stacks 0, "
+            "1, 2 are NVFP4 without any; set training.progressive.qlora_enabled",
+        ),
+        (
+            {f"{GROWTH}.new_stack_precision": "nvfp4", f"{GROWTH}.trunk_strategy": "full"},
+            "training.progressive.new_stack_precision: got 'nvfp4'; trunk_strategy full trains these weights, "
+            "which would be quantised; use full, half or bfloat16",
+        ),
+        (
+            {f"{GROWTH}.trunk_strategy": "qlora"},
+            "training.progressive.trunk_strategy: got 'qlora'; no trunk stack has an adapter that could train; set "
+            "training.progressive.qlora_enabled or progressive_qlora, or use frozen",
+        ),
+        (
+            {"training.loss_weighting": "elbo"},
+            "training.loss_weighting: got 'elbo'; needs training.progressive.time_interpretation: input (now none), "
+            "training.corruption: mask (now bert); set what is missing, or use mean",
+        ),
+        (
+            {**ADAPTERS, f"{GROWTH}.qlora_rank": 512},
+            "training.progressive.qlora_rank: got 512; of stack 0 exceeds its narrowest layer (model.d_model: "
+            "128); lower it",
+        ),
+        (
+            {
+                **ADAPTERS,
+                f"{GROWTH}.qlora_rank": 64,
+                f"{GROWTH}.qlora_strategy": "progressive",
+                f"{GROWTH}.qlora_rank_pattern": "increasing",
+            },
+            "training.progressive.qlora_rank: got 256; of stack 2 exceeds its narrowest layer (model.d_model: "
+            "128); lower it",
+        ),
+        (
+            {
+                **ADAPTERS,
+                f"{GROWTH}.target_stacks": 1024,
+                f"{GROWTH}.max_stacks": 1024,
+                f"{GROWTH}.qlora_strategy": "progressive",
+                f"{GROWTH}.qlora_alpha_pattern": "increasing",
+            },
+            "training.progressive.qlora_alpha_pattern: got 'increasing'; gives stack 1019 an alpha beyond all numbers; "
+            "use another",
+        ),
+    ],
+)
+def test_a_combination_that_makes_no_sense_has_one_sentence(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """As a person meets it: from a file, with what to change, whatever the number of stacks that it concerns."""
+    path = tmp_path / "run.yaml"
+    path.write_text("run: {name: wrong}\n")
+    with pytest.raises(ConfigError) as caught:
+        StackWiseConfig.from_yaml(path, changes)
+    assert str(caught.value) == says
 
 
 @pytest.mark.parametrize(
@@ -614,9 +712,11 @@ def test_every_value_is_accepted_where_it_belongs(path: str, value: Any) -> None
 
 def test_the_table_of_needs_is_whole() -> None:
     """A key that the rules refuse without another is in it; what they name are keys of the schema."""
-    by_default = {"training.corruption", "training.new_stack_init", "cache.mode", "cache.keep"}
-    assert set(_ONLY_WITH) - set(NEEDS) == by_default  # they belong to what is the default
-    assert {*_NOT_BUILT, *_ONLY_WITH, *NEEDS} - set(LEAVES) == set()
+    by_default = "corruption mask_ratio new_stack_init mode keep dtype max_gb blocks_per_stack steps_per_stack"
+    by_default += " new_stack_precision building_mode progressive_qlora"
+    found = {path.rpartition(".")[2] for path in set(ONLY_WITH) - set(NEEDS)}
+    assert found == set(by_default.split())  # they belong to what is the default
+    assert {*_NOT_BUILT, *ONLY_WITH, *NEEDS} - set(LEAVES) == set()
 
 
 @pytest.mark.parametrize(("path", "value"), [("corruption", "mask"), ("loss_weighting", "elbo")])
@@ -640,6 +740,18 @@ def test_keys_of_what_is_switched_off_are_refused(path: str, value: str, switche
     apply_overrides(values, {path: value, switched_off: False})
     (fault,) = faults_of(values)
     assert (fault.path, f"{switched_off}: true" in fault.allowed) == (path, True)
+
+
+def test_one_key_is_told_where_another_would_be_wrong_only_beside_it() -> None:
+    """A strategy that nothing reads says so; that its stacks would be quantised does not come to pass."""
+    growth = {"enabled": False, "trunk_strategy": "full", "new_stack_precision": "nvfp4"}
+    (fault,) = faults_of(nested(GROWTH, growth))
+    assert fault.path == f"{GROWTH}.trunk_strategy"
+
+
+def test_a_quantised_stack_with_a_progressive_adapter_joins_the_anneal() -> None:
+    growth = {"new_stack_precision": "nvfp4", "progressive_qlora": True}
+    StackWiseConfig.from_dict({"training": {"joint_steps": 30, "progressive": growth}})
 
 
 def test_overrides_of_a_stack_reach_its_stage() -> None:

@@ -87,7 +87,7 @@ def gradients(module: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("mode", ["append", "prepend", "full", "qlora trunk", "nf4 dual", "nvfp4 top", "mixed"])
 def test_exactly_what_trains_gets_a_gradient_and_it_is_the_dense_one(mode: str, tmp_path: Path) -> None:
     """Against autograd through the whole rack, with everything trainable."""
-    config = tiny(tmp_path, {**MODES[mode], "cache.dtype": "float32"})
+    config = tiny(tmp_path, MODES[mode])
     stage = len(resolve_stages(config)) - 1
     builder = built(config, stage + 1)
     model = model_of(builder, config, stage)

@@ -13,6 +13,7 @@ from stackwise_core.identity import NUMERICS, Kind, Recipe, Ref, canonical_json
 from stackwise_core.plan import RunPlan, plan_run
 
 CORPUS = "0" * 64
+G = "training.progressive."
 KINDS: tuple[Kind, ...] = ("build", "trunk", "stack", "activations", "validation")
 
 
@@ -105,6 +106,22 @@ def test_caching_changes_no_trained_artifact() -> None:
     assert changed({"training.progressive.cache_activations": False}) == gone
 
 
+def test_what_nobody_samples_is_in_no_id() -> None:
+    for change in ({"training.progressive.cache_activations": False}, {"training.progressive.enabled": False}):
+        assert changed({"validation.sampled_rows": 2}, change) == set()
+
+
+@pytest.mark.parametrize("objective", ["clm", "custom"])
+def test_a_time_step_that_is_only_recorded_is_in_no_id(objective: str) -> None:
+    """Without masks the depth's step changes no number: it stands in the plan alone."""
+    base = {f"{G}training_objective": objective}
+    assert changed({f"{G}time_interpretation": "depth"}, base) == set()
+    depth = {**base, f"{G}time_interpretation": "depth"}
+    assert changed({f"{G}time_per_stack": 3}, depth) == set()
+    assert [stage.spec.time_step for stage in plan({**depth, f"{G}time_per_stack": 3}).stages] == [0, 3, 6]
+    assert changed({f"{G}time_per_stack": 3, f"{G}num_time_steps": 60}, {f"{G}time_interpretation": "depth"})
+
+
 # ---------------------------------------------------------------- what does
 
 
@@ -153,7 +170,7 @@ def test_caching_changes_no_trained_artifact() -> None:
         ("cache.dtype", "float16", FROM_STACK_0 - {"stack-0", "build-1", "trunk-1"}),
         # The judgement, and the validation rows that a store holds for it.
         ("validation.max_sequences", 10, {"activations-0", "activations-1"} | {f"validation-{n}" for n in range(3)}),
-        ("validation.sampled_rows", 2, {f"validation-{n}" for n in range(3)}),
+        ("validation.sampled_rows", 2, {"validation-0", "validation-1"}),  # the last stage has no store to sample
     ],
 )
 def test_what_changes_results_changes_their_ids(path: str, value: Any, expected: set[str]) -> None:
@@ -187,7 +204,6 @@ def test_what_a_stack_begins_as_is_in_the_id_of_its_build() -> None:
     assert not quantised & {"build-0", "trunk-1", "stack-0"}
 
 
-G = "training.progressive."
 TOP = {f"{G}trunk_strategy": "qlora", f"{G}qlora_enabled": True, f"{G}trunk_trainable_top": 1}
 
 
@@ -252,6 +268,49 @@ def test_rows_that_are_read_once_are_cached_where_a_store_can_be_advanced() -> N
     # Where each stage masks at a ratio of its own, no store is advanced.
     depth = reasons(0, training__progressive__time_interpretation="depth")
     assert all("costs as much as running the trunk" in reason for reason in depth)
+
+
+@pytest.mark.parametrize(
+    ("more", "rows"),
+    [  # 4000 bytes in sequences of 128, less what is held out, under as many mask draws as there are
+        ({}, 29 * 8),
+        ({"cache__views": 2}, 29 * 2),
+        ({"data__validation_fraction": 0.4}, 18 * 8),
+        ({"data__max_sequences": 10}, 10 * 8),
+        ({"training__progressive__stacks": [{}, {"steps": 20}, {"steps": 20}]}, 29 * 8),
+    ],
+)
+def test_a_store_pays_up_to_the_last_byte_of_its_budget(more: dict[str, Any], rows: int) -> None:
+    n_gib = rows * 128 * 128 * 2 / 2**30  # positions, channels, bfloat16
+    assert reasons(4000, cache__max_gb=n_gib, **more) == ["", ""]
+    assert all("exceed" in reason for reason in reasons(4000, cache__max_gb=n_gib * 0.999, **more))
+
+
+def test_a_boundary_that_stays_where_it_was_is_not_advanced() -> None:
+    """Stage 3 trains adapters of stack 2, so it reads what lies below it, as stage 2 does."""
+    growth = {"target_stacks": 4, "trunk_strategy": "qlora", "stacks": [{}, {}, {"precision": "qlora"}]}
+    _, second, third = reasons(0, training__progressive=growth)
+    assert second == ""
+    assert "costs as much as running the trunk" in third
+
+
+def test_a_stage_without_a_cache_says_why() -> None:
+    said = {
+        f"{G}trunk_strategy": ("full", "stage 1 streams from tokens: the whole trunk trains"),
+        f"{G}building_mode": (
+            "prepend",
+            "stage 1 streams from tokens: gradients flow through the trunk to the prepended",
+        ),
+        f"{G}cache_activations": (False, "training.progressive.cache_activations is false: the trunk runs live"),
+    }
+    for key, (value, reason) in said.items():
+        assert plan({key: value}).stages[0].no_cache_reason.startswith(reason)
+    adapted = plan({f"{G}trunk_strategy": "qlora", f"{G}qlora_enabled": True}).stages
+    assert adapted[0].no_cache_reason == "stage 1 streams from tokens: adapters of every trunk stack train"
+    assert adapted[2].no_cache_reason == "last stage: no stage reads it; raising target_stacks fills it"
+    annealed = plan({"training.joint_steps": 20}).stages
+    assert annealed[2].no_cache_reason == "stage 3 streams from tokens: it trains everything together"
+    assert annealed[3].no_cache_reason == "last stage: no stage reads it"
 
 
 # ---------------------------------------------------------------- how ids are made

@@ -303,6 +303,13 @@ def test_a_table_and_the_bound_say_the_ratio() -> None:
     assert time_of(n_steps=1).ratios(ids_of(0)).tolist() == [0.1]
 
 
+def test_the_mean_ratio_is_that_of_the_steps_or_of_the_one_that_is_fixed() -> None:
+    assert spec(ratio=0.3).mean_ratio == 0.3
+    assert timed(n_steps=3).mean_ratio == pytest.approx(0.5)
+    at = [timed(n_steps=3, fixed=step).mean_ratio for step in range(3)]
+    assert at == pytest.approx([0.1, 0.5, 0.9])
+
+
 def test_steps_belong_to_time_as_an_input() -> None:
     with pytest.raises(ConfigError, match="steps: got None; the steps of time-as-input are needed"):
         timed().masks(ids_of(1), 0, 9)
