@@ -27,6 +27,7 @@ from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_mask, resolve_order
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stages import OptimSpec, resolve_stage
+from stackwise_core.stream import Stream
 from stackwise_core.trainer import ProgressiveTrainer
 from stackwise_core.training import (
     Hooks,
@@ -54,7 +55,9 @@ def one_thread() -> Iterator[None]:
 
 def tiny(objective: str = "mlm", tie: bool = True, **training: Any) -> StackWiseConfig:
     growth = {"target_stacks": 2, "max_stacks": 4, "training_objective": objective, **training.pop("progressive", {})}
-    values = {"batch_size": 4, "steps_per_stack": STEPS, "warmup_steps": 2, "mask_ratio": 0.4, "progressive": growth}
+    values = {"batch_size": 4, "steps_per_stack": STEPS, "warmup_steps": 2, "progressive": growth}
+    if growth["training_objective"] == "mlm" and "time_interpretation" not in growth:
+        values["mask_ratio"] = 0.4
     model = {"d_model": 16, "n_heads": 2, "n_kv_heads": 1, "d_ff": 24, "blocks_per_stack": 1, "tie_embeddings": tie}
     return StackWiseConfig.from_dict({"model": model, "data": {"seq_len": T}, "training": {**values, **training}})
 
@@ -75,7 +78,7 @@ def stage_of(config: StackWiseConfig, index: int) -> tuple[StageModel, Callable[
         builder.append_stack()
         builder.prepare_stage(resolve_stage(config, n))
     rack, data = builder.build_rack(), sequences()
-    trunk = LiveTrunk(rack.embedding, builder.stacks[:index], torch.bfloat16) if index else None
+    trunk = LiveTrunk(rack.embedding, builder.stacks[:index], Stream("bfloat16")) if index else None
 
     def batches_from(step: int) -> Iterable[Batch]:
         order = resolve_order(config, len(data))
@@ -462,7 +465,7 @@ def test_a_cache_handed_in_is_what_the_stage_reads() -> None:
             self.asked: list[int] = []
             builder = ProgressiveRackBuilder(config)
             ProgressiveTrainer(config).train_progressively(builder, loader_of(), 1)
-            trunk = LiveTrunk(builder.build_rack().embedding, builder.stacks, torch.bfloat16)
+            trunk = LiveTrunk(builder.build_rack().embedding, builder.stacks, Stream("bfloat16"))
             self.kept: dict[int, Tensor] = {}
             for batch in ProgressiveDataLoader(loader_of()):
                 for sequence_id, row in zip(batch["sequence_ids"].tolist(), trunk(batch["input_ids"]), strict=True):
