@@ -586,3 +586,25 @@ def test_put_is_what_a_run_makes(artifacts: Artifacts) -> None:
     shutil.rmtree(artifacts.folder(ref))
     put(artifacts, plan, ref)
     assert artifacts.checked(ref) == artifacts.folder(ref)
+
+
+def test_a_link_that_was_left_in_work_goes_and_not_what_it_leads_to(artifacts: Artifacts, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/thesis.txt").write_text("mine")
+    link = artifacts.root / "work/stack-1-0123456789ab"
+    link.symlink_to(tmp_path / "elsewhere")
+    collect(artifacts)
+    assert not link.is_symlink()
+    assert not list((artifacts.root / "trash").iterdir())
+    assert (tmp_path / "elsewhere/thesis.txt").exists()
+
+
+def test_only_one_who_holds_a_lock_alone_is_named(artifacts: Artifacts) -> None:
+    """Those who share it do not sign: the text is of whoever held it alone before."""
+    collect(artifacts)
+    with among_others(artifacts):
+        assert artifacts.lock_holder("gc") is None
+    with artifacts.lock("gc"):
+        holder = artifacts.lock_holder("gc")
+    assert holder is not None
+    assert holder.pid == os.getpid()
