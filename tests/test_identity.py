@@ -122,6 +122,26 @@ def test_a_time_step_that_is_only_recorded_is_in_no_id(objective: str) -> None:
     assert changed({f"{G}time_per_stack": 3, f"{G}num_time_steps": 60}, {f"{G}time_interpretation": "depth"})
 
 
+def test_the_first_stage_is_the_same_whatever_later_ones_do_with_it() -> None:
+    """It has no trunk that a strategy could train, no other end to grow at, nothing to be an NF4 copy of."""
+    first = {"build-0", "trunk-0", "stack-0"}
+    adapted = {f"{G}qlora_enabled": True}
+    assert not first & changed({f"{G}trunk_strategy": "qlora"}, adapted)
+    assert not first & changed({f"{G}trunk_strategy": "full"})
+    assert not first & changed({f"{G}building_mode": "prepend"})
+    assert first & changed({f"{G}new_stack_precision": "qlora"}, adapted) == {"stack-0"}  # quantised at its end
+    # Of the second stage on, a strategy is named where something of the trunk trains: here in none.
+    top = {f"{G}trunk_strategy": "qlora", f"{G}stacks": [{}, {}, {"precision": "qlora"}], f"{G}target_stacks": 4}
+    assert changed(top, {**top, f"{G}trunk_strategy": "frozen"}) >= {"trunk-3", "stack-3"}
+    assert not {"trunk-2", "stack-2"} & changed(top, {**top, f"{G}trunk_strategy": "frozen"})
+
+
+def test_a_store_is_corrupted_as_its_reader_asks() -> None:
+    run = plan({f"{G}time_interpretation": "depth", f"{G}max_stacks": 3})
+    stored = [stage.activations.mask.ratio for stage in run.stages if stage.activations and stage.activations.mask]
+    assert stored == pytest.approx([0.525, 0.9])
+
+
 # ---------------------------------------------------------------- what does
 
 
