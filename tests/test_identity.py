@@ -122,6 +122,26 @@ def test_a_time_step_that_is_only_recorded_is_in_no_id(objective: str) -> None:
     assert changed({f"{G}time_per_stack": 3, f"{G}num_time_steps": 60}, {f"{G}time_interpretation": "depth"})
 
 
+def test_the_first_stage_is_the_same_whatever_later_ones_do_with_it() -> None:
+    """It has no trunk that a strategy could train, no other end to grow at, nothing to be an NF4 copy of."""
+    first = {"build-0", "trunk-0", "stack-0"}
+    adapted = {f"{G}qlora_enabled": True}
+    assert not first & changed({f"{G}trunk_strategy": "qlora"}, adapted)
+    assert not first & changed({f"{G}trunk_strategy": "full"})
+    assert not first & changed({f"{G}building_mode": "prepend"})
+    assert first & changed({f"{G}new_stack_precision": "qlora"}, adapted) == {"stack-0"}  # quantised at its end
+    # Of the second stage on, a strategy is named where something of the trunk trains: here in none.
+    top = {f"{G}trunk_strategy": "qlora", f"{G}stacks": [{}, {}, {"precision": "qlora"}], f"{G}target_stacks": 4}
+    assert changed(top, {**top, f"{G}trunk_strategy": "frozen"}) >= {"trunk-3", "stack-3"}
+    assert not {"trunk-2", "stack-2"} & changed(top, {**top, f"{G}trunk_strategy": "frozen"})
+
+
+def test_a_store_is_corrupted_as_its_reader_asks() -> None:
+    run = plan({f"{G}time_interpretation": "depth", f"{G}max_stacks": 3})
+    stored = [stage.activations.mask.ratio for stage in run.stages if stage.activations and stage.activations.mask]
+    assert stored == pytest.approx([0.525, 0.9])
+
+
 # ---------------------------------------------------------------- what does
 
 
@@ -240,6 +260,31 @@ def test_a_copy_of_another_stack_that_one_stage_trained_is_another_build() -> No
     got = changed({f"{G}stacks": [{}, {}, {"mode": "prepend"}]}, base)
     assert "build-2" in got
     assert not got & {"build-1", "stack-1"}
+
+
+def test_an_anneal_scales_every_rate_and_warms_up_no_longer_than_it_lasts() -> None:
+    gentle = {"training.joint_steps": 10, "training.joint_learning_rate": 1e-4, f"{G}qlora_enabled": True}
+    *grown, anneal = (stage.spec.optim for stage in plan(gentle).stages)
+    assert {(optim.steps, optim.warmup_steps, optim.min_learning_rate) for optim in grown} == {(200, 20, 2e-4)}
+    assert (anneal.steps, anneal.warmup_steps, anneal.learning_rate, anneal.min_learning_rate) == (10, 10, 1e-4, 1e-4)
+    assert anneal.adapter_learning_rate == pytest.approx(1e-3 * 1e-4 / 2e-3)
+
+
+def test_joint_training_from_scratch_has_the_rates_of_growth_and_the_steps_of_every_stack() -> None:
+    (whole,) = plan({f"{G}enabled": False, f"{G}max_stacks": 3, f"{G}time_interpretation": "depth"}).stages
+    assert (whole.spec.optim.steps, whole.spec.optim.learning_rate) == (200, 2e-3)
+    assert [step for step, _ in whole.stack.joint_times] == [0, 1, 2]
+    assert [ratio for _, ratio in whole.stack.joint_times] == pytest.approx([0.15, 0.525, 0.9])
+    assert whole.build is not None
+    assert [part.index for part in whole.build.parts] == [0, 1, 2]
+    assert whole.build.adapter is None
+
+
+def test_joint_training_names_its_stacks_in_data_flow_order() -> None:
+    (whole,) = plan({f"{G}enabled": False, f"{G}building_mode": "prepend", f"{G}new_stack_precision": "half"}).stages
+    assert whole.build is not None
+    assert [part.index for part in whole.build.parts] == [2, 1, 0]
+    assert whole.stack.precision == "full"  # of one stack; here each part has its own
 
 
 # ---------------------------------------------------------------- which caches pay
