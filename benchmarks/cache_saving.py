@@ -23,8 +23,9 @@ from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_order, resolve_shape
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stages import StageSpec, resolve_stage
+from stackwise_core.stream import Stream
 from stackwise_core.training import make_optimizer, train_step
-from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowsFromTokens, RowSource
+from stackwise_core.trunk import LiveTrunk, RowsFromTokens, RowSource
 from storage.activations.fill import StoreRows, fill_store
 from storage.activations.reader import StoreReader
 
@@ -64,7 +65,7 @@ def _measure(config: StackWiseConfig, rounds: int) -> list[Measure]:
     trunk = LiveTrunk(
         builder.build_rack().embedding,
         [builder.stack(index) for index in spec.anatomy.below],
-        STREAM_DTYPES[config.cache.dtype],
+        Stream(config.cache.dtype),
     )
     with tempfile.TemporaryDirectory() as folder:
         source = RowsFromTokens(train, validation, None, trunk)

@@ -6,20 +6,23 @@ Whichever it is, on a CPU they are the same bytes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import numpy as np
+from torch import Tensor
 
 from flows.stage import Stage
 from stackwise_core.anatomy import Anatomy
+from stackwise_core.config import QUANTISED_STREAMS
 from stackwise_core.evaluate import differing_rows
 from stackwise_core.identity import Ref
 from stackwise_core.plan import StagePlan
-from stackwise_core.resolve import resolve_order
-from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowsFromBoundary, RowsFromTokens, RowSource
+from stackwise_core.resolve import resolve_order, resolve_stream_dtype
+from stackwise_core.stream import Stream
+from stackwise_core.trunk import LiveTrunk, RowsFromBoundary, RowsFromTokens, RowSource
 from storage.activations.fill import StoreRows
 from storage.activations.reader import StoreReader
-from storage.checkpoints import load_embedding, load_stack
+from storage.checkpoints import load_channels, load_embedding, load_stack
 from storage.demand import advance_source
 
 
@@ -50,25 +53,28 @@ def boundary_below(stage: Stage) -> Generator[RowSource | LiveTrunk | None]:
 
 @contextlib.contextmanager
 def boundary_above(stage: Stage) -> Generator[tuple[RowSource, str]]:
-    """Give the boundary that the next stage stands on, and say how it is made."""
+    """Give what the next stage stands on as its last stack computes it, before it is cast, and say from what."""
     below = advance_source(stage.plan, stage.run_plan, stage.artifacts)
     if below is None:
-        yield rows_from_tokens(stage), "tokens"
+        yield _rows_from_tokens(stage, _trunk_above(stage).output), "tokens"
         return
     added = _reader_of(stage).below[-1]
     stack = load_stack(stage.artifacts, stage.so_far, added).to(stage.device)
-    dtype = STREAM_DTYPES[stage.config.cache.dtype]
     with _open_store(stage, below) as reader:
-        yield RowsFromBoundary(reader, stack, dtype, stage.device), f"boundary {len(_reader_of(stage).below) - 1}"
+        yield RowsFromBoundary(reader, stack, stage.device), f"boundary {len(_reader_of(stage).below) - 1}"
 
 
-def rows_from_tokens(stage: Stage) -> RowsFromTokens:
-    """Return the boundary that the next stage stands on as tokens give it, through the whole trunk."""
+def _rows_from_tokens(stage: Stage, trunk: Callable[[Tensor, Tensor | None], Tensor]) -> RowsFromTokens:
+    """Return what tokens give of the boundary that the next stage stands on, through the whole trunk."""
     assert stage.plan.activations is not None
     train, validation = stage.sequences
-    trunk = _live_trunk(stage, stage.so_far, _reader_of(stage).below)
     order = resolve_order(stage.config, len(train))
     return RowsFromTokens(train, validation, stage.plan.activations.mask, trunk, order)
+
+
+def _trunk_above(stage: Stage) -> LiveTrunk:
+    """Return the trunk of the next stage."""
+    return _live_trunk(stage, stage.so_far, _reader_of(stage).below)
 
 
 def _reader_of(stage: Stage) -> Anatomy:
@@ -80,7 +86,14 @@ def _live_trunk(stage: Stage, plans: tuple[StagePlan, ...], below: tuple[int, ..
     """Return some stacks as the last of some stages left them."""
     embedding = load_embedding(stage.artifacts, plans).to(stage.device)
     stacks = [load_stack(stage.artifacts, plans, stack).to(stage.device) for stack in below]
-    return LiveTrunk(embedding, stacks, STREAM_DTYPES[stage.config.cache.dtype])
+    return LiveTrunk(embedding, stacks, stream_of(stage, plans, below))
+
+
+def stream_of(stage: Stage, plans: tuple[StagePlan, ...], stacks: tuple[int, ...]) -> Stream:
+    """Return how the stream is held above some stacks as the last of some stages left them."""
+    dtype = resolve_stream_dtype(stage.config)
+    known = stacks if dtype in QUANTISED_STREAMS else ()
+    return Stream(dtype, {stack: load_channels(stage.artifacts, plans, stack) for stack in known})
 
 
 def rows_to_store(stage: Stage) -> StoreRows:
@@ -90,6 +103,7 @@ def rows_to_store(stage: Stage) -> StoreRows:
     train_sequences, validation_sequences = stage.sequences
     rows, views = resolve_order(stage.config, len(train_sequences)).visited(recipe.steps)
     validation_ids = validation_sequences.sequence_ids[: recipe.validation_sequences]
+    top = _reader_of(stage).below[-1]
     return StoreRows(
         sequence_ids=train_sequences.sequence_ids[rows],
         views=views,
@@ -98,6 +112,7 @@ def rows_to_store(stage: Stage) -> StoreRows:
         d_model=stage.plan.shape.d_model,
         dtype=recipe.dtype,
         attributes={"id": stage.plan.ref("activations").sha256, "recipe": recipe.dump()},
+        channels=stream_of(stage, stage.so_far, (top,)).channels_of(top),
     )
 
 
@@ -107,7 +122,9 @@ def compare_store(stage: Stage, ref: Ref) -> tuple[int, list[tuple[int, int]]]:
     Returns:
         How many rows were compared, and the (sequence id, view) pairs that differ.
     """
-    sample = rows_to_store(stage).sample(stage.plan.validation.sampled_rows)
+    rows = rows_to_store(stage)
+    sample = rows.sample(stage.plan.validation.sampled_rows)
+    live = _rows_from_tokens(stage, _trunk_above(stage))
     with _open_store(stage, ref) as reader:
         # A CPU gives the same bits; CUDA kernels may sum in another order.
-        return differing_rows(reader, rows_from_tokens(stage), sample, exact=stage.device.type == "cpu")
+        return differing_rows(reader, live, sample, rows.dtype, exact=stage.device.type == "cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flows.boundaries import compare_store
+from flows.boundaries import compare_store, stream_of
 from flows.stage import Facts, Stage
 from stackwise_core.dataloader import validation_batch
 from stackwise_core.errors import StackWiseError
@@ -12,7 +12,6 @@ from stackwise_core.evaluate import judge_rack
 from stackwise_core.identity import Ref
 from stackwise_core.masking import MaskSpec
 from stackwise_core.resolve import resolve_loss
-from stackwise_core.trunk import STREAM_DTYPES
 from storage.checkpoints import (
     load_embedding,
     load_head,
@@ -37,7 +36,7 @@ def judge(stage: Stage) -> Facts:
         (load_stack(stage.artifacts, plans, index).to(stage.device) for index in anatomy.order),
         load_head(stage.artifacts, plans).to(stage.device),
         [validation_batch(validation_sequences, rows, mask, objective) for mask in masks],
-        stream_dtype=STREAM_DTYPES[stage.config.cache.dtype],
+        stream=stream_of(stage, plans, anatomy.below),
         boundary=anatomy.boundary,
         loss_function=resolve_loss(stage.config),
     )

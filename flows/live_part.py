@@ -10,6 +10,7 @@ from torch import nn
 
 from flows.progress import StepTaken, stop_requested, tell
 from flows.stage import Facts, Stage
+from stackwise_core.channel_statistics import first_rows, output_statistics
 from stackwise_core.costs import rack_parameters, stack_parameters
 from stackwise_core.dataloader import JointDataLoader, PackedBatches, ProgressiveDataLoader
 from stackwise_core.growth_operators import give_adapters, new_rack, new_stack, prepare_to_train
@@ -20,6 +21,7 @@ from stackwise_core.prefetch import prefetched
 from stackwise_core.rack_builder import count_parameters
 from stackwise_core.resolve import resolve_loss, resolve_order
 from stackwise_core.stage_model import StageModel
+from stackwise_core.stream import ChannelStatistics
 from stackwise_core.training import Hooks, TrainingState
 from stackwise_core.trunk import LiveTrunk, RowSource
 from storage.activations.reader import StoreReader
@@ -134,6 +136,14 @@ def batches_of(stage: Stage, boundary: RowSource | LiveTrunk | None, first_step:
     )
     # A live trunk computes on the device that trains: ahead of time it would only be in the way.
     return prefetched(loader, _BATCHES_AHEAD) if cached else loader
+
+
+def channels_of_output(
+    stage: Stage, model: StageModel, boundary: RowSource | LiveTrunk | None
+) -> dict[int, ChannelStatistics]:
+    """Return the statistics of what the live stacks, trained and settled, make of the stage's first rows."""
+    batches = first_rows(batches_of(stage, boundary, 0), stage.plan.stack.statistics_rows)
+    return output_statistics(model.live_stacks(), map(model.entering, batches))
 
 
 def parameter_facts(stage: Stage, model: StageModel) -> Facts:

@@ -12,21 +12,27 @@ from pathlib import Path
 
 from flows.boundaries import boundary_above, boundary_below, rows_to_store, store_below
 from flows.judging import compare_cache, judge
-from flows.live_part import batches_of, digest_of_new, hooks_of, model_to_train, parameter_facts
+from flows.live_part import batches_of, channels_of_output, digest_of_new, hooks_of, model_to_train, parameter_facts
 from flows.progress import Message, RowsCached, stop_requested, tell
 from flows.stage import Facts, Made, Stage, make
 from stackwise_core.errors import StackWiseError
 from stackwise_core.growth_operators import settle
 from stackwise_core.identity import Ref
+from stackwise_core.stream_error import stored_error
 from stackwise_core.training import fits, train_stack
 from storage.activations.fill import fill_store
+from storage.activations.reader import StoreReader
 from storage.checkpoints import (
     METRICS,
     frozen_digests,
     load_state,
+    save_channels,
     save_trained,
 )
 from storage.durable import write_text
+
+_ROWS_OF_ERROR = 64
+"""By which the error of the stored type is measured."""
 
 
 class FrozenChangedError(StackWiseError):
@@ -99,6 +105,9 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
         for stack in spec.anatomy.trained:
             settle(model.stack(stack))
         save_trained(folder, spec, model, records)
+        if stage.plan.stack.statistics_rows:
+            with boundary_below(stage) as boundary:
+                save_channels(folder, channels_of_output(stage, model, boundary))
         n_tokens = (spec.optim.steps - first_step) * spec.optim.batch_size * stage.config.data.seq_len
         facts = {
             **counts,
@@ -126,9 +135,12 @@ def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
     recipe = stage.plan.activations
 
     def work(folder: Path) -> Made:
+        rows = rows_to_store(stage)
         with boundary_above(stage) as (source, origin):
-            counts, checksums = fill_store(folder, rows_to_store(stage), source, _on_cached(stage), stop_requested)
-        return Made({"from": origin, "boundary": recipe.boundary, **counts}, checksums)
+            counts, checksums = fill_store(folder, rows, source, _on_cached(stage), stop_requested)
+            with StoreReader(folder, checksums) as stored:
+                error = stored_error(stored, source, rows.sample(_ROWS_OF_ERROR))
+        return Made({"from": origin, "boundary": recipe.boundary, **counts, "error": error}, checksums)
 
     return make(stage, "cache", [stage.run_plan.data_ref, *stacks], work)
 

@@ -20,6 +20,8 @@ from stackwise_core.errors import ConfigError, Fault
 
 Precision = Literal["full", "half", "bfloat16", "nvfp4", "qlora"]
 StreamDtype = Literal["bfloat16", "float16", "float32", "int8", "fp8"]
+QUANTISED_STREAMS: tuple[StreamDtype, ...] = ("int8", "fp8")
+"""Types of the stream that need statistics of its channels, and a scale per token."""
 
 
 def _time_mapping(value: Any) -> Any:

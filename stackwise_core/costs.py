@@ -6,11 +6,12 @@ sizes this is for.
 
 from __future__ import annotations
 
+from stackwise_core.config import QUANTISED_STREAMS, StreamDtype
 from stackwise_core.resolve import ModelShape
 from stackwise_core.stages import StackSpec, StageSpec
 
-STREAM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
-"""Bytes of one value of the stream."""
+STREAM_BYTES: dict[StreamDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
+"""Bytes of one stored value of the stream."""
 _TRAINING_BYTES = 16
 """fp32 weight, gradient and AdamW's two moments, per trainable parameter."""
 
@@ -107,9 +108,13 @@ def stage_flops(shape: ModelShape, spec: StageSpec, seq_len: int, loss_fraction:
     return sequences * live, sequences * below
 
 
-def store_bytes(rows: int, seq_len: int, d_model: int, dtype: str) -> int:
-    """Bytes of a store's activations, checksums and indices left out (below 0.1 %)."""
-    return rows * seq_len * d_model * STREAM_BYTES[dtype]
+def store_bytes(rows: int, seq_len: int, d_model: int, dtype: StreamDtype) -> int:
+    """Bytes of a store's activations and what they are scaled by; checksums and indices left out (below 0.1 %)."""
+    values = rows * seq_len * d_model * STREAM_BYTES[dtype]
+    if dtype not in QUANTISED_STREAMS:
+        return values
+    scales, channels = 4 * rows * seq_len, 4 * 2 * d_model
+    return values + scales + 2 * channels  # training and validation rows have the statistics of the channels each
 
 
 def training_bytes(shape: ModelShape, spec: StageSpec, seq_len: int) -> int:

@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stackwise_core.config import StreamDtype
 from stackwise_core.masking import VALIDATION_VIEW, IntArray, MaskSpec
 from stackwise_core.model import Head, Rack, Stack, TokenEmbedding
 from stackwise_core.objectives import Batch, LossFunction, batch_fields, input_time_step, loss_positions, summed_loss
+from stackwise_core.stream import EXACT, Stream
 from stackwise_core.trunk import RowSource, advance
 
 _SEQUENCES_AT_ONCE = 32
 
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""Relative, against the row's largest value, where kernels may sum in another order (CUDA)."""
+_TOLERANCE: dict[StreamDtype, float] = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2, "int8": 4e-2, "fp8": 0.15}
+"""Relative, against the row's largest value, where kernels may sum in another order (CUDA): some rounding steps."""
 
 
 @torch.no_grad()
@@ -29,7 +31,7 @@ def judge_rack(
     head: Head,
     batches: Sequence[Batch],
     *,
-    stream_dtype: torch.dtype,
+    stream: Stream,
     boundary: int,
     loss_function: LossFunction | None = None,
 ) -> list[dict[str, float]]:
@@ -40,7 +42,7 @@ def judge_rack(
         stacks: in data-flow order; may be loaded one by one, none is kept.
         head: as the stage that is judged left it.
         batches: validation sequences, each under one corruption; the first is the stage's own.
-        stream_dtype: the frozen trunk's stream is rounded to this after every stack below the boundary.
+        stream: what the frozen trunk's stream is cast to after every stack below the boundary.
         boundary: how many stacks lie below what the stage trained.
         loss_function: of a custom objective.
 
@@ -54,11 +56,11 @@ def judge_rack(
         stack.eval()
         below = n < boundary
         if boundary:
-            rounded = advance([stack], rounded, stream_dtype if below else torch.float32)
-        exact = [advance([stack], stream, torch.float32) for stream in exact]
+            rounded = advance([stack], rounded, stream if below else EXACT)
+        exact = [advance([stack], hidden, EXACT) for hidden in exact]
     losses: list[dict[str, float]] = []
-    for n, (stream, batch) in enumerate(zip(exact, batches, strict=True)):
-        loss_exact, _ = _mean_loss(stream, head, batch, loss_function)
+    for n, (hidden, batch) in enumerate(zip(exact, batches, strict=True)):
+        loss_exact, _ = _mean_loss(hidden, head, batch, loss_function)
         positions = int(loss_positions(batch).sum())
         loss = _mean_loss(rounded, head, batch, loss_function)[0] if n == 0 and boundary else loss_exact
         losses.append({"validation_loss": loss, "validation_loss_exact": loss_exact, "loss_positions": positions})
@@ -109,7 +111,7 @@ def _mean_loss(
 
 
 def differing_rows(
-    stored: RowSource, live: RowSource, sample: list[tuple[int, int]], *, exact: bool
+    stored: RowSource, live: RowSource, sample: list[tuple[int, int]], dtype: StreamDtype, *, exact: bool
 ) -> tuple[int, list[tuple[int, int]]]:
     """Compare sampled rows of a store with what tokens give.
 
@@ -117,6 +119,7 @@ def differing_rows(
         stored: the store.
         live: the same boundary, derived again.
         sample: (sequence id, view) pairs.
+        dtype: of the stream.
         exact: bit for bit (on a CPU), or within the tolerance of the dtype.
 
     Returns:
@@ -128,7 +131,7 @@ def differing_rows(
         row, derived = stored.rows(ids, view).cpu(), live.rows(ids, view).cpu()
         same = torch.equal(row, derived)
         if not same and not exact:
-            limit = _TOLERANCE[row.dtype] * derived.float().abs().max()
+            limit = _TOLERANCE[dtype] * derived.float().abs().max()
             same = bool((row.float() - derived.float()).abs().max() <= limit)
         if not same:
             differing.append((sequence_id, view))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from stackwise_core.anatomy import Trains
-from stackwise_core.config import Precision
+from stackwise_core.config import Precision, StreamDtype
 from stackwise_core.masking import MaskSpec
 from stackwise_core.resolve import ModelShape, Value
 from stackwise_core.stages import (
@@ -137,6 +137,8 @@ class StackRecipe(Recipe, frozen=True):
     joint_times: tuple[tuple[int, float], ...] = ()
     """Joint training where depth is time: step and mask ratio of every stack, by creation index."""
     weighting: Literal["mean", "elbo"] = "mean"
+    statistics_rows: int = 0
+    """Over so many of its first rows it takes the statistics of its stacks' outputs; 0 where no stream needs them."""
 
 
 class ActivationRecipe(Recipe, frozen=True):
@@ -147,7 +149,7 @@ class ActivationRecipe(Recipe, frozen=True):
     stacks: tuple[str, ...]
     data: str
     mask: MaskSpec | None = None
-    dtype: str
+    dtype: StreamDtype
     order_seed: int
     views: int
     batch_size: int

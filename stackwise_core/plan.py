@@ -26,6 +26,7 @@ from stackwise_core.resolve import (
     resolve_mask,
     resolve_objective,
     resolve_shape,
+    resolve_statistics_rows,
     resolve_stream_dtype,
     resolve_views,
     tokenizer_of,
@@ -162,6 +163,7 @@ def _plan_stage(
         time_step=spec.time_step if corrupts_by_time(config) else None,  # elsewhere it is recorded, and changes nothing
         joint_times=resolve_joint_times(config) if joint else (),
         weighting=config.training.loss_weighting,
+        statistics_rows=0 if joint else resolve_statistics_rows(config),  # no stage stands on a joint one
     )
     sha256 = stack.ref(index).sha256
     states |= {c: sha256 if c == anatomy.newest else f"{sha256}#{c}" for c in anatomy.trained}

@@ -19,6 +19,7 @@ from stackwise_core.model import Rack, Stack
 from stackwise_core.precision import stored_bytes
 from stackwise_core.resolve import resolve_shape
 from stackwise_core.stages import StageSpec, resolve_stack, resolve_stage
+from stackwise_core.stream import ChannelStatistics
 
 
 def create_stack_from_config(config: StackWiseConfig, creation_index: int = 0) -> Stack:
@@ -59,6 +60,8 @@ class ProgressiveRackBuilder:
         self._rack = new_rack(resolve_shape(config), config.run.seed)
         self._added: list[StackOverride] = []
         self._trained: set[int] = set()
+        self.channels: dict[int, ChannelStatistics] = {}
+        """Of every stack whose output was quantised or may be, by creation index: a trainer takes them."""
 
     @property
     def stacks(self) -> list[Stack]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from stackwise_core.config import StackWiseConfig, StreamDtype
+from stackwise_core.config import QUANTISED_STREAMS, StackWiseConfig, StreamDtype
 from stackwise_core.functions import load_function, source_digest
 from stackwise_core.growth_rules import feed_forward_width
 from stackwise_core.masking import MaskSpec
@@ -162,3 +162,12 @@ def resolve_grid(config: StackWiseConfig) -> tuple[float, ...]:
 def resolve_stream_dtype(config: StackWiseConfig) -> StreamDtype:
     """Return the type of the frozen trunk's stream, cached or live."""
     return config.cache.dtype
+
+
+STATISTICS_ROWS = 1024
+"""Rows over which the statistics of a stack's output are taken."""
+
+
+def resolve_statistics_rows(config: StackWiseConfig) -> int:
+    """Return over how many of a stage's first rows it takes statistics of what it made; 0 if the stream needs none."""
+    return STATISTICS_ROWS if config.cache.dtype in QUANTISED_STREAMS else 0

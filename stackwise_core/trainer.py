@@ -11,20 +11,28 @@ import torch
 
 from stackwise_core.anatomy import Anatomy
 from stackwise_core.arguments import check_type
+from stackwise_core.channel_statistics import first_rows, output_statistics
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.dataloader import JointDataLoader, ProgressiveDataLoader
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.growth_rules import growth_faults
 from stackwise_core.hardware import use_hardware
-from stackwise_core.objectives import Batch
+from stackwise_core.objectives import Batch, input_time_step
 from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.raw_batches import check_loader
-from stackwise_core.resolve import resolve_loss, resolve_mask, resolve_stream_dtype, resolve_views
+from stackwise_core.resolve import (
+    resolve_loss,
+    resolve_mask,
+    resolve_statistics_rows,
+    resolve_stream_dtype,
+    resolve_views,
+)
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stages import StageSpec, resolve_joint, resolve_joint_times, resolve_stage
+from stackwise_core.stream import Stream
 from stackwise_core.timesteps import time_faults
 from stackwise_core.training import Hooks, train_stack
-from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowSource
+from stackwise_core.trunk import LiveTrunk, RowSource
 
 
 @dataclass
@@ -161,15 +169,18 @@ class ProgressiveTrainer:
         anatomy, device = spec.anatomy, use_hardware(config.hardware)
         builder.prepare_stage(spec)
         model = self._stage_model(config, builder, anatomy, device)
+        n_rows, first = resolve_statistics_rows(config), list[Batch]()
         trunk = None
-        if anatomy.boundary and store is None:
+        if anatomy.boundary and (store is None or n_rows):
             below = [builder.stack(stack).to(device) for stack in anatomy.below]
-            trunk = LiveTrunk(
-                builder.build_rack().embedding.to(device), below, STREAM_DTYPES[resolve_stream_dtype(config)]
-            )
+            stream = Stream(resolve_stream_dtype(config), builder.channels)
+            trunk = LiveTrunk(builder.build_rack().embedding.to(device), below, stream)
         batches = _endless(_loader(config, spec, dataloader, store or trunk))
-        records = train_stack(model, batches, spec.optim, hooks=hooks)
+        records = train_stack(model, _remembering(batches, n_rows, first), spec.optim, hooks=hooks)
         builder.finish_stage(anatomy)
+        if n_rows:
+            entering = (model.entering(_on_trunk(batch, trunk)) for batch in first)
+            builder.channels.update(output_statistics(model.live_stacks(), entering))
         builder.build_rack().to("cpu")  # what the next stage does not need is not on the device
         return StageResult(spec.index, records)
 
@@ -221,6 +232,22 @@ def _loader(
         time_step=spec.time_step,
         objective=objective,
     )
+
+
+def _remembering(batches: Iterator[Batch], n_rows: int, first: list[Batch]) -> Iterator[Batch]:
+    """Pass batches on, and keep in `first` the inputs of the first `n_rows` rows: no loader need repeat itself."""
+    for batch in batches:
+        missing = n_rows - sum(len(kept["input_ids"]) for kept in first)
+        if missing > 0:
+            (kept,) = first_rows([batch], missing)
+            first.append({key: kept[key] for key in ("input_ids", "time_step")})
+        yield batch
+
+
+def _on_trunk(batch: Batch, trunk: LiveTrunk | None) -> Batch:
+    if trunk is None:
+        return batch
+    return {**batch, "trunk_activations": trunk(batch["input_ids"], input_time_step(batch))}
 
 
 def _endless(loader: Iterable[Batch]) -> Iterator[Batch]:

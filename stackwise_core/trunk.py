@@ -5,7 +5,7 @@ Letters: B sequences, T positions, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,12 +19,7 @@ from stackwise_core.model import Stack, TokenEmbedding
 from stackwise_core.objectives import Batch, batch_fields, input_time_step
 from stackwise_core.order import RowOrder
 from stackwise_core.precision import held_dense
-
-STREAM_DTYPES: dict[str, torch.dtype] = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+from stackwise_core.stream import EXACT, Stream
 
 
 @runtime_checkable
@@ -66,8 +61,8 @@ def checked_boundary(boundary: Any, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def advance(stacks: Sequence[Stack], stream_BTD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Move the frozen trunk's stream through some stacks, rounding it to `dtype` after each.
+def advance(stacks: Sequence[Stack], stream_BTD: Tensor, stream: Stream) -> Tensor:
+    """Move the frozen trunk's stream through some stacks, casting it to what is held of it after each.
 
     On a CPU every sequence goes through on its own: the bits of a matrix product can depend on how
     many rows it has, and a row must have the same bytes in a training batch, in a cache being filled
@@ -76,41 +71,49 @@ def advance(stacks: Sequence[Stack], stream_BTD: Tensor, dtype: torch.dtype) -> 
     Args:
         stacks: in data-flow order, in eval mode.
         stream_BTD: the stream before them, any float type.
-        dtype: `cache.dtype`.
+        stream: how it is held between them.
 
     Returns:
-        [B, T, D] in `dtype`.
+        [B, T, D] in the type that `stream` gives; without stacks, the stream as it came.
     """
     group = 1 if stream_BTD.device.type == "cpu" else max(1, len(stream_BTD))
     for stack in stacks:
-        advanced_BTD = torch.empty(stream_BTD.shape, dtype=dtype, device=stream_BTD.device)
+        advanced_BTD = torch.empty(stream_BTD.shape, dtype=stream.given, device=stream_BTD.device)
         with held_dense(stack):  # a quantised stack is dequantised once for all sequences, and one at a time
             for first in range(0, len(stream_BTD), group):
                 rows = slice(first, first + group)
-                advanced_BTD[rows] = stack(stream_BTD[rows].float()).to(dtype)
+                advanced_BTD[rows] = stream.cast(stack(stream_BTD[rows].float()), stack.creation_index)
         stream_BTD = advanced_BTD
-    return stream_BTD.to(dtype)
+    return stream_BTD
 
 
 class LiveTrunk:
     """A frozen trunk that computes its boundary from tokens, the same bytes a store would hold."""
 
-    def __init__(self, embedding: TokenEmbedding, stacks: Sequence[Stack], dtype: torch.dtype) -> None:
+    def __init__(self, embedding: TokenEmbedding, stacks: Sequence[Stack], stream: Stream) -> None:
         """Take the trunk's parts, in data-flow order; nothing is copied."""
         self.embedding = embedding
         self.stacks = [stack.eval() for stack in stacks]
-        self.dtype = dtype
+        self.stream = stream
 
     @torch.no_grad()
     def __call__(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
-        """Return the boundary of (corrupted) inputs: [B, T, D] in the stream's dtype.
+        """Return the boundary of (corrupted) inputs: [B, T, D] in the type that the stream gives.
 
         Args:
             input_ids_BT: corrupted tokens.
             time_step: the step of each sequence, where time is an input: [B].
         """
-        device = self.embedding.weight.device
-        return advance(self.stacks, self.embedding(input_ids_BT.to(device), time_step), self.dtype)
+        return advance(self.stacks, self._embedded(input_ids_BT, time_step), self.stream)
+
+    @torch.no_grad()
+    def output(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
+        """Return what the last stack computes of the same inputs, before it is cast: float32 [B, T, D]."""
+        below = advance(self.stacks[:-1], self._embedded(input_ids_BT, time_step), self.stream)
+        return advance(self.stacks[-1:], below, EXACT)
+
+    def _embedded(self, input_ids_BT: Tensor, time_step: Tensor | None) -> Tensor:
+        return self.embedding(input_ids_BT.to(self.embedding.weight.device), time_step)
 
 
 class InputsFromTokens:
@@ -153,10 +156,10 @@ class RowsFromTokens:
         train: PackedSequences,
         validation: PackedSequences,
         mask_spec: MaskSpec | None,
-        trunk: LiveTrunk,
+        trunk: Callable[[Tensor, Tensor | None], Tensor],
         order: RowOrder | None = None,
     ) -> None:
-        """Take what makes the inputs (see `InputsFromTokens`), and the trunk of the stage that reads the boundary."""
+        """Take what makes the inputs (see `InputsFromTokens`), and the reading stage's trunk, or its `output`."""
         self.inputs = InputsFromTokens(train, validation, mask_spec, order)
         self.trunk = trunk
 
@@ -167,12 +170,12 @@ class RowsFromTokens:
 
 
 class RowsFromBoundary:
-    """A boundary advanced from the one below it, by one stack forward per row."""
+    """What the next stack computes of the rows of a boundary, before it is cast: float32."""
 
-    def __init__(self, below: RowSource, stack: Stack, dtype: torch.dtype, device: torch.device) -> None:
-        """Take the boundary below and the stack between."""
-        self.below, self.stack, self.dtype, self.device = below, stack.eval(), dtype, device
+    def __init__(self, below: RowSource, stack: Stack, device: torch.device) -> None:
+        """Take the boundary and the stack above it."""
+        self.below, self.stack, self.device = below, stack.eval(), device
 
     def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
-        """Return the boundary of some sequences: [B, T, D]."""
-        return advance([self.stack], self.below.rows(sequence_ids, view).to(self.device), self.dtype)
+        """Return the stack's output for some sequences: [B, T, D]."""
+        return advance([self.stack], self.below.rows(sequence_ids, view).to(self.device), EXACT)

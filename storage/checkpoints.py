@@ -29,12 +29,15 @@ from stackwise_core.plan import StagePlan
 from stackwise_core.precision import convert_storage
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stages import StageSpec
+from stackwise_core.stream import ChannelStatistics
 from stackwise_core.training import TrainingState
 from storage.durable import explain_full_disk, replace_folder, settle_folder, write_bytes, write_text
 from storage.errors import ArtifactCorruptError
 from storage.layout import SCRATCH, Artifacts
 
 STACK, HEAD, EMBEDDING, METRICS = "stack.safetensors", "head.safetensors", "embedding.safetensors", "metrics.jsonl"
+CHANNELS = "channels.safetensors"
+"""Statistics of the outputs of the stacks that a stage changed, where the stream is quantised."""
 _STATE_FOLDER = f"{SCRATCH}/checkpoint"
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -151,6 +154,24 @@ def load_embedding(artifacts: Artifacts, stages: Sequence[StagePlan]) -> TokenEm
     """Return the embedding as the last of some stages left it."""
     trained = [stage for stage in stages if stage.spec.anatomy.embedding_trains][-1]
     return _fill(TokenEmbedding(trained.shape), _load_module, artifacts, trained.ref("stack"), EMBEDDING)
+
+
+def save_channels(work: Path, channels: Mapping[int, ChannelStatistics]) -> None:
+    """Write the statistics of the outputs of some stacks, by creation index, beside what the stage trained."""
+    tensors = {f"stack-{stack}.{name}": t for stack, of in channels.items() for name, t in of._asdict().items()}
+    save_tensors(work / CHANNELS, tensors)
+
+
+def load_channels(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) -> ChannelStatistics:
+    """Return the statistics of a stack's output as the last of some stages that could change it took them."""
+    changed = [stage for stage in stages if stage.stack.statistics_rows and stack in stage.spec.anatomy.live][-1]
+    path = artifacts.checked(changed.ref("stack")) / CHANNELS
+    tensors = load_tensors(path)
+    try:
+        return ChannelStatistics(tensors[f"stack-{stack}.mean"], tensors[f"stack-{stack}.std"])
+    except KeyError as missing:
+        remedy = f"Remove {path.parent} and run the same command again: it will be remade"
+        raise ArtifactCorruptError(path, f"has no {missing}", remedy) from None
 
 
 def _load_adapter(name: AdapterName, stack: Stack, tensors: dict[str, Tensor]) -> None:

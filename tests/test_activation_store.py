@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore
@@ -30,11 +31,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackwise_core.masking import VALIDATION_VIEW
+from stackwise_core.stream import STREAM_DTYPES, ChannelStatistics, Quantised
+from storage.activations import metadata, sharded_array
 from storage.activations import reader as reader_module
-from storage.activations import sharded_array
 from storage.activations.bfloat16 import BFloat16
 from storage.activations.buffers import PAGE_BYTES, empty_aligned
-from storage.activations.format import GROUP_FOLDERS, GROUPS, GroupSpec, shard_path
+from storage.activations.float8 import Float8E4M3FN
+from storage.activations.format import GROUP_FOLDERS, GROUPS, GroupSpec, is_shard, shard_path
 from storage.activations.reader import RowMissingError, StoreReader
 from storage.activations.reused import ReusedRows
 from storage.activations.shard_file import ShardFile
@@ -57,11 +60,14 @@ def spec_of(
     rows: int, dtype: Any = "bfloat16", per_chunk: int = 1, per_shard: int = 4, t: int = T, d: int = D
 ) -> GroupSpec:
     """A spec cut into chunks of `per_chunk` rows and shards of `per_shard` chunks."""
-    row_bytes = t * d * getattr(torch, dtype).itemsize
+    row_bytes = t * d * STREAM_DTYPES[dtype].itemsize
     return GroupSpec(rows, t, d, dtype, per_chunk * row_bytes, per_shard * per_chunk * row_bytes)
 
 
 def random_bits(spec: GroupSpec) -> torch.Tensor:
+    if spec.dtype == "fp8":  # but for NaN, which no two libraries write alike
+        drawn = random_bits(dataclasses.replace(spec, dtype="int8"))
+        return torch.where((drawn == 127) | (drawn == -1), 0, drawn).to(torch.int8).view(spec.torch_dtype)
     shape = (spec.rows, spec.seq_len, spec.d_model * spec.torch_dtype.itemsize)
     generator = torch.Generator().manual_seed(spec.rows)
     return torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator).view(spec.torch_dtype)
@@ -74,6 +80,8 @@ class Store:
     specs: dict[Any, GroupSpec]
     index: dict[Any, tuple[np.ndarray, np.ndarray]]
     values: dict[Any, torch.Tensor]
+    scales: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
+    channels: ChannelStatistics | None = None
 
     @classmethod
     def random(cls, train: GroupSpec, validation: GroupSpec, views: int = 1) -> Store:
@@ -86,7 +94,15 @@ class Store:
             "train": (np.tile(ids, views)[: train.rows], np.repeat(np.arange(views), n)[: train.rows]),
             "validation": (np.arange(validation.rows), np.full(validation.rows, VALIDATION_VIEW)),
         }
-        return cls(specs, index, {group: random_bits(spec) for group, spec in specs.items()})
+        store = cls(specs, index, {group: random_bits(spec) for group, spec in specs.items()})
+        if train.is_quantised:
+            draw = torch.Generator().manual_seed(1)
+            store.scales = {g: torch.rand(spec.rows, spec.seq_len, 1, generator=draw) for g, spec in specs.items()}
+            d_model = train.d_model
+            store.channels = ChannelStatistics(
+                torch.randn(d_model, generator=draw), torch.rand(d_model, generator=draw) + 0.5
+            )
+        return store
 
     def writer(self, folder: Path, attributes: dict[str, Any] = ATTRIBUTES) -> StoreWriter:
         return StoreWriter(
@@ -96,10 +112,21 @@ class Store:
             attributes,
             self.index["train"],
             self.index["validation"],
+            self.channels,
         )
 
-    def rows_of(self, shard: ShardRange) -> torch.Tensor:
-        return self.values[shard.group][shard.first_row : shard.first_row + shard.n_rows]
+    def rows_of(self, shard: ShardRange) -> Any:
+        rows = slice(shard.first_row, shard.first_row + shard.n_rows)
+        values = self.values[shard.group][rows]
+        return Quantised(values, self.scales[shard.group][rows]) if self.scales else values
+
+    def given(self, group: Any) -> torch.Tensor:
+        """What the store gives: of quantised values what they stand for, by NumPy."""
+        if self.channels is None:
+            return self.values[group]
+        mean, std = (statistic.numpy() for statistic in self.channels)
+        values = self.values[group].view(torch.uint8).numpy().view(NATIVE[self.specs[group].dtype]).astype(np.float32)
+        return torch.from_numpy(values * self.scales[group].numpy() * std + mean)
 
     def write(self, folder: Path) -> dict[str, tuple[int, str]]:
         """Write what is missing and return the sealed list."""
@@ -112,9 +139,10 @@ class Store:
             writer.write_shard(shard, self.rows_of(shard))
 
 
-def small_store() -> Store:
+def small_store(dtype: str = "bfloat16") -> Store:
     """Two chunks of two rows to a shard, a last shard of one padded chunk; two views."""
-    return Store.random(spec_of(9, per_chunk=2, per_shard=2), spec_of(3, per_chunk=2, per_shard=2), views=2)
+    train, validation = (spec_of(rows, dtype, per_chunk=2, per_shard=2) for rows in (9, 3))
+    return Store.random(train, validation, views=2)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -135,6 +163,8 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
+EVERY_DTYPE = list(STREAM_DTYPES)
+NATIVE = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 both_ways = pytest.mark.parametrize("access", ["map", "read"])
 
 
@@ -142,6 +172,18 @@ both_ways = pytest.mark.parametrize("access", ["map", "read"])
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, str]]]:
     folder = tmp_path_factory.mktemp("original")
     return folder, small_store().write(folder)
+
+
+@pytest.fixture(scope="module")
+def original_int8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, str]]]:
+    folder = tmp_path_factory.mktemp("int8")
+    return folder, small_store("int8").write(folder)
+
+
+@pytest.fixture
+def sealed_int8(original_int8: Any, tmp_path: Path) -> tuple[Store, Path, dict[str, tuple[int, str]]]:
+    folder, files = original_int8
+    return small_store("int8"), shutil.copytree(folder, tmp_path / "a"), files
 
 
 @pytest.fixture
@@ -171,9 +213,9 @@ def test_sizes_follow_the_rule(rows: int, row_kib: int, per_chunk: int, shard_mi
     assert list(itertools.chain(*map(spec.shard_range, range(n_shards)))) == list(range(rows))
 
 
-@pytest.mark.parametrize("wrong", [{"rows": -1}, {"seq_len": 0}, {"d_model": 0}, {"dtype": "int8"}, {"chunk_bytes": 0}])
+@pytest.mark.parametrize("wrong", [{"rows": -1}, {"seq_len": 0}, {"d_model": 0}, {"dtype": "int4"}, {"chunk_bytes": 0}])
 def test_impossible_spec_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="got 'int8'" if "dtype" in wrong else "out of range"):
+    with pytest.raises(ValueError, match="got 'int4'" if "dtype" in wrong else "out of range"):
         GroupSpec(**({"rows": 1, "seq_len": 1, "d_model": 1, "dtype": "float32"} | wrong))
 
 
@@ -206,19 +248,19 @@ def test_zeros_are_written(tmp_path: Path) -> None:
 @both_ways
 @pytest.mark.parametrize("check", ["first_touch", "always", "never"])
 @pytest.mark.parametrize("per_chunk", [1, 3])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 def test_round_trip(tmp_path: Path, dtype: Any, per_chunk: int, check: Any, access: Any) -> None:
     store = Store.random(spec_of(23, dtype, per_chunk), spec_of(5, dtype, per_chunk), views=3)
     files = store.write(tmp_path)
     ids, views = (torch.from_numpy(np.asarray(part)) for part in store.index["train"])
     with StoreReader(tmp_path, files, check, access) as reader:
-        assert (reader.attributes, reader.dtype) == (ATTRIBUTES, getattr(torch, dtype))
+        assert (reader.attributes, reader.dtype) == (ATTRIBUTES, store.given("train").dtype)
         assert (reader.train, reader.validation) == (store.specs["train"], store.specs["validation"])
         for _ in range(2):  # the second time, chunks have been checked
             for view in range(3):
                 of_view = torch.nonzero(views == view)[:, 0].flip(0).repeat(2)
-                assert same_bits(reader.rows(ids[of_view], view), store.values["train"][of_view])
-            assert same_bits(reader.rows(np.arange(5), VALIDATION_VIEW), store.values["validation"])
+                assert same_bits(reader.rows(ids[of_view], view), store.given("train")[of_view])
+            assert same_bits(reader.rows(np.arange(5), VALIDATION_VIEW), store.given("validation"))
 
 
 @settings(max_examples=15)
@@ -227,7 +269,7 @@ def test_any_shape_round_trips_here_and_in_zarr(data: st.DataObject) -> None:
     def draw(low: int, high: int) -> int:
         return data.draw(st.integers(low, high))
 
-    dtype = data.draw(st.sampled_from(["bfloat16", "float16", "float32"]))
+    dtype = data.draw(st.sampled_from(EVERY_DTYPE))
     shape = {"t": draw(1, T), "d": draw(1, D), "per_chunk": draw(1, 4), "per_shard": draw(1, 4)}
     store = Store.random(spec_of(draw(0, 30), dtype, **shape), spec_of(draw(0, 5), dtype, **shape))
     with tempfile.TemporaryDirectory() as folder:
@@ -235,33 +277,54 @@ def test_any_shape_round_trips_here_and_in_zarr(data: st.DataObject) -> None:
         with StoreReader(Path(folder), files) as reader:
             for group, values in store.values.items():
                 order = np.random.default_rng(0).permutation(len(values))
-                assert same_bits(reader.read(group, order), values[torch.from_numpy(order)])
+                assert same_bits(reader.read(group, order), store.given(group)[torch.from_numpy(order)])
                 array: Any = zarr.open_array(Path(folder) / GROUP_FOLDERS[group] / "activations", mode="r")
                 assert array[:].tobytes() == bits(values)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 def test_other_zarr_readers_agree(tmp_path: Path, dtype: Any) -> None:
     store = Store.random(spec_of(11, dtype, 2), spec_of(3, dtype, 2))
     store.write(tmp_path)
     root: Any = zarr.open_group(tmp_path / "store.zarr", mode="r")
-    assert dict(root.attrs) == ATTRIBUTES | {"format_version": 1}
+    quantised = store.channels is not None
+    assert dict(root.attrs) == ATTRIBUTES | {"format_version": 2 if quantised else 1}
     for group, node in (("train", root), ("validation", root["validation"])):
-        expected = bits(store.values[group])
         assert node["activations"].metadata.dimension_names == ("row", "position", "channel")
-        assert np.isnan(float(node["activations"].fill_value))
-        assert node["activations"][:].tobytes() == expected
+        fill_value = float(node["activations"].fill_value)
+        assert fill_value == 0 if dtype == "int8" else np.isnan(fill_value)
         assert [node[k].dtype for k in ("sequence_id", "view")] == [np.int64, np.int32]
         assert node["sequence_id"][:].tolist() == store.index[group][0].tolist()
         assert node["view"][:].tolist() == store.index[group][1].tolist()
-        place = {"driver": "file", "path": str(tmp_path / GROUP_FOLDERS[group] / "activations")}
-        array = tensorstore.open({"driver": "zarr3", "kvstore": place}).result()
-        assert array.dtype.name == dtype
-        assert array.read().result().tobytes() == expected
+        expected = {"activations": store.values[group]}
+        if store.channels is not None:
+            expected |= {"scale": store.scales[group][..., 0]}
+            expected |= {"channel_mean": store.channels.mean, "channel_std": store.channels.std}
+        assert set(node.array_keys()) == {*expected, "sequence_id", "view"}
+        for name, values in expected.items():
+            place = {"driver": "file", "path": str(tmp_path / GROUP_FOLDERS[group] / name)}
+            array = tensorstore.open({"driver": "zarr3", "kvstore": place}).result()
+            assert array.dtype.name == str(values.dtype).removeprefix("torch.")
+            for read in (node[name][:], array.read().result()):
+                assert (read.shape, read.tobytes()) == (tuple(values.shape), bits(values))
+        if store.channels is not None:  # by hand, from what any Zarr reader gives
+            arrays = {name: node[name][:].astype(np.float32) for name in expected}
+            by_hand = (
+                arrays["activations"] * arrays["scale"][..., None] * arrays["channel_std"] + arrays["channel_mean"]
+            )
+            assert by_hand.tobytes() == bits(store.given(group))
 
 
-def test_the_data_type_writes_through_zarr_too(tmp_path: Path) -> None:
-    values = torch.randn(4, 3).bfloat16().view(torch.uint16).numpy().view(BFloat16().to_native_dtype())
+def test_an_older_reader_refuses_a_quantised_store(sealed_int8: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder, files = sealed_int8
+    monkeypatch.setattr(metadata, "FORMAT_VERSION", 1)
+    with pytest.raises(ArtifactError, match="format version 2 is newer than 1, the newest this StackWise reads"):
+        StoreReader(folder, files)
+
+
+@pytest.mark.parametrize(("data_type", "dtype"), [(BFloat16(), torch.bfloat16), (Float8E4M3FN(), torch.float8_e4m3fn)])
+def test_our_data_types_write_through_zarr_too(tmp_path: Path, data_type: Any, dtype: torch.dtype) -> None:
+    values = torch.randn(4, 3).to(dtype).view(torch.uint8).numpy().view(data_type.to_native_dtype())
     zarr.create_array(tmp_path / "a.zarr", data=values, chunks=(2, 3))
     place = {"driver": "file", "path": str(tmp_path / "a.zarr")}
     read = tensorstore.open({"driver": "zarr3", "kvstore": place}).result().read().result()
@@ -357,9 +420,35 @@ def swap_shard(folder: Path) -> None:
     shutil.copy(folder / shard_path("train", 0), folder / shard_path("train", 1))
 
 
-@pytest.mark.parametrize("damage", [delete_record, cut_record, cut_shard, delete_shard, flip_shard, swap_shard])
-def test_resume_rewrites_exactly_the_damaged_shard(sealed: Any, damage: Any) -> None:
-    store, folder, files = sealed
+def delete_scale_record(folder: Path) -> None:
+    (folder / "records/train-scale-00001.json").unlink()
+
+
+def cut_scale(folder: Path) -> None:
+    os.truncate(folder / shard_path("train", 1, "scale"), 50)
+
+
+def delete_scale(folder: Path) -> None:
+    (folder / shard_path("train", 1, "scale")).unlink()
+
+
+def flip_scale(folder: Path) -> None:
+    flip(folder / shard_path("train", 1, "scale"), 7)
+
+
+def swap_scale(folder: Path) -> None:
+    shutil.copy(folder / shard_path("train", 0, "scale"), folder / shard_path("train", 1, "scale"))
+
+
+WHOLE_DAMAGE = [delete_record, cut_record, cut_shard, delete_shard, flip_shard, swap_shard]
+SCALE_DAMAGE = [delete_scale_record, cut_scale, delete_scale, flip_scale, swap_scale]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "damage"), [("bfloat16", d) for d in WHOLE_DAMAGE] + [("int8", d) for d in WHOLE_DAMAGE + SCALE_DAMAGE]
+)
+def test_resume_rewrites_exactly_the_damaged_shard(dtype: str, damage: Any, request: pytest.FixtureRequest) -> None:
+    store, folder, files = request.getfixturevalue("sealed" if dtype == "bfloat16" else "sealed_int8")
     whole, inode = content(folder), (folder / shard_path("train", 0)).stat().st_ino
     damage(folder)
     (folder / (shard_path("train", 1) + ".tmp")).write_bytes(b"left by a killed process")
@@ -407,6 +496,24 @@ def test_writer_refuses_what_could_not_be_read_back(tmp_path: Path) -> None:
         store.index["train"] = index
         with pytest.raises(ValueError, match=problem):
             store.writer(tmp_path)
+
+
+def test_writer_refuses_values_without_their_scales(tmp_path: Path) -> None:
+    store = small_store("int8")
+    writer = store.writer(tmp_path)
+    shard = writer.missing_shards()[0]
+    rows = store.rows_of(shard)
+    with pytest.raises(ValueError, match="needs activations and scale, got 1 tensors"):
+        writer.write_shard(shard, rows.values)
+    for wrong in (Quantised(rows.values, rows.scale[..., 0]), Quantised(rows.values, rows.scale.double())):
+        with pytest.raises(ValueError, match=r"needs \(4, 3, 1\) torch.float32"):
+            writer.write_shard(shard, wrong)
+    assert store.channels is not None
+    for channels in (None, ChannelStatistics(store.channels.mean[:4], store.channels.std)):
+        with pytest.raises(ValueError, match="do not go with int8 and 5"):
+            dataclasses.replace(store, channels=channels).writer(tmp_path)
+    with pytest.raises(ValueError, match="do not go with bfloat16"):
+        dataclasses.replace(small_store(), channels=store.channels).writer(tmp_path)
 
 
 def test_a_row_may_be_any_view_of_memory(tmp_path: Path) -> None:
@@ -542,10 +649,13 @@ def test_sigkill_at_any_step_then_resume_gives_identical_bytes(tmp_path: Path) -
 @both_ways
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("check", ["first_touch", "always"])
-def test_every_flipped_byte_of_a_shard_is_found(sealed: Any, group: Any, check: Any, access: Any) -> None:
-    store, folder, files = sealed
+@pytest.mark.parametrize(("store_of", "array"), [("sealed", "activations"), ("sealed_int8", "scale")])
+def test_every_flipped_byte_of_a_shard_is_found(
+    store_of: str, array: Any, group: Any, check: Any, access: Any, request: pytest.FixtureRequest
+) -> None:
+    store, folder, files = request.getfixturevalue(store_of)
     for index in range(store.specs[group].n_shards):
-        name = shard_path(group, index)
+        name = shard_path(group, index, array)
         path, rows = folder / name, list(store.specs[group].shard_range(index))
         for position in range(0, files[name][0], 11):
             flip(path, position)
@@ -592,8 +702,9 @@ def test_policies(sealed: Any, access: Any) -> None:
         never.read("train", [0])
 
 
-def test_missing_empty_short_or_long_file_is_found_at_open(sealed: Any) -> None:
-    _, folder, files = sealed
+@pytest.mark.parametrize("store_of", ["sealed", "sealed_int8"])
+def test_missing_empty_short_or_long_file_is_found_at_open(store_of: str, request: pytest.FixtureRequest) -> None:
+    _, folder, files = request.getfixturevalue(store_of)
     for name, (size, _) in files.items():
         path = folder / name
         kept = path.read_bytes()
@@ -698,11 +809,12 @@ def test_what_is_new_is_announced_before_the_first_of_it_is_read(sealed: Any, mo
             assert told == second
 
 
-def test_flipped_byte_of_metadata_is_found_at_open(sealed: Any) -> None:
-    _, folder, files = sealed
-    metadata = [name for name in files if name.startswith("store.zarr") and "activations/c." not in name]
-    assert len(metadata) == 12
-    for name in metadata:
+@pytest.mark.parametrize(("store_of", "n_files"), [("sealed", 12), ("sealed_int8", 12 + 2 * 5)])
+def test_flipped_byte_of_metadata_is_found_at_open(store_of: str, n_files: int, request: pytest.FixtureRequest) -> None:
+    _, folder, files = request.getfixturevalue(store_of)
+    names = [name for name in files if name.startswith("store.zarr") and not is_shard(name)]
+    assert len(names) == n_files
+    for name in names:
         flip(folder / name, files[name][0] // 2)
         with pytest.raises(ArtifactCorruptError) as caught:
             StoreReader(folder, files)
@@ -711,8 +823,9 @@ def test_flipped_byte_of_metadata_is_found_at_open(sealed: Any) -> None:
         flip(folder / name, files[name][0] // 2)
 
 
-def test_list_that_lacks_a_file_is_refused(sealed: Any) -> None:
-    _, folder, files = sealed
+@pytest.mark.parametrize("store_of", ["sealed", "sealed_int8"])
+def test_list_that_lacks_a_file_is_refused(store_of: str, request: pytest.FixtureRequest) -> None:
+    _, folder, files = request.getfixturevalue(store_of)
     for name in [name for name in files if name.startswith("store.zarr")]:
         with pytest.raises(ArtifactCorruptError, match="not in the sealed list") as caught:
             StoreReader(folder, {k: v for k, v in files.items() if k != name})
@@ -735,7 +848,8 @@ def reseal(folder: Path) -> dict[str, tuple[int, str]]:
 @pytest.mark.parametrize(
     ("version", "error", "problem"),
     [
-        (2, ArtifactError, "format version 2 is newer than 1"),
+        (3, ArtifactError, "format version 3 is newer than 2"),
+        (2, ArtifactCorruptError, "format version 2, but bfloat16 is stored in version 1"),
         (0, ArtifactCorruptError, "version 0 is not a version"),
         ("1", ArtifactCorruptError, "'1' is not a version"),
         (None, ArtifactCorruptError, "None is not a version"),
@@ -761,6 +875,7 @@ def test_other_versions(sealed: Any, version: Any, error: type[Exception], probl
         (lambda m: m["codecs"][0]["configuration"].update(chunk_shape=[2, T, 1]), "not"),
         (lambda m: m.update(data_type="int16", fill_value=0), "dtype must be"),
         (lambda m: m.update(data_type="float64"), "dtype must be"),
+        (lambda m: m.update(data_type="int8", fill_value=0), "not"),
         (lambda m: m.update(shape=[8, T, D]), "8 rows, but 9 sequence ids"),
         (lambda m: m.update(shape=[9, T]), "not an activation store"),
         (lambda m: m.update(node_type="group"), "not an activation store"),
@@ -769,6 +884,25 @@ def test_other_versions(sealed: Any, version: Any, error: type[Exception], probl
 def test_other_arrays_are_refused(sealed: Any, change: Any, problem: str) -> None:
     _, folder, _ = sealed
     path = folder / "store.zarr/activations/zarr.json"
+    metadata = json.loads(path.read_text())
+    change(metadata)
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(ArtifactCorruptError, match=problem):
+        StoreReader(folder, reseal(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda m: m.update(shape=[9, T + 1]), "not this format's"),
+        (lambda m: m.update(data_type="float64"), "float64, .* not this format's"),
+        (lambda m: m["codecs"][0]["configuration"].update(chunk_shape=[1, T]), "not this format's"),
+        (lambda m: m.update(node_type="group"), "not an activation store"),
+    ],
+)
+def test_scales_that_do_not_go_with_their_rows_are_refused(sealed_int8: Any, change: Any, problem: str) -> None:
+    _, folder, _ = sealed_int8
+    path = folder / "store.zarr/scale/zarr.json"
     metadata = json.loads(path.read_text())
     change(metadata)
     path.write_text(json.dumps(metadata))

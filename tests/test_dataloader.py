@@ -23,6 +23,7 @@ from stackwise_core.masking import VALIDATION_VIEW, MaskSpec, TimeInput, content
 from stackwise_core.model import Stack, TokenEmbedding, initialise
 from stackwise_core.order import RowOrder
 from stackwise_core.resolve import ModelShape, TimeShape
+from stackwise_core.stream import EXACT
 from stackwise_core.time_step_masking import TimeStepMasking
 from stackwise_core.trunk import LiveTrunk, RowsFromTokens, advance
 
@@ -346,7 +347,7 @@ def timed_trunk() -> LiveTrunk:
     embedding, stack = TokenEmbedding(shape), Stack(shape, 1)
     for module in (embedding, stack):
         initialise(module, 1)
-    return LiveTrunk(embedding, [stack], torch.float32)
+    return LiveTrunk(embedding, [stack], EXACT)
 
 
 @pytest.mark.parametrize("sampling", ["per_batch", "per_sequence", "stratified"])
@@ -364,7 +365,7 @@ def test_a_row_is_the_same_live_recorded_and_refilled(sampling: str) -> None:
     ):
         ids, view = raw["sequence_ids"], raw["view"]
         entering = trunk.embedding(batch["input_ids"], batch["time_step"])
-        assert batch["trunk_activations"].equal(advance(trunk.stacks, entering, torch.float32))
+        assert batch["trunk_activations"].equal(advance(trunk.stacks, entering, EXACT))
         for n, step in enumerate(batch["time_step"].tolist()):
             assert steps.setdefault((int(ids[n]), view), step) == step
             assert refilled.rows(ids[n : n + 1], view).equal(batch["trunk_activations"][n : n + 1])

@@ -19,6 +19,7 @@ from stackwise_core.identity import NUMERICS, Kind
 from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_mask, resolve_order
 from stackwise_core.stages import resolve_stage
+from stackwise_core.stream import Stream
 from stackwise_core.tokenizer import ByteTokenizer
 from stackwise_core.training import train_stack
 from stackwise_core.trunk import LiveTrunk, RowsFromTokens
@@ -93,18 +94,18 @@ def numbers_of_the_run() -> dict[str, dict[str, float]]:
             "stack": weights_of(new),
             "embedding and head": weights_of(rack.embedding, rack.head),
         }
-        trunk = LiveTrunk(rack.embedding, builder.stacks[:index], torch.bfloat16)
+        trunk = LiveTrunk(rack.embedding, builder.stacks[:index], Stream("bfloat16"))
         losses = train_stage(config, index, train, trunk, builder)
         found[f"stack {index}"] = {f"loss {n}": loss for n, loss in enumerate(losses)}
         found[f"stack {index}"] |= {"weights": weights_of(rack.embedding, new, rack.head)}
     mask = resolve_mask(config, 1)
-    trunk = LiveTrunk(rack.embedding, builder.stacks[:1], torch.bfloat16)
+    trunk = LiveTrunk(rack.embedding, builder.stacks[:1], Stream("bfloat16"))
     rows = RowsFromTokens(train, validation, mask, trunk).rows(np.array([3, 0]), 2)
     found["activations 0"] = {"rows": checksum(rows.float())}
     assert mask is not None
     batch = validation_batch(validation, np.arange(8), mask, "mlm")
     (found["validation 1"],) = judge_rack(
-        rack.embedding, builder.stacks, rack.head, [batch], stream_dtype=torch.bfloat16, boundary=1
+        rack.embedding, builder.stacks, rack.head, [batch], stream=Stream("bfloat16"), boundary=1
     )
     return found
 

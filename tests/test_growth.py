@@ -26,6 +26,7 @@ from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_mask, resolve_order
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stages import resolve_stage, resolve_stages
+from stackwise_core.stream import Stream
 from stackwise_core.trainer import ProgressiveTrainer
 from stackwise_core.training import LossScale, capture, learning_rate, make_optimizer, train_stack, train_step
 from stackwise_core.trunk import LiveTrunk
@@ -267,7 +268,9 @@ def test_a_quantised_trunk_is_dense_only_while_it_runs(tmp_path: Path) -> None:
     stored = [module for module in builder.stack(0).modules() if isinstance(module, StoredLinear)]
     held: list[bool] = []
     builder.stack(0).register_forward_hook(lambda *_: held.append(all(linear.held is not None for linear in stored)))
-    LiveTrunk(builder.build_rack().embedding, [builder.stack(0)], torch.bfloat16)(torch.zeros(2, 5, dtype=torch.long))
+    LiveTrunk(builder.build_rack().embedding, [builder.stack(0)], Stream("bfloat16"))(
+        torch.zeros(2, 5, dtype=torch.long)
+    )
     assert stored
     assert held == [True, True]
     assert all(linear.held is None for linear in stored)
@@ -560,7 +563,7 @@ def test_an_answer_cannot_leak_through_a_boundary(tmp_path: Path, reference: Ref
     other = np.where(masks, (tokens + 101) % 256, tokens)
     assert masks.any()
     assert (other != tokens).any()
-    trunk = LiveTrunk(load_embedding(artifacts, stages), [load_stack(artifacts, stages, 0)], torch.bfloat16)
+    trunk = LiveTrunk(load_embedding(artifacts, stages), [load_stack(artifacts, stages, 0)], Stream("bfloat16"))
     rows = [trunk(batch_fields(text, ids, 0, spec)["input_ids"]) for text in (tokens, other)]
     assert rows[0].equal(rows[1])
     unmasked = trunk(torch.from_numpy(other))
@@ -649,7 +652,7 @@ def test_only_the_first_batch_is_judged_on_the_rounded_stream(tmp_path: Path) ->
 
     def judged(*batches: dict[str, Any], boundary: int = 1) -> list[dict[str, float]]:
         parts = rack.embedding, builder.stacks, rack.head
-        return judge_rack(*parts, batches, stream_dtype=torch.bfloat16, boundary=boundary)
+        return judge_rack(*parts, batches, stream=Stream("bfloat16"), boundary=boundary)
 
     first, second = judged(own, other)
     assert first == judged(own)[0]

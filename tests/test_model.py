@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stackwise_core.config import QUANTISED_STREAMS, StreamDtype
 from stackwise_core.data import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.masking import MaskSpec
 from stackwise_core.model import INIT_STD, Rack, Stack, initialise
 from stackwise_core.resolve import ModelShape
+from stackwise_core.stream import EXACT, ChannelStatistics, Stream
 from stackwise_core.trunk import LiveTrunk, RowsFromBoundary, RowsFromTokens, advance
 
 V = 40
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+DTYPES = get_args(StreamDtype)
 
 
 @pytest.fixture(autouse=True)
@@ -252,37 +254,53 @@ def test_the_model_draws_nothing_at_random() -> None:
 # ---------------------------------------------------------------- the trunk's stream
 
 
+def stream_of(dtype: StreamDtype, stacks: Sequence[Stack]) -> Stream:
+    """A stream of a type; of a quantised one with any statistics at all, for each stack its own."""
+    generator = torch.Generator().manual_seed(4)
+    width = stacks[0].shape.d_model
+    channels = {
+        stack.creation_index: ChannelStatistics(
+            torch.randn(width, generator=generator), torch.rand(width, generator=generator) + 0.1
+        )
+        for stack in stacks
+    }
+    return Stream(dtype, channels if dtype in QUANTISED_STREAMS else {})
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("d_model", "n_heads", "seq_len", "d_ff"), [(96, 3, 50, 259), (34, 1, 7, 37), (64, 4, 33, 176), (128, 4, 128, 352)]
 )
 def test_a_row_has_the_same_bits_in_every_batch(
-    d_model: int, n_heads: int, seq_len: int, d_ff: int, dtype: torch.dtype
+    d_model: int, n_heads: int, seq_len: int, d_ff: int, dtype: StreamDtype
 ) -> None:
     shape = shape_of(d_model=d_model, n_heads=n_heads, n_kv_heads=n_heads, d_ff=d_ff)
     stacks = stacks_of(new_rack(shape, (1, 1)).eval())
-    stream = torch.randn(7, seq_len, d_model, generator=torch.Generator().manual_seed(2)).to(dtype)
-    rows = torch.cat([advance(stacks, stream[n : n + 1].clone(), dtype) for n in range(7)])
-    assert rows.dtype == dtype
+    stream = stream_of(dtype, stacks)
+    entering = torch.randn(7, seq_len, d_model, generator=torch.Generator().manual_seed(2)).to(stream.given)
+    rows = torch.cat([advance(stacks, entering[n : n + 1].clone(), stream) for n in range(7)])
+    assert rows.dtype == stream.given
     for chosen in ([0, 1, 2, 3, 4, 5, 6], [6, 2], [3, 3, 0], [5, 4, 3, 2, 1]):
-        assert advance(stacks, stream[chosen], dtype).equal(rows[chosen])
+        assert advance(stacks, entering[chosen], stream).equal(rows[chosen])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_live_trunk_is_the_stacks_one_by_one_rounded_after_each(dtype: torch.dtype) -> None:
+def test_live_trunk_is_the_stacks_one_by_one_rounded_after_each(dtype: StreamDtype) -> None:
     rack, tokens = new_rack(shape_of(), (1, 2, 1)).train(), tokens_of(3, 9)
+    stream = stream_of(dtype, stacks_of(rack))
     with torch.no_grad():
         rows: list[Tensor] = []
         for row in tokens:
             x = rack.embedding(row[None])
-            for stack in rack.stacks:
-                x = stack(x.float()).to(dtype)
+            for stack in stacks_of(rack):
+                x = stream.cast(stack(x.float()), stack.creation_index)
             rows.append(x)
-    trunk = LiveTrunk(rack.embedding, stacks_of(rack), dtype)
+    trunk = LiveTrunk(rack.embedding, stacks_of(rack), stream)
     assert trunk(tokens).equal(torch.cat(rows))
     assert not any(stack.training for stack in rack.stacks)
-    if dtype is not torch.float32:  # rounding in between is not rounding at the end
-        assert not trunk(tokens).equal(rack.hidden(tokens).to(dtype))
+    assert stream.cast(trunk.output(tokens), 2).equal(trunk(tokens))
+    if dtype != "float32":  # rounding in between is not rounding at the end
+        assert not trunk(tokens).equal(stream.cast(rack.hidden(tokens), 2))
 
 
 def splits_of(n: int, seq_len: int) -> tuple[PackedSequences, PackedSequences]:
@@ -296,24 +314,26 @@ MASKS = MaskSpec(seed=7, ratio=0.3, corruption="bert", mask_token=V - 1, n_regul
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask_spec", [None, MASKS])
-def test_advancing_a_boundary_equals_refilling_it(mask_spec: MaskSpec | None, dtype: torch.dtype) -> None:
+def test_advancing_a_boundary_equals_refilling_it(mask_spec: MaskSpec | None, dtype: StreamDtype) -> None:
     rack, splits = new_rack(shape_of(d_model=34, n_heads=1, n_kv_heads=1, d_ff=37), (1, 1, 2)), splits_of(6, 11)
     stacks = stacks_of(rack)
-    rows = [RowsFromTokens(*splits, mask_spec, LiveTrunk(rack.embedding, stacks[:n], dtype)) for n in range(4)]
+    stream = stream_of(dtype, stacks)
+    rows = [RowsFromTokens(*splits, mask_spec, LiveTrunk(rack.embedding, stacks[:n], stream)) for n in range(4)]
     for below in (1, 2):
-        advanced = RowsFromBoundary(rows[below], stacks[below], dtype, torch.device("cpu"))
+        advanced = RowsFromBoundary(rows[below], stacks[below], torch.device("cpu"))
         for split, views in zip(splits, ((0, 1, 5), (-1,)), strict=True):
             for view in views:
                 ids = split.sequence_ids[[4, 0, 3]]
-                assert advanced.rows(ids, view).dtype == dtype
-                assert advanced.rows(ids, view).equal(rows[below + 1].rows(ids, view))
+                refilled = rows[below + 1].rows(ids, view)
+                assert refilled.dtype == stream.given
+                assert stream.cast(advanced.rows(ids, view), below).equal(refilled)
 
 
 @settings(max_examples=15)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(-1, 7))
 def test_rows_from_tokens_are_the_trunk_of_the_corrupted_row(chosen: list[int], view: int) -> None:
     rack, splits = new_rack(shape_of(), (1,)), splits_of(6, 9)
-    trunk = LiveTrunk(rack.embedding, stacks_of(rack), torch.bfloat16)
+    trunk = LiveTrunk(rack.embedding, stacks_of(rack), Stream("bfloat16"))
     split = splits[0] if view >= 0 else splits[1]
     mask_spec = MASKS if view >= 0 else MASKS.for_validation()
     tokens, ids = split.tokens[chosen].astype(np.int64), split.sequence_ids[chosen]
@@ -323,10 +343,10 @@ def test_rows_from_tokens_are_the_trunk_of_the_corrupted_row(chosen: list[int], 
 
 def test_no_gradient_reaches_the_trunk() -> None:
     rack, tokens = new_rack(shape_of(tie_embeddings=False), (1, 1)), tokens_of(2, 8)
-    trunk = LiveTrunk(rack.embedding, stacks_of(rack)[:1], torch.float32)
+    trunk = LiveTrunk(rack.embedding, stacks_of(rack)[:1], EXACT)
     boundary = trunk(tokens)
     assert not boundary.requires_grad
-    assert not advance(stacks_of(rack), rack.embedding(tokens), torch.float32).requires_grad
+    assert not advance(stacks_of(rack), rack.embedding(tokens), EXACT).requires_grad
     rack.head(rack.stacks[1](boundary)).sum().backward()
     frozen = [*rack.embedding.parameters(), *rack.stacks[0].parameters()]
     assert all(parameter.requires_grad and parameter.grad is None for parameter in frozen)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import digests, grown, manifests, tiny
+from conftest import digests, folder_of, grown, manifests, tiny
 
+from stackwise_core import resolve
 from stackwise_core.adapters import adapter_state
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import corpus_facts
@@ -18,7 +19,7 @@ from stackwise_core.plan import RunPlan, plan_run
 from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_order
 from stackwise_core.trainer import ProgressiveTrainer
-from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
+from storage.checkpoints import load_channels, load_embedding, load_head, load_stack, load_tensors, tensor_digest
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
 
@@ -77,6 +78,15 @@ MODES: dict[str, dict[str, Any]] = {
         f"{G}time_embedding_dim": 16,
     },
 }
+QUANTISED_MODES = {
+    "int8": {"cache.dtype": "int8"},
+    "fp8": {"cache.dtype": "fp8"},
+    "int8 mlm": {"cache.dtype": "int8", f"{G}training_objective": "mlm"},
+    "fp8 depth": {"cache.dtype": "fp8", **DEPTH},
+    "int8 qlora top": {"cache.dtype": "int8", **MODES["qlora top"]},
+    "int8 mixed": {"cache.dtype": "int8", **MODES["mixed"]},
+}
+MODES |= QUANTISED_MODES
 CACHED = [
     "append",
     "qlora top",
@@ -88,6 +98,7 @@ CACHED = [
     "input",
     "input per sequence",
     "elbo",
+    *QUANTISED_MODES,
 ]
 
 Reference = Callable[..., Path]
@@ -105,11 +116,8 @@ def final_parts(config: StackWiseConfig, root: Path) -> dict[str, str]:
     return {name: tensor_digest(part) for name, part in whole.items()}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_rack_grown_in_memory_has_the_same_bits(mode: str, tmp_path: Path, reference: Reference) -> None:
-    """The trainer of the library, live trunk and all, against the artifacts of the flow."""
-    root = reference(MODES[mode])
-    config = tiny(root.parent, MODES[mode])
+def grown_in_memory(config: StackWiseConfig, root: Path) -> ProgressiveRackBuilder:
+    """Grow with the trainer of the library, on the sequences of a run that is there."""
     train, _ = load_sequences(Artifacts(root), plan_of(config).data_ref)
     order = resolve_order(config, len(train))
     steps = order.steps_per_epoch * 16
@@ -122,12 +130,47 @@ def test_a_rack_grown_in_memory_has_the_same_bits(mode: str, tmp_path: Path, ref
 
     builder = ProgressiveRackBuilder(config)
     ProgressiveTrainer(config).train_progressively(builder, Loader())
+    return builder
+
+
+def parts_in_memory(builder: ProgressiveRackBuilder) -> dict[str, str]:
     rack = builder.build_rack()
     parts = {f"stack {stack.creation_index}": stack for stack in builder.stacks}
-    in_memory = {name: tensor_digest(part) for name, part in parts.items()}
-    in_memory |= {"head": tensor_digest(rack.head), "embedding": tensor_digest(rack.embedding)}
-    assert in_memory == final_parts(config, root)
+    digests_of = {name: tensor_digest(part) for name, part in parts.items()}
+    return digests_of | {"head": tensor_digest(rack.head), "embedding": tensor_digest(rack.embedding)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rack_grown_in_memory_has_the_same_bits(mode: str, tmp_path: Path, reference: Reference) -> None:
+    """The trainer of the library, live trunk and all, against the artifacts of the flow."""
+    root = reference(MODES[mode])
+    config = tiny(root.parent, MODES[mode])
+    builder = grown_in_memory(config, root)
+    assert parts_in_memory(builder) == final_parts(config, root)
     assert [stack.creation_index for stack in builder.stacks] == list(plan_of(config).stages[-1].spec.anatomy.order)
+
+
+def test_statistics_are_of_the_first_rows_and_kept_with_the_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fewer rows than a stage trains on, which end within a batch; in memory and on disk, by hand."""
+    monkeypatch.setattr(resolve, "STATISTICS_ROWS", 10)
+    config, root = tiny(tmp_path, MODES["int8"]), tmp_path / "a"
+    grown(config, root)
+    builder = grown_in_memory(config, root)
+    assert parts_in_memory(builder) == final_parts(config, root)
+    artifacts, stages = Artifacts(root), plan_of(config).stages
+    for stack in range(3):
+        on_disk, in_memory = load_channels(artifacts, stages, stack), builder.channels[stack]
+        assert all(a.equal(b) for a, b in zip(on_disk, in_memory, strict=True))
+    train, _ = load_sequences(artifacts, plan_of(config).data_ref)
+    rows = [row for batch, _ in resolve_order(config, len(train)).batches(0, 3) for row in batch][:10]
+    with torch.no_grad():
+        embedding, first = load_embedding(artifacts, stages[:1]), load_stack(artifacts, stages[:1], 0)
+        output_PD = first(embedding(torch.from_numpy(train.tokens[rows].astype("int64")))).flatten(0, 1).double()
+    mean, std = load_channels(artifacts, stages, 0)
+    torch.testing.assert_close(mean.double(), output_PD.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(std.double(), output_PD.std(0, correction=0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", CACHED)
@@ -183,7 +226,7 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(
     assert digests(root) == undisturbed
 
 
-@pytest.mark.parametrize("mode", ["prepend", "full", "nf4 dual", "mixed", "joint", "depth joint"])
+@pytest.mark.parametrize("mode", ["prepend", "full", "nf4 dual", "mixed", "joint", "depth joint", "int8 mixed"])
 def test_one_stack_more_leaves_what_is_there(mode: str, tmp_path: Path, reference: Reference) -> None:
     """Raising target_stacks grows from the rack before the anneal, and anneals again."""
     changes = MODES[mode]
@@ -208,6 +251,18 @@ def test_the_same_seed_and_another_give_the_same_and_other_adapters(reference: R
     b = adapter_state(second, "stack")
     assert a.keys() == b.keys()
     assert not any(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_statistics_are_taken_of_every_output_that_a_stage_changed(reference: Reference) -> None:
+    """Of the stack that adapts, of the new one above it and of those above a prepended one; not below."""
+    found: dict[str, list[set[str]]] = {}
+    for mode in ("int8 qlora top", "int8 mixed"):
+        root = reference(MODES[mode])
+        files = [folder_of(root, "stack", stage) / "channels.safetensors" for stage in range(4)]
+        found[mode] = [{name.split(".")[0][-1] for name in load_tensors(file)} for file in files]
+    assert found["int8 qlora top"] == [{"0"}, {"0", "1"}, {"1", "2"}, {"2", "3"}]
+    assert found["int8 mixed"] == [{"0"}, {"0", "1"}, {"2"}, {"3"}]
+    assert not (folder_of(reference(MODES["mixed"]), "stack", 0) / "channels.safetensors").exists()
 
 
 def test_one_id_is_one_result_whatever_the_mode(reference: Reference) -> None:

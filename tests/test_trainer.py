@@ -27,6 +27,7 @@ from stackwise_core.rack_builder import ProgressiveRackBuilder
 from stackwise_core.resolve import resolve_mask, resolve_order
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stages import OptimSpec, resolve_stage
+from stackwise_core.stream import Stream
 from stackwise_core.trainer import ProgressiveTrainer
 from stackwise_core.training import (
     Hooks,
@@ -75,7 +76,7 @@ def stage_of(config: StackWiseConfig, index: int) -> tuple[StageModel, Callable[
         builder.append_stack()
         builder.prepare_stage(resolve_stage(config, n))
     rack, data = builder.build_rack(), sequences()
-    trunk = LiveTrunk(rack.embedding, builder.stacks[:index], torch.bfloat16) if index else None
+    trunk = LiveTrunk(rack.embedding, builder.stacks[:index], Stream("bfloat16")) if index else None
 
     def batches_from(step: int) -> Iterable[Batch]:
         order = resolve_order(config, len(data))
@@ -462,7 +463,7 @@ def test_a_cache_handed_in_is_what_the_stage_reads() -> None:
             self.asked: list[int] = []
             builder = ProgressiveRackBuilder(config)
             ProgressiveTrainer(config).train_progressively(builder, loader_of(), 1)
-            trunk = LiveTrunk(builder.build_rack().embedding, builder.stacks, torch.bfloat16)
+            trunk = LiveTrunk(builder.build_rack().embedding, builder.stacks, Stream("bfloat16"))
             self.kept: dict[int, Tensor] = {}
             for batch in ProgressiveDataLoader(loader_of()):
                 for sequence_id, row in zip(batch["sequence_ids"].tolist(), trunk(batch["input_ids"]), strict=True):

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
+from stackwise_core.config import StreamDtype
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.failpoints import reach
 from stackwise_core.masking import VALIDATION_VIEW
+from stackwise_core.stream import ChannelStatistics, Quantised, quantise
 from stackwise_core.trunk import RowSource
-from storage.activations.format import Dtype, Group, GroupSpec
+from storage.activations.format import Group, GroupSpec
 from storage.activations.writer import ShardRange, StoreWriter
 
 _SEQUENCES_AT_ONCE = 32
@@ -33,8 +35,10 @@ class StoreRows:
     """int64 [validation rows]."""
     seq_len: int
     d_model: int
-    dtype: str
+    dtype: StreamDtype
     attributes: dict[str, Any]
+    channels: ChannelStatistics | None = None
+    """Of a quantised store the statistics by which its channels are standardised."""
 
     def index(self, group: Group) -> tuple[np.ndarray, np.ndarray]:
         """Return sequence ids (int64) and views (int32) of a group's rows."""
@@ -44,7 +48,7 @@ class StoreRows:
 
     def spec(self, group: Group) -> GroupSpec:
         """Return the layout of a group."""
-        return GroupSpec(len(self.index(group)[0]), self.seq_len, self.d_model, cast("Dtype", self.dtype))
+        return GroupSpec(len(self.index(group)[0]), self.seq_len, self.d_model, self.dtype)
 
     def sample(self, n_rows: int) -> list[tuple[int, int]]:
         """Return about `n_rows` (sequence id, view) pairs, spread evenly over both groups."""
@@ -67,7 +71,7 @@ def fill_store(
     Args:
         folder: the work folder.
         rows: which rows.
-        source: what has them.
+        source: what has them; of a quantised store as the stack computes them, before they are cast.
         on_progress: told (bytes on disk, bytes in all) after every shard.
         should_stop: asked after every shard.
 
@@ -86,25 +90,30 @@ def fill_store(
         rows.attributes,
         rows.index("train"),
         rows.index("validation"),
+        rows.channels,
     )
     missing = writer.missing_shards()
-    total = sum(spec.rows * spec.row_bytes for spec in specs.values())
-    done = total - sum(shard.n_rows * specs[shard.group].row_bytes for shard in missing)
+    total = sum(spec.rows * spec.stored_row_bytes for spec in specs.values())
+    done = total - sum(shard.n_rows * specs[shard.group].stored_row_bytes for shard in missing)
     on_progress(done, total)
     computed = ((shard, _compute(rows, shard, specs[shard.group], source)) for shard in missing)
     for number, shard in enumerate(_write_behind(writer, computed), 1):
-        done += shard.n_rows * specs[shard.group].row_bytes
+        done += shard.n_rows * specs[shard.group].stored_row_bytes
         on_progress(done, total)
         reach("cache", number)
         if should_stop() and number < len(missing):
             raise StageInterruptedError(
                 f"stopped on request with {done:,} of {total:,} bytes cached; run the same command to go on"
             )
-    counts = {"train_rows": specs["train"].rows, "validation_rows": specs["validation"].rows, "store_bytes": total}
+    of_channels = sum(statistic.nbytes for statistic in rows.channels or ()) * len(specs)
+    counts = {"train_rows": specs["train"].rows, "validation_rows": specs["validation"].rows}
+    counts["store_bytes"] = total + of_channels
     return counts, writer.files()
 
 
-def _write_behind(writer: StoreWriter, computed: Iterator[tuple[ShardRange, torch.Tensor]]) -> Iterator[ShardRange]:
+def _write_behind(
+    writer: StoreWriter, computed: Iterator[tuple[ShardRange, torch.Tensor | Quantised]]
+) -> Iterator[ShardRange]:
     """Write each shard while the next is computed, and yield it once it is on the disk; one at most waits there."""
     with ThreadPoolExecutor(1) as disk:
         behind: tuple[ShardRange, Future[None]] | None = None
@@ -121,14 +130,19 @@ def _arrived(shard: ShardRange, written: Future[None]) -> ShardRange:
     return shard
 
 
-def _compute(rows: StoreRows, shard: ShardRange, spec: GroupSpec, source: RowSource) -> torch.Tensor:
-    """Return the rows of a shard: [n_rows, T, D] in the store's dtype, on the CPU."""
-    out = torch.empty((shard.n_rows, spec.seq_len, spec.d_model), dtype=spec.torch_dtype)
+def _compute(rows: StoreRows, shard: ShardRange, spec: GroupSpec, source: RowSource) -> torch.Tensor | Quantised:
+    """Return the rows of a shard as they are stored, on the CPU."""
+    stored = [
+        torch.empty((shard.n_rows, of_array.seq_len, of_array.d_model), dtype=of_array.torch_dtype)
+        for of_array in spec.arrays.values()
+    ]
     sequence_ids, views = rows.index(shard.group)
     for first, last in _runs(views, shard.first_row, shard.first_row + shard.n_rows):
         part = source.rows(sequence_ids[first:last], int(views[first]))
-        out[first - shard.first_row : last - shard.first_row] = part.cpu()
-    return out
+        encoded = (part,) if rows.channels is None else quantise(part, rows.dtype, rows.channels)
+        for out, tensor in zip(stored, encoded, strict=True):
+            out[first - shard.first_row : last - shard.first_row] = tensor.cpu()
+    return stored[0] if rows.channels is None else Quantised(*stored)
 
 
 def _runs(views: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -1,11 +1,19 @@
 """What an activation store looks like on disk: sizes, names, and nothing that does I/O.
 
     <folder>/store.zarr/                     Zarr v3 group, attributes of the store + format_version
-        activations/   [rows, T, D] float    one file per shard, c.<index>.0.0
+        activations/   [rows, T, D]          one file per shard, c.<index>.0.0
         sequence_id/   [rows] int64          which sequence a row was computed from
         view/          [rows] int32          which corruption of it
-        validation/                          a group with the same three arrays
+        validation/                          a group with the same arrays
     <folder>/records/<group>-<index>.json    one per finished shard: rows, size, checksum
+
+A quantised store, format version 2, has in each group also
+
+        scale/         [rows, T] float32     one file per shard, c.<index>.0, of the same rows; records
+                                             <group>-scale-<index>.json
+        channel_mean/, channel_std/  [D] float32
+
+and its values are activations * scale * channel_std + channel_mean.
 
 T is the number of positions, D the channels. A *row* is one sequence, a *chunk* the smallest unit that
 is read and checked, a *shard* one file of chunks followed by an index of them.
@@ -20,12 +28,15 @@ from typing import Final, Literal, get_args
 
 import torch
 
-# For its effect: zarr-python knows the data type from here on.
-import storage.activations.bfloat16  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from stackwise_core.trunk import STREAM_DTYPES
+# For their effect: zarr-python knows the data types from here on.
+import storage.activations.bfloat16  # pyright: ignore[reportUnusedImport]
+import storage.activations.float8  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from stackwise_core.config import QUANTISED_STREAMS, StreamDtype
+from stackwise_core.stream import STREAM_DTYPES
 from storage.errors import ArtifactCorruptError
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""The newest. Stores whose values are stored as they are have version 1: older readers read them."""
 ZARR: Final = "store.zarr"
 RECORDS: Final = "records"
 
@@ -33,7 +44,11 @@ Group = Literal["train", "validation"]
 GROUPS: Final[tuple[Group, ...]] = get_args(Group)
 GROUP_FOLDERS: Final[dict[Group, str]] = {"train": ZARR, "validation": f"{ZARR}/validation"}
 
-Dtype = Literal["bfloat16", "float16", "float32"]
+Array = Literal["activations", "scale"]
+"""Those that are cut into shards."""
+
+ZARR_NAMES: Final[dict[StreamDtype, str]] = {"fp8": "float8_e4m3fn"}
+"""Of the data types whose name is another in Zarr."""
 
 MIN_CHUNK_BYTES: Final = 64 * 2**10
 MIN_SHARD_BYTES: Final = 64 * 2**20
@@ -52,19 +67,19 @@ class GroupSpec:
         rows: Number of rows; may be 0.
         seq_len: Positions per row, T.
         d_model: Channels per position, D.
-        dtype: Of every value.
+        dtype: Of every stored value.
         chunk_bytes: Data bytes wanted in a chunk. Rounded up to whole rows on construction.
         shard_bytes: Data bytes wanted in a shard; 0 takes a 64th of the group, but 64 MiB at least and
             1 GiB at most. Rounded down to whole chunks on construction, at least one.
 
     Raises:
-        ValueError: A size is out of range or the dtype is not one of the three.
+        ValueError: A size is out of range or the dtype is not one of the stream's.
     """
 
     rows: int
     seq_len: int
     d_model: int
-    dtype: Dtype
+    dtype: StreamDtype
     chunk_bytes: int = MIN_CHUNK_BYTES
     shard_bytes: int = 0
 
@@ -83,12 +98,46 @@ class GroupSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch knows it."""
+        """The stored dtype as torch knows it."""
         return STREAM_DTYPES[self.dtype]
 
     @property
+    def zarr_name(self) -> str:
+        """The stored dtype as Zarr calls it."""
+        return ZARR_NAMES.get(self.dtype, self.dtype)
+
+    @property
+    def fill_value(self) -> float:
+        """What stands where no row is: NaN, if there is one."""
+        return 0 if self.dtype == "int8" else float("nan")
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether values are stored with a scale per position, standardised by statistics of the channels."""
+        return self.dtype in QUANTISED_STREAMS
+
+    @property
+    def format_version(self) -> int:
+        """The oldest that can say this."""
+        return 2 if self.is_quantised else 1
+
+    @property
+    def arrays(self) -> dict[Array, GroupSpec]:
+        """The arrays that are cut into shards, those of the scales as if they were rows of one channel."""
+        if not self.is_quantised:
+            return {"activations": self}
+        row_bytes = self.seq_len * torch.float32.itemsize
+        sizes = self.rows_per_chunk * row_bytes, self.rows_per_shard * row_bytes
+        return {"activations": self, "scale": GroupSpec(self.rows, self.seq_len, 1, "float32", *sizes)}
+
+    @property
+    def stored_row_bytes(self) -> int:
+        """Bytes of one row in all arrays."""
+        return sum(spec.row_bytes for spec in self.arrays.values())
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Bytes of one row of activations."""
         return self.seq_len * self.d_model * self.torch_dtype.itemsize
 
     @property
@@ -126,26 +175,29 @@ class GroupSpec:
         return _ceil_div(len(self.shard_range(index)), self.rows_per_chunk)
 
 
-def shard_path(group: Group, index: int) -> str:
+def shard_path(group: Group, index: int, array: Array = "activations") -> str:
     """Posix path of a shard, relative to the store's folder."""
-    return f"{GROUP_FOLDERS[group]}/activations/c.{index}.0.0"
+    others = ".0.0" if array == "activations" else ".0"
+    return f"{GROUP_FOLDERS[group]}/{array}/c.{index}{others}"
 
 
 def is_shard(name: str) -> bool:
     """Whether a path that is relative to the store's folder is a shard's."""
-    return name.startswith(f"{ZARR}/") and "/activations/c." in name
+    return name.startswith(f"{ZARR}/") and any(f"/{array}/c." in name for array in get_args(Array))
 
 
-def record_path(group: Group, index: int) -> str:
+def record_path(group: Group, index: int, array: Array = "activations") -> str:
     """Posix path of the record of a finished shard, relative to the store's folder."""
-    return f"{RECORDS}/{group}-{index:05d}.json"
+    return f"{RECORDS}/{group}{'' if array == 'activations' else f'-{array}'}-{index:05d}.json"
 
 
 def metadata_paths(group: Group, spec: GroupSpec) -> list[str]:
     """Posix paths of every file of a group but its shards, relative to the store's folder."""
     folder = GROUP_FOLDERS[group]
-    arrays = ("activations", "sequence_id", "view")
-    chunks = [f"{folder}/{array}/c.0" for array in arrays[1:]] if spec.rows else []
+    of_rows, of_channels = ("sequence_id", "view"), ("channel_mean", "channel_std") if spec.is_quantised else ()
+    arrays = (*spec.arrays, *of_rows, *of_channels)
+    whole = (*(of_rows if spec.rows else ()), *of_channels)
+    chunks = [f"{folder}/{array}/c.0" for array in whole]
     return [f"{folder}/zarr.json", *(f"{folder}/{array}/zarr.json" for array in arrays), *chunks]
 
 

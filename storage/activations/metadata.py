@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
+from stackwise_core.config import StreamDtype
+from stackwise_core.stream import ChannelStatistics
 from storage.activations.format import (
     FORMAT_VERSION,
     GROUP_FOLDERS,
     GROUPS,
     ZARR,
-    Dtype,
+    ZARR_NAMES,
+    Array,
     Group,
     GroupSpec,
     corrupt,
@@ -36,17 +40,26 @@ class GroupMetadata:
     Attributes:
         spec: Sizes and layout.
         rows: Which sequence and view every row is of.
+        channels: Of a quantised group the statistics by which its channels are standardised.
     """
 
     spec: GroupSpec
     rows: RowIndex
+    channels: ChannelStatistics | None = None
 
 
-def codec_chain(spec: GroupSpec) -> ShardingCodec:
+def codec_chain(spec: GroupSpec, array: Array = "activations") -> ShardingCodec:
     """The one chain of codecs that the writer writes and the reader reads."""
-    inner = (BytesCodec(endian="little"), Crc32cCodec())
-    chunk_shape = (spec.rows_per_chunk, spec.seq_len, spec.d_model)
-    return ShardingCodec(chunk_shape=chunk_shape, codecs=inner, index_codecs=inner, index_location="end")
+    # zarr-python knows no byte order of int8; our own one-byte type inherits one.
+    inner = (BytesCodec(endian=None if spec.dtype == "int8" else "little"), Crc32cCodec())
+    index = (BytesCodec(endian="little"), Crc32cCodec())
+    chunk_shape = _shape(spec, array, spec.rows_per_chunk)
+    return ShardingCodec(chunk_shape=chunk_shape, codecs=inner, index_codecs=index, index_location="end")
+
+
+def _shape(spec: GroupSpec, array: Array, rows: int) -> tuple[int, ...]:
+    """The shape of some rows in Zarr: of scales, which are one number per position, without a last axis."""
+    return (rows, spec.seq_len, spec.d_model) if array == "activations" else (rows, spec.seq_len)
 
 
 def write_metadata(zarr_folder: Path, attributes: dict[str, Any], groups: dict[Group, GroupMetadata]) -> None:
@@ -57,27 +70,36 @@ def write_metadata(zarr_folder: Path, attributes: dict[str, Any], groups: dict[G
         attributes: JSON. Key order does not matter: equal attributes give equal bytes.
         groups: The two groups of rows.
     """
-    ordered = json.loads(json.dumps(attributes | {_VERSION_KEY: FORMAT_VERSION}, sort_keys=True))
+    version = groups["train"].spec.format_version
+    ordered = json.loads(json.dumps(attributes | {_VERSION_KEY: version}, sort_keys=True))
     root = zarr.create_group(zarr_folder, attributes=ordered)  # pyright: ignore[reportUnknownMemberType]
     _write_group(root, groups["train"])
     _write_group(root.create_group("validation"), groups["validation"])
 
 
 def _write_group(group: zarr.Group, metadata: GroupMetadata) -> None:
-    spec = metadata.spec
-    group.create_array(
-        "activations",
-        shape=(spec.rows, spec.seq_len, spec.d_model),
-        dtype=spec.dtype,
-        chunks=(spec.rows_per_shard, spec.seq_len, spec.d_model),
-        serializer=codec_chain(spec),
-        filters=None,
-        compressors=None,
-        fill_value=float("nan"),
-        chunk_key_encoding=_CHUNK_KEYS,
-        dimension_names=("row", "position", "channel"),
-    )
-    for name, values in (("sequence_id", metadata.rows.sequence_id), ("view", metadata.rows.view)):
+    for array, spec in metadata.spec.arrays.items():
+        group.create_array(
+            array,
+            shape=_shape(spec, array, spec.rows),
+            dtype=spec.zarr_name,
+            chunks=_shape(spec, array, spec.rows_per_shard),
+            serializer=codec_chain(spec, array),
+            filters=None,
+            compressors=None,
+            fill_value=spec.fill_value,
+            chunk_key_encoding=_CHUNK_KEYS,
+            dimension_names=("row", "position", "channel")[: 3 if array == "activations" else 2],
+        )
+    _write_whole(group, "row", {"sequence_id": metadata.rows.sequence_id, "view": metadata.rows.view})
+    if metadata.channels is not None:
+        mean, std = (statistic.numpy() for statistic in metadata.channels)
+        _write_whole(group, "channel", {"channel_mean": mean, "channel_std": std})
+
+
+def _write_whole(group: zarr.Group, dimension: str, arrays: dict[str, np.ndarray]) -> None:
+    """Write small arrays, each in one chunk."""
+    for name, values in arrays.items():
         array = group.create_array(
             name,
             shape=values.shape,
@@ -87,7 +109,7 @@ def _write_group(group: zarr.Group, metadata: GroupMetadata) -> None:
             filters=None,
             compressors=(Crc32cCodec(),),
             chunk_key_encoding=_CHUNK_KEYS,
-            dimension_names=("row",),
+            dimension_names=(dimension,),
             # By default a chunk of zeros is left out, and then a lost one cannot be told from it.
             config={"write_empty_chunks": True},
         )
@@ -111,16 +133,21 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[Group, GroupMetada
     try:
         root = zarr.open_group(root_path, mode="r", zarr_format=3)  # pyright: ignore[reportUnknownMemberType]
         attributes = dict(root.attrs)
-        _check_version(folder, attributes.pop(_VERSION_KEY, None))
+        version = _checked_version(folder, attributes.pop(_VERSION_KEY, None))
         nodes: dict[Group, zarr.Group] = {"train": root, "validation": cast(zarr.Group, root["validation"])}
-        return attributes, {group: _read_group(folder, group, nodes[group]) for group in GROUPS}
+        groups: dict[Group, GroupMetadata] = {group: _read_group(folder, group, nodes[group]) for group in GROUPS}
+        for metadata in groups.values():
+            if (needed := metadata.spec.format_version) != version:
+                problem = f"format version {version}, but {metadata.spec.dtype} is stored in version {needed}"
+                raise corrupt(folder, root_path / "zarr.json", problem)
+        return attributes, groups
     except ArtifactError:
         raise
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise corrupt(folder, root_path, f"not an activation store: {error}") from error
 
 
-def _check_version(folder: Path, version: object) -> None:
+def _checked_version(folder: Path, version: object) -> int:
     if not isinstance(version, int) or version < 1:
         raise corrupt(folder, folder / ZARR / "zarr.json", f"format version {version!r} is not a version")
     if version > FORMAT_VERSION:
@@ -129,18 +156,41 @@ def _check_version(folder: Path, version: object) -> None:
             f"format version {version} is newer than {FORMAT_VERSION}, the newest this StackWise reads",
             "update StackWise, or delete the folder and run the same command again: it will be remade",
         )
+    return version
 
 
 def _read_group(folder: Path, name: Group, group: zarr.Group) -> GroupMetadata:
-    array = cast("zarr.Array[Any]", group["activations"])
-    path = folder / GROUP_FOLDERS[name] / "activations" / "zarr.json"
-    spec, codecs = _spec_of(array), getattr(array.metadata, "codecs", None)
-    if spec is None or codecs != (codec_chain(spec),):
-        raise corrupt(folder, path, f"chunks {array.shards} of {array.chunks} by {codecs} are not this format's")
+    def refuse(array: str) -> ArtifactError:
+        found = cast("zarr.Array[Any]", group[array])
+        path, codecs = folder / GROUP_FOLDERS[name] / array / "zarr.json", getattr(found.metadata, "codecs", None)
+        problem = f"{found.dtype}, chunks {found.shards} of {found.chunks} by {codecs} are not this format's"
+        return corrupt(folder, path, problem)
+
+    spec = _spec_of(cast("zarr.Array[Any]", group["activations"]))
+    if spec is None:
+        raise refuse("activations")
+    for array, of_array in spec.arrays.items():
+        if not _is_as_written(cast("zarr.Array[Any]", group[array]), array, of_array):
+            raise refuse(array)
     sequence_id, view = (np.asarray(cast("zarr.Array[Any]", group[key])[:]) for key in ("sequence_id", "view"))
     if len(sequence_id) != spec.rows:
+        path = folder / GROUP_FOLDERS[name] / "activations" / "zarr.json"
         raise corrupt(folder, path, f"{spec.rows} rows, but {len(sequence_id)} sequence ids")
-    return GroupMetadata(spec, RowIndex(sequence_id, view))
+    return GroupMetadata(spec, RowIndex(sequence_id, view), _read_channels(group) if spec.is_quantised else None)
+
+
+def _read_channels(group: zarr.Group) -> ChannelStatistics:
+    arrays = (cast("zarr.Array[Any]", group[name])[:] for name in ("channel_mean", "channel_std"))
+    return ChannelStatistics(*(torch.from_numpy(np.asarray(array, np.float32)) for array in arrays))
+
+
+def _is_as_written(array: zarr.Array[Any], name: Array, spec: GroupSpec) -> bool:
+    return (
+        array.shape == _shape(spec, name, spec.rows)
+        and str(array.dtype) == spec.zarr_name
+        and array.shards == _shape(spec, name, spec.rows_per_shard)
+        and getattr(array.metadata, "codecs", None) == (codec_chain(spec, name),)
+    )
 
 
 def _spec_of(array: zarr.Array[Any]) -> GroupSpec | None:
@@ -148,13 +198,8 @@ def _spec_of(array: zarr.Array[Any]) -> GroupSpec | None:
     rows, seq_len, d_model = array.shape
     row_bytes = seq_len * d_model * array.dtype.itemsize
     shard_rows = (array.shards or array.chunks)[0]
-    spec = GroupSpec(
-        rows,
-        seq_len,
-        d_model,
-        cast(Dtype, str(array.dtype)),
-        array.chunks[0] * row_bytes,
-        shard_rows * row_bytes,
-    )
+    names = {name: dtype for dtype, name in ZARR_NAMES.items()}
+    dtype = cast("StreamDtype", names.get(str(array.dtype), str(array.dtype)))
+    spec = GroupSpec(rows, seq_len, d_model, dtype, array.chunks[0] * row_bytes, shard_rows * row_bytes)
     shapes = ((spec.rows_per_shard, seq_len, d_model), (spec.rows_per_chunk, seq_len, d_model))
     return spec if (array.shards, array.chunks) == shapes else None

@@ -61,7 +61,9 @@ def _check_file(folder: Path, name: str, size: int, checksum: str) -> None:
 
 def _check_listed(folder: Path, files: Files, group: Group, metadata: GroupMetadata) -> None:
     """Refuse a list that lacks a file: Zarr would read it as fill values, and nobody would know."""
-    shards = (shard_path(group, index) for index in range(metadata.spec.n_shards))
+    shards = [
+        shard_path(group, index, array) for array in metadata.spec.arrays for index in range(metadata.spec.n_shards)
+    ]
     for name in (*metadata_paths(group, metadata.spec), *shards):
         if name not in files:
             raise corrupt(folder, folder / name, "not in the sealed list")

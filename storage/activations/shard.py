@@ -25,7 +25,7 @@ def encode_shard(spec: GroupSpec, rows: torch.Tensor) -> np.ndarray:
     Args:
         spec: The group it belongs to.
         rows: `[n, T, D]`, contiguous, on the CPU; 1 <= n <= rows_per_shard. Rows that lack in the last
-            chunk are NaN on disk.
+            chunk are the fill value on disk.
 
     Returns:
         uint8 `[size]`: the whole file.
@@ -43,7 +43,7 @@ def encode_shard(spec: GroupSpec, rows: torch.Tensor) -> np.ndarray:
     if rest:
         last = chunks[whole].reshape(spec.rows_per_chunk, spec.row_bytes)
         last[:rest] = data[n_whole_rows:]
-        last[rest:] = bytes_of(torch.full_like(rows[:1], torch.nan))
+        last[rest:] = bytes_of(torch.full_like(rows[:1], spec.fill_value))
     crcs = np.array([crc32c(chunk) for chunk in chunks], "<u4")
     body[:, spec.chunk_bytes :] = crcs.view(np.uint8).reshape(n_chunks, CRC_BYTES)
 

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from stackwise_core.masking import VALIDATION_VIEW
+from stackwise_core.stream import ChannelStatistics, Quantised
 from storage.activations.format import (
     RECORDS,
     ZARR,
+    Array,
     Group,
     GroupSpec,
     record_path,
@@ -69,6 +71,7 @@ class StoreWriter:
         attributes: dict[str, Any],
         train_index: tuple[np.ndarray, np.ndarray],
         validation_index: tuple[np.ndarray, np.ndarray],
+        channels: ChannelStatistics | None = None,
     ) -> None:
         """Create the store, or find the same one there and keep its shards.
 
@@ -81,16 +84,17 @@ class StoreWriter:
             attributes: JSON that describes the store, kept as attributes of the Zarr group.
             train_index: (sequence id int64, view int32) of every training row, each `[rows]`.
             validation_index: The same of the validation rows, whose view is `VALIDATION_VIEW`.
+            channels: Of a quantised store the statistics by which its channels are standardised.
 
         Raises:
-            ValueError: An index does not fit its spec or names a row twice.
+            ValueError: An index does not fit its spec or names a row twice, or statistics are missing or too many.
             StoreSpaceError: The disk is full.
         """
         self.folder = folder
         self.specs: dict[Group, GroupSpec] = {"train": train, "validation": validation}
         groups: dict[Group, GroupMetadata] = {
-            "train": _checked("train", train, train_index),
-            "validation": _checked("validation", validation, validation_index),
+            "train": _checked("train", train, train_index, channels),
+            "validation": _checked("validation", validation, validation_index, channels),
         }
         with explain_full_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -101,34 +105,36 @@ class StoreWriter:
         """Shards still to be written, in order. Reads every byte that is recorded, to trust none unseen."""
         return [shard for shard in self._shards() if not self._is_written(shard)]
 
-    def write_shard(self, shard: ShardRange, rows: torch.Tensor) -> None:
-        """Write one shard, then its record; both are on the disk on return.
+    def write_shard(self, shard: ShardRange, rows: torch.Tensor | Quantised) -> None:
+        """Write one shard of each array, each with its record; all are on the disk on return.
 
         Args:
             shard: One of `missing_shards`. Writing it again replaces it.
-            rows: `[n_rows, T, D]` in the dtype of the store, on the CPU.
+            rows: `[n_rows, T, D]` in the dtype of the store, on the CPU; of a quantised store values and scales.
 
         Raises:
             ValueError: The rows have another shape, dtype or device.
             StoreSpaceError: The disk is full. What was written before is intact.
         """
         spec = self.specs[shard.group]
-        shape = (shard.n_rows, spec.seq_len, spec.d_model)
-        if tuple(rows.shape) != shape or rows.dtype != spec.torch_dtype or rows.device.type != "cpu":
-            raise ValueError(
-                f"{shard} needs {shape} {spec.torch_dtype} on the cpu, "
-                f"got {tuple(rows.shape)} {rows.dtype} on {rows.device}"
-            )
         assert spec.shard_range(shard.index) == range(shard.first_row, shard.first_row + shard.n_rows), shard
-        data = encode_shard(spec, rows.detach().contiguous())
+        tensors = rows if isinstance(rows, Quantised) else (rows,)
+        if len(tensors) != len(spec.arrays):
+            raise ValueError(f"{shard} needs {' and '.join(spec.arrays)}, got {len(tensors)} tensors")
+        for of_array, tensor in zip(spec.arrays.values(), tensors, strict=True):
+            _check_rows(shard, of_array, tensor)
+        for (array, of_array), tensor in zip(spec.arrays.items(), tensors, strict=True):
+            self._write_file(shard, array, encode_shard(of_array, tensor.detach().contiguous()))
+
+    def _write_file(self, shard: ShardRange, array: Array, data: np.ndarray) -> None:
         # Hashing takes as long as writing and needs no disk, so the two go side by side.
         with ThreadPoolExecutor(1) as pool:
             checksum = pool.submit(checksum_bytes, data)
-            write_durably(self.folder / shard_path(shard.group, shard.index), data)
+            write_durably(self.folder / shard_path(shard.group, shard.index, array), data)
         rows_of_shard = [shard.first_row, shard.n_rows]
         record = {"rows": rows_of_shard, "size": data.nbytes, "checksum": checksum.result()}
         text = np.frombuffer(json.dumps(record).encode(), np.uint8)
-        write_durably(self.folder / record_path(shard.group, shard.index), text)
+        write_durably(self.folder / record_path(shard.group, shard.index, array), text)
 
     def files(self) -> dict[str, tuple[int, str]]:
         """List every file of the finished folder, for its manifest.
@@ -142,12 +148,13 @@ class StoreWriter:
         """
         listed: dict[str, tuple[int, str]] = {}
         for shard in self._shards():
-            name = shard_path(shard.group, shard.index)
-            recorded = self._recorded(shard)
-            if recorded is None:
-                problem = "this shard has not been written"
-                raise ArtifactUnsealedError(self.folder / name, problem, "write the missing shards first")
-            listed[name] = recorded
+            for array in self.specs[shard.group].arrays:
+                name = shard_path(shard.group, shard.index, array)
+                recorded = self._recorded(shard, array)
+                if recorded is None:
+                    problem = "this shard has not been written"
+                    raise ArtifactUnsealedError(self.folder / name, problem, "write the missing shards first")
+                listed[name] = recorded
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if path.is_file() and name not in listed:
@@ -182,16 +189,19 @@ class StoreWriter:
                 yield ShardRange(group, index, rows.start, len(rows))
 
     def _is_written(self, shard: ShardRange) -> bool:
-        """Whether a shard is there as its record says, to the last bit."""
-        recorded = self._recorded(shard)
-        path = self.folder / shard_path(shard.group, shard.index)
-        return recorded is not None and checksum_file(path) == recorded[1]
+        """Whether a shard is there in every array as its record says, to the last bit."""
+        for array in self.specs[shard.group].arrays:
+            recorded = self._recorded(shard, array)
+            path = self.folder / shard_path(shard.group, shard.index, array)
+            if recorded is None or checksum_file(path) != recorded[1]:
+                return False
+        return True
 
-    def _recorded(self, shard: ShardRange) -> tuple[int, str] | None:
+    def _recorded(self, shard: ShardRange, array: Array) -> tuple[int, str] | None:
         """Size and checksum of a shard by its record, or None without a record and a file of that size."""
-        path = self.folder / shard_path(shard.group, shard.index)
+        path = self.folder / shard_path(shard.group, shard.index, array)
         try:
-            record = json.loads((self.folder / record_path(shard.group, shard.index)).read_bytes())
+            record = json.loads((self.folder / record_path(shard.group, shard.index, array)).read_bytes())
             rows, size, checksum = record["rows"], record["size"], record["checksum"]
             as_recorded = rows == [shard.first_row, shard.n_rows] and path.stat().st_size == size
         except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -199,14 +209,28 @@ class StoreWriter:
         return (size, checksum) if as_recorded else None
 
 
-def _checked(group: Group, spec: GroupSpec, index: tuple[np.ndarray, np.ndarray]) -> GroupMetadata:
-    """Refuse an index by which the rows could not be found again."""
+def _check_rows(shard: ShardRange, spec: GroupSpec, rows: torch.Tensor) -> None:
+    shape = (shard.n_rows, spec.seq_len, spec.d_model)
+    if tuple(rows.shape) != shape or rows.dtype != spec.torch_dtype or rows.device.type != "cpu":
+        raise ValueError(
+            f"{shard} needs {shape} {spec.torch_dtype} on the cpu, "
+            f"got {tuple(rows.shape)} {rows.dtype} on {rows.device}"
+        )
+
+
+def _checked(
+    group: Group, spec: GroupSpec, index: tuple[np.ndarray, np.ndarray], channels: ChannelStatistics | None
+) -> GroupMetadata:
+    """Refuse an index by which the rows could not be found again, and statistics that do not fit them."""
     rows = RowIndex(*index)
+    shapes = [(tuple(part.shape), part.dtype) for part in channels or ()]
+    if shapes != [((spec.d_model,), torch.float32)] * (2 if spec.is_quantised else 0):
+        raise ValueError(f"{group}: statistics of channels {shapes} do not go with {spec.dtype} and {spec.d_model}")
     if len(rows.view) != spec.rows:
         raise ValueError(f"{group}: {len(rows.view)} sequence ids for {spec.rows} rows")
     if ((rows.view == VALIDATION_VIEW) != (group == "validation")).any():
         raise ValueError(f"{group}: view {VALIDATION_VIEW} means validation rows, and they alone have it")
-    return GroupMetadata(spec, rows)
+    return GroupMetadata(spec, rows, channels)
 
 
 def _holds(store: Path, fresh: Path) -> bool:
