@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -94,27 +94,10 @@ def _training_faults(config: StackWiseConfig) -> Iterator[Fault]:
         yield Fault("cache.views", str(config.cache.views), allowed)
 
 
-# Values of the schema that no code stands behind yet. A later version deletes lines from this table.
-_NOT_BUILT: dict[str, tuple[Any, ...]] = {}
-
-
 def _not_built_faults(config: StackWiseConfig) -> Iterator[Fault]:
-    for path, refused in _NOT_BUILT.items():
-        value = _lookup(config, path)
-        if value in refused:
-            allowed = " or ".join(map(repr, _allowed(config, path, refused)))
-            yield Fault(path, repr(value), f"this version does not build it yet; use {allowed}")
     if config.hardware.processes > 1:
         received = str(config.hardware.processes)
         yield Fault("hardware.processes", received, "this version does not build training with several processes yet")
-
-
-def _allowed(config: BaseModel, path: str, refused: tuple[Any, ...]) -> list[Any]:
-    """Return the values of a key that are built."""
-    *sections, name = path.split(".")
-    section = _lookup(config, ".".join(sections))
-    choices = get_args(type(section).model_fields[name].annotation) or (True, False)
-    return [choice for choice in choices if choice not in refused]
 
 
 def schema_faults(
@@ -167,10 +150,3 @@ def _remove(values: Any, location: tuple[int | str, ...]) -> None:
         del values[last]
     except (KeyError, IndexError, TypeError):
         return  # the key is missing, or stands below a value that is no section: nothing to take out
-
-
-def _lookup(config: BaseModel, path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

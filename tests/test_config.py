@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from stackwise_core.config import LoraOverride, StackOverride, StackWiseConfig
-from stackwise_core.config_rules import _NOT_BUILT
 from stackwise_core.config_yaml import apply_overrides, parse_value
 from stackwise_core.effect_rules import ONLY_WITH
 from stackwise_core.errors import ConfigError, Fault
@@ -138,7 +137,7 @@ def test_every_fault_at_once() -> None:
                 "stepz_per_stack": 3,
                 "progressive": {"target_stacks": 5, "max_stacks": 4, "trunk_trainable_top": 1, "time_per_stack": 2},
             },
-            "cache": {"dtype": "int8"},
+            "cache": {"dtype": "int4"},
         }
     )
     found = {fault.path: (fault.received, fault.allowed) for fault in faults}
@@ -162,7 +161,7 @@ def test_every_fault_at_once() -> None:
             "changes nothing here: it belongs to training.progressive.time_interpretation: depth with "
             "stack_time_mapping: linear, or any with num_time_steps: 0; leave it out",
         ),
-        "cache.dtype": ("'int8'", "this version does not build it yet; use 'bfloat16' or 'float16' or 'float32'"),
+        "cache.dtype": ("'int4'", "input should be 'bfloat16', 'float16', 'float32', 'int8' or 'fp8'"),
     }
 
 
@@ -632,15 +631,6 @@ def other_value(path: str) -> Any:
     return default / 2
 
 
-@pytest.mark.parametrize(("path", "value"), [(path, value) for path in _NOT_BUILT for value in _NOT_BUILT[path]])
-def test_modes_that_are_not_built_are_refused_by_name(path: str, value: Any) -> None:
-    (fault,) = faults_of(nested(path, value))
-    assert (fault.path, fault.received) == (path, repr(value))
-    assert fault.allowed.startswith("this version does not build it yet; use ")
-    for choice in fault.allowed.partition("; use ")[2].split(" or "):  # what it says to use is accepted
-        StackWiseConfig.from_dict(nested(path, ast.literal_eval(choice)))
-
-
 # What must be set beside a key for its other values to mean anything.
 ADAPTED = {f"{GROWTH}.qlora_enabled": True}
 PATTERNED = {**ADAPTED, f"{GROWTH}.qlora_strategy": "progressive"}
@@ -677,7 +667,7 @@ MORE_FOR_VALUE: dict[tuple[str, str], dict[str, Any]] = {
     (f"{GROWTH}.qlora_strategy", "variable"): {f"{GROWTH}.qlora_configs": other_value(f"{GROWTH}.qlora_configs")},
     (f"{GROWTH}.stack_time_mapping", "custom"): {f"{GROWTH}.time_mapping": other_value(f"{GROWTH}.time_mapping")},
 }
-NOT_BUILT = {*_NOT_BUILT, "data.tokenizer", "hardware.processes"}
+NOT_BUILT = {"data.tokenizer", "hardware.processes"}
 
 
 def configuration(changes: dict[str, Any]) -> StackWiseConfig:
@@ -687,12 +677,11 @@ def configuration(changes: dict[str, Any]) -> StackWiseConfig:
 
 
 def values_of(path: str) -> list[Any]:
-    """Every value of a choice but those that are not built; of any other key one that is not its default."""
+    """Every value of a choice; of any other key one that is not its default."""
     choices = get_args(LEAVES[path].annotation) if get_origin(LEAVES[path].annotation) is Literal else ()
     if path == f"{GROWTH}.stack_time_mapping":  # in the library also a function, so that it is no Literal
         choices = ("linear", "exponential", "custom")
-    built = [choice for choice in choices if choice not in _NOT_BUILT.get(path, ())]
-    return built or ([other_value(path)] if path not in NOT_BUILT else [])
+    return list(choices) or ([other_value(path)] if path not in NOT_BUILT else [])
 
 
 @pytest.mark.parametrize("path", NEEDS)
@@ -716,7 +705,7 @@ def test_the_table_of_needs_is_whole() -> None:
     by_default += " new_stack_precision building_mode progressive_qlora"
     found = {path.rpartition(".")[2] for path in set(ONLY_WITH) - set(NEEDS)}
     assert found == set(by_default.split())  # they belong to what is the default
-    assert {*_NOT_BUILT, *ONLY_WITH, *NEEDS} - set(LEAVES) == set()
+    assert {*ONLY_WITH, *NEEDS} - set(LEAVES) == set()
 
 
 @pytest.mark.parametrize(("path", "value"), [("corruption", "mask"), ("loss_weighting", "elbo")])
