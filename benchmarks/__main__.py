@@ -16,6 +16,7 @@ NAMES = (
     "cache_saving",
     "memory",
     "storage_types",
+    "stream_types",
     "store_reading",
     "store_writing",
     "store_growth",
