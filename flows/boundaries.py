@@ -18,21 +18,14 @@ from stackwise_core.plan import StagePlan
 from stackwise_core.resolve import resolve_order
 from stackwise_core.trunk import STREAM_DTYPES, LiveTrunk, RowsFromBoundary, RowsFromTokens, RowSource
 from storage.activations.fill import StoreRows
-from storage.activations.reader import StoreReader
 from storage.checkpoints import load_embedding, load_stack
 from storage.demand import advance_source
+from storage.stores import open_store
 
 
 def store_below(stage: Stage) -> list[Ref]:
     """Return the store this stage trains on, if it trains on one."""
     return [stage.below[-1].ref("activations")] if stage.below and stage.below[-1].activations else []
-
-
-@contextlib.contextmanager
-def _open_store(stage: Stage, ref: Ref) -> Generator[StoreReader]:
-    manifest = stage.artifacts.manifest(ref)
-    with StoreReader(stage.artifacts.folder(ref), manifest.checksums()) as reader:
-        yield reader
 
 
 @contextlib.contextmanager
@@ -42,7 +35,7 @@ def boundary_below(stage: Stage) -> Generator[RowSource | LiveTrunk | None]:
     if anatomy.boundary == 0:
         yield None
     elif store := store_below(stage):
-        with _open_store(stage, store[0]) as reader:
+        with open_store(stage.artifacts, store[0]) as reader:
             yield reader
     else:
         yield _live_trunk(stage, stage.below, anatomy.below)
@@ -58,7 +51,7 @@ def boundary_above(stage: Stage) -> Generator[tuple[RowSource, str]]:
     added = _reader_of(stage).below[-1]
     stack = load_stack(stage.artifacts, stage.so_far, added).to(stage.device)
     dtype = STREAM_DTYPES[stage.config.cache.dtype]
-    with _open_store(stage, below) as reader:
+    with open_store(stage.artifacts, below) as reader:
         yield RowsFromBoundary(reader, stack, dtype, stage.device), f"boundary {len(_reader_of(stage).below) - 1}"
 
 
@@ -108,6 +101,6 @@ def compare_store(stage: Stage, ref: Ref) -> tuple[int, list[tuple[int, int]]]:
         How many rows were compared, and the (sequence id, view) pairs that differ.
     """
     sample = rows_to_store(stage).sample(stage.plan.validation.sampled_rows)
-    with _open_store(stage, ref) as reader:
+    with open_store(stage.artifacts, ref) as reader:
         # A CPU gives the same bits; CUDA kernels may sum in another order.
         return differing_rows(reader, rows_from_tokens(stage), sample, exact=stage.device.type == "cpu")
