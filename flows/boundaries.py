@@ -21,21 +21,14 @@ from stackwise_core.resolve import resolve_order, resolve_stream_dtype
 from stackwise_core.stream import Stream
 from stackwise_core.trunk import LiveTrunk, RowsFromBoundary, RowsFromTokens, RowSource
 from storage.activations.fill import StoreRows
-from storage.activations.reader import StoreReader
 from storage.checkpoints import load_channels, load_embedding, load_stack
 from storage.demand import advance_source
+from storage.stores import open_store
 
 
 def store_below(stage: Stage) -> list[Ref]:
     """Return the store this stage trains on, if it trains on one."""
     return [stage.below[-1].ref("activations")] if stage.below and stage.below[-1].activations else []
-
-
-@contextlib.contextmanager
-def _open_store(stage: Stage, ref: Ref) -> Generator[StoreReader]:
-    manifest = stage.artifacts.manifest(ref)
-    with StoreReader(stage.artifacts.folder(ref), manifest.checksums()) as reader:
-        yield reader
 
 
 @contextlib.contextmanager
@@ -45,7 +38,7 @@ def boundary_below(stage: Stage) -> Generator[RowSource | LiveTrunk | None]:
     if anatomy.boundary == 0:
         yield None
     elif store := store_below(stage):
-        with _open_store(stage, store[0]) as reader:
+        with open_store(stage.artifacts, store[0]) as reader:
             yield reader
     else:
         yield _live_trunk(stage, stage.below, anatomy.below)
@@ -60,7 +53,7 @@ def boundary_above(stage: Stage) -> Generator[tuple[RowSource, str]]:
         return
     added = _reader_of(stage).below[-1]
     stack = load_stack(stage.artifacts, stage.so_far, added).to(stage.device)
-    with _open_store(stage, below) as reader:
+    with open_store(stage.artifacts, below) as reader:
         yield RowsFromBoundary(reader, stack, stage.device), f"boundary {len(_reader_of(stage).below) - 1}"
 
 
@@ -125,6 +118,6 @@ def compare_store(stage: Stage, ref: Ref) -> tuple[int, list[tuple[int, int]]]:
     rows = rows_to_store(stage)
     sample = rows.sample(stage.plan.validation.sampled_rows)
     live = _rows_from_tokens(stage, _trunk_above(stage))
-    with _open_store(stage, ref) as reader:
+    with open_store(stage.artifacts, ref) as reader:
         # A CPU gives the same bits; CUDA kernels may sum in another order.
         return differing_rows(reader, live, sample, rows.dtype, exact=stage.device.type == "cpu")

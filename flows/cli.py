@@ -61,7 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=summary, description=summary, epilog=f"example: {example}", formatter_class=formatter
         )
-        sub.add_argument("--artifacts", default="artifacts", metavar="FOLDER", help="where artifacts live (artifacts/)")
+        sub.add_argument(
+            "--artifacts",
+            default="artifacts",
+            metavar="ROOT",
+            help="where artifacts live: a folder (artifacts/), or s3://BUCKET/PREFIX",
+        )
         sub.set_defaults(run=run, load_config=_load_config)
         return sub
 

@@ -18,11 +18,12 @@ from stackwise_core.plan import RunPlan, StagePlan, plan_run
 from stackwise_core.resolve import reads_examples, resolve_order
 from storage.demand import TASK_KINDS, Demand, compute_demand
 from storage.layout import Artifacts, State
+from storage.roots import artifacts_at
 
 
 def show_plan(config: StackWiseConfig, root: str, *, as_json: bool) -> None:
     """Print the plan of a configuration; nothing is written."""
-    artifacts = Artifacts(root)
+    artifacts = artifacts_at(root).reachable()
     corpus = read_corpus(config.data.source, examples=reads_examples(config))
     plan = plan_run(config, corpus.digest, corpus.n_bytes)
     demand = compute_demand(plan, artifacts, config.cache.keep)
@@ -31,7 +32,7 @@ def show_plan(config: StackWiseConfig, root: str, *, as_json: bool) -> None:
     if as_json:
         document = {
             "run": config.run.name,
-            "artifacts": str(artifacts.root),
+            "artifacts": artifacts.uri,
             "data": {"state": artifacts.state(plan.data_ref).value, "artifact": plan.data_ref.name},
             "train_sequences": n_train,
             "validation_sequences": n_validation,
@@ -120,7 +121,7 @@ def _print_plan(
     console = Console()
     sequences = f"{n_train:,} training and {n_validation:,} validation sequences of {config.data.seq_len} tokens"
     console.print(
-        f"[bold]{config.run.name}[/] in {escape(str(artifacts.root))}\n{sequences}", highlight=False, soft_wrap=True
+        f"[bold]{config.run.name}[/] in {escape(artifacts.uri)}\n{sequences}", highlight=False, soft_wrap=True
     )
     for row in stages:
         console.print(_paragraph(row), highlight=False, markup=False)

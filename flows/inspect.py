@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.inspection.provenance import trace
 from flows.numbers import size
@@ -14,7 +14,11 @@ from storage.durable import write_text
 from storage.errors import ArtifactMissingError
 from storage.layout import Artifacts, State
 from storage.manifest import Manifest, read_manifest
+from storage.roots import artifacts_at
 from storage.runs import run_names
+
+if TYPE_CHECKING:
+    from flows.inspection.boundaries import Boundary
 
 _ROWS = 64
 _PAGES = ("activations", "stack")
@@ -50,11 +54,11 @@ def find_artifact(artifacts: Artifacts, uri: str) -> Path:
             read_manifest(Path(uri))  # raises: it has none
         runs = ", ".join(run_names(artifacts)) or "none"
         raise ArtifactMissingError(
-            uri, f"is no artifact in {artifacts.root}", f"See `stackwise status RUN`; runs: {runs}"
+            uri, f"is no artifact in {artifacts.uri}", f"See `stackwise status RUN`; runs: {runs}"
         )
     if len(exact or found) != 1:
         names = ", ".join(folder.name for folder in found[:5])
-        raise ConfigError([Fault("URI", repr(uri), f"{len(found)} artifacts begin so in {artifacts.root}: {names}")])
+        raise ConfigError([Fault("URI", repr(uri), f"{len(found)} artifacts begin so in {artifacts.uri}: {names}")])
     return (exact or found)[0]
 
 
@@ -68,10 +72,11 @@ def show_artifact(root: str, uri: str, look: Look) -> int:
         ArtifactError: there is none, a file of it is damaged, or its data was dropped and a page needs it.
         ConfigError: what is asked for is not for this kind, or cannot be written.
     """
-    folder = find_artifact(Artifacts(root).existing(), uri)
+    named = artifacts_at(root).existing()
+    folder = find_artifact(named, uri)
     manifest = read_manifest(folder)
     _check_look(manifest, look)
-    artifacts = _home(root, folder, manifest)
+    artifacts = _home(named, folder, manifest)
     state = artifacts.state(manifest.ref)
     if look.html or look.against:
         artifacts.manifest(manifest.ref)  # raises where there is nothing to look at
@@ -85,10 +90,12 @@ def show_artifact(root: str, uri: str, look: Look) -> int:
     return 3 if state is State.CORRUPT else 0
 
 
-def _home(root: str, folder: Path, manifest: Manifest) -> Artifacts:
+def _home(named: Artifacts, folder: Path, manifest: Manifest) -> Artifacts:
     """Return the artifacts folder that an artifact lies in, which need not be the one that was named."""
+    if named.folder(manifest.ref) == folder:
+        return named
     around = Artifacts(folder.parent.parent)
-    return around if around.folder(manifest.ref) == folder else Artifacts(root)
+    return around if around.folder(manifest.ref) == folder else named
 
 
 def _check_look(manifest: Manifest, look: Look) -> None:
@@ -110,7 +117,8 @@ def _check_look(manifest: Manifest, look: Look) -> None:
 
 
 def _describe(artifacts: Artifacts, folder: Path, manifest: Manifest, state: State, look: Look) -> dict[str, Any]:
-    document: dict[str, Any] = {"folder": str(folder), "state": state.value, **manifest.model_dump(mode="json")}
+    where = artifacts.where(manifest.ref) if artifacts.folder(manifest.ref) == folder else str(folder)
+    document: dict[str, Any] = {"folder": where, "state": state.value, **manifest.model_dump(mode="json")}
     document["provenance"] = trace(artifacts, manifest)
     if state is not State.SEALED:
         return document
@@ -126,7 +134,7 @@ def _describe(artifacts: Artifacts, folder: Path, manifest: Manifest, state: Sta
     return document
 
 
-def _other_store(artifacts: Artifacts, uri: str) -> tuple[Path, Manifest] | None:
+def _other_store(artifacts: Artifacts, uri: str) -> Boundary | None:
     """Return the store to compare with, if one is named."""
     if not uri:
         return None
@@ -134,8 +142,11 @@ def _other_store(artifacts: Artifacts, uri: str) -> tuple[Path, Manifest] | None
     manifest = read_manifest(folder)
     if manifest.ref.kind != "activations":
         raise ConfigError([Fault("--against", repr(uri), f"{manifest.ref.name} is no store; name one")])
-    _home(str(artifacts.root), folder, manifest).manifest(manifest.ref)  # raises where it is not sealed
-    return folder, manifest
+    from flows.inspection.boundaries import Boundary
+
+    home = _home(artifacts, folder, manifest)
+    home.manifest(manifest.ref)  # raises where it is not sealed
+    return Boundary.of(home, folder, manifest)
 
 
 def _write_page(path: str, document: dict[str, Any]) -> None:

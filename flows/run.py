@@ -15,7 +15,7 @@ from stackwise_core.hardware import use_hardware
 from stackwise_core.plan import RunPlan, plan_run
 from stackwise_core.resolve import reads_examples
 from storage.demand import Demand, compute_demand, forced_refs
-from storage.layout import Artifacts
+from storage.roots import artifacts_at
 from storage.runs import begin_attempt, retire_superseded
 
 
@@ -53,11 +53,11 @@ def grow(
     """
     config.validate()
     use_hardware(config.hardware)  # a device that is not there is told before anything is made
-    artifacts = Artifacts(root).open()
+    artifacts = artifacts_at(root).open()
     plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
     forced = forced_refs(plan, from_stack, force)
     with begin_attempt(artifacts, config, plan, _tell_waiting):
-        tell(RunStarted(config.run.name, len(plan.stages), str(artifacts.root)))
+        tell(RunStarted(config.run.name, len(plan.stages), artifacts.uri))
         prepare_data(config, artifacts, plan)
         check_validation(config, artifacts, plan)
         needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed

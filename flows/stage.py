@@ -23,6 +23,7 @@ from stackwise_core.plan import RunPlan, StagePlan, plan_run
 from storage.demand import TASK_KINDS, compute_demand
 from storage.layout import Artifacts, State
 from storage.manifest import fingerprint
+from storage.roots import artifacts_at
 from storage.sequences import load_sequences
 
 Facts = dict[str, Any]
@@ -45,7 +46,7 @@ class Stage(BaseModel, frozen=True):
 
     config: StackWiseConfig
     root: str
-    """The artifacts folder."""
+    """The artifacts folder, or the URI of one in an object store."""
     corpus: str
     """Content hash of the corpus."""
     corpus_bytes: int
@@ -61,7 +62,7 @@ class Stage(BaseModel, frozen=True):
     @functools.cached_property
     def artifacts(self) -> Artifacts:
         """Where artifacts live."""
-        return Artifacts(self.root)
+        return artifacts_at(self.root)
 
     @functools.cached_property
     def run_plan(self) -> RunPlan:

@@ -22,6 +22,7 @@ from stackwise_core.resolve import reads_examples
 from storage.alone import among_others
 from storage.demand import compute_demand, forced_refs
 from storage.layout import Artifacts
+from storage.roots import artifacts_at
 from storage.runs import register_complete
 
 
@@ -38,7 +39,7 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
     Raises:
         StackWiseError: one clear message; the same command goes on from what is sealed.
     """
-    artifacts = Artifacts(root).open()
+    artifacts = artifacts_at(root).open()
     plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
     forced = forced_refs(plan, from_stack, force)
     with among_others(artifacts, _tell_waiting):  # gc does not remove what is about to be called complete
@@ -67,7 +68,7 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
         if server is not None:
             server.wait_until_ready()
         with showing() as listener, listening(listener):
-            run_to_the_end(config, str(artifacts.root), from_stack, force)
+            run_to_the_end(config, artifacts.uri, from_stack, force)
 
 
 def _say_result(
@@ -80,11 +81,11 @@ def _say_result(
     plural = "stack" if last.stacks == 1 else "stacks"
     counts = f"{last.stacks} {plural}, {parameters(last.rack_parameters)} parameters"
     grown = config.training.progressive.target_stacks + 1
-    root = [] if artifacts.root == Path("artifacts").absolute() else ["--artifacts", str(artifacts.root)]
+    root = [] if artifacts.uri == str(Path("artifacts").absolute()) else ["--artifacts", artifacts.uri]
     look = shlex.join([name, *root])
     grow = shlex.join([*command, *root, "--set", f"training.progressive.target_stacks={grown}"])
     console.print(
-        f"\n{name} {made}: {counts}, validation loss {last.validation_loss:.4f}, in {artifacts.root}\n"
+        f"\n{name} {made}: {counts}, validation loss {last.validation_loss:.4f}, in {artifacts.uri}\n"
         f"look: stackwise status {look}\n"
         f"      stackwise verify {look}\n"
         f"grow: {grow}",

@@ -14,15 +14,16 @@ from flows.terminal import plain_table, stage_tables
 from storage.errors import ArtifactError
 from storage.layout import Artifacts
 from storage.locks import Holder
+from storage.roots import artifacts_at
 from storage.runs import Attempt, attempts, find_run, holder_of_run, is_live, run_names
 
 
 def show_runs(root: str, *, as_json: bool) -> None:
     """Print every run: its state, how far it is, its newest loss."""
-    artifacts = Artifacts(root).existing()
+    artifacts = artifacts_at(root).existing()
     runs = [_run_or_damage(artifacts, name) for name in run_names(artifacts)]
     if as_json:
-        print(json.dumps({"artifacts": str(artifacts.root), "runs": runs}, indent=1))
+        print(json.dumps({"artifacts": artifacts.uri, "runs": runs}, indent=1))
         return
     table = plain_table("run", "state", "|stages", "|valid. loss", "|attempts", "started")
     for run in runs:
@@ -30,7 +31,7 @@ def show_runs(root: str, *, as_json: bool) -> None:
         stages = f"{run['stages_done']}/{run['stages']}"
         table.add_row(run["name"], run["state"], stages, loss, str(run["attempts"]), run["started"])
     console = Console()
-    console.print(table if runs else f"no runs yet in {escape(str(artifacts.root))}")
+    console.print(table if runs else f"no runs yet in {escape(artifacts.uri)}")
     for run in runs:
         for line in _holders(run):
             console.print(f"{run['name']}: {line}", highlight=False, markup=False, soft_wrap=True)
@@ -42,7 +43,7 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     Raises:
         ConfigError: there is no such run.
     """
-    artifacts = Artifacts(root).existing()
+    artifacts = artifacts_at(root).existing()
     attempt = find_run(artifacts, name)
     run, stages = _run(artifacts, attempt), summarise(artifacts, attempt.plan)
     if as_json:

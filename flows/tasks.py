@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from prefect import Task, task
@@ -74,6 +73,6 @@ def prepared(stage: Stage, made_by: Task[..., Any], verb: str) -> Task[..., Any]
     needed = TASK_KINDS[made_by.name] in stage.needed | stage.forced
     return made_by.with_options(
         task_run_name=f"{verb} {stage.what}",
-        result_storage=Path(stage.root).absolute() / "prefect",
+        result_storage=stage.artifacts.root / "prefect",
         refresh_cache=needed,
     )

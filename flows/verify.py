@@ -12,6 +12,7 @@ from storage.collect import leftovers
 from storage.errors import ArtifactError
 from storage.layout import Artifacts, State
 from storage.manifest import RETIRED, read_manifest
+from storage.roots import artifacts_at
 from storage.runs import Attempt, find_run, run_names
 from storage.verify import NOT_LISTED, verify_files
 
@@ -22,17 +23,17 @@ def verify(root: str, what: str | None) -> int:
     Returns:
         0 if all is as it was sealed, 3 otherwise.
     """
-    artifacts = Artifacts(root).existing()
+    artifacts = artifacts_at(root).existing()
     folders, runs = _chosen(artifacts, what)
     problems, notes = list[str](), list[str]()
-    if what is None:
+    if what is None and not artifacts.is_remote:
         try:
             notes = leftovers(artifacts)
         except ArtifactError as error:
             problems.append(str(error))
     total = 0
     for folder in folders:
-        found, n_bytes = _verify_folder(folder)
+        found, n_bytes = artifacts.verify_elsewhere(folder) or _verify_folder(folder)
         problems += found
         total += n_bytes
         print(f"{'BAD ' if found else 'ok  '}{folder.name}{' (retired)' if (folder / RETIRED).exists() else ''}")
@@ -64,7 +65,7 @@ def _chosen(artifacts: Artifacts, what: str | None) -> tuple[list[Path], list[At
         refs += [
             stage.ref(kind) for kind in ("build", "trunk", "stack", "activations", "validation") if stage.recipe(kind)
         ]
-    return [artifacts.folder(ref) for ref in refs if artifacts.folder(ref).exists()], named
+    return [artifacts.folder(ref) for ref in refs if artifacts.is_there(ref)], named
 
 
 def _missing(artifacts: Artifacts, runs: list[Attempt]) -> list[str]:
@@ -79,9 +80,7 @@ def _missing(artifacts: Artifacts, runs: list[Attempt]) -> list[str]:
                 kinds.append("activations")
             absent = [stage.ref(kind) for kind in kinds if artifacts.state(stage.ref(kind)) is State.ABSENT]
             remedy = f"run `stackwise train` with the configuration of {run.name} again: it will be made"
-            problems += [
-                f"{artifacts.folder(ref)}: missing, though run {run.name} was done; {remedy}" for ref in absent
-            ]
+            problems += [f"{artifacts.where(ref)}: missing, though run {run.name} was done; {remedy}" for ref in absent]
     return problems
 
 
@@ -119,7 +118,7 @@ def _derive_rows(artifacts: Artifacts, run: Attempt, chosen: set[str]) -> tuple[
             continue
         here = Stage(
             config=run.config,
-            root=str(artifacts.root),
+            root=artifacts.uri,
             corpus=plan.data.corpus,
             corpus_bytes=plan.corpus_bytes,
             index=stage.index,
@@ -127,6 +126,6 @@ def _derive_rows(artifacts: Artifacts, run: Attempt, chosen: set[str]) -> tuple[
         checked, differing = compare_store(here, stage.ref("activations"))
         n_rows += checked
         if differing:
-            folder = artifacts.folder(stage.ref("activations"))
+            folder = artifacts.where(stage.ref("activations"))
             problems.append(f"{folder}: {len(differing)} of {checked} sampled rows differ from tokens: {differing[:5]}")
     return problems, n_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 from stackwise_core.errors import ConfigError, Fault
@@ -146,13 +147,14 @@ def advance_source(stage: StagePlan, plan: RunPlan, artifacts: Artifacts) -> Ref
 def _check_lineage(demand: Demand, artifacts: Artifacts) -> None:
     """Refuse an artifact that was made from something else than what is there now."""
     sealed = {ref for ref, state in demand.states.items() if state is State.SEALED}
+    look = functools.cache(artifacts.sealed)  # of a stack below everyone asks
     for ref in sorted(sealed - demand.needed, key=lambda ref: (ref.stage, ref.kind)):
-        manifest = artifacts.sealed(ref)  # asked again: another process may have retired it since
+        manifest = look(ref)  # asked again: another process may have retired it since
         for entry in manifest.inputs if manifest else ():
-            there = None if entry.ref in demand.forced else artifacts.sealed(entry.ref)
+            there = None if entry.ref in demand.forced else look(entry.ref)
             if there is not None and there.digest != entry.digest:
                 raise ArtifactCorruptError(
-                    artifacts.folder(ref),
+                    artifacts.where(ref),
                     f"was made from other bytes of {entry.ref.name} than are there now "
                     f"({entry.digest[:12]}, now {there.digest[:12]})",
                     f"Redo what follows from it: run the same command with --from-stack {max(ref.stage, 0)}",

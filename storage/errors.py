@@ -14,12 +14,12 @@ class ArtifactError(StackWiseError):
 
     def __init__(self, path: Path | str, problem: str, remedy: str) -> None:
         """Compose one message of the path, what is wrong with it, and what to do."""
-        self.path = Path(path)
+        self.path = path if isinstance(path, str) and "://" in path else Path(path)  # a Path would eat a slash
         self.problem = problem
         self.remedy = remedy
         super().__init__(f"{path}: {problem}. {remedy}")
 
-    def __reduce__(self) -> tuple[type[ArtifactError], tuple[Path, str, str]]:
+    def __reduce__(self) -> tuple[type[ArtifactError], tuple[Path | str, str, str]]:
         return type(self), (self.path, self.problem, self.remedy)
 
 
@@ -49,3 +49,15 @@ class ArtifactsFolderError(StackWiseError, OSError):
     """The folder of artifacts cannot be used at all."""
 
     exit_code = 2
+
+
+class ObjectStoreError(StackWiseError, ConnectionError):
+    """The object store did not answer, or refused, after all retries."""
+
+    def __init__(self, reason: str, kept: str = "What was made is kept") -> None:
+        """Compose one message of what went wrong, with the URI, and what is kept."""
+        self.reason, self.kept = reason, kept
+        super().__init__(f"{reason}. {kept}; run the same command again")
+
+    def __reduce__(self) -> tuple[type[ObjectStoreError], tuple[str, str]]:
+        return type(self), (self.reason, self.kept)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from stackwise_core.failpoints import reach
 from stackwise_core.identity import Kind, Recipe, Ref
@@ -25,6 +25,9 @@ from storage.errors import (
 from storage.locks import FileLock, Holder, is_held, no_wait, read_holder
 from storage.manifest import MANIFEST, RETIRED, FileEntry, InputEntry, Manifest, make_manifest, read_manifest
 from storage.verify import checksum_file, verify_files
+
+if TYPE_CHECKING:
+    from storage.objects.folder import ObjectFolder
 
 FOLDERS: dict[Kind, str] = {
     "data": "data",
@@ -67,10 +70,7 @@ class Artifacts:
         Raises:
             ArtifactsFolderError: it cannot be written, or work/ lies on another file system.
         """
-        if "://" in self.given or not self.given:
-            raise ArtifactsFolderError(
-                f"--artifacts {self.given!r}: give a local folder; object stores are not built yet"
-            )
+        self._refuse_uri()
         try:
             for name in (*FOLDERS.values(), "runs", "work", "locks", "trash", "quarantine"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
@@ -99,9 +99,55 @@ class Artifacts:
         Raises:
             ArtifactsFolderError: there is none.
         """
+        self._refuse_uri()
         if not self.root.is_dir():
             raise ArtifactsFolderError(f"--artifacts {self.root}: there is no such folder; `stackwise train` makes one")
         return self
+
+    def _refuse_uri(self) -> None:
+        if "://" in self.given or not self.given:
+            problem = "this command works on a local folder, not on an object store; give one"
+            raise ArtifactsFolderError(f"--artifacts {self.given!r}: {problem}")
+
+    # ------------------------------------------------------------ other machines; `objects/remote.py` has some
+
+    is_remote: ClassVar = False
+    """Whether what is sealed is in an object store, and `root` a scratch folder."""
+
+    @property
+    def uri(self) -> str:
+        """What `--artifacts` takes to come here, from any working folder."""
+        return str(self.root)
+
+    def where(self, ref: Ref) -> str:
+        """Return what messages call the place of an artifact."""
+        return str(self.folder(ref))
+
+    def reachable(self) -> Artifacts:
+        """Return self if artifacts can be asked for; a local folder need not even exist."""
+        return self
+
+    def is_there(self, ref: Ref) -> bool:
+        """Say whether anything stands in the place of an artifact, sealed or not."""
+        return self.folder(ref).exists()
+
+    def elsewhere(self, ref: Ref) -> ObjectFolder | None:
+        """Return where the files of a sealed artifact are read from by ranges; None: they are in `folder`."""
+        return None
+
+    def is_held_elsewhere(self, name: str) -> bool:
+        """Say whether a process of another machine holds a lock now."""
+        return False
+
+    def verify_elsewhere(self, folder: Path) -> tuple[list[str], int] | None:
+        """Return what is wrong with the bytes of another place, and how many were read; None: they are here."""
+        return None
+
+    def share(self, path: Path) -> None:
+        """Let other machines see a file of a run."""
+
+    def refresh_runs(self) -> None:
+        """See what other machines shared."""
 
     # ------------------------------------------------------------ names
 
@@ -310,7 +356,7 @@ class Artifacts:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             self._mark(self.folder(ref), RETIRED, json.dumps({"retired": now}))
 
-    def quarantine(self, ref: Ref, reason: str) -> Path:
+    def quarantine(self, ref: Ref, reason: str) -> Path | str:
         """Take a sealed artifact out of every reader's reach, and keep it for inspection."""
         target = self._unused("quarantine", ref.name)
         self._mark(self.folder(ref), REASON, reason + "\n")

@@ -12,11 +12,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from stackwise_core.errors import StageInterruptedError
-
-_POLL_SECONDS = 0.2
 
 
 def no_wait(holder: str) -> None:
@@ -73,6 +71,8 @@ class FileLock:
     without exec while holding one.
     """
 
+    poll_seconds: ClassVar = 0.2
+
     def __init__(
         self,
         path: Path,
@@ -125,7 +125,7 @@ class FileLock:
                 told = True
             if self.should_stop():
                 raise StageInterruptedError(f"stopped on request while waiting for {self.path.name}")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(self.poll_seconds)
         return self
 
     def __exit__(

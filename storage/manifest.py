@@ -64,6 +64,11 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
+    def attempt(self) -> str:
+        """Name of the attempt that this seals: in an object store its files lie in a folder of that name."""
+        return self.seal[:16]
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of all files."""
         return sum(entry.size for entry in self.files.values())
@@ -113,13 +118,25 @@ def read_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
     if not path.exists():
         remedy = "Run `stackwise train` with the configuration that makes it: it will be made"
         raise ArtifactUnsealedError(folder, "was never sealed (it has no manifest)", remedy)
+    return parse_manifest(path.read_bytes(), path, folder, ref)
+
+
+def parse_manifest(data: bytes, path: Path | str, folder: Path | str, ref: Ref | None) -> Manifest:
+    """Check the bytes of a manifest, wherever they lie; see `read_manifest`.
+
+    Args:
+        data: the bytes.
+        path: what errors call the manifest.
+        folder: what errors call the artifact.
+        ref: which artifact is expected; None takes any.
+    """
     remedy = f"Remove {folder} and run the same command again: it will be remade"
-    version = _version_of(path)
+    version = _version_of(data)
     if version > FORMAT_VERSION:
         problem = f"the manifest has format {version}, this version reads up to {FORMAT_VERSION}"
         raise ArtifactCorruptError(path, problem, "Use the version of StackWise that wrote it")
     try:
-        manifest = Manifest.model_validate(json.loads(path.read_bytes()))
+        manifest = Manifest.model_validate(json.loads(data))
     except (ValueError, ValidationError) as error:
         raise ArtifactCorruptError(path, f"is no manifest ({str(error).splitlines()[0]})", remedy) from None
     if ref is not None and manifest.ref != ref:
@@ -138,9 +155,9 @@ def _hash_matches(manifest: Manifest) -> bool:
     return hashlib.sha256(text.encode()).hexdigest() == manifest.ref.sha256
 
 
-def _version_of(path: Path) -> int:
+def _version_of(data: bytes) -> int:
     try:
-        version = json.loads(path.read_bytes()).get("format_version", 0)
+        version = json.loads(data).get("format_version", 0)
     except (ValueError, AttributeError):
         return 0
     return version if isinstance(version, int) else 0

@@ -90,13 +90,13 @@ def find_run(artifacts: Artifacts, name: str) -> Attempt:
     found = attempts(artifacts, name)
     if not found:
         there = ", ".join(run_names(artifacts)) or "none yet"
-        raise ConfigError([Fault("RUN", repr(name), f"no such run in {artifacts.root}; there: {there}")])
+        raise ConfigError([Fault("RUN", repr(name), f"no such run in {artifacts.uri}; there: {there}")])
     return found[-1]
 
 
 def is_live(artifacts: Artifacts, name: str) -> bool:
     """Say whether some process holds the run now. Writes nothing, so it works on read-only media."""
-    return is_held(artifacts.root / "locks" / f"run-{name}")
+    return artifacts.is_held_elsewhere(f"run-{name}") or is_held(artifacts.root / "locks" / f"run-{name}")
 
 
 def live_runs(artifacts: Artifacts) -> dict[str, Holder]:
@@ -131,6 +131,7 @@ def begin_attempt(
     alive = artifacts.lock(f"run-{name}", shared=True)
     with artifacts.lock("gc", shared=True, on_wait=on_wait):
         with artifacts.lock(PLANS_LOCK, on_wait=on_wait):
+            artifacts.refresh_runs()
             others_live = is_live(artifacts, name)
             _check_previous(artifacts, config, plan, others_live)
             attempt = attempts(artifacts, name)[-1] if others_live else _write_attempt(artifacts, config, plan)
@@ -138,10 +139,10 @@ def begin_attempt(
                 time.sleep(0.01)
         try:
             yield attempt
-            _write_outcome(attempt, "done", "")
+            _write_outcome(artifacts, attempt, "done", "")
         except BaseException as error:
             stopped = isinstance(error, StageInterruptedError) or not isinstance(error, Exception)
-            _write_outcome(attempt, "stopped" if stopped else "failed", str(error))
+            _write_outcome(artifacts, attempt, "stopped" if stopped else "failed", str(error))
             raise
         finally:
             alive.release()
@@ -178,15 +179,18 @@ def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan)
     # start.json comes last: without it the attempt does not exist.
     write_text(folder / "start.json", json.dumps({"started": now, "pid": os.getpid(), "host": socket.gethostname()}))
     write_text(base / "current", f"{number:04d}\n")
+    for path in (folder / "config.yaml", folder / "plan.json", folder / "start.json", base / "current"):
+        artifacts.share(path)
     return Attempt(config.run.name, number, folder)
 
 
-def _write_outcome(attempt: Attempt, state: str, message: str) -> None:
+def _write_outcome(artifacts: Artifacts, attempt: Attempt, state: str, message: str) -> None:
     if attempt.outcome and attempt.outcome["state"] == "done":
         return  # another process of the same run brought it to its end
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    with contextlib.suppress(OSError):  # a full disk must not hide the error that is under way
+    with contextlib.suppress(OSError):  # a full disk, a lost connection must not hide the error that is under way
         write_text(attempt.folder / "outcome.json", json.dumps({"state": state, "message": message, "ended": now}))
+        artifacts.share(attempt.folder / "outcome.json")
 
 
 def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name: str) -> Ref | None:
@@ -210,6 +214,7 @@ def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name:
 def retire_unless_read(artifacts: Artifacts, ref: Ref, own_run: str) -> bool:
     """Retire a store unless another live run plans to read it; say whether it was retired."""
     with artifacts.lock(PLANS_LOCK):
+        artifacts.refresh_runs()
         for name in run_names(artifacts):
             if name != own_run and is_live(artifacts, name) and ref in _stores_of(find_run(artifacts, name).plan):
                 return False

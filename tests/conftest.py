@@ -193,6 +193,25 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
             del os.environ[name]
 
 
+@pytest.fixture(scope="session")
+def s3_server() -> Generator[Any]:
+    """Start the one S3-speaking server of the session."""
+    from s3_server import serving
+
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Give an empty place in an object store, with the environment that leads there."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_"))]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server.bucket()
+
+
 def stage_model(rack: Any, index: int) -> Any:
     """Return what stage `index` trains of a rack that grows by appending on a frozen trunk."""
     from stackwise_core.anatomy import stage_anatomy

@@ -792,9 +792,9 @@ def test_what_is_new_is_announced_before_the_first_of_it_is_read(sealed: Any, mo
     }
     for name, method in reads.items():
 
-        def noted(self: Any, *arguments: Any, name: str = name, method: Any = method) -> None:
+        def noted(self: Any, *arguments: Any, name: str = name, method: Any = method) -> Any:
             told.append(name)
-            method(self, *arguments)
+            return method(self, *arguments)
 
         monkeypatch.setattr(ShardFile, name, noted)
     for access, second in (("map", ["read"] * 3), ("read", ["will_need"] * 3 + ["read"] * 3)):

@@ -13,27 +13,29 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.identity import Ref
 from storage.activations.drift import measure_drift
 from storage.activations.metadata import read_metadata
-from storage.activations.reader import StoreReader
 from storage.activations.rows import RowIndex
 from storage.activations.sampling import shared_places
 from storage.errors import ArtifactError
 from storage.layout import Artifacts
 from storage.manifest import Manifest
 from storage.runs import find_run, run_names
+from storage.stores import bring_metadata, open_at
 
 
 @dataclass(frozen=True, eq=False)
 class Boundary:
     """A sealed store, and its rows."""
 
+    artifacts: Artifacts
     folder: Path
     manifest: Manifest
     rows: RowIndex
 
     @classmethod
-    def of(cls, folder: Path, manifest: Manifest) -> Boundary:
+    def of(cls, artifacts: Artifacts, folder: Path, manifest: Manifest) -> Boundary:
         """Read which rows a store holds."""
-        return cls(folder, manifest, read_metadata(folder)[1]["train"].rows)
+        bring_metadata(artifacts, folder, manifest)
+        return cls(artifacts, folder, manifest, read_metadata(folder)[1]["train"].rows)
 
     @property
     def ref(self) -> Ref:
@@ -81,7 +83,7 @@ def _measure(chosen: list[Boundary], n_rows: int) -> dict[str, Any]:
     places = shared_places([boundary.rows for boundary in chosen], n_rows)
     with contextlib.ExitStack() as stack:
         readers = [
-            stack.enter_context(StoreReader(boundary.folder, boundary.manifest.checksums())) for boundary in chosen
+            stack.enter_context(open_at(boundary.artifacts, boundary.folder, boundary.manifest)) for boundary in chosen
         ]
         found = measure_drift([functools.partial(reader.read, "train") for reader in readers], places)
     return {
@@ -116,4 +118,6 @@ def _boundaries_of_run(artifacts: Artifacts, ref: Ref) -> list[Boundary]:
             planned += [(run.start["started"], stores)] if ref in stores else []
     newest = max(planned, key=lambda run: run[0], default=("", []))[1]
     sealed = [(store, artifacts.sealed(store)) for store in newest]
-    return [Boundary.of(artifacts.folder(store), manifest) for store, manifest in sealed if manifest is not None]
+    return [
+        Boundary.of(artifacts, artifacts.folder(store), manifest) for store, manifest in sealed if manifest is not None
+    ]

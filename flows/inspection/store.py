@@ -13,15 +13,15 @@ from flows.inspection.rounding import listed, rounded
 from flows.inspection.samples import sample_rows
 from storage.activations.format import GROUP_FOLDERS, Group
 from storage.activations.metadata import GroupMetadata, read_metadata
-from storage.activations.reader import StoreReader
 from storage.activations.sampling import evenly_spaced
 from storage.activations.statistics import POSITION_QUANTILES, TOKEN_QUANTILES, Statistics, describe_rows
 from storage.layout import Artifacts
 from storage.manifest import Manifest
+from storage.stores import open_at
 
 
 def describe_store(
-    artifacts: Artifacts, folder: Path, manifest: Manifest, against: tuple[Path, Manifest] | None, n_rows: int
+    artifacts: Artifacts, folder: Path, manifest: Manifest, against: Boundary | None, n_rows: int
 ) -> dict[str, Any]:
     """Return the sections `store`, `drift` and `samples` of the document of a sealed store.
 
@@ -36,17 +36,16 @@ def describe_store(
         ArtifactCorruptError: bytes are not what was sealed; it names the file.
         ConfigError: `against` cannot be compared with it.
     """
-    with StoreReader(folder, manifest.checksums()) as reader:
+    with open_at(artifacts, folder, manifest) as reader:
         groups = read_metadata(folder)[1]
         spec = reader.train
         places = evenly_spaced(spec.rows, n_rows)
         found = describe_rows(functools.partial(reader.read, "train"), places, spec.seq_len, spec.d_model)
         samples, why_not = sample_rows(artifacts, manifest, reader, groups)
-    here = Boundary(folder, manifest, groups["train"].rows)
-    other = Boundary.of(*against) if against else None
+    here = Boundary(artifacts, folder, manifest, groups["train"].rows)
     return {
         "store": {**_layout(folder, groups), **_statistics(found)},
-        "drift": drift_of(artifacts, here, other, n_rows),
+        "drift": drift_of(artifacts, here, against, n_rows),
         "samples": {"rows": samples, "why_no_text": why_not},
     }
 

@@ -186,6 +186,11 @@ def is_shard(name: str) -> bool:
     return name.startswith(f"{ZARR}/") and any(f"/{array}/c." in name for array in get_args(Array))
 
 
+def is_metadata(name: str) -> bool:
+    """Whether a path that is relative to the store's folder is part of the Zarr group, and not a shard."""
+    return name.startswith(f"{ZARR}/") and not is_shard(name)
+
+
 def record_path(group: Group, index: int, array: Array = "activations") -> str:
     """Posix path of the record of a finished shard, relative to the store's folder."""
     return f"{RECORDS}/{group}{'' if array == 'activations' else f'-{array}'}-{index:05d}.json"
@@ -201,7 +206,7 @@ def metadata_paths(group: Group, spec: GroupSpec) -> list[str]:
     return [f"{folder}/zarr.json", *(f"{folder}/{array}/zarr.json" for array in arrays), *chunks]
 
 
-def corrupt(folder: Path, path: Path, problem: str) -> ArtifactCorruptError:
+def corrupt(folder: Path | str, path: Path | str, problem: str) -> ArtifactCorruptError:
     """An error that names the file and the way out; `folder` is the artifact's."""
     return ArtifactCorruptError(path, problem, f"delete {folder} and run the same command again: it will be remade")
 

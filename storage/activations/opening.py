@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from storage.activations.format import (
-    ZARR,
     Group,
     corrupt,
-    is_shard,
+    is_metadata,
     metadata_paths,
     shard_path,
 )
@@ -21,12 +20,13 @@ from storage.verify import checksum_file
 Files = Mapping[str, tuple[int, str]]
 
 
-def open_sealed(folder: Path, files: Files) -> tuple[dict[str, Any], dict[Group, GroupMetadata]]:
+def open_sealed(folder: Path, files: Files, *, whole: bool = True) -> tuple[dict[str, Any], dict[Group, GroupMetadata]]:
     """Read the metadata of a store, having compared what is cheap to compare.
 
     Args:
         folder: The sealed artifact.
         files: Its sealed list: posix path relative to `folder` -> (size in bytes, `<algorithm>:<hex>`).
+        whole: Whether all of them are in the folder; else only the Zarr metadata is, the rest in an object store.
 
     Returns:
         Attributes and groups, as `read_metadata`.
@@ -39,7 +39,8 @@ def open_sealed(folder: Path, files: Files) -> tuple[dict[str, Any], dict[Group,
     if not folder.is_dir():
         raise ArtifactMissingError(folder, "no such activation store", "run the command that makes it")
     for name, (size, checksum) in files.items():
-        _check_file(folder, name, size, checksum)
+        if whole or is_metadata(name):
+            _check_file(folder, name, size, checksum)
     attributes, groups = read_metadata(folder)
     for group, metadata in groups.items():
         _check_listed(folder, files, group, metadata)
@@ -53,7 +54,7 @@ def _check_file(folder: Path, name: str, size: int, checksum: str) -> None:
         raise corrupt(folder, path, "missing")
     if (found := path.stat().st_size) != size:
         raise corrupt(folder, path, f"{found} bytes, sealed with {size}")
-    if name.startswith(f"{ZARR}/") and not is_shard(name):
+    if is_metadata(name):
         now = checksum_file(path, checksum.partition(":")[0])
         if now != checksum:
             raise corrupt(folder, path, f"checksum {now}, sealed with {checksum}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -17,6 +18,7 @@ from storage.activations.buffers import bytes_of, destination, empty_aligned
 from storage.activations.format import GROUPS, Array, Group, corrupt, shard_path
 from storage.activations.opening import open_sealed
 from storage.activations.shard_file import ShardDamageError
+from storage.activations.shard_object import ShardObject, ShardObjects
 from storage.activations.sharded_array import Check, ShardedArray
 from storage.errors import ArtifactError
 from storage.file_systems import is_local
@@ -50,7 +52,12 @@ class StoreReader:
     """
 
     def __init__(
-        self, folder: Path, files: Mapping[str, tuple[int, str]], check: Check = "first_touch", access: Access = "auto"
+        self,
+        folder: Path,
+        files: Mapping[str, tuple[int, str]],
+        check: Check = "first_touch",
+        access: Access = "auto",
+        objects: ShardObjects | None = None,
     ) -> None:
         """Open a store: the sizes of all its files and the content of the small ones are compared here.
 
@@ -59,17 +66,20 @@ class StoreReader:
             files: Its sealed list: posix path relative to `folder` -> (size in bytes, `<algorithm>:<hex>`).
             check: When to compare checksums of chunks.
             access: Through mappings, by `pread`, or mapped if the store is on a local disk and fits into memory.
+            objects: Where the shards are, if they are not in the folder; `access` then does not matter. Closed
+                with the reader, which after that reads no more.
 
         Raises:
             ArtifactMissingError: There is no such folder.
             ArtifactError: A newer version of this program wrote the store.
             ArtifactCorruptError: A file is missing, or is not what was sealed, or the list lacks one.
         """
-        self.folder = folder
-        self.attributes, self._groups = open_sealed(folder, files)
+        self.folder, self._objects = folder, objects
+        self._place = objects.folder.bucket.where(objects.folder.artifact) if objects else folder
+        self.attributes, self._groups = open_sealed(folder, files, whole=objects is None)
         self.train, self.validation = (self._groups[group].spec for group in GROUPS)
         self.dtype = torch.float32 if self.train.is_quantised else self.train.torch_dtype
-        mapped = access == "map" or (access == "auto" and _can_map(folder, files))
+        mapped = objects is None and (access == "map" or (access == "auto" and _can_map(folder, files)))
         self._arrays: dict[tuple[Group, Array], ShardedArray] = {
             (group, array): ShardedArray(
                 spec,
@@ -77,10 +87,15 @@ class StoreReader:
                 [files[shard_path(group, shard, array)][0] for shard in range(spec.n_shards)],
                 check,
                 mapped=mapped,
+                object_of=functools.partial(_object_of, objects, group, array) if objects else None,
             )
             for group, metadata in self._groups.items()
             for array, spec in metadata.spec.arrays.items()
         }
+        if objects:
+            with self._explained():
+                for array in self._arrays.values():
+                    array.read_indices(objects.pool)
 
     def rows(self, sequence_ids: torch.Tensor | np.ndarray, view: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of some sequences in one view, in the order asked for.
@@ -150,17 +165,24 @@ class StoreReader:
         n_rows = self._groups[group].spec.rows
         if rows.size and rows.view(np.uint64).max() >= n_rows:  # a negative number is a large one without its sign
             raise IndexError(f"{group} rows {rows.min()}..{rows.max()} of {n_rows}")
-        try:
+        with self._explained():
             self._arrays[group, array].read(rows, out)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Generator[None]:
+        try:
+            yield
         except ShardDamageError as damage:
-            raise corrupt(self.folder, damage.path, damage.problem) from None
+            raise corrupt(self._place, damage.path, damage.problem) from None
         except FileNotFoundError as error:
-            raise corrupt(self.folder, Path(error.filename), "missing") from None
+            raise corrupt(self._place, Path(error.filename), "missing") from None
 
     def close(self) -> None:
         """Close all files."""
         for array in self._arrays.values():
             array.close()
+        if self._objects:
+            self._objects.close()
 
     def __enter__(self) -> Self:
         """Give the reader itself."""
@@ -179,3 +201,7 @@ def _can_map(folder: Path, files: Mapping[str, tuple[int, str]]) -> bool:
 
 def _path_of(folder: Path, group: Group, array: Array, shard: int) -> Path:
     return folder / shard_path(group, shard, array)
+
+
+def _object_of(objects: ShardObjects, group: Group, array: Array, shard: int) -> ShardObject:
+    return objects.open(shard_path(group, shard, array))

@@ -14,6 +14,7 @@ import torch
 from storage.activations.buffers import bytes_of, crc32c
 from storage.activations.format import GroupSpec
 from storage.activations.shard_file import CRC_BYTES, ShardDamageError, ShardFile
+from storage.activations.shard_object import ShardObject
 
 _ENTRY_BYTES = 16
 _NO_CHUNK = np.uint64(2**64 - 1)
@@ -56,7 +57,7 @@ def encode_shard(spec: GroupSpec, rows: torch.Tensor) -> np.ndarray:
     return shard
 
 
-def read_offsets(file: ShardFile, size: int, spec: GroupSpec, n_chunks: int) -> np.ndarray:
+def read_offsets(file: ShardFile | ShardObject, size: int, spec: GroupSpec, n_chunks: int) -> np.ndarray:
     """Read the index at the end of a shard.
 
     Args:

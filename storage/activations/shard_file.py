@@ -17,7 +17,7 @@ CRC_BYTES = 4
 class ShardDamageError(Exception):
     """What is wrong with which shard; the reader adds what to do."""
 
-    def __init__(self, path: Path, problem: str) -> None:
+    def __init__(self, path: Path | str, problem: str) -> None:
         """Remember both."""
         super().__init__(path, problem)
         self.path, self.problem = path, problem
@@ -61,9 +61,11 @@ class ShardFile:
         if (found := os.fstat(self._fd).st_size) != self._size:
             raise ShardDamageError(self.path, f"cut off: {found} bytes, sealed with {self._size}")
 
-    def will_need(self, offset: int, n_bytes: int) -> None:
-        """Let the kernel begin to fetch some bytes; it returns before they are there."""
-        os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_WILLNEED)
+    def will_need(self, offsets: list[int], n_bytes: int) -> ShardFile:
+        """Let the kernel begin to fetch some ranges, and return what to read them from, before they are there."""
+        for offset in offsets:
+            os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_WILLNEED)
+        return self
 
     def read(self, out: np.ndarray, offset: int) -> None:
         """Fill uint8 `out` with the bytes at `offset`.

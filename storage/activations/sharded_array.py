@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import Executor
 from itertools import groupby
 from pathlib import Path
 from typing import Final, Literal
@@ -13,8 +14,10 @@ import numpy as np
 from storage.activations.format import GroupSpec
 from storage.activations.shard import read_offsets
 from storage.activations.shard_file import CRC_BYTES, ShardFile
+from storage.activations.shard_object import ShardObject
 
 Check = Literal["first_touch", "always", "never"]
+Shard = ShardFile | ShardObject
 
 MAX_OPEN_SHARDS: Final = 128
 """Of one array; the limit on open files is often 1,024, and a mapping counts as another."""
@@ -24,7 +27,14 @@ class ShardedArray:
     """Reads rows of one array. Several threads may do so at once."""
 
     def __init__(
-        self, spec: GroupSpec, path_of: Callable[[int], Path], sizes: list[int], check: Check, *, mapped: bool
+        self,
+        spec: GroupSpec,
+        path_of: Callable[[int], Path],
+        sizes: list[int],
+        check: Check,
+        *,
+        mapped: bool,
+        object_of: Callable[[int], ShardObject] | None = None,
     ) -> None:
         """Name the shards; none is opened before it is read.
 
@@ -34,6 +44,7 @@ class ShardedArray:
             sizes: Sealed size in bytes of every shard.
             check: When to compare checksums of chunks.
             mapped: Read through mappings.
+            object_of: A shard in an object store; without it shards are files at `path_of`.
         """
         self._spec, self._sizes, self._check, self._mapped = spec, sizes, check, mapped
         # Of every chunk: its place in the shard, -1 until the shard's index is read; whether it was read before,
@@ -42,8 +53,8 @@ class ShardedArray:
         self._seen = np.zeros(spec.n_chunks, np.bool_)
 
         # Not a bound method: without a cycle the files close as soon as the array is dropped.
-        def open_shard(shard: int) -> ShardFile:
-            return ShardFile(path_of(shard), sizes[shard], mapped=mapped)
+        def open_shard(shard: int) -> Shard:
+            return object_of(shard) if object_of else ShardFile(path_of(shard), sizes[shard], mapped=mapped)
 
         self._open = functools.lru_cache(MAX_OPEN_SHARDS)(open_shard)
 
@@ -60,8 +71,7 @@ class ShardedArray:
         """
         chunks, within = np.divmod(rows, self._spec.rows_per_chunk)
         shards: list[int] = (chunks // self._spec.chunks_per_shard).tolist()
-        files = {shard: self._whole(shard) for shard in set(shards)}
-        self._announce(chunks, files)
+        files = self._announced(chunks, {shard: self._whole(shard) for shard in set(shards)})
         due = self._due(chunks)
         if due.any():
             self._read_due(chunks, within, np.flatnonzero(due), files, out)
@@ -71,11 +81,20 @@ class ShardedArray:
             files[shards[place]].read(out[place], offsets[place])
         self._seen[chunks] = True
 
+    def read_indices(self, pool: Executor) -> None:
+        """Read the indices of all shards side by side, and so make sure that every shard is there.
+
+        Raises:
+            ShardDamageError: One is not what was sealed.
+        """
+        for _ in pool.map(self._whole, range(len(self._sizes))):
+            pass
+
     def close(self) -> None:
         """Close all files; a later read opens them anew."""
         self._open.cache_clear()
 
-    def _whole(self, shard: int) -> ShardFile:
+    def _whole(self, shard: int) -> Shard:
         """A shard in its size, its index read."""
         file = self._open(shard)
         file.check_size()
@@ -85,12 +104,14 @@ class ShardedArray:
             self._offsets[first : first + n_chunks] = read_offsets(file, self._sizes[shard], self._spec, n_chunks)
         return file
 
-    def _announce(self, chunks: np.ndarray, files: dict[int, ShardFile]) -> None:
-        """Let all that is new come from the disk at once, and not one after another as each is waited for."""
+    def _announced(self, chunks: np.ndarray, files: dict[int, Shard]) -> dict[int, Shard]:
+        """Let all that is new come at once, and not one after another as each is waited for."""
         new = chunks[~self._seen[chunks]] if self._mapped else chunks  # if all fits into memory, what was seen is there
         n_bytes = self._spec.chunk_bytes + CRC_BYTES
-        for chunk in new.tolist():
-            files[chunk // self._spec.chunks_per_shard].will_need(int(self._offsets[chunk]), n_bytes)
+        wanted: dict[int, list[int]] = {}
+        for chunk, offset in zip(new.tolist(), self._offsets[new].tolist(), strict=True):
+            wanted.setdefault(chunk // self._spec.chunks_per_shard, []).append(offset)
+        return files | {shard: files[shard].will_need(offsets, n_bytes) for shard, offsets in wanted.items()}
 
     def _due(self, chunks: np.ndarray) -> np.ndarray:
         """Whose checksum is to be compared: bool `[B]`."""
@@ -99,7 +120,7 @@ class ShardedArray:
         return np.full(len(chunks), self._check == "always")
 
     def _read_due(
-        self, chunks: np.ndarray, within: np.ndarray, places: np.ndarray, files: dict[int, ShardFile], out: np.ndarray
+        self, chunks: np.ndarray, within: np.ndarray, places: np.ndarray, files: dict[int, Shard], out: np.ndarray
     ) -> None:
         """Copy rows out of chunks that are read whole, once each, and compared with their checksums."""
         row_bytes = self._spec.row_bytes
