@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stackwise_core.identity import Ref
-from storage.activations.format import is_metadata
+from storage.activations.format import is_shard
 from storage.activations.reader import StoreReader
 from storage.activations.shard_object import ShardObjects
 from storage.layout import Artifacts
@@ -32,7 +32,7 @@ def open_at(artifacts: Artifacts, folder: Path, manifest: Manifest) -> StoreRead
 
 
 def bring_metadata(artifacts: Artifacts, folder: Path, manifest: Manifest) -> None:
-    """Make sure that the Zarr metadata of a sealed store is in its folder."""
+    """Make sure that all of a sealed store but its shards is in its folder."""
     if artifacts.folder(manifest.ref) == folder and (objects := artifacts.elsewhere(manifest.ref)):
         files = manifest.checksums()
-        objects.fetch_missing(folder, {name: entry for name, entry in files.items() if is_metadata(name)})
+        objects.fetch_missing(folder, {name: entry for name, entry in files.items() if not is_shard(name)})

@@ -37,8 +37,9 @@ from storage.activations import reader as reader_module
 from storage.activations.bfloat16 import BFloat16
 from storage.activations.buffers import PAGE_BYTES, empty_aligned
 from storage.activations.float8 import Float8E4M3FN
-from storage.activations.format import GROUP_FOLDERS, GROUPS, GroupSpec, is_shard, shard_path
+from storage.activations.format import GROUP_FOLDERS, GROUPS, GroupSpec, is_shard, record_path, shard_path
 from storage.activations.reader import RowMissingError, StoreReader
+from storage.activations.record import parse_record
 from storage.activations.reused import ReusedRows
 from storage.activations.shard_file import ShardFile
 from storage.activations.writer import ShardRange, StoreWriter
@@ -668,6 +669,59 @@ def test_every_flipped_byte_of_a_shard_is_found(
         flip(path, 0)
         assert [line.partition(": ")[0] for line in verify_files(folder, files)] == [str(path)]
         flip(path, 0)
+
+
+@both_ways
+@pytest.mark.parametrize("check", ["first_touch", "always"])
+def test_a_shard_in_the_place_of_another_is_not_taken_for_it(sealed: Any, check: Any, access: Any) -> None:
+    """Each is whole, of the right size, with checksums that fit; only what was sealed tells them apart."""
+    _, folder, files = sealed
+    first, second = (folder / shard_path("train", index) for index in (0, 1))
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+    with StoreReader(folder, files, check, access) as reader:
+        for path, row in ((first, 0), (second, 4)):
+            with pytest.raises(
+                ArtifactCorruptError, match="chunk 0 is whole, but not the one that was sealed"
+            ) as caught:
+                reader.read("train", [row])
+            assert caught.value.path == path
+
+
+@both_ways
+def test_a_chunk_in_the_place_of_another_is_not_taken_for_it(sealed: Any, access: Any) -> None:
+    store, folder, files = sealed
+    path, stride = folder / shard_path("train", 0), store.specs["train"].chunk_bytes + 4
+    data = path.read_bytes()
+    path.write_bytes(data[stride : 2 * stride] + data[:stride] + data[2 * stride :])
+    with StoreReader(folder, files, access=access) as reader:
+        for row, slot in ((0, 0), (2, 1)):
+            with pytest.raises(ArtifactCorruptError, match=f"chunk {slot} is whole, but not"):
+                reader.read("train", [row])
+
+
+def test_a_record_that_was_changed_vouches_for_nothing(sealed: Any) -> None:
+    _, folder, files = sealed
+    path = folder / record_path("train", 0)
+    path.write_bytes(path.read_bytes().replace(b'"rows": [0', b'"rows": [1'))
+    with StoreReader(folder, files) as reader, pytest.raises(ArtifactCorruptError, match="record of a shard") as caught:
+        reader.read("train", [0])
+    assert caught.value.path == path
+
+
+def test_a_store_whose_records_know_no_chunks_is_read_and_filled_anew(sealed: Any) -> None:
+    """Those of an early version."""
+    store, folder, _ = sealed
+    for path in (folder / "records").iterdir():
+        record = json.loads(path.read_bytes())
+        del record["crc32c"]
+        path.write_text(json.dumps(record))
+    with StoreReader(folder, reseal(folder)) as reader:
+        assert same_bits(reader.read("train", range(9)), store.values["train"])
+    assert parse_record((folder / record_path("train", 0)).read_bytes()).chunks.size == 0
+    store.write(folder)
+    assert parse_record((folder / record_path("train", 0)).read_bytes()).chunks.size == 2
 
 
 def test_damage_is_confined_to_its_chunk(sealed: Any) -> None:

@@ -307,7 +307,6 @@ def test_rows_come_by_ranges_and_shards_stay_where_they_are(a_store: str, s3: st
                 for _ in ("checked", "seen before"):
                     assert same_bits(reader.read(group, rows), store.values[group][rows])
     assert not list(there.folder(STORE).rglob("c.*.0.0"))
-    assert not list(there.folder(STORE).glob("records"))
 
 
 def test_a_batch_asks_each_shard_once(a_store: str, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from storage.activations.format import (
     corrupt,
     is_metadata,
     metadata_paths,
+    record_path,
     shard_path,
 )
 from storage.activations.metadata import GroupMetadata, read_metadata
@@ -62,9 +63,13 @@ def _check_file(folder: Path, name: str, size: int, checksum: str) -> None:
 
 def _check_listed(folder: Path, files: Files, group: Group, metadata: GroupMetadata) -> None:
     """Refuse a list that lacks a file: Zarr would read it as fill values, and nobody would know."""
+    spec = metadata.spec
     shards = [
-        shard_path(group, index, array) for array in metadata.spec.arrays for index in range(metadata.spec.n_shards)
+        path(group, index, array)
+        for array in spec.arrays
+        for index in range(spec.n_shards)
+        for path in (shard_path, record_path)
     ]
-    for name in (*metadata_paths(group, metadata.spec), *shards):
+    for name in (*metadata_paths(group, spec), *shards):
         if name not in files:
             raise corrupt(folder, folder / name, "not in the sealed list")

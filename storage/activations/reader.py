@@ -15,13 +15,15 @@ import torch
 from stackwise_core.masking import VALIDATION_VIEW
 from stackwise_core.stream import Quantised, dequantise
 from storage.activations.buffers import bytes_of, destination, empty_aligned
-from storage.activations.format import GROUPS, Array, Group, corrupt, shard_path
+from storage.activations.format import GROUPS, Array, Group, corrupt, record_path, shard_path
 from storage.activations.opening import open_sealed
+from storage.activations.record import parse_record
 from storage.activations.shard_file import ShardDamageError
 from storage.activations.shard_object import ShardObject, ShardObjects
 from storage.activations.sharded_array import Check, ShardedArray
 from storage.errors import ArtifactError
 from storage.file_systems import is_local
+from storage.verify import checksum_bytes
 
 Access = Literal["auto", "map", "read"]
 Indices = torch.Tensor | np.ndarray | Sequence[int]
@@ -38,8 +40,8 @@ class StoreReader:
     """Rows of a sealed store, by (sequence id, view).
 
     Every chunk carries a checksum. `first_touch` compares it when a chunk is first read, `always` at every
-    read, `never` trusts the disk; the index of a shard is compared in all three. Whole files put in each
-    other's place are beyond this; `verify_files` finds them.
+    read, `never` trusts the disk; the index of a shard is compared in all three. What is compared is the sealed
+    checksum too: a shard, or a chunk, in another's place is whole, and not the one that was asked for.
 
     Several threads may read at once. A reader is a context manager; a read after `close` opens files anew.
 
@@ -85,6 +87,7 @@ class StoreReader:
                 spec,
                 functools.partial(_path_of, folder, group, array),
                 [files[shard_path(group, shard, array)][0] for shard in range(spec.n_shards)],
+                functools.partial(_chunk_checksums, folder, files, group, array),
                 check,
                 mapped=mapped,
                 object_of=functools.partial(_object_of, objects, group, array) if objects else None,
@@ -197,6 +200,17 @@ def _can_map(folder: Path, files: Mapping[str, tuple[int, str]]) -> bool:
     """Whether mapping is fast and safe: what does not fit would be fetched a page at a time, again and again."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return sum(size for size, _ in files.values()) <= memory // 2 and is_local(folder)
+
+
+def _chunk_checksums(
+    folder: Path, files: Mapping[str, tuple[int, str]], group: Group, array: Array, shard: int
+) -> np.ndarray:
+    """The sealed checksums of a shard's chunks, by its record."""
+    name = record_path(group, shard, array)
+    data = np.fromfile(folder / name, np.uint8)
+    if checksum_bytes(data) != files[name][1]:
+        raise corrupt(folder, folder / name, "the record of a shard is not what was sealed")
+    return parse_record(data.tobytes()).chunks
 
 
 def _path_of(folder: Path, group: Group, array: Array, shard: int) -> Path:

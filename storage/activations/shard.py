@@ -57,6 +57,14 @@ def encode_shard(spec: GroupSpec, rows: torch.Tensor) -> np.ndarray:
     return shard
 
 
+def chunk_checksums(spec: GroupSpec, shard: np.ndarray) -> np.ndarray:
+    """Return the crc32c of every chunk of a shard that was laid out by `encode_shard`: uint32 `[n_chunks]`."""
+    stride = spec.chunk_bytes + CRC_BYTES
+    n_chunks = (shard.size - (spec.chunks_per_shard * _ENTRY_BYTES + CRC_BYTES)) // stride
+    ends = shard[: n_chunks * stride].reshape(n_chunks, stride)[:, spec.chunk_bytes :]
+    return np.ascontiguousarray(ends).view("<u4").reshape(-1)
+
+
 def read_offsets(file: ShardFile | ShardObject, size: int, spec: GroupSpec, n_chunks: int) -> np.ndarray:
     """Read the index at the end of a shard.
 

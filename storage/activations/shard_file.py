@@ -78,8 +78,8 @@ class ShardFile:
         else:
             self._fill([out], offset)
 
-    def read_checked(self, out: np.ndarray, offset: int, what: str) -> None:
-        """Fill `out`, and compare it with the checksum that follows it.
+    def read_checked(self, out: np.ndarray, offset: int, what: str) -> int:
+        """Fill `out`, and compare it with the checksum that follows it, which is returned.
 
         Raises:
             ShardDamageError: The file ends before that, or the checksum differs; `what` names what was read.
@@ -91,8 +91,9 @@ class ShardFile:
         else:
             crc = np.empty(CRC_BYTES, np.uint8)
             self._fill([out, crc], offset)
-        if crc32c(out) != int.from_bytes(crc, "little"):
+        if (found := crc32c(out)) != int.from_bytes(crc, "little"):
             raise ShardDamageError(self.path, f"the checksum of {what} differs from its bytes")
+        return found
 
     def _fill(self, buffers: list[np.ndarray], offset: int) -> None:
         wanted = sum(buffer.nbytes for buffer in buffers)

@@ -63,8 +63,8 @@ class ShardObject:
         """
         np.copyto(out, self._bytes(offset, out.nbytes))
 
-    def read_checked(self, out: np.ndarray, offset: int, what: str) -> None:
-        """Fill `out`, and compare it with the checksum that follows it.
+    def read_checked(self, out: np.ndarray, offset: int, what: str) -> int:
+        """Fill `out`, and compare it with the checksum that follows it, which is returned.
 
         Raises:
             ShardDamageError: The object is missing or ends before that, or the checksum differs; `what` names what
@@ -72,8 +72,9 @@ class ShardObject:
         """
         found = self._bytes(offset, out.nbytes + CRC_BYTES)
         np.copyto(out, found[:-CRC_BYTES])
-        if crc32c(out) != int.from_bytes(found[-CRC_BYTES:], "little"):
+        if (crc := crc32c(out)) != int.from_bytes(found[-CRC_BYTES:], "little"):
             raise ShardDamageError(self.path, f"the checksum of {what} differs from its bytes")
+        return crc
 
     def _bytes(self, offset: int, n_bytes: int) -> np.ndarray:
         (found,) = self._fetch([offset], n_bytes)

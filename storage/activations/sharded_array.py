@@ -13,7 +13,7 @@ import numpy as np
 
 from storage.activations.format import GroupSpec
 from storage.activations.shard import read_offsets
-from storage.activations.shard_file import CRC_BYTES, ShardFile
+from storage.activations.shard_file import CRC_BYTES, ShardDamageError, ShardFile
 from storage.activations.shard_object import ShardObject
 
 Check = Literal["first_touch", "always", "never"]
@@ -31,6 +31,7 @@ class ShardedArray:
         spec: GroupSpec,
         path_of: Callable[[int], Path],
         sizes: list[int],
+        checksums_of: Callable[[int], np.ndarray],
         check: Check,
         *,
         mapped: bool,
@@ -42,14 +43,17 @@ class ShardedArray:
             spec: How rows are cut into chunks and shards.
             path_of: Where a shard lies.
             sizes: Sealed size in bytes of every shard.
+            checksums_of: Sealed crc32c of every chunk of a shard, or an empty array if they are not known.
             check: When to compare checksums of chunks.
             mapped: Read through mappings.
             object_of: A shard in an object store; without it shards are files at `path_of`.
         """
         self._spec, self._sizes, self._check, self._mapped = spec, sizes, check, mapped
-        # Of every chunk: its place in the shard, -1 until the shard's index is read; whether it was read before,
-        # which with `first_touch` says that it was found whole.
+        self._checksums_of = checksums_of
+        # Of every chunk: its place in the shard, -1 until the shard's index is read; its sealed checksum, -1 if not
+        # known; whether it was read before, which with `first_touch` says that it was found whole.
         self._offsets = np.full(spec.n_chunks, -1, np.int64)
+        self._crcs = np.full(spec.n_chunks, -1, np.int64)
         self._seen = np.zeros(spec.n_chunks, np.bool_)
 
         # Not a bound method: without a cycle the files close as soon as the array is dropped.
@@ -101,6 +105,8 @@ class ShardedArray:
         first = shard * self._spec.chunks_per_shard
         if self._offsets[first] < 0:  # of several threads each would write the same numbers
             n_chunks = self._spec.chunks_in_shard(shard)
+            known = self._checksums_of(shard)
+            self._crcs[first : first + n_chunks] = known if len(known) else -1
             self._offsets[first : first + n_chunks] = read_offsets(file, self._sizes[shard], self._spec, n_chunks)
         return file
 
@@ -131,7 +137,10 @@ class ShardedArray:
             alone = self._spec.rows_per_chunk == 1
             data = out[wanted[0]] if alone else np.empty(self._spec.chunk_bytes, np.uint8)
             shard, slot = divmod(int(chunk), self._spec.chunks_per_shard)
-            files[shard].read_checked(data, int(self._offsets[chunk]), f"chunk {slot}")
+            crc = files[shard].read_checked(data, int(self._offsets[chunk]), f"chunk {slot}")
+            if self._crcs[chunk] not in (crc, -1):
+                problem = f"chunk {slot} is whole, but not the one that was sealed here"
+                raise ShardDamageError(files[shard].path, problem)
             for place in wanted[1:] if alone else wanted:
                 first = within[place] * row_bytes
                 out[place] = data[first : first + row_bytes]

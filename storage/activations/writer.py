@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -27,14 +26,16 @@ from storage.activations.format import (
     shard_path,
 )
 from storage.activations.metadata import GroupMetadata, write_metadata
+from storage.activations.record import Record, parse_record
 from storage.activations.rows import RowIndex
-from storage.activations.shard import encode_shard
+from storage.activations.shard import chunk_checksums, encode_shard
 from storage.durable import (
     TEMPORARY_SUFFIX,
     explain_full_disk,
     remove_temporaries,
     sync,
     sync_tree,
+    write_bytes,
     write_durably,
 )
 from storage.errors import ArtifactUnsealedError
@@ -124,17 +125,16 @@ class StoreWriter:
         for of_array, tensor in zip(spec.arrays.values(), tensors, strict=True):
             _check_rows(shard, of_array, tensor)
         for (array, of_array), tensor in zip(spec.arrays.items(), tensors, strict=True):
-            self._write_file(shard, array, encode_shard(of_array, tensor.detach().contiguous()))
+            data = encode_shard(of_array, tensor.detach().contiguous())
+            self._write_file(shard, array, data, chunk_checksums(of_array, data))
 
-    def _write_file(self, shard: ShardRange, array: Array, data: np.ndarray) -> None:
+    def _write_file(self, shard: ShardRange, array: Array, data: np.ndarray, chunks: np.ndarray) -> None:
         # Hashing takes as long as writing and needs no disk, so the two go side by side.
         with ThreadPoolExecutor(1) as pool:
             checksum = pool.submit(checksum_bytes, data)
             write_durably(self.folder / shard_path(shard.group, shard.index, array), data)
-        rows_of_shard = [shard.first_row, shard.n_rows]
-        record = {"rows": rows_of_shard, "size": data.nbytes, "checksum": checksum.result()}
-        text = np.frombuffer(json.dumps(record).encode(), np.uint8)
-        write_durably(self.folder / record_path(shard.group, shard.index, array), text)
+        record = Record(shard.first_row, shard.n_rows, data.nbytes, checksum.result(), chunks)
+        write_bytes(self.folder / record_path(shard.group, shard.index, array), record.dump())
 
     def files(self) -> dict[str, tuple[int, str]]:
         """List every file of the finished folder, for its manifest.
@@ -201,12 +201,12 @@ class StoreWriter:
         """Size and checksum of a shard by its record, or None without a record and a file of that size."""
         path = self.folder / shard_path(shard.group, shard.index, array)
         try:
-            record = json.loads((self.folder / record_path(shard.group, shard.index, array)).read_bytes())
-            rows, size, checksum = record["rows"], record["size"], record["checksum"]
-            as_recorded = rows == [shard.first_row, shard.n_rows] and path.stat().st_size == size
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            record = parse_record((self.folder / record_path(shard.group, shard.index, array)).read_bytes())
+            rows_of_shard = (record.first_row, record.n_rows) == (shard.first_row, shard.n_rows)
+            as_recorded = rows_of_shard and len(record.chunks) > 0 and path.stat().st_size == record.size
+        except (FileNotFoundError, ValueError):
             return None
-        return (size, checksum) if as_recorded else None
+        return (record.size, record.checksum) if as_recorded else None
 
 
 def _check_rows(shard: ShardRange, spec: GroupSpec, rows: torch.Tensor) -> None:
