@@ -34,6 +34,16 @@ def first_rows(batches: Iterable[Batch], n_rows: int) -> Iterator[Batch]:
             return
 
 
+def remembering(batches: Iterator[Batch], n_rows: int, first: list[Batch]) -> Iterator[Batch]:
+    """Pass batches on, and keep in `first` the inputs of the first `n_rows` rows: no loader need repeat itself."""
+    for batch in batches:
+        missing = n_rows - sum(len(kept["input_ids"]) for kept in first)
+        if missing > 0:
+            (kept,) = first_rows([batch], missing)
+            first.append({key: kept[key] for key in ("input_ids", "time_step")})
+        yield batch
+
+
 @torch.no_grad()
 def output_statistics(stacks: Sequence[Stack], entering: Iterable[Tensor]) -> dict[int, ChannelStatistics]:
     """Return the statistics of every stack's output, by creation index; few rows are in memory at a time.

@@ -11,7 +11,7 @@ import torch
 
 from stackwise_core.anatomy import Anatomy
 from stackwise_core.arguments import check_type
-from stackwise_core.channel_statistics import first_rows, output_statistics
+from stackwise_core.channel_statistics import output_statistics, remembering
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.dataloader import JointDataLoader, ProgressiveDataLoader
 from stackwise_core.errors import ConfigError, Fault
@@ -176,7 +176,7 @@ class ProgressiveTrainer:
             stream = Stream(resolve_stream_dtype(config), builder.channels)
             trunk = LiveTrunk(builder.build_rack().embedding.to(device), below, stream)
         batches = _endless(_loader(config, spec, dataloader, store or trunk))
-        records = train_stack(model, _remembering(batches, n_rows, first), spec.optim, hooks=hooks)
+        records = train_stack(model, remembering(batches, n_rows, first), spec.optim, hooks=hooks)
         builder.finish_stage(anatomy)
         if n_rows:
             entering = (model.entering(_on_trunk(batch, trunk)) for batch in first)
@@ -232,16 +232,6 @@ def _loader(
         time_step=spec.time_step,
         objective=objective,
     )
-
-
-def _remembering(batches: Iterator[Batch], n_rows: int, first: list[Batch]) -> Iterator[Batch]:
-    """Pass batches on, and keep in `first` the inputs of the first `n_rows` rows: no loader need repeat itself."""
-    for batch in batches:
-        missing = n_rows - sum(len(kept["input_ids"]) for kept in first)
-        if missing > 0:
-            (kept,) = first_rows([batch], missing)
-            first.append({key: kept[key] for key in ("input_ids", "time_step")})
-        yield batch
 
 
 def _on_trunk(batch: Batch, trunk: LiveTrunk | None) -> Batch:

@@ -72,7 +72,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "model.n_kv_heads": st.sampled_from([0, 1]),
     "model.attention": st.sampled_from(["auto", "causal", "bidirectional"]),
     "model.d_ff": st.sampled_from([0, 32, 40]),
-    "cache.dtype": st.sampled_from(["bfloat16", "float16", "float32"]),
+    "cache.dtype": st.sampled_from(["bfloat16", "float16", "float32", "int8", "fp8"]),
     "cache.views": st.sampled_from([0, 1, 2]),
     "cache.max_gb": st.sampled_from([1.0, 1e-3]),
     "cache.keep": st.sampled_from(["last", "all"]),
