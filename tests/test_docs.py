@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -13,6 +15,8 @@ from stackwise_core.config import Section, StackWiseConfig
 from stackwise_core.config_yaml import apply_overrides
 from stackwise_core.errors import ConfigError
 from stackwise_core.plan import RunPlan, plan_run
+from storage.activations import StoreReader
+from storage.manifest import read_manifest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -42,6 +46,20 @@ def test_the_commands_of_the_readme_parse() -> None:
     assert len(lines) >= 6
     for line in lines:
         assert _parser().parse_args(line.split()).command
+
+
+def test_the_reader_of_the_format_page_reads_a_store(reference: Callable[..., Path]) -> None:
+    page = ROOT / "docs" / "activation-store.md"
+    namespace: dict[str, Any] = {}
+    (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    exec(compile(snippet, str(page), "exec"), namespace)
+    root = reference({"cache.keep": "all"})
+    (folder,) = (root / "activations").glob("activations-0-*")
+    with StoreReader(folder, read_manifest(folder).checksums()) as reader:
+        rows = reader.read("train", range(reader.train.rows)).float().numpy()
+    assert len(rows) > 1
+    for number, row in enumerate(rows):
+        assert np.array_equal(namespace["read_row"](folder, number), row)
 
 
 # ---------------------------------------------------------------- the tables of modes.md
