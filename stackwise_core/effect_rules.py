@@ -39,8 +39,6 @@ def _entry_faults(config: StackWiseConfig) -> Iterator[Fault]:
         if own.steps and not growth.enabled:
             where = f"{GROWTH}.enabled: true; the one joint stage takes training.steps_per_stack"
             yield _fault(f"{GROWTH}.stacks.{stack}.steps", str(own.steps), where)
-        if stack == 0 and own.mode not in ("default", growth.building_mode):
-            yield _fault(f"{GROWTH}.stacks.0.mode", repr(own.mode), "later stacks, as the first has no other end")
     if _variable(config):
         adapted = _adapted_stacks(config)
         for stack in sorted(growth.qlora_configs.keys() - set(adapted)):

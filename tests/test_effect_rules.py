@@ -81,7 +81,7 @@ HANDED_ON = {f"{G}{key}" for key in ("time_interpretation", "time_per_stack", "n
 HANDED_ON |= {f"{G}progressive_qlora{part}" for part in ("", "_rank", "_alpha")} | {"training.adapter_learning_rate"}
 VALUES = {path: values_of(path) for path in LEAVES}
 VALUES |= {
-    f"{G}stacks": [[{"n_blocks": 3}], [{"mode": "prepend"}], [{}, {"mode": "prepend"}], [{}, {"steps": 50}]],
+    f"{G}stacks": [[{"n_blocks": 3}], [{}, {"mode": "prepend"}], [{}, {"steps": 50}]],
     f"{G}trunk_trainable_top": [1, 2, 3],
     f"{G}qlora_configs": [{n: {"rank": 2, "alpha": 1.0} for n in range(3)}, {**SIZES, 3: {"rank": 1, "alpha": 1.0}}],
     "cache.views": [1, 3],
@@ -155,8 +155,6 @@ FOUR_GIB = {"cache.max_gb": 4.0}
         ({**ALONE, f"{G}building_mode": "prepend"}, f"{G}building_mode"),
         ({**ALONE, f"{G}trunk_strategy": "full"}, f"{G}trunk_strategy"),
         ({**ALONE, "training.new_stack_init": "random"}, "training.new_stack_init"),
-        ({f"{G}stacks": [{"mode": "prepend"}]}, f"{G}stacks.0.mode"),
-        ({f"{G}building_mode": "prepend", f"{G}stacks": [{"mode": "append"}]}, f"{G}stacks.0.mode"),
         # Every stack has its own.
         *(
             ({f"{G}max_stacks": 3, **OWN, path: value}, path)
@@ -213,6 +211,7 @@ def test_a_key_that_changes_nothing_is_told_once(changes: dict[str, Any], path: 
         {**WHOLE, "cache.views": 2, f"{G}stacks": [{}, {"mode": "prepend", "n_blocks": 1}]},
         # Another spelling of the common value.
         {f"{G}stacks": [{"mode": "append"}]},
+        {**PREPEND, f"{G}stacks": [{"mode": "append"}, {"mode": "prepend"}]},
         {f"{G}max_stacks": 3, f"{G}stacks": [{"steps": 50, "n_blocks": 1}] * 2, "training.steps_per_stack": 90},
     ],
 )
