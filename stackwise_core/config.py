@@ -248,6 +248,8 @@ class TrainingConfig(Section):
     """Mean over loss positions, or the diffusion bound's weights."""
     time_sampling: Literal["per_batch", "per_sequence", "stratified"] = "per_batch"
     """How time-as-input draws its steps."""
+    shuffle_block: int = Field(default=0, ge=0, le=2**31)
+    """0 shuffles all sequences; n keeps blocks of n together and mixes 16 at a time: for caches in an object store."""
     custom_loss: CustomLoss = ""
     """Custom objective: 'module:name' of loss(logits [P, V], targets [P]) -> [P]; empty means cross-entropy."""
     progressive: ProgressiveConfig = Field(default_factory=ProgressiveConfig)

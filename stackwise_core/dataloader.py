@@ -38,16 +38,24 @@ TrunkActivations = Tensor | RowSource | Callable[..., Tensor]
 class PackedBatches:
     """The batches of packed sequences from one step to another, in the order all stages share."""
 
-    def __init__(self, sequences: PackedSequences, order: RowOrder, start: int, stop: int) -> None:
-        """Remember which steps to yield: start .. stop - 1."""
+    def __init__(
+        self, sequences: PackedSequences, order: RowOrder, start: int, stop: int, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """Remember which steps to yield, start .. stop - 1, and whose share: rank 0 .. ranks - 1 of every batch."""
         self.sequences, self.order, self.start, self.stop = sequences, order, start, stop
+        size = order.batch_size
+        self.slots = slice(rank * size // ranks, (rank + 1) * size // ranks)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield input_ids [B, T], sequence_ids [B], the view and, if batches are fixed, the batch's number in it."""
+        """Yield input_ids [B, T], sequence_ids [B], the view and, if batches are fixed, where the rows stand in them.
+
+        That is the batch's number in the view as `batch`, the places in it as `slots` [B] and its size as `batch_rows`.
+        """
+        slots = np.arange(self.order.batch_size, dtype=np.int64)[self.slots]
         for rows, view, number in self.order.numbered_batches(self.start, self.stop):
-            batch: Batch = {**self.sequences.fields(rows), "view": view}
+            batch: Batch = {**self.sequences.fields(rows[self.slots]), "view": view}
             if self.order.fixed_batches:
-                batch["batch"] = number
+                batch |= {"batch": number, "slots": slots, "batch_rows": len(rows)}
             yield batch
 
 
@@ -136,7 +144,7 @@ class ProgressiveDataLoader:
         first_row = 0
         for number, raw in enumerate(one_pass(self.base_dataloader)):
             fields = raw_fields(raw)
-            batch = self._batch(fields, fields.get("view", view), fields.get("batch", number), first_row)
+            batch = self._batch(fields, fields.get("view", view), number, first_row)
             first_row += len(batch["sequence_ids"])
             yield batch
 
@@ -146,7 +154,7 @@ class ProgressiveDataLoader:
             batch = custom_fields(tokens, *targets_and_masks(fields))
         else:
             refuse_own_targets(fields, self.objective)
-            batch = batch_fields(tokens, ids, view, self.mask_spec, self._steps(ids, view, number))
+            batch = batch_fields(tokens, ids, view, self.mask_spec, self._steps(ids, view, {"batch": number, **fields}))
         batch.setdefault("time_step", self.time_step)
         batch["stack_idx"] = self.stack_idx
         batch["training_objective"] = self.objective
@@ -154,11 +162,12 @@ class ProgressiveDataLoader:
         batch["trunk_activations"] = self._boundary(batch, ids, view, first_row)
         return batch
 
-    def _steps(self, ids: IntArray, view: int, number: int) -> IntArray | None:
+    def _steps(self, ids: IntArray, view: int, fields: Batch) -> IntArray | None:
         if self.mask_spec is None or self.mask_spec.time is None:
             return None
-        slots = np.arange(len(ids), dtype=np.int64)
-        return self.mask_spec.time.steps(self.mask_spec.seed, ids, view, np.full_like(slots, number), slots, len(ids))
+        slots, n_rows = fields.get("slots", np.arange(len(ids), dtype=np.int64)), fields.get("batch_rows", len(ids))
+        batches = np.full_like(slots, fields["batch"])
+        return self.mask_spec.time.steps(self.mask_spec.seed, ids, view, batches, slots, n_rows)
 
     def _boundary(self, batch: Batch, ids: IntArray, view: int, first_row: int) -> Tensor | None:
         source = self.trunk_activations

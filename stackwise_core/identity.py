@@ -137,6 +137,8 @@ class StackRecipe(Recipe, frozen=True):
     joint_times: tuple[tuple[int, float], ...] = ()
     """Joint training where depth is time: step and mask ratio of every stack, by creation index."""
     weighting: Literal["mean", "elbo"] = "mean"
+    shuffle_block: int = 0
+    """Of the order; 0 is the uniform one."""
     statistics_rows: int = 0
     """Over so many of its first rows it takes the statistics of its stacks' outputs; 0 where no stream needs them."""
 
@@ -155,6 +157,8 @@ class ActivationRecipe(Recipe, frozen=True):
     batch_size: int
     steps: int
     validation_sequences: int
+    shuffle_block: int = 0
+    """Of the order, which says which rows are visited."""
 
 
 class ValidationRecipe(Recipe, frozen=True):

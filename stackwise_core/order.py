@@ -29,6 +29,8 @@ class RowOrder(BaseModel, frozen=True):
     batch_size: int
     views: int
     fixed_batches: bool = False
+    block: int = 0
+    """Rows in a block; 0 shuffles all rows among one another."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -45,8 +47,8 @@ class RowOrder(BaseModel, frozen=True):
     def epoch_rows(self, epoch: int) -> IntArray:
         """Return the permutation of an epoch: [n_rows] row numbers."""
         if not self.fixed_batches:
-            return _shuffled(self.seed, SALT_ORDER, epoch, self.n_rows)
-        rows = _shuffled(self.seed, SALT_BATCHES, epoch % self.views, self.n_rows)
+            return _permutation(self.seed, SALT_ORDER, epoch, self.n_rows, self.block)
+        rows = _permutation(self.seed, SALT_BATCHES, epoch % self.views, self.n_rows, self.block)
         whole = self.steps_per_epoch * self.batch_size
         batches = rows[:whole].reshape(-1, self.batch_size)
         return np.concatenate([batches[self._epoch_batches(epoch)].ravel(), rows[whole:]])
@@ -55,7 +57,9 @@ class RowOrder(BaseModel, frozen=True):
         """Return the batches of a view in the order of an epoch: [steps_per_epoch] batch numbers."""
         if not self.fixed_batches:
             return np.arange(self.steps_per_epoch, dtype=np.int64)
-        return _shuffled(self.seed, SALT_ORDER, epoch, self.steps_per_epoch)
+        # Batches were cut from the mixed blocks: an epoch that leaves them together reads the same runs.
+        together = -(-self.block * MIXED_BLOCKS // self.batch_size)
+        return _permutation(self.seed, SALT_ORDER, epoch, self.steps_per_epoch, together, mixed=1)
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[IntArray, int]]:
         """Yield (rows [batch_size], view) for the steps start .. stop - 1."""
@@ -115,6 +119,24 @@ class RowOrder(BaseModel, frozen=True):
         return rows.astype(np.int64), views.astype(np.int64)
 
 
+MIXED_BLOCKS = 16
+"""Blocks whose rows are shuffled with one another: so many runs of a store are read at once."""
+
+
+def _permutation(seed: int, salt: int, key: int, n: int, block: int, mixed: int = MIXED_BLOCKS) -> IntArray:
+    """Return a permutation of 0 .. n - 1, with a `block` one in which near numbers stay near."""
+    if not block:
+        return _shuffled(seed, salt, key, n)
+    blocks = np.arange(-(-n // block), dtype=np.int64)
+    # Numbers past the last row: what they are hashed to has nothing to do with the rows' own hashes.
+    order = blocks[np.argsort(hash_bits(seed, salt, key, n + blocks), kind="stable")]
+    rank = np.empty_like(order)
+    rank[order] = blocks
+    numbers = np.arange(n, dtype=np.int64)
+    group = rank[numbers // block] // mixed
+    return np.lexsort((hash_bits(seed, salt, key, numbers), group)).astype(np.int64)
+
+
 def _shuffled(seed: int, salt: int, key: int, n: int) -> IntArray:
     """Return a permutation of 0 .. n - 1."""
     numbers = np.arange(n, dtype=np.int64)
@@ -124,7 +146,7 @@ def _shuffled(seed: int, salt: int, key: int, n: int) -> IntArray:
 @functools.lru_cache(maxsize=2)  # a store is filled view by view, some rows at a time
 def _positions(order: RowOrder, view: int) -> IntArray:
     """Return the position of every row in the permutation that a view's batches are cut from: [n_rows]."""
-    rows = _shuffled(order.seed, SALT_BATCHES, view, order.n_rows)
+    rows = _permutation(order.seed, SALT_BATCHES, view, order.n_rows, order.block)
     positions = np.empty_like(rows)
     positions[rows] = np.arange(order.n_rows, dtype=np.int64)
     return positions

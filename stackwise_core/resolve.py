@@ -126,6 +126,7 @@ def resolve_order(config: StackWiseConfig, n_rows: int) -> RowOrder:
         n_rows=n_rows,
         batch_size=config.training.batch_size,
         views=resolve_views(config),
+        block=config.training.shuffle_block,
         fixed_batches=by_batch and config.training.progressive.time_interpretation == "input",
     )
 

@@ -540,3 +540,27 @@ def test_other_objectives_do_not_ignore_given_masks_and_targets(spec: MaskSpec |
 def test_an_objective_and_a_strategy_that_contradict_are_refused(objective: Any, spec: MaskSpec | None) -> None:
     with pytest.raises(ConfigError, match=f"objective: got '{objective}'; a masking_strategy goes with mlm"):
         ProgressiveDataLoader([TOKENS], spec, objective=objective)
+
+
+# ---------------------------------------------------------------- shares of ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("sampling", [None, "per_batch", "per_sequence", "stratified"])
+def test_the_shares_of_all_ranks_are_the_batch(sampling: Any, ranks: int) -> None:
+    """Masks and time steps too: a rank's rows stand where they stand in the whole batch."""
+    by_time = {"time": TimeInput(n_steps=5, sampling=sampling, ratio_min=0.2, ratio_max=0.9)} if sampling else {}
+    masks = MASKS.model_copy(update=by_time)
+    tokens = np.random.default_rng(0).integers(0, 256, (40, T)).astype(np.uint16)
+    sequences = PackedSequences(tokens, np.arange(40, dtype=np.int64))
+    order = RowOrder(seed=1, n_rows=40, batch_size=8, views=2, fixed_batches=sampling in ("per_batch", "stratified"))
+
+    def batches(rank: int, ranks: int) -> list[dict[str, Any]]:
+        return list(ProgressiveDataLoader(PackedBatches(sequences, order, 3, 12, rank, ranks), masks, views=2))
+
+    shares = [batches(rank, ranks) for rank in range(ranks)]
+    for number, whole in enumerate(batches(0, 1)):
+        parts = [share[number] for share in shares]
+        for name in ("input_ids", "targets", "masks", "sequence_ids", *(["time_step"] if sampling else [])):
+            assert torch.cat([part[name] for part in parts]).equal(whole[name]), name
+        assert min(len(part["input_ids"]) for part in parts) >= 8 // ranks

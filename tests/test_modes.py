@@ -79,6 +79,7 @@ MODES: dict[str, dict[str, Any]] = {
     },
 }
 QUANTISED_MODES = {
+    "blocks": {**INPUT, "training.shuffle_block": 3},
     "int8": {"cache.dtype": "int8"},
     "fp8": {"cache.dtype": "fp8"},
     "int8 mlm": {"cache.dtype": "int8", f"{G}training_objective": "mlm"},

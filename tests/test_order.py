@@ -22,6 +22,7 @@ def orders(draw: st.DrawFn) -> RowOrder:
         batch_size=batch_size,
         views=draw(st.integers(1, 5)),
         fixed_batches=draw(st.booleans()),
+        block=draw(st.sampled_from([0, 0, 1, 3, 8, 100])),
     )
 
 
@@ -147,3 +148,54 @@ def test_fixed_batches_are_part_of_the_value_and_of_no_id_before() -> None:
     order = RowOrder(seed=0, n_rows=9, batch_size=2, views=1)
     assert order.model_dump(exclude_defaults=True) == {"seed": 0, "n_rows": 9, "batch_size": 2, "views": 1}
     assert order != order.model_copy(update={"fixed_batches": True})
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def block_order(**changes: object) -> RowOrder:
+    return RowOrder(**{"seed": 5, "n_rows": 50 * 208, "batch_size": 40, "views": 2, "block": 50, **changes})
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_few_runs_of_a_store_are_open_at_once(fixed: bool) -> None:
+    """A window of 16 blocks is read to its end before the next begins."""
+    order = block_order(fixed_batches=fixed)
+    for epoch in (0, 1, 2, 7):
+        windows = np.split(order.epoch_rows(epoch) // 50, range(800, 10_400, 800))
+        assert [len(np.unique(blocks)) for blocks in windows] == [16] * 13
+    uniform = block_order(fixed_batches=fixed, block=0)
+    assert len(np.unique(uniform.epoch_rows(0)[:800] // 50)) > 190
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_batch_is_as_mixed_as_sixteen_blocks_can_be(fixed: bool) -> None:
+    """Two rows of a batch are of one block as often as two drawn from the window, 49 in 799, and not more."""
+    order = block_order(fixed_batches=fixed)
+    same = pairs = 0
+    for rows, _ in order.batches(0, 260):  # the first epoch
+        blocks = rows // 50
+        equal = (blocks[:, None] == blocks[None, :]).sum() - len(rows)
+        same, pairs = same + int(equal), pairs + len(rows) * (len(rows) - 1)
+    assert same / pairs == pytest.approx(49 / 799, rel=0.03)  # of 405,600 pairs
+    neighbours = sum(int((np.abs(np.diff(rows)) == 1).sum()) for rows, _ in order.batches(0, 260))
+    assert neighbours < 2 * 260 * 39 * 2 / 799  # the corpus is not read in its order
+
+
+def test_blocks_have_other_company_in_every_epoch() -> None:
+    order = block_order()
+
+    def company(epoch: int) -> set[tuple[int, int]]:
+        windows = np.split(order.epoch_rows(epoch) // 50, range(800, 10_400, 800))
+        return {(a, b) for w in windows for a in np.unique(w).tolist() for b in np.unique(w).tolist() if a < b}
+
+    together = [company(epoch) for epoch in range(3)]
+    expected = len(together[0]) ** 2 / (208 * 207 / 2)
+    assert all(len(a & b) < 1.5 * expected for a, b in ((together[0], together[1]), (together[1], together[2])))
+
+
+def test_the_configuration_says_the_block() -> None:
+    config = StackWiseConfig()
+    assert resolve_order(config, 100).block == 0
+    config.training.shuffle_block = 7
+    assert resolve_order(config, 100).block == 7

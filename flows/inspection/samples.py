@@ -91,6 +91,7 @@ def _order(recipe: ActivationRecipe, time: TimeInput | None, n_rows: int) -> Row
         batch_size=recipe.batch_size,
         views=recipe.views,
         fixed_batches=by_batch,
+        block=recipe.shuffle_block,
     )
 
 
