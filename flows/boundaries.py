@@ -49,7 +49,7 @@ def boundary_above(stage: Stage) -> Generator[tuple[RowSource, str]]:
     """Give what the next stage stands on as its last stack computes it, before it is cast, and say from what."""
     below = advance_source(stage.plan, stage.run_plan, stage.artifacts)
     if below is None:
-        yield _rows_from_tokens(stage, _trunk_above(stage).output), "tokens"
+        yield _from_tokens(stage, _trunk_above(stage).output), "tokens"
         return
     added = _reader_of(stage).below[-1]
     stack = load_stack(stage.artifacts, stage.so_far, added).to(stage.device)
@@ -57,7 +57,12 @@ def boundary_above(stage: Stage) -> Generator[tuple[RowSource, str]]:
         yield RowsFromBoundary(reader, stack, stage.device), f"boundary {len(_reader_of(stage).below) - 1}"
 
 
-def _rows_from_tokens(stage: Stage, trunk: Callable[[Tensor, Tensor | None], Tensor]) -> RowsFromTokens:
+def rows_from_tokens(stage: Stage) -> RowsFromTokens:
+    """Return the boundary that the next stage stands on as tokens give it, in the form a store holds it."""
+    return _from_tokens(stage, _trunk_above(stage))
+
+
+def _from_tokens(stage: Stage, trunk: Callable[[Tensor, Tensor | None], Tensor]) -> RowsFromTokens:
     """Return what tokens give of the boundary that the next stage stands on, through the whole trunk."""
     assert stage.plan.activations is not None
     train, validation = stage.sequences
@@ -117,7 +122,6 @@ def compare_store(stage: Stage, ref: Ref) -> tuple[int, list[tuple[int, int]]]:
     """
     rows = rows_to_store(stage)
     sample = rows.sample(stage.plan.validation.sampled_rows)
-    live = _rows_from_tokens(stage, _trunk_above(stage))
     with open_store(stage.artifacts, ref) as reader:
         # A CPU gives the same bits; CUDA kernels may sum in another order.
-        return differing_rows(reader, live, sample, rows.dtype, exact=stage.device.type == "cpu")
+        return differing_rows(reader, rows_from_tokens(stage), sample, rows.dtype, exact=stage.device.type == "cpu")

@@ -11,7 +11,7 @@ from stackwise_core.identity import Kind
 from storage.collect import leftovers
 from storage.errors import ArtifactError
 from storage.layout import Artifacts, State
-from storage.manifest import RETIRED, read_manifest
+from storage.manifest import KINDS, RETIRED, read_manifest
 from storage.roots import artifacts_at
 from storage.runs import Attempt, find_run, run_names
 from storage.verify import NOT_LISTED, verify_files
@@ -62,14 +62,12 @@ def _chosen(artifacts: Artifacts, what: str | None) -> tuple[list[Path], list[At
     plan = named[0].plan
     refs = [plan.data_ref]
     for stage in plan.stages:
-        refs += [
-            stage.ref(kind) for kind in ("build", "trunk", "stack", "activations", "validation") if stage.recipe(kind)
-        ]
+        refs += [stage.ref(kind) for kind in KINDS if kind != "data" and stage.recipe(kind)]
     return [artifacts.folder(ref) for ref in refs if artifacts.is_there(ref)], named
 
 
 def _missing(artifacts: Artifacts, runs: list[Attempt]) -> list[str]:
-    """Return what runs that were brought to their end have no longer."""
+    """Return what runs that were brought to their end have no longer, or only without its seal."""
     problems: list[str] = []
     for run in runs:
         if run.outcome is None or run.outcome["state"] != "done":
@@ -78,9 +76,15 @@ def _missing(artifacts: Artifacts, runs: list[Attempt]) -> list[str]:
             kinds: list[Kind] = ["stack", "validation"]
             if run.config.cache.keep == "all" and stage.activations is not None:
                 kinds.append("activations")
-            absent = [stage.ref(kind) for kind in kinds if artifacts.state(stage.ref(kind)) is State.ABSENT]
+            planned = [stage.ref(kind) for kind in KINDS if kind != "data" and stage.recipe(kind) is not None]
+            absent = [ref for ref in planned if artifacts.state(ref) is State.ABSENT]
+            absent = [ref for ref in absent if ref.kind in kinds or artifacts.is_there(ref)]
             remedy = f"run `stackwise train` with the configuration of {run.name} again: it will be made"
-            problems += [f"{artifacts.where(ref)}: missing, though run {run.name} was done; {remedy}" for ref in absent]
+            problems += [
+                f"{artifacts.where(ref)}: {'has no manifest' if artifacts.is_there(ref) else 'missing'}, "
+                f"though run {run.name} was done; {remedy}"
+                for ref in absent
+            ]
     return problems
 
 
