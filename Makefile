@@ -10,8 +10,9 @@ CONFIG ?= configs/quickstart.yaml
 train: $(VENV)/run ## grow the quickstart rack: three stacks, two to three minutes
 	@$(BIN)/stackwise train $(CONFIG)
 
+# Two processes, a thread each: more would share the cores of a small machine, and each starts a Prefect server.
 test: $(VENV)/test ## the tests
-	@$(BIN)/python -m pytest $(PYTEST)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 test-slow: $(VENV)/test ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow $(PYTEST)

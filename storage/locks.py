@@ -7,10 +7,10 @@ import fcntl
 import json
 import os
 import socket
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from time import sleep
 from types import TracebackType
 from typing import ClassVar, NamedTuple
 
@@ -58,7 +58,7 @@ def is_held(path: Path, *, alone: bool = False) -> bool:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(fd, (fcntl.LOCK_SH if alone else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 return False
-            time.sleep(0.05)
+            sleep(0.05)
         return True
     finally:
         os.close(fd)
@@ -125,7 +125,7 @@ class FileLock:
                 told = True
             if self.should_stop():
                 raise StageInterruptedError(f"stopped on request while waiting for {self.path.name}")
-            time.sleep(self.poll_seconds)
+            sleep(self.poll_seconds)
         return self
 
     def __exit__(

@@ -127,7 +127,7 @@ def test_a_wait_says_once_who_holds_it(folder: Path, others: dict[str, Other], m
         if len(naps) == 3:
             other.release()
 
-    monkeypatch.setattr(locks.time, "sleep", nap)
+    monkeypatch.setattr(locks, "sleep", nap)  # not of `time`: the thread that keeps a server alive sleeps too
     with FileLock(folder / "lock", on_wait=told.append):
         assert len(naps) == 3
         assert max(naps) < 1
@@ -159,7 +159,7 @@ def test_a_request_to_stop_ends_the_wait(
         naps.append(seconds)
         assert len(naps) < 5
 
-    monkeypatch.setattr(locks.time, "sleep", nap)
+    monkeypatch.setattr(locks, "sleep", nap)  # not of `time`: the thread that keeps a server alive sleeps too
     lock = FileLock(folder / "lock", should_stop=lambda: len(naps) == 2)
     with pytest.raises(StageInterruptedError, match="stopped on request while waiting for lock"), lock:
         raise AssertionError("the other process holds it")
