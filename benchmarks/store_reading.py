@@ -1,7 +1,7 @@
 """Reading batches of an activation store, beside np.memmap (the limit) and the formats of others.
 
 Batches of 32 rows of 256 x 512 bfloat16 out of 1 GiB, at random or in order; every format holds the same bits, which is
-checked first. Warm: all pages in memory. Cold: all taken out of memory before every round of eight batches. `take` is
+checked first. A round is eight batches. Warm: all pages in memory. Cold: all taken out of it before every round. `take` is
 np.take of a memmap, `take(out=)` into a page-aligned buffer that is used again, as ours is. Our checksums are compared
 when a chunk is first read, so in the cold rounds and not in the warm ones; with "always", at every read. One thread,
 unless said otherwise.
@@ -31,12 +31,14 @@ GOALS: dict[str, float | None] = {
     "HF datasets, flat": None,
     "zarr-python": 100.0,
 }
+BATCHES_AT_ONCE = 8
+"""Of a candidate in a round: an epoch reads one after the other."""
 COLD_BATCHES, COLD_THREADS = 8, 16
 
 
 def measure(quick: bool) -> list[Measure]:
     torch.set_num_threads(1)
-    n_rows, rounds = (512, 3) if quick else (4096, 40)
+    n_rows, rounds = (512, 3) if quick else (4096, 16)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name)
         data = list(peers.blocks(n_rows))
@@ -49,7 +51,7 @@ def measure(quick: bool) -> list[Measure]:
             *_warm("shuffled", folder, files, n_rows, rounds, _shuffled),
             *_warm("in order", folder, files, n_rows, rounds, _in_order),
         ]
-        return [*warm, *_both_cores(folder, files, n_rows, rounds), *_cold(folder, files, n_rows, max(3, rounds // 4))]
+        return [*warm, *_both_cores(folder, files, n_rows, rounds), *_cold(folder, files, n_rows, max(3, rounds // 2))]
 
 
 def _shuffled(n_rows: int) -> Callable[[], np.ndarray]:
@@ -114,9 +116,16 @@ def _warm(
             for first in range(0, n_rows - BATCH + 1, BATCH):  # all pages mapped, all chunks seen
                 read(np.arange(first, first + BATCH))
     nexts = {name: order(n_rows) for name in readers}
-    candidates = {name: (lambda name=name: readers[name](nexts[name]())) for name in readers}
-    seconds = interleaved(candidates, rounds, warmup=2)
-    gigabytes = BATCH * ROW_BYTES / 1e9
+
+    def reading(name: str) -> Callable[[], None]:
+        def some() -> None:
+            for _ in range(BATCHES_AT_ONCE):
+                readers[name](nexts[name]())
+
+        return some
+
+    seconds = interleaved({name: reading(name) for name in readers}, rounds, warmup=1)
+    gigabytes = BATCHES_AT_ONCE * BATCH * ROW_BYTES / 1e9
     case = f"warm, {case}"
     measures = [Measure(case, name, "GB/s", [gigabytes / s for s in values]) for name, values in seconds.items()]
 
