@@ -2,9 +2,9 @@
 
 Batches of 32 rows of 256 x 512 bfloat16 out of 1 GiB, at random or in order; every format holds the same bits, which is
 checked first. A round is eight batches. Warm: all pages in memory. Cold: all taken out of it before every round. `take`
-is np.take of a memmap, `take(out=)` into a page-aligned buffer that is used again, as ours is. Our checksums are compared
-when a chunk is first read, so in the cold rounds and not in the warm ones; with "always", at every read. One thread,
-unless said otherwise.
+is np.take of a memmap, `take(out=)` into a page-aligned buffer that is used again, as ours is. Our checksums are
+compared when a chunk is first read, so in the cold rounds and not in the warm ones; with "always", at every read. One
+thread, unless said otherwise.
 """
 
 from __future__ import annotations
