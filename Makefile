@@ -7,7 +7,7 @@ CONFIG ?= configs/quickstart.yaml
 
 .PHONY: setup train test test-slow check bench docs clean
 
-train: $(VENV)/run ## grow the quickstart rack: three stacks, two to three minutes
+train: $(VENV)/run ## grow the quickstart rack: three stacks, about three minutes
 	@$(BIN)/stackwise train $(CONFIG)
 
 # Two processes, a thread each: more would share the cores of a small machine, and each starts a Prefect server.
