@@ -734,15 +734,18 @@ def test_damage_is_confined_to_its_chunk(sealed: Any) -> None:
                 reader.read("train", [row])
 
 
+@pytest.mark.parametrize("per_chunk", [1, 2])
 @both_ways
-def test_policies(sealed: Any, access: Any) -> None:
-    store, folder, files = sealed
+def test_policies(tmp_path: Path, access: Any, per_chunk: int) -> None:
+    store, folder = Store.random(spec_of(9, per_chunk=per_chunk), spec_of(3)), tmp_path
+    files = store.write(folder)
     path = folder / shard_path("train", 0)
     with (
         StoreReader(folder, files, "always", access) as always,
         StoreReader(folder, files, access=access) as first_touch,
     ):
-        always.read("train", [0])
+        for _ in range(2):
+            assert same_bits(always.read("train", [0, 5, 0]), store.values["train"][[0, 5, 0]])
         first_touch.read("train", [0])
         flip(path, 0)
         with pytest.raises(ArtifactCorruptError, match="chunk 0"):
@@ -843,6 +846,7 @@ def test_what_is_new_is_announced_before_the_first_of_it_is_read(sealed: Any, mo
         "will_need": ShardFile.will_need,
         "read_checked": ShardFile.read_checked,
         "read": ShardFile.read,
+        "mapping_now": ShardFile.mapping_now,
     }
     for name, method in reads.items():
 
@@ -851,7 +855,7 @@ def test_what_is_new_is_announced_before_the_first_of_it_is_read(sealed: Any, mo
             return method(self, *arguments)
 
         monkeypatch.setattr(ShardFile, name, noted)
-    for access, second in (("map", ["read"] * 3), ("read", ["will_need"] * 3 + ["read"] * 3)):
+    for access, second in (("map", ["mapping_now"] * 3), ("read", ["will_need"] * 3 + ["read"] * 3)):
         with StoreReader(folder, files, access=access) as reader:
             reader.read("train", [1])  # the index of the first shard
             told.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Final
 
@@ -11,15 +12,13 @@ import torch
 
 PAGE_BYTES: Final = 4096
 
+crc32c: Final[Callable[[np.ndarray], int]] = google_crc32c.value  # pyright: ignore
+"""Checksum of contiguous uint8 `[size]`; an array, for google_crc32c refuses a writable memoryview."""
+
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     """View a contiguous CPU tensor `[n, ...]` as uint8 `[n, bytes]` without a copy."""
     return tensor.view(torch.uint8).numpy().reshape(len(tensor), tensor[:1].nbytes)
-
-
-def crc32c(data: np.ndarray) -> int:
-    """Checksum of contiguous uint8 `[size]`; an array, for google_crc32c refuses a writable memoryview."""
-    return google_crc32c.value(data)  # pyright: ignore
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -96,9 +95,11 @@ class StoreReader:
             for array, spec in metadata.spec.arrays.items()
         }
         if objects:
-            with self._explained():
+            try:
                 for array in self._arrays.values():
                     array.read_indices(objects.pool)
+            except (ShardDamageError, FileNotFoundError) as error:
+                raise self._explained(error) from None
 
     def rows(self, sequence_ids: torch.Tensor | np.ndarray, view: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of some sequences in one view, in the order asked for.
@@ -166,19 +167,18 @@ class StoreReader:
             ArtifactCorruptError: The bytes are not what was sealed.
         """
         n_rows = self._groups[group].spec.rows
-        if rows.size and rows.view(np.uint64).max() >= n_rows:  # a negative number is a large one without its sign
+        # A negative number is a large one without its sign.
+        if rows.size and np.maximum.reduce(rows.view(np.uint64)) >= n_rows:
             raise IndexError(f"{group} rows {rows.min()}..{rows.max()} of {n_rows}")
-        with self._explained():
-            self._arrays[group, array].read(rows, out)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Generator[None]:
         try:
-            yield
-        except ShardDamageError as damage:
-            raise corrupt(self._place, damage.path, damage.problem) from None
-        except FileNotFoundError as error:
-            raise corrupt(self._place, Path(error.filename), "missing") from None
+            self._arrays[group, array].read(rows, out)
+        except (ShardDamageError, FileNotFoundError) as error:
+            raise self._explained(error) from None
+
+    def _explained(self, error: ShardDamageError | FileNotFoundError) -> ArtifactError:
+        if isinstance(error, ShardDamageError):
+            return corrupt(self._place, error.path, error.problem)
+        return corrupt(self._place, Path(error.filename), "missing")
 
     def close(self) -> None:
         """Close all files."""

@@ -6,6 +6,7 @@ import mmap
 import os
 import weakref
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -58,8 +59,17 @@ class ShardFile:
         Raises:
             ShardDamageError: It differs.
         """
-        if (found := os.fstat(self._fd).st_size) != self._size:
+        if (found := os.lseek(self._fd, 0, os.SEEK_END)) != self._size:
             raise ShardDamageError(self.path, f"cut off: {found} bytes, sealed with {self._size}")
+
+    def mapping_now(self) -> np.ndarray:
+        """All bytes of a mapped file, uint8 `[size]`, that are there at this instant.
+
+        Raises:
+            ShardDamageError: The file has another size.
+        """
+        self.check_size()
+        return cast("np.ndarray", self._mapping)
 
     def will_need(self, offsets: list[int], n_bytes: int) -> ShardFile:
         """Let the kernel begin to fetch some ranges, and return what to read them from, before they are there."""
