@@ -56,7 +56,12 @@ class Measure:
         return {**dataclasses.asdict(self), **summary, "met": self.met}
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    before: Callable[[str], object] = lambda _: None,
+) -> dict[str, list[float]]:
     """Time candidates in turn, so that what else the machine does meets them all alike.
 
     Each round starts with another candidate: none is always the one after the slowest.
@@ -65,6 +70,7 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int, war
         candidates: what to call, by name.
         rounds: how often each is timed.
         warmup: rounds before those that are not timed.
+        before: called with the name of each before each time, and not timed.
 
     Returns:
         Seconds per call and round, by name. Round i of one belongs to round i of another: compare them by `ratios`.
@@ -74,6 +80,7 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int, war
     for n in range(warmup + rounds):
         shift = n % len(names)
         for name in names[shift:] + names[:shift]:
+            before(name)
             began = time.perf_counter()
             candidates[name]()
             if n >= warmup:

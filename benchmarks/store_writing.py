@@ -7,9 +7,10 @@ and zarr-python (the same codecs) and h5py (fletcher32) store checksums too.
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import store_peers as peers
@@ -23,15 +24,12 @@ def measure(quick: bool) -> list[Measure]:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name) / "written"
 
-        def writing(write: Callable[[Path, list[peers.Rows]], object]) -> Callable[[], None]:
-            def once() -> None:
-                shutil.rmtree(folder, ignore_errors=True)
-                write(folder, data)
+        def clear(_: str) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.sync()
 
-            return once
-
-        candidates = {name: writing(write) for name, write in writers.items()}
-        seconds = interleaved(candidates, rounds, warmup=1)
+        candidates = {name: functools.partial(write, folder, data) for name, write in writers.items()}
+        seconds = interleaved(candidates, rounds, before=clear)
     gigabytes = n_rows * peers.ROW_BYTES / 1e9
     measures = [Measure("1 GiB", name, "GB/s", [gigabytes / s for s in values]) for name, values in seconds.items()]
     for name in seconds:

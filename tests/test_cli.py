@@ -420,8 +420,8 @@ def test_verify_derives_what_checksums_cannot_tell(
     """A store sealed with wrong numbers: every byte is as sealed, and yet it is not what tokens give."""
     real = fill._compute
 
-    def wrong(rows: Any, shard: Any, spec: Any, source: Any) -> torch.Tensor:
-        values = real(rows, shard, spec, source)
+    def wrong(rows: Any, shard: Any, *others: Any) -> torch.Tensor:
+        values = real(rows, shard, *others)
         if shard.group == "train":
             values.view(torch.int16)[3] ^= 1
         return values

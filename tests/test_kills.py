@@ -211,7 +211,7 @@ def test_a_torn_checkpoint_costs_steps_not_weights(tmp_path: Path, reference: Re
     ("failpoint", "message", "again", "step"),
     [
         ("train:6", "stopped on request after step 6 of 12; run the same command to go on", "train 0", 6),
-        ("cache:1", "bytes cached; run the same command to go on", "cache 0", 0),
+        ("cache:1", "was sealed; run the same command to go on", "validate 0", 0),  # both its shards were under way
         ("seal-train:1", "was sealed; run the same command to go on", "cache 1", 0),
     ],
 )

@@ -345,8 +345,8 @@ def test_a_wrong_cache_is_quarantined_and_heals(
     """One value of one row is off by a bit; every checksum is right."""
     real = fill._compute
 
-    def slightly_wrong(rows: Any, shard: Any, spec: Any, source: Any) -> torch.Tensor:
-        values = real(rows, shard, spec, source)
+    def slightly_wrong(rows: Any, shard: Any, *others: Any) -> torch.Tensor:
+        values = real(rows, shard, *others)
         if shard.group == "train":
             values.view(torch.int16)[7, 3, 2] ^= 1
         return values

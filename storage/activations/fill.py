@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from storage.activations.format import Group, GroupSpec
 from storage.activations.writer import ShardRange, StoreWriter
 
 _SEQUENCES_AT_ONCE = 32
+
+_WRITTEN_AT_ONCE = 2
+"""Shards: while one is flushed to the disk, the next is hashed and copied to the kernel."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def fill_store(
         rows: which rows.
         source: what has them; of a quantised store as the stack computes them, before they are cast.
         on_progress: told (bytes on disk, bytes in all) after every shard.
-        should_stop: asked after every shard.
+        should_stop: asked after every shard; those that are computed by then are still written.
 
     Returns:
         The counts train_rows, validation_rows and store_bytes; and for every file (size, checksum).
@@ -96,15 +101,19 @@ def fill_store(
     total = sum(spec.rows * spec.stored_row_bytes for spec in specs.values())
     done = total - sum(shard.n_rows * specs[shard.group].stored_row_bytes for shard in missing)
     on_progress(done, total)
-    computed = ((shard, _compute(rows, shard, specs[shard.group], source)) for shard in missing)
+    stopping = False
+    memory = cycle([_memory(specs.values()) for _ in range(_WRITTEN_AT_ONCE + 1)])
+    wanted = takewhile(lambda _: not stopping, missing)
+    computed = ((shard, _compute(rows, shard, specs[shard.group], source, next(memory))) for shard in wanted)
     for number, shard in enumerate(_write_behind(writer, computed), 1):
         done += shard.n_rows * specs[shard.group].stored_row_bytes
         on_progress(done, total)
         reach("cache", number)
-        if should_stop() and number < len(missing):
-            raise StageInterruptedError(
-                f"stopped on request with {done:,} of {total:,} bytes cached; run the same command to go on"
-            )
+        stopping = stopping or should_stop()
+    if done < total:
+        raise StageInterruptedError(
+            f"stopped on request with {done:,} of {total:,} bytes cached; run the same command to go on"
+        )
     of_channels = sum(statistic.nbytes for statistic in rows.channels or ()) * len(specs)
     counts = {"train_rows": specs["train"].rows, "validation_rows": specs["validation"].rows}
     counts["store_bytes"] = total + of_channels
@@ -114,15 +123,15 @@ def fill_store(
 def _write_behind(
     writer: StoreWriter, computed: Iterator[tuple[ShardRange, torch.Tensor | Quantised]]
 ) -> Iterator[ShardRange]:
-    """Write each shard while the next is computed, and yield it once it is on the disk; one at most waits there."""
-    with ThreadPoolExecutor(1) as disk:
-        behind: tuple[ShardRange, Future[None]] | None = None
+    """Write shards while the next is computed, and yield each once it is on the disk, in order."""
+    with ThreadPoolExecutor(_WRITTEN_AT_ONCE, "disk") as disk:
+        behind: deque[tuple[ShardRange, Future[None]]] = deque()
         for shard, rows in computed:
-            if behind is not None:
-                yield _arrived(*behind)
-            behind = shard, disk.submit(writer.write_shard, shard, rows)
-        if behind is not None:
-            yield _arrived(*behind)
+            behind.append((shard, disk.submit(writer.write_shard, shard, rows)))
+            if len(behind) > _WRITTEN_AT_ONCE:
+                yield _arrived(*behind.popleft())
+        while behind:
+            yield _arrived(*behind.popleft())
 
 
 def _arrived(shard: ShardRange, written: Future[None]) -> ShardRange:
@@ -130,12 +139,22 @@ def _arrived(shard: ShardRange, written: Future[None]) -> ShardRange:
     return shard
 
 
-def _compute(rows: StoreRows, shard: ShardRange, spec: GroupSpec, source: RowSource) -> torch.Tensor | Quantised:
-    """Return the rows of a shard as they are stored, on the CPU."""
-    stored = [
-        torch.empty((shard.n_rows, of_array.seq_len, of_array.d_model), dtype=of_array.torch_dtype)
-        for of_array in spec.arrays.values()
+def _memory(specs: Iterable[GroupSpec]) -> list[torch.Tensor]:
+    """Room for any shard, an array each: fresh memory for every shard costs as much as filling it."""
+    return [
+        torch.empty(
+            (max(len(spec.shard_range(0)) for spec in of_groups), of_groups[0].seq_len, of_groups[0].d_model),
+            dtype=of_groups[0].torch_dtype,
+        )
+        for of_groups in zip(*(spec.arrays.values() for spec in specs), strict=True)
     ]
+
+
+def _compute(
+    rows: StoreRows, shard: ShardRange, spec: GroupSpec, source: RowSource, memory: list[torch.Tensor]
+) -> torch.Tensor | Quantised:
+    """Return the rows of a shard as they are stored, on the CPU, at the beginning of `memory`."""
+    stored = [room[: shard.n_rows] for room in memory]
     sequence_ids, views = rows.index(shard.group)
     for first, last in _runs(views, shard.first_row, shard.first_row + shard.n_rows):
         part = source.rows(sequence_ids[first:last], int(views[first]))

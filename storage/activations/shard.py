@@ -20,13 +20,20 @@ _ENTRY_BYTES = 16
 _NO_CHUNK = np.uint64(2**64 - 1)
 
 
-def encode_shard(spec: GroupSpec, rows: torch.Tensor) -> np.ndarray:
+def shard_file_bytes(spec: GroupSpec, n_rows: int) -> int:
+    """Return the size of the file of a shard of `n_rows` rows."""
+    n_chunks = -(-n_rows // spec.rows_per_chunk)
+    return n_chunks * (spec.chunk_bytes + CRC_BYTES) + spec.chunks_per_shard * _ENTRY_BYTES + CRC_BYTES
+
+
+def encode_shard(spec: GroupSpec, rows: torch.Tensor, out: np.ndarray | None = None) -> np.ndarray:
     """Lay out one shard.
 
     Args:
         spec: The group it belongs to.
         rows: `[n, T, D]`, contiguous, on the CPU; 1 <= n <= rows_per_shard. Rows that lack in the last
             chunk are the fill value on disk.
+        out: uint8 `[shard_file_bytes]`, to be filled and returned; without it a new array is made.
 
     Returns:
         uint8 `[size]`: the whole file.
@@ -35,7 +42,7 @@ def encode_shard(spec: GroupSpec, rows: torch.Tensor) -> np.ndarray:
     whole, rest = divmod(len(data), spec.rows_per_chunk)
     n_chunks = whole + bool(rest)
     stride = spec.chunk_bytes + CRC_BYTES
-    shard = np.empty(n_chunks * stride + spec.chunks_per_shard * _ENTRY_BYTES + CRC_BYTES, np.uint8)
+    shard = np.empty(shard_file_bytes(spec, len(rows)), np.uint8) if out is None else out
 
     body = shard[: n_chunks * stride].reshape(n_chunks, stride)
     chunks = body[:, : spec.chunk_bytes]

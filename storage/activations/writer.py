@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from storage.activations.format import (
 from storage.activations.metadata import GroupMetadata, write_metadata
 from storage.activations.record import Record, parse_record
 from storage.activations.rows import RowIndex
-from storage.activations.shard import chunk_checksums, encode_shard
+from storage.activations.shard import chunk_checksums, encode_shard, shard_file_bytes
 from storage.durable import (
     TEMPORARY_SUFFIX,
     explain_full_disk,
@@ -92,6 +93,7 @@ class StoreWriter:
             StoreSpaceError: The disk is full.
         """
         self.folder = folder
+        self._spare: list[np.ndarray] = []
         self.specs: dict[Group, GroupSpec] = {"train": train, "validation": validation}
         groups: dict[Group, GroupMetadata] = {
             "train": _checked("train", train, train_index, channels),
@@ -125,8 +127,27 @@ class StoreWriter:
         for of_array, tensor in zip(spec.arrays.values(), tensors, strict=True):
             _check_rows(shard, of_array, tensor)
         for (array, of_array), tensor in zip(spec.arrays.items(), tensors, strict=True):
-            data = encode_shard(of_array, tensor.detach().contiguous())
-            self._write_file(shard, array, data, chunk_checksums(of_array, data))
+            with self._memory(shard_file_bytes(of_array, shard.n_rows)) as memory:
+                data = encode_shard(of_array, tensor.detach().contiguous(), memory)
+                self._write_file(shard, array, data, chunk_checksums(of_array, data))
+
+    @contextlib.contextmanager
+    def _memory(self, n_bytes: int) -> Generator[np.ndarray]:
+        """Lend uint8 `[n_bytes]` of one of the buffers that are used again, of which each thread in here has one."""
+        try:
+            memory = self._spare.pop()
+        except IndexError:
+            memory = np.empty(n_bytes, np.uint8)
+        if memory.size < n_bytes:
+            memory = np.empty(n_bytes, np.uint8)
+        try:
+            yield memory[:n_bytes]
+        finally:
+            self._spare.append(memory)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the buffers behind."""
+        return self.__dict__ | {"_spare": []}
 
     def _write_file(self, shard: ShardRange, array: Array, data: np.ndarray, chunks: np.ndarray) -> None:
         # Hashing takes as long as writing and needs no disk, so the two go side by side.
