@@ -58,7 +58,7 @@ def test_a_disk_that_fills_up_at_any_moment_costs_no_row_that_was_written(tmp_pa
             _, files, _ = fill(disk / "store", last)
             assert content(disk / "store") == whole
             wanted = set(last.asked)  # two shards are written at once: the second may be there without the first
-                assert last.asked == [pair for pair in pairs() if pair in wanted]
+            assert last.asked == [pair for pair in pairs() if pair in wanted]
             with StoreReader(disk / "store", files) as reader:
                 row = reader.rows(torch.tensor([7]), 0)[0]
             assert torch.equal(row, value(7, 0, torch.bfloat16))
