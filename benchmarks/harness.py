@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Time candidates in turn, so that what else the machine does meets them all alike.
 
-    Each round starts with another candidate: none is always the one after the slowest.
+    Each round has another order: none always comes after the same one, which leaves its own in the caches.
 
     Args:
         candidates: what to call, by name.
@@ -77,9 +78,9 @@ def interleaved(
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    orders = random.Random(0)
     for n in range(warmup + rounds):
-        shift = n % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in orders.sample(names, len(names)):
             before(name)
             began = time.perf_counter()
             candidates[name]()
