@@ -1,0 +1,44 @@
+"""The flow that grows a run that exists by one stack: what an operator starts from a form."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.train_rack import train_rack
+from stackwise_core.config import StackOverride, StackWiseConfig
+from storage.roots import artifacts_at
+from storage.runs import find_run
+
+
+@flow(name="add-stack", flow_run_name="grow {run} by one stack")
+def grow_run(run: str = "quickstart", artifacts: str = "artifacts", stack: StackOverride = StackOverride()) -> None:  # noqa: B008 -- a form shows its fields
+    """Add one stack to a run.
+
+    If the newest attempt of the run did not reach its target, it is brought there instead: so a retry of this flow
+    grows the run once, not twice.
+
+    Args:
+        run: name of the run; `stackwise status` lists them.
+        artifacts: folder that holds it, or s3://BUCKET/PREFIX.
+        stack: what the new stack does differently from the others.
+    """
+    train_rack(grown(artifacts, run, stack), artifacts)
+
+
+def grown(root: str, run: str, stack: StackOverride) -> StackWiseConfig:
+    """Return the configuration of a run with one stack more, or as it is if its newest attempt is not done.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    newest = find_run(artifacts_at(root).existing(), run)
+    config = newest.config
+    if newest.outcome is None or newest.outcome["state"] != "done":
+        return config
+    growth = config.training.progressive
+    new = growth.target_stacks
+    growth.target_stacks = new + 1
+    if stack != StackOverride():
+        others = [StackOverride()] * (new - len(growth.stacks))
+        growth.stacks = [*growth.stacks[:new], *others, stack, *growth.stacks[new + 1 :]]
+    return config
