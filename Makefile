@@ -5,10 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONFIG ?= configs/quickstart.yaml
 
-.PHONY: setup train test test-slow check bench docs clean
+.PHONY: setup train server worker test test-slow check bench docs clean
 
 train: $(VENV)/run ## grow the quickstart rack: three stacks, about three minutes
 	@$(BIN)/stackwise train $(CONFIG)
+
+server: $(VENV)/run ## Prefect's server with its pages, on http://127.0.0.1:4200
+	@$(BIN)/stackwise server
+
+worker: $(VENV)/run ## register the deployments and run what is started from them
+	@$(BIN)/stackwise worker
 
 # Two processes, a thread each: more would share the cores of a small machine, and each starts a Prefect server.
 test: $(VENV)/test ## the tests

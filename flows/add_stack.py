@@ -9,7 +9,7 @@ from flows.stage import Stage
 from stackwise_core.identity import Ref
 
 
-@flow(name="add-stack", flow_run_name="{stage.title}")
+@flow(name="stage", flow_run_name="{stage.title}")
 def add_stack(stage: Stage) -> Ref:
     """Build a stack on a trunk, train it, cache its boundary for the next one, judge the result."""
     build = tasks.prepared(stage, tasks.build_stack, "build")(stage) if stage.plan.build else None

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from flows.cli_housekeeping import add_housekeeping
+from flows.cli_operating import add_operating
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
 
 
@@ -57,17 +58,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stackwise {version('stackwise')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, summary: str, example: str, run: Any) -> argparse.ArgumentParser:
+    def plain(name: str, summary: str, example: str, run: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=summary, description=summary, epilog=f"example: {example}", formatter_class=formatter
         )
+        sub.set_defaults(run=run, load_config=_load_config)
+        return sub
+
+    def command(name: str, summary: str, example: str, run: Any) -> argparse.ArgumentParser:
+        sub = plain(name, summary, example, run)
         sub.add_argument(
             "--artifacts",
             default="artifacts",
             metavar="ROOT",
             help="where artifacts live: a folder (artifacts/), or s3://BUCKET/PREFIX",
         )
-        sub.set_defaults(run=run, load_config=_load_config)
         return sub
 
     train = command("train", "grow the rack of a configuration to its target", _TRAIN_EXAMPLE, _train)
@@ -99,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("what", nargs="?", metavar="URI|RUN", help="an artifact or a run; without it, everything")
 
     add_housekeeping(command)
+    add_operating(plain)
     return parser
 
 

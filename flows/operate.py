@@ -1,0 +1,147 @@
+"""`stackwise server | worker | heartbeat`: the processes that Prefect's pages and deployments need."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from flows.server import check_api
+from stackwise_core.errors import StackWiseError
+
+POOL = "stackwise"
+"""The work pool of all deployments in prefect.yaml."""
+
+AUTOMATION = "stackwise: no heartbeat, so the run has crashed"
+
+HEARTBEAT_SECONDS = 30
+"""A flow process says so often that it lives; one that missed two is taken for dead."""
+
+_CHECKOUT = Path(__file__).parents[1]
+_PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
+
+
+class DeploymentError(StackWiseError):
+    """Prefect did not take the deployments."""
+
+
+def serve(host: str, port: int) -> None:
+    """Become Prefect's server, with its pages.
+
+    Its database is SQLite in PREFECT_HOME, unless PREFECT_SERVER_DATABASE_CONNECTION_URL names another:
+    postgresql+asyncpg://USER:PASSWORD@HOST/NAME.
+    """
+    _default("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    _default("DO_NOT_TRACK", "1")
+    print(f"Prefect's server: http://{host}:{port}; in other terminals: stackwise worker", file=sys.stderr)
+    _become([*_PREFECT, "server", "start", "--host", host, "--port", str(port)])
+
+
+def work(limit: int, name: str, *, healthcheck: bool) -> None:
+    """Register pool, deployments and heartbeat automation, then become a worker of the pool.
+
+    Args:
+        limit: runs at once; 1 keeps an accelerator to one run.
+        name: of the worker; empty lets Prefect name it.
+        healthcheck: answer on PREFECT_WORKER_WEBSERVER_PORT (8080) whether the worker polls.
+
+    Raises:
+        ConfigError: the API does not answer.
+        DeploymentError: Prefect did not take prefect.yaml; its words are in the message.
+    """
+    _find_api()
+    _default("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
+    _register_pool()
+    _deploy()
+    _register_automation()
+    command = ["worker", "start", "--pool", POOL, "--type", "process", "--limit", str(limit)]
+    command += ["--name", name] if name else []
+    _become([*_PREFECT, *command, *(["--with-healthcheck"] if healthcheck else [])])
+
+
+def register_heartbeat() -> None:
+    """Register the automation that marks runs Crashed whose process is no longer heard; again is harmless.
+
+    Raises:
+        ConfigError: the API does not answer.
+    """
+    _find_api()
+    made = _register_automation()
+    print(f"automation {AUTOMATION!r} {'is registered' if made else 'was there already'}")
+
+
+def _find_api() -> None:
+    """Make sure that PREFECT_API_URL is set and answers; the default is where `stackwise server` listens."""
+    _default("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    check_api(os.environ["PREFECT_API_URL"])
+
+
+def _register_pool() -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.workers.process import ProcessWorker
+
+    template = ProcessWorker.get_default_base_job_template()
+    with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+
+
+def _deploy() -> None:
+    """Apply prefect.yaml; flows will run in the folder that it lies in."""
+    done = subprocess.run(
+        [*_PREFECT, "deploy", "--all", "--prefect-file", str(_CHECKOUT / "prefect.yaml")],
+        cwd=_CHECKOUT,
+        env=os.environ | {"PWD": str(_CHECKOUT)},  # prefect.yaml asks for it
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise DeploymentError(
+            f"{_CHECKOUT / 'prefect.yaml'}: Prefect did not take it: {(done.stdout + done.stderr)[-2000:]}"
+        )
+
+
+def _register_automation() -> bool:
+    """Register it unless there is one of that name; say whether it was made."""
+    from prefect.automations import AutomationCore
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        if client.read_automations_by_name(AUTOMATION):
+            return False
+        client.create_automation(AutomationCore.model_validate(_automation()))
+    return True
+
+
+def _automation() -> dict[str, Any]:
+    """When two heartbeats of a run and then some are missed, and it has not ended, it has crashed."""
+    ends = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed"]
+    return {
+        "name": AUTOMATION,
+        "description": "A machine that dies leaves its runs Running for ever; this one marks them Crashed.",
+        "trigger": {
+            "type": "event",
+            "posture": "Proactive",
+            "after": ["prefect.flow-run.heartbeat"],
+            "expect": [f"prefect.flow-run.{end}" for end in ends],
+            "match": {"prefect.resource.id": "prefect.flow-run.*"},
+            "for_each": ["prefect.resource.id"],
+            "threshold": 1,
+            "within": 2 * HEARTBEAT_SECONDS + 10,
+        },
+        "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "message": "no heartbeat: its machine died"}],
+    }
+
+
+def _default(name: str, value: str) -> None:
+    os.environ.setdefault(name, value)
+
+
+def _become(command: list[str]) -> None:
+    sys.stderr.flush()
+    os.execv(command[0], command)
