@@ -86,8 +86,8 @@ TIME_AS_DEPTH = {
 @pytest.mark.parametrize(
     ("changes", "filled_from"),
     [
-        ({"cache.keep": "all"}, ["tokens", "boundary 0"]),
-        ({"cache.keep": "all", "cache.dtype": "int8"}, ["tokens", "boundary 0"]),
+        ({"cache.keep": "all"}, ["tokens", "boundary 1"]),
+        ({"cache.keep": "all", "cache.dtype": "int8"}, ["tokens", "boundary 1"]),
         ({"cache.keep": "all", **TIME_AS_DEPTH}, ["tokens", "tokens"]),
     ],
 )
