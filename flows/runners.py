@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Generator
 from concurrent.futures import BrokenExecutor
+from importlib import import_module
 from typing import Any
 
 from prefect import task
@@ -61,21 +62,20 @@ def _dask(n_workers: int) -> tuple[TaskRunner[Any], _Died]:
     """Use the cluster that Dask's own configuration names (DASK_SCHEDULER_ADDRESS), or start one here."""
     from dask import config
     from distributed import KilledWorker
-    from prefect_dask import DaskTaskRunner
+    from prefect_dask.task_runners import DaskTaskRunner
 
     address = config.get("scheduler-address", None)
-    here = {"n_workers": n_workers, "threads_per_worker": 1, "dashboard_address": None}
+    here = {"n_workers": n_workers, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
     runner = DaskTaskRunner(address=address) if address else DaskTaskRunner(cluster_kwargs=here)
     return runner, (KilledWorker,)
 
 
 def _ray(n_workers: int) -> tuple[TaskRunner[Any], _Died]:
     """Use the cluster that RAY_ADDRESS names, which `ray.init` reads, or start one here."""
-    from prefect_ray import RayTaskRunner
-    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
-
+    errors = import_module("ray.exceptions")
+    died = errors.NodeDiedError, errors.OutOfMemoryError, errors.WorkerCrashedError
     here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": n_workers}
-    return RayTaskRunner(init_kwargs=here), (NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+    return import_module("prefect_ray").RayTaskRunner(init_kwargs=here), died
 
 
 _RUNNERS: dict[str, Callable[[int], tuple[TaskRunner[Any], _Died]]] = {

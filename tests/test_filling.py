@@ -11,6 +11,8 @@ import importlib.util
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import Recorder, digests, folder_of, grown, manifests, tiny
+from test_durable import ROOT
 
 from flows import filling
 from flows.filling import WorkerDiedError, _hand_out
@@ -120,6 +123,20 @@ def test_a_killed_process_is_one_message_and_the_next_run_goes_on(
     assert first.n_bytes > 0  # the shards that were written count
     assert len(after) < 9  # and are not computed again
     assert digests(root) == digests(serial(TWO))
+
+
+@pytest.mark.slow
+def test_no_process_outlives_the_run_that_started_it(tmp_path: Path) -> None:
+    """It would write into the folder of the next attempt. They hold our pipes: until all are gone, this waits."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; from flows.run import grow;"
+        "import test_filling as t; p = Path(sys.argv[1]);"
+        "grow(t.tiny(p, {**t.TWO, **t.PROCESSES}), str(p / 'a'))"
+    )
+    environment = {**os.environ, "STACKWISE_FAILPOINT": "cache:1:KILL"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_a_request_to_stop_hands_nothing_more_out(
