@@ -13,8 +13,9 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,18 @@ def test_a_killed_process_is_one_message_and_the_next_run_goes_on(
     assert digests(root) == digests(serial(TWO))
 
 
+def test_workers_that_a_signal_to_all_reached_first_are_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(stage: Any, writer: Any, shard: ShardRange) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise BrokenExecutor("a process in the pool was terminated abruptly")
+
+    monkeypatch.setattr(filling, "fill_shard", dying)
+    with pytest.raises(StageInterruptedError, match="stopped on request while caching; run the same command"):
+        grow(tiny(tmp_path, {**TWO, **BY_TWO}), str(tmp_path / "a"))
+
+
 @pytest.mark.slow
 def test_no_process_outlives_the_run_that_started_it(tmp_path: Path) -> None:
     """It would write into the folder of the next attempt. They hold our pipes: until all are gone, this waits."""
@@ -170,19 +183,29 @@ def test_a_request_to_stop_hands_nothing_more_out(
 def test_a_worker_s_error_reaches_the_caller_when_all_have_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended: list[int] = []
+    """The lock is let go then: nobody may still write."""
+    begun, ended, error_is_known = list[int](), list[int](), threading.Event()
     fill_shard = filling.fill_shard
 
     def failing(stage: Any, writer: Any, shard: ShardRange) -> Any:
         if shard.index == 1:
             raise ZeroDivisionError(shard.group)
-        made = fill_shard(stage, writer, shard)
+        begun.append(shard.index)
+        assert error_is_known.wait(60)
+        fill_shard(stage, writer, shard)
         ended.append(shard.index)
-        return made
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, *args: Any, **how: Any) -> None:
+            error_is_known.set()
+            super().shutdown(*args, **how)
 
     monkeypatch.setattr(filling, "fill_shard", failing)
+    monkeypatch.setattr(filling, "ThreadPoolExecutor", Pool)
     with pytest.raises(ZeroDivisionError, match="train"):
         grow(tiny(tmp_path, {**TWO, **BY_TWO}), str(tmp_path / "a"))
+    assert begun
+    assert sorted(begun) == sorted(ended)
     (work,) = (tmp_path / "a/work").glob("activations-0-*")
     assert {int(path.stem[-5:]) for path in work.rglob("train-*.json")} == set(ended)
 
