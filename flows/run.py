@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from flows.filling import check_plain, check_runner
 from flows.prepare import check_space, check_validation, prepare_data
 from flows.progress import Message, RunStarted, StageDone, tell
 from flows.stage import Stage
@@ -21,6 +22,7 @@ from storage.runs import begin_attempt, retire_superseded
 
 def add_stage(stage: Stage) -> None:
     """Add one stack by plain calls, without Prefect."""
+    check_plain(stage)
     build = build_stack(stage)
     trunk = configure_trunk(stage)
     stack = train(stage, build, trunk)
@@ -53,6 +55,7 @@ def grow(
     """
     config.validate()
     use_hardware(config.hardware)  # a device that is not there is told before anything is made
+    check_runner(config.cache)  # and so is a task runner
     artifacts = artifacts_at(root).open()
     plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
     forced = forced_refs(plan, from_stack, force)

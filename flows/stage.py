@@ -59,6 +59,12 @@ class Stage(BaseModel, frozen=True):
     redo: frozenset[Ref] = frozenset()
     """All that this run has still to make again on purpose, in this stage and above."""
 
+    def __getstate__(self) -> dict[Any, Any]:
+        """Leave behind what is derived, corpora among it: another process derives its own."""
+        state = super().__getstate__()
+        fields = {name: value for name, value in state["__dict__"].items() if name in type(self).model_fields}
+        return state | {"__dict__": fields}
+
     @functools.cached_property
     def artifacts(self) -> Artifacts:
         """Where artifacts live."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from flows.boundaries import boundary_above, boundary_below, rows_to_store, store_below
+from flows.filling import Workers, by_workers, plain_workers
 from flows.judging import compare_cache, judge
 from flows.live_part import batches_of, channels_of_output, digest_of_new, hooks_of, model_to_train, parameter_facts
 from flows.progress import Message, RowsCached, stop_requested, tell
@@ -20,7 +22,7 @@ from stackwise_core.growth_operators import settle
 from stackwise_core.identity import Ref
 from stackwise_core.stream_error import stored_error
 from stackwise_core.training import fits, train_stack
-from storage.activations.fill import fill_store
+from storage.activations.fill import fill_store_by, write_shards
 from storage.activations.reader import StoreReader
 from storage.checkpoints import (
     METRICS,
@@ -122,10 +124,15 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
     return make(stage, "train", inputs, work)
 
 
-def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
+def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers) -> Ref | None:
     """Write the boundary that the next stage reads; None where no stage reads it, or none may.
 
     The boundary below, if it is there, moves up by one stack; otherwise all is derived from tokens.
+
+    Args:
+        stage: of which run.
+        stack: what the stage trained.
+        workers: start those that fill the store, where `cache.fill_workers` asks for more than one.
     """
     if stage.plan.activations is None:
         if stage.index + 1 < len(stage.run_plan.stages):  # of the last stage everyone expects it
@@ -137,7 +144,9 @@ def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
     def work(folder: Path) -> Made:
         rows = rows_to_store(stage)
         with boundary_above(stage) as (source, origin):
-            counts, checksums = fill_store(folder, rows, source, _on_cached(stage), stop_requested)
+            several = stage.config.cache.fill_workers > 1
+            write = by_workers(stage, workers) if several else partial(write_shards, rows, source)
+            counts, checksums = fill_store_by(write, folder, rows, _on_cached(stage), stop_requested)
             with StoreReader(folder, checksums) as stored:
                 error = stored_error(stored, source, rows.sample(_ROWS_OF_ERROR))
         return Made({"from": origin, "boundary": recipe.boundary, **counts, "error": error}, checksums)

@@ -12,6 +12,7 @@ from prefect.context import TaskRunContext
 from flows import steps
 from flows.artifacts import progress_artifact
 from flows.progress import listening
+from flows.runners import prefect_workers
 from flows.stage import Stage
 from stackwise_core.identity import Ref
 from storage.demand import TASK_KINDS
@@ -55,7 +56,7 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
 def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
     """Write the boundary that the next stage reads, or say why not."""
     with listening(progress_artifact(stage)):
-        return steps.cache_activations(stage, stack)
+        return steps.cache_activations(stage, stack, prefect_workers)
 
 
 @_stage_task("validate")

@@ -269,6 +269,10 @@ class CacheConfig(Section):
     """Keep only the newest boundary, or every one."""
     mode: Literal["always", "auto"] = "always"
     """Cache whatever may be cached, or only what pays."""
+    fill_workers: int = Field(default=1, ge=1, le=1024)
+    """Workers that fill one store together, each with hardware.threads of its own. Changes no result."""
+    task_runner: Literal["threads", "processes", "dask", "ray"] = "threads"
+    """What runs more than one of them; dask and ray are extras, and reach other machines."""
 
 
 class HardwareConfig(Section):

@@ -145,6 +145,10 @@ def _stores(config: StackWiseConfig) -> bool:
     return config.training.progressive.cache_activations and _streams(config)
 
 
+def _stores_by_several(config: StackWiseConfig) -> bool:
+    return _stores(config) and config.cache.fill_workers > 1
+
+
 def _trunk_may_train(config: StackWiseConfig) -> bool:
     """Say whether a strategy other than frozen makes a difference; without any adapter `growth_faults` tells."""
     if config.training.progressive.trunk_strategy != "qlora" or not _any_adapter(config):
@@ -271,5 +275,7 @@ ONLY_WITH: dict[str, tuple[_Condition, str]] = {
     "cache.max_gb": _STORED,
     "cache.keep": _STORED,
     "cache.mode": _STORED,
+    "cache.fill_workers": _STORED,
+    "cache.task_runner": (_stores_by_several, f"cache.fill_workers above 1, and {_STORED[1]}"),
 }
 """Keys that matter only together with others: when, and what to say otherwise."""

@@ -77,6 +77,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "cache.max_gb": st.sampled_from([1.0, 1e-3]),
     "cache.keep": st.sampled_from(["last", "all"]),
     "cache.mode": st.sampled_from(["always", "auto"]),
+    "cache.fill_workers": st.sampled_from([1, 3]),
 }
 # A few keys of many: most of what has all of them is refused.
 CHANGES = st.sets(st.sampled_from(sorted(CHOICES)), max_size=9).flatmap(

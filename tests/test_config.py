@@ -42,7 +42,7 @@ PROMISED_KEYS = {
     "qlora_rank_pattern qlora_alpha_pattern qlora_configs progressive_qlora progressive_qlora_rank "
     "progressive_qlora_alpha time_interpretation time_embedding_dim time_encoding_type stack_time_mapping "
     "time_mapping time_per_stack num_time_steps stacks",
-    "cache": "dtype views max_gb keep mode",
+    "cache": "dtype views max_gb keep mode fill_workers task_runner",
     "hardware": "device compile processes threads",
 }
 
@@ -341,7 +341,7 @@ def test_a_combination_that_makes_no_sense_has_one_sentence(changes: dict[str, A
     [
         ("modl", "did you mean model?"),
         ("training.progressive.target_stack", "did you mean target_stacks?"),
-        ("cache.zzz", "known here: dtype, views, max_gb, keep, mode"),
+        ("cache.zzz", "known here: dtype, views, max_gb, keep, mode, fill_workers, task_runner"),
     ],
 )
 def test_unknown_keys_are_faults_with_a_hint(path: str, hint: str) -> None:
@@ -662,6 +662,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "training.time_sampling": INPUT,
     "training.loss_weighting": {**INPUT, "training.corruption": "mask"},
     "training.custom_loss": {f"{GROWTH}.training_objective": "custom"},
+    "cache.task_runner": {"cache.fill_workers": 2},
 }
 MORE_FOR_VALUE: dict[tuple[str, str], dict[str, Any]] = {
     (f"{GROWTH}.qlora_strategy", "variable"): {f"{GROWTH}.qlora_configs": other_value(f"{GROWTH}.qlora_configs")},
@@ -702,7 +703,7 @@ def test_every_value_is_accepted_where_it_belongs(path: str, value: Any) -> None
 def test_the_table_of_needs_is_whole() -> None:
     """A key that the rules refuse without another is in it; what they name are keys of the schema."""
     by_default = "corruption mask_ratio new_stack_init mode keep dtype max_gb blocks_per_stack steps_per_stack"
-    by_default += " new_stack_precision building_mode progressive_qlora"
+    by_default += " new_stack_precision building_mode progressive_qlora fill_workers"
     found = {path.rpartition(".")[2] for path in set(ONLY_WITH) - set(NEEDS)}
     assert found == set(by_default.split())  # they belong to what is the default
     assert {*ONLY_WITH, *NEEDS} - set(LEAVES) == set()
@@ -863,6 +864,8 @@ NOT_IN_THE_PLAN = {
     f"{GROWTH}.qlora_strategy",  # the ranks it gives are
     "cache.max_gb",
     "cache.keep",
+    "cache.fill_workers",
+    "cache.task_runner",
     "hardware.device",
     "hardware.compile",
     "hardware.threads",

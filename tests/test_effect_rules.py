@@ -70,6 +70,7 @@ MODES: dict[str, dict[str, Any]] = {
 # Where and how fast it runs, how it is called, what is kept, what is checked, what would be too much.
 NO_RESULT = {"run.name", "data.source", "training.checkpoint_every", "training.activation_checkpointing"}
 NO_RESULT |= {"hardware.device", "hardware.compile", "hardware.threads", "cache.keep", "cache.max_gb"}
+NO_RESULT |= {"cache.fill_workers", "cache.task_runner"}
 NO_RESULT |= {f"{G}max_stacks", "validation.sampled_rows"}
 # Another spelling of what is so anyway: 'causal' or 'copy' of auto, 1 of 0, constant patterns of one size, the same
 # steps by another mapping, no caching where nothing may be cached.
@@ -143,6 +144,9 @@ FOUR_GIB = {"cache.max_gb": 4.0}
             for change in (FOUR_GIB, {"cache.keep": "all"})
         ),
         ({**QLORA, "cache.mode": "auto"}, "cache.mode"),
+        # One worker needs no runner; none fills a store that is not there.
+        *(({**mode, "cache.fill_workers": 2}, "cache.fill_workers") for mode in (WHOLE, ALONE, QLORA, LIVE)),
+        ({"cache.task_runner": "processes"}, "cache.task_runner"),
         # The trunk never has more adapters than the top takes.
         ({**QLORA, f"{G}trunk_trainable_top": 11}, f"{G}trunk_trainable_top"),
         ({**QLORA, f"{G}max_stacks": 3, f"{G}trunk_trainable_top": 2}, f"{G}trunk_trainable_top"),

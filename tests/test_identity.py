@@ -70,6 +70,7 @@ def test_a_run_has_these_artifacts() -> None:
         ("hardware.threads", 3),
         ("cache.keep", "all"),
         ("cache.max_gb", 1.0),
+        ("cache.fill_workers", 4),
         ("training.progressive.max_stacks", 5),
         # Two spellings of the same thing.
         ("cache.views", 8),

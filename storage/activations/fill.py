@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, takewhile
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,10 @@ class StoreRows:
         return [(int(sequence_ids[place]), int(views[place])) for place in places]
 
 
+WriteShards = Callable[[StoreWriter, Iterator[ShardRange]], Generator[ShardRange]]
+"""Takes shards one by one, as it comes to them, writes them, and yields each once it is on the disk."""
+
+
 def fill_store(
     folder: Path,
     rows: StoreRows,
@@ -71,12 +77,31 @@ def fill_store(
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool],
 ) -> tuple[dict[str, int], dict[str, tuple[int, str]]]:
-    """Write every shard that is not there yet.
+    """Write every shard that is not there yet, one after the other in this process.
 
     Args:
         folder: the work folder.
         rows: which rows.
         source: what has them; of a quantised store as the stack computes them, before they are cast.
+        on_progress: see `fill_store_by`, which also says what is returned and raised.
+        should_stop: likewise.
+    """
+    return fill_store_by(partial(write_shards, rows, source), folder, rows, on_progress, should_stop)
+
+
+def fill_store_by(
+    write: WriteShards,
+    folder: Path,
+    rows: StoreRows,
+    on_progress: Callable[[int, int], None],
+    should_stop: Callable[[], bool],
+) -> tuple[dict[str, int], dict[str, tuple[int, str]]]:
+    """Have every shard written that is not there yet.
+
+    Args:
+        write: what writes them, here or elsewhere; no shard is left to it once a stop is asked for.
+        folder: the work folder.
+        rows: which rows.
         on_progress: told (bytes on disk, bytes in all) after every shard.
         should_stop: asked after every shard; those that are computed by then are still written.
 
@@ -102,14 +127,13 @@ def fill_store(
     done = total - sum(shard.n_rows * specs[shard.group].stored_row_bytes for shard in missing)
     on_progress(done, total)
     stopping = False
-    memory = cycle([_memory(specs.values()) for _ in range(_WRITTEN_AT_ONCE + 1)])
     wanted = takewhile(lambda _: not stopping, missing)
-    computed = ((shard, _compute(rows, shard, specs[shard.group], source, next(memory))) for shard in wanted)
-    for number, shard in enumerate(_write_behind(writer, computed), 1):
-        done += shard.n_rows * specs[shard.group].stored_row_bytes
-        on_progress(done, total)
-        reach("cache", number)
-        stopping = stopping or should_stop()
+    with closing(write(writer, wanted)) as written:  # whoever writes has ended before the folder's lock is let go
+        for number, shard in enumerate(written, 1):
+            done += shard.n_rows * specs[shard.group].stored_row_bytes
+            on_progress(done, total)
+            reach("cache", number)
+            stopping = stopping or should_stop()
     if done < total:
         raise StageInterruptedError(
             f"stopped on request with {done:,} of {total:,} bytes cached; run the same command to go on"
@@ -120,9 +144,22 @@ def fill_store(
     return counts, writer.files()
 
 
+def write_shards(
+    rows: StoreRows, source: RowSource, writer: StoreWriter, wanted: Iterator[ShardRange]
+) -> Generator[ShardRange]:
+    """Compute shards one after the other and write them, out of memory that is used again; see `WriteShards`."""
+    memory = cycle([_memory(writer.specs.values()) for _ in range(_WRITTEN_AT_ONCE + 1)])
+    return _write_behind(writer, ((shard, _compute(rows, shard, source, next(memory))) for shard in wanted))
+
+
+def write_shard(rows: StoreRows, source: RowSource, writer: StoreWriter, shard: ShardRange) -> None:
+    """Compute one shard and write it."""
+    writer.write_shard(shard, _compute(rows, shard, source, _memory([writer.specs[shard.group]])))
+
+
 def _write_behind(
     writer: StoreWriter, computed: Iterator[tuple[ShardRange, torch.Tensor | Quantised]]
-) -> Iterator[ShardRange]:
+) -> Generator[ShardRange]:
     """Write shards while the next is computed, and yield each once it is on the disk, in order."""
     with ThreadPoolExecutor(_WRITTEN_AT_ONCE, "disk") as disk:
         behind: deque[tuple[ShardRange, Future[None]]] = deque()
@@ -151,7 +188,7 @@ def _memory(specs: Iterable[GroupSpec]) -> list[torch.Tensor]:
 
 
 def _compute(
-    rows: StoreRows, shard: ShardRange, spec: GroupSpec, source: RowSource, memory: list[torch.Tensor]
+    rows: StoreRows, shard: ShardRange, source: RowSource, memory: list[torch.Tensor]
 ) -> torch.Tensor | Quantised:
     """Return the rows of a shard as they are stored, on the CPU, at the beginning of `memory`."""
     stored = [room[: shard.n_rows] for room in memory]

@@ -1,0 +1,86 @@
+"""The workers that fill a store, as tasks of Prefect on the task runner of the configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Generator
+from concurrent.futures import BrokenExecutor
+from importlib import import_module
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
+
+from flows import filling
+from flows.filling import Handed, Submit, end_with_parent
+from flows.stage import Stage
+from storage.activations.writer import ShardRange, StoreWriter
+
+
+@task(name="fill", cache_policy=NO_CACHE, persist_result=False)
+def fill_shard(stage: Stage, writer: StoreWriter, shard: ShardRange) -> dict[str, Any]:
+    """Compute one shard of a store and write it."""
+    return filling.fill_shard(stage, writer, shard)
+
+
+@contextlib.contextmanager
+def prefect_workers(stage: Stage) -> Generator[Submit]:
+    """Start the task runner of the configuration; every shard is a task run of its own.
+
+    Shards are submitted one by one and not by `map`, which hands all of them out at once: a stop could not
+    call them back.
+    """
+    cache = stage.config.cache
+    runner, died = _RUNNERS[cache.task_runner](cache.fill_workers)
+
+    def submit(writer: StoreWriter, shard: ShardRange) -> Handed:
+        named = fill_shard.with_options(task_run_name=f"fill {shard.group} shard {shard.index} of {stage.what}")
+        return runner.submit(named, {"stage": stage, "writer": writer, "shard": shard})
+
+    try:
+        with runner:
+            yield submit
+    except died as error:
+        raise BrokenExecutor(str(error)) from error
+
+
+_Died = tuple[type[BaseException], ...]
+"""What a runner raises when a worker is killed."""
+
+
+def _threads(n_workers: int) -> tuple[TaskRunner[Any], _Died]:
+    return ThreadPoolTaskRunner(n_workers), ()
+
+
+def _processes(n_workers: int) -> tuple[TaskRunner[Any], _Died]:
+    return ProcessPoolTaskRunner(n_workers, initializer=end_with_parent), ()
+
+
+def _dask(n_workers: int) -> tuple[TaskRunner[Any], _Died]:
+    """Use the cluster that Dask's own configuration names (DASK_SCHEDULER_ADDRESS), or start one here."""
+    from dask import config
+    from distributed import KilledWorker
+    from prefect_dask.task_runners import DaskTaskRunner
+
+    address = config.get("scheduler-address", None)
+    here = {"n_workers": n_workers, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    runner = DaskTaskRunner(address=address) if address else DaskTaskRunner(cluster_kwargs=here)
+    return runner, (KilledWorker,)
+
+
+def _ray(n_workers: int) -> tuple[TaskRunner[Any], _Died]:
+    """Use the cluster that RAY_ADDRESS names, which `ray.init` reads, or start one here."""
+    errors = import_module("ray.exceptions")
+    died = errors.NodeDiedError, errors.OutOfMemoryError, errors.WorkerCrashedError
+    here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": n_workers}
+    return import_module("prefect_ray").RayTaskRunner(init_kwargs=here), died
+
+
+_RUNNERS: dict[str, Callable[[int], tuple[TaskRunner[Any], _Died]]] = {
+    "threads": _threads,
+    "processes": _processes,
+    "dask": _dask,
+    "ray": _ray,
+}
