@@ -1,0 +1,147 @@
+"""Several processes train a stage as one would: the same losses and weights, up to the order floats are added in.
+
+Two ranks are forked once by a server that has imported torch already, and train one stage after another; torchrun
+itself, and processes that die, are in test_launch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Generator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Recorder, tiny
+from test_modes import DEPTH, MODES, G
+
+from flows.job import Job
+from flows.progress import StepTaken, listening
+from flows.stage import Stage
+from flows.training import train_live_part
+from stackwise_core.data import corpus_facts
+from stackwise_core.errors import StackWiseError
+from storage.checkpoints import load_state
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+COUNT = 2
+TOLERANCE = 2e-5
+"""Absolute, of weights of 0.02 and losses of 5: twelve steps of float32 sums in another order, under AdamW."""
+
+_FORKED = multiprocessing.get_context("forkserver")
+
+
+def _rank(pipe: Connection, rank: int, store: str) -> None:
+    """Train the shares of a rank, job after job."""
+    import torch.distributed as dist
+
+    from stackwise_core.several import Replicas, Shards
+
+    os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
+    os.fsync = lambda fd: None
+    dist.init_process_group("gloo", store=dist.FileStore(store, COUNT), rank=rank, world_size=COUNT)
+    while text := pipe.recv():
+        job = Job.model_validate_json(text)
+        kind = Shards if job.stage.plan.spec.mode == "joint" else Replicas
+        recorder = Recorder()
+        try:
+            with listening(recorder):
+                trained = train_live_part(job.stage, job.build, job.folder, kind(job.stage.device))
+            steps = [event.step for event in recorder.events if isinstance(event, StepTaken)]
+            pipe.send((trained.records, trained.attempt.frozen, steps))
+        except StackWiseError as error:
+            pipe.send(error)
+    dist.destroy_process_group()
+
+
+class Pair:
+    """Two processes that train together."""
+
+    def __init__(self, folder: Path) -> None:
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        for rank in range(COUNT):
+            mine, theirs = _FORKED.Pipe()
+            arguments = (theirs, rank, str(folder / "store"))
+            process = _FORKED.Process(target=_rank, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(mine)
+            self.processes.append(process)
+
+    def train(self, stage: Stage, folder: Path) -> list[Any]:
+        """Train a stage into a work folder; return what each rank came to."""
+        build = stage.plan.ref("build") if stage.plan.build else None
+        for pipe in self.pipes:
+            pipe.send(Job(stage=stage, build=build, folder=folder).model_dump_json())
+        found: list[Any] = []
+        for pipe in self.pipes:
+            assert pipe.poll(60), "a rank hangs"
+            found.append(pipe.recv())
+        return found
+
+    def end(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            pipe.send(None)
+            process.join(20)
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Generator[Pair]:
+    _FORKED.set_forkserver_preload(["pytest", "torch._dynamo", "flows.training", "stackwise_core.several"])
+    pair = Pair(tmp_path_factory.mktemp("pair"))
+    yield pair
+    pair.end()
+
+
+def stage_of(root: Path, changes: dict[str, Any], index: int, processes: int) -> Stage:
+    """Return a stage of a run whose stages below lie in `root`."""
+    config = tiny(root.parent, {**changes, "hardware.processes": processes, "hardware.threads": processes})
+    corpus, n_bytes = corpus_facts(config.data.source)
+    return Stage(config=config, root=str(root), corpus=corpus, corpus_bytes=n_bytes, index=index)
+
+
+def alone(stage: Stage, folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Train in this process; return the records and what trains."""
+    trained = train_live_part(stage, stage.plan.ref("build") if stage.plan.build else None, folder)
+    weights = {name: p.detach() for name, p in trained.model.named_parameters() if p.requires_grad}
+    return trained.records, weights
+
+
+MLM = {f"{G}training_objective": "mlm", "cache.views": 2}
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "first": ({}, 0),
+    "from a cache": ({"cache.keep": "all"}, 1),
+    "live trunk, in parts": ({**MLM, f"{G}cache_activations": False, "training.accumulation_steps": 2}, 1),
+    "few positions": ({**MLM, "training.mask_ratio": 0.02}, 0),
+    "nf4 dual": ({**MODES["nf4 dual"]}, 2),
+    "joint": ({"training.joint_steps": 8, **MODES["nf4"]}, 3),
+    "joint in time": ({**DEPTH, "training.joint_steps": 8, "training.accumulation_steps": 2}, 3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(case: str, tmp_path: Path, reference: Any, pair: Pair) -> None:
+    changes, index = CASES[case]
+    root = reference(changes)
+    expected, weights = alone(stage_of(root, changes, index, 1), tmp_path / "one")
+    first, second = pair.train(stage_of(root, changes, index, COUNT), tmp_path / "two")
+    assert not isinstance(first, Exception), first
+    records, _, steps = first
+    assert second[0] == records  # bit for bit: whatever is decided by them, all decide alike
+    assert (steps, second[2]) == ([n + 1 for n in range(len(records))], [])
+    for here, there in zip(records, expected, strict=True):
+        assert here == pytest.approx(there, abs=TOLERANCE, rel=TOLERANCE), here["step"]
+    state = load_state(tmp_path / "two")
+    assert state is not None
+    assert state.step == len(records)
+    found = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
+    assert found.keys() == weights.keys()
+    worst = max((found[name] - weights[name]).abs().max().item() for name in weights)
+    print(case, worst, max(abs(a["loss"] - b["loss"]) for a, b in zip(records, expected, strict=True)))
+    assert worst <= TOLERANCE
