@@ -87,6 +87,8 @@ def _running(stage: Stage, job: Path) -> Generator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:

@@ -18,6 +18,8 @@ class Ranks:
     """The only process: it reads every row, and what it computes is the whole."""
 
     rank, count = 0, 1
+    divides_by = 1
+    """What gradients are divided by when they are added up over the processes: the loss is multiplied by it."""
     failpoint = "train"
     """The name of the step's failpoint."""
 

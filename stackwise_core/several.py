@@ -3,6 +3,8 @@
 Importing this module imports torch.distributed, which takes a second.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Generator
 
@@ -76,7 +78,9 @@ class Replicas(Several):
     """Each process holds the whole model (DDP, Li et al. 2020)."""
 
     def share(self, model: StageModel) -> None:
-        """Let gradients be summed over the processes, while the backward pass goes on."""
+        """Let gradients be averaged over the processes, while the backward pass goes on."""
+        # The sum would take a hook in Python, whose thread can wait for this one, and this for it, at the end.
+        self.divides_by = self.count
         self.live = DistributedDataParallel(
             _SummedLoss(model),
             # A process may hold no loss position of a batch, and then no gradient of the head.
@@ -84,7 +88,6 @@ class Replicas(Several):
             forward_sync_buffers=False,  # packed weights, which do not change
             gradient_as_bucket_view=True,
         )
-        self.live.register_comm_hook(None, _sum)  # DDP itself takes the mean
 
     def summed_loss(self, model: StageModel, batch: Batch) -> Tensor:
         """Return the loss summed over the loss positions of this process's rows [nats]."""
@@ -93,13 +96,6 @@ class Replicas(Several):
     def reducing(self, *, now: bool) -> contextlib.AbstractContextManager[None]:
         """Compute a part of a batch: gradients add up over the processes at its last part, `now`."""
         return contextlib.nullcontext() if now else self.live.no_sync()
-
-
-# DDP looks at the annotations of a hook: in this module they are no strings.
-def _sum(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Sum one of DDP's buckets of gradients over the processes."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
 
 
 class Shards(Several):

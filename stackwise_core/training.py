@@ -219,7 +219,7 @@ def _backward(model: StageModel, batch: Batch, n_parts: int, factor: float, rank
     for n, part in enumerate(parts, 1):
         with ranks.reducing(now=n == len(parts)):
             part_loss = ranks.summed_loss(model, part) / positions
-            (part_loss * factor).backward()
+            (part_loss * (factor * ranks.divides_by)).backward()
         loss += part_loss.item()
     return ranks.total(loss)
 
