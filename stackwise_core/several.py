@@ -105,12 +105,14 @@ class Shards(Several):
         """Cut every parameter along its first dimension; embedding and head are gathered with the loss."""
         mesh = init_device_mesh(self.device.type, (self.count,))
         self.live = _SummedLoss(model)
-        for module in [*(block for stack in model.live_stacks() for block in stack.blocks), self.live]:
+        blocks = [block for stack in model.live_stacks() for block in stack.blocks]
+        for module in (*blocks, self.live):
             part = fully_shard(module, mesh=mesh)
             part.set_gradient_divide_factor(1.0)  # the sum: FSDP2 itself takes the mean
             part.set_force_sum_reduction_for_comms(True)
-        # A process may hold no loss position of a batch, and then no gradient of the head.
-        part.set_reduce_scatter_unused_params(True, recurse=False)
+            # A process may hold no loss position of a batch, and then no gradient of the head. Blocks that a step
+            # leaves out are left out by all, and have none at all.
+            part.set_reduce_scatter_unused_params(module is self.live, recurse=False)
 
     def summed_loss(self, model: StageModel, batch: Batch) -> Tensor:
         """Return the loss summed over the loss positions of this process's rows [nats]."""

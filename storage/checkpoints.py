@@ -204,7 +204,11 @@ def save_state(work: Path, state: TrainingState) -> None:
     with explain_full_disk(fresh):
         payload = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()})
         (fresh / "state.safetensors").write_bytes(payload)
-        header = {"step": state.step, "tensors": hashlib.sha256(payload).hexdigest(), "records": state.records}
+        header: dict[str, Any] = {
+            "step": state.step,
+            "tensors": hashlib.sha256(payload).hexdigest(),
+            "records": state.records,
+        }
         if state.fingerprint:
             header["fingerprint"] = state.fingerprint
         (fresh / "state.json").write_text(json.dumps({"header": header, "sha256": _header_digest(header)}))
