@@ -125,14 +125,13 @@ def _attempt(job: Job) -> Attempt:
     for ending in endings:
         if ending.error and not ending.on_request:
             raise RankError(ending.error, ending.exit_code)
-    for ending in endings:
         if ending.on_request:
             raise StageInterruptedError(ending.error)
+    if len(endings) == count and endings[0].attempt is not None:
+        return endings[0].attempt
     if stop_requested():
-        raise StageInterruptedError("stopped on request before the first step; run the same command to go on")
-    if len(endings) < count or endings[0].attempt is None:
-        raise RankError(_how_it_died(job))
-    return endings[0].attempt
+        raise StageInterruptedError("stopped on request; run the same command to go on from the last checkpoint")
+    raise RankError(_how_it_died(job))
 
 
 def _how_it_died(job: Job) -> str:

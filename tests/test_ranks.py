@@ -25,7 +25,8 @@ from flows.training import train_live_part
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.config import HardwareConfig
 from stackwise_core.data import corpus_facts
-from stackwise_core.errors import StackWiseError
+from stackwise_core.errors import ConfigError, NonFiniteLossError, StackWiseError, StageInterruptedError
+from stackwise_core.hardware import threads_of_rank, use_hardware
 from storage.checkpoints import load_state
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
