@@ -29,6 +29,8 @@ def joined(device: torch.device, *, sharded: bool) -> Generator[Ranks]:
         device: of this process.
         sharded: each holds a part of every block (FSDP2) instead of the whole model (DDP).
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     # Numbers go over gloo, so that no step waits for the device on their account.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:

@@ -86,7 +86,7 @@ class Pair:
             pipe.send((Job(stage=stage, build=build, folder=folder).model_dump_json(), rank == stop))
         found: list[Any] = []
         for pipe in self.pipes:
-            assert pipe.poll(60), "a rank hangs"
+            assert pipe.poll(300), "a rank hangs"
             found.append(pipe.recv())
         return found
 
