@@ -21,6 +21,7 @@ NAMES = (
     "store_writing",
     "store_growth",
     "cache_feeding",
+    "data_parallel",
 )
 LONG = ("growth",)
 """Those that take half an hour: only by name."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from flows.progress import StepTaken, stop_requested, tell
-from flows.stage import Facts, Stage
+from flows.stage import Facts, Stage, fingerprint_of
 from stackwise_core.channel_statistics import first_rows, output_statistics
 from stackwise_core.costs import rack_parameters, stack_parameters
 from stackwise_core.dataloader import JointDataLoader, PackedBatches, ProgressiveDataLoader
@@ -19,6 +19,7 @@ from stackwise_core.model import Stack
 from stackwise_core.objectives import Batch
 from stackwise_core.prefetch import prefetched
 from stackwise_core.rack_builder import count_parameters
+from stackwise_core.ranks import ALONE, Ranks
 from stackwise_core.resolve import resolve_loss, resolve_order
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stream import ChannelStatistics
@@ -99,8 +100,11 @@ def model_to_train(stage: Stage, build: Ref | None) -> StageModel:
     return model.to(stage.device)
 
 
-def hooks_of(stage: Stage, folder: Path) -> Hooks:
-    """Return what training tells and asks: steps to whoever listens, checkpoints to the work folder."""
+def hooks_of(stage: Stage, folder: Path, ranks: Ranks) -> Hooks:
+    """Return what training tells and asks: steps to whoever listens, checkpoints to the work folder.
+
+    Of several processes the first one tells and writes; its last checkpoint is the result.
+    """
     optim = stage.plan.spec.optim
     n_tokens = optim.batch_size * stage.config.data.seq_len
 
@@ -108,17 +112,23 @@ def hooks_of(stage: Stage, folder: Path) -> Hooks:
         tell(StepTaken(stage.index, int(record["step"]) + 1, optim.steps, record["loss"], n_tokens))
 
     def on_checkpoint(state: TrainingState) -> None:
+        state.fingerprint = fingerprint_of(stage)
         save_state(folder, state)
 
-    return Hooks(on_step, on_checkpoint, stage.config.training.checkpoint_every, stop_requested)
+    every, last = stage.config.training.checkpoint_every, ranks.count > 1
+    if ranks.rank:
+        return Hooks(checkpoint_every=every, checkpoint_last=last, should_stop=stop_requested)
+    return Hooks(on_step, on_checkpoint, every, last, stop_requested)
 
 
-def batches_of(stage: Stage, boundary: RowSource | LiveTrunk | None, first_step: int) -> Iterable[Batch]:
-    """Return the stage's batches from a step on."""
+def batches_of(
+    stage: Stage, boundary: RowSource | LiveTrunk | None, first_step: int, ranks: Ranks = ALONE
+) -> Iterable[Batch]:
+    """Return the stage's batches from a step on, or one process's share of them."""
     train_sequences, _ = stage.sequences
     spec, recipe = stage.plan.spec, stage.plan.stack
     order = resolve_order(stage.config, len(train_sequences))
-    packed = PackedBatches(train_sequences, order, first_step, spec.optim.steps)
+    packed = PackedBatches(train_sequences, order, first_step, spec.optim.steps, ranks.rank, ranks.count)
     if recipe.joint_times and recipe.mask:
         steps, ratios = zip(*recipe.joint_times, strict=True)
         masks = [recipe.mask.at_ratio(ratio) for ratio in ratios]

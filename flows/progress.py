@@ -110,6 +110,11 @@ def stop_requested() -> bool:
     return _stop.is_set()
 
 
+def request_stop() -> None:
+    """Ask the run to stop at the next safe point."""
+    _stop.set()
+
+
 @contextlib.contextmanager
 def stopping_on_signals() -> Generator[None]:
     """Turn the first SIGTERM or SIGINT into a request to stop; a second one ends the process at once.

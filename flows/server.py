@@ -16,19 +16,11 @@ import urllib.request
 from collections.abc import Generator
 from pathlib import Path
 
+from flows.children import ending_with_us
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
 
 _STARTUP_SECONDS = 180.0
 """A first start creates the database and registers blocks: over a minute was seen on a slow disk."""
-
-# The server dies with its parent, also when that is killed with SIGKILL: the kernel sends SIGTERM
-# when the thread that started it ends. Set by a wrapper, since preexec_fn is unsafe with threads.
-_WITH_PARENT = (
-    "import ctypes, os, signal, sys\n"
-    "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
-    "os.getppid() == int(sys.argv[1]) or sys.exit(1)\n"
-    "os.execv(sys.argv[2], sys.argv[2:])\n"
-)
 
 
 class ServerError(StackWiseError):
@@ -100,7 +92,7 @@ class EmbeddedServer:
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C is for us, and we need the server to record how the run ended.
             self.process = subprocess.Popen(
-                [sys.executable, "-S", "-c", _WITH_PARENT, str(os.getpid()), *command],
+                ending_with_us(command, signal.SIGTERM),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -142,7 +142,9 @@ def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made
         assert recipe is not None
         entries = tuple(artifacts.input_entry(read) for read in inputs)
         reach(f"seal-{task}", stage.index)
-        artifacts.seal(ref, recipe, entries, facts, _fingerprint(stage), checksums=made.checksums, records=made.records)
+        artifacts.seal(
+            ref, recipe, entries, facts, fingerprint_of(stage), checksums=made.checksums, records=made.records
+        )
         reach(f"sealed-{task}", stage.index)
         if stop_requested():
             raise StageInterruptedError(
@@ -171,6 +173,8 @@ def _tell_waiting(ref: Ref, holder: str) -> None:
     tell(Message(f"waiting for {ref.name}, which {holder} is making"))
 
 
-def _fingerprint(stage: Stage) -> dict[str, Any]:
+def fingerprint_of(stage: Stage) -> dict[str, Any]:
+    """Return what the numbers of this stage may depend on beside its recipe."""
     hardware = stage.config.hardware
-    return fingerprint(n_threads(hardware), str(stage.device), hardware.compile)
+    device = str(stage.device) if hardware.processes == 1 else stage.device.type  # each process has one of its own
+    return fingerprint(n_threads(hardware), device, hardware.compile, hardware.processes)

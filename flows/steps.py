@@ -6,7 +6,6 @@ Plain functions, without Prefect: `tasks.py` turns them into tasks, tests and be
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,31 +13,21 @@ from pathlib import Path
 from flows.boundaries import boundary_above, boundary_below, rows_to_store, store_below
 from flows.filling import Workers, by_workers, plain_workers
 from flows.judging import compare_cache, judge
-from flows.live_part import batches_of, channels_of_output, digest_of_new, hooks_of, model_to_train, parameter_facts
+from flows.launch import train_by_ranks
+from flows.live_part import channels_of_output, digest_of_new, parameter_facts
 from flows.progress import Message, RowsCached, stop_requested, tell
 from flows.stage import Facts, Made, Stage, make
-from stackwise_core.errors import StackWiseError
+from flows.training import train_live_part
 from stackwise_core.growth_operators import settle
 from stackwise_core.identity import Ref
 from stackwise_core.stream_error import stored_error
-from stackwise_core.training import fits, train_stack
 from storage.activations.fill import fill_store_by, write_shards
 from storage.activations.reader import StoreReader
-from storage.checkpoints import (
-    METRICS,
-    frozen_digests,
-    load_state,
-    save_channels,
-    save_trained,
-)
+from storage.checkpoints import METRICS, save_channels, save_trained
 from storage.durable import write_text
 
 _ROWS_OF_ERROR = 64
 """By which the error of the stored type is measured."""
-
-
-class FrozenChangedError(StackWiseError):
-    """A weight that does not train was changed by training."""
 
 
 def build_stack(stage: Stage) -> Ref | None:
@@ -86,38 +75,25 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
     inputs += [*([build] if build else []), trunk, *store_below(stage)]
 
     def work(folder: Path) -> Made:
-        model = model_to_train(stage, build)
-        spec = stage.plan.spec
-        state = load_state(folder)
-        if state is not None and not fits(model, state):
-            tell(Message(f"stage {stage.index} starts anew: its checkpoint is of another version of StackWise"))
-            state = None
-        if state is not None:
-            tell(Message(f"stage {stage.index} goes on from its checkpoint at step {state.step}"))
-        first_step = state.step if state else 0
+        by_ranks = train_by_ranks(stage, build, folder) if stage.config.hardware.processes > 1 else None
+        trained = train_live_part(stage, build, folder)  # what ranks have trained is only taken up here
+        attempt = by_ranks or trained.attempt
+        spec, model = stage.plan.spec, trained.model
         counts = parameter_facts(stage, model)
-        frozen = frozen_digests(model)
-        began = time.monotonic()
-        with boundary_below(stage) as boundary:
-            batches = batches_of(stage, boundary, first_step)
-            records = train_stack(model, batches, spec.optim, state=state, hooks=hooks_of(stage, folder))
-        seconds = time.monotonic() - began
-        if frozen_digests(model) != frozen:
-            raise FrozenChangedError(f"stage {stage.index}: training changed frozen weights; nothing was sealed")
         for stack in spec.anatomy.trained:
             settle(model.stack(stack))
-        save_trained(folder, spec, model, records)
+        save_trained(folder, spec, model, trained.records)
         if stage.plan.stack.statistics_rows:
             with boundary_below(stage) as boundary:
                 save_channels(folder, channels_of_output(stage, model, boundary))
-        n_tokens = (spec.optim.steps - first_step) * spec.optim.batch_size * stage.config.data.seq_len
+        n_tokens = (spec.optim.steps - attempt.first_step) * spec.optim.batch_size * stage.config.data.seq_len
         facts = {
             **counts,
-            "frozen_unchanged": sorted(frozen),
+            "frozen_unchanged": attempt.frozen,
             "steps": spec.optim.steps,
-            "first_step": first_step,
-            "train_loss": records[-1]["loss"],
-            "tokens_per_second": round(n_tokens / seconds),
+            "first_step": attempt.first_step,
+            "train_loss": trained.records[-1]["loss"],
+            "tokens_per_second": round(n_tokens / attempt.seconds),
         }
         return Made(facts, records=(METRICS,))
 

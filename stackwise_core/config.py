@@ -283,7 +283,8 @@ class HardwareConfig(Section):
     compile: bool = False
     """Run the new stack through torch.compile."""
     processes: int = Field(default=1, ge=1)
-    """Processes that train one stage together."""
+    """Processes of this machine that train one stage together: each has a share of every batch, of the threads, and
+    with CUDA a device of its own."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of torch; 0 means as many as this process may use."""
 

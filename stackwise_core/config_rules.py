@@ -29,7 +29,7 @@ def cross_field_faults(config: StackWiseConfig, *, corpus: bool = True) -> list[
         *growth_faults(config),
         *time_faults(config),
         *effect_faults(config),
-        *_not_built_faults(config),
+        *_hardware_faults(config),
     ]
 
 
@@ -94,10 +94,15 @@ def _training_faults(config: StackWiseConfig) -> Iterator[Fault]:
         yield Fault("cache.views", str(config.cache.views), allowed)
 
 
-def _not_built_faults(config: StackWiseConfig) -> Iterator[Fault]:
-    if config.hardware.processes > 1:
-        received = str(config.hardware.processes)
-        yield Fault("hardware.processes", received, "this version does not build training with several processes yet")
+def _hardware_faults(config: StackWiseConfig) -> Iterator[Fault]:
+    hardware, training = config.hardware, config.training
+    if hardware.processes > 1 and hardware.device.startswith("cuda:"):
+        allowed = f"hardware.processes = {hardware.processes} need a device each; use cuda"
+        yield Fault("hardware.device", repr(hardware.device), allowed)
+    most = training.batch_size // training.accumulation_steps
+    if hardware.processes > most:
+        allowed = f"each process needs a row of every part of a batch: at most batch_size / accumulation_steps = {most}"
+        yield Fault("hardware.processes", str(hardware.processes), allowed)
 
 
 def schema_faults(

@@ -79,7 +79,7 @@ class ProgressiveTrainer:
             One result per stage that was trained here; the last is the joint anneal, if there is one.
         """
         _check_arguments(rack_builder, dataloader, cache, hooks)
-        self.config.validate(corpus=False)
+        self._validate()
         growth = self.config.training.progressive
         target = growth.target_stacks if target_stacks is None else target_stacks
         self._check(rack_builder, target)
@@ -108,12 +108,18 @@ class ProgressiveTrainer:
         if target_stacks is not None:
             return self.train_progressively(rack_builder, dataloader, target_stacks)
         _check_arguments(rack_builder, dataloader)
-        self.config.validate(corpus=False)
+        self._validate()
         if not rack_builder.n_stacks:
             raise ConfigError(
                 [Fault("target_stacks", "None", "the rack has no stack yet; give a number, or append one")]
             )
         return [self._train_jointly(rack_builder, dataloader, 0, rack_builder.n_stacks, None)]
+
+    def _validate(self) -> None:
+        self.config.validate(corpus=False)
+        if (count := self.config.hardware.processes) > 1:
+            allowed = "this trains in the process that calls it; `stackwise train` starts several, else set it to 1"
+            raise ConfigError([Fault("hardware.processes", str(count), allowed)])
 
     def _check(self, builder: ProgressiveRackBuilder, target: int) -> None:
         """Refuse before the first step what would go wrong after the last."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from stackwise_core.errors import ConfigError, Fault, NonFiniteLossError, StageI
 from stackwise_core.failpoints import reach
 from stackwise_core.objectives import Batch, loss_normaliser
 from stackwise_core.precision import compute_dtype
+from stackwise_core.ranks import ALONE, Ranks
 from stackwise_core.stage_model import StageModel
 from stackwise_core.stages import OptimSpec
 
@@ -26,6 +28,8 @@ class TrainingState:
     tensors: dict[str, Tensor]
     """Weights as `model.<name>`, AdamW's moments as `optimizer.<name>.<moment>`."""
     records: list[dict[str, float]]
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    """On what it was computed, as far as the numbers may depend on it."""
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Hooks:
     on_checkpoint: Callable[[TrainingState], None] = lambda state: None
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 writes none."""
+    checkpoint_last: bool = False
+    """Whether to write one after the last step too: it is the result, where another process reads it."""
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -111,11 +117,12 @@ def train_step(
     spec: OptimSpec,
     step: int,
     scale: LossScale | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Take one optimizer step.
 
     The loss is the mean over the loss positions of the whole batch, also when it is computed in
-    `spec.accumulation_steps` parts.
+    `spec.accumulation_steps` parts, or by several processes that have a share of its rows each.
 
     Returns:
         step, loss [nats per loss position], learning_rate, gradient_norm (before clipping), and with a loss
@@ -128,19 +135,10 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"] / spec.learning_rate
     optimizer.zero_grad(set_to_none=True)
-    positions = max(1, loss_normaliser(batch))
-    loss, factor = 0.0, scale.value if scale else 1.0
-    for part in _parts(batch, spec.accumulation_steps):
-        part_sum, _ = model.summed_loss(part)
-        part_loss = part_sum / positions
-        (part_loss * factor).backward()
-        loss += part_loss.item()
-    limit = spec.gradient_clip or math.inf
+    factor = scale.value if scale else 1.0
+    loss = _backward(model, batch, spec.accumulation_steps, factor, ranks)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in trained if scale else ():
-        if parameter.grad is not None:
-            parameter.grad /= factor
-    norm = nn.utils.clip_grad_norm_(trained, limit).item()
+    norm = _clip(trained, factor, spec.gradient_clip or math.inf, ranks)
     record = {"step": step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
     overflowed = math.isfinite(loss) and not math.isfinite(norm) and factor > 1.0
     if scale:
@@ -149,7 +147,7 @@ def train_step(
     if overflowed:
         return {**record, "gradient_norm": 0.0}
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        ids = batch["sequence_ids"].tolist()
+        ids = ranks.gathered(batch["sequence_ids"].tolist())
         raise NonFiniteLossError(
             f"step {step}: loss {loss}, gradient norm {norm}; sequence ids {ids}. No weight was touched by this step; "
             f"lower training.learning_rate (now {spec.learning_rate}) or raise training.warmup_steps "
@@ -166,6 +164,7 @@ def train_stack(
     *,
     state: TrainingState | None = None,
     hooks: Hooks | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, float]]:
     """Train a stage to its last step.
 
@@ -175,6 +174,7 @@ def train_stack(
         spec: the optimisation.
         state: where an earlier, killed attempt stood; the result has the same bits as without the kill.
         hooks: progress, checkpoints, a request to stop.
+        ranks: the processes that train together; each calls this with its share of every batch.
 
     Returns:
         One record per step.
@@ -184,22 +184,23 @@ def train_stack(
         NonFiniteLossError: see `train_step`.
     """
     hooks = hooks or Hooks()
+    ranks.share(model)
     optimizer = make_optimizer(model, spec)
     records: list[dict[str, float]] = []
     if state is not None:
-        restore(model, optimizer, state)
+        restore(model, optimizer, state, ranks)
         records = list(state.records)
     scale = LossScale.of(model, records)
     model.train()
     for step, batch in zip(range(len(records), spec.steps), batches, strict=False):
-        record = train_step(model, batch, optimizer, spec, step, scale)
+        record = train_step(model, batch, optimizer, spec, step, scale, ranks)
         records.append(record)
         hooks.on_step(record)
-        reach("train", step + 1)
-        stop = hooks.should_stop()
+        reach(ranks.failpoint, step + 1)
+        stop = ranks.any(hooks.should_stop())
         due = hooks.checkpoint_every and (step + 1) % hooks.checkpoint_every == 0
-        if (stop or due) and step + 1 < spec.steps:
-            hooks.on_checkpoint(capture(model, optimizer, records))
+        if (stop or due) if step + 1 < spec.steps else hooks.checkpoint_last:
+            hooks.on_checkpoint(capture(model, optimizer, records, ranks))
         if stop and step + 1 < spec.steps:
             raise StageInterruptedError(
                 f"stopped on request after step {step + 1} of {spec.steps}; run the same command to go on"
@@ -209,6 +210,28 @@ def train_stack(
         raise ConfigError([fault])
     optimizer.zero_grad(set_to_none=True)  # gradients of what is frozen from now on would stay in memory
     return records
+
+
+def _backward(model: StageModel, batch: Batch, n_parts: int, factor: float, ranks: Ranks) -> float:
+    """Compute the gradients of a batch, times a factor, and return its loss: the mean over its loss positions."""
+    positions = max(1, ranks.total(loss_normaliser(batch)))
+    parts, loss = list(_parts(batch, n_parts)), 0.0
+    for n, part in enumerate(parts, 1):
+        with ranks.reducing(now=n == len(parts)):
+            part_loss = ranks.summed_loss(model, part) / positions
+            (part_loss * (factor * ranks.divides_by)).backward()
+        loss += part_loss.item()
+    return ranks.total(loss)
+
+
+def _clip(trained: list[nn.Parameter], factor: float, limit: float, ranks: Ranks) -> float:
+    """Divide the gradients by a factor, clip them to a norm of `limit` together, and return the norm before."""
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    for gradient in gradients if factor != 1.0 else ():
+        gradient /= factor
+    norm = ranks.whole(nn.utils.get_total_norm(gradients))
+    nn.utils.clip_grads_with_norm_(trained, limit, norm)
+    return norm.item()
 
 
 def _parts(batch: Batch, n_parts: int) -> Iterator[Batch]:
@@ -229,13 +252,15 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def capture(model: nn.Module, optimizer: torch.optim.Optimizer, records: list[dict[str, float]]) -> TrainingState:
+def capture(
+    model: nn.Module, optimizer: torch.optim.Optimizer, records: list[dict[str, float]], ranks: Ranks = ALONE
+) -> TrainingState:
     """Return the state after the last record; the tensors are the live ones, save them before the next step."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in _trainable(model):
-        tensors[f"model.{name}"] = parameter.detach()
+        tensors[f"model.{name}"] = ranks.whole(parameter.detach())
         for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{moment}"] = value
+            tensors[f"optimizer.{name}.{moment}"] = ranks.whole(value)
     return TrainingState(len(records), tensors, list(records))
 
 
@@ -245,7 +270,7 @@ def fits(model: nn.Module, state: TrainingState) -> bool:
     return saved == {f"model.{name}": parameter.shape for name, parameter in _trainable(model)}
 
 
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, ranks: Ranks = ALONE) -> None:
     """Put a captured state back, bit for bit."""
     moments: dict[str, dict[str, Tensor]] = {}
     for key, value in state.tensors.items():
@@ -254,7 +279,10 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingS
             moments.setdefault(name, {})[moment] = value
     with torch.no_grad():
         for name, parameter in _trainable(model):
-            parameter.copy_(state.tensors[f"model.{name}"])
+            parameter.copy_(ranks.part(state.tensors[f"model.{name}"], parameter))
             if name in moments:
                 # `step` is a scalar that fused AdamW wants on the parameter's device.
-                optimizer.state[parameter] = {k: v.clone().to(parameter.device) for k, v in moments[name].items()}
+                optimizer.state[parameter] = {
+                    moment: ranks.part(value.clone().to(parameter.device), parameter)
+                    for moment, value in moments[name].items()
+                }

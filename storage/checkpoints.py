@@ -204,7 +204,13 @@ def save_state(work: Path, state: TrainingState) -> None:
     with explain_full_disk(fresh):
         payload = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()})
         (fresh / "state.safetensors").write_bytes(payload)
-        header = {"step": state.step, "tensors": hashlib.sha256(payload).hexdigest(), "records": state.records}
+        header: dict[str, Any] = {
+            "step": state.step,
+            "tensors": hashlib.sha256(payload).hexdigest(),
+            "records": state.records,
+        }
+        if state.fingerprint:
+            header["fingerprint"] = state.fingerprint
         (fresh / "state.json").write_text(json.dumps({"header": header, "sha256": _header_digest(header)}))
     replace_folder(fresh, work / _STATE_FOLDER)
 
@@ -225,7 +231,7 @@ def load_state(work: Path) -> TrainingState | None:
         return None
     if not intact or hashlib.sha256(payload).hexdigest() != header["tensors"]:
         return None
-    return TrainingState(header["step"], load_safetensors(payload), header["records"])
+    return TrainingState(header["step"], load_safetensors(payload), header["records"], header.get("fingerprint", {}))
 
 
 def _header_digest(header: dict[str, Any]) -> str:

@@ -163,8 +163,8 @@ def _version_of(data: bytes) -> int:
     return version if isinstance(version, int) else 0
 
 
-def fingerprint(threads: int, device: str, compiled: bool) -> dict[str, Any]:
-    """Return what the numbers may depend on beside the recipe: versions, device, CPU, threads, commit."""
+def fingerprint(threads: int, device: str, compiled: bool, processes: int = 1) -> dict[str, Any]:
+    """Return what the numbers may depend on beside the recipe: versions, device, CPU, threads, processes, commit."""
     import torch
 
     return {
@@ -173,7 +173,7 @@ def fingerprint(threads: int, device: str, compiled: bool) -> dict[str, Any]:
         "cpu": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
-        "processes": 1,
+        "processes": processes,
         "compile": compiled,
         "python": platform.python_version(),
         "commit": _commit(),

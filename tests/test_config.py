@@ -189,7 +189,8 @@ def test_every_fault_at_once() -> None:
             "4 entries",
         ),
         ({"data": {"tokenizer": "words.json"}}, "data.tokenizer", "'words.json'"),
-        ({"hardware": {"processes": 2}}, "hardware.processes", "2"),
+        ({"hardware": {"processes": 9}, "training": {"accumulation_steps": 4}}, "hardware.processes", "9"),
+        ({"hardware": {"processes": 2, "device": "cuda:1"}}, "hardware.device", "'cuda:1'"),
         (
             {"training": {"joint_steps": 5, "progressive": {"enabled": False}}},
             "training.joint_steps",
@@ -668,7 +669,7 @@ MORE_FOR_VALUE: dict[tuple[str, str], dict[str, Any]] = {
     (f"{GROWTH}.qlora_strategy", "variable"): {f"{GROWTH}.qlora_configs": other_value(f"{GROWTH}.qlora_configs")},
     (f"{GROWTH}.stack_time_mapping", "custom"): {f"{GROWTH}.time_mapping": other_value(f"{GROWTH}.time_mapping")},
 }
-NOT_BUILT = {"data.tokenizer", "hardware.processes"}
+NOT_BUILT = {"data.tokenizer"}
 
 
 def configuration(changes: dict[str, Any]) -> StackWiseConfig:
@@ -867,6 +868,7 @@ NOT_IN_THE_PLAN = {
     "cache.fill_workers",
     "cache.task_runner",
     "hardware.device",
+    "hardware.processes",
     "hardware.compile",
     "hardware.threads",
 }

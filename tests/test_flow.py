@@ -231,10 +231,10 @@ def test_a_failure_reaches_the_caller_as_it_is_and_the_next_run_goes_on(
     shutil.rmtree(folder_of(root, "stack", 1))
     real, raised = training.train_step, NonFiniteLossError("step 6: made up")
 
-    def failing(model: Any, batch: Any, optimizer: Any, spec: Any, step: int, scale: Any) -> Any:
+    def failing(model: Any, batch: Any, optimizer: Any, spec: Any, step: int, scale: Any, ranks: Any) -> Any:
         if step == 6:
             raise raised
-        return real(model, batch, optimizer, spec, step, scale)
+        return real(model, batch, optimizer, spec, step, scale, ranks)
 
     monkeypatch.setattr(training, "train_step", failing)
     with pytest.raises(NonFiniteLossError) as error:

@@ -502,7 +502,7 @@ def test_a_cached_stage_loads_no_stack_of_its_trunk(
 def test_a_stage_that_changed_a_frozen_weight_is_not_sealed(
     part_of_it: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import steps
+    from flows import training
 
     def careless(model: StageModel, *args: Any, **how: Any) -> list[dict[str, float]]:
         records = train_stack(model, *args, **how)
@@ -512,9 +512,9 @@ def test_a_stage_that_changed_a_frozen_weight_is_not_sealed(
                 parameter.view(-1)[0] += 1.0
         return records
 
-    monkeypatch.setattr(steps, "train_stack", careless)
+    monkeypatch.setattr(training, "train_stack", careless)
     config, root = tiny(tmp_path, MODES["prepend"]), tmp_path / "a"
-    with pytest.raises(steps.FrozenChangedError, match="stage 1: training changed frozen weights"):
+    with pytest.raises(training.FrozenChangedError, match="stage 1: training changed frozen weights"):
         grown(config, root)
     sealed = [name for name in manifests(root) if name.startswith("stack-")]
     assert sealed == [plan_of(config).stages[0].ref("stack").name]
@@ -698,9 +698,11 @@ def test_a_resumed_stage_scales_its_loss_as_it_would_have(tmp_path: Path, monkey
 
     scales: list[float] = []
 
-    def noting(model: Any, batch: Any, optimizer: Any, spec: Any, step: int, scale: Any) -> dict[str, float]:
+    def noting(
+        model: Any, batch: Any, optimizer: Any, spec: Any, step: int, scale: Any, ranks: Any
+    ) -> dict[str, float]:
         scales.append(scale.value)
-        return train_step(model, batch, optimizer, spec, step, scale)
+        return train_step(model, batch, optimizer, spec, step, scale, ranks)
 
     monkeypatch.setattr(training, "compute_dtype", lambda precision, device: torch.float16)
     monkeypatch.setattr(training, "train_step", noting)

@@ -49,6 +49,8 @@ def _child(pipe: Connection, folder: Path, root: Path, changes: dict[str, Any], 
             pipe.send(f"message: {event.text}")
             if then == "twice" and event.text.startswith("stopping"):
                 os.kill(os.getpid(), signal.SIGTERM)
+        elif isinstance(event, StepTaken) and then == "tell":
+            pipe.send(f"step {event.step}")
         elif isinstance(event, StepTaken) and event.step == 6 and then == "pause":
             pipe.send("paused")
             pipe.recv()

@@ -16,7 +16,7 @@ from conftest import Recorder, digests, files_below, folder_of, grown, made_by_s
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from flows import steps
+from flows import training
 from flows.judging import CacheMismatchError
 from flows.progress import listening
 from flows.run import add_stage, grow
@@ -244,7 +244,7 @@ def test_redoing_gives_the_same_bytes(
 def test_redoing_to_other_bytes_is_told(tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same recipe, other numbers: what was made from the old ones must not pass for made from the new ones."""
     root = _copy(reference(), tmp_path)
-    real = steps.train_stack
+    real = training.train_stack
 
     def drifting(model: Any, *args: Any, **kwargs: Any) -> Any:
         records = real(model, *args, **kwargs)
@@ -252,7 +252,7 @@ def test_redoing_to_other_bytes_is_told(tmp_path: Path, reference: Reference, mo
             model.head.norm.weight[0] += 1.0
         return records
 
-    monkeypatch.setattr(steps, "train_stack", drifting)
+    monkeypatch.setattr(training, "train_stack", drifting)
     one = tiny(tmp_path, {"training.progressive.target_stacks": 1, "run.name": "one"})
     assert grown(one, root, force="train").made == ["train 0", "validate 0"]
     monkeypatch.undo()
@@ -417,17 +417,17 @@ def test_a_loss_that_explodes_stops_the_stage(tmp_path: Path, reference: Referen
 
 def test_stages_before_a_failure_stay(tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 1 explodes at step 6: stage 0 stays as it is, and stage 1 goes on from its last checkpoint."""
-    from stackwise_core import training
+    from stackwise_core import training as core
 
-    real = training.train_step
+    real = core.train_step
 
-    def exploding(model: Any, batch: Any, optimizer: Any, spec: Any, step: int, scale: Any) -> Any:
+    def exploding(model: Any, batch: Any, optimizer: Any, spec: Any, step: int, scale: Any, ranks: Any) -> Any:
         if model.embedding is None and step == 6:
             model.live_stacks()[-1].blocks[0].ffn.down_proj.weight.data[0, 0] = float("inf")
-        return real(model, batch, optimizer, spec, step, scale)
+        return real(model, batch, optimizer, spec, step, scale, ranks)
 
     root = tmp_path / "a"
-    monkeypatch.setattr(training, "train_step", exploding)
+    monkeypatch.setattr(core, "train_step", exploding)
     with pytest.raises(NonFiniteLossError, match="step 6: loss nan"):
         grown(tiny(tmp_path), root)
     monkeypatch.undo()

@@ -1,0 +1,39 @@
+"""Processes that end with the one that started them, however it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+PARENT = "STACKWISE_PARENT"
+"""Environment variable of a child's children: the process id of the child."""
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+# The kernel sends the signal when the thread that started the child ends, also when that was killed with SIGKILL.
+# Set by a wrapper, since preexec_fn is unsafe with threads.
+_WITH_PARENT = (
+    "import ctypes, os, sys\n"
+    f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, int(sys.argv[2]))\n"
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1)\n"
+    f"os.environ['{PARENT}'] = str(os.getpid())\n"
+    "os.execv(sys.argv[3], sys.argv[3:])\n"
+)
+
+
+def ending_with_us(command: list[str], by: signal.Signals) -> list[str]:
+    """Return a command that runs another, which gets a signal when this thread ends.
+
+    Args:
+        command: its first word is the path of a program.
+        by: SIGTERM lets it say goodbye, SIGKILL does not.
+    """
+    return [sys.executable, "-S", "-c", _WITH_PARENT, str(os.getpid()), str(int(by)), *command]
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when that ends which was started by `ending_with_us` and started this one."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[PARENT]):  # it ended before we asked
+        os._exit(1)
