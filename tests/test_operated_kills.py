@@ -1,0 +1,278 @@
+"""Killed as an operator sees it: server, worker and flow are real processes; each recovery ends in the same bytes.
+
+One run is killed at ten turns of its way, and recovered from each in another manner: a process that recovers
+from one kill is the one that the next kill hits. Four such runs, the manners shifted by one, are the whole matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import digests, folder_of, manifests, subset, tiny_values, write_corpus
+from operating import Site, until, wait_until_gone
+
+pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("quick_disk")]
+
+Reference = Callable[..., Path]
+Note = Callable[[str, object], None]
+
+
+class Trial:
+    """One run of three stages, and the processes that bring it forward."""
+
+    def __init__(self, site: Site, folder: Path, places: tuple[str, ...] = ()) -> None:
+        self.site, self.root, self.met = site, folder / "artifacts", folder / "met"
+        self.met.mkdir()
+        self.values = tiny_values(write_corpus(folder / "corpus.txt"))
+        self.config = folder / "tiny.yaml"
+        self.config.write_text(yaml.safe_dump(self.values))
+        self.places, self.turn, self.run_id = places, 0, ""
+        met = {"STACKWISE_FAILPOINT": ",".join(places), "STACKWISE_FAILPOINTS_MET": str(self.met)}
+        self.environment = met if places else {}
+
+    def start(self, **parameters: Any) -> None:
+        """Start a new run of the deployment."""
+        parameters |= {"config": self.values, "artifacts": str(self.root)}
+        self.run_id = self.site.start(parameters, environment=self.environment)
+
+    def train(self) -> Any:
+        """Start `stackwise train` against the same server."""
+        return self.site.begin(
+            "stackwise", "train", str(self.config), "--artifacts", str(self.root), **self.environment
+        )
+
+    @property
+    def pid(self) -> int:
+        """The flow process, as the worker recorded it and as the run itself says."""
+        pid = self.site.pid_of(self.run_id)
+        assert self.site.status(self.root, "tiny")["holder"]["pid"] == pid
+        return pid
+
+    def wait_for_failpoint(self) -> None:
+        """Wait until the next failpoint has been met."""
+        until((self.met / str(self.turn)).exists, f"process at {self.places[self.turn]}; see {self.site.folder}")
+        self.turn += 1
+
+    @property
+    def at_the_end(self) -> bool:
+        """No more failpoints are to come."""
+        return self.turn == len(self.places)
+
+    def sealed(self) -> dict[str, tuple[int, int]]:
+        """Return what would change if a sealed artifact were made again."""
+        found = [path.stat() for path in sorted(self.root.glob("*/*/manifest.json"))]
+        names = [path.parent.name for path in sorted(self.root.glob("*/*/manifest.json"))]
+        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in zip(names, found, strict=True)}
+
+    def shown(self) -> str:
+        """Return the run's state on Prefect's pages, and what of it still seems to run."""
+        subflows, tasks = self.site.subflows(self.run_id), self.site.task_runs(self.run_id)
+        alive = [child["name"] for child in (*subflows, *tasks) if child["state_type"] == "RUNNING"]
+        state = self.site.run(self.run_id)["state_name"]
+        return f"{state} ({', '.join(sorted(set(alive)))} Running)" if alive else state
+
+
+# ---------------------------------------------------------------- kills
+
+
+def _at_failpoint(trial: Trial) -> None:
+    """The failpoint has killed the flow process; the worker sees it end."""
+    trial.site.wait_for(trial.run_id, "CRASHED")
+
+
+def _by_sigterm(trial: Trial) -> None:
+    os.kill(trial.pid, signal.SIGTERM)
+    trial.site.wait_for(trial.run_id)
+
+
+def _by_cancel(trial: Trial) -> None:
+    trial.site.command("prefect", "flow-run", "cancel", trial.run_id)
+    trial.site.wait_for(trial.run_id, "CANCELLED")
+
+
+def _the_server(trial: Trial) -> None:
+    """The flow goes on without a server until it needs it."""
+    pid = trial.pid
+    trial.site.kill_server()
+    os.kill(pid, signal.SIGCONT)
+    wait_until_gone(pid)
+    trial.site.start_server()
+    trial.site.wait_for_server()
+
+
+def _the_machine(trial: Trial) -> None:
+    pid = trial.pid
+    trial.site.kill_worker()
+    os.kill(pid, signal.SIGKILL)
+    trial.site.kill_server()
+    trial.site.start_server()
+    trial.site.wait_for_server()
+    trial.site.start_worker()
+    trial.site.wait_for_worker()
+
+
+def _the_worker(trial: Trial) -> None:
+    """The flow lives on in a session of its own, and comes to its end."""
+    pid = trial.pid
+    trial.site.kill_worker()
+    os.kill(pid, signal.SIGCONT)
+    trial.site.start_worker()
+    trial.site.wait_for(trial.run_id, "COMPLETED")
+    trial.site.wait_for_worker()
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What is done to a run, and where."""
+
+    what: str
+    place: str
+    strike: Callable[[Trial], None] = _at_failpoint
+
+
+# In the order in which a run of three stages comes to these places.
+KILLS = (
+    Kill("kill -9 in build", "seal-build:0:KILL"),
+    Kill("kill -9 in trunk", "seal-trunk:0:KILL"),
+    Kill("kill -9 in train", "train:6:KILL"),
+    Kill("kill -9 in cache", "cache:2:KILL"),
+    Kill("kill -9 in validate", "seal-validate:0:KILL"),
+    Kill("SIGTERM in train", "train:7:HOLD", _by_sigterm),
+    Kill("flow-run cancel in train", "train:9:HOLD", _by_cancel),
+    Kill("kill -9 of the server", "train:5:HOLD", _the_server),
+    Kill("machine restart", "train:9:HOLD", _the_machine),
+    Kill("kill -9 of the worker", "seal-validate:2:HOLD", _the_worker),
+)
+FIRST_STEPS = [4, 9, 8]
+"""Of each stage's training, when it was gone on with for the last time."""
+
+
+# ---------------------------------------------------------------- recoveries
+
+
+def _by_retry(trial: Trial) -> None:
+    trial.site.wait_for(trial.run_id)  # Prefect retries what has ended, by its own account
+    trial.site.command("prefect", "flow-run", "retry", trial.run_id)
+
+
+def _by_button(trial: Trial) -> None:
+    """Ask what the button Retry of a run's page asks."""
+    trial.site.wait_for(trial.run_id)
+    state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
+    trial.site.post(f"/flow_runs/{trial.run_id}/set_state", {"state": state, "force": True})
+
+
+def _by_new_run(trial: Trial) -> None:
+    trial.start()
+
+
+def _by_command(trial: Trial) -> None:
+    """It goes on to the next place, and is killed there: for the next kill, a run of the worker comes to that place."""
+    process = trial.train()
+    if trial.at_the_end:
+        assert process.wait() == 0
+        return
+    trial.wait_for_failpoint()
+    assert process.wait() == -signal.SIGKILL
+    trial.start()
+
+
+RECOVERIES = {
+    "flow-run retry": _by_retry,
+    "Retry in the UI": _by_button,
+    "new deployment run": _by_new_run,
+    "stackwise train": _by_command,
+}
+
+Links = list[tuple[Kill, str]]
+
+
+def _links(shift: int) -> Links:
+    names = list(RECOVERIES)
+    return [(kill, names[(number + shift) % len(names)]) for number, kill in enumerate(KILLS)]
+
+
+def _places(links: Links) -> tuple[str, ...]:
+    """Return all failpoints of a trial, in order."""
+    places: list[str] = []
+    recovery = ""
+    for kill, next_recovery in links:
+        if recovery == "stackwise train":
+            places.append(f"{kill.place.rpartition(':')[0]}:KILL")
+        places.append(kill.place)
+        recovery = next_recovery
+    return tuple(places)
+
+
+# ---------------------------------------------------------------- the tests
+
+
+def _kill_and_recover(trial: Trial, links: Links, expected: dict[str, str], note: Note) -> None:
+    """Kill a run at every place; whatever recovers it makes nothing again that was sealed, and to the same bytes."""
+    trial.start()
+    trial.wait_for_failpoint()
+    for kill, recovery in links:
+        kill.strike(trial)
+        shown, sealed, began = trial.shown(), trial.sealed(), time.monotonic()
+        RECOVERIES[recovery](trial)
+        if trial.at_the_end:
+            trial.site.wait_for(trial.run_id, "COMPLETED")
+        else:
+            trial.wait_for_failpoint()
+        seconds = time.monotonic() - began
+        now = trial.sealed()
+        assert {name: now[name] for name in sealed} == sealed, kill.what
+        assert digests(trial.root).items() <= expected.items(), kill.what
+        note("kill", [kill.what, recovery, shown, f"{len(sealed)} artifacts", f"{seconds:.0f} s", "yes"])
+    assert digests(trial.root) == expected
+    for stage, step in enumerate(FIRST_STEPS):
+        stack = folder_of(trial.root, "stack", stage)
+        assert manifests(trial.root)[stack.name]["facts"]["first_step"] == step
+        assert [json.loads(line)["step"] for line in (stack / "metrics.jsonl").read_text().splitlines()] == [*range(12)]
+    assert not list((trial.root / "work").iterdir())
+
+
+def test_a_run_survives_every_kill(site: Site, tmp_path: Path, reference: Reference, record_property: Note) -> None:
+    links = _links(0)
+    _kill_and_recover(Trial(site, tmp_path, _places(links)), links, digests(reference()), record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_every_kill_and_every_recovery(
+    shift: int, site: Site, tmp_path: Path, reference: Reference, record_property: Note
+) -> None:
+    """With the test above: each kill and each way to recover from it."""
+    links = _links(shift)
+    _kill_and_recover(Trial(site, tmp_path, _places(links)), links, digests(reference()), record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parameters", "kinds"),
+    [
+        ({"from_stack": 1}, "build-1 build-2 trunk-1 trunk-2 stack-1 stack-2 activations validation-1 validation-2"),
+        ({"force": "train"}, "stack activations-0 activations-1"),  # what a stage trains on is filled again
+    ],
+)
+def test_redone_on_purpose(
+    parameters: dict[str, Any], kinds: str, site: Site, tmp_path: Path, reference: Reference
+) -> None:
+    trial = Trial(site, tmp_path)
+    shutil.copytree(reference(), trial.root)
+    before = trial.sealed()
+    trial.start(**parameters)
+    trial.site.wait_for(trial.run_id, "COMPLETED")
+    redone = {name for name, stat in trial.sealed().items() if stat != before[name]}
+    assert redone == subset(before, *kinds.split())
+    assert digests(trial.root) == digests(reference())
