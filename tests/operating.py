@@ -45,14 +45,14 @@ def until(ask: Callable[[], Any], what: str, seconds: float = _PATIENCE) -> Any:
     return answer
 
 
-def wait_until_gone(pid: int) -> None:
+def wait_until_gone(pid: int, seconds: float = 60) -> None:
     """Wait, on a descriptor of the process, until it has ended."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
-        assert select.select([descriptor], [], [], 60)[0], f"process {pid} is still there"
+        assert select.select([descriptor], [], [], seconds)[0], f"process {pid} is still there"
     finally:
         os.close(descriptor)
 
@@ -146,6 +146,13 @@ class Site:
         answer = self.client.post(f"/work_pools/{POOL}/workers/filter", json={})
         return answer.is_success and self.worker_name in [worker["name"] for worker in answer.json()]
 
+    def revive_worker(self) -> None:
+        """Start a worker if the one that was there has ended: one without a server gives up after a while."""
+        assert self.worker is not None
+        if self.worker.poll() is not None:
+            self.start_worker()
+        self.wait_for_worker()
+
     def kill_server(self) -> None:
         """End the server and its children as a power cut would."""
         _kill_session(self.server)
@@ -182,6 +189,22 @@ class Site:
                 process.wait()
 
     # ---------------------------------------------------------------- deployments and runs
+
+    def register_heartbeat(self) -> None:
+        """Register the automation that marks runs Crashed whose heartbeat is no longer heard."""
+        ends = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed"]
+        trigger = {
+            "type": "event",
+            "posture": "Proactive",
+            "after": ["prefect.flow-run.heartbeat"],
+            "expect": [f"prefect.flow-run.{end}" for end in ends],
+            "match": {"prefect.resource.id": "prefect.flow-run.*"},
+            "for_each": ["prefect.resource.id"],
+            "threshold": 1,
+            "within": 70,
+        }
+        action = {"type": "change-flow-run-state", "state": "CRASHED", "message": "no heartbeat"}
+        self.post("/automations/", {"name": "heartbeat", "trigger": trigger, "actions": [action]})
 
     def deploy(self) -> None:
         """Apply the deployments to the server."""
@@ -293,6 +316,7 @@ def operating(folder: Path, **environment: str) -> Generator[Site]:
         site.start_worker()
         site.deploy()
         site.wait_for_worker()
+        site.register_heartbeat()
         yield site
     finally:
         site.end()
