@@ -46,7 +46,7 @@ class Trial:
         """Start a new run of the deployment."""
         self.command = None
         parameters |= {"config": self.values, "artifacts": str(self.root)}
-        self.run_id = self.site.start(parameters, environment=self.environment)
+        self.run_id = self.site.start(parameters, environment=self.environment, quickly=True)
 
     def train(self) -> None:
         """Start `stackwise train` against the same server."""
