@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 POOL = "stackwise"
@@ -173,7 +172,7 @@ class Site:
         """Run `prefect` or `stackwise` with arguments in the site's environment; it succeeds. Returns its stdout."""
         done = subprocess.run(
             [*_program(command[0]), *command[1:]],
-            cwd=self.folder,
+            cwd=REPOSITORY,
             env=self.environment | environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -211,11 +210,11 @@ class Site:
         self.post("/automations/", {"name": "heartbeat", "trigger": trigger, "actions": [action]})
 
     def deploy(self) -> None:
-        """Apply the deployments to the server."""
+        """Apply the repository's deployments to the server."""
         until(lambda: self.client.get(f"/work_pools/{POOL}").status_code == 200, f"work pool {POOL}")
-        path = self.folder / "prefect.yaml"
-        path.write_text(yaml.safe_dump(_DEPLOYMENTS))
-        self.command("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(path))
+        file = ("--prefect-file", str(REPOSITORY / "prefect.yaml"))
+        # The steps that it lists run in the folder that it is applied from, as the shell calls it.
+        self.command("prefect", "--no-prompt", "deploy", "--all", *file, PWD=str(REPOSITORY))
 
     def start(
         self,
@@ -307,14 +306,6 @@ def _program(name: str) -> list[str]:
 
 
 _STACKWISE = "import sys; from flows.cli import main; sys.exit(main())"
-
-_DEPLOYMENTS = {
-    "name": "stackwise",
-    "pull": [{"prefect.deployments.steps.set_working_directory": {"directory": str(REPOSITORY)}}],
-    "deployments": [
-        {"name": "local", "entrypoint": "flows.train_rack.train_rack", "work_pool": {"name": POOL}},
-    ],
-}
 
 
 @contextlib.contextmanager
