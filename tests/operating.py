@@ -152,6 +152,13 @@ class Site:
             self.start_worker()
         self.wait_for_worker()
 
+    def n_reports(self) -> int:
+        """Return how many processes that ended badly the workers are done with.
+
+        A worker reports such an end twice, and its second report undoes a retry that came between the two.
+        """
+        return (self.folder / "worker.log").read_text().count("prefect.flow_runs.worker - Check")
+
     def kill_server(self) -> None:
         """End the server and its children as a power cut would."""
         assert self.server is not None

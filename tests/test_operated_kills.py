@@ -38,6 +38,7 @@ class Trial:
         self.config = folder / "tiny.yaml"
         self.config.write_text(yaml.safe_dump(self.values))
         self.places, self.turn, self.run_id = places, 0, ""
+        self.n_reports = site.n_reports()
         self.command: subprocess.Popen[bytes] | None = None
         met = {"STACKWISE_FAILPOINT": ",".join(places), "STACKWISE_FAILPOINTS_MET": str(self.met)}
         self.environment = met if places else {}
@@ -70,6 +71,13 @@ class Trial:
         """No more failpoints are to come."""
         return self.turn == len(self.places)
 
+    def wait_for_report(self) -> None:
+        """Wait until the worker has said its last word on the process that has ended."""
+        worker = self.site.worker
+        assert worker is not None
+        until(lambda: self.site.n_reports() > self.n_reports or worker.poll() is not None, "report of the worker")
+        self.n_reports = self.site.n_reports()
+
     def sealed(self) -> dict[str, tuple[int, int]]:
         """Return what would change if a sealed artifact were made again."""
         found = [path.stat() for path in sorted(self.root.glob("*/*/manifest.json"))]
@@ -90,6 +98,7 @@ class Trial:
 def _at_failpoint(trial: Trial) -> None:
     """The failpoint has killed the flow process; the worker sees it end."""
     trial.site.wait_for(trial.run_id, "CRASHED")
+    trial.wait_for_report()
 
 
 def _by_sigterm(trial: Trial) -> None:
@@ -98,12 +107,15 @@ def _by_sigterm(trial: Trial) -> None:
         assert trial.command.wait() == 1
         newest = {"flow_runs": {"name": {"any_": ["grow tiny to 3 stacks"]}}, "sort": "START_TIME_DESC", "limit": 1}
         trial.run_id = trial.site.post("/flow_runs/filter", newest)[0]["id"]
+    else:
+        trial.wait_for_report()
     trial.site.wait_for(trial.run_id)
 
 
 def _by_cancel(trial: Trial) -> None:
     trial.site.command("prefect", "flow-run", "cancel", trial.run_id)
     trial.site.wait_for(trial.run_id, "CANCELLED")
+    trial.wait_for_report()
 
 
 def _the_server_for_a_moment(trial: Trial) -> None:
@@ -124,6 +136,7 @@ def _the_server(trial: Trial) -> None:
     wait_until_gone(pid, seconds=180)
     trial.site.start_server()
     trial.site.wait_for_server()
+    trial.wait_for_report()
     trial.site.revive_worker()
 
 
