@@ -296,6 +296,7 @@ def _kill_and_recover(trial: Trial, links: Links, expected: dict[str, str], note
     assert not list((trial.root / "work").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_survives_every_kill(site: Site, tmp_path: Path, reference: Reference, record_property: Note) -> None:
     links = _each_once()
     _kill_and_recover(Trial(site, tmp_path, _places(links)), links, digests(reference()), record_property)
