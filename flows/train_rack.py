@@ -10,6 +10,7 @@ from prefect.logging.handlers import APILogHandler
 
 from flows.add_stack import add_stack
 from flows.artifacts import publish_run, run_log
+from flows.console import outlive_the_worker
 from flows.progress import listening
 from flows.run import grow
 from flows.stage import Stage
@@ -36,6 +37,7 @@ def train_rack(
         from_stack: redo the stages from this one on; -1 redoes none.
         force: redo this task of those stages, or of all.
     """
+    outlive_the_worker()
     with listening(run_log()), listening(publish_run(config.run.name, artifacts)):
         grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
 

@@ -33,6 +33,16 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Close with the table of what was killed, how it was recovered, and what came of it."""
+    properties = [entry for report in terminalreporter.getreports("passed") for entry in report.user_properties]
+    if rows := [row for name, row in properties if name == "kill"]:
+        terminalreporter.section("kills and recoveries")
+        head = ["killed", "recovered by", "Prefect showed", "reused", "until further", "same bits"]
+        for row in (head, ["---"] * len(head), *rows):
+            terminalreporter.line(f"| {' | '.join(row)} |")
+
+
 def write_corpus(path: Path, *, words: int = 400, seed: int = 0) -> Path:
     """Write some kilobytes of text that a model can learn something of."""
     draw = random.Random(seed)
@@ -191,6 +201,15 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
     finally:
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Generator[Any]:
+    """Start the session's one site: a server and a worker as an operator runs them, the deployments applied."""
+    from operating import operating
+
+    with operating(tmp_path_factory.mktemp("site")) as site:
+        yield site
 
 
 @pytest.fixture(scope="session")

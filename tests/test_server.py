@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import shutil
 import signal
 import sqlite3
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import digests, folder_of, manifests, tiny_values, write_corpus
+from operating import processes_with, wait_until_gone
 
 from flows import server
 from flows.cli import main
@@ -70,27 +70,7 @@ class Train:
 
     def processes(self) -> list[int]:
         """Return every process that lives with this home, by the environment that it was started with."""
-        mark = f"PREFECT_HOME={self.home}".encode()
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-            except OSError:  # it ended, or is somebody else's
-                continue
-        return found
-
-
-def wait_until_gone(pid: int) -> None:
-    """Wait, on a descriptor of the process, until it has ended."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        assert select.select([descriptor], [], [], 60)[0], f"process {pid} is still there"
-    finally:
-        os.close(descriptor)
+        return processes_with(f"PREFECT_HOME={self.home}")
 
 
 # ---------------------------------------------------------------- which server

@@ -1,0 +1,29 @@
+"""A flow's log on a console that nobody reads any more."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+
+
+@pytest.mark.flow
+def test_a_log_whose_reader_died_does_not_end_the_process() -> None:
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    from flows.console import outlive_the_worker
+
+    reader, writer = os.pipe()
+    handler = PrefectConsoleHandler(stream=os.fdopen(writer, "w", closefd=False))
+    logging.getLogger().addHandler(handler)
+    try:
+        outlive_the_worker()
+        logging.getLogger("flow").warning("step [1] of 2")
+        assert os.read(reader, 100) == b"step [1] of 2\n"
+        os.close(reader)
+        for _ in range(2):
+            logging.getLogger("flow").warning("step [2] of 2")
+    finally:
+        logging.getLogger().removeHandler(handler)
+        os.close(writer)
