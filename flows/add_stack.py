@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from flows import tasks
+from flows.progress import StageOpened, tell
 from flows.stage import Stage
 from stackwise_core.identity import Ref
 
@@ -12,6 +14,8 @@ from stackwise_core.identity import Ref
 @flow(name="stage", flow_run_name="{stage.title}")
 def add_stack(stage: Stage) -> Ref:
     """Build a stack on a trunk, train it, cache its boundary for the next one, judge the result."""
+    if page := flow_run.ui_url:
+        tell(StageOpened(stage.index, page))
     build = tasks.prepared(stage, tasks.build_stack, "build")(stage) if stage.plan.build else None
     trunk = tasks.prepared(stage, tasks.configure_trunk, "configure trunk of")(stage)
     stack = tasks.prepared(stage, tasks.train, "train")(stage, build, trunk)

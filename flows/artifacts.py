@@ -1,4 +1,4 @@
-"""What Prefect's pages show of a run: progress while it works, the stage table and the report after each stage."""
+"""What Prefect's pages show of a run: progress while it works; the stage table, the report and the losses after."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows.numbers import clock, size, stage_line
-from flows.progress import Event, Listener, RowsCached, StageDone, StepTaken
+from flows.numbers import clock, size
+from flows.progress import Event, Listener, RowsCached, StageDone, StageOpened, StepTaken
+from flows.run_report import loss_plot, report
 from flows.stage import Stage
 from flows.summary import StageSummary
 from flows.terminal import PlainLines
@@ -75,15 +76,20 @@ def run_log() -> Listener:
 
 
 def publish_run(name: str, root: str) -> Listener:
-    """Return a listener that publishes the stage table and the run report after every stage."""
+    """Return a listener that publishes the stage table, the report and the plot of losses after every stage."""
     done: list[StageSummary] = []
+    pages: dict[int, str] = {}
 
     def listen(event: Event) -> None:
+        if isinstance(event, StageOpened):
+            pages[event.stage] = event.page
         if isinstance(event, StageDone):
             done.append(event.summary)
             with _never_failing("stage table and report"):
                 create_table_artifact([_row(summary) for summary in done], key_of(name, "stages"), f"Stages of {name}")
-                create_markdown_artifact(report(name, root, done), key_of(name, "report"), f"Report of {name}")
+                create_markdown_artifact(report(name, root, done, pages), key_of(name, "report"), f"Report of {name}")
+                # Markdown, not an image artifact: the page of one prints its address, here the whole image, below it.
+                create_markdown_artifact(loss_plot(done), key_of(name, "loss"), f"Validation loss of {name} by stage")
 
     return listen
 
@@ -106,15 +112,3 @@ def _row(summary: StageSummary) -> dict[str, Any]:
 
 def _rounded(loss: float | None) -> float | None:
     return None if loss is None else round(loss, 4)
-
-
-def report(name: str, root: str, stages: list[StageSummary]) -> str:
-    """Return the run as markdown: a sentence and a paragraph per stage."""
-    lines = [f"# {name}", "", f"{len(stages)} stages so far. Artifacts are in `{root}`.", ""]
-    for stage in stages:
-        lines += [f"## Stage {stage.stage}: {stage.name}", "", stage_line(stage) + ".", ""]
-        lines += [f"- {kind}: `{artifact}` ({stage.states[kind]})" for kind, artifact in stage.artifacts.items()]
-        if "activations" not in stage.artifacts:
-            lines.append(f"- activations: none, {stage.cache_note}")
-        lines.append("")
-    return "\n".join(lines)

@@ -30,6 +30,15 @@ class DataReady:
 
 
 @dataclass(frozen=True)
+class StageOpened:
+    """A stage is worked on, and has a page where a person can watch it."""
+
+    stage: int
+    page: str
+    """Its address."""
+
+
+@dataclass(frozen=True)
 class TaskStarted:
     """A task does work."""
 
@@ -80,7 +89,7 @@ class Message:
     text: str
 
 
-Event = RunStarted | DataReady | TaskStarted | TaskReused | StepTaken | RowsCached | StageDone | Message
+Event = RunStarted | DataReady | StageOpened | TaskStarted | TaskReused | StepTaken | RowsCached | StageDone | Message
 Listener = Callable[[Event], None]
 
 # One process runs one run. Prefect calls tasks with plain parameters, so who listens, and whether to

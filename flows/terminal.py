@@ -22,6 +22,7 @@ from flows.progress import (
     RowsCached,
     RunStarted,
     StageDone,
+    StageOpened,
     StepTaken,
     TaskReused,
     TaskStarted,
@@ -94,7 +95,7 @@ class PlainLines:
                 self._say(f"{_where(event.stage, self.n_stages)}{stage_line(event.summary)}")
             case Message():
                 self._say(event.text)
-            case TaskReused():
+            case StageOpened() | TaskReused():
                 pass
 
 
@@ -152,7 +153,7 @@ class LiveBars:
                 self._update(event.stage, "done", completed=1, total=1, detail=stage_line(event.summary))
             case Message():
                 self.console.print(escape(event.text))
-            case TaskReused():
+            case StageOpened() | TaskReused():
                 pass
 
     def _update(self, stage: int, task: str, *, completed: float, total: float | None, detail: str) -> None:

@@ -17,6 +17,8 @@ class Scale:
     low: float
     high: float
     log: bool = False
+    whole: bool = False
+    """Ticks are whole numbers."""
 
     def __call__(self, value: float) -> float:
         """Return where a value lies, 0 at the low end; what is beyond an end lies on it."""
@@ -33,6 +35,7 @@ class Scale:
         rough = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(rough))
         step = power * min((1, 2, 5, 10), key=lambda factor: abs(factor * power - rough))
+        step = max(step, 1.0) if self.whole else step
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [number * step for number in range(first, last + 1)]
 
@@ -47,7 +50,7 @@ class Scale:
 
 def places(first: int, last: int) -> Scale:
     """Return an axis of whole numbers, such as channels, from the first to the last."""
-    return Scale(first, max(last, first + 1))
+    return Scale(first, max(last, first + 1), whole=True)
 
 
 def scale_of(values: Iterable[float | None], *, log: bool = False, zero: bool = False) -> Scale:
