@@ -95,17 +95,18 @@ def publish_run(name: str, root: str) -> Listener:
 
 
 def _row(summary: StageSummary) -> dict[str, Any]:
+    """Return a row whose first columns fit the page: a table there is 580 pixels wide, the rest is scrolled to."""
     return {
         "stage": summary.stage,
         "how": summary.name,
-        "blocks": summary.blocks,
-        "parameters": summary.rack_parameters,
-        "trained": summary.trainable_parameters,
-        "training loss": _rounded(summary.train_loss),
         "validation loss": _rounded(summary.validation_loss),
-        **{f"at {float(ratio):.0%} masked": _rounded(loss) for ratio, loss in summary.by_mask_ratio.items()},
+        "training loss": _rounded(summary.train_loss),
         "time": clock(summary.seconds or 0.0),
         "cache": size(summary.cache_bytes) if summary.cache_bytes is not None else "none",
+        "parameters": summary.rack_parameters,
+        "trained": summary.trainable_parameters,
+        "blocks": summary.blocks,
+        **{f"at {float(ratio):.0%} masked": _rounded(loss) for ratio, loss in summary.by_mask_ratio.items()},
         "stack": summary.artifacts["stack"],
     }
 

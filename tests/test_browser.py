@@ -1,0 +1,123 @@
+"""What an operator does and sees in a browser: a form is filled, a run started and followed, its pages read."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import folder_of, manifests, tiny_values, write_corpus
+from operating import Site
+
+pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("quick_disk")]
+
+COPIED = (
+    "flow_id",
+    "entrypoint",
+    "path",
+    "pull_steps",
+    "parameter_openapi_schema",
+    "work_pool_name",
+    "work_queue_name",
+    "enforce_parameter_schema",
+    "description",
+)
+"""Of the deployment train-rack/local, to give its form other defaults."""
+
+
+@pytest.fixture
+def page() -> Generator[Any]:
+    """Open a page of the system's Chromium; every wait on it ends when what it waits for is there."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(120_000)
+        yield page
+        browser.close()
+
+
+def deployment_of_a_tiny_run(site: Site, folder: Path) -> str:
+    """Deploy train-rack/local again with a form that a run of seconds is filled in; return its id."""
+    local = site.get("/deployments/name/train-rack/local")
+    parameters = {"config": tiny_values(write_corpus(folder / "corpus.txt")), "artifacts": str(folder / "artifacts")}
+    body = {name: local[name] for name in COPIED} | {"name": "tiny", "parameters": parameters}
+    body["job_variables"] = {"command": f"{sys.executable} -m prefect.engine"}
+    return site.post("/deployments/", body)["id"]
+
+
+def test_a_run_is_started_by_a_form_followed_and_read(site: Site, page: Any, tmp_path: Path) -> None:
+    deployment = deployment_of_a_tiny_run(site, tmp_path)
+    page.goto(site.pages)
+    page.get_by_role("link", name="Deployments").click()
+    page.locator(f'a[href*="{deployment}"]').first.click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Custom run").click()
+
+    # The form: what each field means, literals as a choice, the deployment's values filled in.
+    page.get_by_text("Name of the run: letters, digits").wait_for()
+    page.get_by_role("button", name="Select Training Objective").click()
+    assert page.get_by_role("option").all_inner_texts() == ["mlm", "clm"]
+    page.keyboard.press("Escape")
+    page.get_by_label("Name (Optional)", exact=True).first.fill("by-form")
+    stacks = page.get_by_label("Target Stacks (Optional)")
+    assert stacks.input_value() == "3"
+    stacks.fill("2")
+    page.get_by_role("button", name="Submit").click()
+
+    # The run's page: its names are sentences, its log is short.
+    page.get_by_role("button", name="View run").click()
+    page.get_by_text("Completed", exact=True).first.wait_for()
+    run_id = re.search(r"/flow-run/([0-9a-f-]{36})", page.url)[1]  # type: ignore[index]
+    run = site.wait_for(run_id)
+    assert (run["name"], run["state_name"]) == ("grow by-form to 2 stacks", "Completed")
+    page.get_by_text("stage 1 (2 of 2): validation loss").wait_for()
+    assert not [line for line in site.logs(run_id) if re.search("step [1-9]/", line)]
+
+    # Its artifacts, each opened from the run.
+    known = manifests(tmp_path / "artifacts")
+    losses = [
+        known[folder_of(tmp_path / "artifacts", "validation", n).name]["facts"]["validation_loss"] for n in (0, 1)
+    ]
+    home = page.url
+    _open(page, home, "by-form-stages")
+    assert _cells(page, "validation loss") == [f"{round(loss, 4)}" for loss in losses]
+    _open(page, home, "by-form-report")
+    page.get_by_role("heading", name="by-form", exact=True).wait_for()
+    assert _cells(page, "val. loss") == [f"{loss:.4f}" for loss in losses]
+    _is_drawn(page)
+    page.get_by_role("cell").get_by_role("link", name="1", exact=True).click()
+    page.get_by_text("add stack 1 (append, frozen, full)").first.wait_for()
+    _open(page, home, "by-form-loss")
+    _is_drawn(page)
+
+
+def _open(page: Any, run: str, key: str) -> None:
+    """Go from a run's page to the newest version of an artifact."""
+    page.goto(run)
+    page.get_by_role("tab", name="Artifacts").click()
+    page.locator(f'a[href$="/artifacts/key/{key}"]').first.click()
+    page.locator('a[href*="/artifacts/artifact/"]').first.click()
+
+
+def _cells(page: Any, column: str) -> list[str]:
+    """Return the texts below a heading of the page's table."""
+    page.get_by_role("columnheader", name=column, exact=True).wait_for()
+    names = page.get_by_role("columnheader").all_inner_texts()
+    rows = page.get_by_role("row").all()[1:]
+    return [row.get_by_role("cell").all_inner_texts()[names.index(column)] for row in rows]
+
+
+def _is_drawn(page: Any) -> None:
+    """The plot is loaded and as wide as it was made: a browser that refuses an image gives it no width."""
+    plot = page.get_by_alt_text("Validation loss by stage")
+    plot.wait_for()
+    assert plot.evaluate("image => image.decode().then(() => image.naturalWidth)") == 480
