@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import BrokenExecutor
 from importlib import import_module
@@ -39,8 +41,11 @@ def prefect_workers(stage: Stage) -> Generator[Submit]:
         named = fill_shard.with_options(task_run_name=f"fill {shard.group} shard {shard.index} of {stage.what}")
         return runner.submit(named, {"stage": stage, "writer": writer, "shard": shard})
 
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         with runner:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray installs one that ends this process at once
             yield submit
     except died as error:
         raise BrokenExecutor(str(error)) from error
@@ -74,7 +79,7 @@ def _ray(n_workers: int) -> tuple[TaskRunner[Any], _Died]:
     """Use the cluster that RAY_ADDRESS names, which `ray.init` reads, or start one here."""
     errors = import_module("ray.exceptions")
     died = errors.NodeDiedError, errors.OutOfMemoryError, errors.WorkerCrashedError
-    here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": n_workers}
+    here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": n_workers, "include_dashboard": False}
     return import_module("prefect_ray").RayTaskRunner(init_kwargs=here), died
 
 
