@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from flows.api import ask, fault_of, is_registered, workers_alive
 from flows.numbers import size
-from flows.server import is_healthy
+from flows.operate import AUTOMATION, POOL
 from storage.file_systems import file_system_of, is_local
 from storage.locks import FileLock
 
@@ -152,6 +153,20 @@ def _look_at_prefect() -> tuple[bool, str]:
     url = os.environ.get("PREFECT_API_URL")
     if not url:
         return True, "PREFECT_API_URL is not set: `stackwise train` starts a server of its own"
-    if is_healthy(url, timeout=5.0):
-        return True, f"{url} answers"
-    return False, f"{url} (PREFECT_API_URL) does not answer: start `prefect server start`, or unset it"
+    if fault := fault_of(url):
+        return False, f"PREFECT_API_URL: got {url!r}; {fault}"
+    return True, f"{url} answers, version {ask(url, '/admin/version')}; {_who_works(url)}; {_who_watches(url)}"
+
+
+def _who_works(url: str) -> str:
+    workers = workers_alive(url, POOL)
+    if workers is None:
+        return f"no pool {POOL}: `stackwise worker` makes it"
+    alive = f"workers alive: {', '.join(workers)}" if workers else "no worker: start `stackwise worker`"
+    return f"pool {POOL}, {alive}"
+
+
+def _who_watches(url: str) -> str:
+    if is_registered(url, AUTOMATION):
+        return "runs of dead machines become Crashed"
+    return "runs of dead machines stay Running: `stackwise heartbeat` mends that"

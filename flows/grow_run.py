@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows.one_line import told_in_one_line
 from flows.train_rack import train_rack
 from stackwise_core.config import StackOverride, StackWiseConfig
+from stackwise_core.errors import ConfigError, Fault
 from storage.roots import artifacts_at
 from storage.runs import find_run
 
@@ -22,18 +24,21 @@ def grow_run(run: str = "quickstart", artifacts: str = "artifacts", stack: Stack
         artifacts: folder that holds it, or s3://BUCKET/PREFIX.
         stack: what the new stack does differently from the others.
     """
-    train_rack(grown(artifacts, run, stack), artifacts)
+    with told_in_one_line():
+        config = grown(artifacts, run, stack)
+    train_rack(config, artifacts)
 
 
 def grown(root: str, run: str, stack: StackOverride) -> StackWiseConfig:
     """Return the configuration of a run with one stack more, or as it is if its newest attempt is not done.
 
     Raises:
-        ConfigError: there is no such run.
+        ConfigError: there is no such run, or it has still to make a stack that differs otherwise.
     """
     newest = find_run(artifacts_at(root).existing(), run)
     config = newest.config
     if newest.outcome is None or newest.outcome["state"] != "done":
+        _check_same(config, stack)
         return config
     growth = config.training.progressive
     new = growth.target_stacks
@@ -42,3 +47,13 @@ def grown(root: str, run: str, stack: StackOverride) -> StackWiseConfig:
         others = [StackOverride()] * (new - len(growth.stacks))
         growth.stacks = [*growth.stacks[:new], *others, stack, *growth.stacks[new + 1 :]]
     return config
+
+
+def _check_same(config: StackWiseConfig, stack: StackOverride) -> None:
+    """Make sure that what is asked of the new stack is what the unfinished run gives its last one."""
+    growth = config.training.progressive
+    given = growth.stacks[growth.target_stacks - 1] if len(growth.stacks) >= growth.target_stacks else StackOverride()
+    if stack != given:
+        name, allowed = config.run.name, given.model_dump_json()
+        remedy = f"its newest attempt is not done: bring run {name!r} to its end with {allowed}, then add a stack"
+        raise ConfigError([Fault("stack", stack.model_dump_json(), remedy)])

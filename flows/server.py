@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Generator
 from pathlib import Path
 
+from flows.api import fault_of
 from flows.children import ending_with_us
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
 
@@ -38,14 +39,13 @@ def quiet_prefect() -> None:
 
 
 def check_api(url: str) -> None:
-    """Make sure that the API of PREFECT_API_URL answers.
+    """Make sure that the API of PREFECT_API_URL answers, is Prefect's and of a version that serves us.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not, or is not.
     """
-    if not is_healthy(url, timeout=5.0):
-        remedy = "it does not answer; start it with `prefect server start`, or unset it to use the embedded server"
-        raise ConfigError([Fault("PREFECT_API_URL", repr(url), remedy)])
+    if fault := fault_of(url):
+        raise ConfigError([Fault("PREFECT_API_URL", repr(url), fault)])
 
 
 @contextlib.contextmanager

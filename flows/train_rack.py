@@ -11,6 +11,7 @@ from prefect.logging.handlers import APILogHandler
 from flows.add_stack import add_stack
 from flows.artifacts import publish_run, run_log
 from flows.console import outlive_the_worker
+from flows.one_line import told_in_one_line
 from flows.progress import listening
 from flows.run import grow
 from flows.stage import Stage
@@ -38,7 +39,7 @@ def train_rack(
         force: redo this task of those stages, or of all.
     """
     outlive_the_worker()
-    with listening(run_log()), listening(publish_run(config.run.name, artifacts)):
+    with told_in_one_line(), listening(run_log()), listening(publish_run(config.run.name, artifacts)):
         grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from prefect import flow, get_run_logger
 
 from flows.gc import collect_garbage
+from flows.one_line import told_in_one_line
 from flows.verify import verify
 from stackwise_core.errors import StackWiseError
 
@@ -27,7 +28,7 @@ def validate_run(run: str = "quickstart", artifacts: str = "artifacts") -> None:
         run: name of the run; empty verifies everything.
         artifacts: folder that holds it, or s3://BUCKET/PREFIX.
     """
-    with _printing_to_the_log():
+    with told_in_one_line(), _printing_to_the_log():
         code = verify(artifacts, run or None)
     if code:
         raise VerificationError(f"{run or artifacts}: not all is as it was sealed; the log of this run says what")
@@ -43,10 +44,10 @@ def collect(artifacts: str = "artifacts", keep_last: int = -1, superseded: bool 
         superseded: of each run only the newest attempt counts.
         dry_run: list what would go, and remove nothing.
     """
-    with _printing_to_the_log():
+    with told_in_one_line(), _printing_to_the_log():
         collect_garbage(
             artifacts,
-            keep_last=None if keep_last < 0 else keep_last,
+            keep_last=None if keep_last == -1 else keep_last,
             superseded=superseded,
             dry_run=dry_run,
             as_json=False,

@@ -6,21 +6,29 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Run
+from fake_api import FakeApi, fake_api
 
 from flows import doctor
+from flows.operate import AUTOMATION
 from storage import file_systems
 
 
 @pytest.fixture(autouse=True)
 def _no_api(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
+
+
+@pytest.fixture
+def api() -> Generator[FakeApi]:
+    with fake_api() as served:
+        yield served
 
 
 def findings(run: Run, *arguments: object) -> dict[str, Any]:
@@ -110,8 +118,27 @@ def test_the_prefect_api(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     found = findings(run)["prefect"]
     assert (found["ok"], "does not answer" in found["says"]) == (False, True)
-    monkeypatch.setattr(doctor, "is_healthy", lambda url, timeout: True)
-    assert findings(run)["prefect"] == {"what": "prefect", "ok": True, "says": "http://127.0.0.1:9/api answers"}
+
+
+def test_what_runs_at_the_prefect_api(run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", api.url)
+    says = findings(run)["prefect"]["says"]
+    assert says.startswith(f"{api.url} answers, version {version('prefect')}; no pool stackwise: `stackwise worker`")
+    assert says.endswith("; runs of dead machines stay Running: `stackwise heartbeat` mends that")
+
+    api.answers["/work_pools/stackwise/workers/filter"] = []
+    api.answers["/automations/filter"] = [{"name": AUTOMATION, "enabled": False}]
+    says = findings(run)["prefect"]["says"]
+    assert "pool stackwise, no worker: start `stackwise worker`" in says
+    assert "stay Running" in says  # what is switched off does nothing
+
+    workers = [{"name": "ada", "status": "ONLINE"}, {"name": "dead", "status": "OFFLINE"}]
+    api.answers["/work_pools/stackwise/workers/filter"] = workers
+    api.answers["/automations/filter"] = [{"name": AUTOMATION, "enabled": True}]
+    found = findings(run)["prefect"]
+    assert found["ok"]
+    assert found["says"].endswith("; pool stackwise, workers alive: ada; runs of dead machines become Crashed")
+    assert ("/automations/filter", {"automations": {"name": {"any_": [AUTOMATION]}}}) in api.asked
 
 
 def test_a_missing_library_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
