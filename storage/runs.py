@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, CorpusError, Fault, StageInterruptedError
 from stackwise_core.identity import Ref
@@ -65,8 +67,18 @@ def _explained(path: Path) -> Generator[Path]:
     try:
         yield path
     except (ValueError, FileNotFoundError, ConfigError) as error:
+        if unknown := _unknown_keys(error):
+            problem = f"has keys that this version does not know ({unknown})"
+            raise ArtifactCorruptError(path, problem, "Use the version of StackWise that wrote it") from None
         remedy = f"Remove {path.parent}: artifacts stay, and `stackwise train` registers the run anew"
         raise ArtifactCorruptError(path, f"is damaged ({str(error).splitlines()[0]})", remedy) from None
+
+
+def _unknown_keys(error: Exception) -> str:
+    """Return the keys that are all that is wrong with a record: newer code wrote it."""
+    faults = error.errors() if isinstance(error, ValidationError) else []
+    newer = bool(faults) and all(fault["type"] == "extra_forbidden" for fault in faults)
+    return ", ".join(".".join(map(str, fault["loc"])) for fault in faults) if newer else ""
 
 
 def attempts(artifacts: Artifacts, name: str) -> list[Attempt]:

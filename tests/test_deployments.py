@@ -161,7 +161,7 @@ def test_a_run_that_is_done_gets_one_stack_more(begun: Callable[..., StackWiseCo
     before, after = plan_run(config, "c0ffee" * 8, 9999), plan_run(more, "c0ffee" * 8, 9999)
     reused = [stage.ref("stack") for stage in after.stages[:2]]
     assert reused == [stage.ref("stack") for stage in before.stages]
-    assert (after.stages[2].spec.n_blocks, after.stages[2].spec.precision) == (3, "bfloat16")
+    assert (after.stages[2].spec.stacks[2].n_blocks, after.stages[2].spec.stacks[2].precision) == (3, "bfloat16")
 
 
 def test_again_after_a_failure_it_grows_to_the_same_stack(

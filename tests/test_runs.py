@@ -18,7 +18,7 @@ from test_durable import ROOT, die_everywhere, recorded
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, CorpusError, StageInterruptedError
 from stackwise_core.plan import RunPlan, plan_run
-from storage.errors import RunBusyError, StoreSpaceError
+from storage.errors import ArtifactCorruptError, RunBusyError, StoreSpaceError
 from storage.layout import Artifacts, State
 from storage.locks import no_wait
 from storage.runs import Attempt, attempts, begin_attempt, find_run, is_live, retire_unless_read, run_names
@@ -381,3 +381,20 @@ def test_the_newest_of_ten_thousand_attempts_is_found(artifacts: Artifacts) -> N
     attempt = run(artifacts)
     attempt.folder.rename(attempt.folder.with_name("9999"))
     assert [run(artifacts).number for _ in range(2)] == [10_000, 10_001]
+
+
+def test_a_record_of_newer_code_is_neither_damaged_nor_replaced(artifacts: Artifacts) -> None:
+    path = run(artifacts).folder / "config.yaml"
+    path.write_text(path.read_text().replace("training:", "training:\n  colour: red"))
+    before = path.read_text()
+    expected = (
+        r"config.yaml: has keys that this version does not know \(training.colour\). Use the version of StackWise"
+    )
+    with pytest.raises(ArtifactCorruptError, match=expected):
+        _ = find_run(artifacts, "one").config
+    with pytest.raises(ArtifactCorruptError, match=expected):  # the deployment's older code starts the run again
+        run(artifacts)
+    assert (path.read_text(), len(attempts(artifacts, "one"))) == (before, 1)
+    path.write_text(before.replace("seed: 0", "seed: -1"))
+    with pytest.raises(ArtifactCorruptError, match="is damaged"):
+        _ = find_run(artifacts, "one").config
