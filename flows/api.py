@@ -52,7 +52,7 @@ def fault_of(url: str) -> str:
     except OSError as error:
         reason = getattr(error, "reason", error)
         return (
-            f"it does not answer ({reason}); start it with `stackwise server`, or unset it to use the embedded server"
+            f"it does not answer ({reason}); start it with `stackwise server`; without it `stackwise train` embeds one"
         )
     except ValueError:
         return f"what answers is not Prefect's API; its URL ends in /api, {_EXAMPLE}"

@@ -36,7 +36,7 @@ def test_nobody_answers() -> None:
     fault = fault_of(url)
     assert fault.startswith("it does not answer (")
     assert "Connection refused" in fault
-    assert fault.endswith("start it with `stackwise server`, or unset it to use the embedded server")
+    assert fault.endswith("start it with `stackwise server`; without it `stackwise train` embeds one")
 
 
 def test_something_else_answers(api: FakeApi) -> None:
