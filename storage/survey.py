@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from storage.durable import TEMPORARY_SUFFIX
 from storage.errors import ArtifactCorruptError, ArtifactError
 from storage.layout import FOLDERS, Artifacts
 from storage.manifest import MANIFEST, RETIRED, Manifest, read_manifest
+from storage.roots import as_remote
 
 Standing = Literal["sealed", "retired", "damaged", "unsealed", "foreign"]
 
@@ -46,8 +48,10 @@ class Found:
         return sorted(path for path in halves if path.relative_to(self.path).as_posix() not in listed)
 
 
-def survey(artifacts: Artifacts) -> list[Found]:
+def survey(artifacts: Artifacts) -> Sequence[Found]:
     """Return everything in the rooms of artifacts, sorted by room and name."""
+    if (remote := as_remote(artifacts)) is not None:
+        return remote.survey(remote.listing())
     rooms = [artifacts.root / room for room in FOLDERS.values()]
     return [_look_at(artifacts, path) for room in rooms if room.is_dir() for path in sorted(room.iterdir())]
 

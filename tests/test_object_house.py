@@ -1,0 +1,239 @@
+"""Keeping house in a bucket: what gc removes there and never does, copies, whose bytes they are, quarantine.
+
+Against a real S3-speaking server over HTTP; what is in the bucket is read by boto3, not by our code. Time is
+injected: a day passes by asking another clock.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+from house import plan_of, pretend
+from s3_server import delete, objects, put
+from test_objects import on
+
+from stackwise_core.errors import ConfigError
+from storage.collect import collect, plan_collection
+from storage.errors import ArtifactCorruptError
+from storage.layout import State
+from storage.locks import no_wait
+from storage.objects import collect as objects_collect
+from storage.objects import looks
+from storage.objects.bucket import Bucket
+from storage.reach import pin, unpin
+from storage.runs import begin_attempt, run_names
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+TWO: dict[str, Any] = {"training": {"progressive": {"target_stacks": 2}}}
+LESS: dict[str, Any] = {"training": {"progressive": {"target_stacks": 1}}}
+
+
+@pytest.fixture(autouse=True)
+def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looks, "FRESH_SECONDS", 0.0)
+
+
+@pytest.fixture
+def a_day_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that was put so far is older than the grace; leases go by the time there is."""
+    monkeypatch.setattr(objects_collect, "clock", lambda: datetime.now(UTC) + timedelta(hours=25))
+
+
+def names(uri: str) -> set[str]:
+    """Return the artifacts that have a manifest in the bucket."""
+    return {name.split("/")[1] for name in objects(uri) if name.count("/") == 2 and name.endswith("/manifest.json")}
+
+
+def planned(*plans: Any) -> set[str]:
+    return {ref.name for plan in plans for ref in plan.recipes}
+
+
+def n_bytes(uri: str) -> int:
+    return sum(map(len, objects(uri).values()))
+
+
+def forget_run(uri: str, name: str) -> None:
+    delete(uri, *(key for key in objects(uri) if key.startswith(f"runs/{name}/")))
+
+
+# ---------------------------------------------------------------- gc
+
+
+def test_what_no_run_reaches_goes_after_a_day(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, other = on(tmp_path / "a", s3), on(tmp_path / "b", s3)
+    one, two = pretend(here, **LESS), pretend(other, "two", **TWO)
+    assert planned(two) - planned(one)
+    assert planned(two) & planned(one)
+    assert collect(here).removals == []
+    forget_run(s3, "two")
+    before = objects(s3)
+    assert collect(here).removals == []  # it is young: its run may not have been heard of yet
+    assert objects(s3) == before
+    monkeypatch.setattr(objects_collect, "clock", lambda: datetime.now(UTC) + timedelta(hours=25))
+    forecast = plan_collection(here)
+    assert objects(s3) == before
+    assert {removal.path.name for removal in forecast.removals} == planned(two) - planned(one)
+    done = collect(here)
+    assert done.removals == forecast.removals
+    after = objects(s3)
+    assert sum(map(len, before.values())) - sum(map(len, after.values())) == forecast.n_bytes > 0
+    assert after.items() <= before.items()
+    assert names(s3) == planned(one)
+    assert not any(name.split("/")[1] in planned(two) - planned(one) for name in after if "/" in name)
+    gone = next(ref for ref in two.recipes if ref.name not in planned(one))
+    assert other.state(gone) is State.ABSENT  # though the other machine still has its copy in scratch
+    assert run_names(on(tmp_path / "b", s3)) == ["one"]
+
+
+def test_the_manifest_goes_before_the_data(
+    s3: str, tmp_path: Path, a_day_later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = on(tmp_path / "a", s3)
+    pretend(here, **LESS)
+    deleted: list[str] = []
+    plain = Bucket.delete
+
+    def noted(self: Bucket, keys: Any) -> None:
+        deleted.extend(key for key in keys if not key.startswith(("leases/", "runs/")))
+        plain(self, keys)
+
+    monkeypatch.setattr(Bucket, "delete", noted)
+    sealed = names(s3)
+    collect(here, keep_last=0)
+    assert not names(s3)
+    for name in sealed:
+        first = next(key for key in deleted if key.split("/")[1] == name)
+        assert first.endswith(f"{name}/manifest.json")
+    assert {key.partition("/")[0] for key in objects(s3)} <= {"leases"}
+
+
+def test_a_run_that_begins_during_a_gc_keeps_what_it_plans(
+    s3: str, tmp_path: Path, a_day_later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, other = on(tmp_path / "a", s3), on(tmp_path / "b", s3)
+    pretend(here, "keeps", training={"learning_rate": 0.5, **LESS["training"]})
+    plan = pretend(here, **LESS)
+    forget_run(s3, "one")
+    before = objects(s3)
+    begun: list[Any] = []
+
+    def begin(*_: Any) -> None:  # after the first manifest is deleted, before anything else is
+        if not begun:
+            config, same = plan_of("one", **LESS)
+            begun.append(begin_attempt(other, config, same, no_wait))
+            begun[0].__enter__()
+
+    monkeypatch.setattr(objects_collect, "reach", lambda point, number: begin() if point == "gc-data" else None)
+    collect(on(tmp_path / "a", s3))
+    begun[0].__exit__(None, None, None)
+    assert names(s3) >= planned(plan)
+    after = objects(s3)
+    assert {name: after.get(name) for name in before if not name.startswith("leases/")} == {
+        name: data for name, data in before.items() if not name.startswith("leases/")
+    }
+
+
+def test_dead_attempts_go_and_what_is_at_work_stays(
+    s3: str, tmp_path: Path, a_day_later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, other = on(tmp_path / "a", s3), on(tmp_path / "b", s3)
+    plan = pretend(here, **LESS)
+    sealed, unsealed = plan.stages[0].ref("stack"), plan_of(**TWO)[1].stages[1].ref("stack")
+    before = objects(s3)
+    put(s3, f"stacks/{sealed.name}/deadbeefdeadbeef/sub/file", b"12345")
+    put(s3, f"stacks/{unsealed.name}/deadbeefdeadbeef/file", b"1234567")
+    with other.lock(unsealed.name):
+        assert [removal.n_bytes for removal in collect(here).removals] == [5]
+        assert f"stacks/{unsealed.name}/deadbeefdeadbeef/file" in objects(s3)
+    assert [removal.n_bytes for removal in collect(here).removals] == [7]
+    assert objects(s3) == before
+
+
+def test_an_upload_that_was_finished_since_gc_looked_is_not_taken_for_dead(
+    s3: str, tmp_path: Path, a_day_later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = on(tmp_path / "a", s3)
+    plan = pretend(here, **LESS)
+    ref = plan.stages[0].ref("stack")
+    before = objects(s3)
+    key = f"stacks/{ref.name}/manifest.json"
+    delete(s3, key)
+    monkeypatch.setattr(objects_collect, "reach", lambda point, number: put(s3, key, before[key]))
+    assert collect(here).removals == []
+    assert {k: v for k, v in objects(s3).items() if not k.startswith("leases")} == before
+
+
+@pytest.mark.slow
+def test_only_the_last_runs_count_and_a_live_one_always(s3: str, tmp_path: Path, a_day_later: None) -> None:
+    here, other = on(tmp_path / "a", s3), on(tmp_path / "b", s3)
+    plans = {
+        name: pretend(here, name, training={"learning_rate": rate, **LESS["training"]})
+        for name, rate in (("a", 0.1), ("b", 0.2), ("c", 0.3))
+    }
+    for day, name in enumerate(("b", "a", "c")):  # the order in which they were started
+        key = f"runs/{name}/attempts/0001/start.json"
+        start = json.loads(objects(s3)[key])
+        put(s3, key, json.dumps({**start, "started": f"2026-01-0{day + 1}T00:00:00+00:00"}).encode())
+    here.refresh_runs()
+    with other.lock("run-b", shared=True):
+        assert {removal.path.name for removal in plan_collection(here, keep_last=1).removals if _is_run(removal)} == {
+            "a"
+        }
+    before = n_bytes(s3)
+    done = collect(here, keep_last=1)
+    assert names(s3) == planned(plans["c"])
+    assert {key.split("/")[1] for key in objects(s3) if key.startswith("runs/")} == {"c"}
+    assert before - n_bytes(s3) == done.n_bytes
+
+
+def _is_run(removal: Any) -> bool:
+    return removal.path.parent.name == "runs"
+
+
+def test_a_pin_is_seen_by_every_machine(s3: str, tmp_path: Path, a_day_later: None) -> None:
+    here, other = on(tmp_path / "a", s3), on(tmp_path / "b", s3)
+    plan = pretend(here, **LESS)
+    pinned = plan.stages[0].ref("stack")
+    pin(here, pinned)
+    collect(on(tmp_path / "b", s3), keep_last=0)
+    assert pinned.name in names(s3)
+    assert plan.data_ref.name in names(s3)  # what it was made from
+    assert names(s3) < planned(plan)
+    other.refresh_runs()
+    unpin(other, pinned.name)
+    collect(on(tmp_path / "a", s3), keep_last=0)
+    assert names(s3) == set()
+
+
+def test_what_cannot_be_believed_stops_gc_or_stays(s3: str, tmp_path: Path, a_day_later: None) -> None:
+    here = on(tmp_path / "a", s3)
+    plan = pretend(here, **LESS)
+    key = f"stacks/{plan.stages[0].ref('stack').name}/manifest.json"
+    good = objects(s3)
+    put(s3, key, good[key].replace(b'"stage"', b'"Stage"'))
+    put(s3, "stacks/a-friend/of-mine", b"1")
+    collection = collect(here, keep_last=0)
+    assert len(collection.damaged) == 1
+    assert {name for name in objects(s3) if name.startswith("stacks/")} == {
+        name for name in good if name.startswith(f"{key.rpartition('/')[0]}/")
+    } | {"stacks/a-friend/of-mine"}
+    put(s3, key, good[key])
+    pretend(here, "two", **LESS)
+    put(s3, "runs/two/attempts/0001/plan.json", b"{}")
+    before = objects(s3)
+    with pytest.raises(ArtifactCorruptError, match=r"plan\.json"):
+        collect(on(tmp_path / "b", s3))
+    assert objects(s3) == before
+
+
+def test_without_any_run_not_everything_goes_unasked(s3: str, tmp_path: Path, a_day_later: None, run: Run) -> None:
+    pretend(on(tmp_path / "a", s3), **LESS)
+    forget_run(s3, "one")
+    with pytest.raises(ConfigError, match=s3):
+        collect(on(tmp_path / "a", s3))
