@@ -77,19 +77,26 @@ def _copy(source: Artifacts, target: Artifacts, load: _Load) -> None:
     for run in load.runs:
         attempts_to_copy(source, target, run)  # raises before the first byte
     check_room(source, target, lacking)
-    n_bytes = 0
-    for ref in lacking:
-        copied = copy_artifact(source, target, ref, _tell_waiting)
-        print(f"{size(copied):>10}  {ref.name}")
-        n_bytes += copied
+    n_bytes = _copy_artifacts(source, target, lacking)
     for ref in load.named:
         pin(target, ref)
     for run in load.runs:
         copy_run(source, target, run)
+    # What was there and is not any more: before these records came, it was garbage to a gc of another machine.
+    n_bytes += _copy_artifacts(source, target, to_copy(source, target, load.refs, frozenset(load.named)))
     there = len(set(load.refs)) - len(lacking)
     runs = f", runs {', '.join(load.runs)}" if load.runs else ""
     skipped = f", {there} there already or never made" if there else ""
     print(f"copied {len(lacking)} artifacts, {size(n_bytes)}{skipped}{runs}: {source.uri} -> {target.uri}")
+
+
+def _copy_artifacts(source: Artifacts, target: Artifacts, refs: list[Ref]) -> int:
+    n_bytes = 0
+    for ref in refs:
+        copied = copy_artifact(source, target, ref, _tell_waiting)
+        print(f"{size(copied):>10}  {ref.name}")
+        n_bytes += copied
+    return n_bytes
 
 
 def _tell_waiting(holder: str) -> None:

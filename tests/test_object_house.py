@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 from conftest import Run
-from house import plan_of, pretend
+from house import files_of, plan_of, pretend
 from s3_server import delete, objects, put
 from test_objects import on
 
 from stackwise_core.errors import ConfigError
 from storage.collect import collect, plan_collection
-from storage.errors import ArtifactCorruptError
-from storage.layout import State
+from storage.errors import ArtifactCorruptError, ObjectStoreError
+from storage.layout import FOLDERS, Artifacts, State
 from storage.locks import no_wait
 from storage.objects import collect as objects_collect
 from storage.objects import looks
@@ -237,3 +237,97 @@ def test_without_any_run_not_everything_goes_unasked(s3: str, tmp_path: Path, a_
     forget_run(s3, "one")
     with pytest.raises(ConfigError, match=s3):
         collect(on(tmp_path / "a", s3))
+
+
+# ---------------------------------------------------------------- push and pull
+
+
+def sealed_bytes(uri: str) -> dict[str, bytes]:
+    """Return everything of artifacts in a bucket."""
+    return {name: data for name, data in objects(uri).items() if name.split("/")[0] in FOLDERS.values()}
+
+
+def test_a_run_goes_to_a_bucket_to_another_and_back_to_a_folder(
+    s3: str, s3_server: Any, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = Artifacts(tmp_path / "local").open()
+    plan, second = pretend(local, **LESS), s3_server.bucket()
+    plan_bytes = (local.root / "runs/one/attempts/0001/plan.json").read_bytes()
+    monkeypatch.setenv("STACKWISE_SCRATCH", str(tmp_path / "a"))
+    assert run("push", s3, "one", "--artifacts", local.root).code == 0
+    assert names(s3) == planned(plan)
+    assert objects(s3)["runs/one/attempts/0001/plan.json"] == plan_bytes
+    monkeypatch.setenv("STACKWISE_SCRATCH", str(tmp_path / "b"))  # another machine
+    assert run("push", second, "--artifacts", s3).code == 0
+    assert sealed_bytes(second) == sealed_bytes(s3)
+    monkeypatch.setenv("STACKWISE_SCRATCH", str(tmp_path / "c"))
+    assert run("pull", second, "one", "--artifacts", tmp_path / "back").code == 0
+    back = Artifacts(tmp_path / "back")
+    for ref in plan.recipes:
+        assert files_of(back.folder(ref)) == files_of(local.folder(ref))
+    again = run("push", s3, "one", "--artifacts", local.root)
+    assert (again.code, "copied 0 artifacts" in again.out) == (0, True)
+
+
+def test_a_push_that_was_cut_off_goes_on_and_shows_nothing_before_its_seal(
+    s3: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = Artifacts(tmp_path / "local").open()
+    plan = pretend(local, **LESS)
+    stack = plan.stages[0].ref("stack")
+    monkeypatch.setenv("STACKWISE_SCRATCH", str(tmp_path / "a"))
+    put_objects: list[str] = []
+    plain = Bucket.write
+
+    def failing(self: Bucket, key: str, data: Any) -> None:
+        if stack.name in key and any(stack.name in name for name in put_objects):
+            raise ObjectStoreError(f"{key}: lost")
+        put_objects.append(key)
+        plain(self, key, data)
+
+    monkeypatch.setattr(Bucket, "write", failing)
+    assert run("push", s3, "one", "--artifacts", local.root).code == 1
+    assert stack.name not in names(s3)
+    assert not any(name.startswith("runs/") for name in objects(s3))
+    (arrived,) = [key for key in put_objects if stack.name in key]
+    put_objects.clear()
+    monkeypatch.setattr(Bucket, "write", lambda self, key, data: (put_objects.append(key), plain(self, key, data))[1])
+    assert run("push", s3, "one", "--artifacts", local.root).code == 0
+    assert names(s3) == planned(plan)
+    assert arrived not in put_objects
+    assert len([key for key in put_objects if stack.name in key]) == 1
+
+
+def test_what_is_damaged_does_not_leave_a_bucket_nor_enter_one(
+    s3: str, s3_server: Any, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = on(tmp_path / "a", s3)
+    plan, second = pretend(here, **LESS), s3_server.bucket()
+    stack = plan.stages[0].ref("stack")
+    key = next(name for name in objects(s3) if stack.name in name and name.endswith("/content"))
+    put(s3, key, objects(s3)[key][:-1] + b"!")  # of the same size
+    monkeypatch.setenv("STACKWISE_SCRATCH", str(tmp_path / "b"))
+    for target in (second, str(tmp_path / "back")):
+        failed = run("push", target, stack.name, "--artifacts", s3)
+        assert (failed.code, key in failed.err) == (3, True)
+    assert stack.name not in names(second)
+    assert not any(stack.name in name for name in objects(second) if not name.startswith("leases/"))
+    local = Artifacts(tmp_path / "local").open()
+    damaged = pretend(local, "two", **LESS).stages[0].ref("stack")
+    (local.folder(damaged) / "content").write_bytes(b"x" * (local.folder(damaged) / "content").stat().st_size)
+    failed = run("push", second, damaged.name, "--artifacts", local.root)
+    assert failed.code == 3
+    assert not any(stack.name in name for name in objects(second) if not name.startswith("leases/"))
+
+
+def test_what_is_retired_is_retired_at_the_target(s3: str, tmp_path: Path, run: Run, monkeypatch: Any) -> None:
+    local = Artifacts(tmp_path / "local").open()
+    stack = pretend(local, **LESS).stages[0].ref("stack")
+    local.retire(stack)
+    monkeypatch.setenv("STACKWISE_SCRATCH", str(tmp_path / "a"))
+    assert run("push", s3, "--artifacts", local.root).code == 0
+    assert on(tmp_path / "b", s3).state(stack) is State.RETIRED
+    assert [name.rpartition("/")[2] for name in sealed_bytes(s3) if stack.name in name] == [
+        "retired.json",
+        "manifest.json",
+    ]
