@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -66,6 +66,17 @@ def bytes_below(path: Path) -> int:
     if path.is_symlink() or not path.is_dir():
         return _size(path)
     return sum(_size(Path(parent, name)) for parent, _, names in os.walk(path) for name in names)
+
+
+def weigher(artifacts: Artifacts) -> Callable[[str], int]:
+    """Return what tells the bytes below a path relative to the root, '' for all of them.
+
+    Of an object store it is what is in the bucket, at one moment.
+    """
+    if (remote := as_remote(artifacts)) is not None:
+        listing = remote.listing()
+        return lambda name: sum(entry.size for entry in listing.below(name).values()) if name else listing.n_bytes
+    return lambda name: bytes_below(artifacts.root / name)
 
 
 def _size(path: Path) -> int:

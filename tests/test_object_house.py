@@ -113,6 +113,26 @@ def test_the_manifest_goes_before_the_data(
     assert {key.partition("/")[0] for key in objects(s3)} <= {"leases"}
 
 
+def test_killed_between_manifest_and_data_the_next_gc_finishes_it(
+    s3: str, tmp_path: Path, a_day_later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = on(tmp_path / "a", s3)
+    plan = pretend(here, **LESS)
+
+    def die(point: str, number: int) -> None:
+        if point == "gc-data":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objects_collect, "reach", die)
+        with pytest.raises(KeyboardInterrupt):
+            collect(here, keep_last=0)
+    (half,) = planned(plan) - names(s3)
+    assert any(half in name for name in sealed_bytes(s3))
+    collect(on(tmp_path / "b", s3), keep_last=0)
+    assert sealed_bytes(s3) == {}
+
+
 def test_a_run_that_begins_during_a_gc_keeps_what_it_plans(
     s3: str, tmp_path: Path, a_day_later: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +231,7 @@ def test_a_pin_is_seen_by_every_machine(s3: str, tmp_path: Path, a_day_later: No
     assert names(s3) == set()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_believed_stops_gc_or_stays(s3: str, tmp_path: Path, a_day_later: None) -> None:
     here = on(tmp_path / "a", s3)
     plan = pretend(here, **LESS)
@@ -247,6 +268,7 @@ def sealed_bytes(uri: str) -> dict[str, bytes]:
     return {name: data for name, data in objects(uri).items() if name.split("/")[0] in FOLDERS.values()}
 
 
+@pytest.mark.slow
 def test_a_run_goes_to_a_bucket_to_another_and_back_to_a_folder(
     s3: str, s3_server: Any, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,3 +353,71 @@ def test_what_is_retired_is_retired_at_the_target(s3: str, tmp_path: Path, run: 
         "retired.json",
         "manifest.json",
     ]
+
+
+# ---------------------------------------------------------------- du, quarantine, why, doctor
+
+
+@pytest.mark.slow
+def test_du_and_why_tell_of_a_bucket_what_they_tell_of_a_folder(
+    s3: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, other = Artifacts(tmp_path / "local").open(), {"training": {**LESS["training"], "learning_rate": 0.5}}
+    one, _ = pretend(local, **LESS), pretend(local, "two", **other)
+    monkeypatch.setenv("STACKWISE_SCRATCH", str(tmp_path / "a"))
+    assert run("push", s3, "--artifacts", local.root).code == 0
+    here = json.loads(run("du", "--json", "--artifacts", local.root).out)
+    there = json.loads(run("du", "--json", "--artifacts", s3).out)
+    assert there["total"] == n_bytes(s3) == sum(there["places"].values())
+    for place in ("reached by one run", "reached by several runs", "records of runs"):
+        assert there["places"][place] == here["places"][place] > 0
+    assert there["runs"] == here["runs"]
+    stack = one.stages[0].ref("stack").name
+    told = [json.loads(run("why", stack, "--json", "--artifacts", root).out) for root in (local.root, s3)]
+    assert told[0] == told[1]
+    assert [each["field"] for each in told[1]["differences"]] == ["optim.learning_rate"]
+
+
+def test_quarantine_in_a_bucket_is_listed_released_and_dropped(
+    s3: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = on(tmp_path / "a", s3)
+    ref = pretend(here, **LESS).stages[0].ref("stack")
+    before = sealed_bytes(s3)
+    here.quarantine(ref, "rows differ")
+    aside = {name: data for name, data in objects(s3).items() if name.startswith("quarantine/")}
+    monkeypatch.setenv("STACKWISE_SCRATCH", str(tmp_path / "b"))
+    (entry,) = json.loads(run("quarantine", "--json", "--artifacts", s3).out)["quarantine"]
+    assert (entry["reason"], entry["n_bytes"]) == ("rows differ", sum(map(len, aside.values())))
+    assert entry["path"].startswith(f"{s3}/quarantine/{ref.name}.")
+    content = next(name for name in aside if name.endswith("/content"))
+    put(s3, content, aside[content][:-1] + b"!")
+    failed = run("quarantine", "--release", ref.name, "--artifacts", s3)
+    assert (failed.code, content in failed.err, "stays in quarantine" in failed.err) == (3, True, True)
+    assert ref.name not in names(s3)
+    put(s3, content, aside[content])
+    assert run("quarantine", "--release", ref.name, "--artifacts", s3).code == 0
+    assert sealed_bytes(s3) == before
+    here.quarantine(ref, "again")
+    assert run("quarantine", "--drop", ref.name, "--artifacts", s3).code == 0
+    assert not any(ref.name in name for name in objects(s3) if not name.startswith(("leases/", "runs/")))
+
+
+def test_doctor_tries_a_uri(s3: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def says() -> tuple[bool, str]:
+        found = json.loads(run("doctor", "--json", "--artifacts", s3).out)["findings"]
+        return next((each["ok"], each["says"]) for each in found if each["what"] == "object store")
+
+    monkeypatch.setenv("STACKWISE_SCRATCH", str(tmp_path / "a"))
+    ok, line = says()
+    assert ok, line
+    assert "keeps conditions" in line
+    assert objects(s3) == {}
+    monkeypatch.setattr(Bucket, "create", lambda self, key, data: True)
+    assert says() == (False, says()[1])
+    assert "ignores If-None-Match" in says()[1]
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "wrong")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    ok, line = says()
+    assert (ok, "check AWS_ENDPOINT_URL" in line) == (False, True)
