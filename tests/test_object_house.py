@@ -113,6 +113,7 @@ def test_the_manifest_goes_before_the_data(
     assert {key.partition("/")[0] for key in objects(s3)} <= {"leases"}
 
 
+@pytest.mark.slow
 def test_killed_between_manifest_and_data_the_next_gc_finishes_it(
     s3: str, tmp_path: Path, a_day_later: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +217,7 @@ def _is_run(removal: Any) -> bool:
     return removal.path.parent.name == "runs"
 
 
+@pytest.mark.slow
 def test_a_pin_is_seen_by_every_machine(s3: str, tmp_path: Path, a_day_later: None) -> None:
     here, other = on(tmp_path / "a", s3), on(tmp_path / "b", s3)
     plan = pretend(here, **LESS)
@@ -320,6 +322,7 @@ def test_a_push_that_was_cut_off_goes_on_and_shows_nothing_before_its_seal(
     assert len([key for key in put_objects if stack.name in key]) == 1
 
 
+@pytest.mark.slow
 def test_what_is_damaged_does_not_leave_a_bucket_nor_enter_one(
     s3: str, s3_server: Any, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
