@@ -156,7 +156,7 @@ def _halves(folder: Path) -> Iterator[Removal]:
 def _judge(entry: Found, reached: bool, collection: Collection) -> None:
     """Decide on what lies in a room of artifacts: what cannot be believed is not removed on its word."""
     if entry.standing in ("damaged", "foreign"):
-        keep_doubtful(entry, collection)
+        keep_doubtful(entry, str(entry.path), collection)
     elif entry.standing == "unsealed":
         collection.removals.append(_removal(entry.path, _UNSEALED))
     elif not reached:
@@ -166,12 +166,12 @@ def _judge(entry: Found, reached: bool, collection: Collection) -> None:
         collection.removals += [_removal(path, why) for path in entry.unlisted()]
 
 
-def keep_doubtful(entry: Found, collection: Collection) -> None:
+def keep_doubtful(entry: Found, where: str, collection: Collection) -> None:
     """Name what stays because nobody knows what it is."""
     if entry.standing == "damaged":
-        collection.damaged.append(f"{entry.path}: {entry.problem}; it stays, look at it and remove it yourself")
+        collection.damaged.append(f"{where}: {entry.problem}; it stays, look at it and remove it yourself")
     else:
-        collection.notes.append(f"{entry.path}: {entry.problem}; it stays")
+        collection.notes.append(f"{where}: {entry.problem}; it stays")
 
 
 def _of_work(folder: Path, reached: frozenset[str], sealed: set[str], collection: Collection) -> None:

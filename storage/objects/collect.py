@@ -70,7 +70,7 @@ def plan_objects(artifacts: RemoteArtifacts, keep_last: int | None, *, newest_on
         Removal(artifacts.root / key, n_bytes, "an attempt that never began") for key, n_bytes in never_began
     ]
     for entry in found:
-        _judge(entry, entry.path.name in reached, held, collection)
+        _judge(artifacts, entry, reached, held, collection)
     collection.removals += [
         Removal(artifacts.root / key, n_bytes, "a lease of the dead") for key, n_bytes in dead_leases(listing)
     ]
@@ -79,15 +79,17 @@ def plan_objects(artifacts: RemoteArtifacts, keep_last: int | None, *, newest_on
     return collection
 
 
-def _judge(entry: FoundObjects, reached: bool, held: set[str], collection: Collection) -> None:
+def _judge(
+    artifacts: RemoteArtifacts, entry: FoundObjects, reached: frozenset[str], held: set[str], collection: Collection
+) -> None:
     """Decide on what lies below the key of an artifact."""
     if entry.standing in ("damaged", "foreign"):
-        keep_doubtful(entry, collection)
+        keep_doubtful(entry, artifacts.place(entry.path), collection)
         return
     if entry.path.name in held:
         collection.notes.append(f"{entry.path.name}: somebody is at work on it; it stays")
         return
-    if entry.manifest is not None and not reached:
+    if entry.manifest is not None and entry.path.name not in reached:
         if is_young(entry.newest):
             collection.notes.append(f"{entry.path.name}: no run reaches it, and it is younger than 24 hours; it stays")
         else:
