@@ -25,10 +25,10 @@ def add_housekeeping(command: Command) -> None:
 
     what = "artifacts, with all they were made from, and runs; without any, everything"
     push = command("push", "copy artifacts and runs into another artifacts folder", _PUSH_EXAMPLE, _push)
-    push.add_argument("uri", metavar="URI", help="the folder they go to; made if need be")
+    push.add_argument("uri", metavar="URI", help="the folder or bucket they go to; a folder is made if need be")
     push.add_argument("names", nargs="*", metavar="ID|RUN", help=what)
     pull = command("pull", "copy artifacts and runs from another artifacts folder", _PULL_EXAMPLE, _pull)
-    pull.add_argument("uri", metavar="URI", help="the folder they come from")
+    pull.add_argument("uri", metavar="URI", help="the folder or bucket they come from")
     pull.add_argument("names", nargs="*", metavar="ID|RUN", help=what)
 
     quarantine = command("quarantine", "list what failed its validation, or put it back", _ASIDE_EXAMPLE, _quarantine)

@@ -18,8 +18,10 @@ from pathlib import Path
 from flows.api import ask, fault_of, is_registered, workers_alive
 from flows.numbers import size
 from flows.operate import AUTOMATION, POOL
+from storage.errors import ArtifactsFolderError
 from storage.file_systems import file_system_of, is_local
 from storage.locks import FileLock
+from storage.roots import artifacts_at
 
 _LIBRARIES = ("torch", "prefect", "zarr", "safetensors", "numpy", "pydantic", "peft", "bitsandbytes", "torchao")
 _LITTLE_BYTES = 2**30
@@ -49,7 +51,8 @@ def examine(root: str, *, as_json: bool) -> int:
     Returns:
         0 if all works, else 1.
     """
-    folder = _existing(Path(root).absolute())
+    artifacts = artifacts_at(root)
+    folder = _existing(artifacts.root)
     looks: dict[str, Callable[[], tuple[bool, str]]] = {
         "python": lambda: (True, f"{platform.python_version()}, stackwise {version('stackwise')}"),
         "libraries": _look_at_libraries,
@@ -59,6 +62,8 @@ def examine(root: str, *, as_json: bool) -> int:
         "locks": lambda: _look_at_locks(folder),
         "prefect": _look_at_prefect,
     }
+    if artifacts.is_remote:
+        looks["object store"] = lambda: _look_at_objects(artifacts.uri)
     findings: list[Finding] = []
     for what, look in looks.items():
         try:
@@ -147,6 +152,15 @@ def _other_gets(path: str) -> int:
     return subprocess.run(
         [sys.executable, "-S", "-c", _TRY_LOCK, path], check=False, stderr=subprocess.DEVNULL
     ).returncode
+
+
+def _look_at_objects(uri: str) -> tuple[bool, str]:
+    from storage.objects.probe import probe
+
+    try:
+        return True, probe(uri)
+    except ArtifactsFolderError as error:
+        return False, str(error)
 
 
 def _look_at_prefect() -> tuple[bool, str]:

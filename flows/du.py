@@ -12,7 +12,8 @@ from flows.numbers import size
 from flows.terminal import plain_table
 from storage.layout import Artifacts
 from storage.reach import find_reach
-from storage.survey import bytes_below, survey
+from storage.roots import artifacts_at
+from storage.survey import survey, weigher
 
 
 @dataclass(frozen=True)
@@ -41,33 +42,33 @@ def measure(artifacts: Artifacts) -> Usage:
     Raises:
         ArtifactCorruptError: a run's record cannot be read.
     """
-    root, reach = artifacts.root, find_reach(artifacts)
+    weigh, reach = weigher(artifacts), find_reach(artifacts)
     held = {found.path.name: found.n_bytes for found in survey(artifacts)}
     readers = Counter(name for names in reach.runs.values() for name in names)
     runs: list[RunBytes] = []
     for run, names in reach.runs.items():
         shared = sum(held.get(name, 0) for name in names if readers[name] > 1)
         alone = sum(held.get(name, 0) for name in names if readers[name] == 1)
-        record = bytes_below(root / "runs" / run)
+        record = weigh(f"runs/{run}")
         runs.append(RunBytes(run, shared + alone + record, shared, alone + record))
     places = {
         "reached by one run": sum(n_bytes for name, n_bytes in held.items() if readers[name] == 1),
         "reached by several runs": sum(n_bytes for name, n_bytes in held.items() if readers[name] > 1),
         "pinned only": sum(n for name, n in held.items() if not readers[name] and name in reach.pinned),
         "reached by no run": sum(n for name, n in held.items() if not readers[name] and name not in reach.pinned),
-        "records of runs": bytes_below(root / "runs"),
-        **{room: bytes_below(root / room) for room in ("work", "trash", "quarantine")},
+        "records of runs": weigh("runs"),
+        **{room: weigh(room) for room in ("work", "trash", "quarantine")},
     }
-    total = bytes_below(root)
+    total = weigh("")
     return Usage(total, runs, {**places, "other": total - sum(places.values())})
 
 
 def show_usage(root: str, *, as_json: bool) -> None:
     """Print the bytes of each run, and where all bytes are."""
-    artifacts = Artifacts(root).existing()
+    artifacts = artifacts_at(root).existing()
     usage = measure(artifacts)
     if as_json:
-        print(json.dumps({"artifacts": str(artifacts.root), **asdict(usage)}, indent=1))
+        print(json.dumps({"artifacts": artifacts.uri, **asdict(usage)}, indent=1))
         return
     runs = plain_table("run", "|total", "|shared", "|unique")
     for run in usage.runs:

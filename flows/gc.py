@@ -16,6 +16,7 @@ from storage.collect import Collection, collect, plan_collection
 from storage.layout import Artifacts
 from storage.manifest import read_manifest
 from storage.reach import pin, pins, unpin
+from storage.roots import artifacts_at
 
 
 def collect_garbage(root: str, *, keep_last: int | None, superseded: bool, dry_run: bool, as_json: bool) -> None:
@@ -34,7 +35,7 @@ def collect_garbage(root: str, *, keep_last: int | None, superseded: bool, dry_r
     """
     if keep_last is not None and keep_last < 0:
         raise ConfigError([Fault("--keep-last", str(keep_last), "a number of runs, 0 or more")])
-    artifacts = Artifacts(root).existing()
+    artifacts = artifacts_at(root).existing()
     work = plan_collection if dry_run else collect
     collection = work(artifacts, keep_last, newest_only=superseded)
     if as_json:
@@ -45,13 +46,13 @@ def collect_garbage(root: str, *, keep_last: int | None, superseded: bool, dry_r
 
 def change_pins(root: str, to_pin: str | None, to_unpin: str | None) -> None:
     """Pin an artifact or take a pin back, and say what is pinned."""
-    artifacts = Artifacts(root).existing()
+    artifacts = artifacts_at(root).existing()
     with among_others(artifacts, lambda holder: print(f"waiting for {holder}", file=sys.stderr)):
         if to_pin is not None:
             folder = find_artifact(artifacts, to_pin)
             ref = read_manifest(folder).ref
             if artifacts.folder(ref) != folder:
-                raise ConfigError([Fault("--pin", repr(to_pin), f"an artifact of {artifacts.root} is expected")])
+                raise ConfigError([Fault("--pin", repr(to_pin), f"an artifact of {artifacts.uri} is expected")])
             pin(artifacts, ref)
         if to_unpin is not None:
             unpin(artifacts, to_unpin)
@@ -61,10 +62,11 @@ def change_pins(root: str, to_pin: str | None, to_unpin: str | None) -> None:
 
 def _document(artifacts: Artifacts, collection: Collection, dry_run: bool) -> dict[str, object]:
     items = [
-        {"path": str(removal.path), "bytes": removal.n_bytes, "why": removal.why} for removal in collection.removals
+        {"path": artifacts.place(removal.path), "bytes": removal.n_bytes, "why": removal.why}
+        for removal in collection.removals
     ]
     return {
-        "artifacts": str(artifacts.root),
+        "artifacts": artifacts.uri,
         "dry_run": dry_run,
         "bytes": collection.n_bytes,
         "items": items,

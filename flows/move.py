@@ -16,6 +16,7 @@ from storage.errors import ArtifactsFolderError
 from storage.layout import Artifacts
 from storage.manifest import read_manifest
 from storage.reach import made_from, pin, planned
+from storage.roots import artifacts_at
 from storage.runs import run_names
 
 
@@ -43,14 +44,14 @@ def copy(from_root: str, to_root: str, names: list[str]) -> None:
         ArtifactError: one is missing or damaged, or there with other bytes; nothing is put in place then.
         ConfigError: source and target are one, or another run of a name is there.
     """
-    source = Artifacts(from_root).existing()
-    if source.root.resolve() == Artifacts(to_root).root.resolve():
+    source = artifacts_at(from_root).existing()
+    if source.root.resolve() == artifacts_at(to_root).root.resolve():
         raise ConfigError([Fault("URI", repr(to_root), "another artifacts folder is expected than --artifacts")])
     with ExitStack() as stack:
         with suppress(ArtifactsFolderError):  # one that cannot be written: nobody removes anything there
             stack.enter_context(among_others(source, _tell_waiting))
         load = _find(source, names)
-        target = Artifacts(to_root).open()
+        target = artifacts_at(to_root).open()
         stack.enter_context(among_others(target, _tell_waiting))
         _copy(source, target, load)
 
@@ -76,19 +77,26 @@ def _copy(source: Artifacts, target: Artifacts, load: _Load) -> None:
     for run in load.runs:
         attempts_to_copy(source, target, run)  # raises before the first byte
     check_room(source, target, lacking)
-    n_bytes = 0
-    for ref in lacking:
-        copied = copy_artifact(source, target, ref, _tell_waiting)
-        print(f"{size(copied):>10}  {ref.name}")
-        n_bytes += copied
+    n_bytes = _copy_artifacts(source, target, lacking)
     for ref in load.named:
         pin(target, ref)
     for run in load.runs:
         copy_run(source, target, run)
+    # What was there and is not any more: before these records came, it was garbage to a gc of another machine.
+    n_bytes += _copy_artifacts(source, target, to_copy(source, target, load.refs, frozenset(load.named)))
     there = len(set(load.refs)) - len(lacking)
     runs = f", runs {', '.join(load.runs)}" if load.runs else ""
     skipped = f", {there} there already or never made" if there else ""
-    print(f"copied {len(lacking)} artifacts, {size(n_bytes)}{skipped}{runs}: {source.root} -> {target.root}")
+    print(f"copied {len(lacking)} artifacts, {size(n_bytes)}{skipped}{runs}: {source.uri} -> {target.uri}")
+
+
+def _copy_artifacts(source: Artifacts, target: Artifacts, refs: list[Ref]) -> int:
+    n_bytes = 0
+    for ref in refs:
+        copied = copy_artifact(source, target, ref, _tell_waiting)
+        print(f"{size(copied):>10}  {ref.name}")
+        n_bytes += copied
+    return n_bytes
 
 
 def _tell_waiting(holder: str) -> None:

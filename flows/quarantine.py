@@ -11,17 +11,17 @@ from rich.console import Console
 from flows.numbers import size
 from flows.terminal import plain_table
 from storage.alone import among_others
-from storage.layout import Artifacts
-from storage.quarantine import find_quarantined, quarantined, release
+from storage.quarantine import drop, find_quarantined, quarantined, release
+from storage.roots import artifacts_at
 
 
 def show_quarantine(root: str, *, as_json: bool) -> None:
     """Print what is in quarantine, since when and why."""
-    artifacts = Artifacts(root).existing()
+    artifacts = artifacts_at(root).existing()
     found = quarantined(artifacts)
     if as_json:
-        entries = [{**asdict(entry), "path": str(entry.path)} for entry in found]
-        print(json.dumps({"artifacts": str(artifacts.root), "quarantine": entries}, indent=1))
+        entries = [{**asdict(entry), "path": artifacts.place(entry.path)} for entry in found]
+        print(json.dumps({"artifacts": artifacts.uri, "quarantine": entries}, indent=1))
         return
     table = plain_table("what", "since", "|size", "why")
     for entry in found:
@@ -31,19 +31,18 @@ def show_quarantine(root: str, *, as_json: bool) -> None:
 
 def release_from_quarantine(root: str, name: str) -> None:
     """Put an artifact back, if every byte is as sealed and nothing is in its place."""
-    artifacts = Artifacts(root).existing()
+    artifacts = artifacts_at(root).existing()
     with among_others(artifacts, _tell_waiting):
         manifest = release(artifacts, find_quarantined(artifacts, name))
-    print(f"{manifest.ref.name} is back in {artifacts.folder(manifest.ref)}; the next run validates it again")
+    print(f"{manifest.ref.name} is back in {artifacts.where(manifest.ref)}; the next run validates it again")
 
 
 def drop_from_quarantine(root: str, name: str) -> None:
     """Delete an artifact in quarantine."""
-    artifacts = Artifacts(root).existing()
+    artifacts = artifacts_at(root).existing()
     with among_others(artifacts, _tell_waiting):
         path = find_quarantined(artifacts, name)
-        artifacts.to_trash(path)
-        artifacts.empty_trash()
+        drop(artifacts, path)
     print(f"{path.name} is deleted")
 
 

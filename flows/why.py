@@ -14,6 +14,7 @@ from stackwise_core.plan import plan_run
 from storage.differences import Difference, Known, known_recipes
 from storage.errors import ArtifactMissingError
 from storage.layout import Artifacts
+from storage.roots import artifacts_at
 
 
 def explain(root: str, name: str, config: StackWiseConfig | None, *, as_json: bool) -> None:
@@ -28,7 +29,7 @@ def explain(root: str, name: str, config: StackWiseConfig | None, *, as_json: bo
     Raises:
         ArtifactMissingError: nobody knows of it. ConfigError: several begin so.
     """
-    artifacts = Artifacts(root).existing()
+    artifacts = artifacts_at(root).existing()
     recipes = known_recipes(artifacts)
     wanted = Path(name).name
     if config is not None:
@@ -54,7 +55,7 @@ def explain(root: str, name: str, config: StackWiseConfig | None, *, as_json: bo
 def _one(found: list[Known], name: str, artifacts: Artifacts) -> Known:
     if not found:
         remedy = "See `stackwise status RUN`; for one that no run has planned yet, give its configuration after it"
-        raise ArtifactMissingError(name, f"is no artifact of {artifacts.root}, nor planned by a run", remedy)
+        raise ArtifactMissingError(name, f"is no artifact of {artifacts.uri}, nor planned by a run", remedy)
     if len(found) > 1:
         names = ", ".join(sorted(known.ref.name for known in found)[:5])
         raise ConfigError([Fault("ID", repr(name), f"{len(found)} artifacts begin so: {names}")])

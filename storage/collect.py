@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from storage.durable import TEMPORARY_SUFFIX
 from storage.layout import Artifacts
 from storage.locks import is_held
 from storage.reach import find_reach, newest_first
+from storage.roots import as_remote
 from storage.runs import run_names
 from storage.survey import Found, bytes_below, is_artifact_name, survey
 
-_HALF, _UNREACHED, _UNSEALED = "half-written", "no run reaches it", "never sealed"
+_HALF, UNREACHED, _UNSEALED = "half-written", "no run reaches it", "never sealed"
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,15 @@ def plan_collection(artifacts: Artifacts, keep_last: int | None = None, *, newes
         ArtifactCorruptError: a run's record or a pin cannot be read, so nobody knows what must stay.
         ConfigError: there is no run at all, and it was not said that all may go.
     """
-    runs, found = newest_first(artifacts), survey(artifacts)
-    kept = runs if keep_last is None else runs[:keep_last]
-    reached = find_reach(artifacts, kept, newest_only=newest_only).names
-    if not runs and keep_last is None and any(entry.path.name not in reached for entry in found if entry.manifest):
-        nothing = "holds artifacts and no run, so only what is pinned would stay; if that is meant, say --keep-last 0"
-        raise ConfigError([Fault("--artifacts", str(artifacts.root), nothing)])
-    collection, root = Collection(), artifacts.root
-    why = f"not among the last {keep_last} runs"
-    collection.removals += [_removal(root / "runs" / name, why) for name in runs if name not in kept]
-    collection.removals += _of_runs(root / "runs", set(kept), set(runs))
+    remote = as_remote(artifacts)
+    if remote is not None:
+        from storage.objects import collect as objects
+
+        return objects.plan_objects(remote, keep_last, newest_only=newest_only)
+    found = survey(artifacts)
+    collection, kept, reached = what_stays(artifacts, found, keep_last, newest_only=newest_only)
+    root = artifacts.root
+    collection.removals += _of_runs(root / "runs", set(kept), set(run_names(artifacts)))
     for entry in found:
         _judge(entry, entry.path.name in reached, collection)
     sealed = {entry.path.name for entry in found if entry.standing == "sealed"}
@@ -75,6 +75,34 @@ def plan_collection(artifacts: Artifacts, keep_last: int | None = None, *, newes
     if aside := list((root / "quarantine").glob("*")):
         collection.notes.append(f"{len(aside)} in quarantine stay: see `stackwise quarantine`")
     return collection
+
+
+def what_stays(
+    artifacts: Artifacts,
+    found: Iterable[Found],
+    keep_last: int | None,
+    *,
+    newest_only: bool,
+    live: Iterable[str] = (),
+) -> tuple[Collection, list[str], frozenset[str]]:
+    """Return the removal of runs that do not count, the runs that do, and the names of what these reach.
+
+    Args:
+        artifacts: where.
+        found: what is there.
+        keep_last: only so many runs count.
+        newest_only: of each run only the newest attempt counts.
+        live: runs that count however old they are.
+    """
+    runs = newest_first(artifacts)
+    kept = runs if keep_last is None else [name for name in runs if name in {*runs[:keep_last], *live}]
+    reached = find_reach(artifacts, kept, newest_only=newest_only).names
+    if not runs and keep_last is None and any(entry.path.name not in reached for entry in found if entry.manifest):
+        nothing = "holds artifacts and no run, so only what is pinned would stay; if that is meant, say --keep-last 0"
+        raise ConfigError([Fault("--artifacts", artifacts.uri, nothing)])
+    why, folder = f"not among the last {keep_last} runs", artifacts.root / "runs"
+    removals = [_removal(folder / name, why) for name in runs if name not in kept]
+    return Collection(removals), kept, reached
 
 
 def collect(artifacts: Artifacts, keep_last: int | None = None, *, newest_only: bool = False) -> Collection:
@@ -86,6 +114,10 @@ def collect(artifacts: Artifacts, keep_last: int | None = None, *, newest_only: 
     Raises:
         RunBusyError: a run or another gc is at work. Others as `plan_collection`; nothing was removed then.
     """
+    if (remote := as_remote(artifacts)) is not None:
+        from storage.objects import collect as objects
+
+        return objects.collect_objects(remote, keep_last, newest_only=newest_only)
     with alone(artifacts):
         collection = plan_collection(artifacts, keep_last, newest_only=newest_only)
         trash = artifacts.root / "trash"
@@ -123,17 +155,23 @@ def _halves(folder: Path) -> Iterator[Removal]:
 
 def _judge(entry: Found, reached: bool, collection: Collection) -> None:
     """Decide on what lies in a room of artifacts: what cannot be believed is not removed on its word."""
-    if entry.standing == "damaged":
-        collection.damaged.append(f"{entry.path}: {entry.problem}; it stays, look at it and remove it yourself")
-    elif entry.standing == "foreign":
-        collection.notes.append(f"{entry.path}: {entry.problem}; it stays")
+    if entry.standing in ("damaged", "foreign"):
+        keep_doubtful(entry, str(entry.path), collection)
     elif entry.standing == "unsealed":
         collection.removals.append(_removal(entry.path, _UNSEALED))
     elif not reached:
-        collection.removals.append(_removal(entry.path, _UNREACHED))
+        collection.removals.append(_removal(entry.path, UNREACHED))
     else:
         why = "data of a retired artifact" if entry.standing == "retired" else _HALF
         collection.removals += [_removal(path, why) for path in entry.unlisted()]
+
+
+def keep_doubtful(entry: Found, where: str, collection: Collection) -> None:
+    """Name what stays because nobody knows what it is."""
+    if entry.standing == "damaged":
+        collection.damaged.append(f"{where}: {entry.problem}; it stays, look at it and remove it yourself")
+    else:
+        collection.notes.append(f"{where}: {entry.problem}; it stays")
 
 
 def _of_work(folder: Path, reached: frozenset[str], sealed: set[str], collection: Collection) -> None:
@@ -154,7 +192,7 @@ def leftovers(artifacts: Artifacts) -> list[str]:
         ArtifactCorruptError: a run's record or a pin cannot be read.
     """
     collection = plan_collection(artifacts, keep_last=len(run_names(artifacts)))
-    found = [removal for removal in collection.removals if removal.why != _UNREACHED]
+    found = [removal for removal in collection.removals if removal.why != UNREACHED]
     if is_held(artifacts.root / "locks" / "gc"):
         found = [removal for removal in found if _is_nobodys(artifacts, removal)]
     return [f"{entry.path}: {entry.why}; `stackwise gc` removes it" for entry in found] + collection.notes

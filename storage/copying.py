@@ -13,7 +13,7 @@ from stackwise_core.identity import Ref
 from storage.durable import TEMPORARY_SUFFIX, explain_full_disk, sync, sync_tree, write_bytes
 from storage.errors import ArtifactCorruptError, ArtifactMissingError, StoreSpaceError
 from storage.layout import Artifacts, State
-from storage.manifest import KINDS, MANIFEST, RETIRED, FileEntry, Manifest, read_manifest
+from storage.manifest import KINDS, MANIFEST, RETIRED, FileEntry, Manifest
 from storage.runs import PLANS_LOCK, Attempt, attempts
 from storage.verify import checksum_file
 
@@ -42,8 +42,8 @@ def _is_lacking(source: Artifacts, target: Artifacts, ref: Ref, named: frozenset
     there = _manifest(target, ref)
     if there.digest != here.digest:
         raise ArtifactCorruptError(
-            target.folder(ref),
-            f"holds other bytes than {source.folder(ref)} ({there.digest[:12]}, there {here.digest[:12]}): "
+            target.where(ref),
+            f"holds other bytes than {source.where(ref)} ({there.digest[:12]}, there {here.digest[:12]}): "
             "the same recipe, computed on another machine",
             "Nothing was copied. Use another folder, or remove it and what was made from it",
         )
@@ -52,8 +52,8 @@ def _is_lacking(source: Artifacts, target: Artifacts, ref: Ref, named: frozenset
 
 def _manifest(artifacts: Artifacts, ref: Ref) -> Manifest:
     """Return the manifest of a sealed or a retired artifact."""
-    if artifacts.state(ref) is State.RETIRED:
-        return read_manifest(artifacts.folder(ref), ref)
+    if artifacts.state(ref) is State.RETIRED and (manifest := artifacts.known(ref)) is not None:
+        return manifest
     return artifacts.manifest(ref)
 
 
@@ -80,7 +80,7 @@ def copy_artifact(source: Artifacts, target: Artifacts, ref: Ref, on_wait: Calla
     Raises:
         ArtifactCorruptError: what arrived is not what was sealed; nothing is put in place.
     """
-    manifest, folder = _manifest(source, ref), source.folder(ref)
+    manifest, folder = _manifest(source, ref), source.brought(ref)
     retired = source.state(ref) is State.RETIRED
     work = target.root / "work" / f"{ref.name}.incoming"
     with target.lock(ref.name, on_wait=on_wait):
@@ -165,14 +165,19 @@ def copy_run(source: Artifacts, target: Artifacts, run: str) -> None:
     """Copy the record of a run, after its artifacts: the target then knows it as its own."""
     with target.lock(PLANS_LOCK):
         for attempt in attempts_to_copy(source, target, run):
-            folder = target.root / "runs" / run / "attempts" / attempt.folder.name
-            folder.mkdir(parents=True, exist_ok=True)
             for name in _RECORDS:
-                if (attempt.folder / name).exists():
-                    write_bytes(folder / name, (attempt.folder / name).read_bytes())
+                _copy_record(target, run, attempt, name)
         for attempt in attempts(source, run):  # one that was under way when it was copied before
-            outcome = target.root / "runs" / run / "attempts" / attempt.folder.name / "outcome.json"
-            if attempt.outcome is not None and not outcome.exists():
-                write_bytes(outcome, (attempt.folder / outcome.name).read_bytes())
-        newest = attempts(target, run)[-1].folder.name
-        write_bytes(target.root / "runs" / run / "current", f"{newest}\n".encode())
+            _copy_record(target, run, attempt, "outcome.json")
+        current = target.root / "runs" / run / "current"
+        write_bytes(current, f"{attempts(target, run)[-1].folder.name}\n".encode())
+        target.share(current)
+
+
+def _copy_record(target: Artifacts, run: str, attempt: Attempt, name: str) -> None:
+    """Copy a file of an attempt, if there is one and the target has none."""
+    source, path = attempt.folder / name, target.root / "runs" / run / "attempts" / attempt.folder.name / name
+    if source.exists() and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, source.read_bytes())
+        target.share(path)

@@ -144,12 +144,23 @@ class Artifacts:
         return None
 
     def share(self, path: Path) -> None:
-        """Let other machines see a file of a run."""
+        """Let other machines see a file of a run, or a pin."""
+
+    def unshare(self, path: Path) -> None:
+        """Let other machines see it no more."""
 
     def refresh_runs(self) -> None:
-        """See what other machines shared."""
+        """See what other machines shared, and what they removed."""
+
+    def brought(self, ref: Ref) -> Path:
+        """Return the folder of an artifact, all files of it on this machine."""
+        return self.folder(ref)
 
     # ------------------------------------------------------------ names
+
+    def place(self, path: Path) -> str:
+        """Return what messages call a path below the root."""
+        return str(path)
 
     def folder(self, ref: Ref) -> Path:
         """Return where the sealed artifact lives."""
@@ -218,6 +229,15 @@ class Artifacts:
             return self.manifest(ref)
         except ArtifactError:
             return None
+
+    def known(self, ref: Ref) -> Manifest | None:
+        """Return the manifest of an artifact, sealed or retired, its files not looked at; None: it has none.
+
+        Raises:
+            ArtifactCorruptError: it cannot be believed.
+        """
+        folder = self.folder(ref)
+        return read_manifest(folder, ref) if (folder / MANIFEST).exists() else None
 
     def _read_sealed(self, folder: Path, ref: Ref) -> Manifest:
         self._refuse_absent(folder)

@@ -5,13 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stackwise_core.errors import ConfigError, Fault
 from storage.errors import ArtifactCorruptError, ArtifactMissingError
 from storage.layout import REASON, Artifacts, State
 from storage.manifest import Manifest, read_manifest
+from storage.roots import as_remote
 from storage.survey import bytes_below
 from storage.verify import verify_files
+
+if TYPE_CHECKING:
+    from storage.objects.remote import RemoteArtifacts
+
+STAYS = "It stays in quarantine; `stackwise quarantine --drop` removes it"
+"""What to do about damage."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,10 @@ class Quarantined:
 
 def quarantined(artifacts: Artifacts) -> list[Quarantined]:
     """Return what is in quarantine, sorted by name."""
+    if (remote := as_remote(artifacts)) is not None:
+        from storage.objects.quarantine import quarantined_objects
+
+        return quarantined_objects(remote)
     return [_look_at(path) for path in sorted((artifacts.root / "quarantine").glob("*"))]
 
 
@@ -46,7 +58,9 @@ def find_quarantined(artifacts: Artifacts, name: str) -> Path:
     found = [entry.path for entry in quarantined(artifacts) if entry.path.name.startswith(name)]
     exact = [path for path in found if path.name == name] or found
     if not exact:
-        raise ArtifactMissingError(name, f"is not in {artifacts.root / 'quarantine'}", "See `stackwise quarantine`")
+        raise ArtifactMissingError(
+            name, f"is not in {artifacts.place(artifacts.root / 'quarantine')}", "See `stackwise quarantine`"
+        )
     if len(exact) > 1:
         names = ", ".join(path.name for path in exact)
         raise ConfigError([Fault("ID", repr(name), f"{len(exact)} in quarantine begin so: {names}")])
@@ -59,16 +73,41 @@ def release(artifacts: Artifacts, path: Path) -> Manifest:
     Raises:
         ArtifactCorruptError: a byte differs. ConfigError: an artifact is in its place already.
     """
+    remote = as_remote(artifacts)
+    manifest = _checked(path) if remote is None else _checked_objects(remote, path)
+    with artifacts.lock(manifest.ref.name):
+        state = artifacts.state(manifest.ref)
+        if state is not State.ABSENT:
+            taken = f"{artifacts.where(manifest.ref)} is there, {state.value}; remove one of the two"
+            raise ConfigError([Fault("--release", repr(path.name), taken)])
+        (path / REASON).unlink(missing_ok=True)  # it is not sealed; a kill here leaves it in quarantine, unexplained
+        artifacts.adopt(manifest.ref, path)
+    if remote is not None:
+        drop(artifacts, path)
+    return manifest
+
+
+def drop(artifacts: Artifacts, path: Path) -> None:
+    """Delete what is in quarantine. Hold `among_others`."""
+    if (remote := as_remote(artifacts)) is not None:
+        from storage.objects.quarantine import drop_objects
+
+        drop_objects(remote, path.name)
+    if path.exists():
+        artifacts.to_trash(path)
+        artifacts.empty_trash()
+
+
+def _checked(path: Path) -> Manifest:
     manifest = read_manifest(path)
     problems = [line for line in verify_files(path, manifest.checksums()) if not line.startswith(f"{path / REASON}: ")]
     if problems:
         where, _, problem = problems[0].partition(": ")
-        raise ArtifactCorruptError(where, problem, "It stays in quarantine; `stackwise quarantine --drop` removes it")
-    with artifacts.lock(manifest.ref.name):
-        state = artifacts.state(manifest.ref)
-        if state is not State.ABSENT:
-            taken = f"{artifacts.folder(manifest.ref)} is there, {state.value}; remove one of the two"
-            raise ConfigError([Fault("--release", repr(path.name), taken)])
-        (path / REASON).unlink(missing_ok=True)  # it is not sealed; a kill here leaves it in quarantine, unexplained
-        artifacts.adopt(manifest.ref, path)
+        raise ArtifactCorruptError(where, problem, STAYS)
     return manifest
+
+
+def _checked_objects(remote: RemoteArtifacts, path: Path) -> Manifest:
+    from storage.objects.quarantine import bring
+
+    return bring(remote, path, STAYS)

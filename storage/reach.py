@@ -11,10 +11,9 @@ from stackwise_core.identity import Ref
 from storage.durable import write_text
 from storage.errors import ArtifactCorruptError, ArtifactMissingError
 from storage.layout import Artifacts
-from storage.manifest import MANIFEST, read_manifest
 from storage.runs import attempts, run_names
 
-_PINS = "pins"
+PINS = "pins"
 """Folder of one small file for each pin: its name is the artifact's, its text the whole id."""
 
 
@@ -72,9 +71,8 @@ def made_from(artifacts: Artifacts, refs: Iterable[Ref]) -> list[Ref]:
         if ref in found:
             continue
         found[ref] = None
-        folder = artifacts.folder(ref)
-        if (folder / MANIFEST).exists():
-            to_ask += [entry.ref for entry in read_manifest(folder, ref).inputs]
+        if (manifest := artifacts.known(ref)) is not None:
+            to_ask += [entry.ref for entry in manifest.inputs]
     return list(found)
 
 
@@ -87,7 +85,7 @@ def pins(artifacts: Artifacts) -> list[Ref]:
     Raises:
         ArtifactCorruptError: a pin cannot be read.
     """
-    return [_read_pin(path) for path in sorted((artifacts.root / _PINS).glob("*.json"))]
+    return [_read_pin(path) for path in sorted((artifacts.root / PINS).glob("*.json"))]
 
 
 def _read_pin(path: Path) -> Ref:
@@ -99,9 +97,11 @@ def _read_pin(path: Path) -> Ref:
 
 def pin(artifacts: Artifacts, ref: Ref) -> None:
     """Keep an artifact, and all it was made from, whatever becomes of the runs."""
-    folder = artifacts.root / _PINS
+    folder = artifacts.root / PINS
     folder.mkdir(exist_ok=True)
-    write_text(folder / f"{ref.name}.json", ref.model_dump_json() + "\n")
+    path = folder / f"{ref.name}.json"
+    write_text(path, ref.model_dump_json() + "\n")
+    artifacts.share(path)
 
 
 def unpin(artifacts: Artifacts, name: str) -> Ref:
@@ -118,5 +118,7 @@ def unpin(artifacts: Artifacts, name: str) -> Ref:
     if len(exact) > 1:
         names = ", ".join(ref.name for ref in exact)
         raise ConfigError([Fault("--unpin", repr(name), f"{len(exact)} pins begin so: {names}")])
-    (artifacts.root / _PINS / f"{exact[0].name}.json").unlink()
+    path = artifacts.root / PINS / f"{exact[0].name}.json"
+    artifacts.unshare(path)
+    path.unlink()
     return exact[0]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from storage.layout import Artifacts
+
+if TYPE_CHECKING:
+    from storage.objects.remote import RemoteArtifacts
 
 
 def artifacts_at(root: Path | str) -> Artifacts:
@@ -14,3 +18,13 @@ def artifacts_at(root: Path | str) -> Artifacts:
 
         return RemoteArtifacts(str(root))
     return Artifacts(root)
+
+
+def as_remote(artifacts: Artifacts) -> RemoteArtifacts | None:
+    """Return artifacts in an object store as what they are; None: they are in a folder."""
+    if not artifacts.is_remote:
+        return None
+    from storage.objects.remote import RemoteArtifacts
+
+    assert isinstance(artifacts, RemoteArtifacts)
+    return artifacts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from storage.durable import TEMPORARY_SUFFIX
 from storage.errors import ArtifactCorruptError, ArtifactError
 from storage.layout import FOLDERS, Artifacts
 from storage.manifest import MANIFEST, RETIRED, Manifest, read_manifest
+from storage.roots import as_remote
 
 Standing = Literal["sealed", "retired", "damaged", "unsealed", "foreign"]
 
@@ -46,8 +48,10 @@ class Found:
         return sorted(path for path in halves if path.relative_to(self.path).as_posix() not in listed)
 
 
-def survey(artifacts: Artifacts) -> list[Found]:
+def survey(artifacts: Artifacts) -> Sequence[Found]:
     """Return everything in the rooms of artifacts, sorted by room and name."""
+    if (remote := as_remote(artifacts)) is not None:
+        return remote.survey(remote.listing())
     rooms = [artifacts.root / room for room in FOLDERS.values()]
     return [_look_at(artifacts, path) for room in rooms if room.is_dir() for path in sorted(room.iterdir())]
 
@@ -62,6 +66,17 @@ def bytes_below(path: Path) -> int:
     if path.is_symlink() or not path.is_dir():
         return _size(path)
     return sum(_size(Path(parent, name)) for parent, _, names in os.walk(path) for name in names)
+
+
+def weigher(artifacts: Artifacts) -> Callable[[str], int]:
+    """Return what tells the bytes below a path relative to the root, '' for all of them.
+
+    Of an object store it is what is in the bucket, at one moment.
+    """
+    if (remote := as_remote(artifacts)) is not None:
+        listing = remote.listing()
+        return lambda name: sum(entry.size for entry in listing.below(name).values()) if name else listing.n_bytes
+    return lambda name: bytes_below(artifacts.root / name)
 
 
 def _size(path: Path) -> int:

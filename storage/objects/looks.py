@@ -82,7 +82,7 @@ class Looks:
             if MANIFEST not in listed:
                 return None
             try:
-                entry, manifest = self._manifest(key, listed[MANIFEST], ref)
+                entry, manifest = self.manifest(key, listed[MANIFEST], ref)
             except FileNotFoundError:
                 continue  # deleted in between
             if entry.version == listed[MANIFEST].version:  # else it was replaced in between
@@ -97,7 +97,12 @@ class Looks:
         """Return the files of an artifact."""
         return ObjectFolder(self._bucket, look.key, look.manifest.attempt)
 
-    def _manifest(self, key: str, listed: Entry, ref: Ref | None) -> tuple[Entry, Manifest]:
+    def manifest(self, key: str, listed: Entry, ref: Ref | None = None) -> tuple[Entry, Manifest]:
+        """Return the manifest of an artifact that a listing shows, and what was read of its object.
+
+        Raises:
+            FileNotFoundError: it was removed since. ArtifactCorruptError: as `now`.
+        """
         known = self._manifests.get(key)
         if known is None or known[0].version != listed.version or (ref is not None and known[1].ref != ref):
             path = f"{key}/{MANIFEST}"

@@ -44,7 +44,8 @@ from storage.objects.bucket import FEW_RETRIES, Bucket
 from storage.objects.folder import ObjectFolder, names_missing
 from storage.objects.looks import Look, Looks, key_of
 from storage.objects.scratch import scratch_of
-from storage.objects.shared_runs import OUTCOME, refresh, share_file
+from storage.objects.shared_runs import OUTCOME, refresh, share_file, unshare_file
+from storage.objects.survey import FoundObjects, Listing
 
 _LOOKS_AT_ONCE = 16
 
@@ -69,6 +70,10 @@ class RemoteArtifacts(Artifacts):
     def where(self, ref: Ref) -> str:
         """Return the URI of an artifact."""
         return self.bucket.where(key_of(ref))
+
+    def place(self, path: Path) -> str:
+        """Return the URI of what the scratch folder mirrors at a path."""
+        return self.bucket.where(path.relative_to(self.root).as_posix())
 
     # ------------------------------------------------------------ opening
 
@@ -152,9 +157,38 @@ class RemoteArtifacts(Artifacts):
         """Put a file of a run; how it ended must not hold up its end."""
         share_file(self._brief if path.name == OUTCOME else self.bucket, self.root, path)
 
+    def unshare(self, path: Path) -> None:
+        """Delete the object of a file."""
+        unshare_file(self.bucket, self.root, path)
+
     def refresh_runs(self) -> None:
-        """Bring the records of runs that other machines wrote."""
+        """Bring the records of runs and the pins that other machines wrote, and drop those they removed."""
         refresh(self.bucket, self.root)
+
+    def brought(self, ref: Ref) -> Path:
+        """Return the scratch folder of an artifact, all files of it brought there and compared as they arrive."""
+        look = self._looks.now(ref)
+        if look is not None and not look.retired:
+            self._looks.folder(look).fetch_missing(self.folder(ref), look.manifest.checksums())
+        return self.folder(ref)
+
+    # ------------------------------------------------------------ the bucket as a whole
+
+    def listing(self) -> Listing:
+        """Return everything in the bucket, as it is now."""
+        return Listing(self.bucket)
+
+    def survey(self, listing: Listing) -> list[FoundObjects]:
+        """Return what lies in the rooms of artifacts."""
+        return listing.artifacts(self.root, self._looks)
+
+    def look(self, key: str) -> Look | None:
+        """Return what the bucket says now of the artifact under a key; None if it is not sealed."""
+        return self._looks.at(key)
+
+    def forget(self) -> None:
+        """Let no look of before count."""
+        self._looks.forget()
 
     # ------------------------------------------------------------ state
 
@@ -182,6 +216,11 @@ class RemoteArtifacts(Artifacts):
             ArtifactMissingError, ArtifactUnsealedError, ArtifactCorruptError: each names the URI and the remedy.
         """
         return self._sealed(ref).manifest
+
+    def known(self, ref: Ref) -> Manifest | None:
+        """Return the manifest of an artifact, sealed or retired; None if it has none."""
+        look = self._looks.now(ref)
+        return look.manifest if look else None
 
     def _sealed(self, ref: Ref) -> Look:
         look = self._looks.recent(ref)
@@ -280,18 +319,31 @@ class RemoteArtifacts(Artifacts):
             kept = f"{ref.name} is made and kept in {work}, and its upload goes on where it was"
             raise ObjectStoreError(error.reason, kept) from None
         self._found_at_begin.pop(ref, None)
+        self._settle(ref, work, won=won)
+        return True
+
+    def adopt(self, ref: Ref, complete: Path) -> None:
+        """Upload a folder that has its manifest, and seal it: a copy, whose bytes were compared as they arrived.
+
+        What is sealed there meanwhile stays; what is retired is replaced.
+        """
+        manifest = read_manifest(complete, ref)
+        won = seals.publish(self.bucket, self._looks, complete, manifest, None)
+        self._settle(ref, complete, won=won)
+
+    def _settle(self, ref: Ref, made: Path, *, won: bool) -> None:
+        """Keep what was made here as the copy that is read, if it is what is sealed."""
         self._looks.forget()
         if not won:
-            self._discard(work)
-            return True
+            self._discard(made)
+            return
         folder = self.folder(ref)
         if folder.exists():
             self._discard(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(work, folder)
+        os.replace(made, folder)
         sync(folder.parent)
-        sync(work.parent)
-        return True
+        sync(made.parent)
 
     def mark_retired(self, ref: Ref) -> None:
         """Take a sealed artifact from its readers, on this and every machine; `retire` then drops the data."""

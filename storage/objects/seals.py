@@ -34,9 +34,12 @@ def publish(bucket: Bucket, looks: Looks, work: Path, ours: Manifest, replaces: 
         return _lost(bucket.where(key), ours, before)
     files = ObjectFolder(bucket, key, ours.attempt)
     there = {name: entry.size for name, entry in bucket.list(files.prefix).items()}
-    files.upload(work, ours.checksums(), there, f"upload-{ours.ref.kind}")
+    if (work / RETIRED).exists():  # a copy of what was retired where it comes from
+        bucket.write(f"{files.prefix}/{RETIRED}", (work / RETIRED).read_bytes())
+    else:
+        files.upload(work, ours.checksums(), there, f"upload-{ours.ref.kind}")
+        bucket.delete([f"{files.prefix}/{RETIRED}"] if RETIRED in there else [])
     if ours_is_there:
-        bucket.delete([f"{files.prefix}/{RETIRED}"])
         return True
     data = (work / MANIFEST).read_bytes()
     if before:
@@ -46,10 +49,10 @@ def publish(bucket: Bucket, looks: Looks, work: Path, ours: Manifest, replaces: 
     # Not by the answer: a request that was repeated on a lost connection may have met its own first success.
     after = looks.now(ours.ref)
     if after is None or after.manifest.seal != ours.seal:
-        _delete_below(bucket, files.prefix)
+        delete_below(bucket, files.prefix)
         return _lost(bucket.where(key), ours, after)
     if before:
-        _delete_below(bucket, looks.folder(before).prefix)
+        delete_below(bucket, looks.folder(before).prefix)
     return True
 
 
@@ -80,8 +83,9 @@ def set_aside(bucket: Bucket, look: Look, looks: Looks, reason: str) -> str:
 def delete_artifact(bucket: Bucket, key: str) -> None:
     """Delete the manifest, so that nobody reads the rest, then the rest."""
     bucket.delete([f"{key}/{MANIFEST}"])
-    _delete_below(bucket, key)
+    delete_below(bucket, key)
 
 
-def _delete_below(bucket: Bucket, prefix: str) -> None:
+def delete_below(bucket: Bucket, prefix: str) -> None:
+    """Delete everything below a key."""
     bucket.delete([f"{prefix}/{name}" for name in bucket.list(prefix)])
