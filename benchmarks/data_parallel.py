@@ -133,4 +133,4 @@ def _serve(pipe: Connection, rank: int, scratch: str, kind: str, d_model: int, b
         while pipe.recv():
             pipe.send(steps())
     except EOFError:
-        dist.destroy_process_group()
+        os._exit(0)  # see `stackwise_core.several.join`

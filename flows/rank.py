@@ -6,36 +6,43 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from flows.children import end_with_parent
 from flows.job import Ending, Job, told
 from flows.progress import Event, Message, StepTaken, listening, request_stop
 from flows.training import train_live_part
 from stackwise_core.errors import StackWiseError, StageInterruptedError
-from stackwise_core.several import joined
+from stackwise_core.several import join
 from storage.durable import write_text
 
 
-def main(path: str) -> int:
-    """Train a share of a job, and write down how it ended; what nobody expected goes to the log as a traceback."""
+def main(path: str) -> NoReturn:
+    """Train a share of a job, write down how it ended, and end; what nobody expected goes to the log as a traceback."""
     end_with_parent()
     job, rank = Job.model_validate_json(Path(path).read_bytes()), int(os.environ["RANK"])
     signal.signal(signal.SIGTERM, lambda number, frame: request_stop())
+    ranks, code = None, 1
     try:
-        ending = _train(job, rank)
+        stage = job.stage
+        with listening(_say if rank == 0 else _keep_still):
+            ranks = join(stage.device, sharded=stage.plan.spec.mode == "joint")
+            trained = train_live_part(stage, job.build, job.folder, ranks)
+        code = _end(job, rank, Ending(attempt=trained.attempt))
     except StackWiseError as error:
         on_request = isinstance(error, StageInterruptedError)
-        ending = Ending(error=str(error), exit_code=error.exit_code, on_request=on_request)
+        code = _end(job, rank, Ending(error=str(error), exit_code=error.exit_code, on_request=on_request))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # `ranks` is still there: see `join`
+
+
+def _end(job: Job, rank: int, ending: Ending) -> int:
     write_text(job.ending_of(rank), ending.model_dump_json())
     return ending.exit_code
-
-
-def _train(job: Job, rank: int) -> Ending:
-    stage = job.stage
-    sharded = stage.plan.spec.mode == "joint"
-    with listening(_say if rank == 0 else _keep_still), joined(stage.device, sharded=sharded) as ranks:
-        trained = train_live_part(stage, job.build, job.folder, ranks)
-    return Ending(attempt=trained.attempt)
 
 
 def _say(event: Event) -> None:
@@ -48,4 +55,4 @@ def _keep_still(event: Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main(sys.argv[1])

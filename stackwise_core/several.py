@@ -6,7 +6,6 @@ Importing this module imports torch.distributed, which takes a second.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
 
 import torch
 import torch.distributed as dist
@@ -21,9 +20,11 @@ from stackwise_core.ranks import Ranks
 from stackwise_core.stage_model import StageModel
 
 
-@contextlib.contextmanager
-def joined(device: torch.device, *, sharded: bool) -> Generator[Ranks]:
-    """Join the processes that torchrun started, for as long as the block runs.
+def join(device: torch.device, *, sharded: bool) -> Ranks:
+    """Join the processes that torchrun started; this one is to end by `os._exit`, without leaving them.
+
+    Taking DDP and gloo apart can wait for ever: a thread of gloo wants Python's lock to drop a tensor, while the
+    main thread, which has it, waits for that thread [seen with torch 2.13.0].
 
     Args:
         device: of this process.
@@ -33,10 +34,7 @@ def joined(device: torch.device, *, sharded: bool) -> Generator[Ranks]:
         torch.cuda.set_device(device)
     # Numbers go over gloo, so that no step waits for the device on their account.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Shards(device) if sharded else Replicas(device)
-    finally:
-        dist.destroy_process_group()
+    return Shards(device) if sharded else Replicas(device)
 
 
 class Several(Ranks):

@@ -47,6 +47,7 @@ def _rank(pipe: Connection, rank: int, store: str) -> None:
     os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     os.fsync = lambda fd: None
     dist.init_process_group("gloo", store=dist.FileStore(store, COUNT), rank=rank, world_size=COUNT)
+    kept: list[Any] = []  # see `join`
     while (message := pipe.recv()) is not None:
         text, stop = message
         job = Job.model_validate_json(text)
@@ -56,12 +57,13 @@ def _rank(pipe: Connection, rank: int, store: str) -> None:
             with stopping_on_signals(), listening(recorder):
                 if stop:
                     request_stop()
-                trained = train_live_part(job.stage, job.build, job.folder, kind(job.stage.device))
+                kept.append(kind(job.stage.device))
+                trained = train_live_part(job.stage, job.build, job.folder, kept[-1])
             steps = [event.step for event in recorder.events if isinstance(event, StepTaken)]
             pipe.send((trained.records, trained.attempt.frozen, steps))
         except StackWiseError as error:
             pipe.send(error)
-    dist.destroy_process_group()
+    os._exit(0)
 
 
 class Pair:
