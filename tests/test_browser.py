@@ -95,6 +95,7 @@ def test_a_run_is_started_by_a_form_followed_and_read(site: Site, page: Any, tmp
     assert _cells(page, "val. loss") == [f"{loss:.4f}" for loss in losses]
     _is_drawn(page)
     page.get_by_role("cell").get_by_role("link", name="1", exact=True).click()
+    page.wait_for_url("**/v2/runs/flow-run/*")  # in the same version of the pages
     page.get_by_text("add stack 1 (append, frozen, full)").first.wait_for()
     _open(page, home, "by-form-loss")
     _is_drawn(page)
@@ -120,4 +121,4 @@ def _is_drawn(page: Any) -> None:
     """The plot is loaded and as wide as it was made: a browser that refuses an image gives it no width."""
     plot = page.get_by_alt_text("Validation loss by stage")
     plot.wait_for()
-    assert plot.evaluate("image => image.decode().then(() => image.naturalWidth)") == 480
+    assert plot.evaluate("image => image.decode().then(() => image.naturalWidth)") == 500
