@@ -14,8 +14,7 @@ from stackwise_core.identity import Ref
 @flow(name="stage", flow_run_name="{stage.title}")
 def add_stack(stage: Stage) -> Ref:
     """Build a stack on a trunk, train it, cache its boundary for the next one, judge the result."""
-    if page := flow_run.ui_url:
-        tell(StageOpened(stage.index, page))
+    tell(StageOpened(stage.index, str(flow_run.id)))
     build = tasks.prepared(stage, tasks.build_stack, "build")(stage) if stage.plan.build else None
     trunk = tasks.prepared(stage, tasks.configure_trunk, "configure trunk of")(stage)
     stack = tasks.prepared(stage, tasks.train, "train")(stage, build, trunk)

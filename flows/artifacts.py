@@ -40,10 +40,13 @@ def progress_artifact(stage: Stage) -> Listener:
 
     def listen(event: Event) -> None:
         nonlocal artifact, last
-        if not isinstance(event, (StepTaken, RowsCached)) or time.monotonic() - last < _SECONDS_BETWEEN_UPDATES:
+        if not isinstance(event, (StepTaken, RowsCached)):
+            return
+        percent, text = _progress_of(event)
+        ends = percent == 100.0 and artifact is not None  # a page that was begun does not stay short of its end
+        if time.monotonic() - last < _SECONDS_BETWEEN_UPDATES and not ends:
             return
         last = time.monotonic()
-        percent, text = _progress_of(event)
         with _never_failing("progress"):
             if artifact is None:
                 key = key_of(stage.config.run.name, "stage", event.stage)
@@ -65,9 +68,14 @@ def _never_failing(what: str) -> Generator[None]:
 
 def _progress_of(event: StepTaken | RowsCached) -> tuple[float, str]:
     if isinstance(event, StepTaken):
-        return 100.0 * event.step / event.steps, f"step {event.step} of {event.steps}, loss {event.loss:.4f}"
+        return _percent(event.step, event.steps), f"step {event.step} of {event.steps}, loss {event.loss:.4f}"
     done = f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
-    return 100.0 * event.n_bytes / max(1, event.of_bytes), done
+    return _percent(event.n_bytes, event.of_bytes), done
+
+
+def _percent(done: int, of: int) -> float:
+    """Return the tenths of a percent that are reached; the page prints every digit that it is given."""
+    return 1000 * done // max(1, of) / 10
 
 
 def run_log() -> Listener:
@@ -78,16 +86,16 @@ def run_log() -> Listener:
 def publish_run(name: str, root: str) -> Listener:
     """Return a listener that publishes the stage table, the report and the plot of losses after every stage."""
     done: list[StageSummary] = []
-    pages: dict[int, str] = {}
+    runs: dict[int, str] = {}
 
     def listen(event: Event) -> None:
         if isinstance(event, StageOpened):
-            pages[event.stage] = event.page
+            runs[event.stage] = event.flow_run
         if isinstance(event, StageDone):
             done.append(event.summary)
             with _never_failing("stage table and report"):
                 create_table_artifact([_row(summary) for summary in done], key_of(name, "stages"), f"Stages of {name}")
-                create_markdown_artifact(report(name, root, done, pages), key_of(name, "report"), f"Report of {name}")
+                create_markdown_artifact(report(name, root, done, runs), key_of(name, "report"), f"Report of {name}")
                 # Markdown, not an image artifact: the page of one prints its address, here the whole image, below it.
                 create_markdown_artifact(loss_plot(done), key_of(name, "loss"), f"Validation loss of {name} by stage")
 

@@ -31,11 +31,11 @@ class DataReady:
 
 @dataclass(frozen=True)
 class StageOpened:
-    """A stage is worked on, and has a page where a person can watch it."""
+    """A stage is worked on by a flow run, which has a page where a person can watch it."""
 
     stage: int
-    page: str
-    """Its address."""
+    flow_run: str
+    """Its id."""
 
 
 @dataclass(frozen=True)

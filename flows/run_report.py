@@ -19,19 +19,22 @@ text { font: 12.5px system-ui, sans-serif; fill: #555b64; } .label, .note { fill
 """
 """Of its own, on white: an image knows nothing of the page, light or dark, that it is shown on."""
 
+_MARGIN = 10
+"""Of the paper around the plot [px]."""
 
-def report(name: str, root: str, stages: Sequence[StageSummary], pages: Mapping[int, str]) -> str:
+
+def report(name: str, root: str, stages: Sequence[StageSummary], flow_runs: Mapping[int, str]) -> str:
     """Return the run as markdown.
 
     Args:
         name: of the run.
         root: where its artifacts are.
         stages: what is done.
-        pages: address of the page of the flow run that added a stage, where there is one.
+        flow_runs: id of the flow run that added a stage, where there is one.
     """
     count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
     lines = [f"# {name}", "", f"{count} so far. Artifacts are in `{root}`.", ""]
-    lines += [loss_plot(stages), "", *_table(stages, pages), ""]
+    lines += [loss_plot(stages), "", *_table(stages, flow_runs), ""]
     for stage in stages:
         lines += [f"## Stage {stage.stage}: {stage.name}", "", stage_line(stage) + ".", ""]
         lines += [f"- {kind}: `{artifact}` ({stage.states[kind]})" for kind, artifact in stage.artifacts.items()]
@@ -56,9 +59,11 @@ def loss_plot(stages: Sequence[StageSummary]) -> str:
         plot.dots(numbers, losses, "point", "stage")
         if what and losses[-1] is not None:
             plot.name(numbers[-1], losses[-1], what)
-    paper = element("rect", width=WIDTH, height=HEIGHT, fill="#ffffff")
+    width, height = WIDTH + 2 * _MARGIN, HEIGHT + 2 * _MARGIN
+    paper = element("rect", x=-_MARGIN, y=-_MARGIN, width=width, height=height, fill="#ffffff")
     drawn = plot.svg()
-    drawn.attrib |= {"xmlns": "http://www.w3.org/2000/svg", "width": str(WIDTH), "height": str(HEIGHT)}
+    drawn.attrib |= {"xmlns": "http://www.w3.org/2000/svg", "width": str(width), "height": str(height)}
+    drawn.attrib["viewBox"] = f"{-_MARGIN} {-_MARGIN} {width} {height}"
     drawn[:0] = [element("style", _LOOK), paper]
     return f"![Validation loss by stage](data:image/svg+xml;base64,{base64.b64encode(tostring(drawn)).decode()})"
 
@@ -71,11 +76,16 @@ def _lines(stages: Sequence[StageSummary]) -> dict[str, list[float | None]]:
     return {f"{float(ratio):.0%} masked": [stage.by_mask_ratio.get(ratio) for stage in stages] for ratio in ratios}
 
 
-def _table(stages: Sequence[StageSummary], pages: Mapping[int, str]) -> list[str]:
-    """Return a table that fits the page beside Prefect's menus; a stage links to the flow run that added it."""
+def _table(stages: Sequence[StageSummary], flow_runs: Mapping[int, str]) -> list[str]:
+    """Return a table that fits the page beside Prefect's menus; a stage links to the flow run that added it.
+
+    From an artifact's page: so a link stays in the version of the pages that is read, under the name that the reader's
+    machine knows the server by.
+    """
     lines = ["| stage | how | parameters | loss | val. loss | time | cache |", "|--:|---|--:|--:|--:|--:|--:|"]
     for stage in stages:
-        number = f"[{stage.stage}]({pages[stage.stage]})" if pages.get(stage.stage) else str(stage.stage)
+        run = flow_runs.get(stage.stage)
+        number = f"[{stage.stage}](../../runs/flow-run/{run})" if run else str(stage.stage)
         cells = [
             number,
             stage.name,

@@ -179,6 +179,27 @@ def test_a_page_that_cannot_be_updated_stops_nothing(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.flow
+def test_progress_is_shown_by_time_and_ends_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import artifacts
+
+    now, shown = Clock(), []
+    monkeypatch.setattr(artifacts, "time", now)
+    monkeypatch.setattr(
+        artifacts, "create_progress_artifact", lambda percent, *_: shown.append(percent) or uuid.uuid4()
+    )
+    monkeypatch.setattr(artifacts, "update_progress_artifact", lambda _, percent, text: shown.append(percent))
+    config = tiny(tmp_path)
+    listener = artifacts.progress_artifact(SimpleNamespace(config=config))
+    for number in range(1, 13):
+        now.now += 1.0
+        listener(StepTaken(0, number, 12, 2.5, 64))
+    assert shown == [41.6, 83.3, 100.0]
+    shown.clear()
+    artifacts.progress_artifact(SimpleNamespace(config=config))(StepTaken(0, 12, 12, 2.5, 64))
+    assert shown == []  # over before a page of it was worth one
+
+
+@pytest.mark.flow
 def test_artifact_keys_are_what_prefect_takes() -> None:
     from flows.artifacts import key_of
 
