@@ -79,12 +79,9 @@ def test_two_hosts_make_the_trunk_of_two_branches_once(tmp_path: Path, monkeypat
 
     # By what the hosts did: the data and stages 0 and 1 once, by whoever had the lease; stage 2 by each.
     trunk = ["prepare data -1", *ALL_OF[0], *ALL_OF[1]]
-    last = [task for task in ALL_OF[2] if not task.startswith("cache")]
     counted = Counter(made[0] + made[1])
     assert {task: counted[task] for task in trunk} == dict.fromkeys(trunk, 1)
-    assert [[task for task in each if task in last] for each in made] == [
-        [task for task in last if task != "trunk 2" or task in each] for each in made
-    ]
+    assert all(task in each for each in made for task in ("build 2", "train 2", "validate 2"))
     # By what is there: one seal of each artifact, and no files of an attempt that lost against it.
     manifests = {name: json.loads(data) for name, data in kept.items() if name.endswith("/manifest.json")}
     stages = Counter(name.split("/")[1].rsplit("-", 1)[0] for name in manifests)
