@@ -19,7 +19,6 @@ from typing import Any
 
 import httpx
 
-from benchmarks.flow_overhead import quickstart
 from benchmarks.harness import ROOT, Measure
 from benchmarks.postgres import end, free_port, postgres
 from flows.run import grow
@@ -28,6 +27,15 @@ from storage.roots import artifacts_at
 from storage.runs import attempts
 
 RUNS, QUICK_RUNS = 200, 10
+_SMALL = {
+    "data.max_sequences": 64,
+    "model.d_model": 32,
+    "training.batch_size": 4,
+    "training.steps_per_stack": 2,
+    "training.warmup_steps": 1,
+    "validation.max_sequences": 8,
+}
+"""What is made once, before the clock starts."""
 _DEPLOYMENT = "train-rack/local"
 _STARTUP_SECONDS = 300.0
 _SECONDS_A_RUN = 60.0
@@ -46,7 +54,10 @@ def measure(quick: bool) -> list[Measure]:
     password = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as scratch, postgres("prefect", password, "prefect") as port:
         folder = Path(scratch)
-        config, artifacts = quickstart(steps=2), folder / "artifacts"
+        config, artifacts = (
+            StackWiseConfig.from_yaml(ROOT / "configs" / "quickstart.yaml", _SMALL),
+            folder / "artifacts",
+        )
         grow(config, str(artifacts))
         environment = _environment(folder, f"postgresql+asyncpg://prefect:{password}@127.0.0.1:{port}/prefect")
         with _server(folder, environment) as api, _worker(folder, environment):
