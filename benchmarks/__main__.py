@@ -13,6 +13,7 @@ NAMES = (
     "training_step",
     "flow_overhead",
     "rerun",
+    "queued_runs",
     "cache_saving",
     "memory",
     "storage_types",

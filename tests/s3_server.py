@@ -58,9 +58,9 @@ def environment(port: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving() -> Generator[S3Server]:
-    """Start the server; requests wait at its socket until it is up."""
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
+def serving(address: str = "127.0.0.1") -> Generator[S3Server]:
+    """Start the server on an address, "" for all; requests wait at its socket until it is up."""
+    with socket.create_server((address, 0), backlog=128) as listening:
         process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, str(listening.fileno())],
             stdin=subprocess.PIPE,

@@ -1,0 +1,187 @@
+"""Runs of stages that do nothing, since all is sealed, queued on one worker with Postgres: each ends, and runs once.
+
+Each run is a process of its own that starts, imports Prefect and torch, and finds that there is nothing to do. The
+worker asks for runs every second; by default it asks every ten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.harness import ROOT, Measure
+from benchmarks.postgres import end, free_port, postgres
+from flows.run import grow
+from stackwise_core.config import StackWiseConfig
+from storage.roots import artifacts_at
+from storage.runs import attempts
+
+RUNS, QUICK_RUNS = 200, 10
+_SMALL = {
+    "data.max_sequences": 64,
+    "model.d_model": 32,
+    "training.batch_size": 4,
+    "training.steps_per_stack": 2,
+    "training.warmup_steps": 1,
+    "validation.max_sequences": 8,
+}
+"""What is made once, before the clock starts."""
+_DEPLOYMENT = "train-rack/local"
+_STARTUP_SECONDS = 300.0
+_SECONDS_A_RUN = 60.0
+_STACKWISE = "import sys; from flows.cli import main; sys.exit(main())"
+_LOCKED = "database is locked"
+_ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+def measure(quick: bool) -> list[Measure]:
+    """Queue runs before the worker starts, and check what became of them by Prefect's record and by ours.
+
+    Raises:
+        RuntimeError: a run failed or ran twice, or a database was locked.
+    """
+    n_runs = QUICK_RUNS if quick else RUNS
+    password = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory() as scratch, postgres("prefect", password, "prefect") as port:
+        folder = Path(scratch)
+        config, artifacts = (
+            StackWiseConfig.from_yaml(ROOT / "configs" / "quickstart.yaml", _SMALL),
+            folder / "artifacts",
+        )
+        grow(config, str(artifacts))
+        environment = _environment(folder, f"postgresql+asyncpg://prefect:{password}@127.0.0.1:{port}/prefect")
+        with _server(folder, environment) as api, _worker(folder, environment):
+            seconds, runs = _queued(api, config, artifacts, n_runs)
+        _check(runs, folder, config.run.name, n_runs)
+    case = f"{n_runs} runs, one worker that asks every second, Postgres"
+    own = [run["total_run_time"] for run in runs]
+    return [
+        Measure(case, "all", "s", [seconds]),
+        Measure(case, "all / runs", "s", [seconds / n_runs]),
+        Measure(case, "within a run's flow", "s", own),
+        Measure(case, "runs that ended otherwise than completed", "runs", [0.0], at_most=0.0),
+    ]
+
+
+# ---------------------------------------------------------------- the site
+
+
+def _environment(folder: Path, database: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return inherited | {
+        "PREFECT_HOME": str(folder / "home"),
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@contextlib.contextmanager
+def _server(folder: Path, environment: dict[str, str]) -> Generator[httpx.Client]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    with (
+        _process(folder / "server.log", environment, "server", "--port", str(port)) as process,
+        httpx.Client(base_url=url, timeout=60) as api,
+    ):
+        _until(lambda: _answers(api, "/health"), process, folder / "server.log")
+        environment["PREFECT_API_URL"] = url
+        yield api
+
+
+@contextlib.contextmanager
+def _worker(folder: Path, environment: Mapping[str, str]) -> Generator[None]:
+    """Start a worker, which registers the deployments first."""
+    with _process(folder / "worker.log", environment, "worker") as process:
+        with httpx.Client(base_url=environment["PREFECT_API_URL"], timeout=60) as api:
+            _until(lambda: _answers(api, f"/deployments/name/{_DEPLOYMENT}"), process, folder / "worker.log")
+        yield
+
+
+@contextlib.contextmanager
+def _process(log: Path, environment: Mapping[str, str], *command: str) -> Generator[subprocess.Popen[bytes]]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _STACKWISE, *command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def _answers(api: httpx.Client, path: str) -> bool:
+    try:
+        return api.get(path).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _until(ready: Any, process: subprocess.Popen[bytes], log: Path) -> None:
+    end_of_patience = time.monotonic() + _STARTUP_SECONDS
+    while not ready():
+        if process.poll() is not None or time.monotonic() > end_of_patience:
+            raise RuntimeError(f"it did not start: {log.read_text()[-2000:]}")
+        time.sleep(0.5)
+
+
+# ---------------------------------------------------------------- the runs
+
+
+def _queued(
+    api: httpx.Client, config: StackWiseConfig, artifacts: Path, n_runs: int
+) -> tuple[float, list[dict[str, Any]]]:
+    """Queue runs and wait for all; return the seconds from the first one's creation on, and Prefect's record."""
+    deployment = api.get(f"/deployments/name/{_DEPLOYMENT}").json()["id"]
+    parameters = {"config": config.model_dump(mode="json"), "artifacts": str(artifacts)}
+    body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+    began = time.monotonic()
+    for _ in range(n_runs):
+        api.post(f"/deployments/{deployment}/create_flow_run", json=body).raise_for_status()
+    ours = {"deployment_id": {"any_": [deployment]}}  # and no flow that one of them started
+    ended = {"flow_runs": {**ours, "state": {"type": {"any_": list(_ENDS)}}}}
+    while (n_ended := api.post("/flow_runs/count", json=ended).json()) < n_runs:
+        if time.monotonic() - began > _STARTUP_SECONDS + _SECONDS_A_RUN * n_runs:
+            raise RuntimeError(f"of {n_runs} runs {n_ended} ended")
+        time.sleep(1.0)
+    seconds = time.monotonic() - began
+    page = api.post("/flow_runs/filter", json={"flow_runs": ours, "limit": RUNS})
+    return seconds, page.raise_for_status().json()
+
+
+def _check(runs: list[dict[str, Any]], folder: Path, name: str, n_runs: int) -> None:
+    """Compare Prefect's record with the attempts that the runs themselves wrote down."""
+    states = sorted(
+        {f"{run['state_type']}: {(run['state'] or {}).get('message')}" for run in runs if not _is_well(run)}
+    )
+    if states or len(runs) != n_runs:
+        raise RuntimeError(f"{len(runs)} runs of {n_runs}, among them: {'; '.join(states)[:2000]}")
+    if twice := [run["name"] for run in runs if run["run_count"] != 1]:
+        raise RuntimeError(f"these did not run once: {', '.join(twice)}")
+    recorded = attempts(artifacts_at(str(folder / "artifacts")).existing(), name)
+    if len(recorded) != n_runs + 1:
+        raise RuntimeError(f"{n_runs} runs and the one before them wrote down {len(recorded)} attempts")
+    if locked := [log.name for log in folder.glob("*.log") if _LOCKED in log.read_text()]:
+        raise RuntimeError(f"{_LOCKED}: {', '.join(locked)}")
+
+
+def _is_well(run: Mapping[str, Any]) -> bool:
+    return run["state_type"] == "COMPLETED"
