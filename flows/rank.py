@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,7 +34,7 @@ def main(path: str) -> NoReturn:
         on_request = isinstance(error, StageInterruptedError)
         code = _end(job, rank, Ending(error=str(error), exit_code=error.exit_code, on_request=on_request))
     except BaseException:
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
