@@ -13,7 +13,7 @@ import pytest
 from conftest import folder_of, manifests, tiny_values, write_corpus
 from operating import Site
 
-pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("quick_disk")]
+pytestmark = [pytest.mark.flow, pytest.mark.slow, pytest.mark.usefixtures("quick_disk")]
 
 COPIED = (
     "flow_id",
