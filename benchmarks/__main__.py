@@ -13,7 +13,6 @@ NAMES = (
     "training_step",
     "flow_overhead",
     "rerun",
-    "queued_runs",
     "cache_saving",
     "memory",
     "storage_types",
@@ -24,22 +23,25 @@ NAMES = (
     "cache_feeding",
     "data_parallel",
 )
-LONG = ("growth",)
-"""Those that take half an hour: only by name."""
+GROWTH = "growth"
+LONG = (GROWTH, "queued_runs")
+"""Those that take half an hour or more: only by name."""
 
 
 def main() -> int:
     """Run one benchmark here, several in a process each: none inherits another's threads and imports."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all without one; {LONG[0]}")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all without one; {', '.join(LONG)}"
+    )
     parser.add_argument("--quick", action="store_true", help="few and short rounds, to try it out; writes nothing")
     parser.add_argument("--artifacts", default="", metavar="FOLDER", help="of growth: kept, and gone on from")
     options = parser.parse_args()
     names = options.names or list(NAMES)
     if unknown := [name for name in names if name not in NAMES + LONG]:
         parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(NAMES + LONG)}")
-    if options.artifacts and names != list(LONG):
-        parser.error(f"--artifacts goes with {LONG[0]} alone")
+    if options.artifacts and names != [GROWTH]:
+        parser.error(f"--artifacts goes with {GROWTH} alone")
     if len(names) == 1:
         run(names[0], options.quick, **({"artifacts": options.artifacts} if options.artifacts else {}))
         return 0
