@@ -40,8 +40,7 @@ def _headers() -> dict[str, str]:
 
 def fault_of(url: str) -> str:
     """Return what is wrong with an API and what to do, or nothing if runs can use it."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    if not _is_url(url):
         return f"the URL of Prefect's API is expected, {_EXAMPLE}"
     try:
         if ask(url, "/health") is not True:
@@ -56,6 +55,14 @@ def fault_of(url: str) -> str:
         )
     except ValueError:
         return f"what answers is not Prefect's API; its URL ends in /api, {_EXAMPLE}"
+
+
+def _is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # half an IPv6 address
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.netloc)
 
 
 def _fault_of_answer(error: urllib.error.HTTPError) -> str:

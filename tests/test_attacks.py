@@ -14,6 +14,7 @@ from flows.cli import main
 from flows.run import grow
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError
+from storage.activations import fill
 from storage.errors import ArtifactCorruptError, ArtifactsFolderError, StoreSpaceError
 from storage.layout import Artifacts, State
 from storage.runs import is_live
@@ -182,15 +183,15 @@ def test_what_a_killed_attempt_wrote_is_not_asked_of_the_disk_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, root = config_of(tmp_path), tmp_path / "a"
-    monkeypatch.setenv("STACKWISE_FAILPOINT", "cache:1:INT")  # a stop after the first shard
-    with pytest.raises(Exception, match="stopped on request"):
-        grow(config, str(root))
-    monkeypatch.delenv("STACKWISE_FAILPOINT")
+    with monkeypatch.context() as patch:
+        patch.setattr(fill, "reach", lambda task, number: 1 / 0)  # once the first shard is on the disk
+        with pytest.raises(ZeroDivisionError):
+            grow(config, str(root))
     (store,) = (root / "work").glob("activations-0-*")
     written = sum(path.stat().st_size for path in store.rglob("c.*"))
     usage = shutil.disk_usage(root)
     needed = 2 * prepare.forecast_store(config, Artifacts(root), _plan(config).stages[0])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - written))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - min(written, needed // 2)))
     grow(config, str(root))
     shutil.rmtree(next((root / "activations").glob("activations-1-*")))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
@@ -244,7 +245,9 @@ def test_a_damaged_configuration_of_an_attempt_is_named(text: str | None, root: 
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(ArtifactCorruptError, match=re.escape(str(path))) as caught:
         grow(config_of(made, training={"progressive": {"training_objective": "clm"}}), str(root))
-    assert f"Remove {path.parent}" in str(caught.value)
+    by_newer_code = text is not None and "dnabled" in text
+    remedy = "Use the version of StackWise that wrote it" if by_newer_code else f"Remove {path.parent}"
+    assert remedy in str(caught.value)
 
 
 def test_a_ratio_that_masks_nothing_has_no_loss(tmp_path: Path) -> None:

@@ -301,9 +301,10 @@ def test_a_task_runner_of_prefect_fills_the_same_store(
         run = run_flow(tiny(tmp_path, {**TWO, **BY_TWO, **chosen, "run.name": runner}), tmp_path / "a")
     assert run.state.is_completed(), run.state
     n_shards = len(cached(recorder)) - 1
-    assert n_shards == 9
+    assert n_shards == 12
     tasks = {name: state for name, state in run.tasks(10 + n_shards).items() if name.startswith("fill ")}
-    names = [f"fill train shard {n} of stack 0" for n in range(8)] + ["fill validation shard 0 of stack 0"]
+    parts = [("train", n) for n in range(8)] + [("validation", n) for n in range(4)]
+    names = [f"fill {group} shard {n} of stack 0" for group, n in parts]
     assert tasks == dict.fromkeys(names, "Completed")
     assert digests(tmp_path / "a") == digests(serial(TWO))
 

@@ -20,7 +20,7 @@ from conftest import Recorder, digests, files_below, folder_of, manifests, tiny
 from flows.numbers import size
 from flows.progress import listening
 from stackwise_core import training
-from stackwise_core.errors import ConfigError, NonFiniteLossError
+from stackwise_core.errors import NonFiniteLossError
 from storage.errors import ArtifactCorruptError
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("quick_disk", "prefect_api")]
@@ -256,6 +256,7 @@ def test_a_failure_reaches_the_caller_as_it_is_and_the_next_run_goes_on(
 def test_wrong_parameters_are_refused_by_path(tmp_path: Path) -> None:
     from prefect.exceptions import ParameterTypeError
 
+    from flows.one_line import RefusedError
     from flows.train_rack import train_rack
 
     wrong: Any = {"training": {"batch_size": "many", "colour": 1}}
@@ -265,7 +266,7 @@ def test_wrong_parameters_are_refused_by_path(tmp_path: Path) -> None:
         train_rack(tiny(tmp_path), str(tmp_path / "a"), force="everything")  # type: ignore[arg-type]
     broken = tiny(tmp_path)
     broken.model.n_heads = 3  # right in type and range, wrong beside d_model: our own rules say so
-    with pytest.raises(ConfigError, match=r"model\.n_heads: got 3; must divide"):
+    with pytest.raises(RefusedError, match=r"model\.n_heads: got 3; must divide"):
         train_rack(broken, str(tmp_path / "a"))
     assert not (tmp_path / "a").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -754,10 +755,10 @@ def test_a_checkpoint_of_another_version_costs_its_steps_and_nothing_else(
 
     undisturbed = digests(reference())
 
-    def renamed(model: Any, optimizer: Any, records: Any) -> Any:
-        state = capture(model, optimizer, records)
+    def renamed(model: Any, optimizer: Any, records: Any, *ranks: Any) -> Any:
+        state = capture(model, optimizer, records, *ranks)
         tensors = {key.replace("stacks.0", "stack"): tensor for key, tensor in state.tensors.items()}
-        return training.TrainingState(state.step, tensors, state.records)
+        return dataclasses.replace(state, tensors=tensors)
 
     capture = training.capture
     config, root = tiny(tmp_path), tmp_path / "a"

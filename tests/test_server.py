@@ -76,16 +76,22 @@ class Train:
 # ---------------------------------------------------------------- which server
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/api", "nonsense", "http://[half/api"])
+_NO_URL = "the URL of Prefect's API is expected, such as"
+
+
+@pytest.mark.parametrize(
+    ("url", "fault"),
+    [("http://127.0.0.1:9/api", "it does not answer ("), ("nonsense", _NO_URL), ("http://[half/api", _NO_URL)],
+)
 def test_an_api_that_does_not_answer(
-    url: str, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    url: str, fault: str, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(config.parent)
     monkeypatch.setenv("PREFECT_API_URL", url)
     assert main(["train", config.name]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"stackwise: PREFECT_API_URL: got '{url}'; it does not answer; start it with")
+    assert err.startswith(f"stackwise: PREFECT_API_URL: got '{url}'; {fault}")
     assert err.count("\n") == 1
 
 
