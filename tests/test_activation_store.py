@@ -759,6 +759,26 @@ def test_policies(tmp_path: Path, access: Any, per_chunk: int) -> None:
         never.read("train", [0])
 
 
+@pytest.mark.parametrize("per_chunk", [1, 2])
+@both_ways
+def test_a_shard_that_was_replaced_is_checked_again(tmp_path: Path, access: Any, per_chunk: int) -> None:
+    spec = spec_of(9, per_chunk=per_chunk)
+    store, folder = Store.random(spec, spec_of(3)), tmp_path / "a"
+    files = store.write(folder)
+    other = Store.random(spec, spec_of(3))
+    other.values["train"] = other.values["train"].flip(0)
+    other.write(tmp_path / "b")
+    name = shard_path("train", 0)
+    with StoreReader(folder, files, access=access) as reader:
+        reader.read("train", range(9))
+        reader.close()  # as when it makes room for others
+        shutil.copy(tmp_path / "b" / name, folder / (name + ".new"))
+        (folder / (name + ".new")).rename(folder / name)
+        for _ in range(2):
+            with pytest.raises(ArtifactCorruptError, match="not the one that was sealed"):
+                reader.read("train", [0])
+
+
 @pytest.mark.parametrize("store_of", ["sealed", "sealed_int8"])
 def test_missing_empty_short_or_long_file_is_found_at_open(store_of: str, request: pytest.FixtureRequest) -> None:
     _, folder, files = request.getfixturevalue(store_of)

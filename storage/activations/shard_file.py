@@ -49,6 +49,9 @@ class ShardFile:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._fd)
         self.check_size()
+        found = os.fstat(self._fd)
+        self.version = found.st_dev, found.st_ino, found.st_mtime_ns
+        """Another where the file was replaced or written to in between."""
         self._mapping: np.ndarray | None = None
         if mapped:
             self._mapping = np.frombuffer(mmap.mmap(self._fd, size, access=mmap.ACCESS_READ), np.uint8)

@@ -59,8 +59,17 @@ class ShardedArray:
         self._seen = np.zeros(spec.n_chunks, np.bool_)
 
         # Not a bound method: without a cycle the files close as soon as the array is dropped.
+        versions: dict[int, tuple[int, int, int]] = {}
+        seen, per_shard = self._seen, spec.chunks_per_shard
+
         def open_shard(shard: int) -> Shard:
-            return object_of(shard) if object_of else ShardFile(path_of(shard), sizes[shard], mapped=mapped)
+            if object_of:
+                return object_of(shard)
+            file = ShardFile(path_of(shard), sizes[shard], mapped=mapped)
+            if versions.setdefault(shard, file.version) != file.version:  # what was seen was another's
+                versions[shard] = file.version
+                seen[shard * per_shard : (shard + 1) * per_shard] = False
+            return file
 
         self._open = functools.lru_cache(MAX_OPEN_SHARDS)(open_shard)
 
@@ -93,6 +102,9 @@ class ShardedArray:
         """
         shards: list[int] = (chunks // self._chunks_per_shard).tolist()
         mappings = self._mappings(shards)
+        if np.count_nonzero(self._seen[chunks]) < len(chunks):  # one was opened anew, and is another
+            self._fetch(rows, chunks, out)
+            return
         offsets, n_bytes, copy = self._offsets_of(rows, chunks), self._spec.row_bytes, np.copyto
         for row, shard, offset in zip(out, shards, offsets, strict=True):
             copy(row, mappings[shard][offset : offset + n_bytes])
