@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import signal
@@ -310,3 +312,25 @@ def test_the_sample_is_spread_over_the_store(n_rows: int) -> None:
 
 def test_the_sample_of_no_rows_is_empty() -> None:
     assert rows_to_store().sample(0) == []
+
+
+@pytest.mark.parametrize("part", [slice(0, 1), (slice(None), slice(0, 1)), (..., slice(0, 1))])
+def test_a_source_that_gives_too_little_is_refused(part: Any, tmp_path: Path) -> None:
+    class Short(Source):
+        def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
+            return super().rows(sequence_ids, view)[part]
+
+    with pytest.raises(ValueError, match="came as"):
+        fill(tmp_path, Short())
+
+
+def test_a_record_that_lacks_a_chunk_does_not_count(uninterrupted: Any, tmp_path: Path) -> None:
+    fill(tmp_path, Source())
+    path = tmp_path / "records/train-00001.json"
+    record = json.loads(path.read_text())
+    record["crc32c"] = base64.b64encode(base64.b64decode(record["crc32c"])[:-4]).decode()
+    path.write_text(json.dumps(record))
+    source = Source()
+    _, checksums, _ = fill(tmp_path, source)
+    assert source.asked == pairs()[6:12]
+    assert (content(tmp_path), checksums) == uninterrupted

@@ -197,6 +197,10 @@ def _compute(
         part = source.rows(sequence_ids[first:last], int(views[first]))
         encoded = (part,) if rows.channels is None else quantise(part, rows.dtype, rows.channels)
         for out, tensor in zip(stored, encoded, strict=True):
+            if tensor.shape != (last - first, *out.shape[1:]):  # an assignment would repeat it
+                raise ValueError(
+                    f"{shard}: rows {first}..{last} came as {tuple(tensor.shape)}, not {tuple(out.shape[1:])} each"
+                )
             out[first - shard.first_row : last - shard.first_row] = tensor.cpu()
     return stored[0] if rows.channels is None else Quantised(*stored)
 

@@ -224,7 +224,8 @@ class StoreWriter:
         try:
             record = parse_record((self.folder / record_path(shard.group, shard.index, array)).read_bytes())
             rows_of_shard = (record.first_row, record.n_rows) == (shard.first_row, shard.n_rows)
-            as_recorded = rows_of_shard and len(record.chunks) > 0 and path.stat().st_size == record.size
+            n_chunks = self.specs[shard.group].arrays[array].chunks_in_shard(shard.index)
+            as_recorded = rows_of_shard and len(record.chunks) == n_chunks and path.stat().st_size == record.size
         except (FileNotFoundError, ValueError):
             return None
         return (record.size, record.checksum) if as_recorded else None
