@@ -34,6 +34,11 @@ def ending_with_us(command: list[str], by: signal.Signals) -> list[str]:
 
 def end_with_parent() -> None:
     """Let the kernel kill this process when that ends which was started by `ending_with_us` and started this one."""
+    end_with(int(os.environ[PARENT]))
+
+
+def end_with(parent: int) -> None:
+    """Let the kernel kill this process when its parent, of this process id, ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ[PARENT]):  # it ended before we asked
+    if os.getppid() != parent:  # it ended before we asked
         os._exit(1)

@@ -6,10 +6,8 @@ The process that holds the artifact's lock hands them out, one at a time to a wo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -17,6 +15,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from flows.boundaries import boundary_above, rows_to_store
+from flows.children import end_with
 from flows.progress import stop_requested
 from flows.stage import Stage
 from stackwise_core.config import CacheConfig
@@ -139,7 +138,7 @@ def plain_workers(stage: Stage) -> Generator[Submit]:
     n_workers = stage.config.cache.fill_workers
     if stage.config.cache.task_runner == "processes":
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(n_workers, spawn, initializer=end_with_parent)
+        pool = ProcessPoolExecutor(n_workers, spawn, initializer=begin_worker)
     else:
         pool = ThreadPoolExecutor(n_workers, "fill")
     try:
@@ -159,10 +158,10 @@ def check_plain(stage: Stage) -> None:
         raise ConfigError([Fault(_RUNNER, repr(runner), "without Prefect's flow, threads or processes")])
 
 
-def end_with_parent() -> None:
+def begin_worker() -> None:
     """Let this process be killed when its parent is, which holds the lock; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # it died before it was asked for
-        os._exit(1)
+    assert parent is not None
+    assert parent.pid is not None
+    end_with(parent.pid)

@@ -119,7 +119,7 @@ def _register_automation() -> bool:
 
 
 def _automation() -> dict[str, Any]:
-    """When two heartbeats of a run and then some are missed, and it has not ended, it has crashed."""
+    """A run that has not ended, and was not heard for two heartbeats and ten seconds, has crashed."""
     ends = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed"]
     return {
         "name": AUTOMATION,

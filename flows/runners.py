@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows import filling
-from flows.filling import Handed, Submit, end_with_parent
+from flows.filling import Handed, Submit, begin_worker
 from flows.stage import Stage
 from storage.activations.writer import ShardRange, StoreWriter
 
@@ -60,7 +60,7 @@ def _threads(n_workers: int) -> tuple[TaskRunner[Any], _Died]:
 
 
 def _processes(n_workers: int) -> tuple[TaskRunner[Any], _Died]:
-    return ProcessPoolTaskRunner(n_workers, initializer=end_with_parent), ()
+    return ProcessPoolTaskRunner(n_workers, initializer=begin_worker), ()
 
 
 def _dask(n_workers: int) -> tuple[TaskRunner[Any], _Died]:

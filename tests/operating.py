@@ -202,19 +202,7 @@ class Site:
 
     def register_heartbeat(self) -> None:
         """Register the automation that marks runs Crashed whose heartbeat is no longer heard."""
-        ends = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed"]
-        trigger = {
-            "type": "event",
-            "posture": "Proactive",
-            "after": ["prefect.flow-run.heartbeat"],
-            "expect": [f"prefect.flow-run.{end}" for end in ends],
-            "match": {"prefect.resource.id": "prefect.flow-run.*"},
-            "for_each": ["prefect.resource.id"],
-            "threshold": 1,
-            "within": 70,
-        }
-        action = {"type": "change-flow-run-state", "state": "CRASHED", "message": "no heartbeat"}
-        self.post("/automations/", {"name": "heartbeat", "trigger": trigger, "actions": [action]})
+        self.command("stackwise", "heartbeat")
 
     def deploy(self) -> None:
         """Apply the repository's deployments to the server."""
