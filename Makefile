@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# What is imported is compiled then; most of what is installed never is.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install --no-compile -c constraints.txt
 CONFIG ?= configs/quickstart.yaml
 
 .PHONY: setup train server worker test test-slow check bench docs clean
@@ -18,10 +19,10 @@ worker: $(VENV)/run ## register the deployments and run what is started from the
 
 # Two processes, a thread each: more would share the cores of a small machine, and each starts a Prefect server.
 test: $(VENV)/test ## the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 test-slow: $(VENV)/test ## the tests that take minutes
-	@$(BIN)/python -m pytest -m slow $(PYTEST)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST)
 
 check: $(VENV)/check ## style, types, import layers, spelling
 	@$(BIN)/ruff check .
@@ -43,22 +44,23 @@ $(VENV)/run: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"StackWise needs Python 3.11 or newer; $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing what stackwise needs into $(VENV) (some minutes, once)"
-	@$(PIP) install -c constraints.txt -e .
+	@$(INSTALL) --upgrade pip # an old one takes twice as long
+	@$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/test: $(VENV)/run
 	@echo "installing what the tests need"
-	@$(PIP) install -c constraints.txt -e '.[test]'
+	@$(INSTALL) -e '.[test]'
 	@touch $@
 
 $(VENV)/bench: $(VENV)/test
 	@echo "installing what the benchmarks compare with"
-	@$(PIP) install -c constraints.txt -e '.[test,bench]'
+	@$(INSTALL) -e '.[test,bench]'
 	@touch $@ $(VENV)/test
 
 $(VENV)/check: $(VENV)/run
 	@echo "installing what the checks need"
-	@$(PIP) install -c constraints.txt -e '.[test,check]'
+	@$(INSTALL) -e '.[test,check]'
 	@touch $@ $(VENV)/test
 
 clean: ## remove the virtual environment; artifacts stay

@@ -33,6 +33,11 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take longest, a run killed ten times among them: another process does the rest."""
+    items.sort(key=lambda item: "site" not in getattr(item, "fixturenames", ()))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Close with the table of what was killed, how it was recovered, and what came of it."""
     properties = [entry for report in terminalreporter.getreports("passed") for entry in report.user_properties]

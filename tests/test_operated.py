@@ -1,19 +1,28 @@
-"""What an operator does and sees in a browser: a form is filled, a run started and followed, its pages read."""
+"""What an operator does and sees, with a real server, a worker and a browser: runs started, read, killed, recovered."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import folder_of, manifests, tiny_values, write_corpus
+from conftest import digests, folder_of, manifests, tiny_values, write_corpus
+from kills import Trial, each_once, kill_and_recover, places_of
 from operating import Site
 
-pytestmark = [pytest.mark.flow, pytest.mark.slow, pytest.mark.usefixtures("quick_disk")]
+pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("quick_disk")]
+
+
+def test_a_run_survives_every_kill(
+    site: Site, tmp_path: Path, reference: Callable[..., Path], record_property: Any
+) -> None:
+    links = each_once()
+    kill_and_recover(Trial(site, tmp_path, places_of(links)), links, digests(reference()), record_property)
+
 
 COPIED = (
     "flow_id",
