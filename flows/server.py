@@ -25,7 +25,7 @@ _STARTUP_SECONDS = 180.0
 
 
 class ServerError(StackWiseError):
-    """Prefect's embedded server did not start, or ended early."""
+    """Prefect's server did not start, ended early, or failed while a run used it."""
 
 
 def quiet_prefect() -> None:
@@ -34,6 +34,7 @@ def quiet_prefect() -> None:
     Its logs still go to its API; a variable that the user has set stays.
     """
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
 
@@ -46,6 +47,17 @@ def check_api(url: str) -> None:
     """
     if fault := fault_of(url):
         raise ConfigError([Fault("PREFECT_API_URL", repr(url), fault)])
+
+
+def lost_server(error: Exception) -> ServerError:
+    """Return what to say of a server that no longer serves a run: what is wrong with it now, or what it answered."""
+    url = os.environ.get("PREFECT_API_URL", "")
+    answer = str(error).partition(" for url ")[0]
+    fault = fault_of(url) or f"it answered: {answer}; its log says why: a full disk, a database that is gone"
+    return ServerError(
+        f"Prefect's server {url} failed during the run: {fault}; what was sealed is kept, and once the server is well "
+        "the same command goes on"
+    )
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
+import httpx
 from prefect import flow
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import PrefectHTTPStatusError, TerminationSignal
 from prefect.logging.handlers import APILogHandler
 
 from flows.add_stack import add_stack
@@ -14,6 +15,7 @@ from flows.console import outlive_the_worker
 from flows.one_line import told_in_one_line
 from flows.progress import listening
 from flows.run import grow
+from flows.server import lost_server
 from flows.stage import Stage
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import StageInterruptedError
@@ -48,10 +50,16 @@ def _add(stage: Stage) -> None:
 
 
 def run_to_the_end(config: StackWiseConfig, root: str, from_stack: int, force: str) -> None:
-    """Run the flow from the command line, and send Prefect what it still has to log before its server goes."""
+    """Run the flow from the command line, and send Prefect what it still has to log before its server goes.
+
+    Raises:
+        StackWiseError: one clear message; the same command goes on from what is sealed.
+    """
     try:
         train_rack(config, root, from_stack, cast("Task", force))
     except TerminationSignal:
         raise StageInterruptedError("stopped on request between two tasks; run the same command to go on") from None
+    except (PrefectHTTPStatusError, httpx.TransportError) as error:
+        raise lost_server(error) from error
     finally:
         APILogHandler().flush()

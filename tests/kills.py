@@ -27,7 +27,7 @@ Note = Callable[[str, object], None]
 class Trial:
     """One run of three stages, and the processes that bring it forward."""
 
-    def __init__(self, site: Site, folder: Path, places: tuple[str, ...] = ()) -> None:
+    def __init__(self, site: Site, folder: Path, places: tuple[str, ...] = (), **environment: str) -> None:
         self.site, self.root, self.met = site, folder / "artifacts", folder / "met"
         self.met.mkdir()
         self.values = tiny_values(write_corpus(folder / "corpus.txt"))
@@ -37,7 +37,7 @@ class Trial:
         self.n_reports = site.n_reports()
         self.command: subprocess.Popen[bytes] | None = None
         met = {"STACKWISE_FAILPOINT": ",".join(places), "STACKWISE_FAILPOINTS_MET": str(self.met)}
-        self.environment = met if places else {}
+        self.environment = environment | (met if places else {})
 
     def start(self, **parameters: Any) -> None:
         """Start a new run of the deployment."""
@@ -98,13 +98,14 @@ def _at_failpoint(trial: Trial) -> None:
 
 
 def _by_sigterm(trial: Trial) -> None:
-    os.kill(trial.pid, signal.SIGTERM)
+    pid = trial.pid
+    os.kill(pid, signal.SIGTERM)
     if trial.command:
         assert trial.command.wait() == 1
         newest = {"flow_runs": {"name": {"any_": ["grow tiny to 3 stacks"]}}, "sort": "START_TIME_DESC", "limit": 1}
         trial.run_id = trial.site.post("/flow_runs/filter", newest)[0]["id"]
     else:
-        trial.wait_for_report()
+        wait_until_gone(pid)  # it told its end itself: the worker has no word to add
     trial.site.wait_for(trial.run_id)
 
 
