@@ -157,7 +157,8 @@ class Site:
 
         A worker reports such an end twice, and its second report undoes a retry that came between the two.
         """
-        return (self.folder / "worker.log").read_text().count("prefect.flow_runs.worker - Check")
+        log = self.folder / "worker.log"
+        return log.read_text().count("prefect.flow_runs.worker - Check") if log.exists() else 0
 
     def kill_server(self) -> None:
         """End the server and its children as a power cut would."""

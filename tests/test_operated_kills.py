@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from conftest import digests, subset
 from kills import Trial, kill_and_recover, places_of, shifted
 from operating import Site
+from test_faults import mounted
 
 pytestmark = [pytest.mark.flow, pytest.mark.slow, pytest.mark.usefixtures("quick_disk")]
 
@@ -45,3 +48,36 @@ def test_redone_on_purpose(
     redone = {name for name, stat in trial.sealed().items() if stat != before[name]}
     assert redone == subset(before, *kinds.split())
     assert digests(trial.root) == digests(reference())
+
+
+def test_a_server_whose_disk_is_full(tmp_path: Path, reference: Reference) -> None:
+    disk = tmp_path / "disk"
+    with mounted(disk, "size=100m"):
+        site = Site(tmp_path / "site", PREFECT_SERVER_DATABASE_CONNECTION_URL=f"sqlite+aiosqlite:///{disk}/prefect.db")
+        try:
+            site.start_server()
+            site.wait_for_server()
+            trial = Trial(site, tmp_path, ("train:9:HOLD",))
+            trial.train()
+            assert trial.command is not None
+            trial.wait_for_failpoint()
+            with pytest.raises(OSError, match="No space left"):
+                (disk / "filler").write_bytes(bytes(100 << 20))
+            os.kill(trial.command.pid, signal.SIGCONT)
+            assert trial.command.wait(400) == 1
+            said = (site.folder / "stackwise.log").read_text()
+            assert said.count("stackwise: Prefect's server") == 1
+            assert "Traceback" not in said
+            sealed = trial.sealed()
+            assert {name.rpartition("-")[0] for name in sealed} >= {"build-0", "trunk-0", "stack-0"}
+            (disk / "filler").unlink()
+            site.kill_server()
+            site.start_server()
+            site.wait_for_server()
+            trial.train()
+            assert trial.command.wait(400) == 0
+            now = trial.sealed()
+            assert {name: now[name] for name in sealed} == sealed
+            assert digests(trial.root) == digests(reference())
+        finally:
+            site.end()

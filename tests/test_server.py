@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -13,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
-from conftest import digests, folder_of, manifests, tiny_values, write_corpus
+from conftest import digests, folder_of, manifests, tiny, tiny_values, write_corpus
+from fake_api import fake_api
 from operating import processes_with, wait_until_gone
 
 from flows import server
@@ -116,6 +119,41 @@ def test_a_server_that_does_not_start_is_an_error_that_names_its_log(
         never.wait_until_ready()
     assert error.value.exit_code == 1
     never.stop()  # harmless: it never began
+
+
+@pytest.mark.flow
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (0, "it does not answer ([Errno 111] Connection refused); start it with"),
+        (507, "it is not well (HTTP 507); its log says why: a full disk"),
+        (200, "it answered: Server error '500 Internal Server Error'; its log says why: a full disk"),
+    ],
+)
+def test_a_server_that_fails_during_a_run_is_told_in_one_message(
+    status: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    from flows import train_rack
+
+    def fails(*arguments: Any) -> None:
+        request = httpx.Request("POST", "http://there/api/flow_runs")
+        response = httpx.Response(500, request=request, json={"exception_message": "Internal Server Error"})
+        try:
+            response.raise_for_status()
+        except httpx.HTTPStatusError as error:
+            raise PrefectHTTPStatusError.from_httpx_error(error) from error
+
+    monkeypatch.setattr(train_rack, "train_rack", fails)
+    with fake_api() as api:
+        api.status = status
+        monkeypatch.setenv("PREFECT_API_URL", api.url if status else "http://127.0.0.1:9/api")
+        with pytest.raises(ServerError, match=re.escape(says)) as error:
+            train_rack.run_to_the_end(tiny(tmp_path), str(tmp_path / "artifacts"), -1, "")
+    assert str(error.value).count("\n") == 0
+    assert "what was sealed is kept" in str(error.value)
+    assert error.value.exit_code == 1
 
 
 @pytest.mark.flow
