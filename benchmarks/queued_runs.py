@@ -1,7 +1,8 @@
 """Runs of stages that do nothing, since all is sealed, queued on one worker with Postgres: each ends, and runs once.
 
 Each run is a process of its own that starts, imports Prefect and torch, and finds that there is nothing to do. The
-worker asks for runs every second; by default it asks every ten.
+worker asks for runs every second; by default it asks every ten. It starts Prefect's engine itself, not by a command
+that imports Prefect first and starts the engine then.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ def _queued(
     """Queue runs and wait for all; return the seconds from the first one's creation on, and Prefect's record."""
     deployment = api.get(f"/deployments/name/{_DEPLOYMENT}").json()["id"]
     parameters = {"config": config.model_dump(mode="json"), "artifacts": str(artifacts)}
-    body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+    job = {"command": f"{sys.executable} -m prefect.engine"}
+    body = {"parameters": parameters, "state": {"type": "SCHEDULED"}, "job_variables": job}
     began = time.monotonic()
     for _ in range(n_runs):
         api.post(f"/deployments/{deployment}/create_flow_run", json=body).raise_for_status()

@@ -179,7 +179,7 @@ KILLS = (
     Kill("kill -9 in build", "seal-build:0:KILL"),
     Kill("kill -9 in trunk", "seal-trunk:0:KILL"),
     Kill("kill -9 in train", "train:6:KILL"),
-    Kill("kill -9 in cache", "cache:2:KILL"),
+    Kill("kill -9 in cache", "cache:1:KILL"),
     Kill("kill -9 in validate", "seal-validate:0:KILL"),
     Kill("SIGTERM in train", "train:5:HOLD", _by_sigterm),
     Kill("flow-run cancel in train", "train:7:HOLD", _by_cancel),
@@ -260,7 +260,8 @@ def places_of(links: Links) -> tuple[str, ...]:
     for kill, next_recovery in links:
         if recovery == "stackwise train" and kill.strike is not _by_sigterm:
             places.append(f"{kill.place.rpartition(':')[0]}:KILL")
-        places.append(kill.place)
+        # Killed at the first shard, a cache may have both: whatever goes on comes to its seal for certain.
+        places.append("seal-cache:0:KILL" if places[-1:] == ["cache:1:KILL"] else kill.place)
         recovery = next_recovery
     return tuple(places)
 
