@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 from conftest import digests, folder_of, manifests, tiny_values, write_corpus
-from operating import Site, until, wait_until_gone
+from operating import TERMINAL, Site, until, wait_until_gone
 
 Reference = Callable[..., Path]
 Note = Callable[[str, object], None]
@@ -193,15 +193,26 @@ KILLS = (
 
 
 def _by_retry(trial: Trial) -> None:
-    trial.site.wait_for(trial.run_id)  # Prefect retries what has ended, by its own account
-    trial.site.command("prefect", "flow-run", "retry", trial.run_id)
+    _retry(trial, lambda: trial.site.command("prefect", "flow-run", "retry", trial.run_id))
 
 
 def _by_button(trial: Trial) -> None:
     """Ask what the button Retry of a run's page asks."""
-    trial.site.wait_for(trial.run_id)
     state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
-    trial.site.post(f"/flow_runs/{trial.run_id}/set_state", {"state": state, "force": True})
+    _retry(trial, lambda: trial.site.post(f"/flow_runs/{trial.run_id}/set_state", {"state": state, "force": True}))
+
+
+def _retry(trial: Trial, retry: Callable[[], object]) -> None:
+    """Retry what has ended, by Prefect's own account, and again should a late report of the end undo it."""
+    n_starts = trial.site.wait_for(trial.run_id)["run_count"]
+
+    def started() -> bool:
+        run = trial.site.run(trial.run_id)
+        if run["run_count"] == n_starts and run["state_type"] in TERMINAL:
+            retry()
+        return run["run_count"] > n_starts
+
+    until(started, f"start of run {trial.run_id} once it was retried")
 
 
 def _by_new_run(trial: Trial) -> None:
