@@ -34,6 +34,7 @@ _SMALL = {
     "training.batch_size": 4,
     "training.steps_per_stack": 2,
     "training.warmup_steps": 1,
+    "training.progressive.target_stacks": 1,
     "validation.max_sequences": 8,
 }
 """What is made once, before the clock starts."""

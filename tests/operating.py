@@ -24,6 +24,19 @@ REPOSITORY = Path(__file__).parents[1]
 POOL = "stackwise"
 TERMINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
+_COPIED = (
+    "flow_id",
+    "entrypoint",
+    "path",
+    "pull_steps",
+    "parameter_openapi_schema",
+    "work_pool_name",
+    "work_queue_name",
+    "enforce_parameter_schema",
+    "description",
+)
+"""What two deployments of one flow have in common: not the limit to one run at a time."""
+
 _PATIENCE = 240.0
 """Seconds until a wait is given up: a first start of a server takes over a minute on a slow disk."""
 
@@ -71,12 +84,12 @@ def processes_with(variable: str) -> list[int]:
 class Site:
     """A server, a worker on the pool, deployments and runs, all in one folder."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
-        """Name everything; nothing is started yet."""
-        self.folder, self.home = folder, folder / "home"
+    def __init__(self, folder: Path, address: str = "127.0.0.1", **environment: str) -> None:
+        """Name everything; nothing is started yet. The server listens at the address."""
+        self.folder, self.home, self.address = folder, folder / "home", address
         self.home.mkdir(parents=True)
         self.port = free_port()
-        self.pages = f"http://127.0.0.1:{self.port}"
+        self.pages = f"http://{address}:{self.port}"
         self.api = f"{self.pages}/api"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         self.environment = inherited | {
@@ -93,6 +106,7 @@ class Site:
         }
         self.server: subprocess.Popen[bytes] | None = None
         self.worker: subprocess.Popen[bytes] | None = None
+        self.started: list[subprocess.Popen[bytes]] = []
         self.n_workers = 0
         self.client = httpx.Client(base_url=self.api, timeout=60)
 
@@ -101,7 +115,7 @@ class Site:
     def _spawn(self, what: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start a command in a session of its own, its output in a file of the site."""
         with (self.folder / f"{what}.log").open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 cwd=self.folder,
                 env=self.environment | environment,
@@ -110,10 +124,12 @@ class Site:
                 stderr=log,
                 start_new_session=True,
             )
+        self.started.append(process)
+        return process
 
     def start_server(self) -> None:
         """Start the server, on the database that is there or a new one; `wait_for_server` says when it answers."""
-        command = ("server", "start", "--host", "127.0.0.1", "--port", str(self.port))
+        command = ("server", "start", "--host", self.address, "--port", str(self.port))
         self.server = self._spawn("server", *_program("prefect"), *command)
 
     def wait_for_server(self) -> None:
@@ -125,11 +141,16 @@ class Site:
             return self.client.get("/health", timeout=2).text == "true"
         return False
 
-    def start_worker(self) -> None:
-        """Start a worker, which makes the pool if there is none; `wait_for_worker` says when it works."""
+    def start_worker(self, *prefix: str, **environment: str) -> None:
+        """Start a worker, which makes the pool if there is none; `wait_for_worker` says when it works.
+
+        Args:
+            prefix: what stands before the command, such as that it runs on another host.
+            environment: what it gets on top of the site's.
+        """
         self.n_workers += 1
-        command = ("worker", "start", "--pool", POOL, "--type", "process", "--name", self.worker_name)
-        self.worker = self._spawn("worker", *_program("prefect"), *command)
+        command = ("worker", "start", "--pool", POOL, "--type", "process", "--name", self.worker_name, "--limit", "1")
+        self.worker = self._spawn("worker", *prefix, *_program("prefect"), *command, **environment)
 
     @property
     def worker_name(self) -> str:
@@ -195,9 +216,8 @@ class Site:
         for pid in processes_with(f"PREFECT_HOME={self.home}"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for process in (self.server, self.worker):
-            if process is not None:
-                process.wait()
+        for process in self.started:
+            process.wait()
 
     # ---------------------------------------------------------------- deployments and runs
 
@@ -238,6 +258,11 @@ class Site:
             variables["command"] = f"{sys.executable} -m prefect.engine"
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}, "job_variables": variables}
         return self.post(f"/deployments/{found['id']}/create_flow_run", body)["id"]
+
+    def copy_deployment(self, deployment: str, **changes: Any) -> str:
+        """Deploy again, under another name, with other parameters or job variables; return its id."""
+        body = {name: value for name, value in self.get(f"/deployments/name/{deployment}").items() if name in _COPIED}
+        return self.post("/deployments/", body | changes)["id"]
 
     def run(self, run_id: str) -> dict[str, Any]:
         """Return a flow run as the server has it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import ALL_OF, tiny
 from network import HERE, Host, network, why_not
+from operating import Site
 from s3_server import environment, objects, serving
 
 pytestmark = pytest.mark.slow
@@ -82,7 +84,49 @@ def test_two_hosts_make_the_trunk_of_two_branches_once(tmp_path: Path, monkeypat
     counted = Counter(made[0] + made[1])
     assert {task: counted[task] for task in trunk} == dict.fromkeys(trunk, 1)
     assert all(task in each for each in made for task in ("build 2", "train 2", "validate 2"))
-    # By what is there: one seal of each artifact, and no files of an attempt that lost against it.
+    assert_made_once(kept)
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_two_workers_on_two_hosts_run_two_branches_and_make_the_trunk_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving("") as server, network(2) as hosts:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        uri = server.bucket()
+        store = {**environment(server.port), "AWS_ENDPOINT_URL": f"http://{HERE}:{server.port}"}
+        site = Site(tmp_path / "site", HERE, **store)
+        try:
+            site.start_server()
+            site.wait_for_server()
+            for host in hosts:
+                site.start_worker(*host.prefix, STACKWISE_SCRATCH=str(tmp_path / host.name))
+                site.wait_for_worker()
+            site.deploy()
+            both = site.copy_deployment("train-rack/local", name="both")
+            runs = []
+            for name, n_blocks in (("left", 1), ("right", 2)):
+                config = branch(tmp_path, name, n_blocks).model_dump(mode="json")
+                body = {"parameters": {"config": config, "artifacts": uri}, "state": {"type": "SCHEDULED"}}
+                runs.append(site.post(f"/deployments/{both}/create_flow_run", body)["id"])
+            for run in runs:
+                assert site.wait_for(run, seconds=400)["state_type"] == "COMPLETED", site.logs(run)
+            logs = [site.logs(run) for run in runs]
+            kept = objects(uri)
+        finally:
+            site.end()
+
+    workers = [re.search(r"Worker '(\S+)' submitting", "\n".join(lines)) for lines in logs]
+    assert {worker[1] for worker in workers if worker} == {"worker-1", "worker-2"}
+    told = Counter(line for lines in logs for line in lines)
+    for stage, times in ((0, 1), (1, 1), (2, 2)):
+        assert told[f"stage {stage} ({stage + 1} of 3): train"] == times
+    assert_made_once(kept)
+
+
+def assert_made_once(kept: dict[str, bytes]) -> None:
+    """By what is there: one seal of each artifact, and no files of an attempt that lost against it."""
     manifests = {name: json.loads(data) for name, data in kept.items() if name.endswith("/manifest.json")}
     stages = Counter(name.split("/")[1].rsplit("-", 1)[0] for name in manifests)
     assert all(stages[f"{kind}-{stage}"] == 1 for kind in ("stack", "activations", "validation") for stage in (0, 1))

@@ -24,20 +24,6 @@ def test_a_run_survives_every_kill(
     kill_and_recover(Trial(site, tmp_path, places_of(links)), links, digests(reference()), record_property)
 
 
-COPIED = (
-    "flow_id",
-    "entrypoint",
-    "path",
-    "pull_steps",
-    "parameter_openapi_schema",
-    "work_pool_name",
-    "work_queue_name",
-    "enforce_parameter_schema",
-    "description",
-)
-"""Of the deployment train-rack/local, to give its form other defaults."""
-
-
 @pytest.fixture
 def page() -> Generator[Any]:
     """Open a page of the system's Chromium; every wait on it ends when what it waits for is there."""
@@ -56,11 +42,9 @@ def page() -> Generator[Any]:
 
 def deployment_of_a_tiny_run(site: Site, folder: Path) -> str:
     """Deploy train-rack/local again with a form that a run of seconds is filled in; return its id."""
-    local = site.get("/deployments/name/train-rack/local")
     parameters = {"config": tiny_values(write_corpus(folder / "corpus.txt")), "artifacts": str(folder / "artifacts")}
-    body = {name: local[name] for name in COPIED} | {"name": "tiny", "parameters": parameters}
-    body["job_variables"] = {"command": f"{sys.executable} -m prefect.engine"}
-    return site.post("/deployments/", body)["id"]
+    job = {"command": f"{sys.executable} -m prefect.engine"}
+    return site.copy_deployment("train-rack/local", name="tiny", parameters=parameters, job_variables=job)
 
 
 def test_a_run_is_started_by_a_form_followed_and_read(site: Site, page: Any, tmp_path: Path) -> None:
