@@ -269,10 +269,14 @@ def places_of(links: Links) -> tuple[str, ...]:
     places: list[str] = []
     recovery = ""
     for kill, next_recovery in links:
-        if recovery == "stackwise train" and kill.strike is not _by_sigterm:
-            places.append(f"{kill.place.rpartition(':')[0]}:KILL")
-        # Killed at the first shard, a cache may have both: whatever goes on comes to its seal for certain.
-        places.append("seal-cache:0:KILL" if places[-1:] == ["cache:1:KILL"] else kill.place)
+        # A SIGTERM may hit the command itself, unless a retry is to follow: that is of a deployment's run.
+        hits_the_command = kill.strike is _by_sigterm and next_recovery in ("new deployment run", "stackwise train")
+        place = kill.place
+        if recovery == "stackwise train" and not hits_the_command:
+            places.append(f"{place.rpartition(':')[0]}:KILL")
+            # Killed at its first shard, a cache may have both: whatever goes on comes to its seal for certain.
+            place = "seal-cache:0:KILL" if place == "cache:1:KILL" else place
+        places.append(place)
         recovery = next_recovery
     return tuple(places)
 
