@@ -138,6 +138,14 @@ def test_what_is_copied_is_there_and_sent() -> None:
     assert {package.split(".")[0] for package in packages} <= sources
 
 
+def test_a_relative_artifacts_folder_lies_on_the_volume(compose: dict[str, Any]) -> None:
+    order = [arguments for instruction, arguments in instructions() if instruction in ("WORKDIR", "RUN")]
+    folder = order.index("/work")
+    (link,) = [at for at, arguments in enumerate(order) if "ln --symbolic /data/artifacts artifacts" in arguments]
+    assert folder < link
+    assert any(volume.split(":")[1] == "/data" for volume in compose["services"]["worker"]["volumes"])
+
+
 def test_both_variants_have_an_index_and_no_other_is_taken() -> None:
     (script,) = [arguments for instruction, arguments in instructions() if instruction == "RUN" and "case" in arguments]
     choice = script[: script.index("esac") + 4] + ' && echo "$index"'
