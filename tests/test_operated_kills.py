@@ -35,7 +35,7 @@ def test_every_kill_and_every_recovery(
     ("parameters", "redone"),
     [
         ({"from_stack": 1}, ["cache", "build trunk train cache validate", "build trunk train validate"]),
-        ({"force": "train"}, ["train cache", "train cache", "train"]),  # what a stage trains on is filled again
+        ({"force": "train"}, ["train cache", "train", "train"]),  # a cache that was retired is filled again
     ],
 )
 def test_redone_on_purpose(
