@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What is imported is compiled then; most of what is installed never is.
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install --no-compile -c constraints.txt
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install -c constraints.txt
 CONFIG ?= configs/quickstart.yaml
 
 .PHONY: setup train server worker test test-slow check bench docs clean
