@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import digests
 from kills import Trial, kill_and_recover, places_of, shifted
-from operating import Site
+from operating import Site, until
 from test_faults import mounted
 
 pytestmark = [pytest.mark.flow, pytest.mark.slow, pytest.mark.usefixtures("quick_disk")]
@@ -45,9 +45,14 @@ def test_redone_on_purpose(
     shutil.copytree(reference(), trial.root)
     trial.start(**parameters)
     trial.site.wait_for(trial.run_id, "COMPLETED")
-    told = [re.fullmatch(r"stage (\d) \(\d of 3\): (\w+)", line) for line in trial.site.logs(trial.run_id)]
-    tasks = [(int(line[1]), line[2]) for line in told if line]
-    assert tasks == [(stage, task) for stage, names in enumerate(redone) for task in names.split()]
+    expected = [(stage, task) for stage, names in enumerate(redone) for task in names.split()]
+
+    def tasks() -> list[tuple[int, str]]:
+        told = [re.fullmatch(r"stage (\d) \(\d of 3\): (\w+)", line) for line in trial.site.logs(trial.run_id)]
+        return [(int(line[1]), line[2]) for line in told if line]
+
+    until(lambda: len(tasks()) >= len(expected), "log of every task: lines come after the run has ended", 30)
+    assert tasks() == expected
     assert digests(trial.root) == digests(reference())
 
 
