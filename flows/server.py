@@ -49,14 +49,16 @@ def check_api(url: str) -> None:
         raise ConfigError([Fault("PREFECT_API_URL", repr(url), fault)])
 
 
-def lost_server(error: Exception) -> ServerError:
-    """Return what to say of a server that no longer serves a run: what is wrong with it now, or what it answered."""
+def lost_server(seen: str) -> ServerError:
+    """Return what to say of a server that no longer serves a run.
+
+    Args:
+        seen: what the run saw of it; told where nothing is wrong with the server when it is asked now.
+    """
     url = os.environ.get("PREFECT_API_URL", "")
-    answer = str(error).partition(" for url ")[0]
-    fault = fault_of(url) or f"it answered: {answer}; its log says why: a full disk, a database that is gone"
     return ServerError(
-        f"Prefect's server {url} failed during the run: {fault}; what was sealed is kept, and once the server is well "
-        "the same command goes on"
+        f"Prefect's server {url} failed during the run: {fault_of(url) or seen}; what was sealed is kept, and once the "
+        "server is well the same command goes on"
     )
 
 

@@ -59,7 +59,10 @@ def run_to_the_end(config: StackWiseConfig, root: str, from_stack: int, force: s
         train_rack(config, root, from_stack, cast("Task", force))
     except TerminationSignal:
         raise StageInterruptedError("stopped on request between two tasks; run the same command to go on") from None
-    except (PrefectHTTPStatusError, httpx.TransportError) as error:
-        raise lost_server(error) from error
+    except PrefectHTTPStatusError as error:
+        answer = str(error).partition(" for url ")[0]
+        raise lost_server(f"it answered: {answer}; its log says why: a full disk, a database that is gone") from error
+    except httpx.TransportError as error:
+        raise lost_server(f"the connection to it broke: {error}") from error
     finally:
         APILogHandler().flush()

@@ -255,6 +255,8 @@ def each_once() -> Links:
         replace(KILLS[7], what="kill -9 of the server, started again", strike=_the_server_for_a_moment),
         nothing,
     )
+    told_by_hand = replace(KILLS[8], what="machine restart, told by hand", strike=_the_machine_told_by_hand)
+    links[8] = (told_by_hand, recoveries[8])
     return links
 
 

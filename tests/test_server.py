@@ -121,35 +121,46 @@ def test_a_server_that_does_not_start_is_an_error_that_names_its_log(
     never.stop()  # harmless: it never began
 
 
+def _refused() -> Exception:
+    """What Prefect's client raises when its server answers with an error."""
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    response = httpx.Response(500, request=httpx.Request("POST", "http://there/api/flow_runs"), json={})
+    try:
+        response.raise_for_status()
+    except httpx.HTTPStatusError as error:
+        return PrefectHTTPStatusError.from_httpx_error(error)
+    raise AssertionError
+
+
+def _broken() -> Exception:
+    return httpx.ReadError("reset by peer")
+
+
 @pytest.mark.flow
+@pytest.mark.parametrize("raised", [_refused, _broken])
 @pytest.mark.parametrize(
     ("status", "says"),
     [
         (0, "it does not answer ([Errno 111] Connection refused); start it with"),
         (507, "it is not well (HTTP 507); its log says why: a full disk"),
-        (200, "it answered: Server error '500 Internal Server Error'; its log says why: a full disk"),
+        (200, {_refused: "it answered: Server error '500 Internal Server Error'", _broken: "broke: reset by peer"}),
     ],
 )
 def test_a_server_that_fails_during_a_run_is_told_in_one_message(
-    status: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raised: Callable[[], Exception], status: int, says: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefect.exceptions import PrefectHTTPStatusError
-
     from flows import train_rack
 
     def fails(*arguments: Any) -> None:
-        request = httpx.Request("POST", "http://there/api/flow_runs")
-        response = httpx.Response(500, request=request, json={"exception_message": "Internal Server Error"})
-        try:
-            response.raise_for_status()
-        except httpx.HTTPStatusError as error:
-            raise PrefectHTTPStatusError.from_httpx_error(error) from error
+        raise raised()
 
     monkeypatch.setattr(train_rack, "train_rack", fails)
     with fake_api() as api:
         api.status = status
         monkeypatch.setenv("PREFECT_API_URL", api.url if status else "http://127.0.0.1:9/api")
-        with pytest.raises(ServerError, match=re.escape(says)) as error:
+        expected = says if isinstance(says, str) else says[raised]
+        with pytest.raises(ServerError, match=re.escape(expected)) as error:
             train_rack.run_to_the_end(tiny(tmp_path), str(tmp_path / "artifacts"), -1, "")
     assert str(error.value).count("\n") == 0
     assert "what was sealed is kept" in str(error.value)
