@@ -7,7 +7,7 @@ CONFIG ?= configs/quickstart.yaml
 
 .PHONY: setup train server worker test test-slow check bench docs clean
 
-train: $(VENV)/run ## grow the quickstart rack: three stacks, three to four minutes
+train: $(VENV)/run ## grow the quickstart rack: three stacks, about four minutes
 	@$(BIN)/stackwise train $(CONFIG)
 
 server: $(VENV)/run ## Prefect's server with its pages, on http://127.0.0.1:4200
