@@ -1,9 +1,8 @@
 """Runs of stages that do nothing, since all is sealed, queued on one worker with Postgres: each ends, and runs once.
 
 Each run is a process of its own that starts, imports Prefect and torch, and finds that there is nothing to do. The
-worker asks for runs every second, by default every ten, and has two at once, as many as this machine has cores: they
-are runs of one name, which wait for each other. It starts Prefect's engine itself, not by a command that imports
-Prefect first and starts the engine then.
+worker asks for runs every second, by default every ten, and has two at once, as many as this machine has cores. It
+starts Prefect's engine itself, not by a command that imports Prefect first and starts the engine then.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def measure(quick: bool) -> list[Measure]:
         environment = _environment(folder, f"postgresql+asyncpg://prefect:{password}@127.0.0.1:{port}/prefect")
         with _server(folder, environment) as api, _worker(folder, environment):
             seconds, runs = _queued(api, config, artifacts, n_runs)
-        _check(runs, folder, config.run.name, n_runs)
+        _check(runs, folder, n_runs)
     case = f"{n_runs} runs, one worker, {_AT_ONCE} at once, Postgres"
     own = [run["total_run_time"] for run in runs]
     return [
@@ -158,12 +157,13 @@ def _queued(
     """Queue runs and wait for all; return the seconds from the first one's creation on, and Prefect's record."""
     copied = {key: value for key, value in api.get(f"/deployments/name/{_DEPLOYMENT}").json().items() if key in _COPIED}
     deployment = api.post("/deployments/", json=copied | {"name": "queued"}).raise_for_status().json()["id"]
-    parameters = {"config": config.model_dump(mode="json"), "artifacts": str(artifacts)}
-    job = {"command": f"{sys.executable} -m prefect.engine"}
-    body = {"parameters": parameters, "state": {"type": "SCHEDULED"}, "job_variables": job}
+    values = config.model_dump(mode="json")
+    body = {"state": {"type": "SCHEDULED"}, "job_variables": {"command": f"{sys.executable} -m prefect.engine"}}
     began = time.monotonic()
-    for _ in range(n_runs):
-        api.post(f"/deployments/{deployment}/create_flow_run", json=body).raise_for_status()
+    for name in _names(n_runs):
+        named = values | {"run": values["run"] | {"name": name}}
+        run = body | {"parameters": {"config": named, "artifacts": str(artifacts)}}
+        api.post(f"/deployments/{deployment}/create_flow_run", json=run).raise_for_status()
     ours = {"deployment_id": {"any_": [deployment]}}  # and no flow that one of them started
     ended = {"flow_runs": {**ours, "state": {"type": {"any_": list(_ENDS)}}}}
     while (n_ended := api.post("/flow_runs/count", json=ended).json()) < n_runs:
@@ -175,7 +175,12 @@ def _queued(
     return seconds, page.raise_for_status().json()
 
 
-def _check(runs: list[dict[str, Any]], folder: Path, name: str, n_runs: int) -> None:
+def _names(n_runs: int) -> list[str]:
+    """Return a name for each run: two that live at once under one name would be one attempt."""
+    return [f"queued-{number:03d}" for number in range(n_runs)]
+
+
+def _check(runs: list[dict[str, Any]], folder: Path, n_runs: int) -> None:
     """Compare Prefect's record with the attempts that the runs themselves wrote down."""
     ill = [
         f"{run['name']}, started {run['run_count']} times: {run['state_type']}, {(run['state'] or {}).get('message')}"
@@ -184,9 +189,11 @@ def _check(runs: list[dict[str, Any]], folder: Path, name: str, n_runs: int) -> 
     ]
     if ill or len(runs) != n_runs:
         raise RuntimeError(f"{len(runs)} runs of {n_runs}; not well: {'; '.join(ill)[:2000] or 'none'}")
-    recorded = attempts(artifacts_at(str(folder / "artifacts")).existing(), name)
-    if len(recorded) != n_runs + 1:
-        raise RuntimeError(f"{n_runs} runs and the one before them wrote down {len(recorded)} attempts")
+    artifacts = artifacts_at(str(folder / "artifacts")).existing()
+    tried = {name: attempts(artifacts, name) for name in _names(n_runs)}
+    ends = {name: [(attempt.outcome or {}).get("state") for attempt in found] for name, found in tried.items()}
+    if odd := {name: states for name, states in ends.items() if states != ["done"]}:
+        raise RuntimeError(f"each run has to have one attempt, that was done: {odd}")
     if locked := [log.name for log in folder.glob("*.log") if _LOCKED in log.read_text()]:
         raise RuntimeError(f"{_LOCKED}: {', '.join(locked)}")
 
