@@ -11,7 +11,7 @@ from flows.inspect import find_artifact
 from flows.numbers import size
 from flows.terminal import plain_table
 from stackwise_core.errors import ConfigError, Fault
-from storage.alone import among_others
+from storage.alone import among_others, at_work
 from storage.collect import Collection, collect, plan_collection
 from storage.layout import Artifacts
 from storage.manifest import read_manifest
@@ -38,6 +38,8 @@ def collect_garbage(root: str, *, keep_last: int | None, superseded: bool, dry_r
     artifacts = artifacts_at(root).existing()
     work = plan_collection if dry_run else collect
     collection = work(artifacts, keep_last, newest_only=superseded)
+    if dry_run and not artifacts.is_remote and (others := at_work(artifacts)):
+        collection.notes.append(f"now it would be refused: {artifacts.uri} is in use by {others}")
     if as_json:
         print(json.dumps(_document(artifacts, collection, dry_run), indent=1))
         return

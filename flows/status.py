@@ -77,7 +77,10 @@ def _artifact_table(stages: list[StageSummary]) -> Table:
     table = plain_table("stage", "artifact", "state")
     for stage in stages:
         for kind, artifact in stage.artifacts.items():
-            table.add_row(str(stage.stage), artifact, stage.states[kind])
+            kept = (
+                f", checkpoint after step {stage.steps_kept} of {stage.steps}" if stage.steps_kept is not None else ""
+            )
+            table.add_row(str(stage.stage), artifact, stage.states[kind] + (kept if kind == "stack" else ""))
         if "activations" not in stage.artifacts:
             table.add_row(str(stage.stage), "no activations", stage.cache_note)
     return table

@@ -8,6 +8,7 @@ from stackwise_core.identity import Kind
 from stackwise_core.plan import RunPlan, StagePlan
 from storage.layout import Artifacts, State
 from storage.manifest import Manifest, read_manifest
+from storage.midstage import step_reached
 
 
 class StageSummary(BaseModel, frozen=True):
@@ -20,6 +21,10 @@ class StageSummary(BaseModel, frozen=True):
     """State on disk of each artifact, by kind; 'none' where the stage makes none."""
     artifacts: dict[str, str]
     """Name of each artifact, by kind."""
+    steps: int
+    """Of training."""
+    steps_kept: int | None = None
+    """That need not be taken again, of a stage that is not trained yet; None: it has no checkpoint."""
     stacks: int
     """Of the rack after this stage."""
     blocks: int
@@ -61,6 +66,8 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         name=stage.spec.name,
         states={kind: states[kind].value if kind in states else "none" for kind in _KINDS},
         artifacts={kind: stage.ref(kind).name for kind in kinds},
+        steps=stage.stack.optim.steps,
+        steps_kept=None if stack else step_reached(artifacts, stage.ref("stack")),
         stacks=len(stage.spec.stacks),
         blocks=stage.spec.n_blocks,
         rack_parameters=stack.get("rack_parameters"),

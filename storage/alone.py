@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 
 from storage.errors import ArtifactsFolderError, RunBusyError
 from storage.layout import FOLDERS, Artifacts
-from storage.locks import no_wait
+from storage.locks import is_held, no_wait
 from storage.runs import live_runs
 
 _ROOMS = (*FOLDERS.values(), "runs", "work", "locks", "trash", "quarantine")
@@ -47,6 +47,11 @@ def among_others(artifacts: Artifacts, on_wait: Callable[[str], None] = no_wait)
         with _writable(artifacts):
             stack.enter_context(artifacts.lock("gc", shared=True, on_wait=on_wait))
         yield
+
+
+def at_work(artifacts: Artifacts) -> str:
+    """Name who would keep us out now; empty: nobody. Writes nothing."""
+    return _holder(artifacts) if is_held(artifacts.root / "locks" / "gc") else ""
 
 
 def _holder(artifacts: Artifacts) -> str:

@@ -23,7 +23,7 @@ from stackwise_core.adapters import (
 )
 from stackwise_core.anatomy import AdapterName, last_trained
 from stackwise_core.growth_operators import give_adapter
-from stackwise_core.identity import Ref, canonical_json
+from stackwise_core.identity import Ref
 from stackwise_core.model import Head, Stack, TokenEmbedding
 from stackwise_core.plan import StagePlan
 from stackwise_core.precision import convert_storage
@@ -33,12 +33,12 @@ from stackwise_core.stream import ChannelStatistics
 from stackwise_core.training import TrainingState
 from storage.durable import explain_full_disk, replace_folder, settle_folder, write_bytes, write_text
 from storage.errors import ArtifactCorruptError
-from storage.layout import SCRATCH, Artifacts
+from storage.layout import Artifacts
+from storage.midstage import STATE_FOLDER, read_header, write_header
 
 STACK, HEAD, EMBEDDING, METRICS = "stack.safetensors", "head.safetensors", "embedding.safetensors", "metrics.jsonl"
 CHANNELS = "channels.safetensors"
 """Statistics of the outputs of the stacks that a stage changed, where the stream is quantised."""
-_STATE_FOLDER = f"{SCRATCH}/checkpoint"
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -199,7 +199,7 @@ def _fill(
 
 def save_state(work: Path, state: TrainingState) -> None:
     """Replace the mid-stage checkpoint of a work folder; a kill leaves the old one or the new one."""
-    fresh = work / f"{_STATE_FOLDER}.tmp"
+    fresh = work / f"{STATE_FOLDER}.tmp"
     fresh.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(fresh):
         payload = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()})
@@ -211,8 +211,8 @@ def save_state(work: Path, state: TrainingState) -> None:
         }
         if state.fingerprint:
             header["fingerprint"] = state.fingerprint
-        (fresh / "state.json").write_text(json.dumps({"header": header, "sha256": _header_digest(header)}))
-    replace_folder(fresh, work / _STATE_FOLDER)
+        write_header(fresh, header)
+    replace_folder(fresh, work / STATE_FOLDER)
 
 
 def load_state(work: Path) -> TrainingState | None:
@@ -220,19 +220,13 @@ def load_state(work: Path) -> TrainingState | None:
 
     A damaged checkpoint costs the steps since the start of the stage, never a wrong weight.
     """
-    folder = work / _STATE_FOLDER
+    folder = work / STATE_FOLDER
     settle_folder(folder)
     try:
-        written = json.loads((folder / "state.json").read_bytes())
         payload = (folder / "state.safetensors").read_bytes()
-        header: dict[str, Any] = written["header"]
-        intact = written["sha256"] == _header_digest(header)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except OSError:
         return None
-    if not intact or hashlib.sha256(payload).hexdigest() != header["tensors"]:
+    header = read_header(folder)
+    if header is None or hashlib.sha256(payload).hexdigest() != header["tensors"]:
         return None
     return TrainingState(header["step"], load_safetensors(payload), header["records"], header.get("fingerprint", {}))
-
-
-def _header_digest(header: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(header).encode()).hexdigest()

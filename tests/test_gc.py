@@ -287,7 +287,10 @@ def test_gc_refuses_while_a_run_is_live(artifacts: Artifacts, run: Run) -> None:
         assert result.code == 2
         assert f"is in use by run live (process {process.pid} on " in result.err
         assert files_of(artifacts.root) == before
-        assert run("gc", "--dry-run", "--artifacts", artifacts.root).code == 0
+        listed = run("gc", "--dry-run", "--artifacts", artifacts.root)
+        assert listed.code == 0
+        assert f"refused: {artifacts.root} is in use by run live (process {process.pid} on " in listed.err
+    assert "refused" not in run("gc", "--dry-run", "--artifacts", artifacts.root).err
     assert run("gc", "--keep-last", 0, "--artifacts", artifacts.root).code == 0
     assert names(artifacts) == set()
 

@@ -20,8 +20,11 @@ from conftest import Recorder, digests, folder_of, grown, made_by_stages, manife
 
 from flows.progress import Message, StepTaken, TaskStarted, listening
 from flows.run import grow
-from flows.status import show_runs
+from flows.status import show_runs, show_stages
+from flows.summary import summarise
 from stackwise_core.errors import StackWiseError
+from storage.layout import Artifacts
+from storage.runs import find_run
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -151,6 +154,8 @@ def test_killed_anywhere_ends_in_the_same_bytes(failpoint: str, tmp_path: Path, 
     assert child.made == EVERYTHING[: len(child.made)]
     # Killed after its last seal, a run has all that it set out to make.
     assert _states(root) == ["done" if failpoint == "sealed-validate:2" else "killed"]
+    if first_again and first_again.startswith("train"):
+        assert _kept(root)[int(first_again[-1])] == (step or None)
 
     again = grown(tiny(tmp_path), root)
     expected = EVERYTHING[EVERYTHING.index(first_again) :] if first_again else []
@@ -158,6 +163,7 @@ def test_killed_anywhere_ends_in_the_same_bytes(failpoint: str, tmp_path: Path, 
     assert digests(root) == digests(reference())
     assert not list((root / "work").iterdir())
     assert not list((root / "trash").iterdir())
+    assert _kept(root) == [None, None, None]
     for stage in range(3):
         stack = folder_of(root, "stack", stage)
         steps = [json.loads(line)["step"] for line in (stack / "metrics.jsonl").read_text().splitlines()]
@@ -177,6 +183,12 @@ def test_killed_with_masks_and_epochs(tmp_path: Path, reference: Reference) -> N
     assert again.messages == ["stage 1 goes on from its checkpoint at step 6"]
     expected = digests(reference({"training.progressive.training_objective": "mlm"}))
     assert {name: digests(root)[name] for name in expected} == expected
+
+
+def _kept(root: Path) -> list[int | None]:
+    """Return what of each stage that is not trained need not be trained again, as `stackwise status` says it."""
+    artifacts = Artifacts(root)
+    return [stage.steps_kept for stage in summarise(artifacts, find_run(artifacts, "tiny").plan)]
 
 
 def _started_tasks(recorder: Recorder) -> list[str]:
@@ -218,7 +230,13 @@ def test_a_torn_checkpoint_costs_steps_not_weights(tmp_path: Path, reference: Re
     ],
 )
 def test_sigterm_stops_at_a_safe_point(
-    failpoint: str, message: str, again: str, step: int, tmp_path: Path, reference: Reference
+    failpoint: str,
+    message: str,
+    again: str,
+    step: int,
+    tmp_path: Path,
+    reference: Reference,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     root = tmp_path / "a"
     child = Child(tmp_path, root, failpoint=f"{failpoint}:TERM").go()
@@ -227,6 +245,9 @@ def test_sigterm_stops_at_a_safe_point(
     assert child.said[-1].startswith("error: stopped on request")
     assert child.said[-1].endswith(message)
     assert _states(root) == ["stopped"]
+    capsys.readouterr()
+    show_stages(str(root), "tiny", as_json=False)
+    assert ("absent, checkpoint after step 6 of 12" in capsys.readouterr().out) == (step == 6)
     resumed = grown(tiny(tmp_path), root)
     assert resumed.made == EVERYTHING[EVERYTHING.index(again) :]
     assert resumed.messages == ([f"stage 0 goes on from its checkpoint at step {step}"] if step else [])

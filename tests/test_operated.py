@@ -47,7 +47,6 @@ def deployment_of_a_tiny_run(site: Site, folder: Path) -> str:
     return site.copy_deployment("train-rack/local", name="tiny", parameters=parameters, job_variables=job)
 
 
-@pytest.mark.slow  # it needs a browser of the system, and over a minute
 def test_a_run_is_started_by_a_form_followed_and_read(site: Site, page: Any, tmp_path: Path) -> None:
     deployment = deployment_of_a_tiny_run(site, tmp_path)
     page.goto(site.pages)

@@ -56,6 +56,19 @@ def test_redone_on_purpose(
     assert digests(trial.root) == digests(reference())
 
 
+def test_a_live_run_that_was_taken_for_dead_comes_to_its_end(site: Site, tmp_path: Path, reference: Reference) -> None:
+    """A heartbeat that is judged late, or a person who is wrong, marks a run Crashed; its process goes on."""
+    trial = Trial(site, tmp_path, ("train:9:HOLD",))
+    trial.start()
+    trial.wait_for_failpoint()
+    state = {"type": "CRASHED", "name": "Crashed", "message": "no heartbeat: its machine died"}
+    trial.site.post(f"/flow_runs/{trial.run_id}/set_state", {"state": state, "force": True})
+    os.kill(trial.pid, signal.SIGCONT)
+    until(lambda: trial.site.run(trial.run_id)["state_type"] == "COMPLETED", "end of the run")
+    assert trial.site.run(trial.run_id)["run_count"] == 1
+    assert digests(trial.root) == digests(reference())
+
+
 def test_a_server_whose_disk_is_full(tmp_path: Path, reference: Reference) -> None:
     disk = tmp_path / "disk"
     with mounted(disk, "size=100m"):

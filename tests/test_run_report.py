@@ -20,6 +20,7 @@ def stage(number: int, loss: float | None, by_ratio: dict[str, float] | None = N
         name="append, frozen, full",
         states={"stack": "sealed", "activations": "none"},
         artifacts={"stack": f"stack-{number}-abc"},
+        steps=12,
         stacks=number + 1,
         blocks=1,
         rack_parameters=1270 * (number + 1),

@@ -111,7 +111,7 @@ def matrix(values: Sequence[Numbers], names: Sequence[str], here: int, label: st
             tip = element("title", f"{names[i]} and {names[j]}: {'unknown' if value is None else f'{value:.4f}'}")
             marks.append(element("rect", tip, class_="cell", fill_opacity=f"{0.06 + 0.84 * shade**2:.3f}", **box))
             ink = "on" if shade > 0.75 else "off"
-            text = "-" if value is None else f"{value:.2f}"
+            text = "-" if value is None else f"{value:.{2 if cell < 40 else 3}f}"
             at = {"x": left + (j + 0.5) * cell, "y": middle + 4, "text_anchor": "middle"}
             marks.append(element("text", text, class_=f"number {ink}", **at) if cell > 26 else element("g"))
     return _svg(WIDTH, round(top + n * cell + 6), label, *marks)

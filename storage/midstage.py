@@ -1,0 +1,40 @@
+"""How far a stage came that is not sealed: the header of its checkpoint. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from stackwise_core.identity import Ref, canonical_json
+from storage.layout import SCRATCH, Artifacts
+
+STATE_FOLDER = f"{SCRATCH}/checkpoint"
+_HEADER = "state.json"
+
+
+def step_reached(artifacts: Artifacts, ref: Ref) -> int | None:
+    """Return how many steps of a stage need not be taken again; None: it has no checkpoint. Writes nothing."""
+    header = read_header(artifacts.root / "work" / ref.name / STATE_FOLDER)
+    return None if header is None else header["step"]
+
+
+def write_header(folder: Path, header: dict[str, Any]) -> None:
+    """Write the header of a checkpoint, with a hash of itself."""
+    (folder / _HEADER).write_text(json.dumps({"header": header, "sha256": _digest(header)}))
+
+
+def read_header(folder: Path) -> dict[str, Any] | None:
+    """Return the header of a checkpoint; None if there is none, or if it is not what was written."""
+    try:
+        written = json.loads((folder / _HEADER).read_bytes())
+        header: dict[str, Any] = written["header"]
+        intact = written["sha256"] == _digest(header)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return header if intact else None
+
+
+def _digest(header: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(header).encode()).hexdigest()
