@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import subprocess
 import sys
+from types import FrameType
+from typing import NoReturn
 
 from benchmarks.harness import ROOT, machine, page, write
 
@@ -52,6 +55,7 @@ def main() -> int:
 
 def run(name: str, quick: bool, **options: str) -> None:
     """Run one benchmark and show its table; one that has pages or plots of its own writes them too."""
+    signal.signal(signal.SIGTERM, _end)
     module = importlib.import_module(f"benchmarks.{name}")
     where, title = machine(), (module.__doc__ or "").strip()
     measures = module.measure(quick, **options)
@@ -60,6 +64,11 @@ def run(name: str, quick: bool, **options: str) -> None:
         if hasattr(module, "publish"):
             module.publish(measures)
     print(page({"name": name, "title": title, "machine": where, "measures": [m.dump() for m in measures]}))
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """End as Ctrl-C does, so that servers and folders go that a benchmark made."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
