@@ -40,8 +40,6 @@ _SMALL = {
 """What is made once, before the clock starts."""
 _DEPLOYMENT = "train-rack/local"
 _AT_ONCE = 2
-_COPIED = ("flow_id", "entrypoint", "path", "pull_steps", "parameter_openapi_schema", "work_pool_name")
-"""What is deployed again without the limit to one run at a time."""
 _STARTUP_SECONDS = 300.0
 _SECONDS_A_RUN = 60.0
 _STACKWISE = "import sys; from flows.cli import main; sys.exit(main())"
@@ -155,8 +153,7 @@ def _queued(
     api: httpx.Client, config: StackWiseConfig, artifacts: Path, n_runs: int
 ) -> tuple[float, list[dict[str, Any]]]:
     """Queue runs and wait for all; return the seconds from the first one's creation on, and Prefect's record."""
-    copied = {key: value for key, value in api.get(f"/deployments/name/{_DEPLOYMENT}").json().items() if key in _COPIED}
-    deployment = api.post("/deployments/", json=copied | {"name": "queued"}).raise_for_status().json()["id"]
+    deployment = api.get(f"/deployments/name/{_DEPLOYMENT}").raise_for_status().json()["id"]
     values = config.model_dump(mode="json")
     body = {"state": {"type": "SCHEDULED"}, "job_variables": {"command": f"{sys.executable} -m prefect.engine"}}
     began = time.monotonic()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 from collections.abc import Generator
+from contextvars import copy_context
+from functools import partial
 from typing import Any, cast
 from uuid import UUID
 
@@ -18,7 +21,7 @@ from prefect.artifacts import (
 )
 
 from flows.numbers import clock, size
-from flows.progress import Event, Listener, RowsCached, StageDone, StageOpened, StepTaken
+from flows.progress import Event, Listener, RowsCached, StageDone, StageOpened, StepTaken, listening
 from flows.run_report import loss_plot, report
 from flows.stage import Stage
 from flows.summary import StageSummary
@@ -26,6 +29,7 @@ from flows.terminal import PlainLines
 
 _SECONDS_BETWEEN_UPDATES = 5.0
 """An update costs tens of milliseconds on the server: by time, never by step."""
+_SECONDS_TO_SETTLE = 5.0
 
 
 def key_of(*parts: object) -> str:
@@ -33,28 +37,54 @@ def key_of(*parts: object) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(map(str, parts)).lower()).strip("-")
 
 
-def progress_artifact(stage: Stage) -> Listener:
-    """Return a listener that keeps a progress artifact of one task up to date."""
-    artifact: UUID | None = None
-    last = time.monotonic()
+@contextlib.contextmanager
+def progress_artifact(stage: Stage) -> Generator[None]:
+    """Keep a progress artifact of one task up to date while the block runs."""
+    page = ProgressPage(key_of(stage.config.run.name, "stage", stage.index))
+    with listening(page):
+        try:
+            yield
+        finally:
+            page.settle()
 
-    def listen(event: Event) -> None:
-        nonlocal artifact, last
+
+class ProgressPage:
+    """A progress artifact. Each update has a thread: of a server that is away it is asked for over a minute."""
+
+    def __init__(self, key: str) -> None:
+        """Name it; a task that is over in seconds gets none."""
+        self.key = key
+        self.artifact: UUID | None = None
+        self.update: threading.Thread | None = None
+        self.last = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        """Show it, if it is time and the page has been heard of the last update."""
         if not isinstance(event, (StepTaken, RowsCached)):
             return
         percent, text = _progress_of(event)
-        ends = percent == 100.0 and artifact is not None  # a page that was begun does not stay short of its end
-        if time.monotonic() - last < _SECONDS_BETWEEN_UPDATES and not ends:
-            return
-        last = time.monotonic()
-        with _never_failing("progress"):
-            if artifact is None:
-                key = key_of(stage.config.run.name, "stage", event.stage)
-                artifact = cast("UUID", create_progress_artifact(percent, key, text))  # typed for async callers too
-            else:
-                update_progress_artifact(artifact, percent, text)
+        waiting = self.update is not None and self.update.is_alive()
+        due = time.monotonic() - self.last >= _SECONDS_BETWEEN_UPDATES and not waiting
+        begun = waiting or self.artifact is not None
+        if due or (percent == 100.0 and begun):  # a page that was begun does not stay short of its end
+            self.last = time.monotonic()
+            show = partial(copy_context().run, self._show, self.update, percent, text)
+            self.update = threading.Thread(target=show, daemon=True, name="progress")
+            self.update.start()
 
-    return listen
+    def _show(self, before: threading.Thread | None, percent: float, text: str) -> None:
+        if before is not None:
+            before.join()
+        with _never_failing("progress"):
+            if self.artifact is None:
+                self.artifact = cast("UUID", create_progress_artifact(percent, self.key, text))  # typed for async too
+            else:
+                update_progress_artifact(self.artifact, percent, text)
+
+    def settle(self) -> None:
+        """Wait for the last update, unless the server takes its time."""
+        if self.update is not None:
+            self.update.join(_SECONDS_TO_SETTLE)
 
 
 @contextlib.contextmanager

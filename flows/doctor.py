@@ -176,7 +176,7 @@ def _who_works(url: str) -> str:
     workers = workers_alive(url, POOL)
     if workers is None:
         return f"no pool {POOL}: `stackwise worker` makes it"
-    alive = f"workers alive: {', '.join(workers)}" if workers else "no worker: start `stackwise worker`"
+    alive = f"workers heard of lately: {', '.join(workers)}" if workers else "no worker: start `stackwise worker`"
     return f"pool {POOL}, {alive}"
 
 

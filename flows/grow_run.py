@@ -13,7 +13,7 @@ from storage.runs import find_run
 
 
 @flow(name="add-stack", flow_run_name="grow {run} by one stack")
-def grow_run(run: str = "quickstart", artifacts: str = "artifacts", stack: StackOverride = StackOverride()) -> None:  # noqa: B008 -- a form shows its fields
+def grow_run(run: str, artifacts: str = "artifacts", stack: StackOverride = StackOverride()) -> None:  # noqa: B008 -- a form shows its fields
     """Add one stack to a run.
 
     If the newest attempt of the run did not reach its target, it is brought there instead: so a retry of this flow

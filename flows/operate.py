@@ -20,6 +20,7 @@ AUTOMATION = "stackwise: no heartbeat, so the run has crashed"
 HEARTBEAT_SECONDS = 30
 """A flow process says so often that it lives; one that missed two is taken for dead."""
 
+_API = "http://127.0.0.1:4200/api"
 _CHECKOUT = Path(__file__).parents[1]
 _PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
 
@@ -36,7 +37,11 @@ def serve(host: str, port: int) -> None:
     """
     _default("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     _default("DO_NOT_TRACK", "1")
-    print(f"Prefect's server: http://{host}:{port}; in other terminals: stackwise worker", file=sys.stderr)
+    here = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    if "PREFECT_API_URL" not in os.environ:
+        _default("PREFECT_UI_API_URL", f"{here}/api")  # else its pages ask port 4200
+    variable = "" if f"{here}/api" == _API else f"PREFECT_API_URL={here}/api "
+    print(f"Prefect's server: {here}; in other terminals: {variable}stackwise worker", file=sys.stderr)
     _become([*_PREFECT, "server", "start", "--host", host, "--port", str(port)])
 
 
@@ -54,9 +59,13 @@ def work(limit: int, name: str, *, healthcheck: bool) -> None:
     """
     _find_api()
     _default("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
-    _register_pool()
+    at_once = _register_pool(limit)
     _deploy()
     _register_automation()
+    print(
+        f"registered: pool {POOL}, {at_once}; the deployments of prefect.yaml; the heartbeat automation",
+        file=sys.stderr,
+    )
     command = ["worker", "start", "--pool", POOL, "--type", "process", "--limit", str(limit)]
     command += ["--name", name] if name else []
     _become([*_PREFECT, *command, *(["--with-healthcheck"] if healthcheck else [])])
@@ -75,19 +84,37 @@ def register_heartbeat() -> None:
 
 def _find_api() -> None:
     """Make sure that PREFECT_API_URL is set and answers; the default is where `stackwise server` listens."""
-    _default("PREFECT_API_URL", "http://127.0.0.1:4200/api")
-    check_api(os.environ["PREFECT_API_URL"])
+    given = os.environ.get("PREFECT_API_URL")
+    _default("PREFECT_API_URL", _API)
+    check_api(os.environ["PREFECT_API_URL"], received=repr(given) if given else f"nothing, so {_API} was asked")
 
 
-def _register_pool() -> None:
+def _register_pool(limit: int) -> str:
+    """Make the pool, with room for as many runs as its first worker has; return what it has room for.
+
+    The pool counts runs by their states, so one whose worker was killed, but which lives, keeps the accelerator.
+    A pool that is there keeps its limit, unless this worker alone has more.
+    """
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectAlreadyExists
     from prefect.workers.process import ProcessWorker
 
     template = ProcessWorker.get_default_base_job_template()
-    with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+    pool = WorkPoolCreate(name=POOL, type="process", base_job_template=template, concurrency_limit=limit)
+    with get_client(sync_client=True) as client:
+        with contextlib.suppress(ObjectAlreadyExists):
+            client.create_work_pool(pool)
+        room = client.read_work_pool(POOL).concurrency_limit
+        if room is not None and room < limit:
+            client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=limit))
+            room = limit
+    return room_of(room)
+
+
+def room_of(limit: int | None) -> str:
+    """Return a pool's limit as people say it."""
+    return "runs without a limit" if limit is None else f"{limit} run{'s' if limit != 1 else ''} at a time"
 
 
 def _deploy() -> None:
@@ -121,6 +148,7 @@ def _register_automation() -> bool:
 def _automation() -> dict[str, Any]:
     """A run that has not ended, and was not heard for two heartbeats and ten seconds, has crashed."""
     ends = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed"]
+    message = "no heartbeat: its machine died, or the server was away"
     return {
         "name": AUTOMATION,
         "description": "A machine that dies leaves its runs Running for ever; this one marks them Crashed.",
@@ -134,7 +162,7 @@ def _automation() -> dict[str, Any]:
             "threshold": 1,
             "within": 2 * HEARTBEAT_SECONDS + 10,
         },
-        "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "message": "no heartbeat: its machine died"}],
+        "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "message": message}],
     }
 
 

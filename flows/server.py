@@ -39,14 +39,18 @@ def quiet_prefect() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
-def check_api(url: str) -> None:
+def check_api(url: str, received: str = "") -> None:
     """Make sure that the API of PREFECT_API_URL answers, is Prefect's and of a version that serves us.
+
+    Args:
+        url: of the API.
+        received: what the variable holds, for the message; by default the URL.
 
     Raises:
         ConfigError: it does not, or is not.
     """
     if fault := fault_of(url):
-        raise ConfigError([Fault("PREFECT_API_URL", repr(url), fault)])
+        raise ConfigError([Fault("PREFECT_API_URL", received or repr(url), fault)])
 
 
 def lost_server(seen: str) -> ServerError:

@@ -61,7 +61,10 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
     url = os.environ.get("PREFECT_API_URL")
     if url:
         check_api(url)
-    print("starting Prefect (seconds; on a machine's first run its server takes up to a minute)", file=sys.stderr)
+    how = (
+        f"seconds; its server is {url}" if url else "seconds; on a machine's first run its server takes up to a minute"
+    )
+    print(f"starting Prefect ({how})", file=sys.stderr)
     with nullcontext() if url else embedded_server(artifacts.root / "prefect" / "server.log") as server:
         from flows.train_rack import run_to_the_end
 

@@ -11,7 +11,6 @@ from prefect.context import TaskRunContext
 
 from flows import steps
 from flows.artifacts import progress_artifact
-from flows.progress import listening
 from flows.runners import prefect_workers
 from flows.stage import Stage
 from stackwise_core.identity import Ref
@@ -48,14 +47,14 @@ def configure_trunk(stage: Stage) -> Ref:
 @_stage_task("train")
 def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
     """Train the new stack, from its last checkpoint if there is one."""
-    with listening(progress_artifact(stage)):
+    with progress_artifact(stage):
         return steps.train(stage, build, trunk)
 
 
 @_stage_task("cache")
 def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
     """Write the boundary that the next stage reads, or say why not."""
-    with listening(progress_artifact(stage)):
+    with progress_artifact(stage):
         return steps.cache_activations(stage, stack, prefect_workers)
 
 

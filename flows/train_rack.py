@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
-import httpx
 from prefect import flow
-from prefect.exceptions import PrefectHTTPStatusError, TerminationSignal
+from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import APILogHandler
 
 from flows.add_stack import add_stack
 from flows.artifacts import publish_run, run_log
 from flows.console import outlive_the_worker
-from flows.one_line import told_in_one_line
+from flows.one_line import server_explained, told_in_one_line
 from flows.progress import listening
 from flows.run import grow
-from flows.server import lost_server
 from flows.stage import Stage
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import StageInterruptedError
@@ -56,13 +54,9 @@ def run_to_the_end(config: StackWiseConfig, root: str, from_stack: int, force: s
         StackWiseError: one clear message; the same command goes on from what is sealed.
     """
     try:
-        train_rack(config, root, from_stack, cast("Task", force))
+        with server_explained():
+            train_rack(config, root, from_stack, cast("Task", force))
     except TerminationSignal:
         raise StageInterruptedError("stopped on request between two tasks; run the same command to go on") from None
-    except PrefectHTTPStatusError as error:
-        answer = str(error).partition(" for url ")[0]
-        raise lost_server(f"it answered: {answer}; its log says why: a full disk, a database that is gone") from error
-    except httpx.TransportError as error:
-        raise lost_server(f"the connection to it broke: {error}") from error
     finally:
         APILogHandler().flush()

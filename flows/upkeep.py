@@ -7,6 +7,7 @@ import io
 from collections.abc import Generator
 
 from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
 
 from flows.gc import collect_garbage
 from flows.one_line import told_in_one_line
@@ -20,8 +21,12 @@ class VerificationError(StackWiseError):
     exit_code = 3
 
 
-@flow(name="validate", flow_run_name="verify {run}")
-def validate_run(run: str = "quickstart", artifacts: str = "artifacts") -> None:
+def _name_of_validation() -> str:
+    return f"verify {flow_run.parameters['run'] or 'everything'}"
+
+
+@flow(name="validate", flow_run_name=_name_of_validation)
+def validate_run(run: str = "", artifacts: str = "artifacts") -> None:
     """Recompute every checksum of a run's artifacts, and derive sampled rows of its caches again from tokens.
 
     Args:

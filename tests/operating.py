@@ -35,7 +35,7 @@ _COPIED = (
     "enforce_parameter_schema",
     "description",
 )
-"""What two deployments of one flow have in common: not the limit to one run at a time."""
+"""What two deployments of one flow have in common."""
 
 _PATIENCE = 240.0
 """Seconds until a wait is given up: a first start of a server takes over a minute on a slow disk."""
@@ -338,6 +338,7 @@ def operating(folder: Path, **environment: str) -> Generator[Site]:
         site.wait_for_server()
         site.start_worker()
         site.deploy()
+        site.client.patch(f"/work_pools/{POOL}", json={"concurrency_limit": 1}).raise_for_status()  # one accelerator
         site.wait_for_worker()
         site.register_heartbeat()
         yield site

@@ -5,11 +5,13 @@ All on the one server of the session (conftest.py). A subflow takes a second to 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import select
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -82,6 +84,20 @@ def run_flow(config: Any, root: Path, **how: Any) -> FlowRun:
     from flows.train_rack import train_rack
 
     return FlowRun(train_rack(config, str(root), **how, return_state=True))
+
+
+@contextlib.contextmanager
+def logged() -> Generator[list[str]]:
+    """Give the lines that Prefect's engine logs of flow runs, as they are formatted for its pages."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(logging.Formatter().format(record))
+    logger = logging.getLogger("prefect.flow_runs")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
 
 
 def artifacts_named(key: str) -> list[Any]:
@@ -266,8 +282,10 @@ def test_wrong_parameters_are_refused_by_path(tmp_path: Path) -> None:
         train_rack(tiny(tmp_path), str(tmp_path / "a"), force="everything")  # type: ignore[arg-type]
     broken = tiny(tmp_path)
     broken.model.n_heads = 3  # right in type and range, wrong beside d_model: our own rules say so
-    with pytest.raises(RefusedError, match=r"model\.n_heads: got 3; must divide"):
+    with pytest.raises(RefusedError, match=r"model\.n_heads: got 3; must divide") as refused, logged() as lines:
         train_rack(broken, str(tmp_path / "a"))
+    assert next(line for line in lines if "n_heads" in line) == str(refused.value)
+    assert "Traceback" not in "".join(lines)
     assert not (tmp_path / "a").exists()
 
 

@@ -104,12 +104,10 @@ def test_two_workers_on_two_hosts_run_two_branches_and_make_the_trunk_once(
                 site.start_worker(*host.prefix, STACKWISE_SCRATCH=str(tmp_path / host.name))
                 site.wait_for_worker()
             site.deploy()
-            both = site.copy_deployment("train-rack/local", name="both")
             runs = []
             for name, n_blocks in (("left", 1), ("right", 2)):
                 config = branch(tmp_path, name, n_blocks).model_dump(mode="json")
-                body = {"parameters": {"config": config, "artifacts": uri}, "state": {"type": "SCHEDULED"}}
-                runs.append(site.post(f"/deployments/{both}/create_flow_run", body)["id"])
+                runs.append(site.start({"config": config, "artifacts": uri}))
             for run in runs:
                 assert site.wait_for(run, seconds=400)["state_type"] == "COMPLETED", site.logs(run)
             logs = [site.logs(run) for run in runs]

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from flows import operate
 from flows.api import ask, fault_of, is_registered, workers_alive
-from flows.operate import AUTOMATION, POOL
+from flows.operate import AUTOMATION, POOL, _register_pool
 
 REPOSITORY = Path(__file__).parents[1]
 _STACKWISE = [sys.executable, "-c", "import sys; from flows.cli import main; sys.exit(main())"]
@@ -97,6 +98,7 @@ def test_a_server_and_a_worker_by_one_command_each(start: Any, tmp_path: Path) -
     assert refused.value.code == 409
     assert "0 is less than the minimum of 1" in refused.value.read().decode()
 
+    assert ask(f"http://127.0.0.1:{port}", "/ui-settings")["api_url"] == url
     again, log = start("heartbeat", PREFECT_API_URL=url)
     assert again.wait() == 0
     assert "was there already" in log.read_text()
@@ -110,3 +112,43 @@ def test_a_server_and_a_worker_by_one_command_each(start: Any, tmp_path: Path) -
 
 def _id(deployments: dict[str, Any], flow: str) -> str:
     return next(entry["id"] for name, entry in deployments.items() if name.split("/")[0].endswith(flow))
+
+
+@pytest.mark.flow
+def test_a_pool_has_room_for_what_its_workers_run_at_once(prefect_api: str) -> None:
+    """It is the pool that keeps the accelerator to one run: it counts also a run whose worker was killed."""
+    said = [_register_pool(limit) for limit in (1, 3, 2)]
+    assert said == ["1 run at a time", "3 runs at a time", "3 runs at a time"]
+    assert ask(prefect_api, f"/work_pools/{POOL}")["concurrency_limit"] == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "pages_ask", "told"),
+    [
+        ({}, ("127.0.0.1", 4200), "http://127.0.0.1:4200/api", "terminals: stackwise worker"),
+        (
+            {},
+            ("127.0.0.1", 4311),
+            "http://127.0.0.1:4311/api",
+            "terminals: PREFECT_API_URL=http://127.0.0.1:4311/api stackwise worker",
+        ),
+        ({}, ("0.0.0.0", 4200), "http://127.0.0.1:4200/api", "terminals: stackwise worker"),
+        ({"PREFECT_UI_API_URL": "https://pages/api"}, ("0.0.0.0", 80), "https://pages/api", ""),
+        ({"PREFECT_API_URL": "http://box:80/api"}, ("0.0.0.0", 80), None, ""),  # which Prefect's pages ask then
+    ],
+)
+def test_the_pages_of_a_server_ask_that_server(
+    given: dict[str, str],
+    arguments: tuple[str, int],
+    pages_ask: str | None,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    began: list[list[str]] = []
+    monkeypatch.setattr(operate, "_become", began.append)
+    monkeypatch.setattr(os, "environ", dict(given))
+    operate.serve(*arguments)
+    assert began[0][-4:] == ["--host", arguments[0], "--port", str(arguments[1])]
+    assert os.environ.get("PREFECT_UI_API_URL") == pages_ask
+    assert told in capsys.readouterr().err

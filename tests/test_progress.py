@@ -133,20 +133,24 @@ def test_the_progress_artifact_is_updated_by_time(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(artifacts, "time", now)
     monkeypatch.setattr(artifacts, "create_progress_artifact", create)
     monkeypatch.setattr(artifacts, "update_progress_artifact", lambda *arguments: calls.append(("update", *arguments)))
-    listener = artifacts.progress_artifact(SimpleNamespace(config=tiny(tmp_path, {"run.name": "My_Run.2"})))
-    for number in range(1000):
-        now.now = 1000.0 + number * 0.012
-        listener(StepTaken(1, number, 1000, 1.5, 64))
-        listener(TaskStarted(1, "train"))
-        listener(Message("other events count for nothing"))
+    stage = SimpleNamespace(config=tiny(tmp_path, {"run.name": "My_Run.2"}), index=1)
+    with artifacts.progress_artifact(stage):
+        for number in range(1000):
+            now.now = 1000.0 + number * 0.012
+            tell(StepTaken(1, number, 1000, 1.5, 64))
+            tell(TaskStarted(1, "train"))
+            tell(Message("other events count for nothing"))
+            until(lambda: not updates_under_way())
     assert [call[0] for call in calls] == ["create", "update"]
     assert calls[0][1:] == (41.7, "my-run-2-stage-1", "step 417 of 1000, loss 1.5000")
     assert calls[1][1] == identity
     assert calls[1][2] == pytest.approx(83.4, abs=0.11)
 
-    now.now += 60
-    listener(RowsCached(1, 3 * 2**20, 4 * 2**20))
-    assert calls[-1] == ("update", identity, 75.0, "cached 3.0 MiB of 4.0 MiB")
+    with artifacts.progress_artifact(stage):
+        tell(RowsCached(1, 2**20, 4 * 2**20))
+        now.now += 60
+        tell(RowsCached(1, 3 * 2**20, 4 * 2**20))
+    assert calls[-1] == ("create", 75.0, "my-run-2-stage-1", "cached 3.0 MiB of 4.0 MiB")
 
 
 @pytest.mark.flow
@@ -164,10 +168,11 @@ def test_a_page_that_cannot_be_updated_stops_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr(artifacts, "create_table_artifact", down)
     logger = SimpleNamespace(warning=lambda text, *values: warnings.append(text % values))
     monkeypatch.setattr(artifacts, "get_run_logger", lambda: logger)
-    listener = artifacts.progress_artifact(SimpleNamespace(config=tiny(tmp_path)))
+    page = artifacts.ProgressPage("tiny-stage-0")
     for number in range(4):
         now.now += 3.0
-        listener(step(number + 1))
+        page(step(number + 1))
+        page.settle()
     assert len(calls) == 2  # tried again, and still no more often than by time
     heard = grown(tiny(tmp_path, {"training.progressive.target_stacks": 1}), tmp_path / "a").events
     publish = artifacts.publish_run("tiny", "a")
@@ -188,15 +193,52 @@ def test_progress_is_shown_by_time_and_ends_at_its_end(tmp_path: Path, monkeypat
         artifacts, "create_progress_artifact", lambda percent, *_: shown.append(percent) or uuid.uuid4()
     )
     monkeypatch.setattr(artifacts, "update_progress_artifact", lambda _, percent, text: shown.append(percent))
-    config = tiny(tmp_path)
-    listener = artifacts.progress_artifact(SimpleNamespace(config=config))
-    for number in range(1, 13):
-        now.now += 1.0
-        listener(StepTaken(0, number, 12, 2.5, 64))
+    stage = SimpleNamespace(config=tiny(tmp_path), index=0)
+    with artifacts.progress_artifact(stage):
+        for number in range(1, 13):
+            now.now += 1.0
+            tell(StepTaken(0, number, 12, 2.5, 64))
+            until(lambda: not updates_under_way())
     assert shown == [41.6, 83.3, 100.0]
     shown.clear()
-    artifacts.progress_artifact(SimpleNamespace(config=config))(StepTaken(0, 12, 12, 2.5, 64))
+    with artifacts.progress_artifact(stage):
+        tell(StepTaken(0, 12, 12, 2.5, 64))
     assert shown == []  # over before a page of it was worth one
+
+
+@pytest.mark.flow
+def test_training_does_not_wait_for_a_server_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import artifacts
+
+    now, shown, back = Clock(), [], threading.Event()
+
+    def asked_for_over_a_minute(percent: float, *_: object) -> uuid.UUID:
+        back.wait()
+        shown.append(percent)
+        return uuid.uuid4()
+
+    monkeypatch.setattr(artifacts, "time", now)
+    monkeypatch.setattr(artifacts, "_SECONDS_TO_SETTLE", 0.01)
+    monkeypatch.setattr(artifacts, "create_progress_artifact", asked_for_over_a_minute)
+    monkeypatch.setattr(artifacts, "update_progress_artifact", lambda _, percent, text: shown.append(percent))
+    with artifacts.progress_artifact(SimpleNamespace(config=tiny(tmp_path), index=0)):
+        for number in range(1, 13):
+            now.now += 6.0
+            tell(StepTaken(0, number, 12, 2.5, 64))
+        assert len(updates_under_way()) == 2  # the first, and the end behind it: none was begun in between
+    assert shown == []
+    back.set()
+    until(lambda: not updates_under_way())
+    assert shown == [8.3, 100.0]
+
+
+def updates_under_way() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "progress"]
+
+
+def until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        threading.Event().wait(0.001)
 
 
 @pytest.mark.flow
