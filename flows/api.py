@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from importlib.metadata import version
@@ -42,6 +44,8 @@ def fault_of(url: str) -> str:
     """Return what is wrong with an API and what to do, or nothing if runs can use it."""
     if not _is_url(url):
         return f"the URL of Prefect's API is expected, {_EXAMPLE}"
+    if shown(url) != url:
+        return "a name and a password are not given in it, but by PREFECT_API_AUTH_STRING=NAME:PASSWORD"
     try:
         if ask(url, "/health") is not True:
             return f"what answers is not Prefect's API; its URL ends in /api, {_EXAMPLE}"
@@ -53,16 +57,22 @@ def fault_of(url: str) -> str:
         return (
             f"it does not answer ({reason}); start it with `stackwise server`; without it `stackwise train` embeds one"
         )
-    except ValueError:
+    except (ValueError, http.client.HTTPException):
         return f"what answers is not Prefect's API; its URL ends in /api, {_EXAMPLE}"
+
+
+def shown(url: str) -> str:
+    """Return a URL as messages show it, without a password."""
+    return re.sub(r"//[^/]*@", "//***@", url)
 
 
 def _is_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
-    except ValueError:  # half an IPv6 address
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half an IPv6 address, a port that is no number
         return False
-    return parts.scheme in ("http", "https") and bool(parts.netloc)
+    return parts.scheme in ("http", "https") and named and not any(character.isspace() for character in url)
 
 
 def _fault_of_answer(error: urllib.error.HTTPError) -> str:

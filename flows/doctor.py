@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from flows.api import ask, fault_of, is_registered, workers_alive
+from flows.api import ask, fault_of, is_registered, shown, workers_alive
 from flows.numbers import size
 from flows.operate import AUTOMATION, POOL
 from storage.errors import ArtifactsFolderError
@@ -70,6 +70,8 @@ def examine(root: str, *, as_json: bool) -> int:
             ok, says = look()
         except OSError as error:
             ok, says = False, f"{error.filename or folder}: {error.strerror or error}"
+        except ValueError as error:  # an answer that is none
+            ok, says = False, f"what answers is not Prefect's API: {error}"
         findings.append(Finding(what, ok, says))
     works = all(finding.ok for finding in findings)
     if as_json:
@@ -168,7 +170,7 @@ def _look_at_prefect() -> tuple[bool, str]:
     if not url:
         return True, "PREFECT_API_URL is not set: `stackwise train` starts a server of its own"
     if fault := fault_of(url):
-        return False, f"PREFECT_API_URL: got {url!r}; {fault}"
+        return False, f"PREFECT_API_URL: got {shown(url)!r}; {fault}"
     return True, f"{url} answers, version {ask(url, '/admin/version')}; {_who_works(url)}; {_who_watches(url)}"
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from flows.one_line import told_in_one_line
 from flows.train_rack import train_rack
 from stackwise_core.config import StackOverride, StackWiseConfig
 from stackwise_core.errors import ConfigError, Fault
 from storage.roots import artifacts_at
-from storage.runs import find_run
+from storage.runs import asked_before, asking, find_run
 
 
 @flow(name="add-stack", flow_run_name="grow {run} by one stack")
@@ -24,18 +25,29 @@ def grow_run(run: str, artifacts: str = "artifacts", stack: StackOverride = Stac
         artifacts: folder that holds it, or s3://BUCKET/PREFIX.
         stack: what the new stack does differently from the others.
     """
+    who = f"flow run {flow_run.id}"  # which it stays, however often it is retried
     with told_in_one_line():
-        config = grown(artifacts, run, stack)
-    train_rack(config, artifacts)
+        config = grown(artifacts, run, stack, who)
+    with asking(who):
+        train_rack(config, artifacts)
 
 
-def grown(root: str, run: str, stack: StackOverride) -> StackWiseConfig:
+def grown(root: str, run: str, stack: StackOverride, who: str) -> StackWiseConfig:
     """Return the configuration of a run with one stack more, or as it is if its newest attempt is not done.
+
+    Args:
+        root: where its artifacts are.
+        run: its name.
+        stack: what the new stack does differently.
+        who: asks for it; what they asked for before is not asked for again.
 
     Raises:
         ConfigError: there is no such run, or it has still to make a stack that differs otherwise.
     """
-    newest = find_run(artifacts_at(root).existing(), run)
+    artifacts = artifacts_at(root).existing()
+    newest = find_run(artifacts, run)
+    if before := asked_before(artifacts, run, who):
+        return before.config
     config = newest.config
     if newest.outcome is None or newest.outcome["state"] != "done":
         _check_same(config, stack)

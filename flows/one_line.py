@@ -7,7 +7,7 @@ import logging
 from collections.abc import Generator
 
 import httpx
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from flows.server import lost_server
 from stackwise_core.errors import ConfigError, StackWiseError
@@ -50,6 +50,8 @@ def server_explained() -> Generator[None]:
     except PrefectHTTPStatusError as error:
         answer = str(error).partition(" for url ")[0]
         raise lost_server(f"it answered: {answer}; its log says why: a full disk, a database that is gone") from error
+    except ObjectNotFound as error:
+        raise lost_server("it does not know the run any more: its database was replaced, or the run deleted") from error
     except httpx.TransportError as error:
         raise lost_server(f"the connection to it broke: {error}") from error
 

@@ -86,7 +86,7 @@ def _find_api() -> None:
     """Make sure that PREFECT_API_URL is set and answers; the default is where `stackwise server` listens."""
     given = os.environ.get("PREFECT_API_URL")
     _default("PREFECT_API_URL", _API)
-    check_api(os.environ["PREFECT_API_URL"], received=repr(given) if given else f"nothing, so {_API} was asked")
+    check_api(os.environ["PREFECT_API_URL"], received="" if given else f"nothing, so {_API} was asked")
 
 
 def _register_pool(limit: int) -> str:

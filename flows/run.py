@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from flows.filling import check_plain, check_runner
 from flows.prepare import check_space, check_validation, prepare_data
@@ -13,9 +13,12 @@ from flows.summary import StageSummary, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data import corpus_facts
 from stackwise_core.hardware import use_hardware
+from stackwise_core.identity import Ref
 from stackwise_core.plan import RunPlan, plan_run
 from stackwise_core.resolve import reads_examples
 from storage.demand import Demand, compute_demand, forced_refs
+from storage.errors import ArtifactError, ArtifactNewerError
+from storage.layout import Artifacts
 from storage.roots import artifacts_at
 from storage.runs import begin_attempt, retire_superseded
 
@@ -59,6 +62,7 @@ def grow(
     artifacts = artifacts_at(root).open()
     plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
     forced = forced_refs(plan, from_stack, force)
+    _refuse_newer(artifacts, forced)
     with begin_attempt(artifacts, config, plan, _tell_waiting):
         tell(RunStarted(config.run.name, len(plan.stages), artifacts.uri))
         prepare_data(config, artifacts, plan)
@@ -88,6 +92,21 @@ def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand
         forced=frozenset(ref.kind for ref in demand.forced if ref.stage == index),
         redo=demand.forced,
     )
+
+
+def _refuse_newer(artifacts: Artifacts, forced: Iterable[Ref]) -> None:
+    """Refuse to make over what newer code made; what is damaged otherwise may be made over on purpose.
+
+    Raises:
+        ArtifactNewerError: names the manifest.
+    """
+    for ref in forced:
+        try:
+            artifacts.known(ref)
+        except ArtifactNewerError:
+            raise
+        except ArtifactError:
+            continue
 
 
 def _tell_waiting(holder: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import urllib.request
 from collections.abc import Generator
 from pathlib import Path
 
-from flows.api import fault_of
+from flows.api import fault_of, shown
 from flows.children import ending_with_us
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
 
@@ -50,7 +51,7 @@ def check_api(url: str, received: str = "") -> None:
         ConfigError: it does not, or is not.
     """
     if fault := fault_of(url):
-        raise ConfigError([Fault("PREFECT_API_URL", received or repr(url), fault)])
+        raise ConfigError([Fault("PREFECT_API_URL", received or repr(shown(url)), fault)])
 
 
 def lost_server(seen: str) -> ServerError:
@@ -61,8 +62,8 @@ def lost_server(seen: str) -> ServerError:
     """
     url = os.environ.get("PREFECT_API_URL", "")
     return ServerError(
-        f"Prefect's server {url} failed during the run: {fault_of(url) or seen}; what was sealed is kept, and once the "
-        "server is well the same command goes on"
+        f"Prefect's server {shown(url)} failed during the run: {fault_of(url) or seen}; what was sealed is kept, and "
+        "once the server is well the same command goes on"
     )
 
 
@@ -96,6 +97,7 @@ class EmbeddedServer:
         """Name the port; `run` starts it."""
         self.url, self.port, self.log = f"http://127.0.0.1:{port}/api", port, log
         self.ready = threading.Event()
+        self.ended = threading.Event()
         self.stopping = threading.Event()
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -105,6 +107,8 @@ class EmbeddedServer:
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on"]
         environment = {**os.environ, "PREFECT__SERVER_FINAL": "1", "PREFECT_SERVER_UI_ENABLED": "true"}
         environment["PREFECT_UI_API_URL"] = self.url  # else its pages ask port 4200
+        environment["PREFECT_LOGGING_INTERNAL_LEVEL"] = "ERROR"  # of this process it may be less
+        environment.pop("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", None)
         environment.pop("PREFECT_API_URL")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
@@ -129,14 +133,23 @@ class EmbeddedServer:
         """Wait until the server answers.
 
         Raises:
-            ServerError: it did not answer in time; its log is named.
+            ServerError: it ended, or did not answer in time; its log is named.
         """
-        if not self.ready.wait(_STARTUP_SECONDS):
-            seconds = f"{_STARTUP_SECONDS:.0f} s"
-            raise ServerError(f"Prefect's embedded server did not start within {seconds}; see {self.log}")
+        end = time.monotonic() + _STARTUP_SECONDS
+        while not self.ready.wait(0.1):
+            if self.ended.is_set():
+                home = os.environ.get("PREFECT_HOME", "~/.prefect")
+                why = f"{_last_error(self.log)} (its PREFECT_HOME is {home})"
+                raise ServerError(f"Prefect's embedded server did not start: {why}; see {self.log}")
+            if time.monotonic() > end:
+                seconds = f"{_STARTUP_SECONDS:.0f} s"
+                raise ServerError(f"Prefect's embedded server did not start within {seconds}; see {self.log}")
 
     def _ended_early(self) -> None:
         """Stop the run at a safe point: without its server, Prefect would wait for minutes."""
+        self.ended.set()
+        if not self.ready.is_set():
+            return  # no run has begun: who waits for the server is told
         print(f"Prefect's embedded server ended unexpectedly; see {self.log}", file=sys.stderr)
         os.kill(os.getpid(), signal.SIGTERM)
         if not self.stopping.wait(20.0):
@@ -152,6 +165,13 @@ class EmbeddedServer:
             self.process.wait(5.0)
         except subprocess.TimeoutExpired:
             self.process.kill()
+
+
+def _last_error(log: Path) -> str:
+    """Return the last exception of a log, or else what it says last."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return [*(lines or ["it said nothing"]), *errors][-1]
 
 
 def is_healthy(url: str, timeout: float) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 from prefect import flow
 from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import APILogHandler
+from pydantic import Field
 
 from flows.add_stack import add_stack
 from flows.artifacts import publish_run, run_log
@@ -18,6 +19,7 @@ from flows.stage import Stage
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import StageInterruptedError
 
+StageNumber = Annotated[int, Field(ge=-1, le=10_000)]
 Task = Literal["", "build", "trunk", "train", "cache", "validate"]
 
 
@@ -25,7 +27,7 @@ Task = Literal["", "build", "trunk", "train", "cache", "validate"]
 def train_rack(
     config: StackWiseConfig,
     artifacts: str = "artifacts",
-    from_stack: int = -1,
+    from_stack: StageNumber = -1,
     force: Task = "",
 ) -> None:
     """Grow a rack: each stage is built on a trunk, trained, cached and validated.

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Generator
+from typing import Annotated
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
+from pydantic import Field
 
 from flows.gc import collect_garbage
 from flows.one_line import told_in_one_line
 from flows.verify import verify
 from stackwise_core.errors import StackWiseError
+
+NumberOfRuns = Annotated[int, Field(ge=-1, le=1_000_000)]
 
 
 class VerificationError(StackWiseError):
@@ -40,7 +44,12 @@ def validate_run(run: str = "", artifacts: str = "artifacts") -> None:
 
 
 @flow(name="gc", flow_run_name="collect garbage")
-def collect(artifacts: str = "artifacts", keep_last: int = -1, superseded: bool = False, dry_run: bool = False) -> None:
+def collect(
+    artifacts: str = "artifacts",
+    keep_last: NumberOfRuns = -1,
+    superseded: bool = False,
+    dry_run: bool = False,
+) -> None:
     """Remove what no run reaches, and what dead processes left.
 
     Args:

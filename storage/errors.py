@@ -35,6 +35,10 @@ class ArtifactCorruptError(ArtifactError, ValueError):
     """It was finished once, and is not what was sealed."""
 
 
+class ArtifactNewerError(ArtifactCorruptError):
+    """Newer code made it: this version cannot read it, and does not make it over."""
+
+
 class StoreSpaceError(StackWiseError, OSError):
     """The disk, or the budget of the configuration, is too small for what would be written."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from stackwise_core.identity import NUMERICS, Kind, Recipe, Ref, canonical_json
-from storage.errors import ArtifactCorruptError, ArtifactUnsealedError
+from storage.errors import ArtifactCorruptError, ArtifactNewerError, ArtifactUnsealedError
 
 MANIFEST = "manifest.json"
 RETIRED = "retired.json"
@@ -134,7 +134,7 @@ def parse_manifest(data: bytes, path: Path | str, folder: Path | str, ref: Ref |
     version = _version_of(data)
     if version > FORMAT_VERSION:
         problem = f"the manifest has format {version}, this version reads up to {FORMAT_VERSION}"
-        raise ArtifactCorruptError(path, problem, "Use the version of StackWise that wrote it")
+        raise ArtifactNewerError(path, problem, "Use the version of StackWise that wrote it")
     try:
         manifest = Manifest.model_validate(json.loads(data))
     except (ValueError, ValidationError) as error:

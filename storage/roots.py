@@ -17,7 +17,7 @@ def artifacts_at(root: Path | str) -> Artifacts:
         from storage.objects.remote import RemoteArtifacts
 
         return RemoteArtifacts(str(root))
-    return Artifacts(root)
+    return Artifacts(Path(root).expanduser() if str(root).startswith("~") else root)  # a form has no shell
 
 
 def as_remote(artifacts: Artifacts) -> RemoteArtifacts | None:

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Generator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,8 @@ from storage.durable import write_text
 from storage.errors import ArtifactCorruptError, RunBusyError
 from storage.layout import Artifacts, State
 from storage.locks import Holder, is_held, no_wait
+
+_asked_by: ContextVar[str] = ContextVar("asked_by", default="")
 
 PLANS_LOCK = "plans"
 """Held while a run writes what it will read, and while someone decides to retire a store."""
@@ -123,6 +126,21 @@ def holder_of_run(attempt: Attempt) -> Holder:
 
 
 @contextlib.contextmanager
+def asking(who: str) -> Generator[None]:
+    """Have the attempts that begin while the block lasts say who asked for them, such as a flow run."""
+    token = _asked_by.set(who)
+    try:
+        yield
+    finally:
+        _asked_by.reset(token)
+
+
+def asked_before(artifacts: Artifacts, name: str, who: str) -> Attempt | None:
+    """Return the newest attempt of a run that somebody asked for; None: they did not get so far."""
+    return next((found for found in reversed(attempts(artifacts, name)) if found.start.get("asked_by") == who), None)
+
+
+@contextlib.contextmanager
 def begin_attempt(
     artifacts: Artifacts,
     config: StackWiseConfig,
@@ -189,7 +207,10 @@ def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan)
     write_text(folder / "plan.json", plan.model_dump_json(indent=1))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     # start.json comes last: without it the attempt does not exist.
-    write_text(folder / "start.json", json.dumps({"started": now, "pid": os.getpid(), "host": socket.gethostname()}))
+    start = {"started": now, "pid": os.getpid(), "host": socket.gethostname()}
+    if who := _asked_by.get():
+        start["asked_by"] = who
+    write_text(folder / "start.json", json.dumps(start))
     write_text(base / "current", f"{number:04d}\n")
     for path in (folder / "config.yaml", folder / "plan.json", folder / "start.json", base / "current"):
         artifacts.share(path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
+import socket
+import threading
 from collections.abc import Generator
 from pathlib import Path
 
@@ -25,9 +27,36 @@ def test_a_healthy_server_of_our_version_has_no_fault(api: FakeApi) -> None:
     assert fault_of(api.url + "/") == ""
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:4200/api", "localhost", "ftp://here/api", "http:///api", "file:///etc"])
+NO_URLS = ["", "127.0.0.1:4200/api", "localhost", "ftp://here/api", "http:///api", "file:///etc"]
+NO_URLS += ["http://here:abc/api", " http://here/api", "http://here/api\n"]
+
+
+@pytest.mark.parametrize("url", NO_URLS)
 def test_what_is_no_url(url: str) -> None:
     assert fault_of(url) == "the URL of Prefect's API is expected, such as http://127.0.0.1:4200/api"
+
+
+def test_a_password_in_a_url_is_not_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "http://ada:lovelace@127.0.0.1:4200/api"
+    assert "PREFECT_API_AUTH_STRING=NAME:PASSWORD" in fault_of(url)
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    for result in (run("worker"), run("doctor")):
+        assert "http://***@127.0.0.1:4200/api" in result.out + result.err
+        assert "lovelace" not in result.out + result.err
+
+
+def test_what_speaks_another_protocol() -> None:
+    def greet() -> None:
+        with server.accept()[0] as connection:
+            connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+            connection.recv(1 << 16)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        greeting = threading.Thread(target=greet)
+        greeting.start()
+        fault = fault_of(f"http://127.0.0.1:{server.getsockname()[1]}/api")
+        greeting.join()
+    assert fault.startswith("what answers is not Prefect's API")
 
 
 def test_nobody_answers() -> None:

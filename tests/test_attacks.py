@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from flows.run import grow
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError
 from storage.activations import fill
-from storage.errors import ArtifactCorruptError, ArtifactsFolderError, StoreSpaceError
+from storage.errors import ArtifactCorruptError, ArtifactNewerError, ArtifactsFolderError, StoreSpaceError
 from storage.layout import Artifacts, State
 from storage.runs import is_live
 
@@ -248,6 +249,17 @@ def test_a_damaged_configuration_of_an_attempt_is_named(text: str | None, root: 
     by_newer_code = text is not None and "dnabled" in text
     remedy = "Use the version of StackWise that wrote it" if by_newer_code else f"Remove {path.parent}"
     assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("how", [{"from_stack": 0}, {"force": "train"}])
+def test_what_newer_code_made_is_not_made_over_on_purpose(how: dict[str, Any], root: Path, made: Path) -> None:
+    (path,) = root.glob("stacks/stack-0-*/manifest.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 9}))
+    before = {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
+    config = config_of(made, training={"progressive": {"training_objective": "clm"}})
+    with pytest.raises(ArtifactNewerError, match=rf"{re.escape(str(path))}.*Use the version of StackWise that wrote"):
+        grow(config, str(root), **how)
+    assert {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()} == before
 
 
 def test_a_ratio_that_masks_nothing_has_no_loss(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from stackwise_core.config import StackOverride, StackWiseConfig
 from stackwise_core.errors import ConfigError, StackWiseError
 from stackwise_core.plan import plan_run
 from storage.roots import artifacts_at
-from storage.runs import begin_attempt
+from storage.runs import asking, begin_attempt
 
 REPOSITORY = Path(__file__).parents[1]
 FILE: dict[str, Any] = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())
@@ -107,8 +107,8 @@ def test_the_server_refuses_wrong_values_with_their_path() -> None:
     """What the server answers 409 from: its own validation of this schema."""
     from prefect.utilities.schema_tools.validation import validate
 
-    def refused(config: dict[str, Any]) -> list[str]:
-        errors = validate({"config": config}, schema_of(train_rack), raise_on_error=False)
+    def refused(config: dict[str, Any], **others: Any) -> list[str]:
+        errors = validate({"config": config, **others}, schema_of(train_rack), raise_on_error=False)
         return [".".join(str(part) for part in error.absolute_path) for error in errors]
 
     assert refused({"run": {"name": "fine"}}) == []
@@ -117,6 +117,11 @@ def test_the_server_refuses_wrong_values_with_their_path() -> None:
         "config.training.progressive.trunk_strategy"
     ]
     assert refused({"model": {"d_modl": 64}}) == ["config.model"]
+    assert refused({}, from_stack=3) == []
+    # What no database holds would be in every list of runs.
+    assert [refused({}, from_stack=number) for number in (-2, 10**30)] == [["from_stack"], ["from_stack"]]
+    errors = validate({"keep_last": 10**30}, schema_of(FLOWS["flows.upkeep.collect"]), raise_on_error=False)
+    assert [list(error.absolute_path) for error in errors] == [["keep_last"]]
 
 
 def test_what_only_our_rules_refuse_is_told_in_one_line(tmp_path: Path) -> None:
@@ -154,7 +159,7 @@ def begun(tmp_path: Path) -> Callable[..., StackWiseConfig]:
 
 def test_a_run_that_is_done_gets_one_stack_more(begun: Callable[..., StackWiseConfig], tmp_path: Path) -> None:
     config = begun(tiny(tmp_path, {"training.progressive.target_stacks": 2}))
-    more = grown(str(tmp_path), config.run.name, StackOverride(n_blocks=3, precision="bfloat16"))
+    more = grown(str(tmp_path), config.run.name, StackOverride(n_blocks=3, precision="bfloat16"), "somebody")
     assert more.training.progressive.target_stacks == 3
     before, after = plan_run(config, "c0ffee" * 8, 9999), plan_run(more, "c0ffee" * 8, 9999)
     reused = [stage.ref("stack") for stage in after.stages[:2]]
@@ -167,17 +172,31 @@ def test_again_after_a_failure_it_grows_to_the_same_stack(
 ) -> None:
     config = begun(tiny(tmp_path, {"training.progressive.target_stacks": 2}))
     stack = StackOverride(steps=7)
-    more = begun(grown(str(tmp_path), config.run.name, stack), fails=True)
-    assert grown(str(tmp_path), config.run.name, stack) == more
+    more = begun(grown(str(tmp_path), config.run.name, stack, "somebody"), fails=True)
+    assert grown(str(tmp_path), config.run.name, stack, "somebody") == more
     with pytest.raises(ConfigError, match="its newest attempt is not done"):  # else its wish would be lost
-        grown(str(tmp_path), config.run.name, StackOverride(steps=8))
+        grown(str(tmp_path), config.run.name, StackOverride(steps=8), "somebody")
     with pytest.raises(ConfigError, match="its newest attempt is not done"):
-        grown(str(tmp_path), config.run.name, StackOverride())
+        grown(str(tmp_path), config.run.name, StackOverride(), "somebody")
+
+
+def test_a_retry_after_all_was_done_adds_nothing(begun: Callable[..., StackWiseConfig], tmp_path: Path) -> None:
+    """Killed between its last seal and Prefect's word that it is done, a flow run is retried: it has its stack."""
+    config = begun(tiny(tmp_path, {"training.progressive.target_stacks": 2}))
+    ask = (str(tmp_path), config.run.name, StackOverride())
+    with asking("ada"):
+        more = begun(grown(*ask, "ada"))
+    assert grown(*ask, "ada") == more
+    with asking("grace"):
+        most = begun(grown(*ask, "grace"))
+    assert most.training.progressive.target_stacks == 4
+    assert grown(*ask, "ada") == more  # which others have grown since
+    assert grown(*ask, "grace") == most
 
 
 def test_a_run_that_is_not_there(tmp_path: Path) -> None:
     artifacts_at(str(tmp_path)).open()
     with pytest.raises(ConfigError, match=r"'nobody'; no such run in .*; there: none yet"):
-        grown(str(tmp_path), "nobody", StackOverride())
+        grown(str(tmp_path), "nobody", StackOverride(), "somebody")
     with pytest.raises(StackWiseError, match="gone"):  # the folder itself
-        grown(str(tmp_path / "gone"), "nobody", StackOverride())
+        grown(str(tmp_path / "gone"), "nobody", StackOverride(), "somebody")

@@ -22,6 +22,7 @@ from conftest import Recorder, digests, files_below, folder_of, manifests, tiny
 from flows.numbers import size
 from flows.progress import listening
 from stackwise_core import training
+from stackwise_core.config import StackOverride
 from stackwise_core.errors import NonFiniteLossError
 from storage.errors import ArtifactCorruptError
 
@@ -298,6 +299,18 @@ def test_parameters_may_come_as_plain_json(first: tuple[Path, FlowRun], tmp_path
     assert run.state.is_completed()
     assert run.name == "grow First_Run to 2 stacks"
     assert digests(root) == before
+
+
+def test_add_stack_says_who_asked(first: tuple[Path, FlowRun], tmp_path: Path) -> None:
+    """By that a retry finds the stack that it asked for, however far the run has grown since."""
+    from flows.grow_run import grow_run
+
+    root = _copy(first[0], tmp_path)
+    state = grow_run("First_Run", str(root), StackOverride(steps=4), return_state=True)
+    assert state.is_completed(), state
+    start = json.loads((root / "runs/First_Run/attempts/0002/start.json").read_text())
+    assert start["asked_by"] == f"flow run {state.state_details.flow_run_id}"
+    assert folder_of(root, "stack", 2)
 
 
 def test_a_damaged_cache_fails_the_flow_by_name(first: tuple[Path, FlowRun], tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from storage.errors import (
 )
 from storage.layout import FOLDERS, SCRATCH, Artifacts, State
 from storage.manifest import MANIFEST, RETIRED, InputEntry, Manifest
+from storage.roots import artifacts_at
 
 PLAN = plan_run(StackWiseConfig(), "00" * 32)
 STAGE = PLAN.stages[1]
@@ -72,6 +73,13 @@ def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def artifacts(tmp_path: Path) -> Artifacts:
     return Artifacts(tmp_path / "artifacts").open()
+
+
+def test_a_home_is_found_without_a_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a field of a form names it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert artifacts_at("~/there").root == tmp_path / "there"
+    assert artifacts_at("./~").root == Path("~").absolute()
 
 
 # ---------------------------------------------------------------- from absent to sealed

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run
 
 from flows import operate
 from flows.api import ask, fault_of, is_registered, workers_alive
@@ -120,6 +121,22 @@ def test_a_pool_has_room_for_what_its_workers_run_at_once(prefect_api: str) -> N
     said = [_register_pool(limit) for limit in (1, 3, 2)]
     assert said == ["1 run at a time", "3 runs at a time", "3 runs at a time"]
     assert ask(prefect_api, f"/work_pools/{POOL}")["concurrency_limit"] == 3
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("server", "--port", "70000"),
+        ("server", "--port", "-1"),
+        ("worker", "--limit", "0"),
+        ("worker", "--limit", "-3"),
+        ("worker", "--name", "a/b"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_begins(command: tuple[str, ...], run: Run) -> None:
+    result = run(*command)
+    assert result.code == 2
+    assert f"got {command[2]!r}; " in result.err
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from operating import processes_with, wait_until_gone
 
 from flows import server
 from flows.cli import main
-from flows.server import EmbeddedServer, ServerError, check_api, quiet_prefect
+from flows.server import EmbeddedServer, ServerError, check_api, embedded_server, quiet_prefect
 from stackwise_core.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -121,6 +121,28 @@ def test_a_server_that_does_not_start_is_an_error_that_names_its_log(
     never.stop()  # harmless: it never began
 
 
+def test_a_server_that_ends_while_it_starts_is_told_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with embedded_server(tmp_path / "server.log") as server, pytest.raises(ServerError) as error:
+        server.wait_until_ready()
+    home = f"(its PREFECT_HOME is {tmp_path / 'home'})"
+    assert "did not start: sqlalchemy.exc.OperationalError: (sqlite3.OperationalError) unable to open" in str(
+        error.value
+    )
+    assert str(error.value).endswith(f"{home}; see {tmp_path / 'server.log'}")
+    assert error.value.exit_code == 1
+
+
+def _unknown() -> Exception:
+    from prefect.exceptions import ObjectNotFound
+
+    return ObjectNotFound(http_exc=_refused())
+
+
 def _refused() -> Exception:
     """What Prefect's client raises when its server answers with an error."""
     from prefect.exceptions import PrefectHTTPStatusError
@@ -137,14 +159,21 @@ def _broken() -> Exception:
     return httpx.ReadError("reset by peer")
 
 
+_SEEN = {
+    _refused: "it answered: Server error '500 Internal Server Error'",
+    _broken: "broke: reset by peer",
+    _unknown: "it does not know the run any more: its database was replaced, or the run deleted",
+}
+
+
 @pytest.mark.flow
-@pytest.mark.parametrize("raised", [_refused, _broken])
+@pytest.mark.parametrize("raised", [_refused, _broken, _unknown])
 @pytest.mark.parametrize(
     ("status", "says"),
     [
         (0, "it does not answer ([Errno 111] Connection refused); start it with"),
         (507, "it is not well (HTTP 507); its log says why: a full disk"),
-        (200, {_refused: "it answered: Server error '500 Internal Server Error'", _broken: "broke: reset by peer"}),
+        (200, _SEEN),
     ],
 )
 def test_a_server_that_fails_during_a_run_is_told_in_one_message(
