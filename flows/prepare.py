@@ -20,6 +20,7 @@ from stackwise_core.resolve import reads_examples, resolve_order, tokenizer_of
 from stackwise_core.sources import check_tokens
 from storage.errors import StoreSpaceError
 from storage.layout import Artifacts, State
+from storage.midstage import bytes_written
 from storage.sequences import load_sequences, save_sequences
 
 
@@ -164,7 +165,8 @@ def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[Stag
     """
     sizes = [forecast_store(config, artifacts, stage) for stage in stages]
     remaining = [
-        n_bytes - min(n_bytes, _written(artifacts, stage)) for n_bytes, stage in zip(sizes, stages, strict=True)
+        n_bytes - min(n_bytes, bytes_written(artifacts, stage.ref("activations")))
+        for n_bytes, stage in zip(sizes, stages, strict=True)
     ]
     free = shutil.disk_usage(artifacts.root).free
     # Under `last` a store and its successor exist side by side, and no more than that.
@@ -181,12 +183,6 @@ def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[Stag
         raise ConfigError([Fault("cache.max_gb", str(config.cache.max_gb), f"{needs}; raise cache.max_gb, {remedy}")])
     if together > free:
         raise StoreSpaceError(f"cache.max_gb is {config.cache.max_gb}; {needs}; free some space, {remedy}")
-
-
-def _written(artifacts: Artifacts, stage: StagePlan) -> int:
-    """Return the bytes of a store that a killed attempt has written already, and that need not be found again."""
-    shards = (artifacts.root / "work" / stage.ref("activations").name / "store.zarr").rglob("c.*")
-    return sum(path.stat().st_size for path in shards if path.is_file())
 
 
 def forecast_store(config: StackWiseConfig, artifacts: Artifacts, stage: StagePlan) -> int:

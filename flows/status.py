@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flows.numbers import size
 from flows.summary import StageSummary, summarise
 from flows.terminal import plain_table, stage_tables
 from storage.errors import ArtifactError
@@ -77,13 +78,19 @@ def _artifact_table(stages: list[StageSummary]) -> Table:
     table = plain_table("stage", "artifact", "state")
     for stage in stages:
         for kind, artifact in stage.artifacts.items():
-            kept = (
-                f", checkpoint after step {stage.steps_kept} of {stage.steps}" if stage.steps_kept is not None else ""
-            )
-            table.add_row(str(stage.stage), artifact, stage.states[kind] + (kept if kind == "stack" else ""))
+            table.add_row(str(stage.stage), artifact, _state_of(stage, kind))
         if "activations" not in stage.artifacts:
             table.add_row(str(stage.stage), "no activations", stage.cache_note)
     return table
+
+
+def _state_of(stage: StageSummary, kind: str) -> str:
+    """Return the state of an artifact, with what an attempt that did not end has left of it."""
+    if kind == "stack" and stage.steps_kept is not None:
+        return f"{stage.states[kind]}, checkpoint after step {stage.steps_kept} of {stage.steps}"
+    if kind == "activations" and stage.bytes_kept:
+        return f"{stage.states[kind]}, {size(stage.bytes_kept)} written"
+    return stage.states[kind]
 
 
 def _run(artifacts: Artifacts, attempt: Attempt) -> dict[str, Any]:

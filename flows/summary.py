@@ -8,7 +8,7 @@ from stackwise_core.identity import Kind
 from stackwise_core.plan import RunPlan, StagePlan
 from storage.layout import Artifacts, State
 from storage.manifest import Manifest, read_manifest
-from storage.midstage import step_reached
+from storage.midstage import bytes_written, step_reached
 
 
 class StageSummary(BaseModel, frozen=True):
@@ -25,6 +25,8 @@ class StageSummary(BaseModel, frozen=True):
     """Of training."""
     steps_kept: int | None = None
     """That need not be taken again, of a stage that is not trained yet; None: it has no checkpoint."""
+    bytes_kept: int = 0
+    """Of a store that is not sealed yet: its shards that are written."""
     stacks: int
     """Of the rack after this stage."""
     blocks: int
@@ -68,6 +70,7 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         artifacts={kind: stage.ref(kind).name for kind in kinds},
         steps=stage.stack.optim.steps,
         steps_kept=None if stack else step_reached(artifacts, stage.ref("stack")),
+        bytes_kept=bytes_written(artifacts, stage.ref("activations")) if "activations" in kinds else 0,
         stacks=len(stage.spec.stacks),
         blocks=stage.spec.n_blocks,
         rack_parameters=stack.get("rack_parameters"),

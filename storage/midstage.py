@@ -1,4 +1,4 @@
-"""How far a stage came that is not sealed: the header of its checkpoint. Needs no torch."""
+"""How far a stage came that is not sealed: the header of its checkpoint, the shards of its store. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ def step_reached(artifacts: Artifacts, ref: Ref) -> int | None:
     """Return how many steps of a stage need not be taken again; None: it has no checkpoint. Writes nothing."""
     header = read_header(artifacts.root / "work" / ref.name / STATE_FOLDER)
     return None if header is None else header["step"]
+
+
+def bytes_written(artifacts: Artifacts, ref: Ref) -> int:
+    """Return the bytes of a store's shards that are written, and need not be computed again."""
+    shards = (artifacts.root / "work" / ref.name / "store.zarr").rglob("c.*")
+    return sum(path.stat().st_size for path in shards if path.is_file())
 
 
 def write_header(folder: Path, header: dict[str, Any]) -> None:

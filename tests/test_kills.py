@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from conftest import Recorder, digests, folder_of, grown, made_by_stages, manifests, subset, tiny
 
+from flows.numbers import size
 from flows.progress import Message, StepTaken, TaskStarted, listening
 from flows.run import grow
 from flows.status import show_runs, show_stages
@@ -171,6 +172,19 @@ def test_killed_anywhere_ends_in_the_same_bytes(failpoint: str, tmp_path: Path, 
         resumed = first_again == f"train {stage}"
         assert manifests(root)[stack.name]["facts"]["first_step"] == (step if resumed else 0)
     assert (f"goes on from its checkpoint at step {step}" in " ".join(again.messages)) == (step > 0)
+
+
+def test_what_a_killed_cache_keeps_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "a"
+    assert Child(tmp_path, root, failpoint="cache:2:KILL").go().ended() == -signal.SIGKILL
+    (store,) = root.glob("work/activations-0-*/store.zarr")
+    written = sum(path.stat().st_size for path in store.rglob("c.*"))
+    capsys.readouterr()
+    show_stages(str(root), "tiny", as_json=False)
+    assert f"absent, {size(written)} written" in capsys.readouterr().out
+    grown(tiny(tmp_path), root)
+    show_stages(str(root), "tiny", as_json=False)
+    assert "written" not in capsys.readouterr().out
 
 
 def test_killed_with_masks_and_epochs(tmp_path: Path, reference: Reference) -> None:
