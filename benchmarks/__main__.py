@@ -28,7 +28,7 @@ NAMES = (
 )
 GROWTH = "growth"
 LONG = (GROWTH, "queued_runs")
-"""Those that take half an hour or more: only by name."""
+"""Those that take long: only by name."""
 
 
 def main() -> int:

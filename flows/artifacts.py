@@ -49,7 +49,7 @@ def progress_artifact(stage: Stage) -> Generator[None]:
 
 
 class ProgressPage:
-    """A progress artifact. Each update has a thread: of a server that is away it is asked for over a minute."""
+    """A progress artifact. Each update has a thread: one of a server that is away takes minutes."""
 
     def __init__(self, key: str) -> None:
         """Name it; a task that is over in seconds gets none."""
@@ -59,7 +59,7 @@ class ProgressPage:
         self.last = time.monotonic()
 
     def __call__(self, event: Event) -> None:
-        """Show it, if it is time and the page has been heard of the last update."""
+        """Show it, if it is time and the last update is through."""
         if not isinstance(event, (StepTaken, RowsCached)):
             return
         percent, text = _progress_of(event)

@@ -70,8 +70,6 @@ def examine(root: str, *, as_json: bool) -> int:
             ok, says = look()
         except OSError as error:
             ok, says = False, f"{error.filename or folder}: {error.strerror or error}"
-        except ValueError as error:  # an answer that is none
-            ok, says = False, f"what answers is not Prefect's API: {error}"
         findings.append(Finding(what, ok, says))
     works = all(finding.ok for finding in findings)
     if as_json:
@@ -171,7 +169,10 @@ def _look_at_prefect() -> tuple[bool, str]:
         return True, "PREFECT_API_URL is not set: `stackwise train` starts a server of its own"
     if fault := fault_of(url):
         return False, f"PREFECT_API_URL: got {shown(url)!r}; {fault}"
-    return True, f"{url} answers, version {ask(url, '/admin/version')}; {_who_works(url)}; {_who_watches(url)}"
+    try:
+        return True, f"{url} answers, version {ask(url, '/admin/version')}; {_who_works(url)}; {_who_watches(url)}"
+    except ValueError as error:
+        return False, f"{url} answers, and is healthy, but what it says of its workers is no JSON ({error})"
 
 
 def _who_works(url: str) -> str:

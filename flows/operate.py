@@ -62,10 +62,7 @@ def work(limit: int, name: str, *, healthcheck: bool) -> None:
     at_once = _register_pool(limit)
     _deploy()
     _register_automation()
-    print(
-        f"registered: pool {POOL}, {at_once}; the deployments of prefect.yaml; the heartbeat automation",
-        file=sys.stderr,
-    )
+    print(f"registered: pool {POOL}, {at_once}; deployments; heartbeat automation", file=sys.stderr)
     command = ["worker", "start", "--pool", POOL, "--type", "process", "--limit", str(limit)]
     command += ["--name", name] if name else []
     _become([*_PREFECT, *command, *(["--with-healthcheck"] if healthcheck else [])])
@@ -90,7 +87,7 @@ def _find_api() -> None:
 
 
 def _register_pool(limit: int) -> str:
-    """Make the pool, with room for as many runs as its first worker has; return what it has room for.
+    """Make the pool, with room for as many runs as its first worker has; say what it has room for.
 
     The pool counts runs by their states, so one whose worker was killed, but which lives, keeps the accelerator.
     A pool that is there keeps its limit, unless this worker alone has more.
@@ -109,12 +106,7 @@ def _register_pool(limit: int) -> str:
         if room is not None and room < limit:
             client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=limit))
             room = limit
-    return room_of(room)
-
-
-def room_of(limit: int | None) -> str:
-    """Return a pool's limit as people say it."""
-    return "runs without a limit" if limit is None else f"{limit} run{'s' if limit != 1 else ''} at a time"
+    return "runs without a limit" if room is None else f"{room} run{'s' if room != 1 else ''} at a time"
 
 
 def _deploy() -> None:

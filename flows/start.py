@@ -61,10 +61,8 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
     url = os.environ.get("PREFECT_API_URL")
     if url:
         check_api(url)
-    how = (
-        f"seconds; its server is {url}" if url else "seconds; on a machine's first run its server takes up to a minute"
-    )
-    print(f"starting Prefect ({how})", file=sys.stderr)
+    server = f"its server is {url}" if url else "on a machine's first run its server takes up to a minute"
+    print(f"starting Prefect (seconds; {server})", file=sys.stderr)
     with nullcontext() if url else embedded_server(artifacts.root / "prefect" / "server.log") as server:
         from flows.train_rack import run_to_the_end
 

@@ -143,6 +143,18 @@ def test_what_runs_at_the_prefect_api(run: Run, api: FakeApi, monkeypatch: pytes
     assert ("/automations/filter", {"automations": {"name": {"any_": [AUTOMATION]}}}) in api.asked
 
 
+def test_an_api_behind_a_page_of_login_is_told(run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which only what says that it is healthy is let through."""
+    monkeypatch.setenv("PREFECT_API_URL", api.url)
+
+    def no_json(*arguments: Any) -> None:
+        json.loads("<html>")
+
+    monkeypatch.setattr(doctor, "workers_alive", no_json)
+    found = findings(run)["prefect"]
+    assert (found["ok"], "no JSON" in found["says"]) == (False, True)
+
+
 def test_a_missing_library_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_LIBRARIES", ("numpy", "no-such-library"))
     found = findings(run)["libraries"]

@@ -313,6 +313,15 @@ def test_add_stack_says_who_asked(first: tuple[Path, FlowRun], tmp_path: Path) -
     assert folder_of(root, "stack", 2)
 
 
+@pytest.mark.parametrize(("run", "title"), [("First_Run", "verify First_Run"), ("", "verify everything")])
+def test_a_validation_is_named_by_what_it_verifies(run: str, title: str, first: tuple[Path, FlowRun]) -> None:
+    from flows.upkeep import validate_run
+
+    state = validate_run(run, str(first[0]), return_state=True)
+    assert state.is_completed(), state
+    assert FlowRun(state).name == title
+
+
 def test_a_damaged_cache_fails_the_flow_by_name(first: tuple[Path, FlowRun], tmp_path: Path) -> None:
     root = _copy(first[0], tmp_path)
     shutil.rmtree(folder_of(root, "stack", 1))
