@@ -213,7 +213,7 @@ def test_training_does_not_wait_for_a_server_that_is_away(tmp_path: Path, monkey
     now, shown, back = Clock(), [], threading.Event()
 
     def asked_for_over_a_minute(percent: float, *_: object) -> uuid.UUID:
-        back.wait()
+        back.wait(5)  # whoever waits for this is told by what is shown then
         shown.append(percent)
         return uuid.uuid4()
 
