@@ -34,7 +34,7 @@ bench: $(VENV)/bench ## the benchmarks: JSON and a table in benchmarks/results/
 	@$(BIN)/python -m benchmarks
 
 docs: $(VENV)/test ## run every snippet of the docs
-	@$(BIN)/python -m pytest tests/test_docs.py
+	@$(BIN)/python -m pytest tests/project/test_docs.py
 
 setup: $(VENV)/run $(VENV)/test $(VENV)/check ## all of the above's needs at once
 

@@ -17,17 +17,16 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Measure, interleaved, ratios
-from stackwise_core.config import StackWiseConfig
-from stackwise_core.data import FIRST_VALIDATION_ID, PackedSequences
-from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
-from stackwise_core.objectives import Batch
-from stackwise_core.prefetch import prefetched
-from stackwise_core.rack_builder import ProgressiveRackBuilder
-from stackwise_core.resolve import resolve_order
-from stackwise_core.stage_model import StageModel
-from stackwise_core.stages import resolve_stage
-from stackwise_core.training import make_optimizer, train_step
-from stackwise_core.trunk import RowSource
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
+from stackwise_core.model.rack_builder import ProgressiveRackBuilder
+from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader, RowSource
+from stackwise_core.objectives.losses import Batch
+from stackwise_core.objectives.prefetch import prefetched
+from stackwise_core.stages.resolve import resolve_order
+from stackwise_core.stages.stages import resolve_stage
+from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.training import make_optimizer, train_step
 from storage.activations.fill import StoreRows, fill_store
 from storage.activations.reader import StoreReader
 from storage.activations.reused import ReusedRows

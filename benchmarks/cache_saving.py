@@ -15,17 +15,17 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Measure, interleaved, ratios
-from stackwise_core.config import StackWiseConfig
-from stackwise_core.costs import stage_flops
-from stackwise_core.data import PackedSequences
-from stackwise_core.dataloader import PackedBatches, ProgressiveDataLoader
-from stackwise_core.rack_builder import ProgressiveRackBuilder
-from stackwise_core.resolve import resolve_order, resolve_shape
-from stackwise_core.stage_model import StageModel
-from stackwise_core.stages import StageSpec, resolve_stage
-from stackwise_core.stream import Stream
-from stackwise_core.training import make_optimizer, train_step
-from stackwise_core.trunk import LiveTrunk, RowsFromTokens, RowSource
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.data.packing import PackedSequences
+from stackwise_core.model.rack_builder import ProgressiveRackBuilder
+from stackwise_core.model.stream import Stream
+from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader, RowSource
+from stackwise_core.stages.costs import stage_flops
+from stackwise_core.stages.resolve import resolve_order, resolve_shape
+from stackwise_core.stages.stages import StageSpec, resolve_stage
+from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.training import make_optimizer, train_step
+from stackwise_core.training.trunk import LiveTrunk, RowsFromTokens
 from storage.activations.fill import StoreRows, fill_store
 from storage.activations.reader import StoreReader
 

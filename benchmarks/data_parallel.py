@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Measure, interleaved, ratios
-from stackwise_core.config import StackWiseConfig
-from stackwise_core.growth_operators import grow_stack, new_rack
-from stackwise_core.objectives import Batch, clm_fields
-from stackwise_core.ranks import ALONE, Ranks
-from stackwise_core.resolve import resolve_shape
-from stackwise_core.stage_model import StageModel
-from stackwise_core.stages import resolve_stage
-from stackwise_core.training import make_optimizer, train_step
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.model.growth_operators import grow_stack, new_rack
+from stackwise_core.objectives.losses import Batch, clm_fields
+from stackwise_core.stages.resolve import resolve_shape
+from stackwise_core.stages.stages import resolve_stage
+from stackwise_core.training.ranks import ALONE, Ranks
+from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.training import make_optimizer, train_step
 
 SEQ_LEN = 256
 N_BLOCKS = 2
@@ -122,7 +122,7 @@ def _ranks(kind: str, d_model: int, batch_size: int) -> Generator[Callable[[], f
 def _serve(pipe: Connection, rank: int, scratch: str, kind: str, d_model: int, batch_size: int) -> None:
     import torch.distributed as dist
 
-    from stackwise_core.several import Replicas, Shards
+    from stackwise_core.training.distributed import Replicas, Shards
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
@@ -133,4 +133,4 @@ def _serve(pipe: Connection, rank: int, scratch: str, kind: str, d_model: int, b
         while pipe.recv():
             pipe.send(steps())
     except EOFError:
-        os._exit(0)  # see `stackwise_core.several.join`
+        os._exit(0)  # see `stackwise_core.training.distributed.join`

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT, Measure, interleaved, ratios
 from flows.server import embedded_server, quiet_prefect
-from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import StackWiseConfig
 
 AT_MOST = 1.1
 AT_MOST_A_STAGE = 2.0
@@ -54,7 +54,7 @@ def measure(quick: bool) -> list[Measure]:
 
 
 def _seconds(config: StackWiseConfig, folders: Iterator[str], rounds: int) -> dict[str, list[float]]:
-    from flows.run import grow
+    from flows.run.run import grow
     from flows.train_rack import train_rack
 
     ways = {"plain": lambda: grow(config, next(folders)), "flow": lambda: train_rack(config, next(folders))}

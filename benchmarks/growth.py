@@ -15,13 +15,13 @@ from typing import Any
 
 from benchmarks.harness import ROOT, Measure
 from benchmarks.plot import line_chart
-from flows.progress import Event, StageDone, listening
-from flows.run import grow
-from stackwise_core.config import StackWiseConfig
-from stackwise_core.config_yaml import apply_overrides
-from stackwise_core.costs import n_adapter_parameters, stage_flops
-from stackwise_core.resolve import ModelShape, resolve_shape
-from stackwise_core.stages import StageSpec, resolve_stages
+from flows.run.events import Event, StageDone, listening
+from flows.run.run import grow
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config.yaml import apply_overrides
+from stackwise_core.stages.costs import n_adapter_parameters, stage_flops
+from stackwise_core.stages.resolve import ModelShape, resolve_shape
+from stackwise_core.stages.stages import StageSpec, resolve_stages
 
 SEEDS = (0, 1, 2)
 N_STACKS = 3

@@ -20,11 +20,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import RESULTS, Measure
 from benchmarks.plot import line_chart
-from flows.run import grow
-from flows.stage import Stage
-from flows.steps import build_stack, cache_activations, configure_trunk, train, validate
-from stackwise_core.config import StackWiseConfig
-from stackwise_core.config_yaml import apply_overrides
+from flows.run.run import grow
+from flows.run.stage import Stage
+from flows.run.steps import build_stack, cache_activations, configure_trunk, train, validate
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config.yaml import apply_overrides
 
 N_STACKS = 12
 FLAT = 1.02

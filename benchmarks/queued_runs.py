@@ -22,8 +22,8 @@ import httpx
 
 from benchmarks.harness import ROOT, Measure
 from benchmarks.postgres import end, free_port, postgres
-from flows.run import grow
-from stackwise_core.config import StackWiseConfig
+from flows.run.run import grow
+from stackwise_core.config.schema import StackWiseConfig
 from storage.roots import artifacts_at
 from storage.runs import attempts
 
@@ -42,7 +42,7 @@ _DEPLOYMENT = "train-rack/local"
 _AT_ONCE = 2
 _STARTUP_SECONDS = 300.0
 _SECONDS_A_RUN = 60.0
-_STACKWISE = "import sys; from flows.cli import main; sys.exit(main())"
+_STACKWISE = "import sys; from flows.cli.main import main; sys.exit(main())"
 _LOCKED = "database is locked"
 _ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 

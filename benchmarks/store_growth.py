@@ -20,7 +20,7 @@ from storage.activations.format import GroupSpec, metadata_paths, record_path, s
 from storage.activations.metadata import GroupMetadata, write_metadata
 from storage.activations.record import Record
 from storage.activations.rows import RowIndex
-from storage.verify import checksum_file
+from storage.checksums import checksum_file
 
 GIB = 2**30
 SEQ_LEN, D_MODEL = 256, 512

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from benchmarks.harness import ROOT, Measure, interleaved, ratios
-from flows.run import grow
-from stackwise_core.config import StackWiseConfig
-from stackwise_core.config_yaml import apply_overrides
-from stackwise_core.data import corpus_facts
-from stackwise_core.plan import plan_run
-from stackwise_core.stream import STREAM_DTYPES
+from flows.run.run import grow
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config.yaml import apply_overrides
+from stackwise_core.data.packing import corpus_facts
+from stackwise_core.model.stream import STREAM_DTYPES
+from stackwise_core.stages.plan import plan_run
 from storage.activations.reader import StoreReader
 from storage.layout import Artifacts
 

@@ -11,15 +11,15 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Measure, interleaved, ratios
-from stackwise_core.config import StackWiseConfig
-from stackwise_core.costs import stage_flops
-from stackwise_core.growth_operators import grow_stack, new_rack
-from stackwise_core.model import Rack
-from stackwise_core.objectives import Batch, clm_fields, summed_loss
-from stackwise_core.resolve import ModelShape, resolve_shape
-from stackwise_core.stage_model import StageModel
-from stackwise_core.stages import OptimSpec, StageSpec, resolve_stage
-from stackwise_core.training import make_optimizer, train_step
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.model.blocks import Rack
+from stackwise_core.model.growth_operators import grow_stack, new_rack
+from stackwise_core.objectives.losses import Batch, clm_fields, summed_loss
+from stackwise_core.stages.costs import stage_flops
+from stackwise_core.stages.resolve import ModelShape, resolve_shape
+from stackwise_core.stages.stages import OptimSpec, StageSpec, resolve_stage
+from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.training import make_optimizer, train_step
 
 SEQ_LEN = 256
 N_BLOCKS = 2

@@ -1,22 +1,71 @@
-"""The flow that adds one stack."""
+"""The flow that grows a run that exists by one stack: what an operator starts from a form."""
 
 from __future__ import annotations
 
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows import tasks
-from flows.progress import StageOpened, tell
-from flows.stage import Stage
-from stackwise_core.identity import Ref
+from flows.errors import told_in_one_line
+from flows.train_rack import train_rack
+from stackwise_core.config.schema import StackOverride, StackWiseConfig
+from stackwise_core.errors import ConfigError, Fault
+from storage.roots import artifacts_at
+from storage.runs import asked_before, asking, find_run
 
 
-@flow(name="stage", flow_run_name="{stage.title}")
-def add_stack(stage: Stage) -> Ref:
-    """Build a stack on a trunk, train it, cache its boundary for the next one, judge the result."""
-    tell(StageOpened(stage.index, str(flow_run.id)))
-    build = tasks.prepared(stage, tasks.build_stack, "build")(stage) if stage.plan.build else None
-    trunk = tasks.prepared(stage, tasks.configure_trunk, "configure trunk of")(stage)
-    stack = tasks.prepared(stage, tasks.train, "train")(stage, build, trunk)
-    activations = tasks.prepared(stage, tasks.cache_activations, "cache activations of")(stage, stack)
-    return tasks.prepared(stage, tasks.validate, "validate")(stage, stack, activations)
+@flow(name="add-stack", flow_run_name="grow {run} by one stack")
+def add_stack(run: str, artifacts: str = "artifacts", stack: StackOverride = StackOverride()) -> None:  # noqa: B008 -- a form shows its fields
+    """Add one stack to a run.
+
+    If the newest attempt of the run did not reach its target, it is brought there instead: so a retry of this flow
+    grows the run once, not twice.
+
+    Args:
+        run: name of the run; `stackwise status` lists them.
+        artifacts: folder that holds it, or s3://BUCKET/PREFIX.
+        stack: what the new stack does differently from the others.
+    """
+    who = f"flow run {flow_run.id}"  # which it stays, however often it is retried
+    with told_in_one_line():
+        config = grown(artifacts, run, stack, who)
+    with asking(who):
+        train_rack(config, artifacts)
+
+
+def grown(root: str, run: str, stack: StackOverride, who: str) -> StackWiseConfig:
+    """Return the configuration of a run with one stack more, or as it is if its newest attempt is not done.
+
+    Args:
+        root: where its artifacts are.
+        run: its name.
+        stack: what the new stack does differently.
+        who: asks for it; what they asked for before is not asked for again.
+
+    Raises:
+        ConfigError: there is no such run, or it has still to make a stack that differs otherwise.
+    """
+    artifacts = artifacts_at(root).existing()
+    newest = find_run(artifacts, run)
+    if before := asked_before(artifacts, run, who):
+        return before.config
+    config = newest.config
+    if newest.outcome is None or newest.outcome["state"] != "done":
+        _check_same(config, stack)
+        return config
+    growth = config.training.progressive
+    new = growth.target_stacks
+    growth.target_stacks = new + 1
+    if stack != StackOverride():
+        others = [StackOverride()] * (new - len(growth.stacks))
+        growth.stacks = [*growth.stacks[:new], *others, stack, *growth.stacks[new + 1 :]]
+    return config
+
+
+def _check_same(config: StackWiseConfig, stack: StackOverride) -> None:
+    """Make sure that what is asked of the new stack is what the unfinished run gives its last one."""
+    growth = config.training.progressive
+    given = growth.stacks[growth.target_stacks - 1] if len(growth.stacks) >= growth.target_stacks else StackOverride()
+    if stack != given:
+        name, allowed = config.run.name, given.model_dump_json()
+        remedy = f"its newest attempt is not done: bring run {name!r} to its end with {allowed}, then add a stack"
+        raise ConfigError([Fault("stack", stack.model_dump_json(), remedy)])

@@ -20,12 +20,12 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows.numbers import clock, size
-from flows.progress import Event, Listener, RowsCached, StageDone, StageOpened, StepTaken, listening
-from flows.run_report import loss_plot, report
-from flows.stage import Stage
-from flows.summary import StageSummary
-from flows.terminal import PlainLines
+from flows.pages.report import loss_plot, report
+from flows.run.events import Event, Listener, RowsCached, StageDone, StageOpened, StepTaken, listening
+from flows.run.numbers import clock, size
+from flows.run.stage import Stage
+from flows.run.summary import StageSummary
+from flows.run.terminal import PlainLines
 
 _SECONDS_BETWEEN_UPDATES = 5.0
 """An update costs tens of milliseconds on the server: by time, never by step."""

@@ -15,9 +15,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
-from flows import filling
-from flows.filling import Handed, Submit, begin_worker
-from flows.stage import Stage
+from flows.run import fill as filling
+from flows.run.fill import Handed, Submit, begin_worker
+from flows.run.stage import Stage
 from storage.activations.writer import ShardRange, StoreWriter
 
 

@@ -18,7 +18,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from flows.api import fault_of, shown
-from flows.children import ending_with_us
+from flows.run.children import ending_with_us
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
 
 _STARTUP_SECONDS = 180.0

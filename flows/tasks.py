@@ -1,19 +1,21 @@
-"""The five tasks of a stage: Prefect's names, cache keys and records around the plain steps."""
+"""The flow of one stage and its five tasks: Prefect's names, cache keys and records around the plain steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from prefect import Task, task
+from prefect import Task, flow, task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
+from prefect.runtime import flow_run
 
-from flows import steps
 from flows.artifacts import progress_artifact
+from flows.run import steps
+from flows.run.events import StageOpened, tell
+from flows.run.stage import Stage
 from flows.runners import prefect_workers
-from flows.stage import Stage
-from stackwise_core.identity import Ref
+from stackwise_core.stages.identity import Ref
 from storage.demand import TASK_KINDS
 
 
@@ -76,3 +78,14 @@ def prepared(stage: Stage, made_by: Task[..., Any], verb: str) -> Task[..., Any]
         result_storage=stage.artifacts.root / "prefect",
         refresh_cache=needed,
     )
+
+
+@flow(name="stage", flow_run_name="{stage.title}")
+def add_stage(stage: Stage) -> Ref:
+    """Build a stack on a trunk, train it, cache its boundary for the next one, judge the result."""
+    tell(StageOpened(stage.index, str(flow_run.id)))
+    build = prepared(stage, build_stack, "build")(stage) if stage.plan.build else None
+    trunk = prepared(stage, configure_trunk, "configure trunk of")(stage)
+    stack = prepared(stage, train, "train")(stage, build, trunk)
+    activations = prepared(stage, cache_activations, "cache activations of")(stage, stack)
+    return prepared(stage, validate, "validate")(stage, stack, activations)

@@ -9,14 +9,14 @@ from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import APILogHandler
 from pydantic import Field
 
-from flows.add_stack import add_stack
 from flows.artifacts import publish_run, run_log
 from flows.console import outlive_the_worker
-from flows.one_line import server_explained, told_in_one_line
-from flows.progress import listening
-from flows.run import grow
-from flows.stage import Stage
-from stackwise_core.config import StackWiseConfig
+from flows.errors import server_explained, told_in_one_line
+from flows.run.events import listening
+from flows.run.run import grow
+from flows.run.stage import Stage
+from flows.tasks import add_stage
+from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.errors import StageInterruptedError
 
 StageNumber = Annotated[int, Field(ge=-1, le=10_000)]
@@ -46,7 +46,7 @@ def train_rack(
 
 
 def _add(stage: Stage) -> None:
-    add_stack(stage)
+    add_stage(stage)
 
 
 def run_to_the_end(config: StackWiseConfig, root: str, from_stack: int, force: str) -> None:

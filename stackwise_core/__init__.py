@@ -9,22 +9,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stackwise_core.config import StackWiseConfig as StackWiseConfig
-    from stackwise_core.dataloader import ProgressiveDataLoader as ProgressiveDataLoader
-    from stackwise_core.masking import MaskSpec as MaskSpec
-    from stackwise_core.rack_builder import ProgressiveRackBuilder as ProgressiveRackBuilder
-    from stackwise_core.rack_builder import create_stack_from_config as create_stack_from_config
-    from stackwise_core.time_step_masking import TimeStepMasking as TimeStepMasking
-    from stackwise_core.trainer import ProgressiveTrainer as ProgressiveTrainer
+    from stackwise_core.config.schema import StackWiseConfig as StackWiseConfig
+    from stackwise_core.data.masks import MaskSpec as MaskSpec
+    from stackwise_core.model.rack_builder import ProgressiveRackBuilder as ProgressiveRackBuilder
+    from stackwise_core.model.rack_builder import create_stack_from_config as create_stack_from_config
+    from stackwise_core.objectives.batches import ProgressiveDataLoader as ProgressiveDataLoader
+    from stackwise_core.objectives.time_step_masking import TimeStepMasking as TimeStepMasking
+    from stackwise_core.training.trainer import ProgressiveTrainer as ProgressiveTrainer
 
 _HOMES = {
-    "StackWiseConfig": "config",
-    "ProgressiveDataLoader": "dataloader",
-    "MaskSpec": "masking",
-    "ProgressiveRackBuilder": "rack_builder",
-    "create_stack_from_config": "rack_builder",
-    "ProgressiveTrainer": "trainer",
-    "TimeStepMasking": "time_step_masking",
+    "StackWiseConfig": "config.schema",
+    "ProgressiveDataLoader": "objectives.batches",
+    "MaskSpec": "data.masks",
+    "ProgressiveRackBuilder": "model.rack_builder",
+    "create_stack_from_config": "model.rack_builder",
+    "ProgressiveTrainer": "training.trainer",
+    "TimeStepMasking": "objectives.time_step_masking",
 }
 
 __all__ = [

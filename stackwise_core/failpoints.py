@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 
-def reach(task: str, step: int) -> None:
+def failpoint(task: str, step: int) -> None:
     """Send this process the signal that the environment names for this task and step, if any."""
     wanted = os.environ.get("STACKWISE_FAILPOINT")
     if wanted is None:

@@ -14,23 +14,17 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from stackwise_core.adapters import (
-    adapter_names,
-    adapter_state,
-    base_state,
-    load_adapter_state,
-    load_base_state,
-)
-from stackwise_core.anatomy import AdapterName, last_trained
-from stackwise_core.growth_operators import give_adapter
-from stackwise_core.identity import Ref
-from stackwise_core.model import Head, Stack, TokenEmbedding
-from stackwise_core.plan import StagePlan
-from stackwise_core.precision import convert_storage
-from stackwise_core.stage_model import StageModel
-from stackwise_core.stages import StageSpec
-from stackwise_core.stream import ChannelStatistics
-from stackwise_core.training import TrainingState
+from stackwise_core.model.adapters import adapter_names, adapter_state, base_state, load_adapter_state, load_base_state
+from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
+from stackwise_core.model.growth_operators import give_adapter
+from stackwise_core.model.precision import convert_storage
+from stackwise_core.model.stream import ChannelStatistics
+from stackwise_core.stages.anatomy import AdapterName, last_trained
+from stackwise_core.stages.identity import Ref
+from stackwise_core.stages.plan import StagePlan
+from stackwise_core.stages.stages import StageSpec
+from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.training import TrainingState
 from storage.durable import explain_full_disk, replace_folder, settle_folder, write_bytes, write_text
 from storage.errors import ArtifactCorruptError
 from storage.layout import Artifacts

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.failpoints import reach
+from stackwise_core.failpoints import failpoint
 from storage.alone import alone
 from storage.durable import TEMPORARY_SUFFIX
 from storage.layout import Artifacts
@@ -122,10 +122,10 @@ def collect(artifacts: Artifacts, keep_last: int | None = None, *, newest_only: 
         collection = plan_collection(artifacts, keep_last, newest_only=newest_only)
         trash = artifacts.root / "trash"
         for number, removal in enumerate(collection.removals):
-            reach("gc", number)
+            failpoint("gc", number)
             if removal.path.parent != trash:
                 artifacts.to_trash(removal.path)
-        reach("gc-empty", 0)
+        failpoint("gc-empty", 0)
         artifacts.empty_trash()
         if left := bytes_below(trash):
             collection.notes.append(f"{left:,} bytes in {trash} may not be deleted by this user")

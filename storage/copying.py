@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.failpoints import reach
-from stackwise_core.identity import Ref
+from stackwise_core.failpoints import failpoint
+from stackwise_core.stages.identity import Ref
+from storage.checksums import checksum_file
 from storage.durable import TEMPORARY_SUFFIX, explain_full_disk, sync, sync_tree, write_bytes
 from storage.errors import ArtifactCorruptError, ArtifactMissingError, StoreSpaceError
 from storage.layout import Artifacts, State
 from storage.manifest import KINDS, MANIFEST, RETIRED, FileEntry, Manifest
 from storage.runs import PLANS_LOCK, Attempt, attempts
-from storage.verify import checksum_file
 
 _HERE = (State.SEALED, State.RETIRED)
 _RECORDS = ("config.yaml", "plan.json", "outcome.json", "start.json")
@@ -90,13 +90,13 @@ def copy_artifact(source: Artifacts, target: Artifacts, ref: Ref, on_wait: Calla
         files = {} if retired else manifest.files
         _drop_strangers(work, files.keys())
         for number, (name, entry) in enumerate(files.items()):
-            reach(f"copy-{ref.kind}", number)
+            failpoint(f"copy-{ref.kind}", number)
             _copy_file(_inside(folder, name), work / name, entry)
         sync_tree(work)
         if retired:
             write_bytes(work / RETIRED, (folder / RETIRED).read_bytes())
         write_bytes(work / MANIFEST, manifest.model_dump_json(indent=1).encode())
-        reach(f"copied-{ref.kind}", max(ref.stage, 0))
+        failpoint(f"copied-{ref.kind}", max(ref.stage, 0))
         target.adopt(ref, work)
     return sum(entry.size for entry in files.values())
 

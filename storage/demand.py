@@ -6,8 +6,8 @@ import functools
 from dataclasses import dataclass, field
 
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.identity import Kind, Ref
-from stackwise_core.plan import RunPlan, StagePlan
+from stackwise_core.stages.identity import Kind, Ref
+from stackwise_core.stages.plan import RunPlan, StagePlan
 from storage.errors import ArtifactCorruptError
 from storage.layout import Artifacts, State
 

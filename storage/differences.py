@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stackwise_core.identity import (
+from stackwise_core.stages.identity import (
     NUMERICS,
     ActivationRecipe,
     BuildRecipe,
@@ -23,7 +23,7 @@ from stackwise_core.identity import (
     TrunkRecipe,
     ValidationRecipe,
 )
-from stackwise_core.plan import RunPlan
+from stackwise_core.stages.plan import RunPlan
 from storage.layout import Artifacts
 from storage.manifest import Manifest
 from storage.runs import attempts, run_names

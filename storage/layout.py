@@ -12,8 +12,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from stackwise_core.failpoints import reach
-from stackwise_core.identity import Kind, Recipe, Ref
+from stackwise_core.failpoints import failpoint
+from stackwise_core.stages.identity import Kind, Recipe, Ref
+from storage.checksums import checksum_file, verify_files
 from storage.durable import remove_temporaries, sync, sync_tree, write_text
 from storage.errors import (
     ArtifactCorruptError,
@@ -24,7 +25,6 @@ from storage.errors import (
 )
 from storage.locks import FileLock, Holder, is_held, no_wait, read_holder
 from storage.manifest import MANIFEST, RETIRED, FileEntry, InputEntry, Manifest, make_manifest, read_manifest
-from storage.verify import checksum_file, verify_files
 
 if TYPE_CHECKING:
     from storage.objects.folder import ObjectFolder
@@ -327,7 +327,7 @@ class Artifacts:
         write_text(
             work / MANIFEST, make_manifest(ref, recipe, inputs, files, facts, fingerprint).model_dump_json(indent=1)
         )
-        reach(f"promote-{ref.kind}", ref.stage)
+        failpoint(f"promote-{ref.kind}", ref.stage)
         self.promote(ref)
         return self.manifest(ref)
 

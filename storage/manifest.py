@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from stackwise_core.identity import NUMERICS, Kind, Recipe, Ref, canonical_json
+from stackwise_core.stages.identity import NUMERICS, Kind, Recipe, Ref, canonical_json
 from storage.errors import ArtifactCorruptError, ArtifactNewerError, ArtifactUnsealedError
 
 MANIFEST = "manifest.json"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stackwise_core.identity import Ref, canonical_json
+from stackwise_core.stages.identity import Ref, canonical_json
 from storage.layout import SCRATCH, Artifacts
 
 STATE_FOLDER = f"{SCRATCH}/checkpoint"

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stackwise_core.errors import ConfigError, Fault
+from storage.checksums import verify_files
 from storage.errors import ArtifactCorruptError, ArtifactMissingError
 from storage.layout import REASON, Artifacts, State
 from storage.manifest import Manifest, read_manifest
 from storage.roots import as_remote
 from storage.survey import bytes_below
-from storage.verify import verify_files
 
 if TYPE_CHECKING:
     from storage.objects.remote import RemoteArtifacts

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.identity import Ref
+from stackwise_core.stages.identity import Ref
 from storage.durable import write_text
 from storage.errors import ArtifactCorruptError, ArtifactMissingError
 from storage.layout import Artifacts

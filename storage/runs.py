@@ -16,10 +16,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.errors import ConfigError, CorpusError, Fault, StageInterruptedError
-from stackwise_core.identity import Ref
-from stackwise_core.plan import RunPlan
+from stackwise_core.stages.identity import Ref
+from stackwise_core.stages.plan import RunPlan
 from storage.durable import write_text
 from storage.errors import ArtifactCorruptError, RunBusyError
 from storage.layout import Artifacts, State

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stackwise_core.data import PackedSequences
-from stackwise_core.identity import Ref
+from stackwise_core.data.packing import PackedSequences
+from stackwise_core.stages.identity import Ref
 from storage.durable import write_bytes
 from storage.layout import Artifacts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stackwise_core.identity import Ref
+from stackwise_core.stages.identity import Ref
 from storage.activations.format import is_shard
 from storage.activations.reader import StoreReader
 from storage.activations.shard_object import ShardObjects

@@ -75,8 +75,8 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
 
 def tiny(folder: Path, changes: dict[str, Any] | None = None) -> Any:
     """Return the tiny configuration, its corpus written into `folder`; changes are dotted keys."""
-    from stackwise_core.config import StackWiseConfig
-    from stackwise_core.config_yaml import apply_overrides
+    from stackwise_core.config.schema import StackWiseConfig
+    from stackwise_core.config.yaml import apply_overrides
 
     corpus = folder / "corpus.txt"
     values = tiny_values(corpus if corpus.exists() else write_corpus(corpus))
@@ -123,21 +123,21 @@ class Recorder:
     @property
     def made(self) -> list[str]:
         """Tasks that did work, as 'train 1', in order."""
-        from flows.progress import TaskStarted
+        from flows.run.events import TaskStarted
 
         return [f"{event.task} {event.stage}" for event in self.events if isinstance(event, TaskStarted)]
 
     @property
     def messages(self) -> list[str]:
-        from flows.progress import Message
+        from flows.run.events import Message
 
         return [event.text for event in self.events if isinstance(event, Message)]
 
 
 def grown(config: Any, root: Path, **how: Any) -> Recorder:
     """Grow by plain calls and return what was told."""
-    from flows.progress import listening
-    from flows.run import grow
+    from flows.run.events import listening
+    from flows.run.run import grow
 
     recorder = Recorder()
     with listening(recorder):
@@ -238,9 +238,9 @@ def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def stage_model(rack: Any, index: int) -> Any:
     """Return what stage `index` trains of a rack that grows by appending on a frozen trunk."""
-    from stackwise_core.anatomy import stage_anatomy
-    from stackwise_core.config import StackWiseConfig
-    from stackwise_core.stage_model import StageModel
+    from stackwise_core.config.schema import StackWiseConfig
+    from stackwise_core.stages.anatomy import stage_anatomy
+    from stackwise_core.training.stage_model import StageModel
 
     embedding = None if index else rack.embedding
     return StageModel(stage_anatomy(StackWiseConfig(), index), [rack.stacks[index]], rack.head, embedding)
@@ -283,7 +283,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: object) -> Result:
-        from flows.cli import main
+        from flows.cli.main import main
 
         capsys.readouterr()
         try:

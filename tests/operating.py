@@ -326,7 +326,7 @@ def _program(name: str) -> list[str]:
     return [sys.executable, "-m", "prefect"] if name == "prefect" else [sys.executable, "-c", _STACKWISE]
 
 
-_STACKWISE = "import sys; from flows.cli import main; sys.exit(main())"
+_STACKWISE = "import sys; from flows.cli.main import main; sys.exit(main())"
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from stackwise_core.config import StreamDtype
+from stackwise_core.config.schema import StreamDtype
+from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.errors import StageInterruptedError
-from stackwise_core.failpoints import reach
-from stackwise_core.masking import VALIDATION_VIEW
-from stackwise_core.stream import ChannelStatistics, Quantised, quantise
-from stackwise_core.trunk import RowSource
+from stackwise_core.failpoints import failpoint
+from stackwise_core.model.stream import ChannelStatistics, Quantised, quantise
+from stackwise_core.objectives.batches import RowSource
 from storage.activations.format import Group, GroupSpec
 from storage.activations.writer import ShardRange, StoreWriter
 
@@ -132,7 +132,7 @@ def fill_store_by(
         for number, shard in enumerate(written, 1):
             done += shard.n_rows * specs[shard.group].stored_row_bytes
             on_progress(done, total)
-            reach("cache", number)
+            failpoint("cache", number)
             stopping = stopping or should_stop()
     if done < total:
         raise StageInterruptedError(

@@ -31,8 +31,8 @@ import torch
 # For their effect: zarr-python knows the data types from here on.
 import storage.activations.bfloat16  # pyright: ignore[reportUnusedImport]
 import storage.activations.float8  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from stackwise_core.config import QUANTISED_STREAMS, StreamDtype
-from stackwise_core.stream import STREAM_DTYPES
+from stackwise_core.config.schema import QUANTISED_STREAMS, StreamDtype
+from stackwise_core.model.stream import STREAM_DTYPES
 from storage.errors import ArtifactCorruptError
 
 FORMAT_VERSION: Final = 2

@@ -12,8 +12,8 @@ import torch
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
-from stackwise_core.config import StreamDtype
-from stackwise_core.stream import ChannelStatistics
+from stackwise_core.config.schema import StreamDtype
+from stackwise_core.model.stream import ChannelStatistics
 from storage.activations.format import (
     FORMAT_VERSION,
     GROUP_FOLDERS,

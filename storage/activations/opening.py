@@ -15,8 +15,8 @@ from storage.activations.format import (
     shard_path,
 )
 from storage.activations.metadata import GroupMetadata, read_metadata
+from storage.checksums import checksum_file
 from storage.errors import ArtifactMissingError
-from storage.verify import checksum_file
 
 Files = Mapping[str, tuple[int, str]]
 

@@ -11,8 +11,8 @@ from typing import Literal, Self
 import numpy as np
 import torch
 
-from stackwise_core.masking import VALIDATION_VIEW
-from stackwise_core.stream import Quantised, dequantise
+from stackwise_core.data.masks import VALIDATION_VIEW
+from stackwise_core.model.stream import Quantised, dequantise
 from storage.activations.buffers import bytes_of, destination, empty_aligned
 from storage.activations.format import GROUPS, Array, Group, corrupt, record_path, shard_path
 from storage.activations.opening import open_sealed
@@ -20,9 +20,9 @@ from storage.activations.record import parse_record
 from storage.activations.shard_file import ShardDamageError
 from storage.activations.shard_object import ShardObject, ShardObjects
 from storage.activations.sharded_array import Check, ShardedArray
+from storage.checksums import checksum_bytes
 from storage.errors import ArtifactError
 from storage.file_systems import is_local
-from storage.verify import checksum_bytes
 
 Access = Literal["auto", "map", "read"]
 Indices = torch.Tensor | np.ndarray | Sequence[int]

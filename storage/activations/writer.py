@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from stackwise_core.masking import VALIDATION_VIEW
-from stackwise_core.stream import ChannelStatistics, Quantised
+from stackwise_core.data.masks import VALIDATION_VIEW
+from stackwise_core.model.stream import ChannelStatistics, Quantised
 from storage.activations.format import (
     RECORDS,
     ZARR,
@@ -30,6 +30,7 @@ from storage.activations.metadata import GroupMetadata, write_metadata
 from storage.activations.record import Record, parse_record
 from storage.activations.rows import RowIndex
 from storage.activations.shard import chunk_checksums, encode_shard, shard_file_bytes
+from storage.checksums import checksum_bytes, checksum_file
 from storage.durable import (
     TEMPORARY_SUFFIX,
     explain_full_disk,
@@ -40,7 +41,6 @@ from storage.durable import (
     write_durably,
 )
 from storage.errors import ArtifactUnsealedError
-from storage.verify import checksum_bytes, checksum_file
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from stackwise_core.failpoints import reach
+from stackwise_core.failpoints import failpoint
 from storage.collect import UNREACHED, Collection, Removal, keep_doubtful, what_stays
 from storage.manifest import MANIFEST
 from storage.objects import lease
@@ -113,7 +113,7 @@ def collect_objects(artifacts: RemoteArtifacts, keep_last: int | None, *, newest
         return name in find_reach(artifacts, newest_only=newest_only).names
 
     for number, removal in enumerate(plan.removals):
-        reach("gc", number)
+        failpoint("gc", number)
         if _remove(artifacts, removal.path, is_wanted):
             done.removals.append(removal)
         else:
@@ -184,7 +184,7 @@ def _remove_artifact(artifacts: RemoteArtifacts, key: str, is_wanted: Callable[[
         return False  # sealed anew since it was listed
     bucket.delete([manifest])
     artifacts.forget()
-    reach("gc-data", 0)
+    failpoint("gc-data", 0)
     if is_wanted(key.split("/")[1]):
         bucket.create(manifest, data)
         return False

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stackwise_core.failpoints import reach
+from stackwise_core.failpoints import failpoint
 from storage.durable import TEMPORARY_SUFFIX, explain_full_disk, sync
 from storage.errors import ArtifactCorruptError
 from storage.objects.bucket import Bucket
@@ -64,7 +64,7 @@ class ObjectFolder:
             try:
                 for number, put in enumerate(as_completed(puts), 1):
                     put.result()
-                    reach(task, number)
+                    failpoint(task, number)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 

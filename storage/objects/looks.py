@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from stackwise_core.identity import Kind, Ref
+from stackwise_core.stages.identity import Kind, Ref
 from storage.layout import FOLDERS
 from storage.manifest import MANIFEST, RETIRED, Manifest, parse_manifest
 from storage.objects.bucket import Bucket, Entry

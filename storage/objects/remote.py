@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
 
-from stackwise_core.identity import Ref
+from stackwise_core.stages.identity import Ref
 from storage.durable import sync, write_text
 from storage.errors import (
     ArtifactCorruptError,

@@ -1,0 +1,1 @@
+"""The command `stackwise`: each command parses, calls, prints."""

@@ -1,0 +1,189 @@
+"""`stackwise doctor`: what works on this machine, a line for each. Imports neither torch nor prefect."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from flows.api import ask, fault_of, is_registered, shown, workers_alive
+from flows.operate import AUTOMATION, POOL
+from flows.run.numbers import size
+from storage.errors import ArtifactsFolderError
+from storage.file_systems import file_system_of, is_local
+from storage.locks import FileLock
+from storage.roots import artifacts_at
+
+_LIBRARIES = ("torch", "prefect", "zarr", "safetensors", "numpy", "pydantic", "peft", "bitsandbytes", "torchao")
+_LITTLE_BYTES = 2**30
+"""Less free space than this is told: one store of a small model is larger."""
+_TRY_LOCK = """
+import fcntl, sys
+with open(sys.argv[1]) as file:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(7)
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one look came to."""
+
+    what: str
+    ok: bool
+    says: str
+
+
+def examine(root: str, *, as_json: bool) -> int:
+    """Look at everything that a run needs of this machine, and print a line for each.
+
+    Returns:
+        0 if all works, else 1.
+    """
+    artifacts = artifacts_at(root)
+    folder = _existing(artifacts.root)
+    looks: dict[str, Callable[[], tuple[bool, str]]] = {
+        "python": lambda: (True, f"{platform.python_version()}, stackwise {version('stackwise')}"),
+        "libraries": _look_at_libraries,
+        "device": _look_at_device,
+        "disk": lambda: _look_at_disk(folder),
+        "file system": lambda: _look_at_file_system(folder),
+        "locks": lambda: _look_at_locks(folder),
+        "prefect": _look_at_prefect,
+    }
+    if artifacts.is_remote:
+        looks["object store"] = lambda: _look_at_objects(artifacts.uri)
+    findings: list[Finding] = []
+    for what, look in looks.items():
+        try:
+            ok, says = look()
+        except OSError as error:
+            ok, says = False, f"{error.filename or folder}: {error.strerror or error}"
+        findings.append(Finding(what, ok, says))
+    works = all(finding.ok for finding in findings)
+    if as_json:
+        print(json.dumps({"ok": works, "findings": [asdict(finding) for finding in findings]}, indent=1))
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.ok else 'BAD '}{finding.what:<13}{finding.says}")
+    return 0 if works else 1
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or the innermost that is there of those it would be made in."""
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
+def _look_at_libraries() -> tuple[bool, str]:
+    found: list[str] = []
+    missing: list[str] = []
+    for name in _LIBRARIES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    lacks = f"; missing: {', '.join(missing)}: install StackWise again" if missing else ""
+    return not missing, ", ".join(found) + lacks
+
+
+def _look_at_device() -> tuple[bool, str]:
+    n_cores = len(os.sched_getaffinity(0))
+    gpus = _gpus()
+    if not gpus:
+        return True, f"cpu, {n_cores} cores; no CUDA device"
+    if version("torch").endswith("+cpu"):
+        return False, f"{', '.join(gpus)}, but torch is built without CUDA: install one that has it, or set device: cpu"
+    return True, f"{', '.join(gpus)}; {n_cores} CPU cores"
+
+
+def _gpus() -> list[str]:
+    """Return the names of the CUDA devices, asked of the driver: importing torch takes seconds.
+
+    The calls are those of the CUDA driver API (docs.nvidia.com/cuda/cuda-driver-api); 0 is success.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count, names = ctypes.c_int(0), list[str]()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    for index in range(count.value):
+        device, name = ctypes.c_int(), ctypes.create_string_buffer(100)
+        if not cuda.cuDeviceGet(ctypes.byref(device), index):
+            cuda.cuDeviceGetName(name, len(name), device)
+            names.append(name.value.decode())
+    return names
+
+
+def _look_at_disk(folder: Path) -> tuple[bool, str]:
+    free = shutil.disk_usage(folder).free
+    return free >= _LITTLE_BYTES, f"{size(free)} free in {folder}"
+
+
+def _look_at_file_system(folder: Path) -> tuple[bool, str]:
+    kind = file_system_of(folder) or "unknown"
+    return True, f"{kind}, {'local' if is_local(folder) else 'remote: only processes of one machine may share it'}"
+
+
+def _look_at_locks(folder: Path) -> tuple[bool, str]:
+    """Hold a lock, and ask another process whether it gets it too."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".stackwise-doctor-") as file:
+        with FileLock(Path(file.name)):
+            during = _other_gets(file.name)
+        after = _other_gets(file.name)
+    if during == 7 and after == 0:
+        return True, "one process keeps another out, and lets it in after"
+    return False, f"flock does not work in {folder}: two runs could write one artifact; use a local disk"
+
+
+def _other_gets(path: str) -> int:
+    return subprocess.run(
+        [sys.executable, "-S", "-c", _TRY_LOCK, path], check=False, stderr=subprocess.DEVNULL
+    ).returncode
+
+
+def _look_at_objects(uri: str) -> tuple[bool, str]:
+    from storage.objects.probe import probe
+
+    try:
+        return True, probe(uri)
+    except ArtifactsFolderError as error:
+        return False, str(error)
+
+
+def _look_at_prefect() -> tuple[bool, str]:
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        return True, "PREFECT_API_URL is not set: `stackwise train` starts a server of its own"
+    if fault := fault_of(url):
+        return False, f"PREFECT_API_URL: got {shown(url)!r}; {fault}"
+    try:
+        return True, f"{url} answers, version {ask(url, '/admin/version')}; {_who_works(url)}; {_who_watches(url)}"
+    except ValueError as error:
+        return False, f"{url} answers, and is healthy, but what it says of its workers is no JSON ({error})"
+
+
+def _who_works(url: str) -> str:
+    workers = workers_alive(url, POOL)
+    if workers is None:
+        return f"no pool {POOL}: `stackwise worker` makes it"
+    alive = f"workers heard of lately: {', '.join(workers)}" if workers else "no worker: start `stackwise worker`"
+    return f"pool {POOL}, {alive}"
+
+
+def _who_watches(url: str) -> str:
+    if is_registered(url, AUTOMATION):
+        return "runs of dead machines become Crashed"
+    return "runs of dead machines stay Running: `stackwise heartbeat` mends that"

@@ -1,0 +1,83 @@
+"""`stackwise du`: whose bytes an artifacts folder holds. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+
+from flows.run.numbers import size
+from flows.run.terminal import plain_table
+from storage.layout import Artifacts
+from storage.reach import find_reach
+from storage.roots import artifacts_at
+from storage.survey import survey, weigher
+
+
+@dataclass(frozen=True)
+class RunBytes:
+    """What a run holds, its record included [bytes]."""
+
+    name: str
+    total: int
+    shared: int
+    """Of artifacts that other runs reach too."""
+    unique: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Where the bytes of an artifacts folder are; the places add up to the total [bytes]."""
+
+    total: int
+    runs: list[RunBytes]
+    places: dict[str, int]
+
+
+def measure(artifacts: Artifacts) -> Usage:
+    """Count every byte once by place, and by run what it reaches.
+
+    Raises:
+        ArtifactCorruptError: a run's record cannot be read.
+    """
+    weigh, reach = weigher(artifacts), find_reach(artifacts)
+    held = {found.path.name: found.n_bytes for found in survey(artifacts)}
+    readers = Counter(name for names in reach.runs.values() for name in names)
+    runs: list[RunBytes] = []
+    for run, names in reach.runs.items():
+        shared = sum(held.get(name, 0) for name in names if readers[name] > 1)
+        alone = sum(held.get(name, 0) for name in names if readers[name] == 1)
+        record = weigh(f"runs/{run}")
+        runs.append(RunBytes(run, shared + alone + record, shared, alone + record))
+    places = {
+        "reached by one run": sum(n_bytes for name, n_bytes in held.items() if readers[name] == 1),
+        "reached by several runs": sum(n_bytes for name, n_bytes in held.items() if readers[name] > 1),
+        "pinned only": sum(n for name, n in held.items() if not readers[name] and name in reach.pinned),
+        "reached by no run": sum(n for name, n in held.items() if not readers[name] and name not in reach.pinned),
+        "records of runs": weigh("runs"),
+        **{room: weigh(room) for room in ("work", "trash", "quarantine")},
+    }
+    total = weigh("")
+    return Usage(total, runs, {**places, "other": total - sum(places.values())})
+
+
+def show_usage(root: str, *, as_json: bool) -> None:
+    """Print the bytes of each run, and where all bytes are."""
+    artifacts = artifacts_at(root).existing()
+    usage = measure(artifacts)
+    if as_json:
+        print(json.dumps({"artifacts": artifacts.uri, **asdict(usage)}, indent=1))
+        return
+    runs = plain_table("run", "|total", "|shared", "|unique")
+    for run in usage.runs:
+        runs.add_row(run.name, size(run.total), size(run.shared), size(run.unique))
+    places = plain_table("where", "|size")
+    for place, n_bytes in usage.places.items():
+        places.add_row(place, size(n_bytes))
+    places.add_row("together", f"{size(usage.total)}")
+    console = Console()
+    if usage.runs:
+        console.print(runs, "")
+    console.print(places)

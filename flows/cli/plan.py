@@ -1,0 +1,166 @@
+"""`stackwise plan`: what would run, what it costs, what is there already. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from flows.run.numbers import parameters, size
+from flows.run.prepare import pack_corpus
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.data.packing import read_corpus
+from stackwise_core.stages.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
+from stackwise_core.stages.identity import Kind
+from stackwise_core.stages.plan import RunPlan, StagePlan, plan_run
+from stackwise_core.stages.resolve import reads_examples, resolve_order
+from storage.demand import TASK_KINDS, Demand, compute_demand
+from storage.layout import Artifacts, State
+from storage.roots import artifacts_at
+
+
+def show_plan(config: StackWiseConfig, root: str, *, as_json: bool) -> None:
+    """Print the plan of a configuration; nothing is written."""
+    artifacts = artifacts_at(root).reachable()
+    corpus = read_corpus(config.data.source, examples=reads_examples(config))
+    plan = plan_run(config, corpus.digest, corpus.n_bytes)
+    demand = compute_demand(plan, artifacts, config.cache.keep)
+    n_train, n_validation = _count_sequences(config, artifacts, plan)
+    stages = [_stage(config, plan, stage, demand, artifacts, n_train, n_validation) for stage in plan.stages]
+    if as_json:
+        document = {
+            "run": config.run.name,
+            "artifacts": artifacts.uri,
+            "data": {"state": artifacts.state(plan.data_ref).value, "artifact": plan.data_ref.name},
+            "train_sequences": n_train,
+            "validation_sequences": n_validation,
+            "complete": demand.complete,
+            "stages": stages,
+        }
+        print(json.dumps(document, indent=1))
+        return
+    _print_plan(config, artifacts, stages, n_train, n_validation)
+
+
+def _count_sequences(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> tuple[int, int]:
+    if artifacts.state(plan.data_ref) is State.SEALED:
+        facts = artifacts.manifest(plan.data_ref).facts
+        return facts["train_sequences"], facts["validation_sequences"]
+    train, validation = pack_corpus(config, read_corpus(config.data.source, examples=reads_examples(config)))
+    return len(train), len(validation)
+
+
+def _stage(
+    config: StackWiseConfig,
+    plan: RunPlan,
+    stage: StagePlan,
+    demand: Demand,
+    artifacts: Artifacts,
+    n_train: int,
+    n_validation: int,
+) -> dict[str, Any]:
+    spec, shape, seq_len = stage.spec, stage.shape, config.data.seq_len
+    ratio = stage.stack.mask.mean_ratio if stage.stack.mask else None
+    live, below = stage_flops(shape, spec, seq_len, ratio or 1.0)
+    cache = None
+    if stage.activations is not None:
+        rows = resolve_order(config, n_train).count_visited(stage.activations.steps)
+        rows += min(stage.activations.validation_sequences, n_validation)
+        cache = store_bytes(rows, seq_len, shape.d_model, stage.activations.dtype)
+    cached_below = stage.index > 0 and plan.stages[stage.index - 1].activations is not None
+    kinds: dict[str, Kind] = {task: kind for task, kind in TASK_KINDS.items() if stage.recipe(kind) is not None}
+    return {
+        "stage": stage.index,
+        "name": spec.name,
+        "mode": spec.mode,
+        "trunk": spec.strategy,
+        "order": list(spec.anatomy.order),
+        "trains": {str(stack): spec.anatomy.trains_of(stack) for stack in spec.anatomy.order},
+        "operator": spec.operator,
+        "time_step": spec.time_step,
+        "mask_ratio": ratio,
+        "draws_depth": bool(stage.stack.joint_times),
+        "precision": spec.new.precision,
+        "adapters": [
+            {"stack": stack.index, "name": name, "rank": adapter.rank, "alpha": adapter.alpha}
+            for stack in spec.stacks
+            for name, adapter in stack.adapters.items()
+        ],
+        "blocks": spec.n_blocks,
+        "steps": spec.optim.steps,
+        "trainable_parameters": trainable_parameters(shape, spec),
+        "rack_parameters": rack_parameters(shape, spec),
+        "flops": live + (0.0 if cached_below else below),
+        "flops_saved_by_cache": below if cached_below else 0.0,
+        "memory_bytes": training_bytes(shape, spec, seq_len),
+        "cache_bytes": cache,
+        "cache_note": stage.no_cache_reason,
+        "measured": _measured(stage, artifacts),
+        "states": {kind: artifacts.state(stage.ref(kind)).value for kind in kinds.values()},
+        "artifacts": {kind: stage.ref(kind).name for kind in kinds.values()},
+        "to_run": [task for task, kind in kinds.items() if stage.ref(kind) in demand.needed],
+    }
+
+
+def _measured(stage: StagePlan, artifacts: Artifacts) -> dict[str, float]:
+    """Return the speeds of what was made already: tokens trained per second, bytes cached per second."""
+    speeds: dict[str, float] = {}
+    if stack := artifacts.sealed(stage.ref("stack")):
+        speeds["tokens_per_second"] = stack.facts["tokens_per_second"]
+    store = artifacts.sealed(stage.ref("activations")) if stage.activations else None
+    if store and store.facts["seconds"]:
+        speeds["cache_bytes_per_second"] = round(store.n_bytes / store.facts["seconds"])
+    return speeds
+
+
+def _print_plan(
+    config: StackWiseConfig, artifacts: Artifacts, stages: list[dict[str, Any]], n_train: int, n_validation: int
+) -> None:
+    console = Console()
+    sequences = f"{n_train:,} training and {n_validation:,} validation sequences of {config.data.seq_len} tokens"
+    console.print(
+        f"[bold]{config.run.name}[/] in {escape(artifacts.uri)}\n{sequences}", highlight=False, soft_wrap=True
+    )
+    for row in stages:
+        console.print(_paragraph(row), highlight=False, markup=False)
+
+
+def _paragraph(row: dict[str, Any]) -> str:
+    """Return one stage of the plan for people, in a few short lines."""
+    masks = "inputs as they are" if row["mask_ratio"] is None else f"{row['mask_ratio']:.0%} of the positions masked"
+    masks = "each step at the mask ratio of one stack" if row["draws_depth"] else masks
+    time = "" if row["time_step"] is None else f" (time step {row['time_step']})"
+    saved = row["flops_saved_by_cache"]
+    saving = f", {saved / 1e12:.3g} saved by the cache below" if saved else ""
+    cache = row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"])
+    plural = "block" if row["blocks"] == 1 else "blocks"
+    how = "all stacks together" if row["mode"] == "joint" else f"{row['blocks']} {plural}, {row['operator']}"
+    return (
+        f"\nstage {row['stage']}: {row['name']}\n"
+        f"  stack   {how}; {row['steps']} steps, {masks}{time}\n"
+        f"{_adapters(row)}"
+        f"  trains  {parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters\n"
+        f"  costs   {row['flops'] / 1e12:.3g} TFLOP{saving}; about {size(row['memory_bytes'])} of memory\n"
+        f"  cache   {cache}\n"
+        f"{_speeds(row['measured'])}"
+        f"  to run  {', '.join(row['to_run']) or 'nothing, all is there'}"
+    )
+
+
+def _speeds(measured: dict[str, float]) -> str:
+    """Return a line on how fast it went when it was made."""
+    parts = [f"trained at {measured['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in measured else []
+    if "cache_bytes_per_second" in measured:
+        parts.append(f"cached at {size(measured['cache_bytes_per_second'])}/s")
+    return f"  was     {', '.join(parts)}\n" if parts else ""
+
+
+def _adapters(row: dict[str, Any]) -> str:
+    """Return a line on the adapters: of each stack its ranks."""
+    by_stack: dict[int, list[str]] = {}
+    for adapter in row["adapters"]:
+        by_stack.setdefault(adapter["stack"], []).append(f"{adapter['name']} {adapter['rank']}")
+    ranks = "; ".join(f"stack {stack}: {', '.join(names)}" for stack, names in by_stack.items())
+    return f"  LoRA    {ranks}\n" if ranks else ""

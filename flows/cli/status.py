@@ -1,0 +1,140 @@
+"""`stackwise status`: the runs of an artifacts folder, and the stages of one. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flows.run.numbers import size
+from flows.run.summary import StageSummary, summarise
+from flows.run.terminal import plain_table, stage_tables
+from storage.errors import ArtifactError
+from storage.layout import Artifacts
+from storage.locks import Holder
+from storage.roots import artifacts_at
+from storage.runs import Attempt, attempts, find_run, holder_of_run, is_live, run_names
+
+
+def show_runs(root: str, *, as_json: bool) -> None:
+    """Print every run: its state, how far it is, its newest loss."""
+    artifacts = artifacts_at(root).existing()
+    runs = [_run_or_damage(artifacts, name) for name in run_names(artifacts)]
+    if as_json:
+        print(json.dumps({"artifacts": artifacts.uri, "runs": runs}, indent=1))
+        return
+    table = plain_table("run", "state", "|stages", "|valid. loss", "|attempts", "started")
+    for run in runs:
+        loss = "-" if run["validation_loss"] is None else f"{run['validation_loss']:.4f}"
+        stages = f"{run['stages_done']}/{run['stages']}"
+        table.add_row(run["name"], run["state"], stages, loss, str(run["attempts"]), run["started"])
+    console = Console()
+    console.print(table if runs else f"no runs yet in {escape(artifacts.uri)}")
+    for run in runs:
+        for line in _holders(run):
+            console.print(f"{run['name']}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_stages(root: str, name: str, *, as_json: bool) -> None:
+    """Print the stages of a run and their artifacts.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    artifacts = artifacts_at(root).existing()
+    attempt = find_run(artifacts, name)
+    run, stages = _run(artifacts, attempt), summarise(artifacts, attempt.plan)
+    if as_json:
+        print(json.dumps({**run, "stage_list": [stage.model_dump() for stage in stages]}, indent=1))
+        return
+    console = Console()
+    where = escape(str(attempt.folder))
+    console.print(
+        f"[bold]{name}[/]: {run['state']}, attempt {attempt.number}, {where}", highlight=False, soft_wrap=True
+    )
+    if run["message"]:
+        console.print(run["message"], highlight=False, markup=False)
+    for line in _holders(run):
+        console.print(line, highlight=False, markup=False)
+    console.print(stage_tables(stages))
+    console.print()
+    console.print(_artifact_table(stages))
+
+
+def _holders(run: dict[str, Any]) -> list[str]:
+    """Return who holds a run, and who makes which of its artifacts: another process that needs one waits for it."""
+    held = {"started": run["holder"], **run["locks"]}
+    return [f"{what}: {_spell(holder)}" for what, holder in held.items() if holder is not None]
+
+
+def _spell(holder: dict[str, Any]) -> str:
+    return str(Holder(**holder))
+
+
+def _artifact_table(stages: list[StageSummary]) -> Table:
+    table = plain_table("stage", "artifact", "state")
+    for stage in stages:
+        for kind, artifact in stage.artifacts.items():
+            table.add_row(str(stage.stage), artifact, _state_of(stage, kind))
+        if "activations" not in stage.artifacts:
+            table.add_row(str(stage.stage), "no activations", stage.cache_note)
+    return table
+
+
+def _state_of(stage: StageSummary, kind: str) -> str:
+    """Return the state of an artifact, with what an attempt that did not end has left of it."""
+    if kind == "stack" and stage.steps_kept is not None:
+        return f"{stage.states[kind]}, checkpoint after step {stage.steps_kept} of {stage.steps}"
+    if kind == "activations" and stage.bytes_kept:
+        return f"{stage.states[kind]}, {size(stage.bytes_kept)} written"
+    return stage.states[kind]
+
+
+def _run(artifacts: Artifacts, attempt: Attempt) -> dict[str, Any]:
+    stages = summarise(artifacts, attempt.plan)
+    done = [stage for stage in stages if stage.states["stack"] == stage.states["validation"] == "sealed"]
+    outcome = attempt.outcome
+    live = is_live(artifacts, attempt.name)
+    holders = {ref.name: artifacts.lock_holder(ref.name) for ref in attempt.plan.recipes}
+    state = "running" if live else _state_at_rest(outcome, complete=len(done) == len(stages))
+    return {
+        "name": attempt.name,
+        "state": state,
+        "message": outcome["message"] if outcome and state in ("failed", "stopped") else "",
+        "stages": len(stages),
+        "stages_done": len(done),
+        "validation_loss": done[-1].validation_loss if done else None,
+        "attempts": len(attempts(artifacts, attempt.name)),
+        "started": attempt.start["started"],
+        "holder": holder_of_run(attempt)._asdict() if live else None,
+        "locks": {name: holder._asdict() for name, holder in holders.items() if holder is not None},
+    }
+
+
+def _run_or_damage(artifacts: Artifacts, name: str) -> dict[str, Any]:
+    """Return a run for the list; one that is damaged does not hide the others."""
+    try:
+        return _run(artifacts, find_run(artifacts, name))
+    except ArtifactError as error:
+        nothing: dict[str, Any] = {
+            "stages": 0,
+            "stages_done": 0,
+            "validation_loss": None,
+            "attempts": 0,
+            "started": "-",
+            "holder": None,
+            "locks": {},
+        }
+        return {"name": name, "state": "damaged", "message": str(error), **nothing}
+
+
+def _state_at_rest(outcome: dict[str, Any] | None, *, complete: bool) -> str:
+    """Return how a run stands that no process holds: what is on disk says more than how it last ended."""
+    if complete:
+        return "done"
+    if outcome is None:
+        return "killed"
+    return "incomplete" if outcome["state"] == "done" else outcome["state"]

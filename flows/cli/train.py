@@ -1,0 +1,96 @@
+"""`stackwise train`: find out without torch, prefect or a server whether anything has to run; then run it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from rich.console import Console
+
+from flows.run.events import listening
+from flows.run.numbers import parameters
+from flows.run.summary import StageSummary, summarise
+from flows.run.terminal import showing, stage_tables
+from flows.server import check_api, embedded_server, quiet_prefect
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.data.packing import corpus_facts
+from stackwise_core.stages.plan import plan_run
+from stackwise_core.stages.resolve import reads_examples
+from storage.alone import among_others
+from storage.demand import compute_demand, forced_refs
+from storage.layout import Artifacts
+from storage.roots import artifacts_at
+from storage.runs import register_complete
+
+
+def train(config: StackWiseConfig, command: list[str], root: str, from_stack: int, force: str) -> None:
+    """Grow the rack of a configuration to its target, and say what came of it.
+
+    Args:
+        config: what to make.
+        command: how the user said it, for the line that says how to go on.
+        root: where artifacts live.
+        from_stack: redo the stages from this one on; -1 redoes none.
+        force: redo this task of those stages, or of all.
+
+    Raises:
+        StackWiseError: one clear message; the same command goes on from what is sealed.
+    """
+    artifacts = artifacts_at(root).open()
+    plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
+    forced = forced_refs(plan, from_stack, force)
+    with among_others(artifacts, _tell_waiting):  # gc does not remove what is about to be called complete
+        complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
+        if complete:
+            register_complete(artifacts, config, plan)
+    if not complete:
+        _run_flow(config, artifacts, from_stack, force)
+    _say_result(config, command, artifacts, summarise(artifacts, plan), reused=complete)
+
+
+def _tell_waiting(holder: str) -> None:
+    print(f"waiting for {holder}", file=sys.stderr)
+
+
+def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, force: str) -> None:
+    """Run the flow on the server of PREFECT_API_URL, or on an embedded one that starts during the imports."""
+    quiet_prefect()
+    url = os.environ.get("PREFECT_API_URL")
+    if url:
+        check_api(url)
+    server = f"its server is {url}" if url else "on a machine's first run its server takes up to a minute"
+    print(f"starting Prefect (seconds; {server})", file=sys.stderr)
+    with nullcontext() if url else embedded_server(artifacts.root / "prefect" / "server.log") as server:
+        from flows.train_rack import run_to_the_end
+
+        if server is not None:
+            server.wait_until_ready()
+        with showing() as listener, listening(listener):
+            run_to_the_end(config, artifacts.uri, from_stack, force)
+
+
+def _say_result(
+    config: StackWiseConfig, command: list[str], artifacts: Artifacts, stages: list[StageSummary], *, reused: bool
+) -> None:
+    console = Console()
+    console.print(stage_tables(stages))
+    name, last = config.run.name, stages[-1]
+    made = "was there already" if reused else "is done"
+    plural = "stack" if last.stacks == 1 else "stacks"
+    counts = f"{last.stacks} {plural}, {parameters(last.rack_parameters)} parameters"
+    grown = config.training.progressive.target_stacks + 1
+    root = [] if artifacts.uri == str(Path("artifacts").absolute()) else ["--artifacts", artifacts.uri]
+    look = shlex.join([name, *root])
+    grow = shlex.join([*command, *root, "--set", f"training.progressive.target_stacks={grown}"])
+    console.print(
+        f"\n{name} {made}: {counts}, validation loss {last.validation_loss:.4f}, in {artifacts.uri}\n"
+        f"look: stackwise status {look}\n"
+        f"      stackwise verify {look}\n"
+        f"grow: {grow}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )

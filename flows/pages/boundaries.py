@@ -1,0 +1,123 @@
+"""The boundaries that a store can be compared with, and how far it is from them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.pages.rounding import listed
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.stages.identity import Ref
+from storage.activations.drift import measure_drift
+from storage.activations.metadata import read_metadata
+from storage.activations.rows import RowIndex
+from storage.activations.sampling import shared_places
+from storage.errors import ArtifactError
+from storage.layout import Artifacts
+from storage.manifest import Manifest
+from storage.runs import find_run, run_names
+from storage.stores import bring_metadata, open_at
+
+
+@dataclass(frozen=True, eq=False)
+class Boundary:
+    """A sealed store, and its rows."""
+
+    artifacts: Artifacts
+    folder: Path
+    manifest: Manifest
+    rows: RowIndex
+
+    @classmethod
+    def of(cls, artifacts: Artifacts, folder: Path, manifest: Manifest) -> Boundary:
+        """Read which rows a store holds."""
+        bring_metadata(artifacts, folder, manifest)
+        return cls(artifacts, folder, manifest, read_metadata(folder)[1]["train"].rows)
+
+    @property
+    def ref(self) -> Ref:
+        """Its name."""
+        return self.manifest.ref
+
+    @property
+    def depth(self) -> int:
+        """How many stacks are below it."""
+        return int(self.manifest.recipe["boundary"])
+
+
+def drift_of(artifacts: Artifacts, here: Boundary, against: Boundary | None, n_rows: int) -> dict[str, Any] | None:
+    """Compare a store with one that is named, and with all sealed boundaries of its run.
+
+    Returns:
+        names and depths of the stores, `cka` and `cosine` between all of them, `here` and `against` as places in
+        these; against is the one that was named, else the boundary below. None if there is nothing to compare with.
+
+    Raises:
+        ConfigError: the named one is of other data or positions, or shares no row.
+    """
+    if against is not None:
+        _check_comparable(here, against)
+    chosen = [here] if against is None else [here, against]
+    for other in _boundaries_of_run(artifacts, here.ref):
+        known = any(other.ref == boundary.ref for boundary in chosen)
+        if not known and len(shared_places([boundary.rows for boundary in [*chosen, other]], 1)[0]):
+            chosen.append(other)
+    chosen.sort(key=lambda boundary: (boundary.depth, boundary.ref.stage))
+    at = chosen.index(here)
+    base = chosen.index(against) if against is not None else at - 1
+    if len(chosen) == 1:
+        return None
+    return {
+        "stores": [boundary.ref.name for boundary in chosen],
+        "boundaries": [boundary.depth for boundary in chosen],
+        "here": at,
+        "against": base if base >= 0 else None,
+        **_measure(chosen, n_rows),
+    }
+
+
+def _measure(chosen: list[Boundary], n_rows: int) -> dict[str, Any]:
+    places = shared_places([boundary.rows for boundary in chosen], n_rows)
+    with contextlib.ExitStack() as stack:
+        readers = [
+            stack.enter_context(open_at(boundary.artifacts, boundary.folder, boundary.manifest)) for boundary in chosen
+        ]
+        found = measure_drift([functools.partial(reader.read, "train") for reader in readers], places)
+    return {
+        "rows": found.n_rows,
+        "tokens": found.n_tokens,
+        "cka": listed(found.cka),
+        "cosine": listed(found.cosine),
+    }
+
+
+def _check_comparable(here: Boundary, against: Boundary) -> None:
+    name = against.ref.name
+    if against.ref == here.ref:
+        raise _refused(name, "it is the store itself; name another")
+    if against.manifest.recipe["data"] != here.manifest.recipe["data"]:
+        raise _refused(name, f"it holds other sequences than {here.ref.name}: name a store of the same data")
+    if not len(shared_places([here.rows, against.rows], 1)[0]):
+        raise _refused(name, f"it shares no row (sequence, view) with {here.ref.name}")
+
+
+def _refused(name: str, reason: str) -> ConfigError:
+    return ConfigError([Fault("--against", repr(name), reason)])
+
+
+def _boundaries_of_run(artifacts: Artifacts, ref: Ref) -> list[Boundary]:
+    """Return the sealed stores of the newest run that plans a store; none if no run does."""
+    planned: list[tuple[str, list[Ref]]] = []
+    for name in run_names(artifacts):
+        with contextlib.suppress(ArtifactError):  # a damaged run says nothing of the store
+            run = find_run(artifacts, name)
+            stores = [stage.ref("activations") for stage in run.plan.stages if stage.activations is not None]
+            planned += [(run.start["started"], stores)] if ref in stores else []
+    newest = max(planned, key=lambda run: run[0], default=("", []))[1]
+    sealed = [(store, artifacts.sealed(store)) for store in newest]
+    return [
+        Boundary.of(artifacts, artifacts.folder(store), manifest) for store, manifest in sealed if manifest is not None
+    ]

@@ -1,0 +1,120 @@
+"""Some rows of a store beside the text they were computed from."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flows.pages.rounding import listed
+from stackwise_core.data.masks import IntArray, TimeInput
+from stackwise_core.data.order import RowOrder
+from stackwise_core.data.packing import PackedSequences
+from stackwise_core.data.tokenizer import ByteTokenizer, Tokenizer, decode_pieces, load_tokenizer
+from stackwise_core.errors import ConfigError
+from stackwise_core.stages.identity import ActivationRecipe, DataRecipe
+from stackwise_core.training.trunk import InputsFromTokens
+from storage.activations.format import Group
+from storage.activations.metadata import GroupMetadata
+from storage.activations.reader import StoreReader
+from storage.activations.sampling import evenly_spaced
+from storage.errors import ArtifactError
+from storage.layout import Artifacts
+from storage.manifest import Manifest
+from storage.runs import find_run, run_names
+from storage.sequences import load_sequences
+
+_ROWS: dict[Group, int] = {"train": 4, "validation": 2}
+_POSITIONS = 256
+"""Longer rows are shown in part."""
+
+
+def sample_rows(
+    artifacts: Artifacts, manifest: Manifest, reader: StoreReader, groups: dict[Group, GroupMetadata]
+) -> tuple[list[dict[str, Any]], str]:
+    """Return some rows of a store with their text and token norms, and why there is no text, if there is none.
+
+    Each is {group, row, sequence_id, view, norms, pieces, piece_tokens, changed}: the input that the row was computed
+    from in readable pieces, how many tokens each has, and which of them masking put in place of what the text has.
+    """
+    source, why_not = _text_source(artifacts, manifest)
+    samples = list[dict[str, Any]]()
+    for group, wanted in _ROWS.items():
+        index = groups[group].rows
+        for row in evenly_spaced(len(index.view), wanted).tolist():
+            sequence_id, view = int(index.sequence_id[row]), int(index.view[row])
+            stream_TD = reader.read(group, [row])[0, :_POSITIONS].double()
+            norms = listed(stream_TD.norm(dim=1).numpy())
+            text = source.text(sequence_id, view) if source else {"pieces": [], "piece_tokens": [], "changed": []}
+            sample = {"group": group, "row": row, "sequence_id": sequence_id, "view": view}
+            samples.append({**sample, "norms": norms, **text})
+    return samples, why_not
+
+
+class _TextSource:
+    """The inputs of a store's rows, as text."""
+
+    def __init__(
+        self, splits: tuple[PackedSequences, PackedSequences], recipe: ActivationRecipe, by: Tokenizer
+    ) -> None:
+        train, validation = splits
+        time = recipe.mask.time if recipe.mask else None
+        self.splits, self.tokenizer = splits, by
+        self.inputs = InputsFromTokens(train, validation, recipe.mask, _order(recipe, time, len(train)))
+
+    def text(self, sequence_id: int, view: int) -> dict[str, Any]:
+        """Return one row's input in readable pieces."""
+        ids = np.array([sequence_id], dtype=np.int64)
+        split = self.splits[view < 0]
+        clean_T = split.take(split.rows_of(ids))[0][0, :_POSITIONS]
+        input_ids: torch.Tensor = self.inputs.batch(ids, view)["input_ids"]
+        read_T: IntArray = input_ids[0, :_POSITIONS].numpy()
+        pieces = decode_pieces(self.tokenizer, read_T)
+        lengths = [n_tokens for _, n_tokens in pieces]
+        parts = np.split(clean_T != read_T, np.cumsum(lengths)[:-1])
+        return {
+            "pieces": [text for text, _ in pieces],
+            "piece_tokens": lengths,
+            "changed": [number for number, part in enumerate(parts) if part.any()],
+        }
+
+
+def _order(recipe: ActivationRecipe, time: TimeInput | None, n_rows: int) -> RowOrder:
+    """Return the order in which the stage visits rows: where a time step goes by batch, it is part of the input."""
+    by_batch = time is not None and time.by_batch
+    return RowOrder(
+        seed=recipe.order_seed,
+        n_rows=n_rows,
+        batch_size=recipe.batch_size,
+        views=recipe.views,
+        fixed_batches=by_batch,
+        block=recipe.shuffle_block,
+    )
+
+
+def _text_source(artifacts: Artifacts, manifest: Manifest) -> tuple[_TextSource | None, str]:
+    """Return what gives the text, or why nothing does."""
+    ref = next(entry.ref for entry in manifest.inputs if entry.ref.kind == "data")
+    try:
+        splits, data = load_sequences(artifacts, ref), DataRecipe.model_validate(artifacts.manifest(ref).recipe)
+    except ArtifactError as error:
+        return None, f"the tokens cannot be read ({error})"
+    tokenizer = _tokenizer(artifacts, data.tokenizer)
+    if tokenizer is None:
+        return None, f"no run in {artifacts.root} knows a file with the tokenizer {data.tokenizer[:19]}..."
+    return _TextSource(splits, ActivationRecipe.model_validate(manifest.recipe), tokenizer), ""
+
+
+def _tokenizer(artifacts: Artifacts, name: str) -> Tokenizer | None:
+    """Return the tokenizer of a name: ids hold the hash of its file, the runs' configurations know the path."""
+    if name == ByteTokenizer.name:
+        return ByteTokenizer()
+    for run in run_names(artifacts):
+        with contextlib.suppress(ArtifactError, ConfigError):  # damaged, or its file is gone: another run may have one
+            path = find_run(artifacts, run).config.data.tokenizer
+            if path != ByteTokenizer.name and Path(path).is_file() and load_tokenizer(path).name == name:
+                return load_tokenizer(path)
+    return None

@@ -1,0 +1,170 @@
+"""A store in the terminal: what fits 80 columns and is worth a look."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from flows.pages import parts
+from flows.pages.markup import printable
+from flows.pages.text import number, sequence_name, visible
+from flows.run.numbers import size
+from flows.run.terminal import plain_table
+from storage.activations.statistics import OUTLIER_FACTOR
+
+_BARS = "▁▂▃▄▅▆▇█"
+_COLUMNS = 80
+_CHANNELS = 6
+
+
+def print_store(document: dict[str, Any]) -> None:
+    """Print layout, statistics, drift, sample rows and provenance of a sealed store."""
+    console = Console(highlight=False)
+    store = document["store"]
+    for title, table in (
+        ("Layout", _layout(store)),
+        ("Statistics", _statistics(store)),
+        (f"Channels, of {store['shape'][2]:,}", _channels(store["channels"])),
+        ("Drift: linear CKA between boundaries; * is this one", _drift(document["drift"])),
+        ("Rows: their text, and a bar for the norm of each token", _rows(document["samples"])),
+        ("Provenance", _provenance(document["provenance"])),
+    ):
+        if table is not None:
+            console.print(f"\n[bold]{title}[/]")
+            console.print(table)
+    if document["samples"]["why_no_text"]:
+        console.print(f"No text: {document['samples']['why_no_text']}", markup=False, soft_wrap=True)
+
+
+def strip(values: list[float | None], cells: int) -> str:
+    """Return values as a line of bars, from the smallest to the largest; a cell is the mean of what falls in it."""
+    if not values:
+        return ""
+    cells = min(cells, len(values))
+    edges = [round(cell * len(values) / cells) for cell in range(cells + 1)]
+    groups = [values[first:last] for first, last in itertools.pairwise(edges)]
+    means = [_mean([value for value in group if value is not None]) for group in groups]
+    known = [mean for mean in means if mean is not None]
+    if not known:
+        return "?" * cells
+    low, reach = min(known), max(known) - min(known) or 1.0
+    return "".join("?" if mean is None else _BARS[round((mean - low) / reach * (len(_BARS) - 1))] for mean in means)
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _pairs(pairs: list[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, value in pairs:
+        table.add_row(name, escape(value))
+    return table
+
+
+def _layout(store: dict[str, Any]) -> Table:
+    chunk, shard, row = store["rows_per_chunk"], store["rows_per_shard"], store["row_bytes"]
+    shape = " x ".join(f"{length:,}" for length in store["shape"])
+    return _pairs(
+        [
+            ("array", f"{shape} (row, position, channel), {store['dtype']}, {size(row)} a row"),
+            ("views", f"{store['views']:,} a sequence at most"),
+            ("validation", f"{store['validation_rows']:,} rows"),
+            ("codecs", " -> ".join(store["codecs"])),
+            ("chunk", f"{chunk:,} rows, {size(chunk * row)}"),
+            ("shard", f"{shard:,} rows, {size(shard * row)}; {store['shards']:,} of them"),
+        ]
+    )
+
+
+def _statistics(store: dict[str, Any]) -> Table:
+    tokens, spectrum, positions = store["tokens"], store["spectrum"], store["positions"]
+    quantiles = [number(tokens["norm_quantiles"][at]) for at in ("0", "0.5", "1")]
+    rank = f"{number(spectrum['effective_rank'])} of {store['shape'][2]:,}; stable {number(spectrum['stable_rank'])}"
+    directions = f"{spectrum['directions_for_90_percent']:,} directions hold 90 % of the variance"
+    means = [mean for mean in positions["norm_mean"] if mean is not None]
+    along = f"{min(means):.3g} to {max(means):.3g}" if means else "-"
+    values = f"mean {number(store['mean'])}, std {number(store['std'])}, largest {number(store['largest'])}"
+    cosines = f"{number(tokens['neighbour_cosine'])} of neighbours, {number(tokens['pair_cosine'])} of any two"
+    return _pairs(
+        [
+            ("sample", f"{store['sampled_rows']:,} rows, {store['sampled_tokens']:,} finite tokens"),
+            ("values", f"{values}; {store['non_finite']:,} not finite"),
+            ("token norm", f"smallest {quantiles[0]}, median {quantiles[1]}, largest {quantiles[2]}"),
+            ("by position", f"{strip(positions['norm_mean'], 48)}  mean {along}"),
+            ("cosine", cosines),
+            ("eff. rank", f"{rank}; {directions}"),
+        ]
+    )
+
+
+def _channels(channels: dict[str, Any]) -> Table:
+    """Return the outliers, else the largest channels, and say which are dead."""
+    rms, outliers, dead = channels["rms"], channels["outliers"], channels["dead"]
+    by_size = sorted(range(len(rms)), key=lambda channel: -(rms[channel] or 0.0))
+    names = ("rms", "mean", "std", "smallest", "largest", "kurtosis")
+    table = plain_table("|channel", *(f"|{name}" for name in names), "")
+    for channel in (outliers or by_size)[:_CHANNELS]:
+        mark = "outlier" if channel in outliers else ""
+        table.add_row(str(channel), *(number(channels[name][channel]) for name in names), mark)
+    shown = ", ".join(map(str, dead[:12])) + (" ..." if len(dead) > 12 else "")
+    table.caption = (
+        f"{len(outliers):,} outliers (rms from {number(channels['outlier_bound'])}, {OUTLIER_FACTOR:g} x the median); "
+        f"{len(dead):,} dead{f': {shown}' if dead else ''}"
+    )
+    table.caption_justify, table.caption_style = "left", ""
+    return table
+
+
+def _drift(drift: dict[str, Any] | None) -> Table | None:
+    if drift is None:
+        return None
+    depths = [str(depth) for depth in drift["boundaries"]]
+    depths[drift["here"]] += " *"
+    table = plain_table("boundary", *(f"|{depth}" for depth in depths), "store")
+    for depth, name, row in zip(depths, drift["stores"], drift["cka"], strict=True):
+        table.add_row(depth, *("-" if value is None else f"{value:.3f}" for value in row), escape(name))
+    return table
+
+
+def _rows(samples: dict[str, Any]) -> Group:
+    lines: list[Text] = []
+    for sample in samples["rows"]:
+        view = "" if sample["group"] == "validation" else f", view {sample['view']}"
+        known = [norm for norm in sample["norms"] if norm is not None]
+        along = f"; norms {min(known):.3g} to {max(known):.3g}" if known else ""
+        sequence = sequence_name(sample["sequence_id"])
+        lines.append(Text(f"{sample['group']} row {sample['row']:,}: sequence {sequence}{view}{along}", style="dim"))
+        lines += [Text(line, no_wrap=True, overflow="crop") for line in _text_over_strip(sample)]
+    return Group(*lines)
+
+
+def _text_over_strip(sample: dict[str, Any]) -> list[str]:
+    """Return the beginning of a row's text, and under each token a bar for its norm; without text, all bars."""
+    if not sample["pieces"]:
+        return [strip(sample["norms"], _COLUMNS)]
+    text, norms, first = "", list[float | None](), 0
+    for piece, length in zip(sample["pieces"], sample["piece_tokens"], strict=True):
+        shown = visible(piece, one_line=True)
+        if len(norms) + cell_len(shown) > _COLUMNS:
+            break
+        text += shown
+        norm = _mean([norm for norm in sample["norms"][first : first + length] if norm is not None])
+        norms += [norm] * cell_len(shown)
+        first += length
+    return [text, strip(norms, len(norms))]
+
+
+def _provenance(entries: list[dict[str, Any]]) -> Table:
+    table = plain_table("artifact", "state", "made (UTC)", "what it came to")
+    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    for entry in entries:
+        made = parts.minute(entry["created"]) or "-"
+        table.add_row(escape(printable(entry["name"])), entry["state"], made, escape(parts.told(entry["facts"])))
+    return table

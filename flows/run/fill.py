@@ -1,0 +1,167 @@
+"""Filling a store by several workers: each computes and writes the shards it is handed, from references it opens.
+
+The process that holds the artifact's lock hands them out, one at a time to a worker, and counts what comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import multiprocessing
+import signal
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+from flows.run.boundaries import boundary_above, rows_to_store
+from flows.run.children import end_with
+from flows.run.events import stop_requested
+from flows.run.stage import Stage
+from stackwise_core.config.schema import CacheConfig
+from stackwise_core.errors import ConfigError, Fault, StackWiseError, StageInterruptedError
+from stackwise_core.failpoints import failpoint
+from stackwise_core.training.hardware import use_hardware
+from storage.activations.fill import WriteShards, write_shard
+from storage.activations.writer import ShardRange, StoreWriter
+
+_RUNNER = "cache.task_runner"
+_PACKAGES = {"dask": "prefect_dask", "ray": "prefect_ray"}
+
+
+class WorkerDiedError(StackWiseError):
+    """A process that filled a cache was killed."""
+
+
+class Handed(Protocol):
+    """A shard that a worker has in hand: what futures of Python and of Prefect have in common."""
+
+    def result(self) -> Any:
+        """Wait for it, and raise what the worker raised."""
+        ...
+
+    def add_done_callback(self, fn: Callable[[Any], None], /) -> None:
+        """Have `fn` called with this future when it is done."""
+        ...
+
+
+Submit = Callable[[StoreWriter, ShardRange], Handed]
+Workers = Callable[[Stage], contextlib.AbstractContextManager[Submit]]
+"""Starts the workers of a stage; on exit all of them have ended, whatever they had in hand."""
+
+
+def fill_shard(stage: Stage, writer: StoreWriter, shard: ShardRange) -> dict[str, Any]:
+    """Compute one shard and write it: all a worker does.
+
+    Returns:
+        Which shard, as JSON.
+    """
+    use_hardware(stage.config.hardware)  # as the parent: by another number of threads, sums can have other bits
+    with boundary_above(stage) as (source, _):
+        write_shard(rows_to_store(stage), source, writer, shard)
+    failpoint("fill", shard.index)
+    return {"group": shard.group, "index": shard.index, "rows": shard.n_rows}
+
+
+def by_workers(stage: Stage, workers: Workers) -> WriteShards:
+    """Return what fills the store of a stage by workers.
+
+    Raises:
+        WorkerDiedError: when it is used, and a worker is killed; the shards that are written stay.
+    """
+
+    def write(writer: StoreWriter, wanted: Iterator[ShardRange]) -> Generator[ShardRange]:
+        with _explained(stage), workers(stage) as submit:
+            yield from _hand_out(lambda shard: submit(writer, shard), wanted, stage.config.cache.fill_workers)
+
+    return write
+
+
+def _hand_out(
+    submit: Callable[[ShardRange], Handed], wanted: Iterator[ShardRange], n_workers: int
+) -> Generator[ShardRange]:
+    """Keep the workers busy, and yield each shard when it is written, in whatever order."""
+    returned: SimpleQueue[tuple[ShardRange, Handed]] = SimpleQueue()
+
+    def hand(shard: ShardRange) -> None:
+        submit(shard).add_done_callback(lambda future: returned.put((shard, future)))
+
+    def written() -> ShardRange:
+        shard, future = returned.get()
+        future.result()  # raises what the worker raised
+        return shard
+
+    in_hand = 0
+    for shard in wanted:
+        hand(shard)
+        in_hand += 1
+        if in_hand > n_workers:  # one more than there are workers: whoever is done finds the next one waiting
+            yield written()
+            in_hand -= 1
+    for _ in range(in_hand):
+        yield written()
+
+
+@contextlib.contextmanager
+def _explained(stage: Stage) -> Generator[None]:
+    try:
+        yield
+    except BrokenExecutor:
+        if stop_requested():  # a signal to the whole process group reached the workers first
+            raise StageInterruptedError("stopped on request while caching; run the same command to go on") from None
+        raise WorkerDiedError(
+            f"{stage.plan.ref('activations').name}: a process that filled it was killed, perhaps for want of memory "
+            f"(cache.fill_workers: {stage.config.cache.fill_workers}). The shards that are written are kept; "
+            "run the same command to go on"
+        ) from None
+
+
+def check_runner(cache: CacheConfig) -> None:
+    """Refuse a task runner that is not installed.
+
+    Raises:
+        ConfigError: says what to install.
+    """
+    package = _PACKAGES.get(cache.task_runner)
+    if package is not None and importlib.util.find_spec(package) is None:
+        remedy = f"{package.replace('_', '-')} is not installed: pip install 'stackwise[{cache.task_runner}]'"
+        raise ConfigError([Fault(_RUNNER, repr(cache.task_runner), remedy)])
+
+
+# ---------------------------------------------------------------- workers without Prefect
+
+
+@contextlib.contextmanager
+def plain_workers(stage: Stage) -> Generator[Submit]:
+    """Start the workers of a stage by Python's own pools."""
+    check_plain(stage)
+    n_workers = stage.config.cache.fill_workers
+    if stage.config.cache.task_runner == "processes":
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(n_workers, spawn, initializer=begin_worker)
+    else:
+        pool = ThreadPoolExecutor(n_workers, "fill")
+    try:
+        yield lambda writer, shard: pool.submit(fill_shard, stage, writer, shard)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def check_plain(stage: Stage) -> None:
+    """Refuse a task runner that only Prefect can start.
+
+    Raises:
+        ConfigError: Dask or Ray is configured.
+    """
+    runner = stage.config.cache.task_runner
+    if runner not in ("threads", "processes"):
+        raise ConfigError([Fault(_RUNNER, repr(runner), "without Prefect's flow, threads or processes")])
+
+
+def begin_worker() -> None:
+    """Let this process be killed when its parent is, which holds the lock; Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    end_with(parent.pid)

@@ -1,0 +1,195 @@
+"""Before the first stage: the corpus becomes sequences, and the disk is asked whether it will do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from flows.run.events import DataReady, Message, TaskStarted, stop_requested, tell
+from flows.run.numbers import size
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.data.examples import ExampleFormat, pack_examples
+from stackwise_core.data.masks import VALIDATION_VIEW
+from stackwise_core.data.packing import Corpus, PackedSequences, pack, read_corpus
+from stackwise_core.data.sources import check_tokens
+from stackwise_core.errors import ConfigError, CorpusError, Fault
+from stackwise_core.stages.costs import store_bytes
+from stackwise_core.stages.identity import Ref
+from stackwise_core.stages.plan import RunPlan, StagePlan
+from stackwise_core.stages.resolve import reads_examples, resolve_order, tokenizer_of
+from storage.errors import StoreSpaceError
+from storage.layout import Artifacts, State
+from storage.midstage import bytes_written
+from storage.sequences import load_sequences, save_sequences
+
+
+def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> Ref:
+    """Pack the corpus into sequences, unless that was done.
+
+    Raises:
+        CorpusError: it gives no sequences, or changed since its hash was taken.
+        ConfigError: it gives fewer sequences than one batch, or holds tokens that the model does not have.
+    """
+    ref = plan.data_ref
+    waiting = f"waiting for {ref.name}, which another process is making"
+    with artifacts.lock(ref.name, on_wait=lambda holder: tell(Message(waiting)), should_stop=stop_requested):
+        if artifacts.state(ref) is State.CORRUPT:
+            artifacts.manifest(ref)
+        if artifacts.state(ref) is not State.SEALED:
+            tell(TaskStarted(-1, "prepare data"))
+            _pack_into(config, artifacts, plan)
+    facts = artifacts.manifest(ref).facts
+    n_rows = facts["train_sequences"]
+    tell(DataReady(n_rows, facts["validation_sequences"]))
+    if n_rows < config.training.batch_size:
+        received = str(config.training.batch_size)
+        fault = Fault("training.batch_size", received, f"the corpus gives only {n_rows} training sequences")
+        raise ConfigError([fault])
+    # An artifact that was packed for a larger model has the same id: what it holds is asked again.
+    if faults := list(_vocabulary_faults(config, facts)):
+        raise ConfigError(faults)
+    return ref
+
+
+def _vocabulary_faults(config: StackWiseConfig, facts: dict[str, Any]) -> Iterator[Fault]:
+    largest = {"token": facts.get("largest_token", 0)}
+    if not config.training.custom_loss:
+        largest["target"] = facts.get("largest_target", 0)
+    for what, value in largest.items():
+        if value >= config.model.vocab_size:
+            needed = f"the corpus holds the {what} {value}: at least {value + 1} is needed"
+            yield Fault("model.vocab_size", str(config.model.vocab_size), needed)
+    masked = "mask_tokens" in facts and config.training.progressive.training_objective == "mlm"
+    if masked and (facts["mask_tokens"] or facts["largest_token"] >= tokenizer_of(config).vocab_size):
+        yield Fault("data.tokenizer", repr(config.data.tokenizer), f"the corpus was not made by it; {_MADE_BY}")
+
+
+def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequences, PackedSequences]:
+    """Return the train and validation sequences of a corpus: of its text, or of its examples with objective custom.
+
+    Raises:
+        CorpusError: the text is too short, or an example is not as it should be.
+    """
+    data, tokenizer = config.data, tokenizer_of(config)
+    if corpus.is_tokens:
+        _check_tokens(config, corpus)
+    if not reads_examples(config):
+        return pack(corpus, tokenizer, data.seq_len, data.max_sequences, data.validation_fraction)
+    form = ExampleFormat(
+        seq_len=data.seq_len,
+        vocab_size=config.model.vocab_size,
+        pad_token=tokenizer.pad_token,
+        targets_are_tokens=not config.training.custom_loss,
+    )
+    return pack_examples(corpus, form, data.max_sequences, data.validation_fraction)
+
+
+_MADE_BY = "mlm needs the tokenizer.json that made the tokens, with a [MASK] that is none of them"
+
+
+def _check_tokens(config: StackWiseConfig, corpus: Corpus) -> None:
+    """Refuse tokens that the model has no row for; with mlm also those that are not of the tokenizer, or its [MASK]."""
+    tokenizer, n_rows = tokenizer_of(config), config.model.vocab_size
+    for document in corpus.documents:
+        check_tokens(document, n_rows, "raise model.vocab_size, or give the file of this vocabulary")
+        if config.training.progressive.training_objective == "mlm":
+            remedy = f"data.tokenizer did not make it; {_MADE_BY}"
+            check_tokens(document, tokenizer.vocab_size, remedy, tokenizer.mask_token)
+
+
+def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
+    data = config.data
+    corpus = read_corpus(data.source, examples=reads_examples(config))
+    if corpus.digest != plan.data.corpus:
+        raise CorpusError(f"data.source: got {data.source!r}; its text changed while the run was starting; start again")
+    if tokenizer_of(config).name != plan.data.tokenizer:
+        raise CorpusError(f"data.tokenizer: got {data.tokenizer!r}; it changed while the run was starting; start again")
+    train, validation = pack_corpus(config, corpus)
+    save_sequences(artifacts.work(plan.data_ref), train, validation)
+    facts = {
+        "documents": len(corpus.documents),
+        "train_sequences": len(train),
+        "validation_sequences": len(validation),
+        "seq_len": data.seq_len,
+    }
+    mask_token = tokenizer_of(config).mask_token
+    for split in (train, validation):
+        if corpus.is_tokens or split.targets is not None:
+            facts["largest_token"] = max(facts.get("largest_token", 0), int(split.tokens.max()))
+        if corpus.is_tokens:
+            facts["mask_tokens"] = facts.get("mask_tokens", 0) + int((split.tokens == mask_token).sum())
+        if split.targets is not None and split.masks is not None:
+            facts["largest_target"] = max(facts.get("largest_target", 0), int(split.targets[split.masks].max()))
+    artifacts.seal(plan.data_ref, plan.data, (), facts, {})
+
+
+def check_validation(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
+    """Refuse before the first step a stage whose validation sequences would have no position to judge it by.
+
+    Args:
+        config: of the run.
+        artifacts: the data artifact must be sealed.
+        plan: of the run.
+
+    Raises:
+        ConfigError: names what leaves none, and what to raise.
+    """
+    _, validation = load_sequences(artifacts, plan.data_ref)
+    most = config.validation.max_sequences
+    ids = validation.sequence_ids[:most]
+    found = f"none of the {len(ids)} validation sequences has a loss position"
+    if validation.masks is not None and not validation.masks[:most].any():
+        raise ConfigError([Fault("validation.max_sequences", str(most), f"{found}; raise it")])
+    for mask in {stage.stack.mask: None for stage in plan.stages if stage.stack.mask is not None}:
+        own = mask.for_validation()
+        steps = own.time.steps(own.seed, ids, VALIDATION_VIEW) if own.time else None
+        if own.masks(ids, VALIDATION_VIEW, config.data.seq_len, steps).any():
+            continue
+        if config.training.progressive.time_interpretation == "none":
+            raise ConfigError([Fault("training.mask_ratio", str(mask.ratio), f"{found}; raise it")])
+        remedy = f"{found} at a mask ratio of {mask.mean_ratio:.3g}; raise it or the ratio, or give more text"
+        raise ConfigError([Fault("validation.max_sequences", str(most), remedy)])
+
+
+def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[StagePlan]) -> None:
+    """Forecast the stores that must be written, and refuse before the first byte what cannot fit.
+
+    Args:
+        config: of the run.
+        artifacts: the data artifact must be sealed.
+        stages: those whose store must be written.
+
+    Raises:
+        ConfigError: a store exceeds cache.max_gb. StoreSpaceError: they exceed the free space. Both name both.
+    """
+    sizes = [forecast_store(config, artifacts, stage) for stage in stages]
+    remaining = [
+        n_bytes - min(n_bytes, bytes_written(artifacts, stage.ref("activations")))
+        for n_bytes, stage in zip(sizes, stages, strict=True)
+    ]
+    free = shutil.disk_usage(artifacts.root).free
+    # Under `last` a store and its successor exist side by side, and no more than that.
+    pairs = (sum(remaining[n : n + 2]) for n in range(len(remaining)))
+    together = sum(remaining) if config.cache.keep == "all" else max(pairs, default=0)
+    largest = max(sizes, default=0)
+    budget = config.cache.max_gb * 2**30
+    needs = (
+        f"the largest store of this run needs {size(largest)}, what is still to be written {size(together)}, and "
+        f"{size(free)} are free in {artifacts.root}"
+    )
+    remedy = "lower training.steps_per_stack, or set training.progressive.cache_activations: false"
+    if largest > budget:
+        raise ConfigError([Fault("cache.max_gb", str(config.cache.max_gb), f"{needs}; raise cache.max_gb, {remedy}")])
+    if together > free:
+        raise StoreSpaceError(f"cache.max_gb is {config.cache.max_gb}; {needs}; free some space, {remedy}")
+
+
+def forecast_store(config: StackWiseConfig, artifacts: Artifacts, stage: StagePlan) -> int:
+    """Return the bytes of a stage's store, counted from the rows that its reader visits."""
+    recipe = stage.activations
+    assert recipe is not None
+    data = artifacts.manifest(Ref(kind="data", stage=-1, sha256=recipe.data)).facts
+    order = resolve_order(config, data["train_sequences"])
+    rows = order.count_visited(recipe.steps) + min(recipe.validation_sequences, data["validation_sequences"])
+    return store_bytes(rows, data["seq_len"], stage.shape.d_model, recipe.dtype)

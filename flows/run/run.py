@@ -1,0 +1,113 @@
+"""A run, whoever adds its stages: plan by demand, prepare, add stage after stage, retire, check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from flows.run.events import Message, RunStarted, StageDone, tell
+from flows.run.fill import check_plain, check_runner
+from flows.run.prepare import check_space, check_validation, prepare_data
+from flows.run.stage import Stage
+from flows.run.steps import build_stack, cache_activations, configure_trunk, train, validate
+from flows.run.summary import StageSummary, summarise
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.data.packing import corpus_facts
+from stackwise_core.stages.identity import Ref
+from stackwise_core.stages.plan import RunPlan, plan_run
+from stackwise_core.stages.resolve import reads_examples
+from stackwise_core.training.hardware import use_hardware
+from storage.demand import Demand, compute_demand, forced_refs
+from storage.errors import ArtifactError, ArtifactNewerError
+from storage.layout import Artifacts
+from storage.roots import artifacts_at
+from storage.runs import begin_attempt, retire_superseded
+
+
+def add_stage(stage: Stage) -> None:
+    """Add one stack by plain calls, without Prefect."""
+    check_plain(stage)
+    build = build_stack(stage)
+    trunk = configure_trunk(stage)
+    stack = train(stage, build, trunk)
+    activations = cache_activations(stage, stack)
+    validate(stage, stack, activations)
+
+
+def grow(
+    config: StackWiseConfig,
+    root: str,
+    *,
+    from_stack: int = -1,
+    force: str = "",
+    add: Callable[[Stage], None] = add_stage,
+) -> list[StageSummary]:
+    """Bring a run to its target, making only what is not there.
+
+    Args:
+        config: what to make.
+        root: where artifacts live.
+        from_stack: redo the stages from this one on; -1 redoes none.
+        force: redo this task (build, trunk, train, cache, validate) of those stages, or of all.
+        add: adds one stage; the flow hands in its own.
+
+    Returns:
+        What every stage came to.
+
+    Raises:
+        StackWiseError: one clear message; what was sealed stays, and the same call goes on from there.
+    """
+    config.validate()
+    use_hardware(config.hardware)  # a device that is not there is told before anything is made
+    check_runner(config.cache)  # and so is a task runner
+    artifacts = artifacts_at(root).open()
+    plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
+    forced = forced_refs(plan, from_stack, force)
+    _refuse_newer(artifacts, forced)
+    with begin_attempt(artifacts, config, plan, _tell_waiting):
+        tell(RunStarted(config.run.name, len(plan.stages), artifacts.uri))
+        prepare_data(config, artifacts, plan)
+        check_validation(config, artifacts, plan)
+        needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed
+        check_space(config, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in needed])
+        for index in range(len(plan.stages)):
+            # Asked again at every stage: another process may have made, and retired, something meanwhile.
+            still_forced = frozenset(ref for ref in forced if ref.stage >= index)
+            demand = compute_demand(plan, artifacts, config.cache.keep, still_forced)
+            add(_stage(config, root, plan, index, demand))
+            if config.cache.keep == "last" and (kept := retire_superseded(artifacts, plan, index, config.run.name)):
+                tell(Message(f"{kept.name} is kept: another run that is alive plans to read it"))
+            tell(StageDone(index, summarise(artifacts, plan)[index]))
+        compute_demand(plan, artifacts, config.cache.keep)  # raises if a stage was redone to other bytes
+    return summarise(artifacts, plan)
+
+
+def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand: Demand) -> Stage:
+    return Stage(
+        config=config,
+        root=root,
+        corpus=plan.data.corpus,
+        corpus_bytes=plan.corpus_bytes,
+        index=index,
+        needed=frozenset(ref.kind for ref in demand.needed if ref.stage == index and ref.kind != "data"),
+        forced=frozenset(ref.kind for ref in demand.forced if ref.stage == index),
+        redo=demand.forced,
+    )
+
+
+def _refuse_newer(artifacts: Artifacts, forced: Iterable[Ref]) -> None:
+    """Refuse to make over what newer code made; what is damaged otherwise may be made over on purpose.
+
+    Raises:
+        ArtifactNewerError: names the manifest.
+    """
+    for ref in forced:
+        try:
+            artifacts.known(ref)
+        except ArtifactNewerError:
+            raise
+        except ArtifactError:
+            continue
+
+
+def _tell_waiting(holder: str) -> None:
+    tell(Message(f"waiting for {holder}"))

@@ -1,0 +1,221 @@
+"""What a person sees on stderr: live bars on a terminal, plain lines elsewhere; and the closing tables."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Column, Table
+
+from flows.run.events import (
+    DataReady,
+    Event,
+    Listener,
+    Message,
+    RowsCached,
+    RunStarted,
+    StageDone,
+    StageOpened,
+    StepTaken,
+    TaskReused,
+    TaskStarted,
+)
+from flows.run.numbers import clock, parameters, size, stage_line
+from flows.run.summary import StageSummary
+
+
+class _Speed:
+    """Tokens per second and time left, from the steps seen since a task began."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.steps = 0
+
+    def update(self, event: StepTaken) -> tuple[float, float]:
+        """Return (tokens/s, seconds left)."""
+        self.steps += 1
+        elapsed = max(time.monotonic() - self.began, 1e-9)
+        return self.steps * event.n_tokens / elapsed, (event.steps - event.step) * elapsed / self.steps
+
+
+@contextmanager
+def showing(stream_is_terminal: bool | None = None) -> Generator[Listener]:
+    """Give a listener that shows a run on stderr for as long as the block runs."""
+    is_terminal = sys.stderr.isatty() if stream_is_terminal is None else stream_is_terminal
+    if not is_terminal:
+        yield PlainLines()
+        return
+    bars = LiveBars(Console(stderr=True))
+    with bars.live:
+        yield bars
+
+
+class PlainLines:
+    """One line when something begins or ends, and one now and then in between."""
+
+    def __init__(self, say: Callable[[str], None] | None = None, seconds_between_steps: float = 10.0) -> None:
+        """Say lines with `say`; by default they are printed to stderr."""
+        self._say = say or _print_line
+        self.seconds = seconds_between_steps
+        self.speed = _Speed()
+        self.last = 0.0
+        self.n_stages = 0
+
+    def __call__(self, event: Event) -> None:
+        """Say it, if it is worth a line."""
+        match event:
+            case RunStarted():
+                self.n_stages = event.n_stages
+                self._say(f"run {event.name}: {event.n_stages} stages in {event.folder}")
+            case DataReady():
+                self._say(_sequences(event))
+            case TaskStarted():
+                self.speed, self.last = _Speed(), time.monotonic()
+                self._say(f"{_where(event.stage, self.n_stages)}{event.task}")
+            case StepTaken():
+                speed, left = self.speed.update(event)
+                if event.step == event.steps or time.monotonic() - self.last >= self.seconds:
+                    self.last = time.monotonic()
+                    self._say(
+                        f"{_where(event.stage, self.n_stages)}step {event.step}/{event.steps}, loss {event.loss:.4f}, "
+                        f"{speed:,.0f} tokens/s, {clock(left)} left"
+                    )
+            case RowsCached():
+                if event.n_bytes == event.of_bytes or time.monotonic() - self.last >= self.seconds:
+                    self.last = time.monotonic()
+                    done = f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
+                    self._say(f"{_where(event.stage, self.n_stages)}{done}")
+            case StageDone():
+                self._say(f"{_where(event.stage, self.n_stages)}{stage_line(event.summary)}")
+            case Message():
+                self._say(event.text)
+            case StageOpened() | TaskReused():
+                pass
+
+
+def _print_line(text: str) -> None:
+    with suppress(OSError):  # whoever read it has gone: no training stops for that
+        print(text, file=sys.stderr, flush=True)
+
+
+def _sequences(event: DataReady) -> str:
+    return f"{event.n_train:,} training and {event.n_validation:,} validation sequences"
+
+
+def _where(stage: int, n_stages: int) -> str:
+    return f"stage {stage} ({stage + 1} of {n_stages}): " if stage >= 0 else ""
+
+
+class LiveBars:
+    """A bar per stage: what it does, loss, tokens/s, time left, cache bytes."""
+
+    def __init__(self, console: Console) -> None:
+        """Draw on a console; `live` must be entered."""
+        self.console = console
+        self.progress = Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10),
+            TextColumn("{task.fields[detail]}", style="dim", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            console=console,
+        )
+        self.live = Live(self.progress, console=console, refresh_per_second=8)
+        self.bars: dict[int, TaskID] = {}
+        self.showing: dict[int, str] = {}
+        self.speed = _Speed()
+        self.n_stages = 0
+
+    def __call__(self, event: Event) -> None:
+        """Show it."""
+        match event:
+            case RunStarted():
+                self.n_stages = event.n_stages
+                self.console.print(f"[bold]{escape(event.name)}[/]: {event.n_stages} stages in {escape(event.folder)}")
+            case DataReady():
+                self._update(-1, "ready", completed=1, total=1, detail=_sequences(event))
+            case TaskStarted():
+                self.speed = _Speed()
+                self._update(event.stage, event.task, completed=0, total=None, detail="")
+            case StepTaken():
+                speed, left = self.speed.update(event)
+                detail = f"{event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s  {clock(left)} left"
+                self._update(event.stage, "train", completed=event.step, total=event.steps, detail=detail)
+            case RowsCached():
+                detail = f"{size(event.n_bytes)} of {size(event.of_bytes)}"
+                self._update(event.stage, "cache", completed=event.n_bytes, total=event.of_bytes, detail=detail)
+            case StageDone():
+                self._update(event.stage, "done", completed=1, total=1, detail=stage_line(event.summary))
+            case Message():
+                self.console.print(escape(event.text))
+            case StageOpened() | TaskReused():
+                pass
+
+    def _update(self, stage: int, task: str, *, completed: float, total: float | None, detail: str) -> None:
+        name = f"stage {stage}" if stage >= 0 else "corpus"
+        description = f"{name:<9}{task:<9}"
+        if self.showing.get(stage) != task:  # rich cannot make a bar endless again: a new task gets a new one
+            if stage in self.bars:
+                self.progress.remove_task(self.bars[stage])
+            self.bars[stage] = self.progress.add_task(description, total=total, detail=detail)
+            self.showing[stage] = task
+        self.progress.update(self.bars[stage], completed=completed, total=total, detail=detail)
+
+
+def stage_tables(summaries: list[StageSummary]) -> Group:
+    """Return the stages of a run and, where their mask ratios differ, their losses at ratios they share."""
+    by_ratio = _ratio_table(summaries)
+    return Group(_stage_table(summaries), *(["", by_ratio] if by_ratio else []))
+
+
+def _stage_table(summaries: list[StageSummary]) -> Table:
+    """Return the stages of a run as a table that fits 80 columns."""
+    table = plain_table("stage", "how", "|params", "|loss", "|val. loss", "|time", "cache")
+    for row in summaries:
+        table.add_row(
+            str(row.stage),
+            row.name,
+            parameters(row.rack_parameters),
+            _loss(row.train_loss),
+            _loss(row.validation_loss),
+            clock(row.seconds) if row.seconds is not None else "-",
+            _cache(row),
+        )
+    return table
+
+
+def _ratio_table(summaries: list[StageSummary]) -> Table | None:
+    """Return the validation losses at mask ratios that all stages share; None where their own do not differ."""
+    judged = [row for row in summaries if row.by_mask_ratio]
+    if not judged:
+        return None
+    ratios = list(judged[0].by_mask_ratio)
+    table = plain_table("stage", "|masked here", *(f"|{float(ratio):.0%}" for ratio in ratios))
+    for row in judged:
+        losses = [f"{row.by_mask_ratio[ratio]:.4f}" for ratio in ratios]
+        table.add_row(str(row.stage), f"{row.mask_ratio:.0%}", *losses)
+    return table
+
+
+def plain_table(*columns: str) -> Table:
+    """Return an empty table without lines; a column whose name begins with | is set to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        table.add_column(name.removeprefix("|"), justify="right" if name.startswith("|") else "left")
+    return table
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _cache(row: StageSummary) -> str:
+    state = row.states["activations"]
+    if row.cache_bytes is None:
+        return state
+    return size(row.cache_bytes) if state == "sealed" else state

@@ -1,0 +1,406 @@
+"""Every schema, every default, every range: one file, one `StackWiseConfig`.
+
+Importing this module imports neither torch nor prefect, so the command line can validate a
+configuration and find finished work without paying for either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic.functional_validators import AfterValidator
+
+from stackwise_core.config.arguments import check_type
+from stackwise_core.config.rules import cross_field_faults, schema_faults
+from stackwise_core.config.yaml import apply_overrides, dump_yaml, load_yaml
+from stackwise_core.errors import ConfigError, Fault
+
+Precision = Literal["full", "half", "bfloat16", "nvfp4", "qlora"]
+StreamDtype = Literal["bfloat16", "float16", "float32", "int8", "fp8"]
+QUANTISED_STREAMS: tuple[StreamDtype, ...] = ("int8", "fp8")
+"""Types of the stream that need statistics of its channels, and a scale per token."""
+
+
+def _time_mapping(value: Any) -> Any:
+    is_steps = isinstance(value, list) and all(type(step) is int and step >= 0 for step in value)
+    is_name = isinstance(value, str) and value.count(":") == 1
+    if not (is_steps or is_name or callable(value)):
+        raise ValueError("a list of time steps, or 'module:name' of a function, is expected")
+    return value
+
+
+TimeMapping = Annotated[
+    Any,
+    AfterValidator(_time_mapping),
+    WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}}),
+]
+
+
+def _stack_time_mapping(value: Any) -> Any:
+    if value not in ("linear", "exponential", "custom") and not callable(value):
+        raise ValueError("'linear', 'exponential' or 'custom' is expected")
+    return value
+
+
+StackTimeMapping = Annotated[
+    Any,
+    AfterValidator(_stack_time_mapping),
+    WithJsonSchema({"type": "string", "enum": ["linear", "exponential", "custom"]}),
+]
+
+
+def _custom_loss(value: Any) -> Any:
+    if value != "" and not callable(value) and not (isinstance(value, str) and value.count(":") == 1):
+        raise ValueError("'module:name' of a function is expected, or nothing")
+    return value
+
+
+CustomLoss = Annotated[Any, AfterValidator(_custom_loss), WithJsonSchema({"type": "string"})]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys and wrong types are errors, on assignment too."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class RunConfig(Section):
+    """What this run is called and the one seed that everything random derives from."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name of the run: letters, digits, '.', '_' and '-'. Changes no result."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of initialisation, masks and order."""
+
+
+class DataConfig(Section):
+    """The corpus and how it is cut into sequences."""
+
+    source: str = Field(default="stdlib", min_length=1)
+    """'stdlib' (the running Python's library), path or glob of text, jsonl, parquet, .bin files, or 'hf:owner/name'."""
+    tokenizer: str = Field(default="byte", min_length=1)
+    """'byte' (256 bytes, [MASK], [PAD], [END]), or the path of a tokenizer.json."""
+    seq_len: int = Field(default=128, ge=8, le=131072)
+    """Length of a sequence [tokens]."""
+    max_sequences: int = Field(default=0, ge=0)
+    """At most this many training sequences; 0 takes all."""
+    validation_fraction: float = Field(default=0.05, gt=0.0, lt=0.5)
+    """Fraction of the corpus held out for validation."""
+
+
+class ModelConfig(Section):
+    """The shape of a block, shared by every stack (Llama: RMSNorm, RoPE, GQA, SwiGLU)."""
+
+    vocab_size: int = Field(default=264, ge=2, le=2**24)
+    """Rows of the embedding [tokens]; at least what the tokenizer has (byte: 259)."""
+    d_model: int = Field(default=128, ge=8, le=2**17)
+    """Width of the residual stream [channels]."""
+    n_heads: int = Field(default=4, ge=1)
+    """Attention heads; d_model / n_heads must be even."""
+    n_kv_heads: int = Field(default=0, ge=0)
+    """Key and value heads (grouped-query attention); 0 means n_heads."""
+    d_ff: int = Field(default=0, ge=0, le=2**20)
+    """Inner width of the feed-forward [channels]; 0 means 8/3 d_model rounded up to 32."""
+    blocks_per_stack: int = Field(default=2, ge=1, le=128)
+    """Transformer blocks in a stack."""
+    tie_embeddings: bool = True
+    """Tie head and embedding in the first stage; afterwards the head is its own tensor."""
+    rope_theta: float = Field(default=10000.0, gt=1.0)
+    """Base of the rotary position frequencies."""
+    norm_eps: float = Field(default=1e-5, gt=0.0, lt=1e-1)
+    """Epsilon inside RMSNorm."""
+    attention: Literal["auto", "causal", "bidirectional"] = "auto"
+    """Who sees whom; auto is bidirectional for mlm and causal otherwise."""
+
+
+class LoraOverride(Section):
+    """Rank and alpha of one stack's adapter, for the variable strategy."""
+
+    rank: int = Field(ge=1)
+    """Rank of the adapter."""
+    alpha: float = Field(gt=0.0)
+    """Scale numerator: the adapter's output is multiplied by alpha / rank."""
+
+
+class StackOverride(Section):
+    """What one stack, in creation order, does differently; 0 or 'default' keeps the common value."""
+
+    n_blocks: int = Field(default=0, ge=0, le=128)
+    """Blocks in this stack; 0 means model.blocks_per_stack."""
+    precision: Literal["default", "full", "half", "bfloat16", "nvfp4", "qlora"] = "default"
+    """Precision of this stack."""
+    mode: Literal["default", "append", "prepend"] = "default"
+    """Where this stack is added."""
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps of this stack's stage; 0 means training.steps_per_stack."""
+
+
+class ProgressiveConfig(Section):
+    """How the rack grows."""
+
+    enabled: bool = True
+    """Grow stack by stack; false trains the target rack whole, in one joint stage."""
+    max_stacks: int = Field(default=12, ge=1, le=1024)
+    """The most stacks this rack may ever have; time-as-depth spreads its steps over them."""
+    target_stacks: int = Field(default=3, ge=1, le=1024)
+    """Stacks to reach now; raise it later to continue."""
+    building_mode: Literal["append", "prepend"] = "append"
+    """Add new stacks at the end (append) or between embeddings and trunk (prepend)."""
+    trunk_strategy: Literal["frozen", "qlora", "full"] = "frozen"
+    """What of the existing stacks trains: nothing, their adapters, everything."""
+    trunk_trainable_top: int = Field(default=0, ge=0)
+    """With qlora: only the top n trunk stacks' adapters train; 0 means all."""
+    new_stack_precision: Precision = "full"
+    """Training and storage precision of a new stack."""
+    cache_activations: bool = True
+    """Cache the frozen trunk's output; false recomputes it. Changes time, not results."""
+    training_objective: Literal["mlm", "clm", "custom"] = "mlm"
+    """Masked, causal or custom targets."""
+    qlora_enabled: bool = False
+    """Give every stack a 'stack' adapter at creation."""
+    qlora_rank: int = Field(default=16, ge=1)
+    """Rank of the stack adapter."""
+    qlora_alpha: float = Field(default=32.0, gt=0.0, le=1e6)
+    """Alpha of the stack adapter."""
+    qlora_strategy: Literal["simplified", "progressive", "variable"] = "simplified"
+    """The same rank everywhere, by pattern, or per stack from qlora_configs."""
+    qlora_rank_pattern: Literal["constant", "increasing", "decreasing", "linear"] = "constant"
+    """Progressive strategy: rank over the creation index."""
+    qlora_alpha_pattern: Literal["constant", "increasing", "decreasing", "linear"] = "constant"
+    """Progressive strategy: alpha over the creation index."""
+    qlora_configs: dict[int, LoraOverride] = Field(default_factory=dict, strict=False)
+    """Variable strategy: {creation index: {rank, alpha}}."""
+    progressive_qlora: bool = False
+    """At growth, give every trunk stack without one a smaller 'progressive' adapter."""
+    progressive_qlora_rank: int = Field(default=8, ge=1)
+    """Rank of the progressive adapter."""
+    progressive_qlora_alpha: float = Field(default=16.0, gt=0.0, le=1e6)
+    """Alpha of the progressive adapter."""
+    time_interpretation: Literal["none", "input", "depth"] = "none"
+    """Diffusion time: none, an input, or the depth itself."""
+    time_embedding_dim: int = Field(default=64, ge=2)
+    """Width of the time embedding [channels]; projected if it differs from d_model."""
+    time_encoding_type: Literal["sinusoidal", "learned"] = "sinusoidal"
+    """How a time step is embedded."""
+    stack_time_mapping: StackTimeMapping = "linear"
+    """Which time step a stack of time-as-depth has; in the library also a function, as time_mapping."""
+    time_mapping: TimeMapping = Field(default_factory=list)
+    """Custom mapping: the time step of each stack in creation order, or 'module:name'."""
+    time_per_stack: int = Field(default=1, ge=1, le=2**20)
+    """Linear mapping: time steps between neighbouring stacks."""
+    num_time_steps: int = Field(default=0, ge=0, le=2**20)
+    """Time steps in all; 0 means max_stacks * time_per_stack."""
+    stacks: list[StackOverride] = Field(default_factory=list)
+    """Per-stack overrides {n_blocks, precision, mode, steps} in creation order."""
+
+
+class TrainingConfig(Section):
+    """Optimisation of one stage."""
+
+    batch_size: int = Field(default=32, ge=1, le=2**24)
+    """Sequences in one optimizer step."""
+    accumulation_steps: int = Field(default=1, ge=1)
+    """Parts a batch is computed in, one after the other; must divide batch_size."""
+    steps_per_stack: int = Field(default=200, ge=1, le=2**32)
+    """Optimizer steps of a stage."""
+    learning_rate: float = Field(default=2e-3, gt=0.0)
+    """Peak learning rate of AdamW."""
+    min_learning_rate: float = Field(default=2e-4, ge=0.0)
+    """Learning rate at the end of the cosine."""
+    adapter_learning_rate: float = Field(default=1e-3, gt=0.0)
+    """Peak learning rate of LoRA adapters."""
+    warmup_steps: int = Field(default=20, ge=0)
+    """Steps of linear warm-up at the start of every stage."""
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    """AdamW weight decay of matrices; none on norms and embeddings."""
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """AdamW first-moment decay."""
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """AdamW second-moment decay."""
+    gradient_clip: float = Field(default=1.0, ge=0.0)
+    """Largest global gradient norm; 0 does not clip."""
+    new_stack_init: Literal["auto", "copy", "copy_zero", "random", "zero"] = "auto"
+    """Growth operator; auto is copy in append and copy_zero in prepend."""
+    joint_steps: int = Field(default=0, ge=0)
+    """Steps of the joint anneal after the last stage."""
+    joint_learning_rate: float = Field(default=1e-3, gt=0.0)
+    """Peak learning rate of the joint anneal."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints inside a stage. Changes no result."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass, keeping only those between stacks. Changes no result."""
+    mask_ratio: float = Field(default=0.15, gt=0.0, le=1.0)
+    """mlm without time: the probability that a position is masked."""
+    mask_ratio_min: float = Field(default=0.15, gt=0.0, le=1.0)
+    """Mask ratio of time step 0."""
+    mask_ratio_max: float = Field(default=0.90, gt=0.0, le=1.0)
+    """Mask ratio of the last time step."""
+    mask_ratio_table: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field(default_factory=list)
+    """Mask ratio of every time step; empty interpolates from min to max."""
+    corruption: Literal["bert", "mask"] = "bert"
+    """Masked inputs become [MASK] / random / kept at 80/10/10 %, or all [MASK]."""
+    loss_weighting: Literal["mean", "elbo"] = "mean"
+    """Mean over loss positions, or the diffusion bound's weights."""
+    time_sampling: Literal["per_batch", "per_sequence", "stratified"] = "per_batch"
+    """How time-as-input draws its steps."""
+    shuffle_block: int = Field(default=0, ge=0, le=2**31)
+    """0 shuffles all sequences; n keeps blocks of n together and mixes 16 at a time: for caches in an object store."""
+    custom_loss: CustomLoss = ""
+    """Custom objective: 'module:name' of loss(logits [P, V], targets [P]) -> [P]; empty means cross-entropy."""
+    progressive: ProgressiveConfig = Field(default_factory=ProgressiveConfig)
+    """How the rack grows."""
+
+
+class CacheConfig(Section):
+    """The store of trunk activations."""
+
+    dtype: StreamDtype = "bfloat16"
+    """Type of the stored stream, and of the frozen trunk's stream when it is live."""
+    views: int = Field(default=0, ge=0, le=1024)
+    """Mask draws per sequence; 0 is automatic (1 for clm, else 8)."""
+    max_gb: float = Field(default=50.0, gt=0.0)
+    """Most bytes of one store [GiB]; more is refused before anything is written."""
+    keep: Literal["last", "all"] = "last"
+    """Keep only the newest boundary, or every one."""
+    mode: Literal["always", "auto"] = "always"
+    """Cache whatever may be cached, or only what pays."""
+    fill_workers: int = Field(default=1, ge=1, le=1024)
+    """Workers that fill one store together, each with hardware.threads of its own. Changes no result."""
+    task_runner: Literal["threads", "processes", "dask", "ray"] = "threads"
+    """What runs more than one of them; dask and ray are extras, and reach other machines."""
+
+
+class HardwareConfig(Section):
+    """Where it runs. Recorded with every artifact, never part of an id."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
+    """'auto', 'cpu', 'cuda' or 'cuda:N'."""
+    compile: bool = False
+    """Run the new stack through torch.compile."""
+    processes: int = Field(default=1, ge=1)
+    """Processes of this machine that train one stage together: each has a share of every batch, of the threads, and
+    with CUDA a device of its own."""
+    threads: int = Field(default=0, ge=0, le=1024)
+    """CPU threads of torch; 0 means as many as this process may use."""
+
+
+class ValidationConfig(Section):
+    """How a stage is judged."""
+
+    max_sequences: int = Field(default=256, ge=1)
+    """At most this many validation sequences."""
+    sampled_rows: int = Field(default=16, ge=1, le=2**20)
+    """Rows of a cache that are derived again from tokens and compared."""
+
+
+class StackWiseConfig(Section):
+    """One run of StackWise: everything that can be chosen, in one file."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    """Name and seed."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """Corpus and sequences."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    """Shape of the blocks."""
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    """Optimisation and growth."""
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    """Activation store."""
+    hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+    """Device, threads, processes."""
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    """Validation loss and cache checks."""
+
+    def validate(self, *, corpus: bool = True) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Check the schema again, since lists and mappings can be changed in place, and the rules that span fields.
+
+        Args:
+            corpus: whether `data` is used; a library's caller brings tokens of their own.
+
+        Raises:
+            ConfigError: lists every fault at once, each with its path, value and what is allowed.
+        """
+        faults = _all_faults(type(self), self.model_dump(warnings=False), corpus=corpus)
+        if faults:
+            raise ConfigError(faults)
+
+    def in_memory_only(self) -> list[str]:
+        """Return the keys that hold a function object, which no file and no artifact can record."""
+        held = {
+            "training.progressive.time_mapping": self.training.progressive.time_mapping,
+            "training.progressive.stack_time_mapping": self.training.progressive.stack_time_mapping,
+            "training.custom_loss": self.training.custom_loss,
+        }
+        return [path for path, value in held.items() if callable(value)]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StackWiseConfig:
+        """Build and validate from nested mappings.
+
+        Raises:
+            ConfigError: lists the faults of the schema and of the rules together.
+        """
+        check_type("configuration", values, dict, "nested mappings are expected, as {'data': {'seq_len': 64}}")
+        faults = _all_faults(cls, values)
+        if faults:
+            raise ConfigError(faults)
+        return cls.model_validate(values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> StackWiseConfig:
+        """Read, override and validate a YAML file.
+
+        Args:
+            path: the file.
+            overrides: {"training.batch_size": 8}, applied on top, as `--set` does.
+
+        Raises:
+            ConfigError: the file is missing or no YAML, or lists every fault in it.
+        """
+        values = load_yaml(Path(path))
+        apply_overrides(values, overrides or {})
+        return cls.from_dict(values)
+
+    @classmethod
+    def read_unchecked(cls, path: Path) -> StackWiseConfig:
+        """Read what `to_yaml` wrote, its types and ranges alone.
+
+        Raises:
+            ConfigError, ValueError: it is no YAML, or no configuration.
+        """
+        return cls.model_validate(load_yaml(path))
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """Return the whole configuration as YAML text, and write it to `path` if one is given.
+
+        Raises:
+            ConfigError: a callable is in it, which a file cannot hold: name it as 'module:name'.
+        """
+        if faults := [
+            Fault(path, "a callable", "a file needs 'module:name' or a list") for path in self.in_memory_only()
+        ]:
+            raise ConfigError(faults)
+        text = dump_yaml(self.model_dump(mode="json"))
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+
+def _all_faults(schema: type[StackWiseConfig], values: dict[str, Any], *, corpus: bool = True) -> list[Fault]:
+    """Return the faults of the schema, and of the rules as far as they concern values that have none."""
+    try:
+        return cross_field_faults(schema.model_validate(values), corpus=corpus)
+    except ValidationError as error:
+        faults, remainder = schema_faults(schema, values, error)
+    # What is left may not be a configuration yet: then its schema faults are told first.
+    with contextlib.suppress(ValidationError):
+        broken = {fault.path for fault in faults}
+        for fault in cross_field_faults(schema.model_validate(remainder), corpus=corpus):
+            if not any(path in (fault.path, *fault.allowed.split()) for path in broken):
+                faults.append(fault)
+    return faults

@@ -1,0 +1,152 @@
+"""The order in which rows are visited: a pure function of (seed, epoch), shared by all stages."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+from pydantic import BaseModel
+
+from stackwise_core.data.masks import SALT_BATCHES, SALT_ORDER, IntArray, hash_bits
+from stackwise_core.errors import ConfigError, Fault
+
+
+class RowOrder(BaseModel, frozen=True):
+    """Which rows step s reads, and under which view. A value: it enters ids as it stands.
+
+    An epoch is a permutation of the `n_rows` training sequences cut into whole batches; what does
+    not fill a batch is left out of that epoch (another permutation brings it in). The view of
+    epoch e is e mod `views`. Resuming needs one integer: the step.
+
+    With `fixed_batches` the rows of a view are cut into batches once and for all, and its epochs only
+    shuffle the batches: what is drawn per batch, a time step, then belongs to the row under its view,
+    and a cache can hold it. What does not fill a batch is left out of the whole view.
+    """
+
+    seed: int
+    n_rows: int
+    batch_size: int
+    views: int
+    fixed_batches: bool = False
+    block: int = 0
+    """Rows in a block; 0 shuffles all rows among one another."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in one pass over the rows.
+
+        Raises:
+            ConfigError: the rows do not fill one.
+        """
+        if self.n_rows < self.batch_size:
+            allowed = f"the corpus gives only {self.n_rows} training sequences"
+            raise ConfigError([Fault("training.batch_size", str(self.batch_size), allowed)])
+        return self.n_rows // self.batch_size
+
+    def epoch_rows(self, epoch: int) -> IntArray:
+        """Return the permutation of an epoch: [n_rows] row numbers."""
+        if not self.fixed_batches:
+            return _permutation(self.seed, SALT_ORDER, epoch, self.n_rows, self.block)
+        rows = _permutation(self.seed, SALT_BATCHES, epoch % self.views, self.n_rows, self.block)
+        whole = self.steps_per_epoch * self.batch_size
+        batches = rows[:whole].reshape(-1, self.batch_size)
+        return np.concatenate([batches[self._epoch_batches(epoch)].ravel(), rows[whole:]])
+
+    def _epoch_batches(self, epoch: int) -> IntArray:
+        """Return the batches of a view in the order of an epoch: [steps_per_epoch] batch numbers."""
+        if not self.fixed_batches:
+            return np.arange(self.steps_per_epoch, dtype=np.int64)
+        # Batches were cut from the mixed blocks: an epoch that leaves them together reads the same runs.
+        together = -(-self.block * MIXED_BLOCKS // self.batch_size)
+        return _permutation(self.seed, SALT_ORDER, epoch, self.steps_per_epoch, together, mixed=1)
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[IntArray, int]]:
+        """Yield (rows [batch_size], view) for the steps start .. stop - 1."""
+        for rows, view, _ in self.numbered_batches(start, stop):
+            yield rows, view
+
+    def numbered_batches(self, start: int, stop: int) -> Iterator[tuple[IntArray, int, int]]:
+        """Yield (rows [batch_size], view, batch) for the steps start .. stop - 1.
+
+        The batch is its number within the view if batches are fixed, else within the epoch.
+        """
+        epoch, permutation, numbers = -1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        for step in range(start, stop):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                permutation, numbers = self.epoch_rows(epoch), self._epoch_batches(epoch)
+            place = step % self.steps_per_epoch
+            rows = permutation[place * self.batch_size : (place + 1) * self.batch_size]
+            yield rows, epoch % self.views, int(numbers[place])
+
+    def places(self, rows: IntArray, view: int) -> tuple[IntArray, IntArray]:
+        """Return where some rows are read under a view, which only fixed batches say.
+
+        Args:
+            rows: row numbers [R].
+            view: 0 .. views - 1.
+
+        Returns:
+            batches [R] and slots [R]; rows that do not fill a batch are in one past the last.
+        """
+        assert self.fixed_batches, "a row is in another batch every epoch"
+        positions = _positions(self, view)[rows]
+        return positions // self.batch_size, positions % self.batch_size
+
+    def count_visited(self, steps: int) -> int:
+        """Return how many (row, view) pairs `visited` would, without drawing an order; at most that many."""
+        reads = steps * self.batch_size
+        per_view = self.n_rows // self.batch_size * self.batch_size if self.fixed_batches else self.n_rows
+        return min(reads, self.views * min(per_view, reads))
+
+    def visited(self, steps: int) -> tuple[IntArray, IntArray]:
+        """Return the distinct (row, view) pairs that `steps` steps read, ordered by view, then row.
+
+        Where every row is visited under every view, entry view * n_rows + n is row n.
+
+        Returns:
+            rows [R] and views [R], R <= n_rows * views.
+        """
+        seen = np.zeros((self.views, self.n_rows), dtype=bool)
+        epochs = -(-steps // self.steps_per_epoch)
+        for epoch in range(epochs):
+            n_steps = min(steps - epoch * self.steps_per_epoch, self.steps_per_epoch)
+            seen[epoch % self.views, self.epoch_rows(epoch)[: n_steps * self.batch_size]] = True
+            if seen.all():
+                break
+        views, rows = np.nonzero(seen)
+        return rows.astype(np.int64), views.astype(np.int64)
+
+
+MIXED_BLOCKS = 16
+"""Blocks whose rows are shuffled with one another: so many runs of a store are read at once."""
+
+
+def _permutation(seed: int, salt: int, key: int, n: int, block: int, mixed: int = MIXED_BLOCKS) -> IntArray:
+    """Return a permutation of 0 .. n - 1, with a `block` one in which near numbers stay near."""
+    if not block:
+        return _shuffled(seed, salt, key, n)
+    blocks = np.arange(-(-n // block), dtype=np.int64)
+    # Numbers past the last row: what they are hashed to has nothing to do with the rows' own hashes.
+    order = blocks[np.argsort(hash_bits(seed, salt, key, n + blocks), kind="stable")]
+    rank = np.empty_like(order)
+    rank[order] = blocks
+    numbers = np.arange(n, dtype=np.int64)
+    group = rank[numbers // block] // mixed
+    return np.lexsort((hash_bits(seed, salt, key, numbers), group)).astype(np.int64)
+
+
+def _shuffled(seed: int, salt: int, key: int, n: int) -> IntArray:
+    """Return a permutation of 0 .. n - 1."""
+    numbers = np.arange(n, dtype=np.int64)
+    return np.argsort(hash_bits(seed, salt, key, numbers), kind="stable").astype(np.int64)
+
+
+@functools.lru_cache(maxsize=2)  # a store is filled view by view, some rows at a time
+def _positions(order: RowOrder, view: int) -> IntArray:
+    """Return the position of every row in the permutation that a view's batches are cut from: [n_rows]."""
+    rows = _permutation(order.seed, SALT_BATCHES, view, order.n_rows, order.block)
+    positions = np.empty_like(rows)
+    positions[rows] = np.arange(order.n_rows, dtype=np.int64)
+    return positions

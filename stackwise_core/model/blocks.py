@@ -1,0 +1,276 @@
+"""Block < Stack < Rack: Llama-shaped (Touvron et al. 2023): RMSNorm, RoPE, GQA, SwiGLU, no biases.
+
+Letters: B sequences, T positions, D channels, H heads, K key/value heads, C channels of a head,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stackwise_core.config.schema import Precision
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.model.precision import compute_dtype
+from stackwise_core.stages.resolve import ModelShape, TimeShape
+
+INIT_STD = 0.02
+"""Standard deviation of fresh matrices."""
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions (Ainslie et al. 2023; Su et al. 2021)."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        """Create the four projections."""
+        super().__init__()
+        self.shape = shape
+        kv_width = shape.n_kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
+        self.k_proj = nn.Linear(shape.d_model, kv_width, bias=False)
+        self.v_proj = nn.Linear(shape.d_model, kv_width, bias=False)
+        self.o_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor, rotary: Tensor) -> Tensor:
+        """Attend; [B, T, D] to [B, T, D]."""
+        B, T, D = x_BTD.shape
+        width = self.shape.head_dim
+        q_BHTC = self.q_proj(x_BTD).view(B, T, -1, width).transpose(1, 2)
+        k_BKTC = self.k_proj(x_BTD).view(B, T, -1, width).transpose(1, 2)
+        v_BKTC = self.v_proj(x_BTD).view(B, T, -1, width).transpose(1, 2)
+        out_BHTC = F.scaled_dot_product_attention(
+            rotate(q_BHTC, rotary),
+            rotate(k_BKTC, rotary),
+            v_BKTC,
+            is_causal=self.shape.causal,
+            enable_gqa=self.shape.n_kv_heads != self.shape.n_heads,
+        )
+        return self.o_proj(out_BHTC.transpose(1, 2).reshape(B, T, D))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        """Create the three projections."""
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.d_model, shape.d_ff, bias=False)
+        self.up_proj = nn.Linear(shape.d_model, shape.d_ff, bias=False)
+        self.down_proj = nn.Linear(shape.d_ff, shape.d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Transform each position; [B, T, D] to [B, T, D]."""
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind its norm and added to the stream."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        """Create both halves."""
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
+        self.attention = Attention(shape)
+        self.ffn_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
+        self.ffn = FeedForward(shape)
+
+    def forward(self, x_BTD: Tensor, rotary: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary)
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+
+
+class Stack(nn.Module):
+    """The blocks that are added to a rack, and trained, together."""
+
+    def __init__(
+        self, shape: ModelShape, n_blocks: int, creation_index: int = 0, precision: Precision = "full"
+    ) -> None:
+        """Create `n_blocks` blocks; `creation_index` says which stack of its rack this is."""
+        super().__init__()
+        self.shape = shape
+        self.creation_index = creation_index
+        self.precision: Precision = precision
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(n_blocks))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D]; matrix products run in the stack's compute type, the stream stays float32."""
+        rotary = rotary_table(self.shape, x_BTD.shape[1], x_BTD.device)
+        compute = compute_dtype(self.precision, x_BTD.device)
+        with torch.autocast(x_BTD.device.type, dtype=compute, enabled=compute != torch.float32):
+            for block in self.blocks:
+                x_BTD = block(x_BTD, rotary)
+        return x_BTD
+
+
+class Head(nn.Module):
+    """Final norm and projection to the vocabulary, kept from stage to stage."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        """Create norm and projection."""
+        super().__init__()
+        self.norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
+        self.projection = nn.Linear(shape.d_model, shape.vocab_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[..., D] to logits [..., V]."""
+        return self.projection(self.norm(x_BTD))
+
+
+class TimeEmbedding(nn.Module):
+    """A vector for each time step: sinusoidal (Vaswani et al. 2017, section 3.5) or learned."""
+
+    def __init__(self, time: TimeShape, d_model: int) -> None:
+        """Create the table if it is learned, and the projection if the width differs from `d_model`."""
+        super().__init__()
+        self.time = time
+        projected = time.dim != d_model
+        self.table = nn.Embedding(time.n_steps, time.dim) if time.encoding == "learned" else None
+        self.projection = nn.Linear(time.dim, d_model, bias=False) if projected else None
+        # Token embeddings start at INIT_STD a channel; a sinusoid as it is, at 0.7, would drown them in the
+        # residual stream. A projection of N(0, INIT_STD) makes INIT_STD a channel of a vector of length 1.
+        wanted = 1.0 / math.sqrt(time.dim) if projected else INIT_STD
+        self.scale = wanted / (INIT_STD if time.encoding == "learned" else math.sqrt(0.5))
+
+    def forward(self, time_step_B: Tensor) -> Tensor:
+        """Return the vector of each step: [B] to [B, D].
+
+        Raises:
+            ConfigError: a step is not in [0, n_steps).
+        """
+        n_steps = self.time.n_steps
+        outside = time_step_B[(time_step_B < 0) | (time_step_B >= n_steps)]
+        if len(outside):
+            allowed = f"there are {n_steps} time steps: 0 to {n_steps - 1}"
+            raise ConfigError([Fault("time_step", str(outside[0].item()), allowed)])
+        # All steps are embedded, then picked: the bits of a matrix product can depend on how many rows it
+        # has, and a sequence must have the same bytes in a batch and on its own.
+        device = time_step_B.device
+        steps_SC = self.table.weight if self.table is not None else sinusoids(n_steps, self.time.dim, device)
+        steps_SC = steps_SC * self.scale
+        steps_SD = steps_SC if self.projection is None else self.projection(steps_SC)
+        return F.embedding(time_step_B, steps_SD)
+
+
+class TokenEmbedding(nn.Embedding):
+    """A vector for each token, plus that of the sequence's time step where time is an input."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        """Create the table of tokens and, if the shape has time, the time embedding."""
+        super().__init__(shape.vocab_size, shape.d_model)
+        self.time = TimeEmbedding(shape.time, shape.d_model) if shape.time else None
+
+    def forward(self, input: Tensor, time_step: Tensor | None = None) -> Tensor:
+        """Return the stream below the first stack: [B, T, D].
+
+        Args:
+            input: token ids [B, T].
+            time_step: the step of each sequence, where time is an input: [B].
+
+        Raises:
+            ConfigError: steps are missing, or there is no time embedding to read them.
+        """
+        x_BTD = super().forward(input)
+        if self.time is None and time_step is None:
+            return x_BTD
+        if self.time is None:
+            raise ConfigError([Fault("time_step", "steps", "this rack has no time embedding; give none")])
+        if time_step is None:
+            raise ConfigError([Fault("time_step", "None", "this rack has time as an input; give a step per sequence")])
+        return x_BTD + self.time(time_step.to(x_BTD.device))[:, None, :]
+
+
+class Rack(nn.Module):
+    """Embedding, stacks in data-flow order, head."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        """Create a rack without stacks."""
+        super().__init__()
+        self.shape = shape
+        self.embedding = TokenEmbedding(shape)
+        self.stacks = nn.ModuleList()
+        self.head = Head(shape)
+        self.tied = shape.tie_embeddings
+        if self.tied:
+            self.head.projection.weight = self.embedding.weight
+
+    def untie(self) -> None:
+        """Give the head a tensor of its own, equal to what it shared with the embedding.
+
+        From the second stage on the embedding is frozen while the head trains; sharing would change
+        the embedding under every cache.
+        """
+        if self.tied:
+            self.head.projection.weight = nn.Parameter(self.embedding.weight.detach().clone())
+            self.tied = False
+
+    def hidden(self, input_ids_BT: Tensor, depth: int | None = None, time_step: Tensor | None = None) -> Tensor:
+        """Return the stream after the first `depth` stacks (all by default): [B, T, D].
+
+        Args:
+            input_ids_BT: tokens.
+            depth: how many stacks.
+            time_step: the step of each sequence, where time is an input: [B].
+        """
+        x_BTD = self.embedding(input_ids_BT, time_step)
+        for stack in self.stacks[:depth]:
+            x_BTD = stack(x_BTD)
+        return x_BTD
+
+    def forward(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
+        """Return logits [B, T, V]."""
+        return self.head(self.hidden(input_ids_BT, time_step=time_step))
+
+
+# ---------------------------------------------------------------- rotary positions
+
+_rotary_tables: dict[tuple[int, int, float, torch.device], Tensor] = {}
+
+
+def rotary_table(shape: ModelShape, seq_len: int, device: torch.device) -> Tensor:
+    """Return cosines and sines of the rotary angles: [2, T, C], float32, shared by every block."""
+    key = (seq_len, shape.head_dim, shape.rope_theta, device)
+    if key not in _rotary_tables:
+        with torch.inference_mode(False):  # a table made under inference mode could not be used in training
+            _rotary_tables[key] = _make_rotary_table(shape, seq_len).to(device)
+    return _rotary_tables[key]
+
+
+def _make_rotary_table(shape: ModelShape, seq_len: int) -> Tensor:
+    frequencies = 1.0 / shape.rope_theta ** (torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
+    angles = torch.outer(torch.arange(seq_len).float(), frequencies)
+    angles = torch.cat([angles, angles], dim=-1)
+    # Sines of the first half are negated here so that rotating is one roll and two products.
+    sign = torch.ones(shape.head_dim)
+    sign[: shape.head_dim // 2] = -1.0
+    return torch.stack([angles.cos(), angles.sin() * sign])
+
+
+def rotate(x_BHTC: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate channel c with channel c + C/2 by the angle of its position (the half-split layout of Llama)."""
+    return x_BHTC * rotary[0] + x_BHTC.roll(x_BHTC.shape[-1] // 2, dims=-1) * rotary[1]
+
+
+# ---------------------------------------------------------------- time steps
+
+
+def sinusoids(n_steps: int, dim: int, device: torch.device) -> Tensor:
+    """Return sines and cosines of every step at wavelengths from 2 pi to 10000 * 2 pi: [n_steps, dim]."""
+    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device).float() / dim)
+    angles = torch.outer(torch.arange(n_steps, device=device).float(), frequencies)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+# ---------------------------------------------------------------- initialisation
+
+
+def initialise(module: nn.Module, seed: int) -> None:
+    """Fill every matrix with N(0, INIT_STD) from a generator of its own; norms are ones already."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, INIT_STD, generator=generator)

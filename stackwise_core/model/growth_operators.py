@@ -1,0 +1,111 @@
+"""A new stack: random or a copy of its neighbour, with its adapters; and what training begins and ends with."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from stackwise_core.data.masks import hash_bits
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.model.adapters import adapter_names, add_adapter, merged_dense
+from stackwise_core.model.blocks import Rack, Stack, initialise
+from stackwise_core.model.precision import convert_storage
+from stackwise_core.stages.anatomy import AdapterName, Trains
+from stackwise_core.stages.resolve import ModelShape
+from stackwise_core.stages.stages import AdapterSpec, GrowthOperator, StackSpec
+
+_SALT_INIT = 5
+
+
+_ADAPTERS: tuple[AdapterName, ...] = ("stack", "progressive")
+
+
+def init_seed(seed: int, part: int) -> int:
+    """Return the generator seed of one part of a rack: part -1 is embedding and head, c >= 0 is stack c."""
+    return int(hash_bits(seed, _SALT_INIT, part)[0] >> np.uint64(1))
+
+
+def new_rack(shape: ModelShape, seed: int) -> Rack:
+    """Return a rack without stacks, embedding and head initialised."""
+    rack = Rack(shape)
+    initialise(rack, init_seed(seed, -1))
+    return rack
+
+
+def new_stack(shape: ModelShape, spec: StackSpec, operator: GrowthOperator, seed: int, source: Stack | None) -> Stack:
+    """Return a stack as it is before training, its adapter in place.
+
+    Args:
+        shape: of the rack.
+        spec: its creation index, blocks, precision and adapters. Of precision qlora, with a source, it is
+            NF4 from the start; of any other it trains in fp32 and is converted at the end of its stage.
+        operator: `random`; `zero`: random with output projections zeroed; `copy`: the source's blocks, the
+            first n or repeated cyclically; `copy_zero`: a copy with output projections zeroed. The two
+            zero forms leave the rack's function exactly as it was.
+        seed: of the run.
+        source: the neighbouring stack, for the copies: dequantised, its adapters merged.
+    """
+    stack = grow_stack(shape, spec.n_blocks, spec.index, operator, seed, source)
+    stack.precision = spec.precision
+    if spec.precision == "qlora" and source is not None:
+        convert_storage(stack, "qlora")
+    give_adapters(stack, spec, seed)
+    return stack
+
+
+def give_adapters(stack: Stack, spec: StackSpec, seed: int) -> None:
+    """Add the adapters that a stack should have and has not; its output stays what it was."""
+    for name, adapter in spec.adapters.items():
+        if name not in adapter_names(stack):
+            give_adapter(stack, name, adapter, seed)
+
+
+def give_adapter(stack: Stack, name: AdapterName, adapter: AdapterSpec, seed: int) -> None:
+    """Add an adapter that does nothing yet; its first factor is seeded by run, stack and name."""
+    bits = hash_bits(seed, _SALT_INIT, stack.creation_index, _ADAPTERS.index(name))
+    drawn = int(bits[0] >> np.uint64(1))
+    add_adapter(stack, name, adapter.rank, adapter.alpha, drawn)
+
+
+def grow_stack(
+    shape: ModelShape, n_blocks: int, index: int, operator: GrowthOperator, seed: int, source: Stack | None
+) -> Stack:
+    """Return the plain fp32 stack that a growth operator gives; see `new_stack`."""
+    stack = Stack(shape, n_blocks, index)
+    if operator in ("random", "zero"):
+        initialise(stack, init_seed(seed, index))
+    else:
+        if source is None:
+            raise ConfigError([Fault("training.new_stack_init", repr(operator), "there is no stack to copy yet")])
+        blocks = merged_dense(source).blocks
+        stack.blocks = nn.ModuleList(copy.deepcopy(blocks[n % len(blocks)]) for n in range(n_blocks))
+    if operator in ("zero", "copy_zero"):
+        _zero_output_projections(stack)
+    return stack
+
+
+@torch.no_grad()
+def _zero_output_projections(stack: Stack) -> None:
+    for name, parameter in stack.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.zero_()
+
+
+def freeze(module: nn.Module) -> None:
+    """Take a module out of training: no gradients, eval mode."""
+    module.requires_grad_(False)
+    module.eval()
+
+
+def prepare_to_train(stack: Stack, trains: Trains) -> None:
+    """Give a stack whose weights will train fp32 masters; one that stays frozen keeps its storage."""
+    if trains == "everything":
+        convert_storage(stack, "full")
+
+
+def settle(stack: Stack) -> None:
+    """End a stack's training: store it as its precision says."""
+    convert_storage(stack, stack.precision)

@@ -1,0 +1,129 @@
+"""Parameters, FLOPs and bytes of a stage, counted from shapes. Needs no torch.
+
+A multiply-add counts as two FLOPs. Norms, rotations and the optimizer are left out: below 1 % at the
+sizes this is for.
+"""
+
+from __future__ import annotations
+
+from stackwise_core.config.schema import QUANTISED_STREAMS, StreamDtype
+from stackwise_core.stages.resolve import ModelShape
+from stackwise_core.stages.stages import StackSpec, StageSpec
+
+STREAM_BYTES: dict[StreamDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
+"""Bytes of one stored value of the stream."""
+_TRAINING_BYTES = 16
+"""fp32 weight, gradient and AdamW's two moments, per trainable parameter."""
+
+
+def stack_parameters(shape: ModelShape, n_blocks: int) -> int:
+    """Parameters of a stack: attention, SwiGLU and two norms per block."""
+    kv_width = shape.n_kv_heads * shape.head_dim
+    attention = 2 * shape.d_model * (shape.d_model + kv_width)
+    return n_blocks * (attention + 3 * shape.d_model * shape.d_ff + 2 * shape.d_model)
+
+
+def n_adapter_parameters(shape: ModelShape, n_blocks: int, rank: int) -> int:
+    """Parameters of one LoRA adapter on every matrix of a stack: the sum of rank * (in + out)."""
+    kv_width = shape.n_kv_heads * shape.head_dim
+    attention = 2 * (shape.d_model + shape.d_model) + 2 * (shape.d_model + kv_width)
+    return n_blocks * rank * (attention + 3 * (shape.d_model + shape.d_ff))
+
+
+def embedding_parameters(shape: ModelShape) -> int:
+    """Parameters of the embedding."""
+    return shape.vocab_size * shape.d_model
+
+
+def head_parameters(shape: ModelShape) -> int:
+    """Parameters of final norm and projection."""
+    return shape.d_model + embedding_parameters(shape)
+
+
+def trainable_parameters(shape: ModelShape, spec: StageSpec) -> int:
+    """Parameters that a stage trains; head and embedding count once while they are tied."""
+    anatomy = spec.anatomy
+    count = head_parameters(shape) if anatomy.head_trains else 0
+    if anatomy.embedding_trains:
+        count += time_parameters(shape) + (0 if _tied(shape, spec) else embedding_parameters(shape))
+    for stack in spec.stacks:
+        trains = anatomy.trains_of(stack.index)
+        if trains == "everything":
+            count += stack_parameters(shape, stack.n_blocks)
+        if trains != "nothing":
+            count += _adapters_of(shape, stack)
+    return count
+
+
+def rack_parameters(shape: ModelShape, spec: StageSpec) -> int:
+    """Parameters of the whole rack at a stage, adapters among them."""
+    stacks = sum(stack_parameters(shape, stack.n_blocks) + _adapters_of(shape, stack) for stack in spec.stacks)
+    embedding = time_parameters(shape) + (0 if _tied(shape, spec) else embedding_parameters(shape))
+    return stacks + head_parameters(shape) + embedding
+
+
+def _adapters_of(shape: ModelShape, stack: StackSpec) -> int:
+    return sum(n_adapter_parameters(shape, stack.n_blocks, adapter.rank) for adapter in stack.adapters.values())
+
+
+def _tied(shape: ModelShape, spec: StageSpec) -> bool:
+    """Say whether head and embedding are one tensor: in the first stage only."""
+    return shape.tie_embeddings and spec.index == 0
+
+
+def time_parameters(shape: ModelShape) -> int:
+    """Parameters of the time embedding: the table, if it is learned, and the projection, if it needs one."""
+    if shape.time is None:
+        return 0
+    table = shape.time.n_steps * shape.time.dim if shape.time.encoding == "learned" else 0
+    return table + (shape.time.dim * shape.d_model if shape.time.dim != shape.d_model else 0)
+
+
+def stack_flops(shape: ModelShape, n_blocks: int, seq_len: int) -> float:
+    """FLOPs of one forward pass of a stack over one sequence; causal attention does half the scores."""
+    kv_width = shape.n_kv_heads * shape.head_dim
+    matrices = 2 * shape.d_model * (shape.d_model + kv_width) + 3 * shape.d_model * shape.d_ff
+    scores = 2 * seq_len * shape.d_model * (0.5 if shape.causal else 1.0)
+    return n_blocks * seq_len * 2.0 * (matrices + scores)
+
+
+def stage_flops(shape: ModelShape, spec: StageSpec, seq_len: int, loss_fraction: float) -> tuple[float, float]:
+    """FLOPs of training a stage: (live stacks and head, forward and backward; frozen stacks below, forward).
+
+    A frozen live stack needs no gradient of its weights, only of its input: two of the three products.
+
+    Args:
+        shape: of the rack.
+        spec: of the stage.
+        seq_len: T.
+        loss_fraction: share of positions at which the head runs.
+    """
+    sequences = spec.optim.steps * spec.optim.batch_size
+    head = 2.0 * seq_len * loss_fraction * shape.d_model * shape.vocab_size
+    live = (3.0 if spec.anatomy.head_trains else 2.0) * head
+    for index in spec.anatomy.live:
+        products = 3.0 if spec.anatomy.trains_of(index) == "everything" else 2.0
+        live += products * stack_flops(shape, spec.stacks[index].n_blocks, seq_len)
+    below = sum(stack_flops(shape, spec.stacks[index].n_blocks, seq_len) for index in spec.anatomy.below)
+    return sequences * live, sequences * below
+
+
+def store_bytes(rows: int, seq_len: int, d_model: int, dtype: StreamDtype) -> int:
+    """Bytes of a store's activations and what they are scaled by; checksums and indices left out (below 0.1 %)."""
+    values = rows * seq_len * d_model * STREAM_BYTES[dtype]
+    if dtype not in QUANTISED_STREAMS:
+        return values
+    scales, channels = 4 * rows * seq_len, 4 * 2 * d_model
+    return values + scales + 2 * channels  # training and validation rows have the statistics of the channels each
+
+
+def training_bytes(shape: ModelShape, spec: StageSpec, seq_len: int) -> int:
+    """Estimate of the peak bytes of a stage whose boundary is cached: weights, optimizer state, kept activations.
+
+    A block keeps about 10 tensors of width d_model and 4 of width d_ff per position for its backward pass.
+    """
+    trained = trainable_parameters(shape, spec)
+    live = [spec.stacks[index] for index in spec.anatomy.live]
+    frozen = sum(stack_parameters(shape, stack.n_blocks) for stack in live) + embedding_parameters(shape) - trained
+    kept = sum(stack.n_blocks for stack in live) * (10 * shape.d_model + 4 * shape.d_ff) * 4
+    return trained * _TRAINING_BYTES + 4 * max(0, frozen) + spec.optim.batch_size * seq_len * kept

@@ -1,0 +1,231 @@
+"""A run as a plan: every artifact that its stages make, by recipe, before any of it exists. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stackwise_core.config.schema import StackWiseConfig, ValidationConfig
+from stackwise_core.config.time_steps import corrupts_by_time
+from stackwise_core.stages.anatomy import last_trained
+from stackwise_core.stages.cache_plan import CacheDecision, decide_cache
+from stackwise_core.stages.identity import (
+    ActivationRecipe,
+    BuildRecipe,
+    DataRecipe,
+    Kind,
+    Recipe,
+    Ref,
+    StackRecipe,
+    TrunkRecipe,
+    ValidationRecipe,
+)
+from stackwise_core.stages.resolve import (
+    ModelShape,
+    Value,
+    reads_examples,
+    resolve_grid,
+    resolve_mask,
+    resolve_objective,
+    resolve_shape,
+    resolve_statistics_rows,
+    resolve_stream_dtype,
+    resolve_views,
+    tokenizer_of,
+)
+from stackwise_core.stages.stages import StageSpec, resolve_joint_times, resolve_stages
+
+
+class StagePlan(Value, frozen=True):
+    """Everything one stage makes, by recipe."""
+
+    spec: StageSpec
+    shape: ModelShape
+    build: BuildRecipe | None
+    """None where no stack is added: the joint anneal."""
+    trunk: TrunkRecipe
+    stack: StackRecipe
+    activations: ActivationRecipe | None
+    no_cache_reason: str
+    validation: ValidationRecipe
+
+    @property
+    def index(self) -> int:
+        """Number of the stage; of a growth stage also the creation index of its stack."""
+        return self.spec.index
+
+    def ref(self, kind: Kind) -> Ref:
+        """Return the reference of one of the stage's artifacts."""
+        recipe = self.recipe(kind)
+        assert recipe is not None
+        return recipe.ref(self.index)
+
+    def recipe(self, kind: Kind) -> Recipe | None:
+        """Return the recipe of a kind; None where the stage makes none (a cache nobody reads)."""
+        recipes: dict[Kind, Recipe | None] = {
+            "build": self.build,
+            "trunk": self.trunk,
+            "stack": self.stack,
+            "activations": self.activations,
+            "validation": self.validation,
+        }
+        return recipes[kind]
+
+
+class RunPlan(Value, frozen=True):
+    """A whole run, by recipe: what it will be, whether or not any of it exists."""
+
+    data: DataRecipe
+    corpus_bytes: int
+    """Of the text; part of no id."""
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def data_ref(self) -> Ref:
+        """Reference of the packed corpus."""
+        return self.data.ref(-1)
+
+    @property
+    def recipes(self) -> dict[Ref, Recipe]:
+        """Every artifact of the run and its recipe, each after what it is made from."""
+        found: dict[Ref, Recipe] = {self.data_ref: self.data}
+        for stage in self.stages:
+            recipes = (stage.build, stage.trunk, stage.stack, stage.activations, stage.validation)
+            found |= {recipe.ref(stage.index): recipe for recipe in recipes if recipe is not None}
+        return found
+
+
+def plan_run(config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0) -> RunPlan:
+    """Resolve a configuration into the recipes of every artifact it needs.
+
+    Args:
+        config: valid.
+        corpus_digest: content hash of the corpus; see `data.read_corpus`.
+        corpus_bytes: of its text; only `cache.mode: auto` asks, to estimate rows.
+    """
+    data = DataRecipe(
+        corpus=corpus_digest,
+        tokenizer=tokenizer_of(config).name,
+        seq_len=config.data.seq_len,
+        max_sequences=config.data.max_sequences,
+        validation_fraction=config.data.validation_fraction,
+        examples=reads_examples(config),
+    )
+    specs, stages = resolve_stages(config), list[StagePlan]()
+    for spec, reader in zip(specs, [*specs[1:], None], strict=True):
+        decision = decide_cache(config, spec, reader, corpus_bytes)
+        stages.append(_plan_stage(config, spec, reader, decision, data.ref(-1).sha256, tuple(stages)))
+    return RunPlan(data=data, corpus_bytes=corpus_bytes, stages=tuple(stages))
+
+
+def stack_state(stages: Sequence[StagePlan], stack: int) -> str:
+    """Return what a stack is after some stages: the hash of the last that trained any of it."""
+    anatomies = [stage.spec.anatomy for stage in stages]
+    stage = last_trained(anatomies, stack, "adapters")
+    sha256 = stages[stage].ref("stack").sha256
+    return sha256 if stages[stage].spec.anatomy.newest == stack else f"{sha256}#{stack}"
+
+
+def _plan_stage(
+    config: StackWiseConfig,
+    spec: StageSpec,
+    reader: StageSpec | None,
+    decision: CacheDecision,
+    data: str,
+    below: tuple[StagePlan, ...],
+) -> StagePlan:
+    index, anatomy, shape = spec.index, spec.anatomy, resolve_shape(config)
+    states = {stack: stack_state(below, stack) for stack in spec.trunk}
+    build = _plan_build(config, shape, spec, states)
+    trained = [stack for stack in spec.trunk if anatomy.trains_of(stack) != "nothing"]
+    trunk = TrunkRecipe(
+        strategy=spec.strategy if trained else "frozen",  # where nothing trains, strategies share their stages
+        stacks=tuple(states.values()),
+        trains=tuple(anatomy.trains_of(stack) for stack in spec.trunk) if trained else (),
+        progressive=spec.stacks[trained[0]].adapters.get("progressive") if trained else None,
+    )
+    joint = spec.mode == "joint"
+    stack = StackRecipe(
+        build=build.ref(index).sha256 if build else "",
+        trunk=trunk.ref(index).sha256,
+        data=data,
+        mask=resolve_mask(config, anatomy.newest),
+        order_seed=config.run.seed,
+        shuffle_block=config.training.shuffle_block,
+        views=resolve_views(config),
+        optim=spec.optim,
+        stream_dtype=resolve_stream_dtype(config) if anatomy.boundary else None,
+        mode="append" if spec.index == 0 and not joint else spec.mode,  # the first stack has no other end
+        precision="full" if joint else spec.new.precision,
+        objective=resolve_objective(config),
+        time_step=spec.time_step if corrupts_by_time(config) else None,  # elsewhere it is recorded, and changes nothing
+        joint_times=resolve_joint_times(config) if joint else (),
+        weighting=config.training.loss_weighting,
+        statistics_rows=0 if joint else resolve_statistics_rows(config),  # no stage stands on a joint one
+    )
+    sha256 = stack.ref(index).sha256
+    states |= {c: sha256 if c == anatomy.newest else f"{sha256}#{c}" for c in anatomy.trained}
+    activations = _plan_activations(config, reader, states, data) if reader and decision.cached else None
+    validation = ValidationRecipe(
+        stack=sha256,
+        activations=activations.ref(index).sha256 if activations else None,
+        sequences=config.validation.max_sequences,
+        # Without a store none is sampled, whatever is asked for: such ids hold the default.
+        sampled_rows=config.validation.sampled_rows if activations else ValidationConfig().sampled_rows,
+        grid=resolve_grid(config),
+    )
+    return StagePlan(
+        spec=spec,
+        shape=shape,
+        build=build,
+        trunk=trunk,
+        stack=stack,
+        activations=activations,
+        no_cache_reason=decision.reason,
+        validation=validation,
+    )
+
+
+def _plan_build(
+    config: StackWiseConfig, shape: ModelShape, spec: StageSpec, states: dict[int, str]
+) -> BuildRecipe | None:
+    """Plan the new stack, or the new stacks of joint training from scratch; the anneal adds none."""
+    if spec.mode == "joint" and states:
+        return None
+    source = spec.source
+    return BuildRecipe(
+        shape=shape,
+        index=spec.index,
+        n_blocks=spec.n_blocks,
+        operator=spec.operator,
+        seed=config.run.seed,
+        source=None if source is None else states[source],
+        adapter=spec.new.adapters.get("stack") if spec.mode != "joint" else None,
+        quantised=spec.new.precision == "qlora" and spec.index > 0,
+        parts=tuple(spec.stacks[stack] for stack in spec.anatomy.order) if spec.mode == "joint" else (),
+    )
+
+
+def _plan_activations(
+    config: StackWiseConfig, reader: StageSpec, states: dict[int, str], data: str
+) -> ActivationRecipe:
+    """Plan the store that the next stage reads: its boundary, its corruption, its rows.
+
+    Args:
+        config: of the run.
+        reader: the next stage.
+        states: of the stacks it finds, by creation index.
+        data: hash of the sequences.
+    """
+    return ActivationRecipe(
+        boundary=reader.anatomy.boundary,
+        stacks=tuple(states[below] for below in reader.anatomy.below),
+        data=data,
+        mask=resolve_mask(config, reader.index),
+        dtype=resolve_stream_dtype(config),
+        order_seed=config.run.seed,
+        shuffle_block=config.training.shuffle_block,
+        views=resolve_views(config),
+        batch_size=reader.optim.batch_size,
+        steps=reader.optim.steps,
+        validation_sequences=config.validation.max_sequences,
+    )

@@ -1,0 +1,174 @@
+"""From configuration to what the core functions receive: small frozen values, defaults filled in.
+
+Ids are made of these values, never of raw configuration keys, so that two spellings of the same
+stage share its artifacts. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from stackwise_core.config.functions import load_function, source_digest
+from stackwise_core.config.schema import QUANTISED_STREAMS, StackWiseConfig, StreamDtype
+from stackwise_core.config.stacks import feed_forward_width
+from stackwise_core.config.time_steps import mask_ratio_of, n_time_steps, resolve_time_input, stack_time_step
+from stackwise_core.data.masks import MaskSpec
+from stackwise_core.data.order import RowOrder
+from stackwise_core.data.tokenizer import Tokenizer, load_tokenizer
+
+
+class Value(BaseModel, frozen=True, extra="forbid"):
+    """A frozen value that enters ids as it stands."""
+
+
+class TimeShape(Value, frozen=True):
+    """The time embedding of a rack whose time is an input."""
+
+    n_steps: int
+    """Steps are 0 .. n_steps - 1."""
+    dim: int
+    """Width of the embedding; projected if it differs from d_model."""
+    encoding: Literal["sinusoidal", "learned"]
+
+
+class ModelShape(Value, frozen=True):
+    """What every block of a rack has in common."""
+
+    vocab_size: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_ff: int
+    causal: bool
+    tie_embeddings: bool = True
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    time: TimeShape | None = None
+    """None has no time embedding."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.d_model // self.n_heads
+
+
+def tokenizer_of(config: StackWiseConfig) -> Tokenizer:
+    """Return the tokenizer the configuration names.
+
+    Raises:
+        ConfigError: its file is gone, or is not what it was when `validate()` read it.
+    """
+    return load_tokenizer(config.data.tokenizer)
+
+
+def resolve_shape(config: StackWiseConfig) -> ModelShape:
+    """Return the model shape with every 0 and 'auto' replaced by what it stands for."""
+    model = config.model
+    objective = config.training.progressive.training_objective
+    return ModelShape(
+        vocab_size=model.vocab_size,
+        d_model=model.d_model,
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads or model.n_heads,
+        d_ff=feed_forward_width(config),
+        causal=model.attention == "causal" or (model.attention == "auto" and objective != "mlm"),
+        tie_embeddings=model.tie_embeddings,
+        rope_theta=model.rope_theta,
+        norm_eps=model.norm_eps,
+        time=_resolve_time_shape(config),
+    )
+
+
+def _resolve_time_shape(config: StackWiseConfig) -> TimeShape | None:
+    growth = config.training.progressive
+    if growth.time_interpretation != "input":
+        return None
+    return TimeShape(n_steps=n_time_steps(config), dim=growth.time_embedding_dim, encoding=growth.time_encoding_type)
+
+
+def resolve_mask(config: StackWiseConfig, stage: int) -> MaskSpec | None:
+    """Return how a stage corrupts its inputs; None with clm and custom, which corrupt nothing."""
+    if config.training.progressive.training_objective != "mlm":
+        return None
+    tokenizer = tokenizer_of(config)
+    assert tokenizer.mask_token is not None  # validate() refuses a tokenizer without one
+    return MaskSpec(
+        seed=config.run.seed,
+        ratio=_stage_ratio(config, stage),
+        corruption=config.training.corruption,
+        mask_token=tokenizer.mask_token,
+        n_regular_tokens=tokenizer.n_regular_tokens,
+        special_tokens=tokenizer.special_tokens,
+        time=resolve_time_input(config),
+    )
+
+
+def _stage_ratio(config: StackWiseConfig, stage: int) -> float:
+    interpretation = config.training.progressive.time_interpretation
+    if interpretation == "depth":
+        return mask_ratio_of(config, stack_time_step(config, stage))
+    return config.training.mask_ratio if interpretation == "none" else 0.0
+
+
+def resolve_views(config: StackWiseConfig) -> int:
+    """Return the mask draws per sequence: as configured, else 8 for mlm and 1 where nothing is masked."""
+    return config.cache.views or (8 if config.training.progressive.training_objective == "mlm" else 1)
+
+
+def resolve_order(config: StackWiseConfig, n_rows: int) -> RowOrder:
+    """Return the order in which every stage visits the `n_rows` training sequences."""
+    by_batch = config.training.time_sampling != "per_sequence"
+    return RowOrder(
+        seed=config.run.seed,
+        n_rows=n_rows,
+        batch_size=config.training.batch_size,
+        views=resolve_views(config),
+        block=config.training.shuffle_block,
+        fixed_batches=by_batch and config.training.progressive.time_interpretation == "input",
+    )
+
+
+def reads_examples(config: StackWiseConfig) -> bool:
+    """Return whether the corpus holds examples with targets of their own, and no text."""
+    return config.training.progressive.training_objective == "custom"
+
+
+def resolve_objective(config: StackWiseConfig) -> str:
+    """Return what enters ids of a custom objective: the name of its loss, and the hash of its source."""
+    if config.training.progressive.training_objective != "custom":
+        return ""
+    key, name = "training.custom_loss", config.training.custom_loss
+    return f"{name}@{source_digest(load_function(name, key), key)}" if name else "cross-entropy"
+
+
+def resolve_loss(config: StackWiseConfig) -> Callable[..., Any] | None:
+    """Return the loss function of a custom objective; None is cross-entropy."""
+    name = config.training.custom_loss
+    return load_function(name, "training.custom_loss") if name else None
+
+
+GRID = (0.15, 0.3, 0.5, 0.7, 0.9)
+"""Mask ratios at which stages of different ratios are compared."""
+
+
+def resolve_grid(config: StackWiseConfig) -> tuple[float, ...]:
+    """Return the mask ratios all stages are judged at: none where they share one anyway."""
+    growth = config.training.progressive
+    return GRID if growth.training_objective == "mlm" and growth.time_interpretation != "none" else ()
+
+
+def resolve_stream_dtype(config: StackWiseConfig) -> StreamDtype:
+    """Return the type of the frozen trunk's stream, cached or live."""
+    return config.cache.dtype
+
+
+STATISTICS_ROWS = 1024
+"""Rows over which the statistics of a stack's output are taken."""
+
+
+def resolve_statistics_rows(config: StackWiseConfig) -> int:
+    """Return over how many of a stage's first rows it takes statistics of what it made; 0 if the stream needs none."""
+    return STATISTICS_ROWS if config.cache.dtype in QUANTISED_STREAMS else 0

@@ -1,0 +1,1 @@
+"""Training one stage or a whole rack in memory, and judging it."""

@@ -1,0 +1,121 @@
+"""What one stage trains, as one module: from the boundary below the first stack that trains up to the head.
+
+Letters: B sequences, T positions, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.model.adapters import adapter_parameters
+from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
+from stackwise_core.objectives.losses import Batch, LossFunction, input_time_step, loss_positions, summed_loss
+from stackwise_core.stages.anatomy import Anatomy
+
+
+class StageModel(nn.Module):
+    """The live part of a rack: stacks that train, and those that gradients only flow through."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        stacks: Sequence[Stack],
+        head: Head,
+        embedding: TokenEmbedding | None = None,
+        *,
+        loss_function: LossFunction | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        """Take the modules as they are, shared with their rack, and let train what the anatomy says.
+
+        Args:
+            anatomy: of the stage.
+            stacks: the live ones, in data-flow order.
+            head: final norm and projection.
+            embedding: where the live part begins at the tokens; None where it begins at a boundary.
+            loss_function: of a custom objective; None is cross-entropy.
+            checkpointing: keep only the stream between stacks for the backward pass, and recompute the rest.
+        """
+        super().__init__()
+        assert [stack.creation_index for stack in stacks] == list(anatomy.live)
+        self.anatomy = anatomy
+        # First, so that a tied matrix has its name, and the gradient norm is summed in data-flow order.
+        self.embedding = embedding
+        self.stacks = nn.ModuleDict({str(stack.creation_index): stack for stack in stacks})
+        self.head = head
+        self.loss_function = loss_function
+        self.checkpointing = checkpointing
+        self._let_train()
+
+    def live_stacks(self) -> list[Stack]:
+        """Return the stacks in data-flow order."""
+        return [stack for stack in self.stacks.values() if isinstance(stack, Stack)]
+
+    def stack(self, creation_index: int) -> Stack:
+        """Return one of the live stacks."""
+        return next(stack for stack in self.live_stacks() if stack.creation_index == creation_index)
+
+    def _let_train(self) -> None:
+        """Set requires_grad of everything; what does not train is frozen, whatever it was before."""
+        self.requires_grad_(False)
+        self.head.requires_grad_(self.anatomy.head_trains)
+        if self.embedding is not None:
+            self.embedding.requires_grad_(self.anatomy.embedding_trains)
+        for stack in self.live_stacks():
+            trains = self.anatomy.trains_of(stack.creation_index)
+            if trains == "everything":
+                stack.requires_grad_(True)
+            elif trains == "adapters":
+                for parameter in adapter_parameters(stack):
+                    parameter.requires_grad_(True)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the stream before the head: [B, T, D].
+
+        Where joint training draws a depth, stacks that were created after `stack_idx` are left out.
+        """
+        stream_BTD = self.entering(batch)
+        for stack in self.live_stacks():
+            if stack.creation_index > batch["stack_idx"]:
+                continue
+            stream_BTD = self._through(stack, stream_BTD)
+        return stream_BTD
+
+    def _through(self, stack: Stack, stream_BTD: Tensor) -> Tensor:
+        if self.checkpointing:
+            return cast("Tensor", checkpoint(stack, stream_BTD, use_reentrant=False))
+        return stack(stream_BTD)
+
+    def entering(self, batch: Batch) -> Tensor:
+        """Return the stream below the first live stack, float32: from the tokens, or the trunk's boundary."""
+        device = self.head.projection.weight.device
+        if self.embedding is not None:
+            _check_tokens("token", batch["input_ids"], self.embedding.num_embeddings)
+            return self.embedding(batch["input_ids"].to(device), input_time_step(batch))
+        if batch["trunk_activations"] is None:
+            raise ConfigError([Fault("trunk_activations", "None", "a stack on a trunk needs the trunk's activations")])
+        # From pinned memory the copy goes on by itself; a step ends by waiting for its loss, and so for the copy.
+        return batch["trunk_activations"].to(device, non_blocking=True).float()
+
+    def summed_loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """Return the loss summed over the loss positions [nats], and their number."""
+        hidden_BTD = self(batch)
+        if self.loss_function is None:  # targets of a loss of one's own need not be tokens
+            targets = batch["targets"][loss_positions(batch)]
+            _check_tokens("target", targets, self.head.projection.out_features)
+        return summed_loss(hidden_BTD, self.head, batch, self.loss_function)
+
+
+def _check_tokens(what: str, tokens: Tensor, vocab_size: int) -> None:
+    """Refuse what the embedding or the head has no row for; torch's own message names neither."""
+    if not tokens.numel():
+        return
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    if smallest < 0 or largest >= vocab_size:
+        found = largest if largest >= vocab_size else smallest
+        raise ConfigError([Fault("model.vocab_size", str(vocab_size), f"the batch holds {what} {found}")])

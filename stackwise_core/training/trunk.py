@@ -1,0 +1,141 @@
+"""The frozen trunk's stream: one stream, whether it is live, advanced from a store, or refilled from tokens.
+
+Letters: B sequences, T positions, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from stackwise_core.data.masks import IntArray, MaskSpec
+from stackwise_core.data.order import RowOrder
+from stackwise_core.data.packing import PackedSequences
+from stackwise_core.model.blocks import Stack, TokenEmbedding
+from stackwise_core.model.precision import held_dense
+from stackwise_core.model.stream import EXACT, Stream
+from stackwise_core.objectives.batches import RowSource
+from stackwise_core.objectives.losses import Batch, batch_fields, input_time_step
+
+
+@torch.no_grad()
+def advance(stacks: Sequence[Stack], stream_BTD: Tensor, stream: Stream) -> Tensor:
+    """Move the frozen trunk's stream through some stacks, casting it to what is held of it after each.
+
+    On a CPU every sequence goes through on its own: the bits of a matrix product can depend on how
+    many rows it has, and a row must have the same bytes in a training batch, in a cache being filled
+    and in a check of sampled rows. See docs/decisions/0001-one-sequence-at-a-time.md.
+
+    Args:
+        stacks: in data-flow order, in eval mode.
+        stream_BTD: the stream before them, any float type.
+        stream: how it is held between them.
+
+    Returns:
+        [B, T, D] in the type that `stream` gives; without stacks, the stream as it came.
+    """
+    group = 1 if stream_BTD.device.type == "cpu" else max(1, len(stream_BTD))
+    for stack in stacks:
+        advanced_BTD = torch.empty(stream_BTD.shape, dtype=stream.given, device=stream_BTD.device)
+        with held_dense(stack):  # a quantised stack is dequantised once for all sequences, and one at a time
+            for first in range(0, len(stream_BTD), group):
+                rows = slice(first, first + group)
+                advanced_BTD[rows] = stream.cast(stack(stream_BTD[rows].float()), stack.creation_index)
+        stream_BTD = advanced_BTD
+    return stream_BTD
+
+
+class LiveTrunk:
+    """A frozen trunk that computes its boundary from tokens, the same bytes a store would hold."""
+
+    def __init__(self, embedding: TokenEmbedding, stacks: Sequence[Stack], stream: Stream) -> None:
+        """Take the trunk's parts, in data-flow order; nothing is copied."""
+        self.embedding = embedding
+        self.stacks = [stack.eval() for stack in stacks]
+        self.stream = stream
+
+    @torch.no_grad()
+    def __call__(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
+        """Return the boundary of (corrupted) inputs: [B, T, D] in the type that the stream gives.
+
+        Args:
+            input_ids_BT: corrupted tokens.
+            time_step: the step of each sequence, where time is an input: [B].
+        """
+        return advance(self.stacks, self._embedded(input_ids_BT, time_step), self.stream)
+
+    @torch.no_grad()
+    def output(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
+        """Return what the last stack computes of the same inputs, before it is cast: float32 [B, T, D]."""
+        below = advance(self.stacks[:-1], self._embedded(input_ids_BT, time_step), self.stream)
+        return advance(self.stacks[-1:], below, EXACT)
+
+    def _embedded(self, input_ids_BT: Tensor, time_step: Tensor | None) -> Tensor:
+        return self.embedding(input_ids_BT.to(self.embedding.weight.device), time_step)
+
+
+class InputsFromTokens:
+    """What the trunk reads: the sequences, corrupted as for the stage that will read the boundary."""
+
+    def __init__(
+        self,
+        train: PackedSequences,
+        validation: PackedSequences,
+        mask_spec: MaskSpec | None,
+        order: RowOrder | None = None,
+    ) -> None:
+        """Take both splits and the corruption; `order` says which batch a row is in, where that decides its step."""
+        self.train, self.validation, self.mask_spec, self.order = train, validation, mask_spec, order
+
+    def batch(self, sequence_ids: IntArray, view: int) -> Batch:
+        """Return the fields of a batch of some sequences; a negative view is the validation split's."""
+        sequences, mask_spec = (self.train, self.mask_spec)
+        if view < 0:
+            sequences, mask_spec = self.validation, self.mask_spec and self.mask_spec.for_validation()
+        row_numbers = sequences.rows_of(sequence_ids)
+        tokens, ids = sequences.take(row_numbers)
+        return batch_fields(tokens, ids, view, mask_spec, self._steps(mask_spec, ids, row_numbers, view))
+
+    def _steps(
+        self, mask_spec: MaskSpec | None, sequence_ids: IntArray, row_numbers: IntArray, view: int
+    ) -> IntArray | None:
+        time = mask_spec.time if mask_spec is not None else None
+        if mask_spec is None or time is None or self.order is None or not time.by_batch or view < 0:
+            return None
+        batches, slots = self.order.places(row_numbers, view)
+        return time.steps(mask_spec.seed, sequence_ids, view, batches, slots, self.order.batch_size)
+
+
+class RowsFromTokens:
+    """A boundary derived from tokens through the whole trunk: what refills a store, and what checks one."""
+
+    def __init__(
+        self,
+        train: PackedSequences,
+        validation: PackedSequences,
+        mask_spec: MaskSpec | None,
+        trunk: Callable[[Tensor, Tensor | None], Tensor],
+        order: RowOrder | None = None,
+    ) -> None:
+        """Take what makes the inputs (see `InputsFromTokens`), and the reading stage's trunk, or its `output`."""
+        self.inputs = InputsFromTokens(train, validation, mask_spec, order)
+        self.trunk = trunk
+
+    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
+        """Return the boundary of some sequences: [B, T, D]; a negative view is the validation split's."""
+        batch = self.inputs.batch(sequence_ids, view)
+        return self.trunk(batch["input_ids"], input_time_step(batch))
+
+
+class RowsFromBoundary:
+    """What the next stack computes of the rows of a boundary, before it is cast: float32."""
+
+    def __init__(self, below: RowSource, stack: Stack, device: torch.device) -> None:
+        """Take the boundary and the stack above it."""
+        self.below, self.stack, self.device = below, stack.eval(), device
+
+    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
+        """Return the stack's output for some sequences: [B, T, D]."""
+        return advance([self.stack], self.below.rows(sequence_ids, view).to(self.device), EXACT)

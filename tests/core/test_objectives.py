@@ -1,0 +1,307 @@
+"""Losses against a dense recomputation: logits everywhere, cross-entropy where the definition says.
+
+Letters: B sequences, T positions, D channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from stackwise_core.data.masks import MaskSpec, TimeInput
+from stackwise_core.errors import ConfigError
+from stackwise_core.model.blocks import Head, initialise
+from stackwise_core.objectives.losses import (
+    Batch,
+    batch_fields,
+    clm_fields,
+    custom_fields,
+    input_time_step,
+    loss_normaliser,
+    loss_positions,
+    mlm_fields,
+    summed_loss,
+)
+from stackwise_core.stages.resolve import ModelShape
+
+B, T, D, V = 3, 7, 8, 23
+SHAPE = ModelShape(vocab_size=V, d_model=D, n_heads=2, n_kv_heads=2, d_ff=16, causal=True)
+MASKS = MaskSpec(seed=4, ratio=0.4, corruption="bert", mask_token=V - 1, n_regular_tokens=V - 1)
+
+
+def new_head(dtype: torch.dtype = torch.float32) -> Head:
+    head = Head(SHAPE)
+    initialise(head, 3)
+    with torch.no_grad():
+        head.projection.weight.mul_(20)  # far from a uniform softmax
+        head.norm.weight.copy_(torch.linspace(0.5, 1.5, D))
+    return head.to(dtype)
+
+
+def tokens_of(n: int = B) -> Any:
+    return np.random.default_rng(0).integers(0, V - 1, (n, T))
+
+
+def dense_loss(hidden_BTD: Tensor, head: Head, targets: Tensor, positions: Tensor) -> Tensor:
+    """RMSNorm written out, logits at every position, cross-entropy with the rest ignored."""
+    scale = (hidden_BTD.square().mean(-1, keepdim=True) + SHAPE.norm_eps).rsqrt()
+    logits_BTV = (hidden_BTD * scale * head.norm.weight) @ head.projection.weight.T
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets.where(positions, -100).flatten(), reduction="sum")
+
+
+def batch_of(objective: str) -> Batch:
+    ids = np.arange(B, dtype=np.int64)
+    return batch_fields(tokens_of(), ids, 0, MASKS if objective == "mlm" else None)
+
+
+# ---------------------------------------------------------------- fields
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 4), st.integers(2, 9), st.integers(0, 99))
+def test_clm_shifts_and_never_corrupts(n: int, seq_len: int, seed: int) -> None:
+    tokens = np.random.default_rng(seed).integers(0, V, (n, seq_len))
+    batch = clm_fields(tokens.copy())
+    for row in range(n):
+        assert batch["input_ids"][row].tolist() == tokens[row].tolist()
+        assert batch["targets"][row].tolist() == [*tokens[row, 1:], tokens[row, -1]]
+        assert batch["clm_mask"][row].tolist() == [True] * (seq_len - 1) + [False]
+    assert torch.equal(batch["combined_masks"], batch["masks"] & batch["clm_mask"])
+    assert torch.equal(loss_positions(batch), batch["combined_masks"])
+    assert batch["masks"].all()
+
+
+def test_mlm_corrupts_inputs_and_keeps_clean_targets() -> None:
+    tokens, ids = tokens_of(), np.array([5, 9, 2], dtype=np.int64)
+    batch = mlm_fields(tokens.copy(), ids, 3, MASKS)
+    masks = MASKS.masks(ids, 3, T)
+    assert batch["masks"].numpy().tolist() == masks.tolist()
+    assert batch["targets"].tolist() == tokens.tolist()
+    assert batch["input_ids"].tolist() == MASKS.corrupt(tokens, masks, ids, 3).tolist()
+    assert batch["input_ids"].tolist() != tokens.tolist()
+    assert torch.equal(loss_positions(batch), batch["masks"])
+    assert "clm_mask" not in batch
+
+
+def test_a_mask_spec_decides_the_objective() -> None:
+    assert set(batch_of("mlm")) == {"input_ids", "targets", "masks"}
+    assert set(batch_of("clm")) == {"input_ids", "targets", "masks", "clm_mask", "combined_masks"}
+
+
+# ---------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_loss_and_gradients_equal_the_dense_ones(objective: str, dtype: torch.dtype) -> None:
+    """Float32 sums in another order: 1e-5 relative; float64 shows that the formula is the same."""
+    batch = batch_of(objective)
+    hidden = torch.randn(B, T, D, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    results: list[list[Tensor]] = []
+    for dense in (False, True):
+        head, x = new_head(dtype), hidden.clone().requires_grad_()
+        if dense:
+            loss = dense_loss(x, head, batch["targets"], loss_positions(batch))
+        else:
+            loss, count = summed_loss(x, head, batch)
+            assert count == int(loss_positions(batch).sum()) > 0
+        loss.backward()
+        assert x.grad is not None
+        results.append([loss.detach(), x.grad, *(p.grad for p in head.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) == 4
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-12
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_only_loss_positions_carry_the_loss(objective: str) -> None:
+    batch, head = batch_of(objective), new_head()
+    hidden = torch.randn(B, T, D)
+    positions = loss_positions(batch)
+    loss, _ = summed_loss(hidden, head, batch)
+    elsewhere = {**batch, "targets": batch["targets"].where(positions, (batch["targets"] + 1) % V)}
+    assert summed_loss(hidden, head, elsewhere)[0].equal(loss)
+    # The head does not even see other positions: NaN there changes nothing.
+    poisoned = hidden.masked_fill(~positions[..., None], torch.nan).requires_grad_()
+    poisoned_loss, _ = summed_loss(poisoned, head, batch)
+    assert poisoned_loss.equal(loss)
+    poisoned_loss.backward()
+    assert poisoned.grad is not None
+    assert (poisoned.grad.abs().sum(-1) > 0).equal(positions)
+    # Each single target at a loss position does matter.
+    for where in positions.nonzero().tolist():
+        changed = batch["targets"].clone()
+        changed[tuple(where)] = (changed[tuple(where)] + 1) % V
+        assert not summed_loss(hidden, head, {**batch, "targets": changed})[0].equal(loss)
+
+
+def test_no_loss_position_gives_zero_loss_and_zero_gradients() -> None:
+    batch, head = batch_of("mlm"), new_head()
+    batch["masks"] = torch.zeros_like(batch["masks"])
+    hidden = torch.randn(B, T, D, requires_grad=True)
+    loss, count = summed_loss(hidden, head, batch)
+    loss.backward()
+    assert (loss.item(), count) == (0.0, 0)
+    assert hidden.grad is not None
+    assert hidden.grad.count_nonzero() == 0
+    for parameter in head.parameters():
+        assert parameter.grad is None or parameter.grad.count_nonzero() == 0
+
+
+def test_combined_masks_narrow_the_loss() -> None:
+    batch, head = batch_of("clm"), new_head()
+    hidden = torch.randn(B, T, D)
+    keep = torch.zeros(B, T, dtype=torch.bool)
+    keep[1, 2] = True
+    loss, count = summed_loss(hidden, head, {**batch, "combined_masks": keep & batch["clm_mask"]})
+    assert count == 1
+    torch.testing.assert_close(loss, dense_loss(hidden, head, batch["targets"], keep), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- time as an input, and its bound
+
+STEPS = np.array([0, 7, 3], dtype=np.int64)
+
+
+def timed(elbo: bool = False, n_steps: int = 8) -> MaskSpec:
+    time = TimeInput(n_steps=n_steps, sampling="per_sequence", ratio_min=0.3, ratio_max=0.9, elbo=elbo)
+    return MASKS.model_copy(update={"time": time, "corruption": "mask"})
+
+
+def test_steps_travel_with_the_batch() -> None:
+    tokens, ids = tokens_of(), np.arange(B, dtype=np.int64)
+    batch = batch_fields(tokens, ids, 0, timed(), STEPS)
+    assert batch["time_step"].tolist() == STEPS.tolist()
+    assert "loss_weights" not in batch
+    assert batch["masks"].tolist() == timed().masks(ids, 0, T, STEPS).tolist()
+    drawn = batch_fields(tokens, ids, 0, timed())
+    time = timed().time
+    assert time is not None
+    assert drawn["time_step"].tolist() == time.steps(4, ids, 0).tolist()
+    assert input_time_step(drawn) is drawn["time_step"]
+    assert input_time_step({"time_step": 3}) is None
+    assert input_time_step(batch_of("mlm")) is None
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_the_bound_equals_its_definition(own_loss: bool) -> None:
+    """Sum over masked positions of CE / r, with gradients; float64, so only the formula counts."""
+    batch = batch_fields(tokens_of(), np.arange(B, dtype=np.int64), 1, timed(elbo=True), STEPS)
+    ratios = [0.999 * (step + 0.5) / 8 + 0.001 for step in STEPS.tolist()]
+    assert batch["loss_weights"].tolist() == pytest.approx([1 / r for r in ratios], rel=1e-6)
+    hidden = torch.randn(B, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results: list[list[Tensor]] = []
+    for dense in (False, True):
+        head, x = new_head(torch.float64), hidden.clone().requires_grad_()
+        if dense:
+            loss = torch.zeros((), dtype=torch.float64)
+            for row in range(B):
+                only_row = batch["masks"] & (torch.arange(B) == row)[:, None]
+                loss = loss + dense_loss(x, head, batch["targets"], only_row) * batch["loss_weights"][row].double()
+        else:
+            loss_fn = (lambda logits, targets: F.cross_entropy(logits, targets, reduction="none")) if own_loss else None
+            loss, normaliser = summed_loss(x, head, batch, loss_fn)
+            assert normaliser == loss_normaliser(batch) == B * T
+        loss.backward()
+        assert x.grad is not None
+        results.append([loss.detach(), x.grad, *(p.grad for p in head.parameters() if p.grad is not None)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_bound_of_a_uniform_model_is_log_v() -> None:
+    """E[1 / r over masked positions] = 1: 4,000 sequences leave it within 5 standard errors of log V."""
+    n, n_steps = 4000, 100
+    ids = np.arange(n, dtype=np.int64)
+    batch = batch_fields(np.zeros((n, 64), dtype=np.int64), ids, 0, timed(elbo=True, n_steps=n_steps))
+    head = new_head()
+    torch.nn.init.zeros_(head.projection.weight)
+    with torch.no_grad():
+        total, normaliser = summed_loss(torch.ones(n, 64, D), head, batch)
+    ratios = (0.999 * (np.arange(n_steps) + 0.5) / n_steps + 0.001).tolist()
+    variance = sum((1 - r) / r for r in ratios) / n_steps / normaliser
+    bound = total.item() / normaliser
+    assert abs(bound / np.log(V) - 1) < 5 * variance**0.5 < 0.05
+
+
+def test_the_bound_without_a_masked_position_is_zero() -> None:
+    batch = batch_fields(tokens_of(), np.arange(B, dtype=np.int64), 1, timed(elbo=True), STEPS)
+    batch["masks"] = torch.zeros_like(batch["masks"])
+    hidden = torch.randn(B, T, D, requires_grad=True)
+    loss, normaliser = summed_loss(hidden, new_head(), batch)
+    loss.backward()
+    assert (loss.item(), normaliser) == (0.0, B * T)
+    assert hidden.grad is not None
+    assert hidden.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_other_losses_are_divided_by_their_positions(objective: str) -> None:
+    batch = batch_of(objective)
+    assert loss_normaliser(batch) == int(loss_positions(batch).sum()) > 0
+
+
+# ---------------------------------------------------------------- custom targets and losses
+
+
+def test_custom_fields_are_as_given() -> None:
+    tokens, targets = tokens_of(), tokens_of()[:, ::-1].copy()
+    masks = tokens % 2 == 0
+    batch = custom_fields(tokens, targets, masks)
+    assert batch["input_ids"].tolist() == tokens.tolist()
+    assert batch["targets"].tolist() == targets.tolist()
+    assert loss_positions(batch).tolist() == masks.tolist()
+    assert custom_fields(tokens, targets, None)["masks"].all()
+
+
+def test_custom_fields_of_wrong_shapes_and_ignored_targets() -> None:
+    tokens = tokens_of()
+    with pytest.raises(ConfigError, match=r"targets: got \(3, 6\); the shape of input_ids, \(3, 7\)"):
+        custom_fields(tokens, tokens[:, 1:], None)
+    with pytest.raises(ConfigError, match=r"masks: got \(2, 7\)"):
+        custom_fields(tokens, tokens, np.ones((2, T), dtype=bool))
+    ignored = tokens.copy()
+    ignored[1, 2] = -100
+    with pytest.raises(ConfigError, match="targets: got -100; no target at a loss position; give masks"):
+        custom_fields(tokens, ignored, None)
+    loss, count = summed_loss(torch.randn(B, T, D), new_head(), custom_fields(tokens, ignored, ignored >= 0))
+    assert count == B * T - 1
+    assert loss.isfinite()
+
+
+def test_a_custom_loss_sees_logits_and_targets_of_the_loss_positions() -> None:
+    batch, head, hidden = batch_of("clm"), new_head(), torch.randn(B, T, D, requires_grad=True)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def margin(logits: Tensor, targets: Tensor) -> Tensor:
+        seen.append((logits, targets))
+        return logits.logsumexp(-1) * 2 - logits.gather(-1, targets[:, None])[:, 0]
+
+    loss, count = summed_loss(hidden, head, batch, margin)
+    ((logits, targets),) = seen
+    positions = batch["combined_masks"]
+    torch.testing.assert_close(logits, head(hidden)[positions])
+    assert targets.equal(batch["targets"][positions])
+    assert count == len(targets)
+    torch.testing.assert_close(loss, margin(head(hidden)[positions], targets).sum())
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "received"),
+    [
+        (F.cross_entropy, r"shape \(\)"),
+        (lambda logits, targets: logits, r"shape \(18, 23\)"),
+        (lambda logits, targets: 1.0, "float"),
+    ],
+)
+def test_a_custom_loss_of_a_wrong_shape_is_explained(loss_fn: Any, received: str) -> None:
+    with pytest.raises(ConfigError, match=f"training.custom_loss: got {received}; .* each of the 18 positions"):
+        summed_loss(torch.randn(B, T, D), new_head(), batch_of("clm"), loss_fn)

@@ -1,0 +1,279 @@
+"""Every way to grow, through the flow's steps: cached equals live, memory equals disk, killed equals undisturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import digests, folder_of, grown, manifests, tiny
+
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.data.packing import corpus_facts
+from stackwise_core.model.adapters import adapter_state
+from stackwise_core.model.rack_builder import ProgressiveRackBuilder
+from stackwise_core.objectives.batches import PackedBatches
+from stackwise_core.stages import resolve
+from stackwise_core.stages.plan import RunPlan, plan_run
+from stackwise_core.stages.resolve import resolve_order
+from stackwise_core.training.trainer import ProgressiveTrainer
+from storage.checkpoints import load_channels, load_embedding, load_head, load_stack, load_tensors, tensor_digest
+from storage.layout import Artifacts
+from storage.sequences import load_sequences
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+G = "training.progressive."
+LORA = {f"{G}qlora_rank": 4}
+DUAL = {f"{G}progressive_qlora": True, f"{G}progressive_qlora_rank": 2}
+DEPTH = {f"{G}training_objective": "mlm", f"{G}time_interpretation": "depth"}
+INPUT = {f"{G}training_objective": "mlm", f"{G}time_interpretation": "input", f"{G}num_time_steps": 10}
+
+MODES: dict[str, dict[str, Any]] = {
+    "append": {},
+    "prepend": {f"{G}building_mode": "prepend"},
+    "full": {f"{G}trunk_strategy": "full"},
+    "full prepend half": {
+        f"{G}trunk_strategy": "full",
+        f"{G}building_mode": "prepend",
+        f"{G}new_stack_precision": "half",
+    },
+    "qlora trunk": {f"{G}trunk_strategy": "qlora", f"{G}qlora_enabled": True, **LORA},
+    "qlora top": {
+        f"{G}trunk_strategy": "qlora",
+        f"{G}trunk_trainable_top": 1,
+        f"{G}qlora_enabled": True,
+        f"{G}target_stacks": 4,
+        **LORA,
+    },
+    "nf4": {f"{G}new_stack_precision": "qlora", **LORA},
+    "nf4 dual": {f"{G}new_stack_precision": "qlora", f"{G}trunk_strategy": "qlora", **LORA, **DUAL},
+    "nvfp4 top": {
+        f"{G}new_stack_precision": "nvfp4",
+        f"{G}trunk_strategy": "qlora",
+        f"{G}trunk_trainable_top": 1,
+        **DUAL,
+    },
+    "bfloat16": {f"{G}new_stack_precision": "bfloat16"},
+    "joint": {"training.joint_steps": 6},
+    "joint nf4": {"training.joint_steps": 6, f"{G}new_stack_precision": "qlora", **LORA, **DUAL},
+    "whole": {f"{G}enabled": False},
+    "whole nvfp4": {f"{G}enabled": False, f"{G}new_stack_precision": "nvfp4"},
+    "mixed": {
+        f"{G}stacks": [{}, {"mode": "prepend", "n_blocks": 2}, {"precision": "bfloat16", "steps": 8}, {}],
+        f"{G}target_stacks": 4,
+    },
+    "depth": DEPTH,
+    "depth prepend joint": {**DEPTH, f"{G}building_mode": "prepend", "training.joint_steps": 6},
+    "depth joint": {**DEPTH, "training.joint_steps": 6},
+    "input": INPUT,
+    "input per sequence": {**INPUT, "training.time_sampling": "per_sequence", f"{G}time_encoding_type": "learned"},
+    "elbo": {
+        **INPUT,
+        "training.time_sampling": "stratified",
+        "training.loss_weighting": "elbo",
+        "training.corruption": "mask",
+        f"{G}time_embedding_dim": 16,
+    },
+}
+QUANTISED_MODES = {
+    "blocks": {**INPUT, "training.shuffle_block": 3},
+    "int8": {"cache.dtype": "int8"},
+    "fp8": {"cache.dtype": "fp8"},
+    "int8 mlm": {"cache.dtype": "int8", f"{G}training_objective": "mlm"},
+    "fp8 depth": {"cache.dtype": "fp8", **DEPTH},
+    "int8 qlora top": {"cache.dtype": "int8", **MODES["qlora top"]},
+    "int8 mixed": {"cache.dtype": "int8", **MODES["mixed"]},
+}
+MODES |= QUANTISED_MODES
+CACHED = [
+    "append",
+    "qlora top",
+    "nf4",
+    "nvfp4 top",
+    "bfloat16",
+    "mixed",
+    "depth",
+    "input",
+    "input per sequence",
+    "elbo",
+    *QUANTISED_MODES,
+]
+
+Reference = Callable[..., Path]
+
+
+def plan_of(config: StackWiseConfig) -> RunPlan:
+    return plan_run(config, *corpus_facts(config.data.source))
+
+
+def final_parts(config: StackWiseConfig, root: Path) -> dict[str, str]:
+    """Return the digest of every part of the rack as the run left it on disk."""
+    artifacts, stages = Artifacts(root), plan_of(config).stages
+    parts = {f"stack {c}": load_stack(artifacts, stages, c) for c in stages[-1].spec.anatomy.order}
+    whole = {**parts, "head": load_head(artifacts, stages), "embedding": load_embedding(artifacts, stages)}
+    return {name: tensor_digest(part) for name, part in whole.items()}
+
+
+def grown_in_memory(config: StackWiseConfig, root: Path) -> ProgressiveRackBuilder:
+    """Grow with the trainer of the library, on the sequences of a run that is there."""
+    train, _ = load_sequences(Artifacts(root), plan_of(config).data_ref)
+    order = resolve_order(config, len(train))
+    steps = order.steps_per_epoch * 16
+
+    class Loader:
+        """The batches of every stage, from its first step on: each pass of a stage begins with step 0."""
+
+        def __iter__(self) -> Any:
+            yield from PackedBatches(train, order, 0, steps)
+
+    builder = ProgressiveRackBuilder(config)
+    ProgressiveTrainer(config).train_progressively(builder, Loader())
+    return builder
+
+
+def parts_in_memory(builder: ProgressiveRackBuilder) -> dict[str, str]:
+    rack = builder.build_rack()
+    parts = {f"stack {stack.creation_index}": stack for stack in builder.stacks}
+    digests_of = {name: tensor_digest(part) for name, part in parts.items()}
+    return digests_of | {"head": tensor_digest(rack.head), "embedding": tensor_digest(rack.embedding)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rack_grown_in_memory_has_the_same_bits(mode: str, tmp_path: Path, reference: Reference) -> None:
+    """The trainer of the library, live trunk and all, against the artifacts of the flow."""
+    root = reference(MODES[mode])
+    config = tiny(root.parent, MODES[mode])
+    builder = grown_in_memory(config, root)
+    assert parts_in_memory(builder) == final_parts(config, root)
+    assert [stack.creation_index for stack in builder.stacks] == list(plan_of(config).stages[-1].spec.anatomy.order)
+
+
+def test_statistics_are_of_the_first_rows_and_kept_with_the_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fewer rows than a stage trains on, which end within a batch; in memory and on disk, by hand."""
+    monkeypatch.setattr(resolve, "STATISTICS_ROWS", 10)
+    config, root = tiny(tmp_path, MODES["int8"]), tmp_path / "a"
+    grown(config, root)
+    builder = grown_in_memory(config, root)
+    assert parts_in_memory(builder) == final_parts(config, root)
+    artifacts, stages = Artifacts(root), plan_of(config).stages
+    for stack in range(3):
+        on_disk, in_memory = load_channels(artifacts, stages, stack), builder.channels[stack]
+        assert all(a.equal(b) for a, b in zip(on_disk, in_memory, strict=True))
+    train, _ = load_sequences(artifacts, plan_of(config).data_ref)
+    rows = [row for batch, _ in resolve_order(config, len(train)).batches(0, 3) for row in batch][:10]
+    with torch.no_grad():
+        embedding, first = load_embedding(artifacts, stages[:1]), load_stack(artifacts, stages[:1], 0)
+        output_PD = first(embedding(torch.from_numpy(train.tokens[rows].astype("int64")))).flatten(0, 1).double()
+    mean, std = load_channels(artifacts, stages, 0)
+    torch.testing.assert_close(mean.double(), output_PD.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(std.double(), output_PD.std(0, correction=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", CACHED)
+def test_a_cache_changes_time_and_not_results(mode: str, tmp_path: Path, reference: Reference) -> None:
+    cached, live = reference(MODES[mode]), reference({**MODES[mode], f"{G}cache_activations": False})
+    assert any(name.startswith("activations") for name in digests(cached))
+    assert not any(name.startswith("activations") for name in digests(live))
+    with_cache, without = tiny(cached.parent, MODES[mode]), tiny(live.parent, MODES[mode])
+    assert final_parts(with_cache, cached) == final_parts(without, live)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_cache_equals_the_live_trunk(mode: str, reference: Reference) -> None:
+    """Validation of each stage has derived every row of its store again, from tokens through the whole trunk."""
+    found = manifests(reference(MODES[mode]))
+    stored = [name for name in found if name.startswith("activations")]
+    checked = [entry["facts"] for name, entry in found.items() if name.startswith("validation")]
+    assert sum(facts.get("cache") == "equals live" for facts in checked) == len(stored)
+    assert bool(stored) == (mode in [*CACHED, "joint", "joint nf4", "depth joint"])
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_killed_stage_goes_on_to_the_same_bytes(
+    mode: str, tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stage dies once at step 5, after its checkpoint at step 4."""
+    from stackwise_core.training import training
+
+    undisturbed = digests(reference(MODES[mode]))
+    fresh = False
+    reach = training.reach
+
+    def die(task: str, step: int) -> None:
+        nonlocal fresh
+        reach(task, step)
+        if step == 1:
+            fresh = True
+        if step == 5 and fresh:
+            fresh = False
+            raise _Killed
+
+    monkeypatch.setattr(training, "reach", die)
+    config, root = tiny(tmp_path, MODES[mode]), tmp_path / "a"
+    for _ in plan_of(config).stages:
+        with pytest.raises(_Killed):
+            grown(config, root)
+    recorder = grown(config, root)
+    assert any("goes on from its checkpoint at step 4" in text for text in recorder.messages)
+    assert digests(root) == undisturbed
+
+
+@pytest.mark.parametrize("mode", ["prepend", "full", "nf4 dual", "mixed", "joint", "depth joint", "int8 mixed"])
+def test_one_stack_more_leaves_what_is_there(mode: str, tmp_path: Path, reference: Reference) -> None:
+    """Raising target_stacks grows from the rack before the anneal, and anneals again."""
+    changes = MODES[mode]
+    target = changes.get(f"{G}target_stacks", 3)
+    lower, root = {**changes, f"{G}target_stacks": target - 1}, tmp_path / "a"
+    grown(tiny(tmp_path, lower), root)
+    before = digests(root)
+    recorder = grown(tiny(tmp_path, changes), root)
+    assert "train 0" not in recorder.made
+    after = digests(root)
+    assert {name: after[name] for name in before} == before
+    undisturbed = digests(reference(changes))
+    assert {name: after[name] for name in undisturbed} == undisturbed
+
+
+def test_the_same_seed_and_another_give_the_same_and_other_adapters(reference: Reference) -> None:
+    root = reference(MODES["nf4"])
+    config = tiny(root.parent, MODES["nf4"])
+    stages = plan_of(config).stages
+    first, second = load_stack(Artifacts(root), stages, 1), load_stack(Artifacts(root), stages, 2)
+    a = adapter_state(first, "stack")
+    b = adapter_state(second, "stack")
+    assert a.keys() == b.keys()
+    assert not any(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_statistics_are_taken_of_every_output_that_a_stage_changed(reference: Reference) -> None:
+    """Of the stack that adapts, of the new one above it and of those above a prepended one; not below."""
+    found: dict[str, list[set[str]]] = {}
+    for mode in ("int8 qlora top", "int8 mixed"):
+        root = reference(MODES[mode])
+        files = [folder_of(root, "stack", stage) / "channels.safetensors" for stage in range(4)]
+        found[mode] = [{name.split(".")[0][-1] for name in load_tensors(file)} for file in files]
+    assert found["int8 qlora top"] == [{"0"}, {"0", "1"}, {"1", "2"}, {"2", "3"}]
+    assert found["int8 mixed"] == [{"0"}, {"0", "1"}, {"2"}, {"3"}]
+    assert not (folder_of(reference(MODES["mixed"]), "stack", 0) / "channels.safetensors").exists()
+
+
+def test_one_id_is_one_result_whatever_the_mode(reference: Reference) -> None:
+    """Modes share artifacts by id: what two of them name alike they made alike, to the byte."""
+    made: dict[str, tuple[str, str]] = {}
+    shared: set[str] = set()
+    for mode, changes in MODES.items():
+        for name, digest in digests(reference(changes)).items():
+            first, found = made.setdefault(name, (mode, digest))
+            assert digest == found, f"{name} of {mode} and of {first}"
+            if first != mode:
+                shared.add(name.split("-")[0])
+    assert shared == {"data", "build", "trunk", "stack", "activations", "validation"}

@@ -1,0 +1,171 @@
+"""`stackwise server` and `stackwise worker`, as an operator starts them, from a clone in another folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+
+from flows import operate
+from flows.api import ask, fault_of, is_registered, workers_alive
+from flows.operate import AUTOMATION, POOL, _register_pool
+
+REPOSITORY = Path(__file__).parents[2]
+_STACKWISE = [sys.executable, "-c", "import sys; from flows.cli.main import main; sys.exit(main())"]
+
+
+def until(holds: Callable[[], Any], process: subprocess.Popen[bytes], log: Path) -> None:
+    """Ask until it holds: other processes tell nothing of themselves."""
+    end = time.monotonic() + 400
+    while not holds():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Generator[Callable[..., tuple[subprocess.Popen[bytes], Path]]]:
+    """Start a command in a clone of this working copy; all are ended with the test."""
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for part in ("flows", "storage", "stackwise_core", "prefect.yaml"):
+        (clone / part).symlink_to(REPOSITORY / part) if part != "flows" else _copy(REPOSITORY / part, clone / part)
+    with contextlib.ExitStack() as ends:
+
+        def begin(*command: str, **environment: str) -> tuple[subprocess.Popen[bytes], Path]:
+            inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+            log = tmp_path / f"{command[0]}.log"
+            with log.open("ab") as out:
+                process = subprocess.Popen(
+                    [*_STACKWISE, *command],
+                    cwd=tmp_path,
+                    env=inherited | {"PREFECT_HOME": str(tmp_path / "home"), "PYTHONPATH": str(clone), **environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                )
+            ends.callback(_end, process)
+            return process, log
+
+        yield begin
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a package: where its files lie is where its clone is."""
+    target.mkdir()
+    for file in source.rglob("*.py"):
+        (target / file.relative_to(source)).parent.mkdir(exist_ok=True)
+        (target / file.relative_to(source)).write_bytes(file.read_bytes())
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_and_a_worker_by_one_command_each(start: Any, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    until(lambda: not fault_of(url), *start("server", "--port", str(port)))
+    worker = start("worker", "--name", "ada", PREFECT_API_URL=url)
+    until(lambda: workers_alive(url, POOL) == ["ada"], *worker)
+    assert is_registered(url, AUTOMATION)
+
+    deployments = {f"{entry['entrypoint']}/{entry['name']}": entry for entry in ask(url, "/deployments/filter", {})}
+    assert len(deployments) == 6
+    local = deployments["flows.train_rack.train_rack/local"]
+    assert local["pull_steps"] == [
+        {"prefect.deployments.steps.set_working_directory": {"directory": str(tmp_path / "clone")}}
+    ]
+    wrong = {"parameters": {"config": {"training": {"batch_size": 0}}}}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(url, f"/deployments/{local['id']}/create_flow_run", wrong)
+    assert refused.value.code == 409
+    assert "0 is less than the minimum of 1" in refused.value.read().decode()
+
+    assert ask(f"http://127.0.0.1:{port}", "/ui-settings")["api_url"] == url
+    again, log = start("heartbeat", PREFECT_API_URL=url)
+    assert again.wait() == 0
+    assert "was there already" in log.read_text()
+
+    gone = ask(url, f"/deployments/{_id(deployments, 'validate_run')}/create_flow_run", {"parameters": {"run": "gone"}})
+    until(lambda: ask(url, f"/flow_runs/{gone['id']}")["state"]["type"] == "FAILED", *worker)
+    message = ask(url, f"/flow_runs/{gone['id']}")["state"]["message"]
+    assert message.count("\n") == 0
+    assert "artifacts" in message
+
+
+def _id(deployments: dict[str, Any], flow: str) -> str:
+    return next(entry["id"] for name, entry in deployments.items() if name.split("/")[0].endswith(flow))
+
+
+@pytest.mark.flow
+def test_a_pool_has_room_for_what_its_workers_run_at_once(prefect_api: str) -> None:
+    """It is the pool that keeps the accelerator to one run: it counts also a run whose worker was killed."""
+    said = [_register_pool(limit) for limit in (1, 3, 2)]
+    assert said == ["1 run at a time", "3 runs at a time", "3 runs at a time"]
+    assert ask(prefect_api, f"/work_pools/{POOL}")["concurrency_limit"] == 3
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("server", "--port", "70000"),
+        ("server", "--port", "-1"),
+        ("worker", "--limit", "0"),
+        ("worker", "--limit", "-3"),
+        ("worker", "--name", "a/b"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_begins(command: tuple[str, ...], run: Run) -> None:
+    result = run(*command)
+    assert result.code == 2
+    assert f"got {command[2]!r}; " in result.err
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "pages_ask", "told"),
+    [
+        ({}, ("127.0.0.1", 4200), "http://127.0.0.1:4200/api", "terminals: stackwise worker"),
+        (
+            {},
+            ("127.0.0.1", 4311),
+            "http://127.0.0.1:4311/api",
+            "terminals: PREFECT_API_URL=http://127.0.0.1:4311/api stackwise worker",
+        ),
+        ({}, ("0.0.0.0", 4200), "http://127.0.0.1:4200/api", "terminals: stackwise worker"),
+        ({"PREFECT_UI_API_URL": "https://pages/api"}, ("0.0.0.0", 80), "https://pages/api", ""),
+        ({"PREFECT_API_URL": "http://box:80/api"}, ("0.0.0.0", 80), None, ""),  # which Prefect's pages ask then
+    ],
+)
+def test_the_pages_of_a_server_ask_that_server(
+    given: dict[str, str],
+    arguments: tuple[str, int],
+    pages_ask: str | None,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    began: list[list[str]] = []
+    monkeypatch.setattr(operate, "_become", began.append)
+    monkeypatch.setattr(os, "environ", dict(given))
+    operate.serve(*arguments)
+    assert began[0][-4:] == ["--host", arguments[0], "--port", str(arguments[1])]
+    assert os.environ.get("PREFECT_UI_API_URL") == pages_ask
+    assert told in capsys.readouterr().err

@@ -1,0 +1,224 @@
+"""Several processes train a stage as one would: the same losses and weights, up to the order floats are added in.
+
+Two ranks are forked once by a server that has imported torch already, and train one stage after another; torchrun
+itself, and processes that die, are in test_launch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Generator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Recorder, tiny
+from test_modes import DEPTH, MODES, G
+
+from flows.run.events import StepTaken, listening, request_stop, stopping_on_signals
+from flows.run.job import Job
+from flows.run.stage import Stage
+from flows.run.training import train_live_part
+from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
+from stackwise_core.config.schema import HardwareConfig
+from stackwise_core.data.packing import corpus_facts
+from stackwise_core.errors import ConfigError, NonFiniteLossError, StackWiseError, StageInterruptedError
+from stackwise_core.training.hardware import threads_of_rank, use_hardware
+from storage.checkpoints import load_state
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+COUNT = 2
+TOLERANCE = 5e-6
+"""Of weights of 0.02 and losses of 5: twelve steps of float32 sums in another order; 2e-6 was seen."""
+
+_FORKED = multiprocessing.get_context("forkserver")
+
+
+def _rank(pipe: Connection, rank: int, store: str) -> None:
+    """Train the shares of a rank, job after job."""
+    import torch.distributed as dist
+
+    from stackwise_core.training.distributed import Replicas, Shards
+
+    os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
+    os.fsync = lambda fd: None
+    dist.init_process_group("gloo", store=dist.FileStore(store, COUNT), rank=rank, world_size=COUNT)
+    kept: list[Any] = []  # see `join`
+    while (message := pipe.recv()) is not None:
+        text, stop = message
+        job = Job.model_validate_json(text)
+        kind = Shards if job.stage.plan.spec.mode == "joint" else Replicas
+        recorder = Recorder()
+        try:
+            with stopping_on_signals(), listening(recorder):
+                if stop:
+                    request_stop()
+                kept.append(kind(job.stage.device))
+                trained = train_live_part(job.stage, job.build, job.folder, kept[-1])
+            steps = [event.step for event in recorder.events if isinstance(event, StepTaken)]
+            pipe.send((trained.records, trained.attempt.frozen, steps))
+        except StackWiseError as error:
+            pipe.send(error)
+    os._exit(0)
+
+
+class Pair:
+    """Two processes that train together."""
+
+    def __init__(self, folder: Path) -> None:
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        for rank in range(COUNT):
+            mine, theirs = _FORKED.Pipe()
+            arguments = (theirs, rank, str(folder / "store"))
+            process = _FORKED.Process(target=_rank, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(mine)
+            self.processes.append(process)
+
+    def train(self, stage: Stage, folder: Path, stop: int = -1) -> list[Any]:
+        """Train a stage into a work folder; return what each rank came to. One may be asked to `stop`."""
+        build = stage.plan.ref("build") if stage.plan.build else None
+        for rank, pipe in enumerate(self.pipes):
+            pipe.send((Job(stage=stage, build=build, folder=folder).model_dump_json(), rank == stop))
+        found: list[Any] = []
+        for pipe in self.pipes:
+            assert pipe.poll(300), "a rank hangs"
+            found.append(pipe.recv())
+        return found
+
+    def end(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            pipe.send(None)
+            process.join(20)
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Generator[Pair]:
+    _FORKED.set_forkserver_preload(
+        ["pytest", "torch._dynamo", "flows.run.training", "stackwise_core.training.distributed"]
+    )
+    pair = Pair(tmp_path_factory.mktemp("pair"))
+    yield pair
+    pair.end()
+
+
+def stage_of(root: Path, changes: dict[str, Any], index: int, processes: int) -> Stage:
+    """Return a stage of a run whose stages below lie in `root`."""
+    config = tiny(root.parent, {**changes, "hardware.processes": processes, "hardware.threads": processes})
+    corpus, n_bytes = corpus_facts(config.data.source)
+    return Stage(config=config, root=str(root), corpus=corpus, corpus_bytes=n_bytes, index=index)
+
+
+def alone(stage: Stage, folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Train in this process; return the records and what trains."""
+    trained = train_live_part(stage, stage.plan.ref("build") if stage.plan.build else None, folder)
+    weights = {name: p.detach() for name, p in trained.model.named_parameters() if p.requires_grad}
+    return trained.records, weights
+
+
+MLM = {f"{G}training_objective": "mlm", "cache.views": 2}
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "first": ({}, 0),
+    "from a cache": ({"cache.keep": "all"}, 1),
+    "live trunk, in parts": ({**MLM, f"{G}cache_activations": False, "training.accumulation_steps": 2}, 1),
+    "few positions": ({**MLM, "training.mask_ratio": 0.02}, 0),
+    "nf4 dual": ({**MODES["nf4 dual"]}, 2),
+    "prepend half": ({**MODES["full prepend half"]}, 1),
+    "elbo": ({**MODES["elbo"]}, 0),
+    "joint": ({"training.joint_steps": 8, **MODES["nf4"]}, 3),
+    "whole": ({f"{G}enabled": False, "training.activation_checkpointing": True}, 0),
+    "joint in time": ({**DEPTH, "training.joint_steps": 8, "training.accumulation_steps": 2}, 3),
+}
+
+
+_SLOW = ("from a cache", "nf4 dual", "joint", "prepend half", "elbo", "whole")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in _SLOW else c for c in CASES])
+def test_two_processes_train_as_one(case: str, tmp_path: Path, reference: Any, pair: Pair) -> None:
+    changes, index = CASES[case]
+    root = reference(changes)
+    expected, weights = alone(stage_of(root, changes, index, 1), tmp_path / "one")
+    first, second = pair.train(stage_of(root, changes, index, COUNT), tmp_path / "two")
+    assert not isinstance(first, Exception), first
+    records, _, steps = first
+    assert second[0] == records  # bit for bit: whatever is decided by them, all decide alike
+    assert (steps, second[2]) == ([n + 1 for n in range(len(records))], [])
+    for here, there in zip(records, expected, strict=True):
+        assert here == pytest.approx(there, abs=TOLERANCE, rel=TOLERANCE), here["step"]
+    state = load_state(tmp_path / "two")
+    assert state is not None
+    assert state.step == len(records)
+    found = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
+    assert found.keys() == weights.keys()
+    assert max((found[name] - weights[name]).abs().max().item() for name in weights) <= TOLERANCE
+
+
+def test_a_request_to_one_process_stops_all(tmp_path: Path, reference: Any, pair: Pair) -> None:
+    stage = stage_of(reference({}), {}, 0, COUNT)
+    errors = pair.train(stage, tmp_path / "two", stop=1)
+    assert [type(error) for error in errors] == [StageInterruptedError] * COUNT
+    state = load_state(tmp_path / "two")
+    assert state is not None
+    assert (state.step, state.fingerprint["processes"]) == (1, COUNT)
+    # From there, another number of processes goes on, and says that it is another.
+    recorder = Recorder()
+    with listening(recorder):
+        records, weights = alone(stage_of(reference({}), {}, 0, 1), tmp_path / "two")
+    assert recorder.messages[0] == "stage 0 goes on from its checkpoint at step 1"
+    assert "made with another threads (2, now 1), processes (2, now 1)" in recorder.messages[1]
+    expected, undisturbed = alone(stage_of(reference({}), {}, 0, 1), tmp_path / "one")
+    assert records[-1] == pytest.approx(expected[-1], abs=TOLERANCE, rel=TOLERANCE)
+    assert max((weights[name] - undisturbed[name]).abs().max().item() for name in weights) <= TOLERANCE
+
+
+def test_a_loss_that_explodes_is_told_by_all_with_the_ids_of_the_whole_batch(
+    tmp_path: Path, reference: Any, pair: Pair
+) -> None:
+    changes = {"training.learning_rate": 1e30}
+    with pytest.raises(NonFiniteLossError) as alone_it_says:
+        alone(stage_of(reference({}), changes, 0, 1), tmp_path / "one")
+    errors = pair.train(stage_of(reference({}), changes, 0, COUNT), tmp_path / "two")
+    ids = str(alone_it_says.value).split("sequence ids ")[1]
+    for error in errors:
+        assert isinstance(error, NonFiniteLossError)
+        assert str(error).split("sequence ids ")[1] == ids
+
+
+# ---------------------------------------------------------------- what each process has
+
+
+def test_processes_share_out_the_threads(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    hardware = HardwareConfig(device="cpu", processes=2, threads=5)
+    use_hardware(hardware)
+    assert torch.get_num_threads() == 5  # what is done by one process
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    use_hardware(hardware)
+    assert torch.get_num_threads() == 2
+    assert threads_of_rank(HardwareConfig(processes=4, threads=2)) == 1
+
+
+def test_each_process_has_a_cuda_device_of_its_own(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    hardware = HardwareConfig(device="auto", processes=2, threads=2)
+    assert use_hardware(hardware) == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert use_hardware(hardware) == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match=r"hardware.processes: got 3; this machine has 2 CUDA devices, and each"):
+        use_hardware(HardwareConfig(device="auto", processes=3))
+    assert use_hardware(HardwareConfig(device="cpu", processes=3, threads=3)) == torch.device("cpu")
+
+
+def test_the_library_says_that_it_is_one_process(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {"hardware.processes": 2})
+    builder, batches = ProgressiveRackBuilder(config), [torch.zeros(4, 16, dtype=torch.long)]
+    for target in (1, None):
+        with pytest.raises(ConfigError, match=r"hardware.processes: got 2; .* `stackwise train` starts several"):
+            ProgressiveTrainer(config).train_rack(builder, batches, target)

@@ -1,0 +1,139 @@
+"""The docs' snippets run, one after the other, in one namespace per page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from stackwise_core.config.schema import Section, StackWiseConfig
+from stackwise_core.config.yaml import apply_overrides
+from stackwise_core.errors import ConfigError
+from stackwise_core.stages.plan import RunPlan, plan_run
+from storage.activations import StoreReader
+from storage.manifest import read_manifest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```python" in page.read_text()
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_snippets_run(page: Path) -> None:
+    namespace: dict[str, object] = {}
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, str(page), "exec"), namespace)
+
+
+def test_every_page_names_only_files_that_exist() -> None:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_commands_of_the_readme_parse() -> None:
+    from flows.cli.main import _parser
+
+    lines = re.findall(r"^stackwise (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(lines) >= 6
+    for line in lines:
+        assert _parser().parse_args(line.split()).command
+
+
+def test_the_reader_of_the_format_page_reads_a_store(reference: Callable[..., Path]) -> None:
+    page = ROOT / "docs" / "activation-store.md"
+    namespace: dict[str, Any] = {}
+    (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    exec(compile(snippet, str(page), "exec"), namespace)
+    root = reference({"cache.keep": "all"})
+    (folder,) = (root / "activations").glob("activations-0-*")
+    with StoreReader(folder, read_manifest(folder).checksums()) as reader:
+        rows = reader.read("train", range(reader.train.rows)).float().numpy()
+    assert len(rows) > 1
+    for number, row in enumerate(rows):
+        assert np.array_equal(namespace["read_row"](folder, number), row)
+
+
+# ---------------------------------------------------------------- the tables of modes.md
+
+
+def _paths(section: type[Section], prefix: str = "") -> dict[str, str]:
+    """Return the dotted path of every key, by its last name."""
+    paths: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            paths |= _paths(field.annotation, f"{prefix}{name}.")
+        else:
+            paths[name] = prefix + name
+    return paths
+
+
+def _rows(heading: str) -> list[tuple[str, str]]:
+    """Return the first two columns of the table below a heading of modes.md."""
+    page = (ROOT / "docs" / "modes.md").read_text()
+    section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    assert len(rows) > 8
+    return [(settings.strip(), says.strip()) for settings, says in rows]
+
+
+def _configured(settings: str) -> StackWiseConfig:
+    """Return the default configuration with "`key: value`, `key: value`" applied."""
+    paths, values = _paths(StackWiseConfig), dict[str, Any]()
+    pairs = [yaml.safe_load(pair) for pair in re.findall(r"`([^`]+)`", settings)]
+    apply_overrides(values, {paths[key]: value for pair in pairs for key, value in pair.items()})
+    return StackWiseConfig.from_dict(values)
+
+
+def _plan(changes: dict[str, Any]) -> RunPlan:
+    values: dict[str, Any] = {}
+    apply_overrides(values, changes)
+    return plan_run(StackWiseConfig.from_dict(values), "0" * 64)
+
+
+@pytest.mark.parametrize(("settings", "stored"), _rows("What may be cached"))
+def test_what_may_be_cached(settings: str, stored: str) -> None:
+    plan = plan_run(_configured(settings), "0" * 64)
+    boundaries = [stage.activations.boundary for stage in plan.stages if stage.activations is not None]
+    assert (", ".join(map(str, boundaries)) or "none") == stored
+
+
+@pytest.mark.parametrize(("settings", "because"), _rows("What is refused"))
+def test_what_is_refused(settings: str, because: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        _configured(settings)
+    named = [fault.path.rpartition(".")[2] for fault in refused.value.faults]
+    assert all(f"`{name}" in settings + because for name in named), named
+
+
+GROWTH = "training.progressive."
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_kept"),
+    [
+        ({f"{GROWTH}target_stacks": 4}, 3),
+        ({"run.name": "other"}, 3),
+        ({"training.checkpoint_every": 7, "training.activation_checkpointing": True}, 3),
+        ({"hardware.threads": 1, "hardware.device": "cpu", "hardware.compile": True}, 3),
+        ({f"{GROWTH}cache_activations": False}, 3),
+        ({"model.n_kv_heads": 4}, 3),  # what 0 stands for
+        ({"training.joint_steps": 10}, 3),
+        ({f"{GROWTH}stacks": [{}, {}, {"n_blocks": 1}]}, 2),
+        ({f"{GROWTH}progressive_qlora": True, f"{GROWTH}trunk_strategy": "frozen"}, 3),
+        ({"training.learning_rate": 1e-3}, 0),
+        ({"run.seed": 1}, 0),
+    ],
+)
+def test_what_an_id_names(changes: dict[str, Any], n_kept: int) -> None:
+    before = [stage.ref("stack") for stage in _plan({}).stages]
+    after = [stage.ref("stack") for stage in _plan(changes).stages]
+    assert [a == b for a, b in zip(before, after, strict=False)] == [c < n_kept for c in range(3)]
