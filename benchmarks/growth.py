@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.harness import ROOT, Measure
 from benchmarks.plot import line_chart
-from flows.run.events import Event, StageDone, listening
+from flows.run.events import Event, StageDone, subscribed
 from flows.run.run import grow
 from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
@@ -53,7 +53,7 @@ def measure(quick: bool, artifacts: str = "") -> list[Measure]:
     """Grow every case with every seed; what an artifacts folder already holds is not made again."""
     steps, seeds = (30, SEEDS[:1]) if quick else (STEPS, SEEDS)
     configs = balanced_configs(steps)
-    with tempfile.TemporaryDirectory() as scratch, listening(_print_stage):
+    with tempfile.TemporaryDirectory() as scratch, subscribed(_print_stage):
         losses = {case: list[list[float]]() for case in CASES}
         for seed in seeds:
             for case, config in configs.items():

@@ -21,7 +21,7 @@ from prefect.artifacts import (
 )
 
 from flows.pages.report import loss_plot, report
-from flows.run.events import Event, Listener, RowsCached, StageDone, StageOpened, StepTaken, listening
+from flows.run.events import Event, RowsCached, StageDone, StageOpened, StepTaken, Subscriber, subscribed
 from flows.run.numbers import clock, size
 from flows.run.stage import Stage
 from flows.run.summary import StageSummary
@@ -41,7 +41,7 @@ def key_of(*parts: object) -> str:
 def progress_artifact(stage: Stage) -> Generator[None]:
     """Keep a progress artifact of one task up to date while the block runs."""
     page = ProgressPage(key_of(stage.config.run.name, "stage", stage.index))
-    with listening(page):
+    with subscribed(page):
         try:
             yield
         finally:
@@ -108,12 +108,12 @@ def _percent(done: int, of: int) -> float:
     return 1000 * done // max(1, of) / 10
 
 
-def run_log() -> Listener:
+def run_log() -> Subscriber:
     """Return a listener that writes what happens into the log of the flow or task that runs, by the minute."""
     return PlainLines(lambda text: get_run_logger().info(text), seconds_between_steps=60.0)
 
 
-def publish_run(name: str, root: str) -> Listener:
+def publish_run(name: str, root: str) -> Subscriber:
     """Return a listener that publishes the stage table, the report and the plot of losses after every stage."""
     done: list[StageSummary] = []
     runs: dict[int, str] = {}

@@ -12,7 +12,7 @@ from prefect.runtime import flow_run
 
 from flows.artifacts import progress_artifact
 from flows.run import steps
-from flows.run.events import StageOpened, tell
+from flows.run.events import StageOpened, emit
 from flows.run.stage import Stage
 from flows.runners import prefect_workers
 from stackwise_core.stages.identity import Ref
@@ -83,7 +83,7 @@ def prepared(stage: Stage, made_by: Task[..., Any], verb: str) -> Task[..., Any]
 @flow(name="stage", flow_run_name="{stage.title}")
 def add_stage(stage: Stage) -> Ref:
     """Build a stack on a trunk, train it, cache its boundary for the next one, judge the result."""
-    tell(StageOpened(stage.index, str(flow_run.id)))
+    emit(StageOpened(stage.index, str(flow_run.id)))
     build = prepared(stage, build_stack, "build")(stage) if stage.plan.build else None
     trunk = prepared(stage, configure_trunk, "configure trunk of")(stage)
     stack = prepared(stage, train, "train")(stage, build, trunk)

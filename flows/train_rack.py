@@ -12,7 +12,7 @@ from pydantic import Field
 from flows.artifacts import publish_run, run_log
 from flows.console import outlive_the_worker
 from flows.errors import server_explained, told_in_one_line
-from flows.run.events import listening
+from flows.run.events import subscribed
 from flows.run.run import grow
 from flows.run.stage import Stage
 from flows.tasks import add_stage
@@ -41,7 +41,7 @@ def train_rack(
         force: redo this task of those stages, or of all.
     """
     outlive_the_worker()
-    with told_in_one_line(), listening(run_log()), listening(publish_run(config.run.name, artifacts)):
+    with told_in_one_line(), subscribed(run_log()), subscribed(publish_run(config.run.name, artifacts)):
         grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
 
 

@@ -112,7 +112,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 class Recorder:
-    """Hears what a run tells."""
+    """A subscriber that keeps the events of a run."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -135,12 +135,12 @@ class Recorder:
 
 
 def grown(config: Any, root: Path, **how: Any) -> Recorder:
-    """Grow by plain calls and return what was told."""
-    from flows.run.events import listening
+    """Grow by plain calls and return the recorded events."""
+    from flows.run.events import subscribed
     from flows.run.run import grow
 
     recorder = Recorder()
-    with listening(recorder):
+    with subscribed(recorder):
         grow(config, str(root), **how)
     return recorder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows.run.events import listening
+from flows.run.events import subscribed
 from flows.run.numbers import parameters
 from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import showing, stage_tables
@@ -68,7 +68,7 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
 
         if server is not None:
             server.wait_until_ready()
-        with showing() as listener, listening(listener):
+        with showing() as listener, subscribed(listener):
             run_to_the_end(config, artifacts.uri, from_stack, force)
 
 

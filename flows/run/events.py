@@ -1,4 +1,4 @@
-"""What is happening, told as events to whoever listens: a terminal, a log, Prefect's pages."""
+"""The events of a run, and who subscribes to them: the terminal, a log, Prefect's pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flows.run.summary import StageSummary
 
 @dataclass(frozen=True)
 class RunStarted:
-    """A run begins, or goes on."""
+    """A run starts or resumes."""
 
     name: str
     n_stages: int
@@ -23,7 +23,7 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class DataReady:
-    """The packed sequences are there."""
+    """The corpus is packed into sequences."""
 
     n_train: int
     n_validation: int
@@ -31,16 +31,16 @@ class DataReady:
 
 @dataclass(frozen=True)
 class StageOpened:
-    """A stage is worked on by a flow run, which has a page where a person can watch it."""
+    """A flow run works on a stage; Prefect has a page for it."""
 
     stage: int
     flow_run: str
-    """Its id."""
+    """Id of the flow run."""
 
 
 @dataclass(frozen=True)
 class TaskStarted:
-    """A task does work."""
+    """A task starts to make its artifact."""
 
     stage: int
     task: str
@@ -48,7 +48,7 @@ class TaskStarted:
 
 @dataclass(frozen=True)
 class TaskReused:
-    """What a task would make was there already."""
+    """The artifact of a task existed already."""
 
     stage: int
     task: str
@@ -67,7 +67,7 @@ class StepTaken:
 
 @dataclass(frozen=True)
 class RowsCached:
-    """So much of a store is on disk."""
+    """Bytes of a store that are on disk so far."""
 
     stage: int
     n_bytes: int
@@ -76,7 +76,7 @@ class RowsCached:
 
 @dataclass(frozen=True)
 class StageDone:
-    """A stage is over, and this is what it came to."""
+    """A stage is complete."""
 
     stage: int
     summary: StageSummary
@@ -84,38 +84,42 @@ class StageDone:
 
 @dataclass(frozen=True)
 class Message:
-    """Something a person should read."""
+    """A line for the user."""
 
     text: str
 
 
 Event = RunStarted | DataReady | StageOpened | TaskStarted | TaskReused | StepTaken | RowsCached | StageDone | Message
-Listener = Callable[[Event], None]
+Subscriber = Callable[[Event], None]
 
-# One process runs one run. Prefect calls tasks with plain parameters, so who listens, and whether to
-# stop, is kept here instead of being passed along.
-_listeners: list[Listener] = []
+# Module state, because one process runs one run and Prefect calls tasks with plain parameters only.
+_subscribers: list[Subscriber] = []
 _stop = threading.Event()
 
 
-def tell(event: Event) -> None:
-    """Tell everyone who listens."""
-    for listener in _listeners:
-        listener(event)
+def emit(event: Event) -> None:
+    """Pass an event to every subscriber."""
+    for subscriber in _subscribers:
+        subscriber(event)
+
+
+def emit_waiting(holder: str) -> None:
+    """Emit that this process waits for a lock; an `on_wait` callback."""
+    emit(Message(f"waiting for {holder}"))
 
 
 @contextlib.contextmanager
-def listening(listener: Listener) -> Generator[None]:
-    """Let someone listen while the block runs."""
-    _listeners.append(listener)
+def subscribed(subscriber: Subscriber) -> Generator[None]:
+    """Subscribe to all events while the block runs."""
+    _subscribers.append(subscriber)
     try:
         yield
     finally:
-        _listeners.remove(listener)
+        _subscribers.remove(subscriber)
 
 
 def stop_requested() -> bool:
-    """Say whether the run was asked to stop at the next safe point."""
+    """Return whether the run was asked to stop at the next safe point."""
     return _stop.is_set()
 
 
@@ -128,22 +132,22 @@ def request_stop() -> None:
 def stopping_on_signals() -> Generator[None]:
     """Turn the first SIGTERM or SIGINT into a request to stop; a second one ends the process at once.
 
-    Entered by every task and not once for the run: Prefect installs a SIGTERM handler of its own at
-    the start of every flow, which would raise in the middle of a step.
+    Every task enters it, because Prefect installs its own SIGTERM handler at the start of every flow, which would
+    raise in the middle of a step.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _stop.clear()
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if _stop.is_set():
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         _stop.set()
-        tell(Message("stopping at the next safe point; once more to stop at once"))
+        emit(Message("stopping at the next safe point; once more to stop at once"))
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

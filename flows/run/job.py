@@ -15,7 +15,7 @@ from stackwise_core.stages.identity import Ref
 from storage.layout import SCRATCH
 
 _MARK = "\x1e"
-"""Begins a line that tells an event (RFC 7464); other lines are for the log."""
+"""First character of a line that holds an event (RFC 7464); other lines are for the log."""
 _EVENTS = {kind.__name__: kind for kind in (StepTaken, Message)}
 
 
@@ -52,13 +52,13 @@ class Job(BaseModel, frozen=True):
         return self.scratch / f"rank-{rank}.json"
 
 
-def told(event: StepTaken | Message) -> str:
-    """Return an event as a line."""
+def encode_event(event: StepTaken | Message) -> str:
+    """Return an event as one line of output."""
     return f"{_MARK}{json.dumps([type(event).__name__, dataclasses.asdict(event)])}"
 
 
-def heard(line: str) -> StepTaken | Message | None:
-    """Return the event that a line tells, if it tells one."""
+def decode_event(line: str) -> StepTaken | Message | None:
+    """Return the event in a line of output, or None for a log line."""
     if not line.startswith(_MARK):
         return None
     kind, fields = json.loads(line.removeprefix(_MARK))

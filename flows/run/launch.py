@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TextIO
 
 from flows.run.children import ending_with_us
-from flows.run.events import StepTaken, stop_requested, tell
-from flows.run.job import Ending, Job, heard
+from flows.run.events import StepTaken, emit, stop_requested
+from flows.run.job import Ending, Job, decode_event
 from flows.run.stage import Stage
 from flows.run.training import Attempt
 from stackwise_core.errors import StackWiseError, StageInterruptedError
@@ -52,8 +52,8 @@ def train_by_ranks(stage: Stage, build: Ref | None, folder: Path) -> Attempt:
     path.write_text(job.model_dump_json())
     with job.log.open("w") as log, _running(stage, path) as process:
         for line in _lines(process):
-            if event := heard(line):
-                tell(event)
+            if event := decode_event(line):
+                emit(event)
                 if isinstance(event, StepTaken):
                     failpoint("train", event.step)
             else:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from flows.run.events import StepTaken, stop_requested, tell
+from flows.run.events import StepTaken, emit, stop_requested
 from flows.run.stage import Facts, Stage, fingerprint_of
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.growth_operators import give_adapters, new_rack, new_stack, prepare_to_train
@@ -109,7 +109,7 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks) -> Hooks:
     n_tokens = optim.batch_size * stage.config.data.seq_len
 
     def on_step(record: dict[str, float]) -> None:
-        tell(StepTaken(stage.index, int(record["step"]) + 1, optim.steps, record["loss"], n_tokens))
+        emit(StepTaken(stage.index, int(record["step"]) + 1, optim.steps, record["loss"], n_tokens))
 
     def on_checkpoint(state: TrainingState) -> None:
         state.fingerprint = fingerprint_of(stage)

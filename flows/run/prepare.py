@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from flows.run.events import DataReady, Message, TaskStarted, stop_requested, tell
+from flows.run.events import DataReady, TaskStarted, emit, emit_waiting, stop_requested
 from flows.run.numbers import size
 from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.data.examples import ExampleFormat, pack_examples
@@ -32,16 +32,16 @@ def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -
         ConfigError: it gives fewer sequences than one batch, or holds tokens that the model does not have.
     """
     ref = plan.data_ref
-    waiting = f"waiting for {ref.name}, which another process is making"
-    with artifacts.lock(ref.name, on_wait=lambda holder: tell(Message(waiting)), should_stop=stop_requested):
+    waiting = f"{ref.name}, which another process is making"
+    with artifacts.lock(ref.name, on_wait=lambda _: emit_waiting(waiting), should_stop=stop_requested):
         if artifacts.state(ref) is State.CORRUPT:
             artifacts.manifest(ref)
         if artifacts.state(ref) is not State.SEALED:
-            tell(TaskStarted(-1, "prepare data"))
+            emit(TaskStarted(-1, "prepare data"))
             _pack_into(config, artifacts, plan)
     facts = artifacts.manifest(ref).facts
     n_rows = facts["train_sequences"]
-    tell(DataReady(n_rows, facts["validation_sequences"]))
+    emit(DataReady(n_rows, facts["validation_sequences"]))
     if n_rows < config.training.batch_size:
         received = str(config.training.batch_size)
         fault = Fault("training.batch_size", received, f"the corpus gives only {n_rows} training sequences")

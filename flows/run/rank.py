@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from flows.run.children import end_with_parent
-from flows.run.events import Event, Message, StepTaken, listening, request_stop
-from flows.run.job import Ending, Job, told
+from flows.run.events import Event, Message, StepTaken, request_stop, subscribed
+from flows.run.job import Ending, Job, encode_event
 from flows.run.training import train_live_part
 from stackwise_core.errors import StackWiseError, StageInterruptedError
 from stackwise_core.training.distributed import join
@@ -26,7 +26,7 @@ def main(path: str) -> NoReturn:
     ranks, code = None, 1
     try:
         stage = job.stage
-        with listening(_say if rank == 0 else _keep_still):
+        with subscribed(_print if rank == 0 else _ignore):
             ranks = join(stage.device, sharded=stage.plan.spec.mode == "joint")
             trained = train_live_part(stage, job.build, job.folder, ranks)
         code = _end(job, rank, Ending(attempt=trained.attempt))
@@ -46,13 +46,13 @@ def _end(job: Job, rank: int, ending: Ending) -> int:
     return ending.exit_code
 
 
-def _say(event: Event) -> None:
+def _print(event: Event) -> None:
     if isinstance(event, (StepTaken, Message)):
-        print(told(event), flush=True)
+        print(encode_event(event), flush=True)
 
 
-def _keep_still(event: Event) -> None:
-    """Leave it to the first rank to tell what all do."""
+def _ignore(event: Event) -> None:
+    """Drop it: rank 0 reports for all ranks."""
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from flows.run.events import Message, RunStarted, StageDone, tell
+from flows.run.events import Message, RunStarted, StageDone, emit, emit_waiting
 from flows.run.fill import check_plain, check_runner
 from flows.run.prepare import check_space, check_validation, prepare_data
 from flows.run.stage import Stage
@@ -63,8 +63,8 @@ def grow(
     plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
     forced = forced_refs(plan, from_stack, force)
     _refuse_newer(artifacts, forced)
-    with begin_attempt(artifacts, config, plan, _tell_waiting):
-        tell(RunStarted(config.run.name, len(plan.stages), artifacts.uri))
+    with begin_attempt(artifacts, config, plan, emit_waiting):
+        emit(RunStarted(config.run.name, len(plan.stages), artifacts.uri))
         prepare_data(config, artifacts, plan)
         check_validation(config, artifacts, plan)
         needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed
@@ -75,8 +75,8 @@ def grow(
             demand = compute_demand(plan, artifacts, config.cache.keep, still_forced)
             add(_stage(config, root, plan, index, demand))
             if config.cache.keep == "last" and (kept := retire_superseded(artifacts, plan, index, config.run.name)):
-                tell(Message(f"{kept.name} is kept: another run that is alive plans to read it"))
-            tell(StageDone(index, summarise(artifacts, plan)[index]))
+                emit(Message(f"{kept.name} is kept: another run that is alive plans to read it"))
+            emit(StageDone(index, summarise(artifacts, plan)[index]))
         compute_demand(plan, artifacts, config.cache.keep)  # raises if a stage was redone to other bytes
     return summarise(artifacts, plan)
 
@@ -107,7 +107,3 @@ def _refuse_newer(artifacts: Artifacts, forced: Iterable[Ref]) -> None:
             raise
         except ArtifactError:
             continue
-
-
-def _tell_waiting(holder: str) -> None:
-    tell(Message(f"waiting for {holder}"))

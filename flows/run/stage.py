@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from flows.run.events import Message, TaskReused, TaskStarted, stop_requested, stopping_on_signals, tell
+from flows.run.events import TaskReused, TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
 from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.errors import StageInterruptedError
@@ -126,13 +126,19 @@ def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made
     """
     kind = TASK_KINDS[task]
     ref, artifacts = stage.plan.ref(kind), stage.artifacts
-    waiting = functools.partial(_tell_waiting, ref)
-    with stopping_on_signals(), artifacts.lock(ref.name, on_wait=waiting, should_stop=stop_requested):
+    with (
+        stopping_on_signals(),
+        artifacts.lock(
+            ref.name,
+            on_wait=lambda holder: emit_waiting(f"{ref.name}, which {holder} is making"),
+            should_stop=stop_requested,
+        ),
+    ):
         forced = kind in stage.forced
         if not forced and _is_there(stage, ref):
-            tell(TaskReused(stage.index, task))
+            emit(TaskReused(stage.index, task))
             return ref
-        tell(TaskStarted(stage.index, task))
+        emit(TaskStarted(stage.index, task))
         if forced:
             artifacts.discard_work(ref)
         began = time.monotonic()
@@ -167,10 +173,6 @@ def _is_there(stage: Stage, ref: Ref) -> bool:
     if state is State.RETIRED:  # while this process was busy elsewhere: is it needed even now?
         return ref not in compute_demand(stage.run_plan, stage.artifacts, stage.config.cache.keep, stage.redo).needed
     return state is State.SEALED
-
-
-def _tell_waiting(ref: Ref, holder: str) -> None:
-    tell(Message(f"waiting for {ref.name}, which {holder} is making"))
 
 
 def fingerprint_of(stage: Stage) -> dict[str, Any]:

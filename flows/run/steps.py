@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from flows.run.boundaries import boundary_above, boundary_below, rows_to_store, store_below
-from flows.run.events import Message, RowsCached, stop_requested, tell
+from flows.run.events import Message, RowsCached, emit, stop_requested
 from flows.run.fill import Workers, by_workers, plain_workers
 from flows.run.judging import compare_cache, judge
 from flows.run.launch import train_by_ranks
@@ -112,7 +112,7 @@ def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers
     """
     if stage.plan.activations is None:
         if stage.index + 1 < len(stage.run_plan.stages):  # of the last stage everyone expects it
-            tell(Message(f"stage {stage.index} caches nothing: {stage.plan.no_cache_reason}"))
+            emit(Message(f"stage {stage.index} caches nothing: {stage.plan.no_cache_reason}"))
         return None
     stacks = [*(below.ref("stack") for below in stage.below), stack]
     recipe = stage.plan.activations
@@ -150,6 +150,6 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
 
 def _on_cached(stage: Stage) -> Callable[[int, int], None]:
     def on_cached(n_bytes: int, of_bytes: int) -> None:
-        tell(RowsCached(stage.index, n_bytes, of_bytes))
+        emit(RowsCached(stage.index, n_bytes, of_bytes))
 
     return on_cached

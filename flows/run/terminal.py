@@ -16,13 +16,13 @@ from rich.table import Column, Table
 from flows.run.events import (
     DataReady,
     Event,
-    Listener,
     Message,
     RowsCached,
     RunStarted,
     StageDone,
     StageOpened,
     StepTaken,
+    Subscriber,
     TaskReused,
     TaskStarted,
 )
@@ -45,7 +45,7 @@ class _Speed:
 
 
 @contextmanager
-def showing(stream_is_terminal: bool | None = None) -> Generator[Listener]:
+def showing(stream_is_terminal: bool | None = None) -> Generator[Subscriber]:
     """Give a listener that shows a run on stderr for as long as the block runs."""
     is_terminal = sys.stderr.isatty() if stream_is_terminal is None else stream_is_terminal
     if not is_terminal:

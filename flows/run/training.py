@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from flows.run.boundaries import boundary_below
-from flows.run.events import Message, tell
+from flows.run.events import Message, emit
 from flows.run.live_part import batches_of, hooks_of, model_to_train
 from flows.run.stage import Stage, fingerprint_of
 from stackwise_core.errors import StackWiseError
@@ -77,13 +77,13 @@ def _checkpoint(stage: Stage, folder: Path, model: StageModel) -> TrainingState 
     if state is None:
         return None
     if not fits(model, state):
-        tell(Message(f"stage {stage.index} starts anew: its checkpoint is of another version of StackWise"))
+        emit(Message(f"stage {stage.index} starts anew: its checkpoint is of another version of StackWise"))
         return None
     if state.step == stage.plan.spec.optim.steps:
         return state
-    tell(Message(f"stage {stage.index} goes on from its checkpoint at step {state.step}"))
+    emit(Message(f"stage {stage.index} goes on from its checkpoint at step {state.step}"))
     if differences := ", ".join(_differences(state.fingerprint, fingerprint_of(stage))):
-        tell(Message(f"the checkpoint was made with another {differences}: bits may differ from an undisturbed run's"))
+        emit(Message(f"the checkpoint was made with another {differences}: bits may differ from an undisturbed run's"))
     return state
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from flows.run import training
-from flows.run.events import listening
+from flows.run.events import subscribed
 from flows.run.judging import CacheMismatchError
 from flows.run.run import add_stage, grow
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
@@ -506,7 +506,7 @@ def test_a_store_another_live_run_reads_is_not_retired(tmp_path: Path, reference
             assert all((folder_of(root, "activations", n) / "store.zarr").exists() for n in (0, 1))
         add_stage(stage)
 
-    with listening(heard.append):
+    with subscribed(heard.append):
         grow(other, str(root), add=meanwhile)
     assert any("is kept: another run that is alive plans to read it" in str(event) for event in heard)
     assert [(folder_of(root, "activations", n) / "store.zarr").exists() for n in (0, 1)] == [False, True]
@@ -527,7 +527,7 @@ def test_a_process_that_lags_does_not_remake_what_was_retired(
             grow(tiny(tmp_path, four), str(root))
 
     heard = Recorder()
-    with listening(heard):
+    with subscribed(heard):
         grow(tiny(tmp_path, four), str(root), add=late)
     assert heard.made == ["prepare data -1", *made_by_stages(4)]
     assert digests(root) == digests(reference(four))

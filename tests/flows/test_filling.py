@@ -24,7 +24,7 @@ from conftest import Recorder, digests, folder_of, grown, manifests, tiny
 from test_durable import ROOT
 
 from flows.run import fill as filling
-from flows.run.events import RowsCached, listening
+from flows.run.events import RowsCached, subscribed
 from flows.run.fill import WorkerDiedError, _hand_out
 from flows.run.run import grow
 from stackwise_core.errors import ConfigError, StageInterruptedError
@@ -181,7 +181,7 @@ def test_a_request_to_stop_hands_nothing_more_out(
     stopped: list[Any] = []
     monkeypatch.setattr(filling, "fill_shard", counting)
     config = tiny(tmp_path, {**TWO, **BY_TWO})
-    with listening(stop), pytest.raises(StageInterruptedError, match="bytes cached; run the same command to go on"):
+    with subscribed(stop), pytest.raises(StageInterruptedError, match="bytes cached; run the same command to go on"):
         grow(config, str(tmp_path / "a"))
     assert len(handed) == 3  # the one that was told, and the two others that were in hand
     before = list(handed)
@@ -298,7 +298,7 @@ def test_a_task_runner_of_prefect_fills_the_same_store(
         pytest.importorskip(f"prefect_{runner}")
     chosen = {} if runner == "threads" else {"cache.task_runner": runner}
     recorder = Recorder()
-    with listening(recorder):
+    with subscribed(recorder):
         run = run_flow(tiny(tmp_path, {**TWO, **BY_TWO, **chosen, "run.name": runner}), tmp_path / "a")
     assert run.state.is_completed(), run.state
     n_shards = len(cached(recorder)) - 1
@@ -323,7 +323,7 @@ def test_a_killed_process_of_prefect_is_the_same_message(
         run_flow(config, tmp_path / "a").state.result()
     monkeypatch.delenv("STACKWISE_FAILPOINT")
     recorder = Recorder()
-    with listening(recorder):
+    with subscribed(recorder):
         assert run_flow(config, tmp_path / "a").state.is_completed()
     assert cached(recorder)[0].n_bytes > 0
     assert digests(tmp_path / "a") == digests(serial(TWO))

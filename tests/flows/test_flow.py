@@ -19,7 +19,7 @@ from uuid import UUID
 import pytest
 from conftest import Recorder, digests, files_below, folder_of, manifests, tiny
 
-from flows.run.events import listening
+from flows.run.events import subscribed
 from flows.run.numbers import size
 from stackwise_core.config.schema import StackOverride
 from stackwise_core.errors import NonFiniteLossError
@@ -261,7 +261,7 @@ def test_a_failure_reaches_the_caller_as_it_is_and_the_next_run_goes_on(
     monkeypatch.undo()
 
     heard: list[Any] = []
-    with listening(heard.append):
+    with subscribed(heard.append):
         run = run_flow(_config(tmp_path), root)
     assert "stage 1 goes on from its checkpoint at step 4" in {getattr(event, "text", "") for event in heard}
     tasks = run.tasks(count=10)
@@ -352,7 +352,7 @@ def test_a_prepended_and_annealed_run_reads_as_sentences_too(
         f"{growth}building_mode": "prepend",
     }
     recorder = Recorder()
-    with listening(recorder):
+    with subscribed(recorder):
         run = run_flow(tiny(tmp_path, changes), tmp_path / "a")
     assert run.state.is_completed(), run.state
     names = [stage.name for stage in run.stages()]

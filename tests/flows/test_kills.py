@@ -19,7 +19,7 @@ import pytest
 from conftest import Recorder, digests, folder_of, grown, made_by_stages, manifests, subset, tiny
 
 from flows.cli.status import show_runs, show_stages
-from flows.run.events import Message, StepTaken, TaskStarted, listening
+from flows.run.events import Message, StepTaken, TaskStarted, subscribed
 from flows.run.numbers import size
 from flows.run.run import grow
 from flows.run.summary import summarise
@@ -63,7 +63,7 @@ def _child(pipe: Connection, folder: Path, root: Path, changes: dict[str, Any], 
     pipe.recv()
     code = 0
     try:
-        with listening(listen):
+        with subscribed(listen):
             grow(tiny(folder, changes), str(root))
     except StackWiseError as error:
         pipe.send(f"error: {error}")

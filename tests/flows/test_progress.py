@@ -26,10 +26,10 @@ from flows.run.events import (
     StageDone,
     StepTaken,
     TaskStarted,
-    listening,
+    emit,
     stop_requested,
     stopping_on_signals,
-    tell,
+    subscribed,
 )
 from flows.run.numbers import clock, parameters, size
 from flows.run.run import add_stage
@@ -57,13 +57,13 @@ def step(number: int, stage: int = 1) -> StepTaken:
 
 def test_everyone_who_listens_hears_for_as_long_as_they_listen() -> None:
     first, second = [], []
-    with listening(first.append):
-        tell(Message("a"))
-        with contextlib.suppress(KeyError), listening(second.append):
-            tell(Message("b"))
+    with subscribed(first.append):
+        emit(Message("a"))
+        with contextlib.suppress(KeyError), subscribed(second.append):
+            emit(Message("b"))
             raise KeyError
-        tell(Message("c"))
-    tell(Message("d"))
+        emit(Message("c"))
+    emit(Message("d"))
     assert [event.text for event in first] == ["a", "b", "c"]
     assert [event.text for event in second] == ["b"]
 
@@ -90,7 +90,7 @@ def test_a_run_tells_every_step_and_every_byte(tmp_path: Path) -> None:
 def test_the_first_signal_asks_and_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     heard: list[Any] = []
-    with listening(heard.append):
+    with subscribed(heard.append):
         for number in (signal.SIGTERM, signal.SIGINT):
             with stopping_on_signals():
                 assert not stop_requested()
@@ -137,9 +137,9 @@ def test_the_progress_artifact_is_updated_by_time(tmp_path: Path, monkeypatch: p
     with artifacts.progress_artifact(stage):
         for number in range(1000):
             now.now = 1000.0 + number * 0.012
-            tell(StepTaken(1, number, 1000, 1.5, 64))
-            tell(TaskStarted(1, "train"))
-            tell(Message("other events count for nothing"))
+            emit(StepTaken(1, number, 1000, 1.5, 64))
+            emit(TaskStarted(1, "train"))
+            emit(Message("other events count for nothing"))
             until(lambda: not updates_under_way())
     assert [call[0] for call in calls] == ["create", "update"]
     assert calls[0][1:] == (41.7, "my-run-2-stage-1", "step 417 of 1000, loss 1.5000")
@@ -147,9 +147,9 @@ def test_the_progress_artifact_is_updated_by_time(tmp_path: Path, monkeypatch: p
     assert calls[1][2] == pytest.approx(83.4, abs=0.11)
 
     with artifacts.progress_artifact(stage):
-        tell(RowsCached(1, 2**20, 4 * 2**20))
+        emit(RowsCached(1, 2**20, 4 * 2**20))
         now.now += 60
-        tell(RowsCached(1, 3 * 2**20, 4 * 2**20))
+        emit(RowsCached(1, 3 * 2**20, 4 * 2**20))
     assert calls[-1] == ("create", 75.0, "my-run-2-stage-1", "cached 3.0 MiB of 4.0 MiB")
 
 
@@ -197,12 +197,12 @@ def test_progress_is_shown_by_time_and_ends_at_its_end(tmp_path: Path, monkeypat
     with artifacts.progress_artifact(stage):
         for number in range(1, 13):
             now.now += 1.0
-            tell(StepTaken(0, number, 12, 2.5, 64))
+            emit(StepTaken(0, number, 12, 2.5, 64))
             until(lambda: not updates_under_way())
     assert shown == [41.6, 83.3, 100.0]
     shown.clear()
     with artifacts.progress_artifact(stage):
-        tell(StepTaken(0, 12, 12, 2.5, 64))
+        emit(StepTaken(0, 12, 12, 2.5, 64))
     assert shown == []  # over before a page of it was worth one
 
 
@@ -224,7 +224,7 @@ def test_training_does_not_wait_for_a_server_that_is_away(tmp_path: Path, monkey
     with artifacts.progress_artifact(SimpleNamespace(config=tiny(tmp_path), index=0)):
         for number in range(1, 13):
             now.now += 6.0
-            tell(StepTaken(0, number, 12, 2.5, 64))
+            emit(StepTaken(0, number, 12, 2.5, 64))
         assert len(updates_under_way()) == 2  # the first, and the end behind it: none was begun in between
     assert shown == []
     back.set()
@@ -309,7 +309,7 @@ def test_no_bars_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) 
 def test_bars_show_stages_and_escape_names(tmp_path: Path) -> None:
     out = io.StringIO()
     bars = LiveBars(Console(file=out, width=150, force_terminal=True, color_system=None))
-    with bars.live, listening(bars):
+    with bars.live, subscribed(bars):
         grown(tiny(tmp_path, {"training.progressive.target_stacks": 2}), tmp_path / "a")
         bars(Message("[red]not markup[/red]"))
     text = out.getvalue()
@@ -350,6 +350,6 @@ def test_a_listener_that_fails_fails_the_run_where_it_stands(tmp_path: Path) -> 
         if isinstance(event, StageDone):
             raise RuntimeError("no room on the page")
 
-    with pytest.raises(RuntimeError, match="no room"), listening(listen):
+    with pytest.raises(RuntimeError, match="no room"), subscribed(listen):
         grown(tiny(tmp_path), tmp_path / "a", add=add_stage)
     assert grown(tiny(tmp_path), tmp_path / "a").made[0] == "build 1"

@@ -18,7 +18,7 @@ import torch
 from conftest import Recorder, tiny
 from test_modes import DEPTH, MODES, G
 
-from flows.run.events import StepTaken, listening, request_stop, stopping_on_signals
+from flows.run.events import StepTaken, request_stop, stopping_on_signals, subscribed
 from flows.run.job import Job
 from flows.run.stage import Stage
 from flows.run.training import train_live_part
@@ -54,7 +54,7 @@ def _rank(pipe: Connection, rank: int, store: str) -> None:
         kind = Shards if job.stage.plan.spec.mode == "joint" else Replicas
         recorder = Recorder()
         try:
-            with stopping_on_signals(), listening(recorder):
+            with stopping_on_signals(), subscribed(recorder):
                 if stop:
                     request_stop()
                 kept.append(kind(job.stage.device))
@@ -170,7 +170,7 @@ def test_a_request_to_one_process_stops_all(tmp_path: Path, reference: Any, pair
     assert (state.step, state.fingerprint["processes"]) == (1, COUNT)
     # From there, another number of processes goes on, and says that it is another.
     recorder = Recorder()
-    with listening(recorder):
+    with subscribed(recorder):
         records, weights = alone(stage_of(reference({}), {}, 0, 1), tmp_path / "two")
     assert recorder.messages[0] == "stage 0 goes on from its checkpoint at step 1"
     assert "made with another threads (2, now 1), processes (2, now 1)" in recorder.messages[1]
