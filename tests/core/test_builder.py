@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import stage_model
 from torch import Tensor, nn
 
 from stackwise_core.config.schema import Precision, StackWiseConfig
@@ -19,6 +18,7 @@ from stackwise_core.model.rack_builder import ProgressiveRackBuilder, create_sta
 from stackwise_core.stages import costs
 from stackwise_core.stages.resolve import ModelShape, resolve_shape
 from stackwise_core.stages.stages import GrowthOperator, StageSpec, resolve_stage
+from support.runs import stage_model
 
 SHAPE = ModelShape(vocab_size=264, d_model=16, n_heads=2, n_kv_heads=1, d_ff=24, causal=False)
 

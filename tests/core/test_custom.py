@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import folder_of, grown, manifests, tiny
 
 from stackwise_core.config.functions import load_function, source_digest
 from stackwise_core.config.schema import StackWiseConfig
@@ -17,6 +16,7 @@ from stackwise_core.stages.plan import RunPlan, plan_run
 from stackwise_core.stages.resolve import reads_examples
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
+from support.runs import folder_of, grown, manifests, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_config import LEAVES, configuration, faults_of, values_of
-from test_identity import CORPUS, ids
 
 from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.config.unused import _stages
@@ -14,6 +12,7 @@ from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.anatomy import stage_anatomy
 from stackwise_core.stages.plan import plan_run
+from support.configurations import CORPUS, LEAVES, configuration, faults_of, ids, values_of
 
 G = "training.progressive."
 CLM, CUSTOM = {f"{G}training_objective": "clm"}, {f"{G}training_objective": "custom"}

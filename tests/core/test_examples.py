@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +25,7 @@ from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.stages.plan import plan_run
 from stackwise_core.stages.resolve import reads_examples
 from storage.layout import Artifacts
+from support.runs import tiny
 
 PAD = 57
 FORM = ExampleFormat(seq_len=6, vocab_size=60, pad_token=PAD, targets_are_tokens=True)

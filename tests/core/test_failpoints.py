@@ -9,9 +9,9 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from operating import until
 
 from stackwise_core.failpoints import failpoint
+from support.operating import until
 
 
 @pytest.fixture

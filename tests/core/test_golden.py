@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import stage_model
 from torch import nn
 
 from stackwise_core.config.schema import StackWiseConfig
@@ -23,6 +22,7 @@ from stackwise_core.stages.stages import resolve_stage
 from stackwise_core.training.evaluate import judge_rack
 from stackwise_core.training.training import train_stack
 from stackwise_core.training.trunk import LiveTrunk, RowsFromTokens
+from support.runs import stage_model
 
 CONFIG = {
     "run": {"seed": 1},

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.stages.identity import NUMERICS, Kind, Recipe, Ref, canonical_json
 from stackwise_core.stages.plan import RunPlan, plan_run
+from support.configurations import CORPUS, KINDS, ids
 
-CORPUS = "0" * 64
 G = "training.progressive."
-KINDS: tuple[Kind, ...] = ("build", "trunk", "stack", "activations", "validation")
 
 
 def nested(settings: dict[str, Any]) -> dict[str, Any]:
@@ -30,16 +29,6 @@ def nested(settings: dict[str, Any]) -> dict[str, Any]:
 
 def plan(settings: dict[str, Any] | None = None, corpus: str = CORPUS) -> RunPlan:
     return plan_run(StackWiseConfig.from_dict(nested(settings or {})), corpus)
-
-
-def ids(run: RunPlan) -> dict[str, str]:
-    """Every id of a run: {"data": ..., "stack-1": ...}."""
-    found = {"data": run.data_ref.sha256}
-    for stage in run.stages:
-        for kind in KINDS:
-            if stage.recipe(kind) is not None:
-                found[f"{kind}-{stage.index}"] = stage.ref(kind).sha256
-    return found
 
 
 def changed(settings: dict[str, Any], base: dict[str, Any] | None = None) -> set[str]:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import grown, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -30,6 +29,7 @@ from stackwise_core.stages.plan import plan_run
 from stackwise_core.stages.resolve import reads_examples
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
+from support.runs import grown, tiny
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20), min_size=1)
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Recorder, digests, files_below, folder_of, grown, made_by_stages, manifests, subset, tiny
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -31,6 +30,7 @@ from stackwise_core.objectives.losses import batch_fields, loss_positions
 from stackwise_core.stages.resolve import resolve_mask, resolve_order, resolve_shape
 from storage.activations import fill
 from storage.errors import ArtifactCorruptError, StoreSpaceError
+from support.runs import Recorder, digests, files_below, folder_of, grown, made_by_stages, manifests, subset, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from conftest import folder_of, grown, manifests, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -33,6 +32,7 @@ from stackwise_core.training.channel_statistics import first_rows, output_statis
 from stackwise_core.training.stream_error import stored_error
 from stackwise_core.training.trainer import ProgressiveTrainer
 from storage.layout import Artifacts
+from support.runs import folder_of, grown, manifests, tiny
 
 T, D = 64, 256
 LARGEST = {"int8": 127.0, "fp8": 448.0}

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import grown, tiny, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -27,6 +26,7 @@ from stackwise_core.stages.plan import plan_run
 from stackwise_core.stages.resolve import resolve_mask
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
+from support.runs import grown, tiny, write_corpus
 
 BYTES = ByteTokenizer()
 TEXT = "Grow one stack, [MASK] it; then the next <|endoftext|> one. Naïve 日本 text\n\n  keeps its spaces."

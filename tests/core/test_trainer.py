@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import stage_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ from stackwise_core.training.training import (
     train_step,
 )
 from stackwise_core.training.trunk import LiveTrunk
+from support.runs import stage_model
 
 T, STEPS = 10, 7
 

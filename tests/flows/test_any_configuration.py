@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import grown, manifests, tiny_values, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.errors import ConfigError
+from support.runs import grown, manifests, tiny_values, write_corpus
 
 G = "training.progressive."
 PRECISIONS = ["full", "half", "bfloat16", "nvfp4", "qlora"]

@@ -10,10 +10,11 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from conftest import Run, tiny
-from fake_api import FakeApi, fake_api
 
 from flows.api import fault_of
+from support.commands import Run
+from support.fake_api import FakeApi, fake_api
+from support.runs import tiny
 
 
 @pytest.fixture

@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import (
-    Run,
+
+from flows.run import steps
+from flows.run.run import add_stage
+from storage.activations import fill
+from support.commands import Run
+from support.runs import (
     digests,
     files_below,
     folder_of,
@@ -26,10 +30,6 @@ from conftest import (
     tiny_values,
     write_corpus,
 )
-
-from flows.run import steps
-from flows.run.run import add_stage
-from storage.activations import fill
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 

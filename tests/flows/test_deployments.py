@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import tiny
 from prefect.utilities.callables import parameter_schema
 
 from flows.add_stack import add_stack, grown
@@ -19,6 +18,7 @@ from stackwise_core.errors import ConfigError, StackWiseError
 from stackwise_core.stages.plan import plan_run
 from storage.roots import artifacts_at
 from storage.runs import asking, begin_attempt
+from support.runs import tiny
 
 REPOSITORY = Path(__file__).parents[2]
 FILE: dict[str, Any] = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())

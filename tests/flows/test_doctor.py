@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
-from fake_api import FakeApi, fake_api
 
 from flows.cli import doctor
 from flows.operate import AUTOMATION
 from storage import file_systems
+from support.commands import Run
+from support.fake_api import FakeApi, fake_api
 
 
 @pytest.fixture(autouse=True)

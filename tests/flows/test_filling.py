@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import pickle
 import signal
@@ -20,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Recorder, digests, folder_of, grown, manifests, tiny
-from test_durable import ROOT
 
 from flows.run import fill as filling
 from flows.run.events import RowsCached, subscribed
@@ -31,6 +30,8 @@ from stackwise_core.errors import ConfigError, StageInterruptedError
 from storage.activations.fill import StoreRows
 from storage.activations.format import Group, GroupSpec
 from storage.activations.writer import ShardRange
+from support.disk import ROOT
+from support.runs import Recorder, digests, folder_of, grown, manifests, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk", "small_shards")
 
@@ -152,13 +153,12 @@ def test_workers_that_a_signal_to_all_reached_first_are_no_failure(
 def test_no_process_outlives_the_run_that_started_it(tmp_path: Path) -> None:
     """It would write into the folder of the next attempt. They hold our pipes: until all are gone, this waits."""
     code = (
-        "import sys; sys.path[:0] = 'tests', 'tests/flows', 'tests/storage';"
-        "from pathlib import Path; from flows.run.run import grow;"
-        "import test_filling as t; p = Path(sys.argv[1]);"
-        "grow(t.tiny(p, {**t.TWO, **t.PROCESSES}), str(p / 'a'))"
+        "import json, sys; sys.path.insert(0, 'tests');"
+        "from pathlib import Path; from flows.run.run import grow; from support.runs import tiny;"
+        "p = Path(sys.argv[1]); grow(tiny(p, json.loads(sys.argv[2])), str(p / 'a'))"
     )
     environment = {**os.environ, "STACKWISE_FAILPOINT": "cache:1:KILL"}
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    command = [sys.executable, "-c", code, str(tmp_path), json.dumps({**TWO, **PROCESSES})]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
@@ -292,7 +292,7 @@ def test_a_runner_that_is_not_there_is_told_before_anything_is_made(
 def test_a_task_runner_of_prefect_fills_the_same_store(
     runner: str, serial: Callable[..., Path], tmp_path: Path, prefect_api: str
 ) -> None:
-    from test_flow import run_flow
+    from support.flow_runs import run_flow
 
     if runner in ("dask", "ray"):
         pytest.importorskip(f"prefect_{runner}")
@@ -315,7 +315,7 @@ def test_a_task_runner_of_prefect_fills_the_same_store(
 def test_a_killed_process_of_prefect_is_the_same_message(
     serial: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_api: str
 ) -> None:
-    from test_flow import run_flow
+    from support.flow_runs import run_flow
 
     config = tiny(tmp_path, {**TWO, **PROCESSES, "run.name": "killed"})
     monkeypatch.setenv("STACKWISE_FAILPOINT", "fill:4:KILL")

@@ -9,15 +9,12 @@ import contextlib
 import json
 import logging
 import os
-import select
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import pytest
-from conftest import Recorder, digests, files_below, folder_of, manifests, tiny
 
 from flows.run.events import subscribed
 from flows.run.numbers import size
@@ -25,66 +22,14 @@ from stackwise_core.config.schema import StackOverride
 from stackwise_core.errors import NonFiniteLossError
 from stackwise_core.training import training
 from storage.errors import ArtifactCorruptError
+from support.flow_runs import FlowRun, run_flow
+from support.runs import Recorder, digests, files_below, folder_of, manifests, tiny
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("quick_disk", "prefect_api")]
 
 Reference = Callable[..., Path]
 TWO = {"training.progressive.target_stacks": 2}
 TASKS = ["build stack", "configure trunk of stack", "train stack", "cache activations of stack", "validate stack"]
-
-
-class FlowRun:
-    """What the API knows of a run of train-rack."""
-
-    def __init__(self, state: Any) -> None:
-        self.state = state
-        self.id: UUID = state.state_details.flow_run_id
-
-    @property
-    def name(self) -> str:
-        from prefect.client.orchestration import get_client
-
-        with get_client(sync_client=True) as client:
-            return client.read_flow_run(self.id).name
-
-    def stages(self) -> list[Any]:
-        from prefect.client.orchestration import get_client
-        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
-
-        mine = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[self.id]))
-        with get_client(sync_client=True) as client:
-            return sorted(client.read_flow_runs(flow_run_filter=mine), key=lambda run: run.name)
-
-    def tasks(self, count: int) -> dict[str, str]:
-        """Return {task run name: state name}; the server learns of task runs by events, a little later."""
-        from prefect.client.orchestration import get_client
-        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-
-        mine = FlowRunFilter(id=FlowRunFilterId(any_=[run.id for run in self.stages()]))
-
-        def read() -> dict[str, str]:
-            with get_client(sync_client=True) as client:
-                return {run.name: run.state_name or "" for run in client.read_task_runs(flow_run_filter=mine)}
-
-        def arrived(found: dict[str, str]) -> bool:
-            return len(found) >= count and not {"Pending", "Running"} & set(found.values())
-
-        return until(read, arrived)
-
-
-def until(read: Callable[[], Any], arrived: Callable[[Any], bool]) -> Any:
-    """Ask the server again until it knows; it takes a fraction of a second."""
-    for _ in range(300):
-        if arrived(found := read()):
-            return found
-        select.select([], [], [], 0.1)
-    raise AssertionError(f"the server still says {found}")
-
-
-def run_flow(config: Any, root: Path, **how: Any) -> FlowRun:
-    from flows.train_rack import train_rack
-
-    return FlowRun(train_rack(config, str(root), **how, return_state=True))
 
 
 @contextlib.contextmanager

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import digests, folder_of, grown, manifests, tiny
 from safetensors.torch import load_file
-from test_modes import DUAL, LORA, MODES, G, plan_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,6 +33,8 @@ from storage.checkpoints import load_embedding, load_head, load_stack, tensor_di
 from storage.errors import ArtifactCorruptError
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
+from support.modes import DUAL, LORA, MODES, G, plan_of
+from support.runs import digests, folder_of, grown, manifests, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 

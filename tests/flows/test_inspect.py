@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import folder_of, grown, tiny
 
 from flows.cli.main import main
 from flows.pages.markup import element, page, printable
@@ -30,6 +29,7 @@ from storage.layout import Artifacts
 from storage.manifest import FileEntry, make_manifest, read_manifest
 from storage.runs import find_run
 from storage.sequences import load_sequences
+from support.runs import folder_of, grown, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
 

@@ -6,117 +6,24 @@ Children are forked by a server that has imported torch already, and die at name
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import Recorder, digests, folder_of, grown, made_by_stages, manifests, subset, tiny
 
 from flows.cli.status import show_runs, show_stages
-from flows.run.events import Message, StepTaken, TaskStarted, subscribed
 from flows.run.numbers import size
-from flows.run.run import grow
 from flows.run.summary import summarise
-from stackwise_core.errors import StackWiseError
 from storage.layout import Artifacts
 from storage.runs import find_run
+from support.children import Child
+from support.runs import Recorder, digests, folder_of, grown, made_by_stages, manifests, subset, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
 Reference = Callable[..., Path]
-
-_SPAWN = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _preloaded() -> None:
-    # torch._dynamo: the first optimizer of a process imports it.
-    _SPAWN.set_forkserver_preload(["pytest", "_pytest.config", "torch._dynamo", "flows.run.run", "flows.cli.status"])
-
-
-def _child(pipe: Connection, folder: Path, root: Path, changes: dict[str, Any], failpoint: str, then: str) -> None:
-    """Grow as the command line would, telling the parent what was made and how it ended."""
-    if failpoint:
-        os.environ["STACKWISE_FAILPOINT"] = failpoint
-    os.fsync = lambda fd: None  # a kill loses no page cache
-
-    def listen(event: Any) -> None:
-        if isinstance(event, TaskStarted):
-            pipe.send(f"{event.task} {event.stage}")
-        elif isinstance(event, Message):
-            pipe.send(f"message: {event.text}")
-            if then == "twice" and event.text.startswith("stopping"):
-                os.kill(os.getpid(), signal.SIGTERM)
-        elif isinstance(event, StepTaken) and then == "tell":
-            pipe.send(f"step {event.step}")
-        elif isinstance(event, StepTaken) and event.step == 6 and then == "pause":
-            pipe.send("paused")
-            pipe.recv()
-
-    pipe.send("ready")
-    pipe.recv()
-    code = 0
-    try:
-        with subscribed(listen):
-            grow(tiny(folder, changes), str(root))
-    except StackWiseError as error:
-        pipe.send(f"error: {error}")
-        code = error.exit_code
-    pipe.close()
-    sys.exit(code)
-
-
-class Child:
-    """A process that grows a run."""
-
-    def __init__(
-        self, folder: Path, root: Path, changes: dict[str, Any] | None = None, failpoint: str = "", then: str = ""
-    ) -> None:
-        tiny(folder)  # the corpus is written here, or two children would write it at once
-        self.pipe, other = _SPAWN.Pipe()
-        arguments = (other, folder, root, changes or {}, failpoint, then)
-        self.process = _SPAWN.Process(target=_child, args=arguments, daemon=True)
-        self.process.start()
-        other.close()
-        self.said: list[str] = []
-        assert self.listen() == "ready"
-
-    def listen(self) -> str:
-        """Return the next thing it says; a child that says nothing for minutes hangs."""
-        if not self.pipe.poll(120):
-            self.process.kill()
-            raise AssertionError(f"it hangs; it said {self.said}")
-        return self.pipe.recv()
-
-    def go(self) -> Child:
-        self.pipe.send("go")
-        return self
-
-    def hear(self, text: str) -> None:
-        """Wait until it says this."""
-        while (line := self.listen()) != text:
-            self.said.append(line)
-        self.said.append(line)
-
-    def ended(self) -> int:
-        """Return its exit code (negative: the signal) after all it said was heard."""
-        try:
-            while True:
-                self.said.append(self.listen())
-        except (EOFError, ConnectionResetError):
-            self.process.join()
-        assert self.process.exitcode is not None
-        return self.process.exitcode
-
-    @property
-    def made(self) -> list[str]:
-        return [line for line in self.said if not line.startswith(("message:", "error:"))]
 
 
 EVERYTHING = ["prepare data -1", *made_by_stages(3)]

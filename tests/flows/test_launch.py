@@ -1,6 +1,6 @@
 """Real ranks under torchrun: what they train, what is heard of them, and that none outlives a flow that died.
 
-The flow runs in a child (`Child` of test_kills) wherever someone is killed.
+The flow runs in a child (`support.children`) wherever someone is killed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import digests, folder_of, grown, manifests, tiny
 from safetensors.torch import load_file
-from test_kills import Child
-from test_kills import _preloaded as _preloaded
-from test_ranks import COUNT, TOLERANCE, G
 
 from flows.run.events import StepTaken
 from storage.checkpoints import STACK
+from support.children import Child
+from support.modes import G
+from support.ranks import COUNT, TOLERANCE
+from support.runs import digests, folder_of, grown, manifests, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 

@@ -8,86 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import digests, folder_of, grown, manifests, tiny
 
 from stackwise_core.config.schema import StackWiseConfig
-from stackwise_core.data.packing import corpus_facts
 from stackwise_core.model.adapters import adapter_state
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.objectives.batches import PackedBatches
 from stackwise_core.stages import resolve
-from stackwise_core.stages.plan import RunPlan, plan_run
 from stackwise_core.stages.resolve import resolve_order
 from stackwise_core.training.trainer import ProgressiveTrainer
 from storage.checkpoints import load_channels, load_embedding, load_head, load_stack, load_tensors, tensor_digest
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
+from support.modes import MODES, QUANTISED_MODES, G, plan_of
+from support.runs import digests, folder_of, grown, manifests, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
-G = "training.progressive."
-LORA = {f"{G}qlora_rank": 4}
-DUAL = {f"{G}progressive_qlora": True, f"{G}progressive_qlora_rank": 2}
-DEPTH = {f"{G}training_objective": "mlm", f"{G}time_interpretation": "depth"}
-INPUT = {f"{G}training_objective": "mlm", f"{G}time_interpretation": "input", f"{G}num_time_steps": 10}
 
-MODES: dict[str, dict[str, Any]] = {
-    "append": {},
-    "prepend": {f"{G}building_mode": "prepend"},
-    "full": {f"{G}trunk_strategy": "full"},
-    "full prepend half": {
-        f"{G}trunk_strategy": "full",
-        f"{G}building_mode": "prepend",
-        f"{G}new_stack_precision": "half",
-    },
-    "qlora trunk": {f"{G}trunk_strategy": "qlora", f"{G}qlora_enabled": True, **LORA},
-    "qlora top": {
-        f"{G}trunk_strategy": "qlora",
-        f"{G}trunk_trainable_top": 1,
-        f"{G}qlora_enabled": True,
-        f"{G}target_stacks": 4,
-        **LORA,
-    },
-    "nf4": {f"{G}new_stack_precision": "qlora", **LORA},
-    "nf4 dual": {f"{G}new_stack_precision": "qlora", f"{G}trunk_strategy": "qlora", **LORA, **DUAL},
-    "nvfp4 top": {
-        f"{G}new_stack_precision": "nvfp4",
-        f"{G}trunk_strategy": "qlora",
-        f"{G}trunk_trainable_top": 1,
-        **DUAL,
-    },
-    "bfloat16": {f"{G}new_stack_precision": "bfloat16"},
-    "joint": {"training.joint_steps": 6},
-    "joint nf4": {"training.joint_steps": 6, f"{G}new_stack_precision": "qlora", **LORA, **DUAL},
-    "whole": {f"{G}enabled": False},
-    "whole nvfp4": {f"{G}enabled": False, f"{G}new_stack_precision": "nvfp4"},
-    "mixed": {
-        f"{G}stacks": [{}, {"mode": "prepend", "n_blocks": 2}, {"precision": "bfloat16", "steps": 8}, {}],
-        f"{G}target_stacks": 4,
-    },
-    "depth": DEPTH,
-    "depth prepend joint": {**DEPTH, f"{G}building_mode": "prepend", "training.joint_steps": 6},
-    "depth joint": {**DEPTH, "training.joint_steps": 6},
-    "input": INPUT,
-    "input per sequence": {**INPUT, "training.time_sampling": "per_sequence", f"{G}time_encoding_type": "learned"},
-    "elbo": {
-        **INPUT,
-        "training.time_sampling": "stratified",
-        "training.loss_weighting": "elbo",
-        "training.corruption": "mask",
-        f"{G}time_embedding_dim": 16,
-    },
-}
-QUANTISED_MODES = {
-    "blocks": {**INPUT, "training.shuffle_block": 3},
-    "int8": {"cache.dtype": "int8"},
-    "fp8": {"cache.dtype": "fp8"},
-    "int8 mlm": {"cache.dtype": "int8", f"{G}training_objective": "mlm"},
-    "fp8 depth": {"cache.dtype": "fp8", **DEPTH},
-    "int8 qlora top": {"cache.dtype": "int8", **MODES["qlora top"]},
-    "int8 mixed": {"cache.dtype": "int8", **MODES["mixed"]},
-}
-MODES |= QUANTISED_MODES
 CACHED = [
     "append",
     "qlora top",
@@ -103,10 +40,6 @@ CACHED = [
 ]
 
 Reference = Callable[..., Path]
-
-
-def plan_of(config: StackWiseConfig) -> RunPlan:
-    return plan_run(config, *corpus_facts(config.data.source))
 
 
 def final_parts(config: StackWiseConfig, root: Path) -> dict[str, str]:

@@ -10,9 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Run, digests, files_below, folder_of, grown, manifests, tiny
-from house import files_of, plan_of, pretend, put
-from test_durable import die_everywhere
 
 from flows.cli.move import copy
 from stackwise_core.errors import ConfigError
@@ -23,6 +20,10 @@ from storage.errors import ArtifactCorruptError, RunBusyError, StoreSpaceError
 from storage.layout import Artifacts, State
 from storage.manifest import MANIFEST, Manifest
 from storage.reach import pins
+from support.commands import Run
+from support.disk import die_everywhere
+from support.house import files_of, plan_of, pretend, put
+from support.runs import digests, files_below, folder_of, grown, manifests, tiny
 
 Reference = Callable[..., Path]
 
@@ -317,7 +318,7 @@ class Pushing:
 
 
 def test_killed_at_any_step_it_goes_on() -> None:
-    died = die_everywhere("test_moving", "Pushing")
+    died = die_everywhere(Pushing)
     assert died["rename"] >= 12
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
 
 from flows import operate
 from flows.api import ask, fault_of, is_registered, workers_alive
 from flows.operate import AUTOMATION, POOL, _register_pool
+from support.commands import Run
 
 REPOSITORY = Path(__file__).parents[2]
 _STACKWISE = [sys.executable, "-c", "import sys; from flows.cli.main import main; sys.exit(main())"]

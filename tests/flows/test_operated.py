@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import digests, folder_of, manifests, tiny_values, write_corpus
-from kills import Trial, each_once, kill_and_recover, places_of
-from operating import Site, until
+
+from support.kills import Trial, each_once, kill_and_recover, places_of
+from support.operating import Site, until
+from support.runs import digests, folder_of, manifests, tiny_values, write_corpus
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("quick_disk")]
 

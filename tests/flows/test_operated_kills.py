@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import digests
-from kills import Trial, kill_and_recover, places_of, shifted
-from operating import Site, until
-from test_faults import mounted
+
+from support.disk import mounted
+from support.kills import Trial, kill_and_recover, places_of, shifted
+from support.operating import Site, until
+from support.runs import digests
 
 pytestmark = [pytest.mark.flow, pytest.mark.slow, pytest.mark.usefixtures("quick_disk")]
 

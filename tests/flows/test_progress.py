@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import grown, tiny
 from rich.console import Console
 
 from flows.run import terminal
@@ -34,6 +33,7 @@ from flows.run.events import (
 from flows.run.numbers import clock, parameters, size
 from flows.run.run import add_stage
 from flows.run.terminal import LiveBars, PlainLines, showing
+from support.runs import grown, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 

@@ -6,104 +6,31 @@ itself, and processes that die, are in test_launch.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Generator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Recorder, tiny
-from test_modes import DEPTH, MODES, G
 
-from flows.run.events import StepTaken, request_stop, stopping_on_signals, subscribed
-from flows.run.job import Job
+from flows.run.events import subscribed
 from flows.run.stage import Stage
 from flows.run.training import train_live_part
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.config.schema import HardwareConfig
 from stackwise_core.data.packing import corpus_facts
-from stackwise_core.errors import ConfigError, NonFiniteLossError, StackWiseError, StageInterruptedError
+from stackwise_core.errors import ConfigError, NonFiniteLossError, StageInterruptedError
 from stackwise_core.training.hardware import threads_of_rank, use_hardware
 from storage.checkpoints import load_state
+from support.modes import DEPTH, MODES, G
+from support.ranks import COUNT, TOLERANCE, Pair
+from support.runs import Recorder, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
-
-COUNT = 2
-TOLERANCE = 5e-6
-"""Of weights of 0.02 and losses of 5: twelve steps of float32 sums in another order; 2e-6 was seen."""
-
-_FORKED = multiprocessing.get_context("forkserver")
-
-
-def _rank(pipe: Connection, rank: int, store: str) -> None:
-    """Train the shares of a rank, job after job."""
-    import torch.distributed as dist
-
-    from stackwise_core.training.distributed import Replicas, Shards
-
-    os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
-    os.fsync = lambda fd: None
-    dist.init_process_group("gloo", store=dist.FileStore(store, COUNT), rank=rank, world_size=COUNT)
-    kept: list[Any] = []  # see `join`
-    while (message := pipe.recv()) is not None:
-        text, stop = message
-        job = Job.model_validate_json(text)
-        kind = Shards if job.stage.plan.spec.mode == "joint" else Replicas
-        recorder = Recorder()
-        try:
-            with stopping_on_signals(), subscribed(recorder):
-                if stop:
-                    request_stop()
-                kept.append(kind(job.stage.device))
-                trained = train_live_part(job.stage, job.build, job.folder, kept[-1])
-            steps = [event.step for event in recorder.events if isinstance(event, StepTaken)]
-            pipe.send((trained.records, trained.attempt.frozen, steps))
-        except StackWiseError as error:
-            pipe.send(error)
-    os._exit(0)
-
-
-class Pair:
-    """Two processes that train together."""
-
-    def __init__(self, folder: Path) -> None:
-        self.pipes: list[Connection] = []
-        self.processes: list[Any] = []
-        for rank in range(COUNT):
-            mine, theirs = _FORKED.Pipe()
-            arguments = (theirs, rank, str(folder / "store"))
-            process = _FORKED.Process(target=_rank, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(mine)
-            self.processes.append(process)
-
-    def train(self, stage: Stage, folder: Path, stop: int = -1) -> list[Any]:
-        """Train a stage into a work folder; return what each rank came to. One may be asked to `stop`."""
-        build = stage.plan.ref("build") if stage.plan.build else None
-        for rank, pipe in enumerate(self.pipes):
-            pipe.send((Job(stage=stage, build=build, folder=folder).model_dump_json(), rank == stop))
-        found: list[Any] = []
-        for pipe in self.pipes:
-            assert pipe.poll(300), "a rank hangs"
-            found.append(pipe.recv())
-        return found
-
-    def end(self) -> None:
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
-            pipe.send(None)
-            process.join(20)
-            process.kill()
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Generator[Pair]:
-    _FORKED.set_forkserver_preload(
-        ["pytest", "torch._dynamo", "flows.run.training", "stackwise_core.training.distributed"]
-    )
     pair = Pair(tmp_path_factory.mktemp("pair"))
     yield pair
     pair.end()

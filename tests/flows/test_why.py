@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Run, tiny, tiny_values, write_corpus
-from house import CORPUS, pretend
 
 from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
@@ -19,6 +17,9 @@ from stackwise_core.stages.identity import Kind
 from stackwise_core.stages.plan import RunPlan, plan_run
 from storage.differences import Recipes, known_recipes
 from storage.layout import Artifacts
+from support.commands import Run
+from support.house import CORPUS, pretend
+from support.runs import tiny, tiny_values, write_corpus
 
 G = "training.progressive."
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import grown, manifests, write_corpus
 
 from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.data.packing import corpus_facts
@@ -25,6 +24,7 @@ from stackwise_core.stages.resolve import reads_examples
 from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
+from support.runs import grown, manifests, write_corpus
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from compose import DOCKER, ROOT, copied, environment_of, instructions, read
 from compose_spec import PyCompose
 
 from flows.cli.main import _parser
+from support.compose import DOCKER, ROOT, copied, environment_of, instructions, read
 
 SET = {"POSTGRES_PASSWORD": "f00ba4"}
 FLOWS = ("worker", "cli")

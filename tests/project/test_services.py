@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compose import ROOT, copied, environment_of, instructions, read
-from conftest import tiny
 
 from benchmarks.postgres import end, free_port, postgres, programs
+from support.compose import ROOT, copied, environment_of, instructions, read
+from support.runs import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.flow]
 

@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import stage_model
 from safetensors.torch import save
-from test_durable import die_everywhere
 from torch import Tensor
 
 from stackwise_core.config.schema import StackWiseConfig
@@ -44,6 +42,8 @@ from storage.checkpoints import (
 from storage.durable import remove_temporaries
 from storage.errors import ArtifactCorruptError, ArtifactError, StoreSpaceError
 from storage.layout import SCRATCH, Artifacts
+from support.disk import die_everywhere
+from support.runs import stage_model
 
 
 def configuration(**model: Any) -> StackWiseConfig:
@@ -230,7 +230,7 @@ class SaveState:
 
 
 def test_a_kill_leaves_the_old_checkpoint_or_the_new_one() -> None:
-    died = die_everywhere("test_checkpoints", "SaveState")
+    died = die_everywhere(SaveState)
     assert (died["rename"], died["write"], died["fsync"]) == (2, 2, 4)
 
 

@@ -1,25 +1,13 @@
-"""Durable files: after a kill or a failed call at any step, the old file or the new one, whole.
-
-`die_everywhere` kills a real process (SIGKILL) before every step by which it changes a folder, one process for
-each step, and has the folder checked after each kill. Other test files use it too.
-"""
+"""Durable files: after a kill or a failed call at any step, the complete old file or the complete new one."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import importlib
 import os
-import pathlib
 import shutil
-import signal
 import subprocess
-import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,129 +24,15 @@ from storage.durable import (
     write_text,
 )
 from storage.errors import StoreSpaceError
-
-ROOT = Path(__file__).parents[2]
+from support.disk import ROOT, Story, die_everywhere, recorded
 
 # ---------------------------------------------------------------- killing a process before every step
 
 
-class Story(Protocol):
-    """Something a process does to a folder, and what must hold wherever it was killed."""
-
-    @staticmethod
-    def prepare(folder: Path) -> None:
-        """Set the scene."""
-        ...
-
-    @staticmethod
-    def act(folder: Path) -> None:
-        """What is killed."""
-        ...
-
-    @staticmethod
-    def check(folder: Path, finished: bool) -> None:
-        """What holds afterwards; `finished` if it was not killed."""
-        ...
-
-
-def die_everywhere(module: str, story: str) -> Counter[str]:
-    """Tell a story in a process of its own, killing it before its first step, its second, and so on to its last.
-
-    Returns:
-        The steps it was killed at: how often each kind.
-    """
-    # A kill loses nothing that was written, so a file system in memory shows as much as a disk, and sooner.
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        code = "import sys; sys.path[:0] = 'tests', 'tests/storage'; import test_durable as t;"
-        code += f"t.tell{module, story, folder}"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return Counter(done.stdout.split())
-
-
-def tell(module: str, name: str, folder: str) -> None:
-    """Run in a fresh process, which has no threads and may therefore fork."""
-    story: Story = getattr(importlib.import_module(module), name)
-    finished, point = False, 0
-    while not finished:
-        point += 1
-        here = Path(folder, str(point))
-        here.mkdir(parents=True)
-        story.prepare(here)
-        steps, status = _killed_at(point, lambda: story.act(here), here)  # noqa: B023
-        finished = status == 0
-        if not finished:
-            assert os.WIFSIGNALED(status), f"the act failed: {status}"
-            print(steps[-1])
-        try:
-            story.check(here, finished)
-        except BaseException as error:
-            what = "at its end" if finished else f"killed at step {point}: {steps[-1]}, after {steps[:-1]}"
-            raise AssertionError(f"{name}, {what}: left {sorted(map(str, here.rglob('*')))}") from error
-        shutil.rmtree(here)
-
-
-def _killed_at(point: int, act: Callable[[], None], folder: Path) -> tuple[list[str], int]:
-    """Fork a process that dies before its step number `point`; return its steps and exit status."""
-    out, into = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        with contextlib.suppress(BaseException):
-            _hook(point, folder, into)
-            act()
-            code = 0
-        os._exit(code)
-    os.close(into)
-    with os.fdopen(out) as told:
-        steps = told.read().split()
-    return steps, os.waitpid(pid, 0)[1]
-
-
-def _hook(point: int, folder: Path, told: int) -> None:
-    """Count every open for writing, rename, remove, write and fsync in the folder, and die before one of them."""
-    write, fsync = os.write, os.fsync
-    n_steps = 0
-
-    def step(kind: str, before: Callable[[], Any] = lambda: None) -> None:
-        nonlocal n_steps
-        n_steps += 1
-        write(told, f"{kind}\n".encode())
-        if n_steps == point:
-            before()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def on_event(event: str, args: tuple[Any, ...]) -> None:
-        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
-        if changes or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-            # A path without a folder is relative to a descriptor: shutil.rmtree works like that.
-            path = os.fspath(args[0]) if isinstance(args[0], (str, os.PathLike)) else "/"
-            if not path.startswith("/") or f"{path}/".startswith(f"{folder}/"):
-                step(event.removeprefix("os."))
-
-    def half_write(fd: int, data: Any) -> int:
-        step("write", lambda: write(fd, data[: len(data) // 2]))
-        return write(fd, data)
-
-    def counted_fsync(fd: int) -> None:
-        step("fsync")
-        fsync(fd)
-
-    def half_write_bytes(path: Path, data: bytes) -> int:
-        with path.open("wb", buffering=0) as file:
-            return half_write(file.fileno(), data)
-
-    os.write, os.fsync = half_write, counted_fsync
-    pathlib.Path.write_bytes = half_write_bytes  # type: ignore[method-assign]
-    pathlib.Path.write_text = lambda path, text: half_write_bytes(path, text.encode())  # type: ignore
-    sys.addaudithook(on_event)
-
-
 def test_the_killer_kills_before_every_step() -> None:
-    assert die_everywhere("test_durable", "TwoFiles") == {"open": 2, "write": 2, "fsync": 1, "rename": 1}
+    assert die_everywhere(TwoFiles) == {"open": 2, "write": 2, "fsync": 1, "rename": 1}
     with pytest.raises(AssertionError, match="killed at step 5: rename"):
-        die_everywhere("test_durable", "AsIfRenamed")
+        die_everywhere(AsIfRenamed)
 
 
 class TwoFiles:
@@ -228,9 +102,9 @@ class Replace(Create):
         assert [p.name for p in folder.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("story", ["Create", "Replace"])
-def test_a_kill_leaves_the_old_file_or_the_new_one(story: str) -> None:
-    died = die_everywhere("test_durable", story)
+@pytest.mark.parametrize("story", [Create, Replace])
+def test_a_kill_leaves_the_old_file_or_the_new_one(story: type[Story]) -> None:
+    died = die_everywhere(story)
     assert died == {"open": 1, "write": 1, "fsync": 2, "rename": 1}
 
 
@@ -285,31 +159,6 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "text").read_text(encoding="utf-8") == "ä" * 20
     write_bytes(tmp_path / "empty", b"")
     assert (tmp_path / "empty").read_bytes() == b""
-
-
-@contextlib.contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
-    """List (what, path) of every flush and rename."""
-    seen: list[tuple[str, str]] = []
-    fsync, rename, replace = os.fsync, os.rename, os.replace
-
-    def on_fsync(fd: int) -> None:
-        seen.append(("fsync", os.readlink(f"/proc/self/fd/{fd}")))
-        fsync(fd)
-
-    def on_rename(source: Any, target: Any) -> None:
-        seen.append(("rename", str(target)))
-        rename(source, target)
-
-    def on_replace(source: Any, target: Any) -> None:
-        seen.append(("rename", str(target)))
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", on_fsync)
-        patch.setattr(os, "rename", on_rename)
-        patch.setattr(os, "replace", on_replace)
-        yield seen
 
 
 def test_bytes_reach_the_disk_before_the_name_and_the_name_before_the_return(
@@ -418,14 +267,14 @@ class ReplaceFolderUnsettled(ReplaceFolder):
 
 
 def test_a_kill_leaves_the_old_folder_or_the_new_one() -> None:
-    died = die_everywhere("test_durable", "ReplaceFolder")
+    died = die_everywhere(ReplaceFolder)
     assert died["rename"] == 2
     assert died["write"] == 2
     assert died["remove"] == 2  # the old files, once the new ones are in place
 
 
 def test_a_folder_is_replaced_even_if_a_kill_left_the_one_before_aside() -> None:
-    die_everywhere("test_durable", "ReplaceFolderUnsettled")
+    die_everywhere(ReplaceFolderUnsettled)
 
 
 def test_the_first_folder_and_its_flushes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

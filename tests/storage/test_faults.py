@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import random
-import shutil
 import subprocess
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import digests, grown, tiny
-from test_fill import Source, content, fill, pairs, value
 
 from storage.activations.reader import StoreReader
 from storage.errors import ArtifactsFolderError, StoreSpaceError
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, options: str) -> Generator[None]:
-    """A file system in memory, of a size or of a kind that one can fill."""
-    folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a file system")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+from support.disk import mounted
+from support.fill import Source, content, fill, pairs, value
+from support.runs import digests, grown, tiny
 
 
 def remount(folder: Path, options: str) -> None:

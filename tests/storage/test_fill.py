@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -18,75 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_durable import ROOT
 from torch import Tensor
 
-from stackwise_core.data.masks import VALIDATION_VIEW, IntArray
+from stackwise_core.data.masks import IntArray
 from stackwise_core.errors import StageInterruptedError
 from storage.activations import fill as fill_module
 from storage.activations.fill import StoreRows, fill_store
-from storage.activations.format import Group, GroupSpec
 from storage.activations.reader import StoreReader
 from storage.activations.writer import ShardRange, StoreWriter
 from storage.errors import StoreSpaceError
-
-T, D, N = 3, 4, 50
-FIRST_VALIDATION_ID = 1 << 40
-
-
-class SmallShards(StoreRows):
-    """Rows in shards of five, two to a chunk, where a real store would put all of these in one."""
-
-    def spec(self, group: Group) -> GroupSpec:
-        spec = super().spec(group)
-        return dataclasses.replace(spec, chunk_bytes=2 * spec.row_bytes, shard_bytes=6 * spec.row_bytes)
-
-
-def rows_to_store(dtype: str = "bfloat16") -> StoreRows:
-    """Two views of 50 sequences, but not every pair; five validation sequences. Ten shards."""
-    ids = np.concatenate([np.arange(N), np.arange(3)]).astype(np.int64)
-    views = np.repeat([0, 1], [N, 3]).astype(np.int64)
-    validation = FIRST_VALIDATION_ID + np.arange(5, dtype=np.int64)
-    return SmallShards(ids, views, validation, T, D, dtype, {"id": "x"})
-
-
-def value(sequence_id: int, view: int, dtype: torch.dtype) -> Tensor:
-    """A row that depends on its sequence and its view, and on nothing else: [T, D]."""
-    generator = torch.Generator().manual_seed(sequence_id * 7 + view + 1)
-    return torch.randn(T, D, generator=generator).to(dtype)
-
-
-class Source:
-    """Has every row, and remembers what it was asked for."""
-
-    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.dtype = dtype
-        self.asked: list[tuple[int, int]] = []
-        self.sizes: list[int] = []
-
-    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
-        self.asked += [(int(sequence_id), view) for sequence_id in sequence_ids]
-        self.sizes.append(len(sequence_ids))
-        return torch.stack([value(int(sequence_id), view, self.dtype) for sequence_id in sequence_ids])
-
-
-def fill(folder: Path, source: Source, n_shards: int | None = None, **changes: Any) -> Any:
-    """Fill, and stop after `n_shards` if they are given; changes are of the rows."""
-    told: list[tuple[int, int]] = []
-    rows = dataclasses.replace(rows_to_store(), **changes)
-    result = fill_store(folder, rows, source, lambda *n: told.append(n), lambda: len(told) - 1 == n_shards)
-    return (*result, told)
-
-
-def pairs() -> list[tuple[int, int]]:
-    rows = rows_to_store()
-    train = list(zip(rows.sequence_ids.tolist(), rows.views.tolist(), strict=True))
-    return train + [(int(sequence_id), VALIDATION_VIEW) for sequence_id in rows.validation_ids]
-
-
-def content(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+from support.disk import ROOT
+from support.fill import D, N, Source, T, content, fill, pairs, rows_to_store, value
 
 
 @pytest.fixture(autouse=True)
@@ -213,9 +154,9 @@ def test_a_stop_at_every_shard_ends_with_the_same_bytes(uninterrupted: Any, tmp_
 
 def test_killed_and_resumed_it_has_the_same_bytes(uninterrupted: Any, tmp_path: Path) -> None:
     code = (
-        "import sys; sys.path[:0] = 'tests', 'tests/storage'; from pathlib import Path;"
-        "import test_fill as t;"
-        "t.fill(Path(sys.argv[1]), t.Source())"
+        "import sys; sys.path.insert(0, 'tests'); from pathlib import Path;"
+        "from support.fill import Source, fill;"
+        "fill(Path(sys.argv[1]), Source())"
     )
     environment = {**os.environ, "STACKWISE_FAILPOINT": "cache:2:KILL"}
     command = [sys.executable, "-c", code, str(tmp_path)]

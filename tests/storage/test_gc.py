@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from conftest import Run, digests, folder_of, grown, tiny
-from house import files_of, freeable, on_disk, plan_of, pretend, put
-from test_durable import ROOT, die_everywhere
 
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.identity import Kind
@@ -27,6 +24,10 @@ from storage.layout import Artifacts, State
 from storage.manifest import MANIFEST
 from storage.reach import pin, unpin
 from storage.runs import run_names
+from support.commands import Run
+from support.disk import ROOT, die_everywhere
+from support.house import files_of, freeable, on_disk, plan_of, pretend, put
+from support.runs import digests, folder_of, grown, tiny
 
 MORE: dict[str, Any] = {"training": {"progressive": {"stacks": [{}, {}, {"n_blocks": 1}]}}}
 """Another last stage: what lies below it is shared."""
@@ -49,7 +50,7 @@ from storage.layout import Artifacts
 from storage.locks import no_wait
 from storage.runs import begin_attempt
 sys.path.insert(0, "tests")
-from house import plan_of
+from support.house import plan_of
 
 artifacts = Artifacts(sys.argv[1])
 with alone(artifacts) if sys.argv[2] == "gc" else begin_attempt(artifacts, *plan_of("live"), no_wait):
@@ -433,7 +434,7 @@ class Collecting:
 
 
 def test_killed_at_any_step_the_next_gc_mends_it() -> None:
-    died = die_everywhere("test_gc", "Collecting")
+    died = die_everywhere(Collecting)
     assert died["rename"] >= 6
     assert died["remove"] >= 10
 

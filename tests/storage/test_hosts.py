@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ALL_OF, tiny
-from network import HERE, Host, network, why_not
-from operating import Site
-from s3_server import environment, objects, serving
+
+from support.network import HERE, Host, network, why_not
+from support.operating import Site
+from support.runs import ALL_OF, tiny
+from support.s3_server import environment, objects, serving
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +28,7 @@ Reference = Callable[..., Path]
 _GROW = (
     "import json, os, socket, sys; os.fsync = lambda fd: None\n"
     "sys.path.insert(0, sys.argv[1])\n"
-    "from conftest import grown\n"
+    "from support.runs import grown\n"
     "from stackwise_core.config.schema import StackWiseConfig\n"
     "import flows.run.run, flows.run.steps\n"
     "print(socket.gethostname(), flush=True)\n"

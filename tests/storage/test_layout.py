@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_durable import ROOT, die_everywhere
 
-from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.stages.identity import Ref
-from stackwise_core.stages.plan import plan_run
 from storage import layout
 from storage.errors import (
     ArtifactCorruptError,
@@ -29,27 +26,8 @@ from storage.errors import (
 from storage.layout import FOLDERS, SCRATCH, Artifacts, State
 from storage.manifest import MANIFEST, RETIRED, InputEntry, Manifest
 from storage.roots import artifacts_at
-
-PLAN = plan_run(StackWiseConfig(), "00" * 32)
-STAGE = PLAN.stages[1]
-REF = STAGE.ref("stack")
-CONTENT = {"stack.safetensors": b"weights " * 9, "sub/deep/head.safetensors": b"head", "empty": b""}
-OTHER_CONTENT = {"stack.safetensors": b"other weights", "fresh": b"x"}
-LOG = {"metrics.jsonl": b'{"seconds": 1}\n'}
-
-
-def fill_work(artifacts: Artifacts, files: dict[str, bytes], ref: Ref = REF) -> Path:
-    work = artifacts.work(ref)
-    for name, data in files.items():
-        (work / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).write_bytes(data)
-    return work
-
-
-def seal(artifacts: Artifacts, files: dict[str, bytes] = CONTENT, logs: dict[str, bytes] = LOG) -> Manifest:
-    fill_work(artifacts, {**files, **logs})
-    inputs = (InputEntry(ref=PLAN.data_ref, digest="d" * 64),)
-    return artifacts.seal(REF, STAGE.stack, inputs, {"steps": 3}, {"torch": "x"}, records=tuple(logs))
+from support.artifacts import CONTENT, LOG, OTHER_CONTENT, PLAN, REF, STAGE, fill_work, seal
+from support.disk import ROOT, Story, die_everywhere
 
 
 def content(folder: Path, *without: str) -> dict[str, bytes]:
@@ -533,25 +511,25 @@ class Quarantine:
 @pytest.mark.parametrize(
     ("story", "least"),
     [
-        ("Seal", {"rename": 2, "fsync": 10, "write": 1}),
-        ("SealOverLitter", {"rename": 3, "fsync": 11, "rmdir": 2}),
-        ("SealAgain", {"rename": 2, "fsync": 10, "remove": 5}),
-        ("SealAnother", {"rename": 3, "fsync": 9, "remove": 5}),
-        ("Retire", {"rename": 5, "remove": 4}),
-        ("Quarantine", {"rename": 2, "fsync": 4}),
+        (Seal, {"rename": 2, "fsync": 10, "write": 1}),
+        (SealOverLitter, {"rename": 3, "fsync": 11, "rmdir": 2}),
+        (SealAgain, {"rename": 2, "fsync": 10, "remove": 5}),
+        (SealAnother, {"rename": 3, "fsync": 9, "remove": 5}),
+        (Retire, {"rename": 5, "remove": 4}),
+        (Quarantine, {"rename": 2, "fsync": 4}),
     ],
 )
-def test_killed_at_any_step_it_is_sealed_whole_or_can_be_made_again(story: str, least: dict[str, int]) -> None:
-    died = die_everywhere("test_layout", story)
+def test_killed_at_any_step_it_is_sealed_whole_or_can_be_made_again(story: type[Story], least: dict[str, int]) -> None:
+    died = die_everywhere(story)
     assert {kind: died[kind] for kind in least if died[kind] < least[kind]} == {}, died
 
 
 def test_killed_while_retiring_it_is_still_as_sealed() -> None:
-    die_everywhere("test_layout", "RetireStaysChecked")
+    die_everywhere(RetireStaysChecked)
 
 
 def test_trash_of_a_killed_process_is_emptied() -> None:
-    die_everywhere("test_layout", "RetireLeavesNoTrash")
+    die_everywhere(RetireLeavesNoTrash)
 
 
 @pytest.mark.parametrize("what", ["a folder", "a file"])
@@ -577,8 +555,8 @@ def test_the_failpoint_kills_between_manifest_and_rename(artifacts: Artifacts, m
         monkeypatch.setenv("STACKWISE_FAILPOINT", elsewhere)
         seal(artifacts)  # this very process goes on
         artifacts.discard(REF)
-    code = "import sys; sys.path[:0] = 'tests', 'tests/storage'; import test_layout as t;"
-    code += "t.seal(t.Artifacts(sys.argv[1]))"
+    code = "import sys; sys.path.insert(0, 'tests');"
+    code += "from support.artifacts import Artifacts, seal; seal(Artifacts(sys.argv[1]))"
     monkeypatch.setenv("STACKWISE_FAILPOINT", "promote-stack:1:KILL")
     done = subprocess.run([sys.executable, "-c", code, str(artifacts.root)], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL

@@ -13,11 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from test_durable import ROOT
 
 from stackwise_core.errors import StageInterruptedError
 from storage import locks
 from storage.locks import FileLock
+from support.disk import ROOT
 
 HOLD = """
 import sys

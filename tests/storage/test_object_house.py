@@ -12,10 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
-from house import files_of, plan_of, pretend
-from s3_server import delete, objects, put
-from test_objects import on
 
 from stackwise_core.errors import ConfigError
 from storage.collect import collect, plan_collection
@@ -27,6 +23,9 @@ from storage.objects import looks
 from storage.objects.bucket import Bucket
 from storage.reach import pin, unpin
 from storage.runs import begin_attempt, run_names
+from support.commands import Run
+from support.house import files_of, plan_of, pretend
+from support.s3_server import delete, objects, on, put
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 

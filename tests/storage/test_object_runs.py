@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import digests, grown, made_by_stages, tiny
-from s3_server import KEY, SECRET, copy_bucket, delete, machine, objects, put, scratch_root
 
 from flows.cli import main as cli
 from storage.errors import ArtifactCorruptError, RunBusyError
 from storage.objects.bucket import Bucket
 from storage.roots import artifacts_at
+from support.runs import digests, grown, made_by_stages, tiny
+from support.s3_server import KEY, SECRET, copy_bucket, delete, machine, objects, put, scratch_root
 
 pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
 
@@ -98,7 +98,7 @@ def test_a_stage_trains_on_rows_that_come_by_ranges(copy: str, first: tuple[str,
 _GROW = (
     "import os, sys; os.fsync = lambda fd: None\n"
     "sys.path.insert(0, sys.argv[3])\n"
-    "from pathlib import Path\nfrom conftest import grown, tiny\n"
+    "from pathlib import Path\nfrom support.runs import grown, tiny\n"
     "grown(tiny(Path(sys.argv[1]), {'training.progressive.target_stacks': 1}), sys.argv[2])\n"
 )
 

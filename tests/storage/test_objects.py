@@ -19,9 +19,6 @@ import obstore
 import pytest
 import torch
 import zarr
-from s3_server import KEY, SECRET, Cable, copy_bucket, delete, environment, machine, objects, put
-from test_activation_store import same_bits, small_store
-from test_layout import CONTENT, LOG, OTHER_CONTENT, PLAN, REF, STAGE, fill_work
 
 from stackwise_core.errors import StageInterruptedError
 from storage.errors import (
@@ -37,9 +34,11 @@ from storage.manifest import InputEntry, Manifest
 from storage.objects import bucket as bucket_module
 from storage.objects import lease, looks
 from storage.objects.bucket import Bucket
-from storage.objects.remote import RemoteArtifacts
 from storage.roots import artifacts_at
 from storage.stores import open_store
+from support.artifacts import CONTENT, LOG, OTHER_CONTENT, PLAN, REF, STAGE, fill_work
+from support.s3_server import KEY, SECRET, Cable, copy_bucket, delete, environment, machine, objects, on, put
+from support.stores import same_bits, small_store
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -50,14 +49,6 @@ STORE = PLAN.stages[0].ref("activations")
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look is a fresh one: the machines of a test are quicker than a second."""
     monkeypatch.setattr(looks, "FRESH_SECONDS", 0.0)
-
-
-def on(scratch: Path, uri: str) -> RemoteArtifacts:
-    """Return the artifacts as a machine with this scratch folder opens them."""
-    with machine(scratch):
-        artifacts = artifacts_at(uri)
-    assert isinstance(artifacts, RemoteArtifacts)
-    return artifacts.open()
 
 
 def seal(artifacts: Artifacts, files: dict[str, bytes] = CONTENT, facts: Any = None) -> Manifest:

@@ -7,12 +7,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from house import files_of, on_disk, pretend
-from test_durable import die_everywhere
 
 from storage.layout import Artifacts, State
 from storage.quarantine import find_quarantined, release
+from support.commands import Run
+from support.disk import die_everywhere
+from support.house import files_of, on_disk, pretend
 
 
 @pytest.fixture(autouse=True)
@@ -118,4 +118,4 @@ class Releasing:
 
 
 def test_killed_at_any_step_it_can_be_released_again() -> None:
-    assert die_everywhere("test_quarantine", "Releasing")["rename"] >= 2
+    assert die_everywhere(Releasing)["rename"] >= 2

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_durable import ROOT, die_everywhere, recorded
 
 from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.errors import ConfigError, CorpusError, StageInterruptedError
@@ -22,6 +21,7 @@ from storage.errors import ArtifactCorruptError, RunBusyError, StoreSpaceError
 from storage.layout import Artifacts, State
 from storage.locks import no_wait
 from storage.runs import Attempt, attempts, begin_attempt, find_run, is_live, retire_unless_read, run_names
+from support.disk import ROOT, die_everywhere, recorded
 
 CORPUS, OTHER_CORPUS = "00" * 32, "11" * 32
 
@@ -191,7 +191,7 @@ class Begin:
 
 
 def test_killed_at_any_step_an_attempt_is_whole_or_never_was() -> None:
-    died = die_everywhere("test_runs", "Begin")
+    died = die_everywhere(Begin)
     assert died["rename"] >= 4
     assert died["write"] >= 5
 

@@ -173,3 +173,14 @@ def copy_bucket(uri: str, to: str) -> str:
     for name, data in objects(uri).items():
         put(to, name, data)
     return to
+
+
+def on(scratch: Path, uri: str) -> Any:
+    """Return the artifacts as a machine with this scratch folder opens them."""
+    from storage.objects.remote import RemoteArtifacts
+    from storage.roots import artifacts_at
+
+    with machine(scratch):
+        artifacts = artifacts_at(uri)
+    assert isinstance(artifacts, RemoteArtifacts)
+    return artifacts.open()

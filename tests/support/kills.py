@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import digests, folder_of, manifests, tiny_values, write_corpus
-from operating import TERMINAL, Site, until, wait_until_gone
+
+from support.operating import TERMINAL, Site, until, wait_until_gone
+from support.runs import digests, folder_of, manifests, tiny_values, write_corpus
 
 Reference = Callable[..., Path]
 Note = Callable[[str, object], None]

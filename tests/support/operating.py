@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 POOL = "stackwise"
 TERMINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 

@@ -1,0 +1,32 @@
+"""One stack artifact of a plan, with content and a log, to be sealed without training anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.stages.identity import Ref
+from stackwise_core.stages.plan import plan_run
+from storage.layout import Artifacts
+from storage.manifest import InputEntry, Manifest
+
+PLAN = plan_run(StackWiseConfig(), "00" * 32)
+STAGE = PLAN.stages[1]
+REF = STAGE.ref("stack")
+CONTENT = {"stack.safetensors": b"weights " * 9, "sub/deep/head.safetensors": b"head", "empty": b""}
+OTHER_CONTENT = {"stack.safetensors": b"other weights", "fresh": b"x"}
+LOG = {"metrics.jsonl": b'{"seconds": 1}\n'}
+
+
+def fill_work(artifacts: Artifacts, files: dict[str, bytes], ref: Ref = REF) -> Path:
+    work = artifacts.work(ref)
+    for name, data in files.items():
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_bytes(data)
+    return work
+
+
+def seal(artifacts: Artifacts, files: dict[str, bytes] = CONTENT, logs: dict[str, bytes] = LOG) -> Manifest:
+    fill_work(artifacts, {**files, **logs})
+    inputs = (InputEntry(ref=PLAN.data_ref, digest="d" * 64),)
+    return artifacts.seal(REF, STAGE.stack, inputs, {"steps": 3}, {"torch": "x"}, records=tuple(logs))
