@@ -1,0 +1,29 @@
+"""The code does what it did when the snapshot was written: ids, bits, numbers, documents and exit codes."""
+
+from __future__ import annotations
+
+import pytest
+from snapshot import PARTS, SLOW, differences, made_on, read_fixture
+
+pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
+
+FIXTURE = read_fixture()
+PARAMETERS = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in PARTS]
+SAME_NUMERICS = FIXTURE["made on"] == made_on()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_what_it_does_is_what_it_did(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    found = differences(FIXTURE[name], PARTS[name](), same_numerics=SAME_NUMERICS)
+    if found:
+        listed = "\n".join(found[:12])
+        pytest.fail(
+            f"{name}: {len(found)} places differ from the snapshot, the first of them\n{listed}\n"
+            "If that is meant, write it anew as tests/snapshot.py says, and commit its diff.",
+            pytrace=False,
+        )
+
+
+def test_nothing_else_is_in_the_fixture() -> None:
+    assert FIXTURE.keys() == {"made on", *PARTS}
