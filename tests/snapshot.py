@@ -27,7 +27,7 @@ import yaml
 
 # All that is imported of what is tested: whoever moves these adapts this place alone.
 from flows.cli.main import main
-from flows.run.events import listening
+from flows.run.events import subscribed
 from flows.run.run import grow
 from stackwise_core.config.schema import StackWiseConfig
 from stackwise_core.errors import StackWiseError
@@ -197,7 +197,7 @@ def newest(found: dict[str, Any], kind: str) -> str:
 def told_by(config: Path, **how: Any) -> list[Any]:
     """Grow by plain calls and return what was told, without what manifests say too."""
     events: list[Any] = []
-    with listening(events.append):
+    with subscribed(events.append):
         try:
             grow(StackWiseConfig.from_yaml(config), "artifacts", **how)
         except StackWiseError as error:
