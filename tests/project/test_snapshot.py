@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from snapshot import PARTS, SLOW, differences, made_on, read_fixture
 
 pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
