@@ -185,7 +185,7 @@ def test_what_a_killed_attempt_wrote_is_not_asked_of_the_disk_again(
 ) -> None:
     config, root = config_of(tmp_path), tmp_path / "a"
     with monkeypatch.context() as patch:
-        patch.setattr(fill, "reach", lambda task, number: 1 / 0)  # once the first shard is on the disk
+        patch.setattr(fill, "failpoint", lambda task, number: 1 / 0)  # once the first shard is on the disk
         with pytest.raises(ZeroDivisionError):
             grow(config, str(root))
     (store,) = (root / "work").glob("activations-0-*")

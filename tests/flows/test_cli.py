@@ -58,7 +58,7 @@ def artifacts(tmp_path: Path, config: Path, reference: Reference) -> Path:
 def test_help_shows_an_example_and_imports_nothing_heavy() -> None:
     script = """if True:
         import contextlib, io, json, sys
-        from flows.cli import main
+        from flows.cli.main import main
         said = {}
         for command in ([], *[[name] for name in sys.argv[1:]]):
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
@@ -209,7 +209,7 @@ def test_another_text_under_a_used_name(run: Run, config: Path, artifacts: Path,
 def test_a_finished_run_is_found_without_torch_or_prefect(artifacts: Path, config: Path, tmp_path: Path) -> None:
     script = """if True:
         import json, sys
-        from flows.cli import main
+        from flows.cli.main import main
         code = main(sys.argv[1:])
         print(json.dumps([code, sorted({"torch", "prefect", "zarr"} & sys.modules.keys())]))
     """

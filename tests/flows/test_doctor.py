@@ -52,7 +52,7 @@ def test_a_machine_that_works(run: Run, tmp_path: Path) -> None:
 def test_it_starts_without_what_it_names(tmp_path: Path) -> None:
     script = """if True:
         import json, sys
-        from flows.cli import main
+        from flows.cli.main import main
         code = main(["doctor"])
         print(json.dumps([code, sorted({"torch", "prefect", "zarr"} & sys.modules.keys())]))
     """
@@ -71,7 +71,7 @@ def test_housekeeping_needs_neither_torch_nor_prefect(
     shutil.copytree(reference(), tmp_path / "artifacts")
     script = """if True:
         import json, sys
-        from flows.cli import main
+        from flows.cli.main import main
         code = main(sys.argv[1:])
         print(json.dumps([code, sorted({"torch", "prefect", "zarr"} & sys.modules.keys())]))
     """

@@ -764,7 +764,7 @@ def test_a_checkpoint_of_another_version_costs_its_steps_and_nothing_else(
     config, root = tiny(tmp_path), tmp_path / "a"
     with monkeypatch.context() as patch:
         patch.setattr(training, "capture", renamed)
-        patch.setattr(training, "reach", lambda task, step: 1 / 0 if step == 5 else None)
+        patch.setattr(training, "failpoint", lambda task, step: 1 / 0 if step == 5 else None)
         with pytest.raises(ZeroDivisionError):
             grown(config, root)
     recorder = grown(config, root)

@@ -150,7 +150,7 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(
             fresh = False
             raise _Killed
 
-    monkeypatch.setattr(training, "reach", die)
+    monkeypatch.setattr(training, "failpoint", die)
     config, root = tiny(tmp_path, MODES[mode]), tmp_path / "a"
     for _ in plan_of(config).stages:
         with pytest.raises(_Killed):

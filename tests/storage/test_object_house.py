@@ -124,7 +124,7 @@ def test_killed_between_manifest_and_data_the_next_gc_finishes_it(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(objects_collect, "reach", die)
+        patch.setattr(objects_collect, "failpoint", die)
         with pytest.raises(KeyboardInterrupt):
             collect(here, keep_last=0)
     (half,) = planned(plan) - names(s3)
@@ -149,7 +149,7 @@ def test_a_run_that_begins_during_a_gc_keeps_what_it_plans(
             begun.append(begin_attempt(other, config, same, no_wait))
             begun[0].__enter__()
 
-    monkeypatch.setattr(objects_collect, "reach", lambda point, number: begin() if point == "gc-data" else None)
+    monkeypatch.setattr(objects_collect, "failpoint", lambda point, number: begin() if point == "gc-data" else None)
     collect(on(tmp_path / "a", s3))
     begun[0].__exit__(None, None, None)
     assert names(s3) >= planned(plan)
@@ -184,7 +184,7 @@ def test_an_upload_that_was_finished_since_gc_looked_is_not_taken_for_dead(
     before = objects(s3)
     key = f"stacks/{ref.name}/manifest.json"
     delete(s3, key)
-    monkeypatch.setattr(objects_collect, "reach", lambda point, number: put(s3, key, before[key]))
+    monkeypatch.setattr(objects_collect, "failpoint", lambda point, number: put(s3, key, before[key]))
     assert collect(here).removals == []
     assert {k: v for k, v in objects(s3).items() if not k.startswith("leases")} == before
 
