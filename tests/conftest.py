@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,26 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from support.commands import Result, Run
+from support.processes import MARK, kill_leftovers
 from support.runs import grown, tiny
 
 # How long a draw takes says how busy the machine is, nothing of the code.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the mark of its session
+    os.environ[MARK] = uuid.uuid4().hex
+
 _PREFECT_HOME = tempfile.mkdtemp(prefix="stackwise-prefect-")
 os.environ["PREFECT_HOME"] = _PREFECT_HOME  # read when prefect is first imported: the user's own stays untouched
 os.environ.pop("PREFECT_API_URL", None)
+os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = (
+    "false"  # a test that forgot to ask for a server fails, and starts none
+)
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported: a test asks no hub
+
+
+_LEFT_BEHIND = pytest.StashKey[list[str]]()
 
 
 def pytest_unconfigure() -> None:
@@ -38,8 +49,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "site" not in getattr(item, "fixturenames", ()))
 
 
+@pytest.hookimpl(trylast=True)  # when the fixtures of the session and the workers have ended
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a session that leaves processes behind, and kill them."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and (left := kill_leftovers()):
+        session.config.stash[_LEFT_BEHIND] = left
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Close with the table of what was killed, how it was recovered, and what came of it."""
+    """Close with the processes left behind, and the table of what was killed, how it recovered and what came of it."""
+    if left := terminalreporter.config.stash.get(_LEFT_BEHIND, []):
+        terminalreporter.section("processes left behind")
+        for line in left:
+            terminalreporter.line(line, red=True)
     properties = [entry for report in terminalreporter.getreports("passed") for entry in report.user_properties]
     if rows := [row for name, row in properties if name == "kill"]:
         terminalreporter.section("kills and recoveries")
@@ -92,8 +115,9 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
     quiet_prefect()
     try:
         with embedded_server(tmp_path_factory.mktemp("server") / "server.log") as server:
-            import prefect  # noqa: F401  # while the server starts
+            from prefect.context import refresh_global_settings_context  # imported while the server starts
 
+            refresh_global_settings_context()  # a test module may have imported prefect before there was an API
             server.wait_until_ready()
             yield server.url
     finally:

@@ -34,7 +34,7 @@ class Source:
 
     def wait_for(self, n: int) -> bool:
         with self.has_made:
-            return self.has_made.wait_for(lambda: self.made >= n, timeout=20)
+            return self.has_made.wait_for(lambda: self.made >= n, timeout=240)
 
 
 @given(st.integers(0, 12), st.integers(1, 5))

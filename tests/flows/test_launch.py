@@ -54,8 +54,8 @@ def ranks_of(folder: Path) -> list[int]:
     return found
 
 
-def gone(ranks: list[int], seconds: float) -> bool:
-    """Say whether all of them end within so many seconds."""
+def gone(ranks: list[int], seconds: float = 240) -> bool:
+    """Return whether all of them end in time."""
     for rank in ranks:
         if not select.select([rank], [], [], seconds)[0]:
             return False
@@ -71,7 +71,7 @@ def test_no_rank_outlives_a_killed_flow(tmp_path: Path, reference: Any) -> None:
     ranks = ranks_of(root)
     assert len(ranks) == COUNT + 1  # and torchrun
     child.process.kill()
-    assert gone(ranks, seconds=20)
+    assert gone(ranks)
     recorder = grown(tiny(tmp_path, TWO), root)
     assert any("goes on from its checkpoint at step 4" in text for text in recorder.messages)
     assert digests(root) == digests(reference(TWO))
@@ -106,7 +106,7 @@ def test_asked_to_stop_all_ranks_stop_with_a_checkpoint(tmp_path: Path, referenc
     assert child.ended() == 1
     (error,) = [line for line in child.said if line.startswith("error:")]
     assert "stopped on request after step" in error
-    assert gone(ranks_of(root), seconds=20)
+    assert gone(ranks_of(root))
     stopped_at = int(error.split("after step ")[1].split(" ")[0])
     recorder = grown(tiny(tmp_path, TWO), root)
     assert any(f"goes on from its checkpoint at step {stopped_at}" in text for text in recorder.messages)
@@ -131,4 +131,4 @@ def test_a_second_signal_ends_the_ranks_too(tmp_path: Path) -> None:
     child.hear("message: stopping at the next safe point; once more to stop at once")
     child.process.terminate()
     assert child.ended() == -signal.SIGTERM
-    assert gone(ranks, seconds=20)
+    assert gone(ranks)

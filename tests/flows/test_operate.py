@@ -27,7 +27,7 @@ _STACKWISE = [sys.executable, "-c", "import sys; from flows.cli.main import main
 
 def until(holds: Callable[[], Any], process: subprocess.Popen[bytes], log: Path) -> None:
     """Ask until it holds: other processes tell nothing of themselves."""
-    end = time.monotonic() + 400
+    end = time.monotonic() + 900
     while not holds():
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < end, log.read_text()[-3000:]

@@ -52,7 +52,7 @@ def test_redone_on_purpose(
         told = [re.fullmatch(r"stage (\d) \(\d of 3\): (\w+)", line) for line in trial.site.logs(trial.run_id)]
         return [(int(line[1]), line[2]) for line in told if line]
 
-    until(lambda: len(tasks()) >= len(expected), "log of every task: lines come after the run has ended", 30)
+    until(lambda: len(tasks()) >= len(expected), "log of every task: lines come after the run has ended")
     assert tasks() == expected
     assert digests(trial.root) == digests(reference())
 
@@ -84,7 +84,7 @@ def test_a_server_whose_disk_is_full(tmp_path: Path, reference: Reference) -> No
             with pytest.raises(OSError, match="No space left"):
                 (disk / "filler").write_bytes(bytes(100 << 20))
             os.kill(trial.command.pid, signal.SIGCONT)
-            assert trial.command.wait(400) == 1
+            assert trial.command.wait(900) == 1
             said = (site.folder / "stackwise.log").read_text()
             assert said.count("stackwise: Prefect's server") == 1
             assert "Traceback" not in said
@@ -95,7 +95,7 @@ def test_a_server_whose_disk_is_full(tmp_path: Path, reference: Reference) -> No
             site.start_server()
             site.wait_for_server()
             trial.train()
-            assert trial.command.wait(400) == 0
+            assert trial.command.wait(900) == 0
             now = trial.sealed()
             assert {name: now[name] for name in sealed} == sealed
             assert digests(trial.root) == digests(reference())

@@ -23,7 +23,7 @@ from flows.cli.main import main
 from flows.server import EmbeddedServer, ServerError, check_api, embedded_server, quiet_prefect
 from stackwise_core.errors import ConfigError
 from support.fake_api import fake_api
-from support.operating import processes_with, wait_until_gone
+from support.processes import processes_with, wait_until_gone
 from support.runs import digests, folder_of, manifests, tiny, tiny_values, write_corpus
 
 pytestmark = pytest.mark.usefixtures("quick_disk")

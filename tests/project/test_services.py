@@ -27,7 +27,7 @@ from support.runs import tiny
 pytestmark = [pytest.mark.slow, pytest.mark.flow]
 
 VARIABLES = {"POSTGRES_PASSWORD": "f00ba4"}
-_PATIENCE_SECONDS = 300
+_PATIENCE_SECONDS = 900
 _STACKWISE = "import sys; from flows.cli.main import main; sys.exit(main())"
 
 

@@ -123,7 +123,7 @@ def test_a_shard_is_written_while_the_next_is_computed(tmp_path: Path, monkeypat
 
     def waiting(self: StoreWriter, shard: ShardRange, rows: Tensor) -> None:
         is_last = (shard.group, shard.index) == ("validation", 0)
-        written.append(asked.acquire(timeout=20) and (is_last or asked.acquire(timeout=20)))
+        written.append(asked.acquire(timeout=240) and (is_last or asked.acquire(timeout=240)))
         asked.release()  # the next shard's own
         write(self, shard, rows)
 

@@ -71,7 +71,7 @@ def test_two_hosts_make_the_trunk_of_two_branches_once(tmp_path: Path, monkeypat
                 assert process.stdin is not None
                 process.stdin.write(json.dumps(config.model_dump(mode="json")) + "\n")
                 process.stdin.flush()
-            said = [process.communicate(timeout=300) for process in processes]
+            said = [process.communicate(timeout=900) for process in processes]
         finally:
             for process in processes:
                 process.kill()
@@ -110,7 +110,7 @@ def test_two_workers_on_two_hosts_run_two_branches_and_make_the_trunk_once(
                 config = branch(tmp_path, name, n_blocks).model_dump(mode="json")
                 runs.append(site.start({"config": config, "artifacts": uri}))
             for run in runs:
-                assert site.wait_for(run, seconds=400)["state_type"] == "COMPLETED", site.logs(run)
+                assert site.wait_for(run, seconds=900)["state_type"] == "COMPLETED", site.logs(run)
             logs = [site.logs(run) for run in runs]
             kept = objects(uri)
         finally:

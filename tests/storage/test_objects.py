@@ -111,7 +111,7 @@ def test_of_two_writers_one_seals_and_both_use_it(
     create, found = Bucket.create, [Manifest.model_construct()] * 2
 
     def create_together(self: Bucket, key: str, data: bytes) -> bool:
-        both_are_there.wait(60)
+        both_are_there.wait(240)
         return create(self, key, data)
 
     def work(number: int) -> None:
@@ -407,9 +407,9 @@ def test_a_lease_is_renewed_until_it_is_lost(s3: str, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Bucket, "replace", noted)
     with here.lock(REF.name) as held:
-        assert enough.wait(60)
+        assert enough.wait(240)
         put(s3, f"leases/{REF.name}", json.dumps({"machine": "another", "pid": 1, "host": "h", "since": "s"}).encode())
-        held._renewing.join(60)  # pyright: ignore
+        held._renewing.join(240)  # pyright: ignore
         assert not held._renewing.is_alive()  # pyright: ignore
     assert f"leases/{REF.name}" in objects(s3)  # the other's, not ours to give back
 

@@ -69,7 +69,7 @@ class Child:
 
     def listen(self) -> str:
         """Return the next thing it says; a child that says nothing for minutes hangs."""
-        if not self.pipe.poll(120):
+        if not self.pipe.poll(300):
             self.process.kill()
             raise AssertionError(f"it hangs; it said {self.said}")
         return self.pipe.recv()

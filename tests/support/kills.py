@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from support.operating import TERMINAL, Site, until, wait_until_gone
+from support.operating import TERMINAL, Site, until
+from support.processes import wait_until_gone
 from support.runs import digests, folder_of, manifests, tiny_values, write_corpus
 
 Reference = Callable[..., Path]
@@ -131,7 +132,7 @@ def _the_server(trial: Trial) -> None:
     pid = trial.pid
     trial.site.kill_server()
     os.kill(pid, signal.SIGCONT)
-    wait_until_gone(pid, seconds=180)
+    wait_until_gone(pid)
     trial.site.start_server()
     trial.site.wait_for_server()
     trial.wait_for_report()

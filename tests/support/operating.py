@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from support.processes import processes_with
 
 REPOSITORY = Path(__file__).parents[2]
 POOL = "stackwise"
@@ -37,8 +38,8 @@ _COPIED = (
 )
 """What two deployments of one flow have in common."""
 
-_PATIENCE = 240.0
-"""Seconds until a wait is given up: a first start of a server takes over a minute on a slow disk."""
+_PATIENCE = 600.0
+"""Seconds until a wait fails: a first start of a server takes over a minute on a slow disk, several on a busy one."""
 
 
 def free_port() -> int:
@@ -55,30 +56,6 @@ def until(ask: Callable[[], Any], what: str, seconds: float = _PATIENCE) -> Any:
         assert time.monotonic() < end, f"after {seconds:.0f} s still no {what}"
         time.sleep(0.05)
     return answer
-
-
-def wait_until_gone(pid: int, seconds: float = 60) -> None:
-    """Wait, on a descriptor of the process, until it has ended."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        assert select.select([descriptor], [], [], seconds)[0], f"process {pid} is still there"
-    finally:
-        os.close(descriptor)
-
-
-def processes_with(variable: str) -> list[int]:
-    """Return every process that was started with this in its environment: NAME=VALUE."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-        except OSError:  # it ended, or is somebody else's
-            continue
-    return found
 
 
 class Site:
@@ -108,7 +85,7 @@ class Site:
         self.worker: subprocess.Popen[bytes] | None = None
         self.started: list[subprocess.Popen[bytes]] = []
         self.n_workers = 0
-        self.client = httpx.Client(base_url=self.api, timeout=60)
+        self.client = httpx.Client(base_url=self.api, timeout=240)
 
     # ---------------------------------------------------------------- processes
 
@@ -138,7 +115,7 @@ class Site:
     def _is_well(self) -> bool:
         assert self.server is None or self.server.poll() is None, (self.folder / "server.log").read_text()[-2000:]
         with contextlib.suppress(httpx.HTTPError):
-            return self.client.get("/health", timeout=2).text == "true"
+            return self.client.get("/health", timeout=30).text == "true"
         return False
 
     def start_worker(self, *prefix: str, **environment: str) -> None:
@@ -206,6 +183,7 @@ class Site:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            timeout=_PATIENCE,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -308,7 +286,7 @@ class Site:
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """Ask again, as Prefect's own client does, while the server says that its database is locked."""
-        answer = until(lambda: _unless_busy(self.client.request(method, path, json=body)), f"answer to {path}", 30)
+        answer = until(lambda: _unless_busy(self.client.request(method, path, json=body)), f"answer to {path}")
         assert answer.is_success, answer.text
         return answer.json() if answer.content else None
 

@@ -72,12 +72,12 @@ class Pair:
             pipe.send((Job(stage=stage, build=build, folder=folder).model_dump_json(), rank == stop))
         found: list[Any] = []
         for pipe in self.pipes:
-            assert pipe.poll(300), "a rank hangs"
+            assert pipe.poll(600), "a rank hangs"
             found.append(pipe.recv())
         return found
 
     def end(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             pipe.send(None)
-            process.join(20)
+            process.join(120)
             process.kill()

@@ -43,7 +43,7 @@ class S3Server:
         """Make a bucket of its own for a test and return a URI in it."""
         name = f"b{uuid.uuid4().hex[:12]}"
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
-        urllib.request.urlopen(request, timeout=60).close()
+        urllib.request.urlopen(request, timeout=240).close()
         return f"s3://{name}/some/prefix"
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
 
 from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.model.stream import STREAM_DTYPES, ChannelStatistics, Quantised
 from storage.activations.format import GroupSpec
 from storage.activations.writer import ShardRange, StoreWriter
+from storage.checksums import checksum_file
 
 T, D = 3, 5  # positions and channels of the small stores here
 ATTRIBUTES = {"boundary": 2, "mask": {"ratio": 0.15}, "trunk": "abc"}
@@ -117,3 +123,67 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 NATIVE = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+EVERY_DTYPE = list(STREAM_DTYPES)
+both_ways = pytest.mark.parametrize("access", ["map", "read"])
+
+
+def store_to_kill() -> Store:
+    """Two shards and one, no more: every step of it is a process."""
+    return Store.random(spec_of(3, per_chunk=2, per_shard=1), spec_of(1))
+
+
+def die_at(step: int) -> None:
+    """Have this process kill itself just before its `step`-th change to the disk, or halfway into a write.
+
+    What SIGKILL leaves depends neither on fsync nor on an empty file being made, so these are no steps.
+    """
+    steps, write = itertools.count(), os.write
+
+    def die_if_due(before: Any = lambda: None) -> None:
+        if next(steps) == step:
+            before()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        changes = event in {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
+        # zarr-python's own renames happen in a folder that does not count yet; its mkdirs stand for them.
+        if changes and not str(args[0]).endswith(".partial"):
+            die_if_due()
+
+    def dying_write(fd: int, data: Any) -> int:
+        die_if_due(lambda: write(fd, data[: len(data) // 2]))
+        return write(fd, data)
+
+    os.write = dying_write
+    sys.addaudithook(audit)
+
+
+def write_and_die_at_every_step(folder: Path, first: int, stride: int) -> None:
+    """Write the store over and over in children that die ever later, until one lives."""
+    for step in itertools.count(first, stride):
+        if (child := os.fork()) == 0:
+            die_at(step)
+            store_to_kill().write(folder / f"{step:03d}")
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            return
+        assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def reseal(folder: Path) -> dict[str, tuple[int, str]]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {p.relative_to(folder).as_posix(): (p.stat().st_size, checksum_file(p)) for p in paths}
