@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from snapshot import PARTS, SLOW, differences, made_on, read_fixture
@@ -28,3 +30,19 @@ def test_what_it_does_is_what_it_did(name: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_nothing_else_is_in_the_fixture() -> None:
     assert FIXTURE.keys() == {"made on", *PARTS}
+
+
+@pytest.mark.parametrize(
+    ("change", "seen_by_the_same", "seen_by_another"), [(1.0, True, True), (1e-5, True, False), (0.0, False, False)]
+)
+def test_a_change_is_seen_and_named(change: float, seen_by_the_same: bool, seen_by_another: bool) -> None:
+    """A machine with other kernels is allowed other bits, and no other ids."""
+    before = FIXTURE["prepend"]
+    now = copy.deepcopy(before)
+    now["status RUN"]["json"]["stage_list"][0]["train_loss"] += change
+    for same_numerics, seen in ((True, seen_by_the_same), (False, seen_by_another)):
+        lines = differences(before, now, same_numerics=same_numerics)
+        assert [line.split(":")[0] for line in lines] == ["status RUN > json > stage_list > 0 > train_loss"] * seen
+    name = next(iter(now["ids"]))
+    now["ids"][name] = "0" * 64
+    assert any(line.startswith(f"ids > {name}: ") for line in differences(before, now, same_numerics=False))
