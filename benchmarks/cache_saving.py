@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Measure, interleaved, ratios
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Measure, interleaved, ratios
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.growth_operators import grow_stack, new_rack
 from stackwise_core.objectives.losses import Batch, clm_fields
 from stackwise_core.stages.resolve import resolve_shape

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT, Measure, interleaved, ratios
 from flows.server import embedded_server, quiet_prefect
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 
 AT_MOST = 1.1
 AT_MOST_A_STAGE = 2.0

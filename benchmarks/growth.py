@@ -17,7 +17,7 @@ from benchmarks.harness import ROOT, Measure
 from benchmarks.plot import line_chart
 from flows.run.events import Event, StageDone, subscribed
 from flows.run.run import grow
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.stages.costs import n_adapter_parameters, stage_flops
 from stackwise_core.stages.resolve import ModelShape, resolve_shape

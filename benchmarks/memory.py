@@ -23,7 +23,7 @@ from benchmarks.plot import line_chart
 from flows.run.run import grow
 from flows.run.stage import Stage
 from flows.run.steps import build_stack, cache_activations, configure_trunk, train, validate
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
 
 N_STACKS = 12

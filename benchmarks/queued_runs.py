@@ -23,7 +23,7 @@ import httpx
 from benchmarks.harness import ROOT, Measure
 from benchmarks.postgres import end, free_port, postgres
 from flows.run.run import grow
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from storage.roots import artifacts_at
 from storage.runs import attempts
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Measure, interleaved, ratios
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.blocks import INIT_STD, Stack
 from stackwise_core.model.precision import STORAGE, StoredLinear, base_linears, convert_storage, dense_weight
 from stackwise_core.model.storage_types import bytes_per_parameter

@@ -17,11 +17,10 @@ import torch
 
 from benchmarks.harness import ROOT, Measure, interleaved, ratios
 from flows.run.run import grow
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
-from stackwise_core.data.packing import corpus_facts
 from stackwise_core.model.stream import STREAM_DTYPES
-from stackwise_core.stages.plan import plan_run
+from stackwise_core.stages.plan import plan_config
 from storage.activations.reader import StoreReader
 from storage.layout import Artifacts
 
@@ -71,7 +70,7 @@ def _grow(config: StackWiseConfig, artifacts: str) -> float:
 
 def _last_store(config: StackWiseConfig, root: str) -> tuple[StoreReader, dict[str, Any], int]:
     """Return the last store of a run, what its making found out, and its bytes on the disk."""
-    ref = plan_run(config, *corpus_facts(config.data.source)).stages[-2].ref("activations")
+    ref = plan_config(config).stages[-2].ref("activations")
     artifacts = Artifacts(root)
     manifest = artifacts.manifest(ref)
     return StoreReader(artifacts.folder(ref), manifest.checksums()), manifest.facts, manifest.n_bytes

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Measure, interleaved, ratios
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.blocks import Rack
 from stackwise_core.model.growth_operators import grow_stack, new_rack
 from stackwise_core.objectives.losses import Batch, clm_fields, summed_loss

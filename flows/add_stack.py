@@ -7,7 +7,8 @@ from prefect.runtime import flow_run
 
 from flows.errors import told_in_one_line
 from flows.train_rack import train_rack
-from stackwise_core.config.schema import StackOverride, StackWiseConfig
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import StackOverride
 from stackwise_core.errors import ConfigError, Fault
 from storage.roots import artifacts_at
 from storage.runs import asked_before, asking, find_run

@@ -16,7 +16,7 @@ from flows.run.events import subscribed
 from flows.run.run import grow
 from flows.run.stage import Stage
 from flows.tasks import add_stage
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import StageInterruptedError
 
 StageNumber = Annotated[int, Field(ge=-1, le=10_000)]

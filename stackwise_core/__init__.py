@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stackwise_core.config.schema import StackWiseConfig as StackWiseConfig
+    from stackwise_core.config import StackWiseConfig as StackWiseConfig
     from stackwise_core.data.masks import MaskSpec as MaskSpec
     from stackwise_core.model.rack_builder import ProgressiveRackBuilder as ProgressiveRackBuilder
     from stackwise_core.model.rack_builder import create_stack_from_config as create_stack_from_config
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stackwise_core.training.trainer import ProgressiveTrainer as ProgressiveTrainer
 
 _HOMES = {
-    "StackWiseConfig": "config.schema",
+    "StackWiseConfig": "config",
     "ProgressiveDataLoader": "objectives.batches",
     "MaskSpec": "data.masks",
     "ProgressiveRackBuilder": "model.rack_builder",

@@ -19,10 +19,9 @@ from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
 from stackwise_core.model.growth_operators import give_adapter
 from stackwise_core.model.precision import convert_storage
 from stackwise_core.model.stream import ChannelStatistics
-from stackwise_core.stages.anatomy import AdapterName, last_trained
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import StagePlan
-from stackwise_core.stages.stages import StageSpec
+from stackwise_core.stages.stages import AdapterName, StageSpec, last_trained
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import TrainingState
 from storage.durable import explain_full_disk, replace_folder, settle_folder, write_bytes, write_text

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, CorpusError, Fault, StageInterruptedError
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan

@@ -29,7 +29,7 @@ import yaml
 from flows.cli.main import main
 from flows.run.events import subscribed
 from flows.run.run import grow
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import StackWiseError
 from storage.manifest import fingerprint
 

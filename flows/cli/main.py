@@ -127,7 +127,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_config(options: argparse.Namespace) -> Any:
-    from stackwise_core.config.schema import StackWiseConfig
+    from stackwise_core.config import StackWiseConfig
     from stackwise_core.config.yaml import parse_value
 
     overrides: dict[str, Any] = {}

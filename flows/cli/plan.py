@@ -10,11 +10,11 @@ from rich.markup import escape
 
 from flows.run.numbers import parameters, size
 from flows.run.prepare import pack_corpus
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import read_corpus
 from stackwise_core.stages.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
 from stackwise_core.stages.identity import Kind
-from stackwise_core.stages.plan import RunPlan, StagePlan, plan_run
+from stackwise_core.stages.plan import RunPlan, StagePlan, plan_config
 from stackwise_core.stages.resolve import reads_examples, resolve_order
 from storage.demand import TASK_KINDS, Demand, compute_demand
 from storage.layout import Artifacts, State
@@ -24,8 +24,7 @@ from storage.roots import artifacts_at
 def show_plan(config: StackWiseConfig, root: str, *, as_json: bool) -> None:
     """Print the plan of a configuration; nothing is written."""
     artifacts = artifacts_at(root).reachable()
-    corpus = read_corpus(config.data.source, examples=reads_examples(config))
-    plan = plan_run(config, corpus.digest, corpus.n_bytes)
+    plan = plan_config(config)
     demand = compute_demand(plan, artifacts, config.cache.keep)
     n_train, n_validation = _count_sequences(config, artifacts, plan)
     stages = [_stage(config, plan, stage, demand, artifacts, n_train, n_validation) for stage in plan.stages]

@@ -15,10 +15,8 @@ from flows.run.numbers import parameters
 from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import showing, stage_tables
 from flows.server import check_api, embedded_server, quiet_prefect
-from stackwise_core.config.schema import StackWiseConfig
-from stackwise_core.data.packing import corpus_facts
-from stackwise_core.stages.plan import plan_run
-from stackwise_core.stages.resolve import reads_examples
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.stages.plan import plan_config
 from storage.alone import among_others
 from storage.demand import compute_demand, forced_refs
 from storage.layout import Artifacts
@@ -40,7 +38,7 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
         StackWiseError: one clear message; the same command goes on from what is sealed.
     """
     artifacts = artifacts_at(root).open()
-    plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
+    plan = plan_config(config)
     forced = forced_refs(plan, from_stack, force)
     with among_others(artifacts, _tell_waiting):  # gc does not remove what is about to be called complete
         complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete

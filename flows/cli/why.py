@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stackwise_core.config.schema import StackWiseConfig
-from stackwise_core.data.packing import corpus_facts
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.stages.plan import plan_run
+from stackwise_core.stages.plan import plan_config
 from storage.differences import Difference, Known, known_recipes
 from storage.errors import ArtifactMissingError
 from storage.layout import Artifacts
@@ -33,7 +32,7 @@ def explain(root: str, name: str, config: StackWiseConfig | None, *, as_json: bo
     recipes = known_recipes(artifacts)
     wanted = Path(name).name
     if config is not None:
-        plan = plan_run(config, *corpus_facts(config.data.source))
+        plan = plan_config(config)
         recipes.add_plan(plan)
         ours = {ref.name for ref in plan.recipes}
         here = _one([known for known in recipes.named(wanted) if known.ref.name in ours], wanted, artifacts)

@@ -15,10 +15,10 @@ from flows.run.stage import Stage
 from stackwise_core.config.schema import QUANTISED_STREAMS
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import RowSource
-from stackwise_core.stages.anatomy import Anatomy
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.resolve import resolve_order, resolve_stream_dtype
+from stackwise_core.stages.stages import Anatomy
 from stackwise_core.training.evaluate import differing_rows
 from stackwise_core.training.trunk import LiveTrunk, RowsFromBoundary, RowsFromTokens
 from storage.activations.fill import StoreRows

@@ -8,7 +8,7 @@ from typing import Any
 
 from flows.run.events import DataReady, TaskStarted, emit, emit_waiting, stop_requested
 from flows.run.numbers import size
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.examples import ExampleFormat, pack_examples
 from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.data.packing import Corpus, PackedSequences, pack, read_corpus

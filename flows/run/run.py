@@ -10,11 +10,9 @@ from flows.run.prepare import check_space, check_validation, prepare_data
 from flows.run.stage import Stage
 from flows.run.steps import build_stack, cache_activations, configure_trunk, train, validate
 from flows.run.summary import StageSummary, summarise
-from stackwise_core.config.schema import StackWiseConfig
-from stackwise_core.data.packing import corpus_facts
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.stages.identity import Ref
-from stackwise_core.stages.plan import RunPlan, plan_run
-from stackwise_core.stages.resolve import reads_examples
+from stackwise_core.stages.plan import RunPlan, plan_config
 from stackwise_core.training.hardware import use_hardware
 from storage.demand import Demand, compute_demand, forced_refs
 from storage.errors import ArtifactError, ArtifactNewerError
@@ -60,7 +58,7 @@ def grow(
     use_hardware(config.hardware)  # a device that is not there is told before anything is made
     check_runner(config.cache)  # and so is a task runner
     artifacts = artifacts_at(root).open()
-    plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
+    plan = plan_config(config)
     forced = forced_refs(plan, from_stack, force)
     _refuse_newer(artifacts, forced)
     with begin_attempt(artifacts, config, plan, emit_waiting):

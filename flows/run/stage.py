@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel
 
 from flows.run.events import TaskReused, TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.failpoints import failpoint

@@ -1,5 +1,5 @@
-"""The configuration: one schema, every rule once."""
+"""The configuration: its schema, its rules, and YAML."""
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config.config import StackWiseConfig
 
 __all__ = ["StackWiseConfig"]

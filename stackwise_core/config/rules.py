@@ -1,39 +1,38 @@
-"""What makes sense together: the faults of a configuration, each with path, value and remedy."""
+"""The rules between fields: combinations that make no sense, each with path, value and what to change."""
 
 from __future__ import annotations
 
-import copy
-import difflib
+import itertools
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
-
-from stackwise_core.config.stacks import growth_faults, stage_steps
-from stackwise_core.config.time_steps import time_faults
-from stackwise_core.config.unused import effect_faults
+from stackwise_core.config.functions import shown
+from stackwise_core.config.schema import GROWTH, QUANTISED, ConfigSchema
+from stackwise_core.config.stacks import feed_forward_width, settings_of
+from stackwise_core.config.time_steps import n_time_steps, stack_time_step
+from stackwise_core.config.unused import is_used
 from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.errors import ConfigError, Fault
 
-if TYPE_CHECKING:
-    from stackwise_core.config.schema import StackWiseConfig
 
+def rule_faults(config: ConfigSchema, *, corpus: bool = True) -> list[Fault]:
+    """Return every broken rule of a configuration whose types and ranges are right.
 
-def cross_field_faults(config: StackWiseConfig, *, corpus: bool = True) -> list[Fault]:
-    """Return every broken rule of a configuration whose types and ranges are right; see `validate`."""
+    Args:
+        config: to check.
+        corpus: whether `data` is used.
+    """
     return [
         *_model_faults(config),
         *(_tokenizer_faults(config) if corpus else ()),
         *_training_faults(config),
         *growth_faults(config),
         *time_faults(config),
-        *effect_faults(config),
         *_hardware_faults(config),
     ]
 
 
-def _model_faults(config: StackWiseConfig) -> Iterator[Fault]:
+def _model_faults(config: ConfigSchema) -> Iterator[Fault]:
     model = config.model
     if model.d_model % model.n_heads:
         yield Fault("model.n_heads", str(model.n_heads), f"must divide model.d_model = {model.d_model}")
@@ -46,7 +45,7 @@ def _model_faults(config: StackWiseConfig) -> Iterator[Fault]:
         yield Fault("model.attention", "'bidirectional'", "with clm every position would see its own target; use auto")
 
 
-def _tokenizer_faults(config: StackWiseConfig) -> Iterator[Fault]:
+def _tokenizer_faults(config: ConfigSchema) -> Iterator[Fault]:
     name, vocab_size = config.data.tokenizer, config.model.vocab_size
     try:
         tokenizer = load_tokenizer(name)
@@ -61,7 +60,7 @@ def _tokenizer_faults(config: StackWiseConfig) -> Iterator[Fault]:
         yield Fault("data.tokenizer", repr(name), allowed)
 
 
-def _training_faults(config: StackWiseConfig) -> Iterator[Fault]:
+def _training_faults(config: ConfigSchema) -> Iterator[Fault]:
     training = config.training
     if training.batch_size % training.accumulation_steps:
         yield Fault(
@@ -75,14 +74,15 @@ def _training_faults(config: StackWiseConfig) -> Iterator[Fault]:
             str(training.min_learning_rate),
             f"must not exceed training.learning_rate = {training.learning_rate}",
         )
-    shortest = min(stage_steps(config, stage) for stage in range(training.progressive.target_stacks))
+    grown = training.progressive.target_stacks if training.progressive.enabled else 0
+    shortest = min((settings_of(config, stage).steps for stage in range(grown)), default=training.steps_per_stack)
     if training.warmup_steps > shortest:
         yield Fault(
             "training.warmup_steps",
             str(training.warmup_steps),
             f"must not exceed training.steps_per_stack = {shortest} (of the shortest stage)",
         )
-    if training.mask_ratio_min > training.mask_ratio_max:
+    if training.mask_ratio_min > training.mask_ratio_max and is_used(config, "training.mask_ratio_max"):
         yield Fault(
             "training.mask_ratio_min",
             str(training.mask_ratio_min),
@@ -94,7 +94,176 @@ def _training_faults(config: StackWiseConfig) -> Iterator[Fault]:
         yield Fault("cache.views", str(config.cache.views), allowed)
 
 
-def _hardware_faults(config: StackWiseConfig) -> Iterator[Fault]:
+# ---------------------------------------------------------------- growth
+
+
+def growth_faults(config: ConfigSchema) -> Iterator[Fault]:
+    """Yield every broken rule about stacks, precisions, adapters and trunk strategies."""
+    growth = config.training.progressive
+    if growth.target_stacks > growth.max_stacks:
+        allowed = f"must not exceed {GROWTH}.max_stacks = {growth.max_stacks}"
+        yield Fault(f"{GROWTH}.target_stacks", str(growth.target_stacks), allowed)
+    if growth.trunk_strategy == "qlora" and growth.enabled and not _trunk_has_adapters(config):
+        allowed = f"no trunk stack has an adapter that could train; set {GROWTH}.qlora_enabled or progressive_qlora"
+        yield Fault(f"{GROWTH}.trunk_strategy", "'qlora'", f"{allowed}, or use frozen")
+    yield from _precision_faults(config)
+    yield from _adapter_faults(config)
+
+
+def _trunk_has_adapters(config: ConfigSchema) -> bool:
+    growth = config.training.progressive
+    trunk = range(growth.target_stacks - 1)
+    return not trunk or growth.progressive_qlora or any(settings_of(config, stack).adapter for stack in trunk)
+
+
+def _precision_faults(config: ConfigSchema) -> Iterator[Fault]:
+    growth, training = config.training.progressive, config.training
+    precisions = {stack: settings_of(config, stack).precision for stack in range(growth.target_stacks)}
+    if growth.trunk_strategy == "full" and growth.enabled:
+        keys = {_precision_path(config, stack): kind for stack, kind in precisions.items() if kind in QUANTISED}
+        for path, precision in keys.items():
+            allowed = "trunk_strategy full trains these weights, which would be quantised; use full, half or bfloat16"
+            yield Fault(path, repr(precision), allowed)
+    copies = [stack for stack, precision in precisions.items() if precision == "qlora" and stack]
+    if copies and growth.enabled and training.new_stack_init in ("random", "zero"):
+        allowed = f"{_named(copies)} NF4 and train adapters only, so their weights must be copies; use auto or copy"
+        yield Fault("training.new_stack_init", repr(training.new_stack_init), allowed)
+    if packed := [stack for stack, precision in precisions.items() if precision == "nvfp4"]:
+        for path, width in _widths(config).items():
+            if width % 16:
+                given = getattr(config.model, path.removeprefix("model."))
+                what = "it" if given == width else f"the layers of width {width} that it gives"
+                allowed = f"{_named(packed)} NVFP4: 16 must divide {what}; change it, or use bfloat16"
+                yield Fault(path, str(given), allowed)
+        if growth.enabled and training.joint_steps and not (growth.qlora_enabled or growth.progressive_qlora):
+            allowed = f"the joint anneal trains only adapters of quantised stacks; {_named(packed)} NVFP4 without any"
+            yield Fault("training.joint_steps", str(training.joint_steps), f"{allowed}; set {GROWTH}.qlora_enabled")
+
+
+def _named(stacks: list[int]) -> str:
+    """Return "stack 3 is", or "stacks 1, 2, 3, 4 and 9 more are": a rack may have a thousand."""
+    first, n_more = ", ".join(map(str, stacks[:4])), len(stacks) - 4
+    more = f" and {n_more} more" if n_more > 0 else ""
+    return f"stack {first} is" if len(stacks) == 1 else f"stacks {first}{more} are"
+
+
+def _precision_path(config: ConfigSchema, stack: int) -> str:
+    overrides = config.training.progressive.stacks
+    own = stack < len(overrides) and overrides[stack].precision != "default"
+    return f"{GROWTH}.stacks.{stack}.precision" if own else f"{GROWTH}.new_stack_precision"
+
+
+def _adapter_faults(config: ConfigSchema) -> Iterator[Fault]:
+    growth = config.training.progressive
+    variable = growth.qlora_strategy == "variable"
+    sizes = {stack: settings_of(config, stack).adapter for stack in range(growth.target_stacks)}
+    adapters = {stack: size for stack, size in sizes.items() if size}
+    if variable and (missing := [stack for stack in adapters if stack not in growth.qlora_configs]):
+        given = ", ".join(map(str, sorted(growth.qlora_configs))) or "none"
+        allowed = f"{_named(missing)} without an entry, and each adapter needs one (given: {given})"
+        yield Fault(f"{GROWTH}.qlora_configs", f"{len(growth.qlora_configs)} entries", allowed)
+        return
+    narrowest, width = min(_widths(config).items(), key=lambda item: item[::-1])
+    faults: dict[str, Fault] = {}
+    for stack, (rank, alpha) in adapters.items():
+        if rank > width:
+            path = f"{GROWTH}.qlora_configs.{stack}.rank" if variable else f"{GROWTH}.qlora_rank"
+            allowed = f"of stack {stack} exceeds its narrowest layer ({narrowest}: {width}); lower it"
+            faults.setdefault(path, Fault(path, str(rank), allowed))
+        if not math.isfinite(alpha):
+            path = f"{GROWTH}.qlora_alpha_pattern"
+            allowed = f"gives stack {stack} an alpha beyond all numbers; use another"
+            faults.setdefault(path, Fault(path, repr(growth.qlora_alpha_pattern), allowed))
+    yield from faults.values()
+    if growth.enabled and growth.progressive_qlora and growth.progressive_qlora_rank > width:
+        received, path = str(growth.progressive_qlora_rank), f"{GROWTH}.progressive_qlora_rank"
+        yield Fault(path, received, f"exceeds the narrowest layer of a stack ({narrowest}: {width}); lower it")
+
+
+def _widths(config: ConfigSchema) -> dict[str, int]:
+    """Return the widths of a block's linear layers, by the key that sets each."""
+    model = config.model
+    widths = {"model.d_model": model.d_model, "model.d_ff": feed_forward_width(config)}
+    grouped = model.n_kv_heads not in (0, model.n_heads) and model.d_model % model.n_heads == 0
+    return widths | ({"model.n_kv_heads": model.d_model // model.n_heads * model.n_kv_heads} if grouped else {})
+
+
+# ---------------------------------------------------------------- time
+
+
+def time_faults(config: ConfigSchema) -> Iterator[Fault]:
+    """Yield every broken rule about time, each with what to change."""
+    interpretation = config.training.progressive.time_interpretation
+    if interpretation == "depth":
+        yield from _depth_faults(config)
+    if interpretation == "input":
+        yield from _input_faults(config)
+    yield from _schedule_faults(config)
+    yield from _elbo_faults(config)
+
+
+def _depth_faults(config: ConfigSchema) -> Iterator[Fault]:
+    growth = config.training.progressive
+    steps: list[int] = []
+    try:
+        for c in range(min(growth.target_stacks, growth.max_stacks)):
+            steps.append(stack_time_step(config, c))
+    except ConfigError as error:
+        yield from error.faults  # only those of the first stack, since the stacks after it have the same
+    linear, exponential = growth.stack_time_mapping == "linear", growth.stack_time_mapping == "exponential"
+    for c, (step, following) in enumerate(itertools.pairwise(steps)):
+        pair = f"stacks {c} and {c + 1}"
+        if exponential and step == following:
+            allowed = f"gives {pair} the same step {step}; raise {GROWTH}.num_time_steps (now {n_time_steps(config)})"
+            yield Fault(f"{GROWTH}.stack_time_mapping", "'exponential'", allowed)
+            return
+        if not (linear or exponential) and following < step:
+            key = "stack_time_mapping" if callable(growth.stack_time_mapping) else "time_mapping"
+            allowed = f"falls from {step} to {following} between {pair}; steps must not decrease"
+            yield Fault(f"{GROWTH}.{key}", shown(getattr(growth, key)), allowed)
+            return
+
+
+def _input_faults(config: ConfigSchema) -> Iterator[Fault]:
+    growth = config.training.progressive
+    if growth.training_objective != "mlm":
+        allowed = f"time as an input needs corrupted inputs: use {GROWTH}.training_objective mlm, or depth or none"
+        yield Fault(f"{GROWTH}.time_interpretation", "'input'", allowed)
+    if growth.time_encoding_type == "sinusoidal" and growth.time_embedding_dim % 2:
+        allowed = "a sinusoidal encoding pairs a sine with a cosine and needs an even number"
+        yield Fault(f"{GROWTH}.time_embedding_dim", str(growth.time_embedding_dim), allowed)
+
+
+def _schedule_faults(config: ConfigSchema) -> Iterator[Fault]:
+    table, n_steps = config.training.mask_ratio_table, n_time_steps(config)
+    if not table or not is_used(config, "training.mask_ratio_table"):
+        return
+    if len(table) != n_steps:
+        allowed = f"needs a ratio for each of the {n_steps} time steps; change it or {GROWTH}.num_time_steps"
+        yield Fault("training.mask_ratio_table", f"{len(table)} ratios", allowed)
+    if config.training.progressive.time_interpretation == "depth" and sorted(table) != table:
+        allowed = "must not decrease: the stack created first has the lightest noise"
+        yield Fault("training.mask_ratio_table", repr(table), allowed)
+
+
+def _elbo_faults(config: ConfigSchema) -> Iterator[Fault]:
+    training = config.training
+    if training.loss_weighting != "elbo":
+        return
+    needed = {
+        f"{GROWTH}.time_interpretation": (training.progressive.time_interpretation, "input"),
+        f"{GROWTH}.training_objective": (training.progressive.training_objective, "mlm"),
+        "training.corruption": (training.corruption, "mask"),
+    }
+    wrong = [f"{path}: {wanted} (now {value})" for path, (value, wanted) in needed.items() if value != wanted]
+    if wrong:
+        yield Fault("training.loss_weighting", "'elbo'", f"needs {', '.join(wrong)}; set what is missing, or use mean")
+
+
+# ---------------------------------------------------------------- hardware
+
+
+def _hardware_faults(config: ConfigSchema) -> Iterator[Fault]:
     hardware, training = config.hardware, config.training
     if hardware.processes > 1 and hardware.device.startswith("cuda:"):
         allowed = f"hardware.processes = {hardware.processes} need a device each; use cuda"
@@ -103,55 +272,3 @@ def _hardware_faults(config: StackWiseConfig) -> Iterator[Fault]:
     if hardware.processes > most:
         allowed = f"each process needs a row of every part of a batch: at most batch_size / accumulation_steps = {most}"
         yield Fault("hardware.processes", str(hardware.processes), allowed)
-
-
-def schema_faults(
-    schema: type[BaseModel], values: dict[str, Any], error: ValidationError
-) -> tuple[list[Fault], dict[str, Any]]:
-    """Turn pydantic's errors into faults.
-
-    Returns:
-        The faults, and a copy of `values` without the faulty keys, so that the rules between
-        fields can be checked on what is left and told in the same breath.
-    """
-    faults: list[Fault] = []
-    remainder = copy.deepcopy(values)
-    for item in error.errors(include_url=False):
-        path = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            faults.append(Fault(path, repr(item["input"]), _unknown_key(schema, item["loc"])))
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            faults.append(Fault(path, repr(item["input"]), message[0].lower() + message[1:]))
-    # From the back, so that the places of list items before them stay right.
-    for item in sorted(error.errors(include_url=False), key=_place, reverse=True):
-        location = item["loc"]
-        _remove(remainder, location[:-1] if item["type"] == "missing" else location)
-    return faults, remainder
-
-
-def _place(item: ErrorDetails) -> list[str]:
-    return [f"{part:09d}" if isinstance(part, int) else part for part in item["loc"]]
-
-
-def _unknown_key(schema: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    section = schema
-    for part in location[:-1]:
-        field = section.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return "there is no such key"
-        section = annotation
-    close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(section.model_fields)}"
-    return f"there is no such key; {hint}"
-
-
-def _remove(values: Any, location: tuple[int | str, ...]) -> None:
-    *parents, last = location
-    try:
-        for part in parents:
-            values = values[part]
-        del values[last]
-    except (KeyError, IndexError, TypeError):
-        return  # the key is missing, or stands below a value that is no section: nothing to take out

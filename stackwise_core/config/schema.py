@@ -1,27 +1,19 @@
-"""Every schema, every default, every range: one file, one `StackWiseConfig`.
-
-Importing this module imports neither torch nor prefect, so the command line can validate a
-configuration and find finished work without paying for either.
-"""
+"""The sections of a configuration: every key with its default, type, range and description."""
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic.functional_validators import AfterValidator
 
-from stackwise_core.config.arguments import check_type
-from stackwise_core.config.rules import cross_field_faults, schema_faults
-from stackwise_core.config.yaml import apply_overrides, dump_yaml, load_yaml
-from stackwise_core.errors import ConfigError, Fault
-
+GROWTH = "training.progressive"
 Precision = Literal["full", "half", "bfloat16", "nvfp4", "qlora"]
 StreamDtype = Literal["bfloat16", "float16", "float32", "int8", "fp8"]
 QUANTISED_STREAMS: tuple[StreamDtype, ...] = ("int8", "fp8")
-"""Types of the stream that need statistics of its channels, and a scale per token."""
+"""Stream types that need channel statistics and a scale per token."""
+QUANTISED: tuple[Precision, ...] = ("nvfp4", "qlora")
+"""Precisions whose stored weights cannot train; only adapters on them can."""
 
 
 def _time_mapping(value: Any) -> Any:
@@ -62,7 +54,7 @@ CustomLoss = Annotated[Any, AfterValidator(_custom_loss), WithJsonSchema({"type"
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys and wrong types are errors, on assignment too."""
+    """A section of the configuration. Unknown keys and wrong types are errors, also on assignment."""
 
     model_config = ConfigDict(
         extra="forbid", validate_assignment=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -298,8 +290,8 @@ class ValidationConfig(Section):
     """Rows of a cache that are derived again from tokens and compared."""
 
 
-class StackWiseConfig(Section):
-    """One run of StackWise: everything that can be chosen, in one file."""
+class ConfigSchema(Section):
+    """All sections, with types and ranges but without the rules between fields: see `StackWiseConfig`."""
 
     run: RunConfig = Field(default_factory=RunConfig)
     """Name and seed."""
@@ -315,92 +307,3 @@ class StackWiseConfig(Section):
     """Device, threads, processes."""
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     """Validation loss and cache checks."""
-
-    def validate(self, *, corpus: bool = True) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Check the schema again, since lists and mappings can be changed in place, and the rules that span fields.
-
-        Args:
-            corpus: whether `data` is used; a library's caller brings tokens of their own.
-
-        Raises:
-            ConfigError: lists every fault at once, each with its path, value and what is allowed.
-        """
-        faults = _all_faults(type(self), self.model_dump(warnings=False), corpus=corpus)
-        if faults:
-            raise ConfigError(faults)
-
-    def in_memory_only(self) -> list[str]:
-        """Return the keys that hold a function object, which no file and no artifact can record."""
-        held = {
-            "training.progressive.time_mapping": self.training.progressive.time_mapping,
-            "training.progressive.stack_time_mapping": self.training.progressive.stack_time_mapping,
-            "training.custom_loss": self.training.custom_loss,
-        }
-        return [path for path, value in held.items() if callable(value)]
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StackWiseConfig:
-        """Build and validate from nested mappings.
-
-        Raises:
-            ConfigError: lists the faults of the schema and of the rules together.
-        """
-        check_type("configuration", values, dict, "nested mappings are expected, as {'data': {'seq_len': 64}}")
-        faults = _all_faults(cls, values)
-        if faults:
-            raise ConfigError(faults)
-        return cls.model_validate(values)
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> StackWiseConfig:
-        """Read, override and validate a YAML file.
-
-        Args:
-            path: the file.
-            overrides: {"training.batch_size": 8}, applied on top, as `--set` does.
-
-        Raises:
-            ConfigError: the file is missing or no YAML, or lists every fault in it.
-        """
-        values = load_yaml(Path(path))
-        apply_overrides(values, overrides or {})
-        return cls.from_dict(values)
-
-    @classmethod
-    def read_unchecked(cls, path: Path) -> StackWiseConfig:
-        """Read what `to_yaml` wrote, its types and ranges alone.
-
-        Raises:
-            ConfigError, ValueError: it is no YAML, or no configuration.
-        """
-        return cls.model_validate(load_yaml(path))
-
-    def to_yaml(self, path: str | Path | None = None) -> str:
-        """Return the whole configuration as YAML text, and write it to `path` if one is given.
-
-        Raises:
-            ConfigError: a callable is in it, which a file cannot hold: name it as 'module:name'.
-        """
-        if faults := [
-            Fault(path, "a callable", "a file needs 'module:name' or a list") for path in self.in_memory_only()
-        ]:
-            raise ConfigError(faults)
-        text = dump_yaml(self.model_dump(mode="json"))
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
-
-
-def _all_faults(schema: type[StackWiseConfig], values: dict[str, Any], *, corpus: bool = True) -> list[Fault]:
-    """Return the faults of the schema, and of the rules as far as they concern values that have none."""
-    try:
-        return cross_field_faults(schema.model_validate(values), corpus=corpus)
-    except ValidationError as error:
-        faults, remainder = schema_faults(schema, values, error)
-    # What is left may not be a configuration yet: then its schema faults are told first.
-    with contextlib.suppress(ValidationError):
-        broken = {fault.path for fault in faults}
-        for fault in cross_field_faults(schema.model_validate(remainder), corpus=corpus):
-            if not any(path in (fault.path, *fault.allowed.split()) for path in broken):
-                faults.append(fault)
-    return faults

@@ -1,281 +1,170 @@
-"""Keys that change nothing under a configuration: one that is set all the same is refused, and told what it belongs to.
+"""Keys that have no effect under the chosen modes.
 
-Growth is judged as far as `max_stacks` lets it go, since raising `target_stacks` later goes on from what is there.
+A file may hold the settings of all modes, and a sweep toggles one key of it: so such keys are noted, and not rejected.
+They enter no id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel
 
 from stackwise_core.config.functions import shown
-from stackwise_core.config.stacks import GROWTH, adapter_size, has_adapter
-from stackwise_core.config.time_steps import corrupts_by_time, n_time_steps
-from stackwise_core.errors import Fault
-from stackwise_core.stages.anatomy import Anatomy, stage_anatomy
+from stackwise_core.config.schema import GROWTH, ConfigSchema
+from stackwise_core.config.stacks import settings_of
 
-if TYPE_CHECKING:
-    from stackwise_core.config.schema import StackWiseConfig
+Need = list[tuple[str, Collection[Any]]]
+"""Keys and their values, one of which must hold. A key that is itself unused does not count."""
 
-_Condition = Callable[["StackWiseConfig"], bool]
+_MANY = range(1, 2**63)
+_GROWS: Need = [(f"{GROWTH}.enabled", (True,))]
+_MLM: Need = [(f"{GROWTH}.training_objective", ("mlm",))]
+_INPUT: Need = [(f"{GROWTH}.time_interpretation", ("input",))]
+_DEPTH: Need = [(f"{GROWTH}.time_interpretation", ("depth",))]
+_TIMED: Need = [(f"{GROWTH}.time_interpretation", ("input", "depth"))]
+_ADAPTED: Need = [
+    (f"{GROWTH}.qlora_enabled", (True,)),
+    (f"{GROWTH}.new_stack_precision", ("qlora",)),
+    (f"{GROWTH}.stacks.precision", ("qlora",)),
+]
+_BY_RULE: Need = [(f"{GROWTH}.qlora_strategy", ("simplified", "progressive"))]
+_PATTERNED: Need = [(f"{GROWTH}.qlora_strategy", ("progressive",))]
+_PROGRESSIVE: Need = [(f"{GROWTH}.progressive_qlora", (True,))]
+_INTERPOLATED: Need = [("training.mask_ratio_table", ([],))]
+_FEW_ADAPTERS_TRAIN: Need = [(f"{GROWTH}.trunk_strategy", ("frozen",)), (f"{GROWTH}.trunk_trainable_top", _MANY)]
+_FROZEN_BELOW: list[Need] = [  # a stage may read the stream of frozen stacks
+    [(f"{GROWTH}.trunk_strategy", ("frozen", "qlora"))],
+    [*_FEW_ADAPTERS_TRAIN, (f"{GROWTH}.qlora_enabled", (False,))],
+    [*_FEW_ADAPTERS_TRAIN, (f"{GROWTH}.progressive_qlora", (False,))],
+    [(f"{GROWTH}.building_mode", ("append",)), (f"{GROWTH}.stacks.mode", ("append",))],
+]
+_STORED: Need = [(f"{GROWTH}.cache_activations", (True,))]
+
+BELONGS_TO: dict[str, list[Need]] = {
+    "training.new_stack_init": [_GROWS],
+    "training.joint_steps": [_GROWS],
+    "training.joint_learning_rate": [[("training.joint_steps", _MANY)]],
+    f"{GROWTH}.trunk_strategy": [_GROWS],
+    f"{GROWTH}.trunk_trainable_top": [[(f"{GROWTH}.trunk_strategy", ("qlora",))]],
+    f"{GROWTH}.qlora_strategy": [_ADAPTED],
+    f"{GROWTH}.qlora_rank": [_BY_RULE],
+    f"{GROWTH}.qlora_alpha": [_BY_RULE],
+    f"{GROWTH}.qlora_rank_pattern": [_PATTERNED],
+    f"{GROWTH}.qlora_alpha_pattern": [_PATTERNED],
+    f"{GROWTH}.qlora_configs": [[(f"{GROWTH}.qlora_strategy", ("variable",))]],
+    f"{GROWTH}.progressive_qlora": [_GROWS],
+    f"{GROWTH}.progressive_qlora_rank": [_PROGRESSIVE],
+    f"{GROWTH}.progressive_qlora_alpha": [_PROGRESSIVE],
+    "training.adapter_learning_rate": [[*_ADAPTED, *_PROGRESSIVE]],
+    "training.custom_loss": [[(f"{GROWTH}.training_objective", ("custom",))]],
+    "training.corruption": [_MLM],
+    "training.mask_ratio": [_MLM, [(f"{GROWTH}.time_interpretation", ("none",))]],
+    "training.mask_ratio_table": [_MLM, _TIMED, [("training.loss_weighting", ("mean",))]],
+    "training.mask_ratio_min": [_INTERPOLATED],
+    "training.mask_ratio_max": [_INTERPOLATED],
+    "training.time_sampling": [_INPUT],
+    f"{GROWTH}.time_embedding_dim": [_INPUT],
+    f"{GROWTH}.time_encoding_type": [_INPUT],
+    f"{GROWTH}.stack_time_mapping": [_DEPTH],
+    f"{GROWTH}.time_mapping": [[(f"{GROWTH}.stack_time_mapping", ("custom",))]],
+    f"{GROWTH}.time_per_stack": [
+        _TIMED,
+        [(f"{GROWTH}.num_time_steps", (0,)), (f"{GROWTH}.stack_time_mapping", ("linear",))],
+    ],
+    f"{GROWTH}.num_time_steps": [_TIMED],
+    f"{GROWTH}.cache_activations": _FROZEN_BELOW,
+    "cache.dtype": _FROZEN_BELOW,
+    "cache.max_gb": [_STORED],
+    "cache.keep": [_STORED],
+    "cache.mode": [_STORED],
+    "cache.fill_workers": [_STORED],
+    "cache.task_runner": [[("cache.fill_workers", _MANY[1:])]],
+    "validation.sampled_rows": [_STORED],
+}
+"""What each key needs to have an effect: all of these. Keys that always have one are left out."""
 
 
-def effect_faults(config: StackWiseConfig) -> Iterator[Fault]:
-    """Yield the keys that were set although nothing of this configuration reads them."""
-    defaults = type(config)()
-    for path, (matters, where) in ONLY_WITH.items():
-        value = _lookup(config, path)
-        if value != _lookup(defaults, path) and not matters(config):
-            yield _fault(path, shown(value), where)
-    yield from _entry_faults(config)
+@dataclass(frozen=True)
+class Unused:
+    """A key that is set but has no effect, and the setting that makes it so."""
+
+    path: str
+    because: str
+    value: Any
+    """Of `because`."""
 
 
-def _entry_faults(config: StackWiseConfig) -> Iterator[Fault]:
-    """Yield what changes nothing inside `stacks` and `qlora_configs`."""
+def notes(config: ConfigSchema) -> list[str]:
+    """Return what a person should know about a valid configuration: a line that names its unused keys, if any."""
+    groups: dict[str, list[str]] = {}
+    for unused in unused_keys(config):
+        groups.setdefault(f"{_short(unused.because)}: {_spelled(unused.value)}", []).append(_short(unused.path))
+    listed = "; ".join(f"{', '.join(keys)} ({because})" for because, keys in groups.items())
+    return [f"not used: {listed}"] if listed else []
+
+
+def unused_keys(config: ConfigSchema) -> list[Unused]:
+    """Return the keys that are not at their defaults although they have no effect."""
+    defaults = ConfigSchema()
+    changed = [path for path in BELONGS_TO if _values(config, path) != _values(defaults, path)]
+    found = [(path, because) for path in changed if (because := _blocker(config, path))]
+    return [Unused(path, because, _values(config, because)[0]) for path, because in (*found, *_entries(config))]
+
+
+def is_used(config: ConfigSchema, path: str) -> bool:
+    """Return whether a key has an effect under the chosen modes."""
+    return _blocker(config, path) is None
+
+
+def _blocker(config: ConfigSchema, path: str) -> str | None:
+    """Return the key whose value leaves `path` without effect."""
+    for need in BELONGS_TO.get(path, []):
+        missing = [_blocker(config, key) or _unless(config, key, values) for key, values in need]
+        if all(missing):
+            return missing[0]
+    return None
+
+
+def _unless(config: ConfigSchema, path: str, values: Collection[Any]) -> str | None:
+    return None if any(value in values for value in _values(config, path)) else path
+
+
+def _values(config: ConfigSchema, path: str) -> list[Any]:
+    """Return the value of a key; of a key inside `stacks` those of all entries."""
+    values: list[Any] = [config]
+    for name in path.split("."):
+        sections = [each for value in values for each in (value if isinstance(value, list) else [value])]
+        values = [getattr(section, name) for section in sections if isinstance(section, BaseModel)]
+    return values
+
+
+def _entries(config: ConfigSchema) -> Iterator[tuple[str, str]]:
+    """Yield the entries of `stacks` and `qlora_configs` that no stack reads, and why."""
     growth = config.training.progressive
     for stack, own in enumerate(growth.stacks):
-        if own.steps and not growth.enabled:
-            where = f"{GROWTH}.enabled: true; the one joint stage takes training.steps_per_stack"
-            yield _fault(f"{GROWTH}.stacks.{stack}.steps", str(own.steps), where)
-    if _variable(config):
-        adapted = _adapted_stacks(config)
-        for stack in sorted(growth.qlora_configs.keys() - set(adapted)):
-            where = f"stacks that have adapters, 0 to {GROWTH}.max_stacks - 1 = {growth.max_stacks - 1} at most"
-            yield _fault(f"{GROWTH}.qlora_configs.{stack}", "an entry", where)
-
-
-def _fault(path: str, received: str, where: str) -> Fault:
-    return Fault(path, received, f"changes nothing here: it belongs to {where}; leave it out")
-
-
-def _lookup(config: BaseModel, path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
-# ---------------------------------------------------------------- growth
-
-
-def _growth_is(**wanted: Any) -> _Condition:
-    return lambda config: any(getattr(config.training.progressive, key) == value for key, value in wanted.items())
-
-
-def _grows(config: StackWiseConfig) -> bool:
-    growth = config.training.progressive
-    return growth.enabled and growth.max_stacks > 1
-
-
-def _someone_follows(name: str, first: int = 0) -> _Condition:
-    """Say whether a stack, from the `first` on, has no value of its own in `stacks` and takes the common one."""
-
-    def follows(config: StackWiseConfig) -> bool:
-        growth = config.training.progressive
-        own = [getattr(entry, name) for entry in growth.stacks[first : growth.max_stacks]]
-        return len(own) < growth.max_stacks - first or any(value in (0, "default") for value in own)
-
-    return follows
-
-
-def _steps_are_taken(config: StackWiseConfig) -> bool:
-    return not config.training.progressive.enabled or _someone_follows("steps")(config)
-
-
-# ---------------------------------------------------------------- adapters
-
-
-def _adapted_stacks(config: StackWiseConfig) -> list[int]:
-    return [stack for stack in range(config.training.progressive.max_stacks) if has_adapter(config, stack)]
-
-
-def _adapted(config: StackWiseConfig) -> bool:
-    return bool(_adapted_stacks(config))
-
-
-def _any_adapter(config: StackWiseConfig) -> bool:
-    return _adapted(config) or config.training.progressive.progressive_qlora
-
-
-def _by_rule(config: StackWiseConfig) -> bool:
-    return _adapted(config) and config.training.progressive.qlora_strategy != "variable"
-
-
-def _variable(config: StackWiseConfig) -> bool:
-    return _adapted(config) and config.training.progressive.qlora_strategy == "variable"
-
-
-def _patterned(part: int) -> _Condition:
-    """Say whether the pattern gives some adapter another rank (part 0) or alpha (1) than the common one."""
-
-    def changes(config: StackWiseConfig) -> bool:
-        growth = config.training.progressive
-        common = (growth.qlora_rank, growth.qlora_alpha)[part]
-        return growth.qlora_strategy == "progressive" and any(
-            adapter_size(config, stack)[part] != common for stack in _adapted_stacks(config)
-        )
-
-    return changes
-
-
-# ---------------------------------------------------------------- the trunk
-
-
-def _stages(config: StackWiseConfig) -> Iterator[Anatomy]:
-    """Yield the stages that stand for all growth on a trunk: those with an entry in `stacks`, the next, and the last.
-
-    Those between add a stack in the way of the last, on less of the same trunk: what one of them leaves frozen is
-    frozen in the last, and what trains in one of them trains in the next or the last.
-    """
-    growth = config.training.progressive
-    if _grows(config):
-        last = growth.max_stacks - 1
-        for stage in sorted({*range(1, min(len(growth.stacks) + 1, last)), last}):
-            yield stage_anatomy(config, stage)
-
-
-def _streams(config: StackWiseConfig) -> bool:
-    """Say whether some stage reads the stream of a frozen trunk."""
-    return any(anatomy.boundary for anatomy in _stages(config))
-
-
-def _stores(config: StackWiseConfig) -> bool:
-    return config.training.progressive.cache_activations and _streams(config)
-
-
-def _stores_by_several(config: StackWiseConfig) -> bool:
-    return _stores(config) and config.cache.fill_workers > 1
-
-
-def _trunk_may_train(config: StackWiseConfig) -> bool:
-    """Say whether a strategy other than frozen makes a difference; without any adapter `growth_faults` tells."""
-    if config.training.progressive.trunk_strategy != "qlora" or not _any_adapter(config):
-        return _grows(config)
-    return any(len(anatomy.trained) > 1 for anatomy in _stages(config))
-
-
-def _leaves_adapters_out(config: StackWiseConfig) -> bool:
-    """Say whether the adapters of some trunk stack lie below the top that trains."""
-    growth = config.training.progressive
-    return growth.trunk_strategy == "qlora" and any(
-        anatomy.trains_of(stack) == "nothing" and (growth.progressive_qlora or has_adapter(config, stack))
-        for anatomy in _stages(config)
-        for stack in anatomy.order
-    )
-
-
-# ---------------------------------------------------------------- objective and time
-
-
-def _masked(config: StackWiseConfig) -> bool:
-    return config.training.progressive.training_objective == "mlm"
-
-
-def _one_ratio(config: StackWiseConfig) -> bool:
-    return _masked(config) and config.training.progressive.time_interpretation == "none"
-
-
-def _schedule_is_free(config: StackWiseConfig) -> bool:
-    return corrupts_by_time(config) and config.training.loss_weighting != "elbo"
-
-
-def _interpolated(config: StackWiseConfig) -> bool:
-    return _schedule_is_free(config) and not config.training.mask_ratio_table
-
-
-def _interpolated_to_the_last(config: StackWiseConfig) -> bool:
-    return _interpolated(config) and n_time_steps(config) > 1
-
-
-def _mapped(config: StackWiseConfig) -> bool:
-    growth = config.training.progressive
-    return growth.time_interpretation == "depth" and growth.stack_time_mapping == "custom"
-
-
-def _linear(config: StackWiseConfig) -> bool:
-    growth = config.training.progressive
-    return growth.time_interpretation == "depth" and growth.stack_time_mapping == "linear"
-
-
-def _steps_are_spread(config: StackWiseConfig) -> bool:
-    growth = config.training.progressive
-    return _linear(config) or (growth.time_interpretation != "none" and not growth.num_time_steps)
-
-
-def _steps_are_counted(config: StackWiseConfig) -> bool:
-    """Say whether the number of steps decides about one, or about its ratio; linear steps alone never reach it."""
-    growth = config.training.progressive
-    return growth.time_interpretation != "none" and (_masked(config) or not _linear(config))
-
-
-# ---------------------------------------------------------------- what belongs to what
-
-_ADAPTED = (_adapted, f"{GROWTH}.qlora_enabled: true, or a stack of precision qlora")
-_BY_RULE = (_by_rule, f"{GROWTH}.qlora_enabled: true or precision qlora, and no qlora_strategy: variable")
-_PATTERNS = f"{GROWTH}.qlora_strategy: progressive, on stacks with adapters to which the pattern gives another size"
-_PROGRESSIVE = (_growth_is(progressive_qlora=True), f"{GROWTH}.progressive_qlora: true")
-_ON_A_TRUNK = (_grows, f"{GROWTH}.enabled: true, and max_stacks above 1")
-_APPENDS = "stages that append to a trunk whose lowest stack does not train"
-_STORED = (_stores, f"{GROWTH}.cache_activations: true, in {_APPENDS}")
-_INPUT = (_growth_is(time_interpretation="input"), f"{GROWTH}.time_interpretation: input")
-_MLM = (_masked, f"{GROWTH}.training_objective: mlm")
-_BY_TIME = f"{GROWTH}.time_interpretation: depth or input, with training_objective: mlm and loss_weighting: mean"
-_OWN = "a stack without one of its own in stacks; all have"
-ONLY_WITH: dict[str, tuple[_Condition, str]] = {
-    "model.blocks_per_stack": (_someone_follows("n_blocks"), _OWN),
-    "training.steps_per_stack": (_steps_are_taken, _OWN),
-    f"{GROWTH}.new_stack_precision": (_someone_follows("precision"), _OWN),
-    f"{GROWTH}.building_mode": (
-        _someone_follows("mode", 1),
-        "a stack after the first, without one of its own in stacks",
-    ),
-    f"{GROWTH}.trunk_strategy": (
-        _trunk_may_train,
-        f"{_ON_A_TRUNK[1]}, and with qlora to adapters in the top that trains",
-    ),
-    "training.new_stack_init": _ON_A_TRUNK,
-    f"{GROWTH}.progressive_qlora": _ON_A_TRUNK,
-    f"{GROWTH}.trunk_trainable_top": (
-        _leaves_adapters_out,
-        f"{GROWTH}.trunk_strategy: qlora, on a trunk that grows to more stacks with adapters",
-    ),
-    f"{GROWTH}.qlora_rank": _BY_RULE,
-    f"{GROWTH}.qlora_alpha": _BY_RULE,
-    f"{GROWTH}.qlora_strategy": _ADAPTED,
-    f"{GROWTH}.qlora_rank_pattern": (_patterned(0), _PATTERNS),
-    f"{GROWTH}.qlora_alpha_pattern": (_patterned(1), _PATTERNS),
-    f"{GROWTH}.qlora_configs": (_variable, f"{GROWTH}.qlora_strategy: variable, on stacks that have adapters"),
-    f"{GROWTH}.progressive_qlora_rank": _PROGRESSIVE,
-    f"{GROWTH}.progressive_qlora_alpha": _PROGRESSIVE,
-    "training.adapter_learning_rate": (_any_adapter, f"adapters: {GROWTH}.qlora_enabled or progressive_qlora"),
-    "training.joint_learning_rate": (lambda config: config.training.joint_steps > 0, "training.joint_steps above 0"),
-    "training.custom_loss": (_growth_is(training_objective="custom"), f"{GROWTH}.training_objective: custom"),
-    "training.corruption": _MLM,
-    "training.mask_ratio": (_one_ratio, f"{GROWTH}.training_objective: mlm with time_interpretation: none"),
-    "training.mask_ratio_min": (_interpolated, f"{_BY_TIME}, and no mask_ratio_table"),
-    "training.mask_ratio_max": (_interpolated_to_the_last, f"{_BY_TIME}, no mask_ratio_table, and steps after step 0"),
-    "training.mask_ratio_table": (_schedule_is_free, _BY_TIME),
-    "training.time_sampling": _INPUT,
-    f"{GROWTH}.time_embedding_dim": _INPUT,
-    f"{GROWTH}.time_encoding_type": _INPUT,
-    f"{GROWTH}.stack_time_mapping": (_growth_is(time_interpretation="depth"), f"{GROWTH}.time_interpretation: depth"),
-    f"{GROWTH}.time_mapping": (_mapped, f"{GROWTH}.time_interpretation: depth with stack_time_mapping: custom"),
-    f"{GROWTH}.time_per_stack": (
-        _steps_are_spread,
-        f"{GROWTH}.time_interpretation: depth with stack_time_mapping: linear, or any with num_time_steps: 0",
-    ),
-    f"{GROWTH}.num_time_steps": (
-        _steps_are_counted,
-        f"{GROWTH}.time_interpretation: depth or input with training_objective: mlm, or depth with steps that are not "
-        "linear",
-    ),
-    "cache.dtype": (_streams, _APPENDS),
-    "cache.max_gb": _STORED,
-    "cache.keep": _STORED,
-    "cache.mode": _STORED,
-    "cache.fill_workers": _STORED,
-    "cache.task_runner": (_stores_by_several, f"cache.fill_workers above 1, and {_STORED[1]}"),
-}
-"""Keys that matter only together with others: when, and what to say otherwise."""
+        if stack >= growth.max_stacks:
+            yield f"{GROWTH}.stacks.{stack}", f"{GROWTH}.max_stacks"
+        elif own.steps and not growth.enabled:
+            yield f"{GROWTH}.stacks.{stack}.steps", f"{GROWTH}.enabled"
+    if growth.qlora_strategy == "variable" and is_used(config, f"{GROWTH}.qlora_configs"):
+        for stack in sorted(growth.qlora_configs):
+            if stack < 0 or stack >= growth.max_stacks:
+                yield f"{GROWTH}.qlora_configs.{stack}", f"{GROWTH}.max_stacks"
+            elif settings_of(config, stack).adapter is None:
+                yield f"{GROWTH}.qlora_configs.{stack}", f"{GROWTH}.qlora_enabled"
+
+
+def _short(path: str) -> str:
+    return path.removeprefix(f"{GROWTH}.").removeprefix("training.")
+
+
+def _spelled(value: Any) -> str:
+    """Return a value as YAML has it; a list by its length."""
+    if isinstance(value, list):
+        return f"{len(value)} values"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else shown(value)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,11 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.precision import base_linears, dense_weight
 from stackwise_core.model.storage_types import silent_import
+from stackwise_core.stages.stages import AdapterName
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-AdapterName = Literal["stack", "progressive"]
 ADAPTERS: tuple[AdapterName, ...] = ("stack", "progressive")
 """In the order in which their outputs are added, whichever came first."""
 
@@ -38,14 +38,15 @@ def add_adapter(stack: Stack, name: AdapterName, rank: int, alpha: float, seed: 
     Args:
         stack: of any storage type, with or without the other adapter.
         name: which of the two.
-        rank: R.
+        rank: R; the rules of the configuration limit it to the narrowest layer.
         alpha: the adapter's output is multiplied by alpha / R.
         seed: of A, uniform within +-1 / sqrt(I); B is zero. Global random numbers are left alone.
 
     Raises:
-        ConfigError: the stack has this adapter already, or the rank is above min(I, O) of a layer.
+        ConfigError: the stack has this adapter already.
     """
-    _check(stack, name, rank)
+    if name in adapter_names(stack):
+        raise ConfigError([Fault("adapter", repr(name), f"stack {stack.creation_index} has one of this name already")])
     trainable = {id(parameter): parameter.requires_grad for parameter in stack.parameters()}
     _inject(stack, name, rank, alpha)
     generator = torch.Generator().manual_seed(seed)
@@ -59,15 +60,6 @@ def add_adapter(stack: Stack, name: AdapterName, rank: int, alpha: float, seed: 
     for parameter in stack.parameters():
         parameter.requires_grad_(trainable.get(id(parameter), True))
     stack.train(stack.training)
-
-
-def _check(stack: Stack, name: AdapterName, rank: int) -> None:
-    if name in adapter_names(stack):
-        raise ConfigError([Fault("adapter", repr(name), f"stack {stack.creation_index} has one of this name already")])
-    largest = min(min(linear.in_features, linear.out_features) for linear in base_linears(stack).values())
-    if not 1 <= rank <= largest:
-        allowed = f"from 1 to {largest}, the smallest dimension of a matrix of stack {stack.creation_index}"
-        raise ConfigError([Fault(f"rank of the {name!r} adapter", str(rank), allowed)])
 
 
 def _inject(stack: Stack, name: AdapterName, rank: int, alpha: float) -> None:

@@ -13,9 +13,8 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import adapter_names, add_adapter, merged_dense
 from stackwise_core.model.blocks import Rack, Stack, initialise
 from stackwise_core.model.precision import convert_storage
-from stackwise_core.stages.anatomy import AdapterName, Trains
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.stages.stages import AdapterSpec, GrowthOperator, StackSpec
+from stackwise_core.stages.stages import AdapterName, AdapterSpec, GrowthOperator, StackSpec, Trains
 
 _SALT_INIT = 5
 

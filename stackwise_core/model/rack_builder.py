@@ -8,18 +8,19 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 from torch import nn
 
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_choice, check_integer, check_type, describe
-from stackwise_core.config.schema import ModelConfig, Precision, StackOverride, StackWiseConfig
-from stackwise_core.config.stacks import GROWTH, growth_faults, stage_blocks, stage_mode, stage_precision
+from stackwise_core.config.rules import growth_faults
+from stackwise_core.config.schema import GROWTH, ModelConfig, Precision, StackOverride
+from stackwise_core.config.stacks import settings_of
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import adapter_names, adapter_parameters
 from stackwise_core.model.blocks import Rack, Stack
 from stackwise_core.model.growth_operators import freeze, give_adapter, new_rack, new_stack, prepare_to_train, settle
 from stackwise_core.model.precision import stored_bytes
 from stackwise_core.model.stream import ChannelStatistics
-from stackwise_core.stages.anatomy import Anatomy
 from stackwise_core.stages.resolve import resolve_shape
-from stackwise_core.stages.stages import StageSpec, resolve_stack, resolve_stage
+from stackwise_core.stages.stages import Anatomy, StageSpec, resolve_stack, resolve_stage
 
 
 def create_stack_from_config(config: StackWiseConfig, creation_index: int = 0) -> Stack:
@@ -27,6 +28,11 @@ def create_stack_from_config(config: StackWiseConfig, creation_index: int = 0) -
     check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected")
     config.validate(corpus=False)
     check_integer("creation_index", creation_index, 0, config.training.progressive.max_stacks - 1)
+    config = config.model_copy(deep=True)
+    growth = config.training.progressive
+    growth.target_stacks = max(growth.target_stacks, int(creation_index) + 1)
+    if faults := list(growth_faults(config)):
+        raise ConfigError(faults)
     spec = resolve_stack(config, creation_index, creation_index)
     return new_stack(resolve_shape(config), spec, "random", config.run.seed, None)
 
@@ -143,11 +149,12 @@ class ProgressiveRackBuilder:
 
     def _override(self, index: int, mode: str, n_blocks: int | None, precision: Precision | None) -> StackOverride:
         """Return how this stack is built, spelled out, so that later edits of the configuration leave it as it is."""
+        settings = settings_of(self.config, index)
         return StackOverride.model_validate(
             {
-                "n_blocks": int(n_blocks or stage_blocks(self.config, index)),
-                "precision": precision or stage_precision(self.config, index),
-                "mode": stage_mode(self.config, index) if mode == "default" else mode,
+                "n_blocks": int(n_blocks or settings.n_blocks),
+                "precision": precision or settings.precision,
+                "mode": settings.mode if mode == "default" else mode,
                 "steps": 0,
             }
         )

@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_integer, check_type
-from stackwise_core.config.schema import StackWiseConfig
-from stackwise_core.config.time_steps import (
-    mask_ratio_of,
-    n_time_steps,
-    resolve_time_input,
-    stack_time_step,
-    time_faults,
-)
+from stackwise_core.config.rules import time_faults
+from stackwise_core.config.time_steps import mask_ratio_of, n_time_steps, resolve_time_input, stack_time_step
 from stackwise_core.data.masks import VALIDATION_VIEW, IntArray, MaskSpec
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.objectives.raw_batches import tokens_and_ids

@@ -13,9 +13,8 @@ from pydantic import BaseModel, Field
 
 from stackwise_core.config.schema import Precision, StreamDtype
 from stackwise_core.data.masks import MaskSpec
-from stackwise_core.stages.anatomy import Trains
 from stackwise_core.stages.resolve import ModelShape, Value
-from stackwise_core.stages.stages import AdapterSpec, GrowthOperator, OptimSpec, StackSpec
+from stackwise_core.stages.stages import AdapterSpec, GrowthOperator, OptimSpec, StackSpec, Trains
 
 Kind = Literal["data", "build", "trunk", "stack", "activations", "validation"]
 

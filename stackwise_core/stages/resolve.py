@@ -1,7 +1,7 @@
-"""From configuration to what the core functions receive: small frozen values, defaults filled in.
+"""Resolved values: what a configuration means, with every default filled in.
 
-Ids are made of these values, never of raw configuration keys, so that two spellings of the same
-stage share its artifacts. Needs no torch.
+Ids are made of these values, never of raw configuration keys, so that two spellings of the same stage share its
+artifacts. Needs no torch.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.functions import load_function, source_digest
-from stackwise_core.config.schema import QUANTISED_STREAMS, StackWiseConfig, StreamDtype
+from stackwise_core.config.schema import QUANTISED_STREAMS, StreamDtype
 from stackwise_core.config.stacks import feed_forward_width
 from stackwise_core.config.time_steps import mask_ratio_of, n_time_steps, resolve_time_input, stack_time_step
+from stackwise_core.config.unused import is_used
 from stackwise_core.data.masks import MaskSpec
 from stackwise_core.data.order import RowOrder
 from stackwise_core.data.tokenizer import Tokenizer, load_tokenizer
 
 
 class Value(BaseModel, frozen=True, extra="forbid"):
-    """A frozen value that enters ids as it stands."""
+    """A frozen value that enters ids unchanged."""
 
 
 class TimeShape(Value, frozen=True):
@@ -56,45 +58,34 @@ class ModelShape(Value, frozen=True):
 
 
 def tokenizer_of(config: StackWiseConfig) -> Tokenizer:
-    """Return the tokenizer the configuration names.
-
-    Raises:
-        ConfigError: its file is gone, or is not what it was when `validate()` read it.
-    """
+    """Return the tokenizer that the configuration names; raises ConfigError if its file is missing or damaged."""
     return load_tokenizer(config.data.tokenizer)
 
 
 def resolve_shape(config: StackWiseConfig) -> ModelShape:
-    """Return the model shape with every 0 and 'auto' replaced by what it stands for."""
-    model = config.model
-    objective = config.training.progressive.training_objective
+    """Return the model shape, with 0 and 'auto' replaced by what they stand for."""
+    model, growth = config.model, config.training.progressive
+    time = TimeShape(n_steps=n_time_steps(config), dim=growth.time_embedding_dim, encoding=growth.time_encoding_type)
     return ModelShape(
         vocab_size=model.vocab_size,
         d_model=model.d_model,
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads or model.n_heads,
         d_ff=feed_forward_width(config),
-        causal=model.attention == "causal" or (model.attention == "auto" and objective != "mlm"),
+        causal=model.attention == "causal" or (model.attention == "auto" and growth.training_objective != "mlm"),
         tie_embeddings=model.tie_embeddings,
         rope_theta=model.rope_theta,
         norm_eps=model.norm_eps,
-        time=_resolve_time_shape(config),
+        time=time if growth.time_interpretation == "input" else None,
     )
 
 
-def _resolve_time_shape(config: StackWiseConfig) -> TimeShape | None:
-    growth = config.training.progressive
-    if growth.time_interpretation != "input":
-        return None
-    return TimeShape(n_steps=n_time_steps(config), dim=growth.time_embedding_dim, encoding=growth.time_encoding_type)
-
-
 def resolve_mask(config: StackWiseConfig, stage: int) -> MaskSpec | None:
-    """Return how a stage corrupts its inputs; None with clm and custom, which corrupt nothing."""
+    """Return how a stage corrupts its inputs; None for clm and custom, which do not corrupt them."""
     if config.training.progressive.training_objective != "mlm":
         return None
     tokenizer = tokenizer_of(config)
-    assert tokenizer.mask_token is not None  # validate() refuses a tokenizer without one
+    assert tokenizer.mask_token is not None  # validate() rejects a tokenizer without one
     return MaskSpec(
         seed=config.run.seed,
         ratio=_stage_ratio(config, stage),
@@ -114,12 +105,12 @@ def _stage_ratio(config: StackWiseConfig, stage: int) -> float:
 
 
 def resolve_views(config: StackWiseConfig) -> int:
-    """Return the mask draws per sequence: as configured, else 8 for mlm and 1 where nothing is masked."""
+    """Return the number of mask draws per sequence: as configured, or 8 for mlm and 1 otherwise."""
     return config.cache.views or (8 if config.training.progressive.training_objective == "mlm" else 1)
 
 
 def resolve_order(config: StackWiseConfig, n_rows: int) -> RowOrder:
-    """Return the order in which every stage visits the `n_rows` training sequences."""
+    """Return the order in which all stages visit the `n_rows` training sequences."""
     by_batch = config.training.time_sampling != "per_sequence"
     return RowOrder(
         seed=config.run.seed,
@@ -132,12 +123,12 @@ def resolve_order(config: StackWiseConfig, n_rows: int) -> RowOrder:
 
 
 def reads_examples(config: StackWiseConfig) -> bool:
-    """Return whether the corpus holds examples with targets of their own, and no text."""
+    """Return whether the corpus holds examples with targets, rather than text."""
     return config.training.progressive.training_objective == "custom"
 
 
 def resolve_objective(config: StackWiseConfig) -> str:
-    """Return what enters ids of a custom objective: the name of its loss, and the hash of its source."""
+    """Return what enters ids of a custom objective: name and source hash of its loss; '' for other objectives."""
     if config.training.progressive.training_objective != "custom":
         return ""
     key, name = "training.custom_loss", config.training.custom_loss
@@ -145,9 +136,9 @@ def resolve_objective(config: StackWiseConfig) -> str:
 
 
 def resolve_loss(config: StackWiseConfig) -> Callable[..., Any] | None:
-    """Return the loss function of a custom objective; None is cross-entropy."""
-    name = config.training.custom_loss
-    return load_function(name, "training.custom_loss") if name else None
+    """Return the loss function of a custom objective; None means cross-entropy."""
+    key, name = "training.custom_loss", config.training.custom_loss
+    return load_function(name, key) if name and is_used(config, key) else None
 
 
 GRID = (0.15, 0.3, 0.5, 0.7, 0.9)
@@ -155,20 +146,21 @@ GRID = (0.15, 0.3, 0.5, 0.7, 0.9)
 
 
 def resolve_grid(config: StackWiseConfig) -> tuple[float, ...]:
-    """Return the mask ratios all stages are judged at: none where they share one anyway."""
+    """Return the mask ratios that all stages are compared at; none if they share one ratio."""
     growth = config.training.progressive
     return GRID if growth.training_objective == "mlm" and growth.time_interpretation != "none" else ()
 
 
 def resolve_stream_dtype(config: StackWiseConfig) -> StreamDtype:
-    """Return the type of the frozen trunk's stream, cached or live."""
+    """Return the type that the frozen trunk's stream is cast to, cached or live."""
     return config.cache.dtype
 
 
 STATISTICS_ROWS = 1024
-"""Rows over which the statistics of a stack's output are taken."""
+"""Rows over which channel statistics of a stack's output are taken."""
 
 
 def resolve_statistics_rows(config: StackWiseConfig) -> int:
-    """Return over how many of a stage's first rows it takes statistics of what it made; 0 if the stream needs none."""
-    return STATISTICS_ROWS if config.cache.dtype in QUANTISED_STREAMS else 0
+    """Return over how many of its first rows a stage takes channel statistics; 0 if the stream needs none."""
+    quantised = config.cache.dtype in QUANTISED_STREAMS and is_used(config, "cache.dtype")
+    return STATISTICS_ROWS if quantised else 0

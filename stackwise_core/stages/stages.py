@@ -1,23 +1,126 @@
-"""The stages of a run: which stack each adds, what of the rack trains, and how. Needs no torch."""
+"""What a stage is: its stacks in data-flow order, what of each trains, and how it is optimised.
+
+Everything that differs between append and prepend, and between frozen, qlora and full trunks, is decided here, from
+the configuration alone. Stacks are named by creation index. Needs no torch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
-from stackwise_core.config.schema import Precision, StackWiseConfig
-from stackwise_core.config.stacks import (
-    adapter_size,
-    has_adapter,
-    stage_blocks,
-    stage_mode,
-    stage_precision,
-    stage_steps,
-)
-from stackwise_core.config.time_steps import mask_ratio_of, stack_time_step
-from stackwise_core.stages.anatomy import AdapterName, Anatomy, joint_anatomy, stage_anatomy
+from pydantic import BaseModel
+
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import QUANTISED, Precision
+from stackwise_core.config.stacks import settings_of
+from stackwise_core.config.time_steps import corrupts_by_time, mask_ratio_of, stack_time_step
 from stackwise_core.stages.resolve import Value
 
+AdapterName = Literal["stack", "progressive"]
 GrowthOperator = Literal["copy", "copy_zero", "random", "zero"]
+Strategy = Literal["frozen", "qlora", "full"]
+Trains = Literal["everything", "adapters", "nothing"]
+
+
+# ---------------------------------------------------------------- anatomy
+
+
+class Anatomy(BaseModel, frozen=True):
+    """In which order the stacks of a stage run, and what of each trains."""
+
+    order: tuple[int, ...]
+    """In data-flow order."""
+    trains: tuple[Trains, ...]
+    """What of each trains, in the same order."""
+    embedding_trains: bool
+    head_trains: bool
+
+    @property
+    def newest(self) -> int:
+        """The stack that was created last: in a growth stage, the one that is added."""
+        return max(self.order)
+
+    @property
+    def boundary(self) -> int:
+        """How many stacks lie below the first that trains: their output may be cached."""
+        if self.embedding_trains:
+            return 0
+        return next(n for n, trains in enumerate(self.trains) if trains != "nothing")
+
+    @property
+    def below(self) -> tuple[int, ...]:
+        """The frozen stacks below the boundary, in data-flow order."""
+        return self.order[: self.boundary]
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """The stacks from the boundary to the head, in data-flow order: gradients flow through them."""
+        return self.order[self.boundary :]
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The stacks that train in full or in part, in data-flow order."""
+        return tuple(stack for stack, trains in zip(self.order, self.trains, strict=True) if trains != "nothing")
+
+    def trains_of(self, stack: int) -> Trains:
+        """Return what of a stack trains."""
+        return self.trains[self.order.index(stack)]
+
+
+def stage_anatomy(config: StackWiseConfig, stage: int) -> Anatomy:
+    """Return the anatomy of a growth stage.
+
+    The first stage trains embedding, stack and head. Later, an appended stack trains together with the head; a
+    prepended one trains below a frozen head. What trains of the trunk is up to its strategy.
+    """
+    growth = config.training.progressive
+    order, settings = _data_flow(config, stage + 1), settings_of(config, stage)
+    trunk = [stack for stack in order if stack != stage]
+    top = set(trunk[-growth.trunk_trainable_top :] if growth.trunk_trainable_top else trunk)
+    # The very first stack has nothing to copy: it trains in full and is quantised afterwards.
+    newest: Trains = "adapters" if settings.precision == "qlora" and stage > 0 else "everything"
+    first_or_full = stage == 0 or growth.trunk_strategy == "full"
+    return Anatomy(
+        order=order,
+        trains=tuple(newest if stack == stage else _trunk_trains(config, stack, stack in top) for stack in order),
+        embedding_trains=first_or_full,
+        head_trains=first_or_full or settings.mode == "append",
+    )
+
+
+def joint_anatomy(config: StackWiseConfig, n_stacks: int) -> Anatomy:
+    """Return the anatomy of joint training: everything trains, except that quantised stacks train only adapters."""
+    order, grown = _data_flow(config, n_stacks), config.training.progressive.enabled
+    trains: tuple[Trains, ...] = tuple(
+        "adapters" if grown and settings_of(config, stack).precision in QUANTISED else "everything" for stack in order
+    )
+    return Anatomy(order=order, trains=trains, embedding_trains=True, head_trains=True)
+
+
+def _data_flow(config: StackWiseConfig, n_stacks: int) -> tuple[int, ...]:
+    order: list[int] = []
+    for stack in range(n_stacks):
+        order.insert(0 if settings_of(config, stack).mode == "prepend" else stack, stack)
+    return tuple(order)
+
+
+def _trunk_trains(config: StackWiseConfig, stack: int, in_top: bool) -> Trains:
+    growth = config.training.progressive
+    if growth.trunk_strategy == "full":
+        return "everything"
+    has_adapter = growth.progressive_qlora or settings_of(config, stack).adapter is not None
+    return "adapters" if growth.trunk_strategy == "qlora" and in_top and has_adapter else "nothing"
+
+
+def last_trained(anatomies: Sequence[Anatomy], stack: int, part: Literal["base", "adapters"]) -> int:
+    """Return the last of successive stages that trained a part of a stack, or else the stage that created it."""
+    wanted = ("everything",) if part == "base" else ("everything", "adapters")
+    present = [stage for stage, anatomy in enumerate(anatomies) if stack in anatomy.order]
+    return max([present[0], *(stage for stage in present if anatomies[stage].trains_of(stack) in wanted)])
+
+
+# ---------------------------------------------------------------- stages
 
 
 class OptimSpec(Value, frozen=True):
@@ -55,22 +158,22 @@ class StackSpec(Value, frozen=True):
 
 
 class StageSpec(Value, frozen=True):
-    """One stage, resolved: an addition, or joint training; what trains, and how."""
+    """One stage, resolved: which stack it adds (or joint training), what trains, and how."""
 
     index: int
     mode: Literal["append", "prepend", "joint"]
     operator: GrowthOperator
-    strategy: Literal["frozen", "qlora", "full"]
+    strategy: Strategy
     anatomy: Anatomy
     stacks: tuple[StackSpec, ...]
-    """All of the rack, by creation index."""
+    """All stacks of the rack, by creation index."""
     time_step: int | None
-    """Of time-as-depth."""
+    """Of the new stack, where depth is time."""
     optim: OptimSpec
 
     @property
     def trunk(self) -> tuple[int, ...]:
-        """The stacks that this stage finds, in data-flow order."""
+        """The stacks that exist before this stage, in data-flow order."""
         if self.mode == "joint":
             return self.anatomy.order if self.index else ()
         return tuple(stack for stack in self.anatomy.order if stack != self.index)
@@ -89,24 +192,17 @@ class StageSpec(Value, frozen=True):
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of the new stack; in joint training, of all."""
+        """Blocks of the new stack; in joint training, of all stacks."""
         return sum(stack.n_blocks for stack in self.stacks) if self.mode == "joint" else self.new.n_blocks
 
     @property
     def name(self) -> str:
-        """How a person would call the stage."""
+        """A readable name, such as 'append, frozen, full'."""
         return "joint" if self.mode == "joint" else f"{self.mode}, {self.strategy}, {self.new.precision}"
 
 
-def resolve_time_step(config: StackWiseConfig, stage: int) -> int | None:
-    """Return the time step of a stack where depth is time."""
-    if config.training.progressive.time_interpretation != "depth":
-        return None
-    return stack_time_step(config, stage)
-
-
 def resolve_stages(config: StackWiseConfig) -> list[StageSpec]:
-    """Return the stages of a run: an addition each, and the joint anneal; or joint training alone."""
+    """Return the stages of a run: its additions and the joint anneal, or one stage that trains all stacks jointly."""
     growth = config.training.progressive
     if not growth.enabled:
         return [resolve_joint(config, 0, growth.target_stacks)]
@@ -115,22 +211,23 @@ def resolve_stages(config: StackWiseConfig) -> list[StageSpec]:
 
 
 def resolve_stage(config: StackWiseConfig, stage: int) -> StageSpec:
-    """Return the stage that adds stack `stage` (0-based, in creation order)."""
-    training = config.training
-    mode = stage_mode(config, stage)
-    automatic: GrowthOperator = "copy_zero" if mode == "prepend" else "copy"
-    operator: GrowthOperator = automatic if training.new_stack_init == "auto" else training.new_stack_init
+    """Return the stage that adds the stack of creation index `stage`."""
+    training, settings = config.training, settings_of(config, stage)
+    operator: GrowthOperator = "copy_zero" if settings.mode == "prepend" else "copy"
+    if training.new_stack_init != "auto":
+        operator = training.new_stack_init
+    by_depth = training.progressive.time_interpretation == "depth"
     anatomy = stage_anatomy(config, stage)
     stacks = tuple(resolve_stack(config, stack, stage) for stack in range(stage + 1))
     return StageSpec(
         index=stage,
-        mode=mode,
+        mode=settings.mode,
         operator="random" if stage == 0 else operator,
         strategy=training.progressive.trunk_strategy,
         anatomy=anatomy,
         stacks=stacks,
-        time_step=resolve_time_step(config, stage),
-        optim=_resolve_optim(config, anatomy, stacks, stage_steps(config, stage), training.learning_rate),
+        time_step=stack_time_step(config, stage) if by_depth else None,
+        optim=_resolve_optim(config, anatomy, stacks, settings.steps, training.learning_rate),
     )
 
 
@@ -156,20 +253,14 @@ def resolve_joint(config: StackWiseConfig, index: int, n_stacks: int) -> StageSp
 
 def resolve_stack(config: StackWiseConfig, stack: int, stage: int) -> StackSpec:
     """Return what a stack is while stage `stage` trains."""
-    growth = config.training.progressive
+    growth, settings = config.training.progressive, settings_of(config, stack)
     adapters: dict[AdapterName, AdapterSpec] = {}
-    if has_adapter(config, stack):
-        rank, alpha = adapter_size(config, stack)
-        adapters["stack"] = AdapterSpec(rank=rank, alpha=alpha)
-    if growth.progressive_qlora and stack < stage:
+    if settings.adapter:
+        adapters["stack"] = AdapterSpec(rank=settings.adapter.rank, alpha=settings.adapter.alpha)
+    if growth.enabled and growth.progressive_qlora and stack < stage:
         progressive = AdapterSpec(rank=growth.progressive_qlora_rank, alpha=growth.progressive_qlora_alpha)
         adapters["progressive"] = progressive
-    return StackSpec(
-        index=stack,
-        n_blocks=stage_blocks(config, stack),
-        precision=stage_precision(config, stack),
-        adapters=adapters,
-    )
+    return StackSpec(index=stack, n_blocks=settings.n_blocks, precision=settings.precision, adapters=adapters)
 
 
 def _resolve_optim(
@@ -195,7 +286,7 @@ def _resolve_optim(
 def resolve_joint_times(config: StackWiseConfig) -> tuple[tuple[int, float], ...]:
     """Return time step and mask ratio of every stack, where joint training draws one of them at each step."""
     growth = config.training.progressive
-    if growth.time_interpretation != "depth" or growth.training_objective != "mlm":
+    if growth.time_interpretation != "depth" or not corrupts_by_time(config):
         return ()
     steps = [stack_time_step(config, stack) for stack in range(growth.target_stacks)]
     return tuple((step, mask_ratio_of(config, step)) for step in steps)

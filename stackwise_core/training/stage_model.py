@@ -15,7 +15,7 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import adapter_parameters
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
 from stackwise_core.objectives.losses import Batch, LossFunction, input_time_step, loss_positions, summed_loss
-from stackwise_core.stages.anatomy import Anatomy
+from stackwise_core.stages.stages import Anatomy
 
 
 class StageModel(nn.Module):

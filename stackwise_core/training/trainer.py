@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_type
-from stackwise_core.config.schema import StackWiseConfig
-from stackwise_core.config.stacks import growth_faults
-from stackwise_core.config.time_steps import time_faults
+from stackwise_core.config.rules import growth_faults, time_faults
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import JointDataLoader, ProgressiveDataLoader, RowSource
 from stackwise_core.objectives.losses import Batch, input_time_step
 from stackwise_core.objectives.raw_batches import check_loader
-from stackwise_core.stages.anatomy import Anatomy
 from stackwise_core.stages.resolve import (
     resolve_loss,
     resolve_mask,
@@ -27,7 +25,7 @@ from stackwise_core.stages.resolve import (
     resolve_stream_dtype,
     resolve_views,
 )
-from stackwise_core.stages.stages import StageSpec, resolve_joint, resolve_joint_times, resolve_stage
+from stackwise_core.stages.stages import Anatomy, StageSpec, resolve_joint, resolve_joint_times, resolve_stage
 from stackwise_core.training.channel_statistics import output_statistics, remembering
 from stackwise_core.training.hardware import use_hardware
 from stackwise_core.training.stage_model import StageModel

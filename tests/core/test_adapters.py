@@ -181,16 +181,6 @@ def test_the_count_is_rank_times_in_plus_out() -> None:
     assert {id(p) for p in adapter_parameters(stack) + base_parameters(stack)} == {id(p) for p in stack.parameters()}
 
 
-@pytest.mark.parametrize("rank", [0, 17])
-def test_an_impossible_rank_is_refused_before_anything_changes(rank: int) -> None:
-    stack = new_stack()  # the key projection is 32 to 16
-    allowed = "rank of the 'stack' adapter: got {}; from 1 to 16, the smallest dimension of a matrix of stack 3"
-    with pytest.raises(ConfigError, match=allowed.format(rank)):
-        add_adapter(stack, "stack", rank=rank, alpha=8.0, seed=1)
-    assert adapter_names(stack) == []
-    add_adapter(stack, "stack", rank=16, alpha=8.0, seed=1)
-
-
 def test_a_second_adapter_of_the_same_name_is_refused_and_the_first_kept() -> None:
     stack = adapted("half")
     before = clones(adapter_state(stack, "stack"))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from stackwise_core.config.schema import StackWiseConfig
-from stackwise_core.stages.anatomy import Anatomy, joint_anatomy, last_trained, stage_anatomy
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.stages.stages import Anatomy, joint_anatomy, last_trained, stage_anatomy
 
 E, A, N = "everything", "adapters", "nothing"
 ADAPTED = {"qlora_enabled": True, "trunk_strategy": "qlora"}

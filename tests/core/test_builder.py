@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stackwise_core.config.schema import Precision, StackWiseConfig
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import Precision
 from stackwise_core.errors import ConfigError
 from stackwise_core.model.adapters import adapter_names
 from stackwise_core.model.blocks import Stack

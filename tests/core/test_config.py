@@ -18,9 +18,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from stackwise_core.config.schema import LoraOverride, StackOverride, StackWiseConfig
-from stackwise_core.config.unused import ONLY_WITH
-from stackwise_core.config.yaml import apply_overrides, parse_value
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import LoraOverride, StackOverride
+from stackwise_core.config.unused import BELONGS_TO, notes, unused_keys
+from stackwise_core.config.yaml import parse_value
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.plan import plan_run
 from stackwise_core.stages.stages import resolve_stage
@@ -119,7 +120,7 @@ def test_every_fault_at_once() -> None:
                 "learning_rate": "fast",
                 "corruption": "rot13",
                 "stepz_per_stack": 3,
-                "progressive": {"target_stacks": 5, "max_stacks": 4, "trunk_trainable_top": 1, "time_per_stack": 2},
+                "progressive": {"target_stacks": 5, "max_stacks": 4},
             },
             "cache": {"dtype": "int4"},
         }
@@ -135,16 +136,6 @@ def test_every_fault_at_once() -> None:
         "model.vocab_size": ("100", "the byte tokenizer needs at least 259"),
         "training.accumulation_steps": ("4", "must divide training.batch_size = 30"),
         "training.progressive.target_stacks": ("5", "must not exceed training.progressive.max_stacks = 4"),
-        "training.progressive.trunk_trainable_top": (
-            "1",
-            "changes nothing here: it belongs to training.progressive.trunk_strategy: qlora, on a trunk that grows to "
-            "more stacks with adapters; leave it out",
-        ),
-        "training.progressive.time_per_stack": (
-            "2",
-            "changes nothing here: it belongs to training.progressive.time_interpretation: depth with "
-            "stack_time_mapping: linear, or any with num_time_steps: 0; leave it out",
-        ),
         "cache.dtype": ("'int4'", "input should be 'bfloat16', 'float16', 'float32', 'int8' or 'fp8'"),
     }
 
@@ -167,19 +158,9 @@ def test_every_fault_at_once() -> None:
             "cache.views",
             "2",
         ),
-        (
-            {"training": {"progressive": {"max_stacks": 3, "stacks": [{}] * 4}}},
-            "training.progressive.stacks",
-            "4 entries",
-        ),
         ({"data": {"tokenizer": "words.json"}}, "data.tokenizer", "'words.json'"),
         ({"hardware": {"processes": 9}, "training": {"accumulation_steps": 4}}, "hardware.processes", "9"),
         ({"hardware": {"processes": 2, "device": "cuda:1"}}, "hardware.device", "'cuda:1'"),
-        (
-            {"training": {"joint_steps": 5, "progressive": {"enabled": False}}},
-            "training.joint_steps",
-            "5",
-        ),
         ({"training": {"progressive": {"trunk_strategy": "qlora"}}}, f"{GROWTH}.trunk_strategy", "'qlora'"),
         (  # the last stack is in no stage's trunk
             {"training": {"progressive": {"trunk_strategy": "qlora", "stacks": [{}, {}, {"precision": "qlora"}]}}},
@@ -479,7 +460,7 @@ def test_to_yaml_writes_what_it_returns(tmp_path: Path) -> None:
 
 def test_to_yaml_writes_utf8_in_any_locale(tmp_path: Path) -> None:
     code = (
-        "import sys; from stackwise_core.config.schema import StackWiseConfig as C;"
+        "import sys; from stackwise_core.config import StackWiseConfig as C;"
         "C.from_dict({'data': {'source': chr(252) + '.txt'}}).to_yaml(sys.argv[1])"
     )
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -578,6 +559,88 @@ def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
     assert read_yaml("# nothing but a comment\n") == StackWiseConfig()
 
 
+# ---------------------------------------------------------------- unused keys are noted
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            {f"{GROWTH}.time_interpretation": "depth", f"{GROWTH}.time_embedding_dim": 512, "training.mask_ratio": 0.3},
+            "not used: mask_ratio, time_embedding_dim (time_interpretation: depth)",
+        ),
+        ({f"{GROWTH}.qlora_rank": 8}, "not used: qlora_rank (qlora_enabled: false)"),
+        (
+            {f"{GROWTH}.enabled": False, "training.joint_steps": 5, "training.joint_learning_rate": 1e-4},
+            "not used: joint_steps, joint_learning_rate (enabled: false)",
+        ),
+        (
+            {"training.joint_learning_rate": 1e-4, f"{GROWTH}.cache_activations": False, "cache.mode": "auto"},
+            "not used: joint_learning_rate (joint_steps: 0); cache.mode (cache_activations: false)",
+        ),
+        ({"cache.task_runner": "dask"}, "not used: cache.task_runner (cache.fill_workers: 1)"),
+        (
+            {f"{GROWTH}.max_stacks": 3, f"{GROWTH}.stacks": [{}, {}, {}, {"n_blocks": 3}]},
+            "not used: stacks.3 (max_stacks: 3)",
+        ),
+        (
+            {f"{GROWTH}.enabled": False, f"{GROWTH}.stacks": [{"steps": 5}, {"n_blocks": 1}]},
+            "not used: stacks.0.steps (enabled: false)",
+        ),
+        (
+            {
+                f"{GROWTH}.qlora_strategy": "variable",
+                f"{GROWTH}.stacks": [{}, {"precision": "qlora"}],
+                f"{GROWTH}.qlora_configs": {n: {"rank": 2, "alpha": 2.0} for n in (0, 1, 12)},
+            },
+            "not used: qlora_configs.0 (qlora_enabled: false); qlora_configs.12 (max_stacks: 12)",
+        ),
+        (
+            {f"{GROWTH}.trunk_strategy": "full", "cache.max_gb": 4.0, "cache.dtype": "int8"},
+            "not used: cache.dtype, cache.max_gb (trunk_strategy: full)",
+        ),
+        ({"training.custom_loss": "losses:loss"}, "not used: custom_loss (training_objective: mlm)"),
+        ({"training.mask_ratio_min": 0.95}, "not used: mask_ratio_min (time_interpretation: none)"),
+    ],
+)
+def test_a_key_that_has_no_effect_is_noted_with_the_setting_that_makes_it_so(values: dict[str, Any], line: str) -> None:
+    assert notes(configuration(values)) == [line]
+
+
+def test_a_configuration_that_uses_all_it_sets_has_no_notes() -> None:
+    assert notes(StackWiseConfig()) == []
+    assert notes(configuration({f"{GROWTH}.time_interpretation": "depth", f"{GROWTH}.time_per_stack": 3})) == []
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_the_files_of_the_documentation_that_users_come_from_load(block: int) -> None:
+    """Each sets the keys of several modes beside one another."""
+    dual = {"qlora_enabled": True, "qlora_rank": 16, "qlora_alpha": 32}
+    blocks: list[dict[str, Any]] = [
+        {**dual, "progressive_qlora": True, "progressive_qlora_rank": 8, "progressive_qlora_alpha": 16},
+        {
+            "enabled": True,
+            "trunk_strategy": "frozen",
+            "new_stack_precision": "full",
+            "cache_activations": True,
+            **dual,
+            "qlora_strategy": "simplified",
+            "max_stacks": 12,
+            "building_mode": "append",
+            "time_interpretation": "depth",
+            "time_embedding_dim": 512,
+            "time_encoding_type": "sinusoidal",
+            "stack_time_mapping": "linear",
+            "time_per_stack": 100,
+        },
+        {
+            "qlora_strategy": "variable",
+            "qlora_configs": {n: {"rank": 8 * 2**n, "alpha": 16 * 2**n} for n in range(4)},
+        },
+    ]
+    StackWiseConfig.from_dict({"training": {"progressive": blocks[block]}})
+
+
 # ---------------------------------------------------------------- no key is accepted and ignored
 
 
@@ -587,12 +650,16 @@ MORE_FOR_VALUE: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("path", NEEDS)
-def test_keys_that_would_change_nothing_are_refused_and_told_where_they_belong(path: str) -> None:
-    faults = faults_of(nested(path, other_value(path)))
-    assert {fault.path for fault in faults} == {path}
-    names = [key.rpartition(".")[2] for key in NEEDS[path]]
-    assert any(name in fault.allowed for fault in faults for name in names)
+@pytest.mark.parametrize("path", sorted(BELONGS_TO.keys() & NEEDS.keys() - {f"{GROWTH}.trunk_strategy"}))
+def test_a_key_without_the_setting_it_needs_is_noted_with_that_setting(path: str) -> None:
+    config = configuration({path: other_value(path)})
+    assert path in {unused.path for unused in unused_keys(config)}
+    reasons = {unused.because for unused in unused_keys(config)}
+    assert reasons <= {key for keys in NEEDS.values() for key in keys}
+    needed = configuration(
+        {**NEEDS[path], **MORE_FOR_VALUE.get((path, str(other_value(path))), {}), path: other_value(path)}
+    )
+    assert path not in {unused.path for unused in unused_keys(needed)}
 
 
 @pytest.mark.parametrize(("path", "value"), [(path, value) for path in LEAVES for value in values_of(path)])
@@ -602,43 +669,17 @@ def test_every_value_is_accepted_where_it_belongs(path: str, value: Any) -> None
     assert config.model_dump() == configuration(config.model_dump()).model_dump()
 
 
-def test_the_table_of_needs_is_whole() -> None:
-    """A key that the rules refuse without another is in it; what they name are keys of the schema."""
-    by_default = "corruption mask_ratio new_stack_init mode keep dtype max_gb blocks_per_stack steps_per_stack"
-    by_default += " new_stack_precision building_mode progressive_qlora fill_workers"
-    found = {path.rpartition(".")[2] for path in set(ONLY_WITH) - set(NEEDS)}
-    assert found == set(by_default.split())  # they belong to what is the default
-    assert {*ONLY_WITH, *NEEDS} - set(LEAVES) == set()
+def test_the_table_names_keys_of_the_schema_and_none_is_unused_by_default() -> None:
+    named = {key for needs in BELONGS_TO.values() for need in needs for key, _ in need}
+    assert {*BELONGS_TO, *NEEDS, *named} - set(LEAVES) == {f"{GROWTH}.stacks.precision", f"{GROWTH}.stacks.mode"}
+    assert unused_keys(StackWiseConfig()) == []
 
 
-@pytest.mark.parametrize(("path", "value"), [("corruption", "mask"), ("loss_weighting", "elbo")])
-def test_keys_of_the_masked_objective_are_refused_with_another(path: str, value: str) -> None:
-    faults = faults_of({"training": {path: value, "progressive": {"training_objective": "clm"}}})
-    assert {fault.path for fault in faults} == {f"training.{path}"}
-    assert any("training_objective: mlm" in fault.allowed for fault in faults)
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "switched_off"),
-    [
-        ("cache.mode", "auto", f"{GROWTH}.cache_activations"),
-        ("cache.keep", "all", f"{GROWTH}.cache_activations"),
-        ("training.new_stack_init", "copy", f"{GROWTH}.enabled"),
-        (f"{GROWTH}.trunk_strategy", "full", f"{GROWTH}.enabled"),
-    ],
-)
-def test_keys_of_what_is_switched_off_are_refused(path: str, value: str, switched_off: str) -> None:
-    values: dict[str, Any] = {}
-    apply_overrides(values, {path: value, switched_off: False})
-    (fault,) = faults_of(values)
-    assert (fault.path, f"{switched_off}: true" in fault.allowed) == (path, True)
-
-
-def test_one_key_is_told_where_another_would_be_wrong_only_beside_it() -> None:
-    """A strategy that nothing reads says so; that its stacks would be quantised does not come to pass."""
-    growth = {"enabled": False, "trunk_strategy": "full", "new_stack_precision": "nvfp4"}
-    (fault,) = faults_of(nested(GROWTH, growth))
-    assert fault.path == f"{GROWTH}.trunk_strategy"
+def test_the_bound_is_refused_without_masks() -> None:
+    """Unlike an unused key it would be another loss than the one asked for."""
+    (fault,) = faults_of({"training": {"loss_weighting": "elbo", "progressive": {"training_objective": "clm"}}})
+    assert fault.path == "training.loss_weighting"
+    assert "training_objective: mlm" in fault.allowed
 
 
 def test_a_quantised_stack_with_a_progressive_adapter_joins_the_anneal() -> None:
@@ -676,16 +717,25 @@ def section_of(node: ast.expr, names: dict[str, str]) -> str | None:
     return below if below in SECTIONS.values() else None
 
 
+def assigned(node: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
+    """The targets and values of `a = b` and of `a, b = c, d`."""
+    if not isinstance(node, ast.Assign):
+        return []
+    target, value = node.targets[0], node.value
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        return list(zip(target.elts, value.elts, strict=True))
+    return [(target, value)]
+
+
 def keys_read_in(function: ast.FunctionDef) -> set[str]:
     names: dict[str, str] = {}
     for argument in (*function.args.args, *function.args.kwonlyargs):
         if isinstance(argument.annotation, ast.Name) and argument.annotation.id in SECTIONS:
             names[argument.arg] = SECTIONS[argument.annotation.id]
     for node in ast.walk(function):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            section = section_of(node.value, names)
-            if section:
-                names[node.targets[0].id] = section
+        for target, value in assigned(node):
+            if isinstance(target, ast.Name) and (section := section_of(value, names)):
+                names[target.id] = section
     return {
         f"{section}.{node.attr}"
         for node in ast.walk(function)
@@ -693,44 +743,20 @@ def keys_read_in(function: ast.FunctionDef) -> set[str]:
     }
 
 
-RULES = {"config_rules.py", "growth_rules.py", "timesteps.py"}
-"""Modules that read keys to judge them; some of their functions are read by others, too."""
-
-
-def called_by(names: set[str], functions: dict[str, ast.FunctionDef]) -> set[str]:
-    """Those functions of a module that some of them call, however indirectly; a rule only refuses."""
-    found: set[str] = set()
-    while names := {name for name in names - found if name in functions and not name.endswith("_faults")}:
-        found |= names
-        names = {node.id for name in names for node in ast.walk(functions[name]) if isinstance(node, ast.Name)}
-    return found
+JUDGES = {"schema.py", "config.py", "rules.py", "unused.py"}
+"""Modules of the configuration that read keys only to judge them."""
 
 
 def keys_read_by_the_code() -> set[str]:
-    """The keys that code outside the rules reads, itself or through a function of theirs that it imports."""
-    trees = {
-        path: ast.parse(path.read_text())
+    """The keys that code outside the rules reads."""
+    trees = [
+        ast.parse(path.read_text())
         for folder in ("stackwise_core", "storage", "flows")
         for path in (ROOT / folder).rglob("*.py")
-    }
-    is_rule = {path: path.name.startswith("config") or path.name in RULES for path in trees}
-    imported = {
-        alias.name
-        for path, tree in trees.items()
-        if not is_rule[path]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    keys: set[str] = set()
-    for path, tree in trees.items():
-        functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-        if is_rule[path]:
-            functions = {name: functions[name] for name in called_by(imported, functions) if path.name in RULES}
-            keys |= {key for function in functions.values() for key in keys_read_in(function)}
-        else:
-            keys |= {key for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) for key in keys_read_in(node)}
-    return keys
+        if not (path.parent.name == "config" and path.name in JUDGES)
+    ]
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return {key for function in functions for key in keys_read_in(function)}
 
 
 def test_the_search_for_readers_tells_reads_from_names() -> None:

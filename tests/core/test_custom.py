@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.functions import load_function, source_digest
-from stackwise_core.config.schema import StackWiseConfig
-from stackwise_core.data.packing import PackedSequences, corpus_facts
+from stackwise_core.data.packing import PackedSequences
 from stackwise_core.errors import ConfigError
-from stackwise_core.stages.plan import RunPlan, plan_run
-from stackwise_core.stages.resolve import reads_examples
+from stackwise_core.stages.plan import RunPlan, plan_config
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
 from support.runs import folder_of, grown, manifests, tiny
@@ -33,7 +32,7 @@ def smoothed(logits, targets):
 
 
 def plan_of(config: StackWiseConfig) -> RunPlan:
-    return plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
+    return plan_config(config)
 
 
 def write_shifted(path: Path, splits: tuple[PackedSequences, PackedSequences]) -> Path:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.masks import VALIDATION_VIEW, MaskSpec, TimeInput, content_ids
 from stackwise_core.data.order import RowOrder
 from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences

@@ -18,12 +18,10 @@ from stackwise_core.data.packing import (
     Corpus,
     Document,
     PackedSequences,
-    corpus_facts,
     read_corpus,
 )
 from stackwise_core.errors import ConfigError, CorpusError
-from stackwise_core.stages.plan import plan_run
-from stackwise_core.stages.resolve import reads_examples
+from stackwise_core.stages.plan import plan_config
 from storage.layout import Artifacts
 from support.runs import tiny
 
@@ -186,9 +184,7 @@ def test_what_was_packed_for_a_larger_model_is_not_fed_to_a_smaller(tmp_path: Pa
     def prepare(**changes: Any) -> None:
         values = {"data.source": str(tmp_path / "rows.jsonl"), "training.progressive.training_objective": "custom"}
         config = tiny(tmp_path, values | changes)
-        prepare_data(
-            config, artifacts, plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
-        )
+        prepare_data(config, artifacts, plan_config(config))
 
     with pytest.raises(CorpusError, match=r"rows\.jsonl:1: input_ids hold the token 300, outside 0 to 263"):
         prepare()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import Corpus, Document, PackedSequences, pack
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder

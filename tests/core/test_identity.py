@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.stages.identity import NUMERICS, Kind, Recipe, Ref, canonical_json
 from stackwise_core.stages.plan import RunPlan, plan_run
 from support.configurations import CORPUS, KINDS, ids

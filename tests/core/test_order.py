@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.order import RowOrder
 from stackwise_core.errors import StackWiseError
 from stackwise_core.stages.resolve import resolve_order

@@ -20,12 +20,12 @@ from pyarrow import parquet
 
 from flows.cli.main import main
 from flows.run.prepare import prepare_data
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.examples import ExampleFormat, pack_examples
 from stackwise_core.data.packing import Corpus, corpus_facts, pack, read_corpus
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.errors import ConfigError, CorpusError
-from stackwise_core.stages.plan import plan_run
+from stackwise_core.stages.plan import plan_config, plan_run
 from stackwise_core.stages.resolve import reads_examples
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
@@ -213,7 +213,7 @@ def test_a_run_of_tokens(tmp_path: Path) -> None:
     config = config_of(tmp_path, write_bin(tmp_path / "all.bin", tokens), "mlm")
     grown(config, tmp_path / "artifacts")
     artifacts = Artifacts(tmp_path / "artifacts")
-    train, _ = load_sequences(artifacts, plan_run(config, *corpus_facts(config.data.source)).data_ref)
+    train, _ = load_sequences(artifacts, plan_config(config).data_ref)
     assert train.tokens.tolist() == tokens[: 16 * 16].reshape(16, 16).tolist()
 
 

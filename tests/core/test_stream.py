@@ -21,12 +21,11 @@ from torch import Tensor
 from flows.run.prepare import forecast_store
 from stackwise_core.config.schema import QUANTISED_STREAMS, StreamDtype
 from stackwise_core.data.masks import IntArray
-from stackwise_core.data.packing import corpus_facts
 from stackwise_core.errors import ConfigError
 from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import STREAM_DTYPES, ChannelStatistics, Stream, dequantise, quantise
-from stackwise_core.stages.plan import plan_run
+from stackwise_core.stages.plan import plan_config, plan_run
 from stackwise_core.stages.resolve import resolve_shape
 from stackwise_core.training.channel_statistics import first_rows, output_statistics
 from stackwise_core.training.stream_error import stored_error
@@ -113,7 +112,7 @@ def test_dense_types_are_rounded_as_torch_rounds() -> None:
 
 
 def tiny_stack(index: int) -> Stack:
-    from stackwise_core.config.schema import StackWiseConfig
+    from stackwise_core.config import StackWiseConfig
 
     config = StackWiseConfig()
     config.model.d_model, config.model.n_heads = 32, 2
@@ -271,7 +270,7 @@ def test_the_bytes_of_a_store_were_forecast_and_its_error_is_told(
     store: Any = zarr.open_group(folder / "store.zarr", mode="r")
     arrays = [array for group in (store, store["validation"]) for name, array in group.arrays()]
     written = sum(array.nbytes for array in arrays if array.basename not in ("sequence_id", "view"))
-    plan = plan_run(config, *corpus_facts(config.data.source))
+    plan = plan_config(config)
     assert forecast_store(config, Artifacts(str(root)), plan.stages[0]) == facts["store_bytes"] == written
     low, high = {"bfloat16": (1e-3, 1e-2), "float16": (1e-4, 1e-3), "float32": (0.0, 0.0)}.get(dtype, (1e-3, 0.05))
     assert low <= facts["error"]["channel_median"] <= facts["error"]["channel_max"] <= high

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from flows.run.prepare import prepare_data
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.masks import MaskSpec
-from stackwise_core.data.packing import Corpus, Document, corpus_facts, pack
+from stackwise_core.data.packing import Corpus, Document, pack
 from stackwise_core.data.tokenizer import ByteTokenizer, decode_pieces, load_tokenizer
 from stackwise_core.errors import ConfigError, CorpusError
-from stackwise_core.stages.plan import plan_run
+from stackwise_core.stages.plan import plan_config, plan_run
 from stackwise_core.stages.resolve import resolve_mask
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
@@ -234,7 +234,7 @@ def test_masks_need_a_mask_token_and_tokens_need_rows(tmp_path: Path) -> None:
 def test_bytes_cost_no_library(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "from stackwise_core.config.schema import StackWiseConfig\n"
+        "from stackwise_core.config import StackWiseConfig\n"
         "from stackwise_core.stages.plan import plan_run\n"
         "plan_run(StackWiseConfig.from_dict({}), '00' * 32)\n"
         "print(sorted({'tokenizers', 'torch'} & set(sys.modules)))\n"
@@ -285,7 +285,7 @@ def test_a_run_of_words(tmp_path: Path) -> None:
     }
     config, artifacts = tiny(tmp_path, changes), Artifacts(tmp_path / "artifacts")
     grown(config, artifacts.root)
-    plan = plan_run(config, *corpus_facts(config.data.source))
+    plan = plan_config(config)
     train, _ = load_sequences(artifacts, plan.data_ref)
     assert train.tokens.ravel().tolist() == [ids[word] for word in text][: train.tokens.size]
     loss = artifacts.manifest(plan.stages[1].ref("validation")).facts["validation_loss"]
@@ -296,7 +296,7 @@ def test_a_tokenizer_that_changes_while_a_run_starts_is_told(tmp_path: Path) -> 
     words = sorted(set(write_corpus(tmp_path / "corpus.txt", words=1200).read_text().split()))
     path = word_level(tmp_path, {word: n for n, word in enumerate(words, 1)})
     config = tiny(tmp_path, {"data.tokenizer": path})
-    plan = plan_run(config, *corpus_facts(config.data.source))
+    plan = plan_config(config)
     word_level(tmp_path, {word: n for n, word in enumerate(reversed(words), 1)})
     with pytest.raises(CorpusError, match=r"data\.tokenizer: got .*; it changed while the run was starting"):
         prepare_data(config, Artifacts(tmp_path / "artifacts").open(), plan)

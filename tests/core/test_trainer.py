@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.errors import ConfigError, NonFiniteLossError, StageInterruptedError
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder

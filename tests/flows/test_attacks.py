@@ -13,7 +13,7 @@ import pytest
 from flows.cli.main import main
 from flows.run import prepare
 from flows.run.run import grow
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError
 from storage.activations import fill
 from storage.errors import ArtifactCorruptError, ArtifactNewerError, ArtifactsFolderError, StoreSpaceError
@@ -202,10 +202,9 @@ def test_what_a_killed_attempt_wrote_is_not_asked_of_the_disk_again(
 
 
 def _plan(config: StackWiseConfig):
-    from stackwise_core.data.packing import corpus_facts
-    from stackwise_core.stages.plan import plan_run
+    from stackwise_core.stages.plan import plan_config
 
-    return plan_run(config, *corpus_facts(config.data.source))
+    return plan_config(config)
 
 
 def test_a_loss_over_no_position_is_no_result(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from prefect.utilities.callables import parameter_schema
 from flows.add_stack import add_stack, grown
 from flows.operations import collect, validate_run
 from flows.train_rack import train_rack
-from stackwise_core.config.schema import StackOverride, StackWiseConfig
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import StackOverride
 from stackwise_core.errors import ConfigError, StackWiseError
 from stackwise_core.stages.plan import plan_run
 from storage.roots import artifacts_at

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.adapters import adapter_parameters, adapter_state, base_state
 from stackwise_core.model.blocks import Rack, Stack
 from stackwise_core.model.precision import StoredLinear, base_linears, storage_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.adapters import adapter_state
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.objectives.batches import PackedBatches

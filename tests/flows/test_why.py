@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.stages.identity import Kind
 from stackwise_core.stages.plan import RunPlan, plan_run

@@ -15,7 +15,7 @@ from benchmarks.growth import BUDGET_CASE, CASES, REFERENCE, STEPS, balanced_con
 from benchmarks.harness import Measure
 from benchmarks.memory import peak_bytes, peak_of
 from benchmarks.plot import line_chart, ticks
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.adapters import adapter_parameters
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.stages.costs import stage_flops

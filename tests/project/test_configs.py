@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 import yaml
 
-from stackwise_core.config.schema import StackWiseConfig
-from stackwise_core.data.packing import corpus_facts
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.adapters import adapter_names, adapter_state
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.precision import base_linears, storage_of
-from stackwise_core.stages.plan import StagePlan, plan_run
-from stackwise_core.stages.resolve import reads_examples
+from stackwise_core.stages.plan import StagePlan, plan_config
 from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
 from storage.layout import Artifacts
 from storage.sequences import load_sequences
@@ -66,7 +64,7 @@ class Grown:
     def __init__(self, config: StackWiseConfig, root: Path) -> None:
         grown(config, root)
         self.artifacts, self.manifests = Artifacts(root), manifests(root)
-        plan = plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
+        plan = plan_config(config)
         self.data_ref, self.stages = plan.data_ref, plan.stages
 
     @property

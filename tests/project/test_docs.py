@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from stackwise_core.config.schema import Section, StackWiseConfig
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import Section
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.plan import RunPlan, plan_run

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.growth_operators import new_rack
 from stackwise_core.stages.plan import StagePlan, plan_run

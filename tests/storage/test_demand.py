@@ -19,7 +19,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan, plan_run

@@ -29,7 +29,7 @@ _GROW = (
     "import json, os, socket, sys; os.fsync = lambda fd: None\n"
     "sys.path.insert(0, sys.argv[1])\n"
     "from support.runs import grown\n"
-    "from stackwise_core.config.schema import StackWiseConfig\n"
+    "from stackwise_core.config import StackWiseConfig\n"
     "import flows.run.run, flows.run.steps\n"
     "print(socket.gethostname(), flush=True)\n"
     "config = StackWiseConfig.from_dict(json.loads(sys.stdin.readline()))\n"

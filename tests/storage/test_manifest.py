@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.stages.identity import NUMERICS, canonical_json
 from stackwise_core.stages.plan import plan_run
 from storage import manifest as manifest_module

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, CorpusError, StageInterruptedError
 from stackwise_core.stages.plan import RunPlan, plan_run
 from storage.errors import ArtifactCorruptError, RunBusyError, StoreSpaceError

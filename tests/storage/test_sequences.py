@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.stages.plan import plan_run
 from storage.errors import ArtifactCorruptError, ArtifactMissingError, ArtifactUnsealedError

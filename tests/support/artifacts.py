@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import plan_run
 from storage.layout import Artifacts

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Kind

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan, plan_run
 from storage.demand import reads

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from stackwise_core.config.schema import StackWiseConfig
-from stackwise_core.data.packing import corpus_facts
-from stackwise_core.stages.plan import RunPlan, plan_run
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.stages.plan import RunPlan, plan_config
 
 G = "training.progressive."
 LORA = {f"{G}qlora_rank": 4}
@@ -73,4 +72,4 @@ MODES |= QUANTISED_MODES
 
 
 def plan_of(config: StackWiseConfig) -> RunPlan:
-    return plan_run(config, *corpus_facts(config.data.source))
+    return plan_config(config)

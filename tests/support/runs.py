@@ -38,7 +38,7 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
 
 def tiny(folder: Path, changes: dict[str, Any] | None = None) -> Any:
     """Return the tiny configuration, its corpus written into `folder`; changes are dotted keys."""
-    from stackwise_core.config.schema import StackWiseConfig
+    from stackwise_core.config import StackWiseConfig
     from stackwise_core.config.yaml import apply_overrides
 
     corpus = folder / "corpus.txt"
@@ -120,8 +120,8 @@ def made_by_stages(n_stages: int, first: int = 0) -> list[str]:
 
 def stage_model(rack: Any, index: int) -> Any:
     """Return what stage `index` trains of a rack that grows by appending on a frozen trunk."""
-    from stackwise_core.config.schema import StackWiseConfig
-    from stackwise_core.stages.anatomy import stage_anatomy
+    from stackwise_core.config import StackWiseConfig
+    from stackwise_core.stages.stages import stage_anatomy
     from stackwise_core.training.stage_model import StageModel
 
     embedding = None if index else rack.embedding
