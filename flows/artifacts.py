@@ -26,6 +26,8 @@ from flows.run.numbers import clock, size
 from flows.run.stage import Stage
 from flows.run.summary import StageSummary
 from flows.run.terminal import PlainLines
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.unused import notes
 
 _SECONDS_BETWEEN_UPDATES = 5.0
 """An update costs tens of milliseconds on the server: by time, never by step."""
@@ -113,8 +115,9 @@ def run_log() -> Subscriber:
     return PlainLines(lambda text: get_run_logger().info(text), seconds_between_steps=60.0)
 
 
-def publish_run(name: str, root: str) -> Subscriber:
+def publish_run(config: StackWiseConfig, root: str) -> Subscriber:
     """Return a listener that publishes the stage table, the report and the plot of losses after every stage."""
+    name = config.run.name
     done: list[StageSummary] = []
     runs: dict[int, str] = {}
 
@@ -125,7 +128,8 @@ def publish_run(name: str, root: str) -> Subscriber:
             done.append(event.summary)
             with _never_failing("stage table and report"):
                 create_table_artifact([_row(summary) for summary in done], key_of(name, "stages"), f"Stages of {name}")
-                create_markdown_artifact(report(name, root, done, runs), key_of(name, "report"), f"Report of {name}")
+                text = report(name, root, done, runs, notes(config))
+                create_markdown_artifact(text, key_of(name, "report"), f"Report of {name}")
                 # Markdown, not an image artifact: the page of one prints its address, here the whole image, below it.
                 create_markdown_artifact(loss_plot(done), key_of(name, "loss"), f"Validation loss of {name} by stage")
 

@@ -41,7 +41,7 @@ def train_rack(
         force: redo this task of those stages, or of all.
     """
     outlive_the_worker()
-    with told_in_one_line(), subscribed(run_log()), subscribed(publish_run(config.run.name, artifacts)):
+    with told_in_one_line(), subscribed(run_log()), subscribed(publish_run(config, artifacts)):
         grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
 
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from flows.run.numbers import parameters, size
 from flows.run.prepare import pack_corpus
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.unused import notes
 from stackwise_core.data.packing import read_corpus
 from stackwise_core.stages.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
 from stackwise_core.stages.identity import Kind
@@ -36,6 +37,7 @@ def show_plan(config: StackWiseConfig, root: str, *, as_json: bool) -> None:
             "train_sequences": n_train,
             "validation_sequences": n_validation,
             "complete": demand.complete,
+            "notes": notes(config),
             "stages": stages,
         }
         print(json.dumps(document, indent=1))
@@ -122,6 +124,8 @@ def _print_plan(
     console.print(
         f"[bold]{config.run.name}[/] in {escape(artifacts.uri)}\n{sequences}", highlight=False, soft_wrap=True
     )
+    for note in notes(config):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     for row in stages:
         console.print(_paragraph(row), highlight=False, markup=False)
 

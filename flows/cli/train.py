@@ -16,6 +16,7 @@ from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import showing, stage_tables
 from flows.server import check_api, embedded_server, quiet_prefect
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.unused import notes
 from stackwise_core.stages.plan import plan_config
 from storage.alone import among_others
 from storage.demand import compute_demand, forced_refs
@@ -44,6 +45,7 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
         complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
         if complete:
             register_complete(artifacts, config, plan)
+            print("".join(f"{note}\n" for note in notes(config)), end="", file=sys.stderr)  # else the run says it
     if not complete:
         _run_flow(config, artifacts, from_stack, force)
     _say_result(config, command, artifacts, summarise(artifacts, plan), reused=complete)

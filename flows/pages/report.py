@@ -23,7 +23,13 @@ _MARGIN = 10
 """Of the paper around the plot [px]."""
 
 
-def report(name: str, root: str, stages: Sequence[StageSummary], flow_runs: Mapping[int, str]) -> str:
+def report(
+    name: str,
+    root: str,
+    stages: Sequence[StageSummary],
+    flow_runs: Mapping[int, str],
+    notes: Sequence[str],
+) -> str:
     """Return the run as markdown.
 
     Args:
@@ -31,9 +37,11 @@ def report(name: str, root: str, stages: Sequence[StageSummary], flow_runs: Mapp
         root: where its artifacts are.
         stages: what is done.
         flow_runs: id of the flow run that added a stage, where there is one.
+        notes: on the configuration.
     """
     count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
     lines = [f"# {name}", "", f"{count} so far. Artifacts are in `{root}`.", ""]
+    lines += [line for note in notes for line in (note[0].upper() + note[1:] + ".", "")]
     lines += [loss_plot(stages), "", *_table(stages, flow_runs), ""]
     for stage in stages:
         lines += [f"## Stage {stage.stage}: {stage.name}", "", stage_line(stage) + ".", ""]

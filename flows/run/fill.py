@@ -18,7 +18,8 @@ from flows.run.boundaries import boundary_above, rows_to_store
 from flows.run.children import end_with
 from flows.run.events import stop_requested
 from flows.run.stage import Stage
-from stackwise_core.config.schema import CacheConfig
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.unused import is_used
 from stackwise_core.errors import ConfigError, Fault, StackWiseError, StageInterruptedError
 from stackwise_core.failpoints import failpoint
 from stackwise_core.training.hardware import use_hardware
@@ -116,16 +117,17 @@ def _explained(stage: Stage) -> Generator[None]:
         ) from None
 
 
-def check_runner(cache: CacheConfig) -> None:
-    """Refuse a task runner that is not installed.
+def check_runner(config: StackWiseConfig) -> None:
+    """Refuse a task runner that would be used and is not installed.
 
     Raises:
         ConfigError: says what to install.
     """
-    package = _PACKAGES.get(cache.task_runner)
+    runner = config.cache.task_runner
+    package = _PACKAGES.get(runner) if is_used(config, _RUNNER) else None
     if package is not None and importlib.util.find_spec(package) is None:
-        remedy = f"{package.replace('_', '-')} is not installed: pip install 'stackwise[{cache.task_runner}]'"
-        raise ConfigError([Fault(_RUNNER, repr(cache.task_runner), remedy)])
+        remedy = f"{package.replace('_', '-')} is not installed: pip install 'stackwise[{runner}]'"
+        raise ConfigError([Fault(_RUNNER, repr(runner), remedy)])
 
 
 # ---------------------------------------------------------------- workers without Prefect
@@ -154,7 +156,7 @@ def check_plain(stage: Stage) -> None:
         ConfigError: Dask or Ray is configured.
     """
     runner = stage.config.cache.task_runner
-    if runner not in ("threads", "processes"):
+    if runner not in ("threads", "processes") and is_used(stage.config, _RUNNER):
         raise ConfigError([Fault(_RUNNER, repr(runner), "without Prefect's flow, threads or processes")])
 
 

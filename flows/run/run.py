@@ -11,6 +11,7 @@ from flows.run.stage import Stage
 from flows.run.steps import build_stack, cache_activations, configure_trunk, train, validate
 from flows.run.summary import StageSummary, summarise
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.unused import notes
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan, plan_config
 from stackwise_core.training.hardware import use_hardware
@@ -56,13 +57,15 @@ def grow(
     """
     config.validate()
     use_hardware(config.hardware)  # a device that is not there is told before anything is made
-    check_runner(config.cache)  # and so is a task runner
+    check_runner(config)  # and so is a task runner
     artifacts = artifacts_at(root).open()
     plan = plan_config(config)
     forced = forced_refs(plan, from_stack, force)
     _refuse_newer(artifacts, forced)
     with begin_attempt(artifacts, config, plan, emit_waiting):
         emit(RunStarted(config.run.name, len(plan.stages), artifacts.uri))
+        for note in notes(config):
+            emit(Message(note))
         prepare_data(config, artifacts, plan)
         check_validation(config, artifacts, plan)
         needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed

@@ -10,6 +10,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import ValidationConfig
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.config.time_steps import corrupts_by_time
+from stackwise_core.data.packing import corpus_facts
 from stackwise_core.stages.costs import stack_flops, store_bytes
 from stackwise_core.stages.identity import (
     ActivationRecipe,
@@ -103,7 +104,7 @@ def plan_config(config: StackWiseConfig) -> RunPlan:
     Raises:
         CorpusError: the corpus cannot be read.
     """
-    return plan_config(config)
+    return plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
 
 
 def plan_run(config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0) -> RunPlan:

@@ -176,7 +176,7 @@ def test_a_page_that_cannot_be_updated_stops_nothing(tmp_path: Path, monkeypatch
         page.settle()
     assert len(calls) == 2  # tried again, and still no more often than by time
     heard = grown(tiny(tmp_path, {"training.progressive.target_stacks": 1}), tmp_path / "a").events
-    publish = artifacts.publish_run("tiny", "a")
+    publish = artifacts.publish_run(tiny(tmp_path), "a")
     for event in heard:
         publish(event)
     assert len(calls) == 3

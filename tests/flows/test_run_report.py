@@ -84,10 +84,12 @@ def test_stages_are_counted_in_whole_numbers() -> None:
 
 
 def test_a_stage_links_to_its_flow_run() -> None:
-    text = report("r", "/a", [stage(0, 2.9), stage(1, None)], {0: "ab-1"})
+    note = "not used: qlora_rank (qlora_enabled: false)"
+    text = report("r", "/a", [stage(0, 2.9), stage(1, None)], {0: "ab-1"}, [note])
+    assert f"`/a`.\n\nN{note[1:]}.\n\n![" in text
     assert (
         "| [0](../../runs/flow-run/ab-1) | append, frozen, full | 1.27 k | 3.2500 | 2.9000 | 1:01 | 2.0 KiB |" in text
     )
     assert "| 1 | append, frozen, full | 2.54 k | 3.2500 | - | 1:01 | none |" in text
     assert "- stack: `stack-1-abc` (sealed)\n- activations: none, last stage" in text
-    assert report("r", "/a", [stage(0, 2.9)], {}).startswith("# r\n\n1 stage so far. Artifacts are in `/a`.")
+    assert report("r", "/a", [stage(0, 2.9)], {}, []).startswith("# r\n\n1 stage so far. Artifacts are in `/a`.")

@@ -14,7 +14,7 @@ import yaml
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.stages.identity import Kind
-from stackwise_core.stages.plan import RunPlan, plan_run
+from stackwise_core.stages.plan import RunPlan, plan_config, plan_run
 from storage.differences import Recipes, known_recipes
 from storage.layout import Artifacts
 from support.commands import Run
@@ -165,6 +165,19 @@ def test_why_would_this_be_trained_again(
     alone = run("why", "stack-2", *there)
     assert (alone.code, "there is no other stack of stage 2" in alone.out) == (0, True)
     tiny(tmp_path)
+
+
+def test_examples_are_read_as_examples(run: Run, tmp_path: Path) -> None:
+    """As text they would be another corpus, or none."""
+    corpus = tmp_path / "examples.jsonl"
+    corpus.write_text('{"input_ids": [1, 2], "targets": [2, 3]}\n' * 40)
+    values = tiny_values(corpus)
+    values["training"]["progressive"]["training_objective"] = "custom"
+    config = tmp_path / "custom.yaml"
+    config.write_text(yaml.safe_dump(values))
+    Artifacts(tmp_path / "artifacts").open()
+    expected = plan_config(StackWiseConfig.from_yaml(config)).stages[0].ref("stack").name
+    assert run("why", "stack-0", config, "--json").document["id"] == expected
 
 
 def test_a_run_that_planned_it_is_enough(run: Run, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import Section
+from stackwise_core.config.unused import notes
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.plan import RunPlan, plan_run
@@ -105,6 +106,11 @@ def test_what_may_be_cached(settings: str, stored: str) -> None:
     plan = plan_run(_configured(settings), "0" * 64)
     boundaries = [stage.activations.boundary for stage in plan.stages if stage.activations is not None]
     assert (", ".join(map(str, boundaries)) or "none") == stored
+
+
+@pytest.mark.parametrize(("settings", "line"), _rows("What is not used"))
+def test_what_is_not_used(settings: str, line: str) -> None:
+    assert notes(_configured(settings)) == [f"not used: {line.strip('`')}"]
 
 
 @pytest.mark.parametrize(("settings", "because"), _rows("What is refused"))
