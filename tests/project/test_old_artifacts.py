@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from snapshot import made_on
-from stackwise_core.config.schema import StackWiseConfig
+from stackwise_core.config import StackWiseConfig
 from support.commands import Result, Run
 from support.runs import digests, grown, made_by_stages, manifests
 
