@@ -139,11 +139,11 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(
 
     undisturbed = digests(reference(MODES[mode]))
     fresh = False
-    reach = training.reach
+    failpoint = training.failpoint
 
     def die(task: str, step: int) -> None:
         nonlocal fresh
-        reach(task, step)
+        failpoint(task, step)
         if step == 1:
             fresh = True
         if step == 5 and fresh:
