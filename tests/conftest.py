@@ -31,10 +31,18 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the mark of its
 _PREFECT_HOME = tempfile.mkdtemp(prefix="stackwise-prefect-")
 os.environ["PREFECT_HOME"] = _PREFECT_HOME  # read when prefect is first imported: the user's own stays untouched
 os.environ.pop("PREFECT_API_URL", None)
-os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = (
-    "false"  # a test that forgot to ask for a server fails, and starts none
-)
+os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "false"  # Prefect must not start a server that no test asked for
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported: a test asks no hub
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Replace the scheduler of `--dist loadfile`."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from support.scheduling import OneServerScheduling
+
+    return OneServerScheduling(config, log)
 
 
 _LEFT_BEHIND = pytest.StashKey[list[str]]()
