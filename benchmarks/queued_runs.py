@@ -24,7 +24,7 @@ from benchmarks.harness import ROOT, Measure
 from benchmarks.postgres import end, free_port, postgres
 from flows.run.run import grow
 from stackwise_core.config import StackWiseConfig
-from storage.roots import artifacts_at
+from storage.artifacts import artifacts_at
 from storage.runs import attempts
 
 RUNS, QUICK_RUNS = 200, 10

@@ -22,7 +22,7 @@ from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.model.stream import STREAM_DTYPES
 from stackwise_core.stages.plan import plan_config
 from storage.activations.reader import StoreReader
-from storage.layout import Artifacts
+from storage.artifacts import Artifacts
 
 SEEDS = (0, 1, 2)
 STEPS = 80

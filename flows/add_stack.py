@@ -10,7 +10,7 @@ from flows.train_rack import train_rack
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import StackOverride
 from stackwise_core.errors import ConfigError, Fault
-from storage.roots import artifacts_at
+from storage.artifacts import artifacts_at
 from storage.runs import asked_before, asking, find_run
 
 

@@ -24,9 +24,9 @@ from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.stages import AdapterName, StageSpec, last_trained
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import TrainingState
+from storage.artifacts import Artifacts
 from storage.durable import explain_full_disk, replace_folder, settle_folder, write_bytes, write_text
 from storage.errors import ArtifactCorruptError
-from storage.layout import Artifacts
 from storage.midstage import STATE_FOLDER, read_header, write_header
 
 STACK, HEAD, EMBEDDING, METRICS = "stack.safetensors", "head.safetensors", "embedding.safetensors", "metrics.jsonl"

@@ -10,12 +10,15 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-MANIFEST = "manifest.json"
+from storage.manifest import MANIFEST
+
+Files = Mapping[str, tuple[int, str]]
+"""POSIX path relative to a folder -> (size in bytes, '<algorithm>:<hex>')."""
 # Not crc32c: a crc32c over data followed by its own crc32c is one constant, whatever the data, so every
 # shard of a shape would have the same checksum, and so would two stores with different numbers.
 CHECKSUM = "sha256"
 NOT_LISTED = "not in the sealed list"
-"""How `verify_files` tells of a file that is too much."""
+"""What `verify_files` says of a file that is not in the list."""
 _BLOCK_BYTES = 8 * 2**20
 _ALGORITHMS: dict[str, Callable[[], Any]] = {"crc32c": google_crc32c.Checksum, "sha256": hashlib.sha256}
 
@@ -46,12 +49,12 @@ def checksum_file(path: Path, algorithm: str = CHECKSUM) -> str:
     return _spell(algorithm, state)
 
 
-def verify_files(folder: Path, files: Mapping[str, tuple[int, str]]) -> list[str]:
+def verify_files(folder: Path, files: Files) -> list[str]:
     """Compare every byte of a folder with its sealed list.
 
     Args:
         folder: The artifact.
-        files: Posix path relative to `folder` -> (size in bytes, `<algorithm>:<hex>`).
+        files: What was sealed.
 
     Returns:
         One line per file that is missing, of another size, of other content, or not in the list (but for

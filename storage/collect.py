@@ -1,28 +1,31 @@
-"""Garbage collection: what no run reaches, and what dead processes left, leaves the artifacts folder."""
+"""Garbage collection: removes what no run reaches, and what dead processes left."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import errno
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.failpoints import failpoint
-from storage.alone import alone
+from storage.artifacts import Artifacts
 from storage.durable import TEMPORARY_SUFFIX
-from storage.layout import Artifacts
-from storage.locks import is_held
-from storage.reach import find_reach, newest_first
-from storage.roots import as_remote
-from storage.runs import run_names
-from storage.survey import Found, bytes_below, is_artifact_name, survey
+from storage.errors import ArtifactsFolderError, RunBusyError
+from storage.inventory import Found, Inventory, is_artifact_name
+from storage.local import ROOMS
+from storage.locks import OnWait, no_wait
+from storage.place import QUARANTINE, RUNS
+from storage.reachability import find_reachable, newest_first
+from storage.runs import live_runs, run_names
 
-_HALF, UNREACHED, _UNSEALED = "half-written", "no run reaches it", "never sealed"
+_UNREACHED, _UNSEALED = "no run reaches it", "never sealed"
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that goes."""
+    """Something that gc removes."""
 
     path: Path
     n_bytes: int
@@ -31,78 +34,17 @@ class Removal:
 
 @dataclass
 class Collection:
-    """What a gc removes, in the order it does, and what it leaves though somebody should look at it."""
+    """What gc removes, in this order, and what it leaves although a person should look at it."""
 
     removals: list[Removal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
-    """Artifacts that stay because their manifests cannot be believed."""
+    """Artifacts that stay because their manifests cannot be trusted."""
 
     @property
     def n_bytes(self) -> int:
         """Bytes that are freed."""
         return sum(removal.n_bytes for removal in self.removals)
-
-
-def plan_collection(artifacts: Artifacts, keep_last: int | None = None, *, newest_only: bool = False) -> Collection:
-    """Find what a gc would remove now, with nobody else at work; nothing is changed.
-
-    Runs go first, then what they reached: a gc that is killed leaves nothing that the next does not find.
-
-    Args:
-        artifacts: where.
-        keep_last: only so many runs count, those started last; the records of the others go too.
-        newest_only: what only earlier attempts of a run planned goes too.
-
-    Raises:
-        ArtifactCorruptError: a run's record or a pin cannot be read, so nobody knows what must stay.
-        ConfigError: there is no run at all, and it was not said that all may go.
-    """
-    remote = as_remote(artifacts)
-    if remote is not None:
-        from storage.objects import collect as objects
-
-        return objects.plan_objects(remote, keep_last, newest_only=newest_only)
-    found = survey(artifacts)
-    collection, kept, reached = what_stays(artifacts, found, keep_last, newest_only=newest_only)
-    root = artifacts.root
-    collection.removals += _of_runs(root / "runs", set(kept), set(run_names(artifacts)))
-    for entry in found:
-        _judge(entry, entry.path.name in reached, collection)
-    sealed = {entry.path.name for entry in found if entry.standing == "sealed"}
-    _of_work(root / "work", reached, sealed, collection)
-    collection.removals += [_removal(path, "thrown away before") for path in sorted((root / "trash").glob("*"))]
-    if aside := list((root / "quarantine").glob("*")):
-        collection.notes.append(f"{len(aside)} in quarantine stay: see `stackwise quarantine`")
-    return collection
-
-
-def what_stays(
-    artifacts: Artifacts,
-    found: Iterable[Found],
-    keep_last: int | None,
-    *,
-    newest_only: bool,
-    live: Iterable[str] = (),
-) -> tuple[Collection, list[str], frozenset[str]]:
-    """Return the removal of runs that do not count, the runs that do, and the names of what these reach.
-
-    Args:
-        artifacts: where.
-        found: what is there.
-        keep_last: only so many runs count.
-        newest_only: of each run only the newest attempt counts.
-        live: runs that count however old they are.
-    """
-    runs = newest_first(artifacts)
-    kept = runs if keep_last is None else [name for name in runs if name in {*runs[:keep_last], *live}]
-    reached = find_reach(artifacts, kept, newest_only=newest_only).names
-    if not runs and keep_last is None and any(entry.path.name not in reached for entry in found if entry.manifest):
-        nothing = "holds artifacts and no run, so only what is pinned would stay; if that is meant, say --keep-last 0"
-        raise ConfigError([Fault("--artifacts", artifacts.uri, nothing)])
-    why, folder = f"not among the last {keep_last} runs", artifacts.root / "runs"
-    removals = [_removal(folder / name, why) for name in runs if name not in kept]
-    return Collection(removals), kept, reached
 
 
 def collect(artifacts: Artifacts, keep_last: int | None = None, *, newest_only: bool = False) -> Collection:
@@ -112,96 +54,216 @@ def collect(artifacts: Artifacts, keep_last: int | None = None, *, newest_only: 
         What was removed. Bytes that this user may not delete stay in trash/, and a note says so.
 
     Raises:
-        RunBusyError: a run or another gc is at work. Others as `plan_collection`; nothing was removed then.
+        RunBusyError: a run or another gc is at work in a folder. Others as `plan_collection`; nothing was removed.
     """
-    if (remote := as_remote(artifacts)) is not None:
-        from storage.objects import collect as objects
+    with contextlib.nullcontext() if artifacts.is_remote else exclusive(artifacts):
+        plan = plan_collection(artifacts, keep_last, newest_only=newest_only)
+        done = Collection(notes=plan.notes, damaged=plan.damaged)
 
-        return objects.collect_objects(remote, keep_last, newest_only=newest_only)
-    with alone(artifacts):
-        collection = plan_collection(artifacts, keep_last, newest_only=newest_only)
-        trash = artifacts.root / "trash"
-        for number, removal in enumerate(collection.removals):
+        def is_wanted(name: str) -> bool:
+            artifacts.refresh_runs()  # the records that were to go went first
+            return name in find_reachable(artifacts, newest_only=newest_only).names
+
+        for number, removal in enumerate(plan.removals):
             failpoint("gc", number)
-            if removal.path.parent != trash:
-                artifacts.to_trash(removal.path)
+            if artifacts.place.collect(removal.path.relative_to(artifacts.root).as_posix(), is_wanted):
+                done.removals.append(removal)
+            else:
+                done.notes.append(f"{removal.path.name}: a process began to use it meanwhile; it stays")
         failpoint("gc-empty", 0)
-        artifacts.empty_trash()
-        if left := bytes_below(trash):
-            collection.notes.append(f"{left:,} bytes in {trash} may not be deleted by this user")
-    return collection
+        artifacts.place.empty_trash()
+        trash = artifacts.root / "trash"
+        if left := sum(path.lstat().st_size for path in trash.rglob("*") if path.is_symlink() or not path.is_dir()):
+            done.notes.append(f"{left:,} bytes in {trash} may not be deleted by this user")
+    return done
 
 
-def _removal(path: Path, why: str) -> Removal:
-    return Removal(path, bytes_below(path), why)
+def plan_collection(artifacts: Artifacts, keep_last: int | None = None, *, newest_only: bool = False) -> Collection:
+    """Find what gc would remove now if nothing else were at work; nothing is changed.
+
+    Records of runs go first, then what they reached: a gc that is killed leaves nothing that the next does not find.
+
+    Args:
+        artifacts: where.
+        keep_last: only so many runs count, those started last; the records of the others go too.
+        newest_only: what only earlier attempts of a run planned goes too.
+
+    Raises:
+        ArtifactCorruptError: a run's record or a pin cannot be read, so it is unknown what must stay.
+        ConfigError: there is no run at all, and `keep_last` does not say that everything may go.
+    """
+    return _Planner(artifacts).plan(keep_last, newest_only=newest_only)
 
 
-def _of_runs(folder: Path, kept: set[str], known: set[str]) -> Iterator[Removal]:
-    """Yield attempts that were killed before they began, and half-written files of records that stay."""
-    for attempt in sorted(folder.glob("*/attempts/*")):
-        if attempt.parents[1].name in known - kept:
-            continue
-        if attempt.is_dir() and attempt.name.isdecimal() and not (attempt / "start.json").exists():
-            yield _removal(attempt, "an attempt that never began")
+class _Planner:
+    """Finds what may go, by one listing."""
+
+    def __init__(self, artifacts: Artifacts) -> None:
+        self._artifacts, self._place = artifacts, artifacts.place
+        self._inventory = Inventory(artifacts)
+        artifacts.refresh_runs()  # after the listing: what it shows was there before the last run that is known
+        self._in_use = self._place.names_in_use(self._inventory.entries)
+        self._found = self._inventory.artifacts()
+        self._collection = Collection()
+
+    def plan(self, keep_last: int | None, *, newest_only: bool) -> Collection:
+        runs = newest_first(self._artifacts)
+        live = {name.removeprefix("run-") for name in self._in_use if name.startswith("run-")}
+        kept = runs if keep_last is None else [name for name in runs if name in {*runs[:keep_last], *live}]
+        reached = find_reachable(self._artifacts, kept, newest_only=newest_only).names
+        if (
+            not runs
+            and keep_last is None
+            and any(each.path.name not in reached for each in self._found if each.manifest)
+        ):
+            nothing = (
+                "holds artifacts and no run, so only what is pinned would stay; if that is meant, say --keep-last 0"
+            )
+            raise ConfigError([Fault("--artifacts", self._artifacts.uri, nothing)])
+        gone = [name for name in runs if name not in kept]
+        self._remove((f"{RUNS}/{name}", f"not among the last {keep_last} runs") for name in gone)
+        self._remove(self._broken_records(gone))
+        for each in self._found:
+            self._judge(each, each.path.name in reached)
+        self._judge_work(reached - {each.path.name for each in self._found if each.standing == "sealed"})
+        self._remove(self._place.litter(self._inventory.entries))
+        if aside := self._inventory.folders(QUARANTINE):
+            self._collection.notes.append(f"{len(aside)} in quarantine stay: see `stackwise quarantine`")
+        return self._collection
+
+    def _remove(self, paths: Iterable[tuple[str, str]]) -> None:
+        self._collection.removals += [
+            Removal(self._artifacts.root / path, self._inventory.n_bytes(path), why) for path, why in paths
+        ]
+
+    def _broken_records(self, gone: list[str]) -> Iterator[tuple[str, str]]:
+        """Yield attempts that were killed before they began, and half-written files of records that stay."""
+        for name, entries in self._inventory.folders(RUNS).items():
+            if name in gone:
+                continue
+            begun = {path.rpartition("/")[0] for path in entries if path.endswith("/start.json")}
+            attempts = {"/".join(path.split("/")[:2]) for path in entries if path.startswith("attempts/")}
+            never_began = [each for each in sorted(attempts - begun) if each.split("/")[1].isdecimal()]
+            for attempt in never_began:
+                newest = max(entry.modified for path, entry in entries.items() if path.startswith(f"{attempt}/"))
+                if not self._place.is_young(newest):
+                    yield f"{RUNS}/{name}/{attempt}", "an attempt that never began"
+            halves = sorted(path for path in entries if path.endswith(TEMPORARY_SUFFIX))
+            yield from (
+                (f"{RUNS}/{name}/{path}", "half-written")
+                for path in halves
+                if "/".join(path.split("/")[:2]) not in never_began
+            )
+
+    def _judge(self, found: Found, reached: bool) -> None:
+        """Decide on what lies in a room of artifacts: what cannot be trusted is not removed on its word."""
+        where, name = self._artifacts.location(found.path), found.path.name
+        if found.standing == "damaged":
+            self._collection.damaged.append(f"{where}: {found.problem}; it stays, look at it and remove it yourself")
+        elif found.standing == "foreign":
+            self._collection.notes.append(f"{where}: {found.problem}; it stays")
+        elif name in self._in_use:
+            self._collection.notes.append(f"{name}: a process is at work on it; it stays")
+        elif found.manifest is None or reached:
+            self._remove(self._place.leftovers(found.key, found.manifest, found.entries))
+        elif self._place.is_young(found.modified):
+            self._collection.notes.append(f"{name}: no run reaches it, and it is younger than 24 hours; it stays")
         else:
-            yield from _halves(attempt)
-    for name in sorted(kept):
-        yield from (_removal(path, _HALF) for path in sorted((folder / name).glob(f"*{TEMPORARY_SUFFIX}")))
+            self._remove([(found.key, _UNREACHED)])
 
-
-def _halves(folder: Path) -> Iterator[Removal]:
-    yield from (_removal(path, _HALF) for path in sorted(folder.glob(f"*{TEMPORARY_SUFFIX}")))
-
-
-def _judge(entry: Found, reached: bool, collection: Collection) -> None:
-    """Decide on what lies in a room of artifacts: what cannot be believed is not removed on its word."""
-    if entry.standing in ("damaged", "foreign"):
-        keep_doubtful(entry, str(entry.path), collection)
-    elif entry.standing == "unsealed":
-        collection.removals.append(_removal(entry.path, _UNSEALED))
-    elif not reached:
-        collection.removals.append(_removal(entry.path, UNREACHED))
-    else:
-        why = "data of a retired artifact" if entry.standing == "retired" else _HALF
-        collection.removals += [_removal(path, why) for path in entry.unlisted()]
-
-
-def keep_doubtful(entry: Found, where: str, collection: Collection) -> None:
-    """Name what stays because nobody knows what it is."""
-    if entry.standing == "damaged":
-        collection.damaged.append(f"{where}: {entry.problem}; it stays, look at it and remove it yourself")
-    else:
-        collection.notes.append(f"{where}: {entry.problem}; it stays")
-
-
-def _of_work(folder: Path, reached: frozenset[str], sealed: set[str], collection: Collection) -> None:
-    """Decide on what lies in work/, nobody being at work: an unfinished artifact that a run wants stays."""
-    for path in sorted(folder.glob("*")):
-        if path.is_dir() and path.name in reached - sealed:
-            collection.notes.append(f"{path}: unfinished; it stays, the run that wants it goes on from it")
-        else:
-            collection.removals.append(_removal(path, "left by a dead writer"))
+    def _judge_work(self, wanted: frozenset[str]) -> None:
+        """Decide on what lies in work/ of a folder: an unfinished artifact that a run wants stays."""
+        for name, entries in self._inventory.folders("work").items():
+            if "" not in entries and name in wanted:
+                where = self._place.location(f"work/{name}")
+                self._collection.notes.append(f"{where}: unfinished; it stays, the run that wants it goes on from it")
+            else:
+                self._remove([(f"work/{name}", "left by a dead writer")])
 
 
 def leftovers(artifacts: Artifacts) -> list[str]:
-    """Return a line for everything that is left over, with the remedy; none of it is damage, and nobody reads it.
+    """Return a line for everything in a folder that gc would remove, with the remedy; none of it is damage.
 
-    While a process is at work, only what it has surely nothing to do with is told.
+    While a process is at work, only what no live process can be using is listed.
 
     Raises:
         ArtifactCorruptError: a run's record or a pin cannot be read.
     """
     collection = plan_collection(artifacts, keep_last=len(run_names(artifacts)))
-    found = [removal for removal in collection.removals if removal.why != UNREACHED]
-    if is_held(artifacts.root / "locks" / "gc"):
-        found = [removal for removal in found if _is_nobodys(artifacts, removal)]
+    found = [removal for removal in collection.removals if removal.why != _UNREACHED]
+    if artifacts.is_held("gc"):
+        found = [removal for removal in found if _is_unused(artifacts, removal)]
     return [f"{entry.path}: {entry.why}; `stackwise gc` removes it" for entry in found] + collection.notes
 
 
-def _is_nobodys(artifacts: Artifacts, removal: Removal) -> bool:
-    """Say whether no live process can be at work on something."""
+def _is_unused(artifacts: Artifacts, removal: Removal) -> bool:
+    """Say whether no live process can be using something."""
     if removal.why == _UNSEALED:
         return True
     name = removal.path.name
     at_work = is_artifact_name(name) and removal.path.parent == artifacts.root / "work"
-    return at_work and not is_held(artifacts.root / "locks" / name)
+    return at_work and not artifacts.is_held(name)
+
+
+# ---------------------------------------------------------------- who keeps gc out, and whom gc keeps out
+
+
+@contextlib.contextmanager
+def exclusive(artifacts: Artifacts) -> Generator[None]:
+    """Keep every run, copy and other gc out of a folder for as long as the block lasts.
+
+    Raises:
+        RunBusyError: one is at work; it is named.
+        ArtifactsFolderError: this is no artifacts folder, or it cannot be written.
+    """
+    lacking = [name for name in ROOMS if not (artifacts.root / name).is_dir()]
+    if lacking:  # a mistyped folder: what lies in its work/ or trash/ is not ours
+        raise ArtifactsFolderError(
+            f"--artifacts {artifacts.root}: is no artifacts folder (it has no {lacking[0]}/); nothing was removed"
+        )
+    lock = artifacts.lock("gc")
+    with _explain_read_only(artifacts):
+        free = lock.try_acquire()
+    if not free:
+        raise RunBusyError(
+            f"{artifacts.root} is in use by {_user_of(artifacts)}; wait for its end, or stop it. Nothing was removed"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def without_gc(artifacts: Artifacts, on_wait: OnWait = no_wait) -> Generator[None]:
+    """Keep gc out for as long as the block lasts, after waiting for one that is at work."""
+    with contextlib.ExitStack() as stack:
+        with _explain_read_only(artifacts):
+            stack.enter_context(artifacts.lock("gc", shared=True, on_wait=on_wait))
+        yield
+
+
+def in_use_by(artifacts: Artifacts) -> str:
+    """Name the processes that would keep gc out now; '' if there are none. Writes nothing."""
+    return _user_of(artifacts) if artifacts.is_held("gc") else ""
+
+
+def _user_of(artifacts: Artifacts) -> str:
+    """Name the live runs, else the process that holds the lock exclusively."""
+    live = live_runs(artifacts)
+    if live:
+        return ", ".join(f"run {name} ({holder})" for name, holder in live.items())
+    gc = artifacts.lock_holder("gc")
+    return f"`stackwise gc` ({gc})" if gc else "another process of StackWise"
+
+
+@contextlib.contextmanager
+def _explain_read_only(artifacts: Artifacts) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):  # ENOENT: it has no locks/
+            raise
+        raise ArtifactsFolderError(
+            f"--artifacts {artifacts.root}: cannot be written ({error.strerror}); give a folder this user may write to"
+        ) from None

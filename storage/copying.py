@@ -1,31 +1,32 @@
-"""Sealed artifacts and records of runs, copied from one artifacts folder into another."""
+"""Copies sealed artifacts and records of runs from one place to another."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from pathlib import Path
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.identity import Ref
+from storage.artifacts import Artifacts, State
 from storage.checksums import checksum_file
 from storage.durable import TEMPORARY_SUFFIX, explain_full_disk, sync, sync_tree, write_bytes
 from storage.errors import ArtifactCorruptError, ArtifactMissingError, StoreSpaceError
-from storage.layout import Artifacts, State
+from storage.locks import OnWait, no_wait
 from storage.manifest import KINDS, MANIFEST, RETIRED, FileEntry, Manifest
-from storage.runs import PLANS_LOCK, Attempt, attempts
+from storage.place import OUTCOME, PLANS_LOCK, RUNS
+from storage.runs import Attempt, attempts
 
-_HERE = (State.SEALED, State.RETIRED)
-_RECORDS = ("config.yaml", "plan.json", "outcome.json", "start.json")
+_RECORDS = ("config.yaml", "plan.json", OUTCOME, "start.json")
 """start.json comes last: without it an attempt does not exist."""
 
 
 def to_copy(source: Artifacts, target: Artifacts, refs: Iterable[Ref], named: frozenset[Ref]) -> list[Ref]:
-    """Return what the target lacks of some artifacts, each after what it is made from. Changes nothing.
+    """Return those of some artifacts that the target lacks, each after what it is made from. Changes nothing.
 
-    What is retired at the target stays so, unless it is named; what was never made at the source is left out.
+    What is retired at the target stays so unless it is `named`; what was never made at the source is left out.
 
     Raises:
         ArtifactCorruptError: one is damaged here or there, or is there with other bytes.
@@ -69,8 +70,8 @@ def check_room(source: Artifacts, target: Artifacts, refs: Iterable[Ref]) -> Non
         raise StoreSpaceError(f"{target.root}: {n_bytes:,} bytes are to be copied and {free:,} are free; nothing was")
 
 
-def copy_artifact(source: Artifacts, target: Artifacts, ref: Ref, on_wait: Callable[[str], None]) -> int:
-    """Copy one artifact: into work/, flushed, every checksum compared on arrival, then renamed into place.
+def copy_artifact(source: Artifacts, target: Artifacts, ref: Ref, on_wait: OnWait = no_wait) -> int:
+    """Copy one artifact: into work/, flushed, every checksum compared on arrival, then sealed.
 
     A copy that was killed goes on at the first file that has not arrived.
 
@@ -80,7 +81,7 @@ def copy_artifact(source: Artifacts, target: Artifacts, ref: Ref, on_wait: Calla
     Raises:
         ArtifactCorruptError: what arrived is not what was sealed; nothing is put in place.
     """
-    manifest, folder = _manifest(source, ref), source.brought(ref)
+    manifest, folder = _manifest(source, ref), source.local_copy(ref)
     retired = source.state(ref) is State.RETIRED
     work = target.root / "work" / f"{ref.name}.incoming"
     with target.lock(ref.name, on_wait=on_wait):
@@ -88,10 +89,13 @@ def copy_artifact(source: Artifacts, target: Artifacts, ref: Ref, on_wait: Calla
             return 0  # another process was first
         work.mkdir(exist_ok=True)
         files = {} if retired else manifest.files
-        _drop_strangers(work, files.keys())
+        _remove_unlisted(work, files.keys())
         for number, (name, entry) in enumerate(files.items()):
             failpoint(f"copy-{ref.kind}", number)
-            _copy_file(_inside(folder, name), work / name, entry)
+            if (folder / name).is_symlink():
+                problem = f"lists {name!r}, a link, which leads out of its folder"
+                raise ArtifactCorruptError(folder / MANIFEST, problem, "Do not use it")
+            _copy_file(folder / name, work / name, entry)
         sync_tree(work)
         if retired:
             write_bytes(work / RETIRED, (folder / RETIRED).read_bytes())
@@ -101,20 +105,12 @@ def copy_artifact(source: Artifacts, target: Artifacts, ref: Ref, on_wait: Calla
     return sum(entry.size for entry in files.values())
 
 
-def _drop_strangers(work: Path, names: Iterable[str]) -> None:
+def _remove_unlisted(work: Path, names: Iterable[str]) -> None:
     """Remove what an earlier copy left, of the same id with other bytes or half-written."""
     keep = set(names)
     for path in work.rglob("*"):
         if not path.is_dir() and path.relative_to(work).as_posix() not in keep:
             path.unlink()
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """Return the path of a listed file; a stranger's list may not lead out of its folder."""
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or (folder / name).is_symlink():
-        raise ArtifactCorruptError(folder / MANIFEST, f"lists {name!r}, which leads out of its folder", "Do not use it")
-    return folder / name
 
 
 def _copy_file(source: Path, target: Path, entry: FileEntry) -> None:
@@ -144,7 +140,7 @@ def attempts_to_copy(source: Artifacts, target: Artifacts, run: str) -> list[Att
     """Return the attempts of a run that the target lacks.
 
     Raises:
-        ConfigError: the run went on differently there, or another of that name is there.
+        ConfigError: the run went on differently there, or another run has this name there.
     """
     there = {attempt.number: attempt.folder for attempt in attempts(target, run)}
     missing: list[Attempt] = []
@@ -162,21 +158,21 @@ def _differ(one: Path, other: Path, name: str) -> bool:
 
 
 def copy_run(source: Artifacts, target: Artifacts, run: str) -> None:
-    """Copy the record of a run, after its artifacts: the target then knows it as its own."""
+    """Copy the record of a run, after its artifacts: from then on the target has the run."""
     with target.lock(PLANS_LOCK):
         for attempt in attempts_to_copy(source, target, run):
             for name in _RECORDS:
                 _copy_record(target, run, attempt, name)
         for attempt in attempts(source, run):  # one that was under way when it was copied before
-            _copy_record(target, run, attempt, "outcome.json")
-        current = target.root / "runs" / run / "current"
+            _copy_record(target, run, attempt, OUTCOME)
+        current = target.root / RUNS / run / "current"
         write_bytes(current, f"{attempts(target, run)[-1].folder.name}\n".encode())
         target.share(current)
 
 
 def _copy_record(target: Artifacts, run: str, attempt: Attempt, name: str) -> None:
     """Copy a file of an attempt, if there is one and the target has none."""
-    source, path = attempt.folder / name, target.root / "runs" / run / "attempts" / attempt.folder.name / name
+    source, path = attempt.folder / name, target.root / RUNS / run / "attempts" / attempt.folder.name / name
     if source.exists() and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, source.read_bytes())

@@ -1,15 +1,16 @@
-"""From the goals of a run backwards: what must be made, given what is on disk."""
+"""What a run must still make: found backwards from its goals, given what is stored."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Kind, Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan
+from storage.artifacts import Artifacts, Lookup, State
 from storage.errors import ArtifactCorruptError
-from storage.layout import Artifacts, State
 
 TASK_KINDS: dict[str, Kind] = {
     "build": "build",
@@ -18,16 +19,17 @@ TASK_KINDS: dict[str, Kind] = {
     "cache": "activations",
     "validate": "validation",
 }
-"""Names of the tasks, as `--force` takes them, and what each makes."""
+"""Name of a task, as `--force` takes it -> what it makes."""
+LookAt = Callable[[Ref], Lookup]
 
 
 @dataclass
 class Demand:
-    """The answer: the state of every artifact of a run, and which must be made."""
+    """The states of a run's artifacts, and which of them must be made."""
 
     states: dict[Ref, State] = field(default_factory=dict)
     needed: set[Ref] = field(default_factory=set)
-    """Absent or retired (or to be redone on purpose), and needed by a goal."""
+    """Absent or retired (or forced), and needed by a goal."""
     forced: frozenset[Ref] = frozenset()
 
     @property
@@ -37,7 +39,7 @@ class Demand:
 
 
 def forced_refs(plan: RunPlan, from_stack: int, force: str) -> frozenset[Ref]:
-    """Return what is to be redone on purpose.
+    """Return what the user asks to redo.
 
     Raises:
         ConfigError: there is no such stage or task.
@@ -54,51 +56,51 @@ def forced_refs(plan: RunPlan, from_stack: int, force: str) -> frozenset[Ref]:
 
 
 def compute_demand(plan: RunPlan, artifacts: Artifacts, keep: str, forced: frozenset[Ref] = frozenset()) -> Demand:
-    """Find what must run.
+    """Find what must be made. Each artifact is looked at once, so that the answers agree with each other.
 
-    An artifact is needed if it is a goal, or if an artifact that must be made reads it, and it is not
-    sealed. Goals are every stack and every validation, and with keep = all every cache. A retired
-    cache is made again only if something that must be made reads it.
+    An artifact is needed if it is not sealed, and is a goal or is read by something that must be made. Goals are
+    every stack and every validation, and with keep = all every cache. A retired cache is made again only if
+    something that must be made reads it.
 
     Args:
-        plan: what the run is.
-        artifacts: what is there.
+        plan: of the run.
+        artifacts: what is stored.
         keep: `cache.keep`.
-        forced: made again on purpose, though sealed.
+        forced: what is made again although it is sealed.
 
     Raises:
         ArtifactCorruptError: a goal or something that is needed is damaged, or was made from other inputs.
     """
-    demand = Demand(forced=forced)
+    demand, look = Demand(forced=forced), functools.cache(artifacts.lookup)
     for stage in plan.stages:
         goals: list[Kind] = ["stack", "validation"]
         if keep == "all" and stage.activations is not None:
             goals.append("activations")
         for kind in goals:
-            _need(stage.ref(kind), plan, artifacts, demand)
+            _need(stage.ref(kind), plan, look, demand)
     for ref in forced:
-        _need(ref, plan, artifacts, demand)
-    _check_lineage(demand, artifacts)
+        _need(ref, plan, look, demand)
+    _check_lineage(demand, artifacts, look)
     return demand
 
 
-def _need(ref: Ref, plan: RunPlan, artifacts: Artifacts, demand: Demand) -> None:
-    """Mark an artifact as needed; if it must be made, so is everything it reads."""
+def _need(ref: Ref, plan: RunPlan, look: LookAt, demand: Demand) -> None:
+    """Mark an artifact as needed, and if it must be made, everything it reads."""
     if ref in demand.needed:
         return
-    if ref not in demand.states:
-        demand.states[ref] = artifacts.state(ref)
-    state = demand.states[ref]
-    if state is State.CORRUPT and ref not in demand.forced:
-        artifacts.manifest(ref)  # raises, and says which file is wrong and what to do
-    if state is State.SEALED and ref not in demand.forced:
-        return
+    found = look(ref)
+    demand.states[ref] = found.state
+    if ref not in demand.forced:
+        if found.error:
+            raise found.error
+        if found.state is State.SEALED:
+            return
     demand.needed.add(ref)
-    for read in reads(ref, plan, artifacts):
-        _need(read, plan, artifacts, demand)
+    for read in reads(ref, plan):
+        _need(read, plan, look, demand)
 
 
-def reads(ref: Ref, plan: RunPlan, artifacts: Artifacts) -> list[Ref]:
+def reads(ref: Ref, plan: RunPlan) -> list[Ref]:
     """Return what making an artifact reads, in the order it must exist."""
     if ref.kind == "data":
         return []
@@ -131,7 +133,7 @@ def advance_source(stage: StagePlan, plan: RunPlan, artifacts: Artifacts) -> Ref
     It must be sealed and hold the rows that the next stage visits: the same order, and no fewer steps.
 
     Raises:
-        ArtifactCorruptError: it is damaged; that is told, not worked around.
+        ArtifactCorruptError: it is damaged; that is reported, not worked around.
     """
     if stage.index == 0 or stage.activations is None:
         return None
@@ -139,19 +141,19 @@ def advance_source(stage: StagePlan, plan: RunPlan, artifacts: Artifacts) -> Ref
     if below is None or below.steps < above.steps or below.mask != above.mask or below.stacks != above.stacks[:-1]:
         return None
     ref = plan.stages[stage.index - 1].ref("activations")
-    if artifacts.state(ref) is State.CORRUPT:
-        artifacts.manifest(ref)  # raises, naming the file
-    return ref if artifacts.state(ref) is State.SEALED else None
+    found = artifacts.lookup(ref)
+    if found.error:
+        raise found.error
+    return ref if found.state is State.SEALED else None
 
 
-def _check_lineage(demand: Demand, artifacts: Artifacts) -> None:
-    """Refuse an artifact that was made from something else than what is there now."""
+def _check_lineage(demand: Demand, artifacts: Artifacts, look: LookAt) -> None:
+    """Refuse an artifact that was made from other bytes than those that are there now."""
     sealed = {ref for ref, state in demand.states.items() if state is State.SEALED}
-    look = functools.cache(artifacts.sealed)  # of a stack below everyone asks
     for ref in sorted(sealed - demand.needed, key=lambda ref: (ref.stage, ref.kind)):
-        manifest = look(ref)  # asked again: another process may have retired it since
+        manifest = look(ref).sealed
         for entry in manifest.inputs if manifest else ():
-            there = None if entry.ref in demand.forced else look(entry.ref)
+            there = None if entry.ref in demand.forced else look(entry.ref).sealed
             if there is not None and there.digest != entry.digest:
                 raise ArtifactCorruptError(
                     artifacts.where(ref),

@@ -24,10 +24,10 @@ from stackwise_core.stages.identity import (
     ValidationRecipe,
 )
 from stackwise_core.stages.plan import RunPlan
-from storage.layout import Artifacts
+from storage.artifacts import Artifacts
+from storage.inventory import survey
 from storage.manifest import Manifest
 from storage.runs import attempts, run_names
-from storage.survey import survey
 
 _RECIPES: dict[Kind, type[Recipe]] = {
     recipe.kind: recipe

@@ -16,9 +16,12 @@ from typing import ClassVar, NamedTuple
 
 from stackwise_core.errors import StageInterruptedError
 
+OnWait = Callable[[str], None]
+"""Called once with the holder of a lock, such as 'process 123 on host since ...', before waiting for it."""
+
 
 def no_wait(holder: str) -> None:
-    """Say nothing about waiting."""
+    """Wait without a word."""
 
 
 class Holder(NamedTuple):
@@ -34,7 +37,7 @@ class Holder(NamedTuple):
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Return who took a lock alone the last time; None if nobody signed."""
+    """Return the last process that held a lock exclusively."""
     try:
         entry = json.loads(path.read_text())
         return Holder(pid=entry["pid"], host=entry["host"], since=entry["since"])
@@ -42,12 +45,12 @@ def read_holder(path: Path) -> Holder | None:
         return None
 
 
-def is_held(path: Path, *, alone: bool = False) -> bool:
+def is_held(path: Path, *, exclusively: bool = False) -> bool:
     """Say whether some process holds a lock now. Writes nothing, so it works on read-only media.
 
     Args:
         path: of the lock.
-        alone: ask only for one who holds it exclusively, and let those who share it be.
+        exclusively: do not count processes that share it.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -56,7 +59,7 @@ def is_held(path: Path, *, alone: bool = False) -> bool:
     try:
         for _ in range(3):  # another probe may hold it for an instant
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(fd, (fcntl.LOCK_SH if alone else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                fcntl.flock(fd, (fcntl.LOCK_SH if exclusively else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 return False
             sleep(0.05)
         return True
@@ -78,7 +81,7 @@ class FileLock:
         path: Path,
         *,
         shared: bool = False,
-        on_wait: Callable[[str], None] = no_wait,
+        on_wait: OnWait = no_wait,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Name the lock; it is taken by `with`, or by `try_acquire`."""
@@ -87,7 +90,7 @@ class FileLock:
         self._fd: int | None = None
 
     def try_acquire(self) -> bool:
-        """Take the lock if nobody holds it in a conflicting way."""
+        """Take the lock unless another process holds it in a conflicting way."""
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -100,7 +103,7 @@ class FileLock:
         return True
 
     def _sign(self) -> None:
-        """Write who holds it, for people who wait."""
+        """Write who holds it, to be shown to people who wait."""
         assert self._fd is not None
         now = datetime.now(UTC).isoformat(timespec="seconds")
         text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}).encode()
@@ -108,7 +111,7 @@ class FileLock:
         os.pwrite(self._fd, text, 0)
 
     def holder(self) -> str:
-        """Return who held it last: 'process 123 on host since ...'."""
+        """Return the last holder: 'process 123 on host since ...'."""
         return str(read_holder(self.path) or "another process")
 
     def release(self) -> None:
@@ -118,11 +121,11 @@ class FileLock:
             self._fd = None
 
     def __enter__(self) -> FileLock:
-        told = False
+        announced = False
         while not self.try_acquire():
-            if not told:
+            if not announced:
                 self.on_wait(self.holder())
-                told = True
+                announced = True
             if self.should_stop():
                 raise StageInterruptedError(f"stopped on request while waiting for {self.path.name}")
             sleep(self.poll_seconds)

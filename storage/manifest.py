@@ -8,7 +8,7 @@ import json
 import platform
 import subprocess
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -146,6 +146,9 @@ def parse_manifest(data: bytes, path: Path | str, folder: Path | str, ref: Ref |
         raise ArtifactCorruptError(path, "was edited: its recipe or file list does not give its hashes", remedy)
     if manifest.seal != manifest.expected_seal():
         raise ArtifactCorruptError(path, "was edited: its facts or inputs are not what was sealed", remedy)
+    for name in manifest.files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ArtifactCorruptError(path, f"lists {name!r}, which leads out of its folder", "Do not use it")
     return manifest
 
 

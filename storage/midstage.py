@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise_core.stages.identity import Ref, canonical_json
-from storage.layout import SCRATCH, Artifacts
+from storage.artifacts import SCRATCH, Artifacts
 
 STATE_FOLDER = f"{SCRATCH}/checkpoint"
 _HEADER = "state.json"

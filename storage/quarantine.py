@@ -1,30 +1,24 @@
-"""Stores that failed their validation: looked at, put back, or dropped, only ever by hand."""
+"""Stores that failed their validation: inspected, put back or dropped, always by hand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stackwise_core.errors import ConfigError, Fault
+from storage.artifacts import Artifacts, State
 from storage.checksums import verify_files
 from storage.errors import ArtifactCorruptError, ArtifactMissingError
-from storage.layout import REASON, Artifacts, State
-from storage.manifest import Manifest, read_manifest
-from storage.roots import as_remote
-from storage.survey import bytes_below
+from storage.inventory import Inventory
+from storage.manifest import Manifest
+from storage.place import QUARANTINE, REASON
 
-if TYPE_CHECKING:
-    from storage.objects.remote import RemoteArtifacts
-
-STAYS = "It stays in quarantine; `stackwise quarantine --drop` removes it"
-"""What to do about damage."""
+_STAYS = "It stays in quarantine; `stackwise quarantine --drop` removes it"
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """An artifact that was taken out of every reader's reach."""
+    """An artifact in quarantine."""
 
     path: Path
     reason: str
@@ -35,18 +29,16 @@ class Quarantined:
 
 def quarantined(artifacts: Artifacts) -> list[Quarantined]:
     """Return what is in quarantine, sorted by name."""
-    if (remote := as_remote(artifacts)) is not None:
-        from storage.objects.quarantine import quarantined_objects
-
-        return quarantined_objects(remote)
-    return [_look_at(path) for path in sorted((artifacts.root / "quarantine").glob("*"))]
-
-
-def _look_at(path: Path) -> Quarantined:
-    reason = path / REASON
-    known = reason.is_file()
-    since = datetime.fromtimestamp((reason if known else path).lstat().st_mtime, UTC).isoformat(timespec="seconds")
-    return Quarantined(path, reason.read_text().strip() if known else "unknown", since, bytes_below(path))
+    found: list[Quarantined] = []
+    for name, entries in Inventory(artifacts).folders(QUARANTINE).items():
+        reason, since = "unknown", max(entry.modified for entry in entries.values())
+        if REASON in entries:
+            text = artifacts.place.read(f"{QUARANTINE}/{name}/{REASON}")
+            reason, since = text.decode(errors="replace").strip(), entries[REASON].modified
+        n_bytes = sum(entry.size for entry in entries.values())
+        path = artifacts.root / QUARANTINE / name
+        found.append(Quarantined(path, reason, since.isoformat(timespec="seconds"), n_bytes))
+    return found
 
 
 def find_quarantined(artifacts: Artifacts, name: str) -> Path:
@@ -58,9 +50,8 @@ def find_quarantined(artifacts: Artifacts, name: str) -> Path:
     found = [entry.path for entry in quarantined(artifacts) if entry.path.name.startswith(name)]
     exact = [path for path in found if path.name == name] or found
     if not exact:
-        raise ArtifactMissingError(
-            name, f"is not in {artifacts.place(artifacts.root / 'quarantine')}", "See `stackwise quarantine`"
-        )
+        where = artifacts.place.location(QUARANTINE)
+        raise ArtifactMissingError(name, f"is not in {where}", "See `stackwise quarantine`")
     if len(exact) > 1:
         names = ", ".join(path.name for path in exact)
         raise ConfigError([Fault("ID", repr(name), f"{len(exact)} in quarantine begin so: {names}")])
@@ -68,46 +59,42 @@ def find_quarantined(artifacts: Artifacts, name: str) -> Path:
 
 
 def release(artifacts: Artifacts, path: Path) -> Manifest:
-    """Put an artifact back in its place, after comparing every byte with its seal. Hold `among_others`.
+    """Put an artifact back, after comparing every byte with its seal. Hold `without_gc`.
 
     Raises:
-        ArtifactCorruptError: a byte differs. ConfigError: an artifact is in its place already.
+        ArtifactCorruptError: a byte differs. ConfigError: an artifact is there already.
     """
-    remote = as_remote(artifacts)
-    manifest = _checked(path) if remote is None else _checked_objects(remote, path)
+    manifest, folder = _checked(artifacts, path)
     with artifacts.lock(manifest.ref.name):
         state = artifacts.state(manifest.ref)
         if state is not State.ABSENT:
             taken = f"{artifacts.where(manifest.ref)} is there, {state.value}; remove one of the two"
             raise ConfigError([Fault("--release", repr(path.name), taken)])
-        (path / REASON).unlink(missing_ok=True)  # it is not sealed; a kill here leaves it in quarantine, unexplained
-        artifacts.adopt(manifest.ref, path)
-    if remote is not None:
-        drop(artifacts, path)
+        (folder / REASON).unlink(missing_ok=True)  # not sealed; after a kill here it is in quarantine without a reason
+        artifacts.adopt(manifest.ref, folder)
+    drop(artifacts, path)
     return manifest
 
 
 def drop(artifacts: Artifacts, path: Path) -> None:
-    """Delete what is in quarantine. Hold `among_others`."""
-    if (remote := as_remote(artifacts)) is not None:
-        from storage.objects.quarantine import drop_objects
-
-        drop_objects(remote, path.name)
-    if path.exists():
-        artifacts.to_trash(path)
-        artifacts.empty_trash()
+    """Delete what is in quarantine. Hold `without_gc`."""
+    artifacts.place.delete(f"{QUARANTINE}/{path.name}")
+    artifacts.place.empty_trash()
 
 
-def _checked(path: Path) -> Manifest:
-    manifest = read_manifest(path)
-    problems = [line for line in verify_files(path, manifest.checksums()) if not line.startswith(f"{path / REASON}: ")]
+def _checked(artifacts: Artifacts, path: Path) -> tuple[Manifest, Path]:
+    """Return the manifest, and the folder on this machine, of an artifact that is as it was sealed."""
+    place, key = artifacts.place, f"{QUARANTINE}/{path.name}"
+    try:
+        found = place.look(key)
+        if found is None:
+            raise ArtifactMissingError(place.location(key), "has no manifest", _STAYS)
+        folder = place.fetch(found)
+    except ArtifactCorruptError as error:
+        raise ArtifactCorruptError(error.path, error.problem, _STAYS) from None
+    problems = verify_files(folder, found.manifest.checksums())
+    problems = [line for line in problems if not line.startswith(f"{folder / REASON}: ")]
     if problems:
         where, _, problem = problems[0].partition(": ")
-        raise ArtifactCorruptError(where, problem, STAYS)
-    return manifest
-
-
-def _checked_objects(remote: RemoteArtifacts, path: Path) -> Manifest:
-    from storage.objects.quarantine import bring
-
-    return bring(remote, path, STAYS)
+        raise ArtifactCorruptError(where, problem, _STAYS)
+    return found.manifest, folder

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,15 +20,13 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, CorpusError, Fault, StageInterruptedError
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan
+from storage.artifacts import Artifacts, State
 from storage.durable import write_text
 from storage.errors import ArtifactCorruptError, RunBusyError
-from storage.layout import Artifacts, State
-from storage.locks import Holder, is_held, no_wait
+from storage.locks import Holder, OnWait, no_wait
+from storage.place import OUTCOME, PLANS_LOCK, RUNS
 
 _asked_by: ContextVar[str] = ContextVar("asked_by", default="")
-
-PLANS_LOCK = "plans"
-"""Held while a run writes what it will read, and while someone decides to retire a store."""
 
 
 @dataclass(frozen=True)
@@ -38,47 +36,49 @@ class Attempt:
     name: str
     number: int
     folder: Path
+    where: str
+    """What messages call its folder, which in a bucket is not the copy on this machine."""
 
     @property
     def plan(self) -> RunPlan:
-        """What it set out to make."""
-        with _explained(self.folder / "plan.json") as path:
+        """What it planned."""
+        with self._explained("plan.json") as path:
             return RunPlan.model_validate_json(path.read_bytes())
 
     @property
     def config(self) -> StackWiseConfig:
-        """The configuration, as it was: not judged by the rules of today, nor by files it named then."""
-        with _explained(self.folder / "config.yaml") as path:
+        """The configuration as it was written, not checked against today's rules and files."""
+        with self._explained("config.yaml") as path:
             return StackWiseConfig.read_unchecked(path)
 
     @property
     def start(self) -> dict[str, Any]:
         """When, where and by which process it was started."""
-        with _explained(self.folder / "start.json") as path:
+        with self._explained("start.json") as path:
             return json.loads(path.read_text())
 
     @property
     def outcome(self) -> dict[str, Any] | None:
         """How it ended; None while it lives, or if it was killed."""
-        with _explained(self.folder / "outcome.json") as path:
+        with self._explained(OUTCOME) as path:
             return json.loads(path.read_text()) if path.exists() else None
 
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Generator[Path]:
-    """Turn a missing or damaged file of an attempt into one error that names it."""
-    try:
-        yield path
-    except (ValueError, FileNotFoundError, ConfigError) as error:
-        if unknown := _unknown_keys(error):
-            problem = f"has keys that this version does not know ({unknown})"
-            raise ArtifactCorruptError(path, problem, "Use the version of StackWise that wrote it") from None
-        remedy = f"Remove {path.parent}: artifacts stay, and `stackwise train` registers the run anew"
-        raise ArtifactCorruptError(path, f"is damaged ({str(error).splitlines()[0]})", remedy) from None
+    @contextlib.contextmanager
+    def _explained(self, file: str) -> Generator[Path]:
+        """Turn a missing or damaged file into one error that names it."""
+        try:
+            yield self.folder / file
+        except (ValueError, FileNotFoundError, ConfigError) as error:
+            path = f"{self.where}/{file}"
+            if unknown := _unknown_keys(error):
+                problem = f"has keys that this version does not know ({unknown})"
+                raise ArtifactCorruptError(path, problem, "Use the version of StackWise that wrote it") from None
+            remedy = f"Remove {self.where}: artifacts stay, and `stackwise train` registers the run anew"
+            raise ArtifactCorruptError(path, f"is damaged ({str(error).splitlines()[0]})", remedy) from None
 
 
 def _unknown_keys(error: Exception) -> str:
-    """Return the keys that are all that is wrong with a record: newer code wrote it."""
+    """Return the unknown keys of a record, if nothing else is wrong with it: newer code wrote it."""
     faults = error.errors() if isinstance(error, ValidationError) else []
     newer = bool(faults) and all(fault["type"] == "extra_forbidden" for fault in faults)
     return ", ".join(".".join(map(str, fault["loc"])) for fault in faults) if newer else ""
@@ -86,14 +86,20 @@ def _unknown_keys(error: Exception) -> str:
 
 def attempts(artifacts: Artifacts, name: str) -> list[Attempt]:
     """Return the attempts of a run, oldest first."""
-    found = (artifacts.root / "runs" / name / "attempts").glob("*")
+    if "/" in name:  # not a name: it would lead out of the folder of runs
+        return []
+    found = (artifacts.root / RUNS / name / "attempts").glob("*")
     folders = sorted((path for path in found if path.name.isdecimal()), key=lambda path: int(path.name))
-    return [Attempt(name, int(folder.name), folder) for folder in folders if (folder / "start.json").exists()]
+    return [
+        Attempt(name, int(folder.name), folder, artifacts.location(folder))
+        for folder in folders
+        if (folder / "start.json").exists()
+    ]
 
 
 def run_names(artifacts: Artifacts) -> list[str]:
     """Return the names of all runs, sorted."""
-    return sorted(path.name for path in (artifacts.root / "runs").glob("*") if attempts(artifacts, path.name))
+    return sorted(path.name for path in (artifacts.root / RUNS).glob("*") if attempts(artifacts, path.name))
 
 
 def find_run(artifacts: Artifacts, name: str) -> Attempt:
@@ -110,12 +116,12 @@ def find_run(artifacts: Artifacts, name: str) -> Attempt:
 
 
 def is_live(artifacts: Artifacts, name: str) -> bool:
-    """Say whether some process holds the run now. Writes nothing, so it works on read-only media."""
-    return artifacts.is_held_elsewhere(f"run-{name}") or is_held(artifacts.root / "locks" / f"run-{name}")
+    """Say whether any process holds the run now. Writes nothing, so it works on read-only media."""
+    return artifacts.is_held(f"run-{name}")
 
 
 def live_runs(artifacts: Artifacts) -> dict[str, Holder]:
-    """Return the runs that some process holds now, and the process that started each."""
+    """Return the live runs, and the process that started each."""
     return {name: holder_of_run(find_run(artifacts, name)) for name in run_names(artifacts) if is_live(artifacts, name)}
 
 
@@ -127,7 +133,7 @@ def holder_of_run(attempt: Attempt) -> Holder:
 
 @contextlib.contextmanager
 def asking(who: str) -> Generator[None]:
-    """Have the attempts that begin while the block lasts say who asked for them, such as a flow run."""
+    """Record who asked for the attempts that begin while the block lasts, such as a flow run."""
     token = _asked_by.set(who)
     try:
         yield
@@ -136,7 +142,7 @@ def asking(who: str) -> Generator[None]:
 
 
 def asked_before(artifacts: Artifacts, name: str, who: str) -> Attempt | None:
-    """Return the newest attempt of a run that somebody asked for; None: they did not get so far."""
+    """Return the newest attempt of a run that `who` asked for; None if it did not begin."""
     return next((found for found in reversed(attempts(artifacts, name)) if found.start.get("asked_by") == who), None)
 
 
@@ -145,13 +151,12 @@ def begin_attempt(
     artifacts: Artifacts,
     config: StackWiseConfig,
     plan: RunPlan,
-    on_wait: Callable[[str], None],
+    on_wait: OnWait = no_wait,
 ) -> Generator[Attempt]:
     """Register a run for as long as the block lasts, before its first task.
 
-    Two live processes may share a run if their configurations are equal: each artifact is then made by
-    whichever comes first. Stores that a live run plans to read are not retired, and nothing that it
-    planned is collected.
+    Two live processes may share a run if their configurations are equal: each artifact is then made by whichever
+    comes first. Stores that a live run plans to read are not retired, and gc removes nothing that it planned.
 
     Raises:
         RunBusyError: the run is alive with another configuration.
@@ -200,7 +205,7 @@ def _check_previous(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan
 def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan) -> Attempt:
     before = attempts(artifacts, config.run.name)
     number = before[-1].number + 1 if before else 1
-    base = artifacts.root / "runs" / config.run.name
+    base = artifacts.root / RUNS / config.run.name
     folder = base / "attempts" / f"{number:04d}"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", config.to_yaml())
@@ -214,7 +219,7 @@ def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan)
     write_text(base / "current", f"{number:04d}\n")
     for path in (folder / "config.yaml", folder / "plan.json", folder / "start.json", base / "current"):
         artifacts.share(path)
-    return Attempt(config.run.name, number, folder)
+    return Attempt(config.run.name, number, folder, artifacts.location(folder))
 
 
 def _write_outcome(artifacts: Artifacts, attempt: Attempt, state: str, message: str) -> None:
@@ -222,15 +227,15 @@ def _write_outcome(artifacts: Artifacts, attempt: Attempt, state: str, message: 
         return  # another process of the same run brought it to its end
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with contextlib.suppress(OSError):  # a full disk, a lost connection must not hide the error that is under way
-        write_text(attempt.folder / "outcome.json", json.dumps({"state": state, "message": message, "ended": now}))
-        artifacts.share(attempt.folder / "outcome.json")
+        write_text(attempt.folder / OUTCOME, json.dumps({"state": state, "message": message, "ended": now}))
+        artifacts.share(attempt.folder / OUTCOME)
 
 
 def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name: str) -> Ref | None:
     """Drop the boundary below stage `index` once the one above it is sealed and validated.
 
     Returns:
-        The store, if it is kept because another live run plans to read it.
+        The store, if it stays because another live run plans to read it.
     """
     if index == 0 or plan.stages[index].activations is None or plan.stages[index - 1].activations is None:
         return None
@@ -257,13 +262,13 @@ def retire_unless_read(artifacts: Artifacts, ref: Ref, own_run: str) -> bool:
 
 
 def register_complete(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan) -> None:
-    """Register a run of which everything was there already, and retire what it does not keep.
+    """Register a run whose artifacts all exist already, and retire what it does not keep.
 
     Nothing is written if its newest attempt was the same.
     """
     before = attempts(artifacts, config.run.name)
     if not before or before[-1].plan != plan or before[-1].config != config:
-        with begin_attempt(artifacts, config, plan, no_wait):
+        with begin_attempt(artifacts, config, plan):
             pass
     if config.cache.keep == "last":
         for index in range(len(plan.stages)):

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.stages.identity import Ref
+from storage.artifacts import Artifacts
 from storage.durable import write_bytes
-from storage.layout import Artifacts
 
 
 def save_sequences(work: Path, train: PackedSequences, validation: PackedSequences) -> None:

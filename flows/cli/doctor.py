@@ -18,10 +18,10 @@ from pathlib import Path
 from flows.api import ask, fault_of, is_registered, shown, workers_alive
 from flows.operate import AUTOMATION, POOL
 from flows.run.numbers import size
+from storage.artifacts import artifacts_at
 from storage.errors import ArtifactsFolderError
 from storage.file_systems import file_system_of, is_local
 from storage.locks import FileLock
-from storage.roots import artifacts_at
 
 _LIBRARIES = ("torch", "prefect", "zarr", "safetensors", "numpy", "pydantic", "peft", "bitsandbytes", "torchao")
 _LITTLE_BYTES = 2**30
@@ -155,7 +155,7 @@ def _other_gets(path: str) -> int:
 
 
 def _look_at_objects(uri: str) -> tuple[bool, str]:
-    from storage.objects.probe import probe
+    from storage.object_store import probe
 
     try:
         return True, probe(uri)

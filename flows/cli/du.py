@@ -10,10 +10,9 @@ from rich.console import Console
 
 from flows.run.numbers import size
 from flows.run.terminal import plain_table
-from storage.layout import Artifacts
-from storage.reach import find_reach
-from storage.roots import artifacts_at
-from storage.survey import survey, weigher
+from storage.artifacts import Artifacts, artifacts_at
+from storage.inventory import Inventory
+from storage.reachability import find_reachable
 
 
 @dataclass(frozen=True)
@@ -42,24 +41,24 @@ def measure(artifacts: Artifacts) -> Usage:
     Raises:
         ArtifactCorruptError: a run's record cannot be read.
     """
-    weigh, reach = weigher(artifacts), find_reach(artifacts)
-    held = {found.path.name: found.n_bytes for found in survey(artifacts)}
+    inventory, reach = Inventory(artifacts), find_reachable(artifacts)
+    held = {found.path.name: found.n_bytes for found in inventory.artifacts()}
     readers = Counter(name for names in reach.runs.values() for name in names)
     runs: list[RunBytes] = []
     for run, names in reach.runs.items():
         shared = sum(held.get(name, 0) for name in names if readers[name] > 1)
         alone = sum(held.get(name, 0) for name in names if readers[name] == 1)
-        record = weigh(f"runs/{run}")
+        record = inventory.n_bytes(f"runs/{run}")
         runs.append(RunBytes(run, shared + alone + record, shared, alone + record))
     places = {
         "reached by one run": sum(n_bytes for name, n_bytes in held.items() if readers[name] == 1),
         "reached by several runs": sum(n_bytes for name, n_bytes in held.items() if readers[name] > 1),
         "pinned only": sum(n for name, n in held.items() if not readers[name] and name in reach.pinned),
         "reached by no run": sum(n for name, n in held.items() if not readers[name] and name not in reach.pinned),
-        "records of runs": weigh("runs"),
-        **{room: weigh(room) for room in ("work", "trash", "quarantine")},
+        "records of runs": inventory.n_bytes("runs"),
+        **{room: inventory.n_bytes(room) for room in ("work", "trash", "quarantine")},
     }
-    total = weigh("")
+    total = inventory.n_bytes()
     return Usage(total, runs, {**places, "other": total - sum(places.values())})
 
 

@@ -11,12 +11,10 @@ from flows.cli.inspect import find_artifact
 from flows.run.numbers import size
 from flows.run.terminal import plain_table
 from stackwise_core.errors import ConfigError, Fault
-from storage.alone import among_others, at_work
-from storage.collect import Collection, collect, plan_collection
-from storage.layout import Artifacts
+from storage.artifacts import Artifacts, artifacts_at
+from storage.collect import Collection, collect, in_use_by, plan_collection, without_gc
 from storage.manifest import read_manifest
-from storage.reach import pin, pins, unpin
-from storage.roots import artifacts_at
+from storage.reachability import pin, pins, unpin
 
 
 def collect_garbage(root: str, *, keep_last: int | None, superseded: bool, dry_run: bool, as_json: bool) -> None:
@@ -38,7 +36,7 @@ def collect_garbage(root: str, *, keep_last: int | None, superseded: bool, dry_r
     artifacts = artifacts_at(root).existing()
     work = plan_collection if dry_run else collect
     collection = work(artifacts, keep_last, newest_only=superseded)
-    if dry_run and not artifacts.is_remote and (others := at_work(artifacts)):
+    if dry_run and not artifacts.is_remote and (others := in_use_by(artifacts)):
         collection.notes.append(f"now it would be refused: {artifacts.uri} is in use by {others}")
     if as_json:
         print(json.dumps(_document(artifacts, collection, dry_run), indent=1))
@@ -49,7 +47,7 @@ def collect_garbage(root: str, *, keep_last: int | None, superseded: bool, dry_r
 def change_pins(root: str, to_pin: str | None, to_unpin: str | None) -> None:
     """Pin an artifact or take a pin back, and say what is pinned."""
     artifacts = artifacts_at(root).existing()
-    with among_others(artifacts, lambda holder: print(f"waiting for {holder}", file=sys.stderr)):
+    with without_gc(artifacts, lambda holder: print(f"waiting for {holder}", file=sys.stderr)):
         if to_pin is not None:
             folder = find_artifact(artifacts, to_pin)
             ref = read_manifest(folder).ref
@@ -64,7 +62,7 @@ def change_pins(root: str, to_pin: str | None, to_unpin: str | None) -> None:
 
 def _document(artifacts: Artifacts, collection: Collection, dry_run: bool) -> dict[str, object]:
     items = [
-        {"path": artifacts.place(removal.path), "bytes": removal.n_bytes, "why": removal.why}
+        {"path": artifacts.location(removal.path), "bytes": removal.n_bytes, "why": removal.why}
         for removal in collection.removals
     ]
     return {

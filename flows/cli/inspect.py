@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from flows.pages.provenance import trace
 from flows.run.numbers import size
 from stackwise_core.errors import ConfigError, Fault
+from storage.artifacts import Artifacts, State, artifacts_at
 from storage.durable import write_text
 from storage.errors import ArtifactMissingError
-from storage.layout import Artifacts, State
 from storage.manifest import Manifest, read_manifest
-from storage.roots import artifacts_at
 from storage.runs import run_names
 
 if TYPE_CHECKING:

@@ -10,13 +10,12 @@ from flows.cli.inspect import find_artifact
 from flows.run.numbers import size
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Ref
-from storage.alone import among_others
+from storage.artifacts import Artifacts, artifacts_at
+from storage.collect import without_gc
 from storage.copying import attempts_to_copy, check_room, copy_artifact, copy_run, to_copy
 from storage.errors import ArtifactsFolderError
-from storage.layout import Artifacts
 from storage.manifest import read_manifest
-from storage.reach import made_from, pin, planned
-from storage.roots import artifacts_at
+from storage.reachability import made_from, pin, planned
 from storage.runs import run_names
 
 
@@ -49,10 +48,10 @@ def copy(from_root: str, to_root: str, names: list[str]) -> None:
         raise ConfigError([Fault("URI", repr(to_root), "another artifacts folder is expected than --artifacts")])
     with ExitStack() as stack:
         with suppress(ArtifactsFolderError):  # one that cannot be written: nobody removes anything there
-            stack.enter_context(among_others(source, _tell_waiting))
+            stack.enter_context(without_gc(source, _tell_waiting))
         load = _find(source, names)
         target = artifacts_at(to_root).open()
-        stack.enter_context(among_others(target, _tell_waiting))
+        stack.enter_context(without_gc(target, _tell_waiting))
         _copy(source, target, load)
 
 

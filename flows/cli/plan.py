@@ -17,9 +17,8 @@ from stackwise_core.stages.costs import rack_parameters, stage_flops, store_byte
 from stackwise_core.stages.identity import Kind
 from stackwise_core.stages.plan import RunPlan, StagePlan, plan_config
 from stackwise_core.stages.resolve import reads_examples, resolve_order
+from storage.artifacts import Artifacts, State, artifacts_at
 from storage.demand import TASK_KINDS, Demand, compute_demand
-from storage.layout import Artifacts, State
-from storage.roots import artifacts_at
 
 
 def show_plan(config: StackWiseConfig, root: str, *, as_json: bool) -> None:

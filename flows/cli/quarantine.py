@@ -10,9 +10,9 @@ from rich.console import Console
 
 from flows.run.numbers import size
 from flows.run.terminal import plain_table
-from storage.alone import among_others
+from storage.artifacts import artifacts_at
+from storage.collect import without_gc
 from storage.quarantine import drop, find_quarantined, quarantined, release
-from storage.roots import artifacts_at
 
 
 def show_quarantine(root: str, *, as_json: bool) -> None:
@@ -20,7 +20,7 @@ def show_quarantine(root: str, *, as_json: bool) -> None:
     artifacts = artifacts_at(root).existing()
     found = quarantined(artifacts)
     if as_json:
-        entries = [{**asdict(entry), "path": artifacts.place(entry.path)} for entry in found]
+        entries = [{**asdict(entry), "path": artifacts.location(entry.path)} for entry in found]
         print(json.dumps({"artifacts": artifacts.uri, "quarantine": entries}, indent=1))
         return
     table = plain_table("what", "since", "|size", "why")
@@ -32,7 +32,7 @@ def show_quarantine(root: str, *, as_json: bool) -> None:
 def release_from_quarantine(root: str, name: str) -> None:
     """Put an artifact back, if every byte is as sealed and nothing is in its place."""
     artifacts = artifacts_at(root).existing()
-    with among_others(artifacts, _tell_waiting):
+    with without_gc(artifacts, _tell_waiting):
         manifest = release(artifacts, find_quarantined(artifacts, name))
     print(f"{manifest.ref.name} is back in {artifacts.where(manifest.ref)}; the next run validates it again")
 
@@ -40,7 +40,7 @@ def release_from_quarantine(root: str, name: str) -> None:
 def drop_from_quarantine(root: str, name: str) -> None:
     """Delete an artifact in quarantine."""
     artifacts = artifacts_at(root).existing()
-    with among_others(artifacts, _tell_waiting):
+    with without_gc(artifacts, _tell_waiting):
         path = find_quarantined(artifacts, name)
         drop(artifacts, path)
     print(f"{path.name} is deleted")

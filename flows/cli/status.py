@@ -12,10 +12,9 @@ from rich.table import Table
 from flows.run.numbers import size
 from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import plain_table, stage_tables
+from storage.artifacts import Artifacts, artifacts_at
 from storage.errors import ArtifactError
-from storage.layout import Artifacts
 from storage.locks import Holder
-from storage.roots import artifacts_at
 from storage.runs import Attempt, attempts, find_run, holder_of_run, is_live, run_names
 
 

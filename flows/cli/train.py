@@ -18,10 +18,9 @@ from flows.server import check_api, embedded_server, quiet_prefect
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.stages.plan import plan_config
-from storage.alone import among_others
+from storage.artifacts import Artifacts, artifacts_at
+from storage.collect import without_gc
 from storage.demand import compute_demand, forced_refs
-from storage.layout import Artifacts
-from storage.roots import artifacts_at
 from storage.runs import register_complete
 
 
@@ -41,7 +40,7 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
     artifacts = artifacts_at(root).open()
     plan = plan_config(config)
     forced = forced_refs(plan, from_stack, force)
-    with among_others(artifacts, _tell_waiting):  # gc does not remove what is about to be called complete
+    with without_gc(artifacts, _tell_waiting):  # gc does not remove what is about to be called complete
         complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
         if complete:
             register_complete(artifacts, config, plan)

@@ -8,12 +8,10 @@ from pathlib import Path
 from flows.cli.inspect import find_artifact
 from flows.run.numbers import size
 from stackwise_core.stages.identity import Kind
-from storage.checksums import NOT_LISTED, verify_files
+from storage.artifacts import Artifacts, State, artifacts_at
 from storage.collect import leftovers
 from storage.errors import ArtifactError
-from storage.layout import Artifacts, State
-from storage.manifest import KINDS, RETIRED, read_manifest
-from storage.roots import artifacts_at
+from storage.manifest import KINDS, RETIRED
 from storage.runs import Attempt, find_run, run_names
 
 
@@ -33,7 +31,7 @@ def verify(root: str, what: str | None) -> int:
             problems.append(str(error))
     total = 0
     for folder in folders:
-        found, n_bytes = artifacts.verify_elsewhere(folder) or _verify_folder(folder)
+        found, n_bytes = artifacts.verify(folder)
         problems += found
         total += n_bytes
         print(f"{'BAD ' if found else 'ok  '}{folder.name}{' (retired)' if (folder / RETIRED).exists() else ''}")
@@ -86,25 +84,6 @@ def _missing(artifacts: Artifacts, runs: list[Attempt]) -> list[str]:
                 for ref in absent
             ]
     return problems
-
-
-def _verify_folder(folder: Path) -> tuple[list[str], int]:
-    """Return what is wrong with one artifact, and the bytes read."""
-    try:
-        manifest = read_manifest(folder)
-    except ArtifactError as error:
-        return [str(error)], 0
-    if (folder / RETIRED).exists():
-        return [], 0
-    lines = verify_files(folder, manifest.checksums())
-    return [f"{line}. {_remedy(folder, line)}" for line in lines], manifest.n_bytes
-
-
-def _remedy(folder: Path, problem: str) -> str:
-    """Return what to do: what is too much only has to go."""
-    if problem.endswith(NOT_LISTED):
-        return "Remove it; half-written files (.tmp) are removed by `stackwise gc`"
-    return f"Remove {folder} and run `stackwise train` again: it will be remade"
 
 
 def _derive_rows(artifacts: Artifacts, run: Attempt, chosen: set[str]) -> tuple[list[str], int]:

@@ -10,10 +10,9 @@ from typing import Any
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.plan import plan_config
+from storage.artifacts import Artifacts, artifacts_at
 from storage.differences import Difference, Known, known_recipes
 from storage.errors import ArtifactMissingError
-from storage.layout import Artifacts
-from storage.roots import artifacts_at
 
 
 def explain(root: str, name: str, config: StackWiseConfig | None, *, as_json: bool) -> None:

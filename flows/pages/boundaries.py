@@ -15,11 +15,11 @@ from storage.activations.drift import measure_drift
 from storage.activations.metadata import read_metadata
 from storage.activations.rows import RowIndex
 from storage.activations.sampling import shared_places
+from storage.artifacts import Artifacts
 from storage.errors import ArtifactError
-from storage.layout import Artifacts
 from storage.manifest import Manifest
 from storage.runs import find_run, run_names
-from storage.stores import bring_metadata, open_at
+from storage.stores import fetch_metadata, open_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Boundary:
     @classmethod
     def of(cls, artifacts: Artifacts, folder: Path, manifest: Manifest) -> Boundary:
         """Read which rows a store holds."""
-        bring_metadata(artifacts, folder, manifest)
+        fetch_metadata(artifacts, folder, manifest)
         return cls(artifacts, folder, manifest, read_metadata(folder)[1]["train"].rows)
 
     @property

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from stackwise_core.stages.identity import Kind
+from storage.artifacts import Artifacts, State
 from storage.errors import ArtifactError
-from storage.layout import Artifacts, State
 from storage.manifest import InputEntry, Manifest, read_manifest
 
 _TELLING_FACTS: dict[Kind, tuple[str, ...]] = {

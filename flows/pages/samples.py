@@ -21,8 +21,8 @@ from storage.activations.format import Group
 from storage.activations.metadata import GroupMetadata
 from storage.activations.reader import StoreReader
 from storage.activations.sampling import evenly_spaced
+from storage.artifacts import Artifacts
 from storage.errors import ArtifactError
-from storage.layout import Artifacts
 from storage.manifest import Manifest
 from storage.runs import find_run, run_names
 from storage.sequences import load_sequences

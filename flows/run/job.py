@@ -12,7 +12,7 @@ from flows.run.events import Message, StepTaken
 from flows.run.stage import Stage
 from flows.run.training import Attempt
 from stackwise_core.stages.identity import Ref
-from storage.layout import SCRATCH
+from storage.artifacts import SCRATCH
 
 _MARK = "\x1e"
 """First character of a line that holds an event (RFC 7464); other lines are for the log."""

@@ -18,8 +18,8 @@ from stackwise_core.stages.costs import store_bytes
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from stackwise_core.stages.resolve import reads_examples, resolve_order, tokenizer_of
+from storage.artifacts import Artifacts, State
 from storage.errors import StoreSpaceError
-from storage.layout import Artifacts, State
 from storage.midstage import bytes_written
 from storage.sequences import load_sequences, save_sequences
 

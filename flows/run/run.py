@@ -15,10 +15,9 @@ from stackwise_core.config.unused import notes
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan, plan_config
 from stackwise_core.training.hardware import use_hardware
+from storage.artifacts import Artifacts, artifacts_at
 from storage.demand import Demand, compute_demand, forced_refs
 from storage.errors import ArtifactError, ArtifactNewerError
-from storage.layout import Artifacts
-from storage.roots import artifacts_at
 from storage.runs import begin_attempt, retire_superseded
 
 

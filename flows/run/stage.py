@@ -20,10 +20,9 @@ from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.identity import Kind, Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan, plan_run
 from stackwise_core.training.hardware import n_threads, use_hardware
+from storage.artifacts import Artifacts, State, artifacts_at
 from storage.demand import TASK_KINDS, compute_demand
-from storage.layout import Artifacts, State
 from storage.manifest import fingerprint
-from storage.roots import artifacts_at
 from storage.sequences import load_sequences
 
 Facts = dict[str, Any]

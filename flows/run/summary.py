@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from stackwise_core.stages.identity import Kind
 from stackwise_core.stages.plan import RunPlan, StagePlan
-from storage.layout import Artifacts, State
+from storage.artifacts import Artifacts, State
 from storage.manifest import Manifest, read_manifest
 from storage.midstage import bytes_written, step_reached
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from storage.activations.format import (
     shard_path,
 )
 from storage.activations.metadata import GroupMetadata, read_metadata
-from storage.checksums import checksum_file
+from storage.checksums import Files, checksum_file
 from storage.errors import ArtifactMissingError
-
-Files = Mapping[str, tuple[int, str]]
 
 
 def open_sealed(folder: Path, files: Files, *, whole: bool = True) -> tuple[dict[str, Any], dict[Group, GroupMetadata]]:

@@ -76,7 +76,7 @@ class StoreReader:
             ArtifactCorruptError: A file is missing, or is not what was sealed, or the list lacks one.
         """
         self.folder, self._objects = folder, objects
-        self._place = objects.folder.bucket.where(objects.folder.artifact) if objects else folder
+        self._place = objects.folder.artifact_uri if objects else folder
         self.attributes, self._groups = open_sealed(folder, files, whole=objects is None)
         self.train, self.validation = (self._groups[group].spec for group in GROUPS)
         self.dtype = torch.float32 if self.train.is_quantised else self.train.torch_dtype

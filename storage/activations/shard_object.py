@@ -16,7 +16,7 @@ from storage.activations.buffers import crc32c
 from storage.activations.shard_file import CRC_BYTES, ShardDamageError
 
 if TYPE_CHECKING:
-    from storage.objects.folder import ObjectFolder
+    from storage.place import RangeReader
 
 _REQUESTS_AT_ONCE = 32
 
@@ -24,7 +24,7 @@ _REQUESTS_AT_ONCE = 32
 class ShardObjects:
     """The shards of one store, and the threads that fetch of them."""
 
-    def __init__(self, folder: ObjectFolder) -> None:
+    def __init__(self, folder: RangeReader) -> None:
         """Name the store's folder."""
         self.folder = folder
         self.pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, "ranges")

@@ -13,7 +13,7 @@ from stackwise_core.config.functions import load_function, source_digest
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.plan import RunPlan, plan_config
-from storage.layout import Artifacts
+from storage.artifacts import Artifacts
 from storage.sequences import load_sequences
 from support.runs import folder_of, grown, manifests, tiny
 

@@ -22,7 +22,7 @@ from stackwise_core.data.packing import (
 )
 from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.stages.plan import plan_config
-from storage.layout import Artifacts
+from storage.artifacts import Artifacts
 from support.runs import tiny
 
 PAD = 57

@@ -27,7 +27,7 @@ from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.stages.plan import plan_config, plan_run
 from stackwise_core.stages.resolve import reads_examples
-from storage.layout import Artifacts
+from storage.artifacts import Artifacts
 from storage.sequences import load_sequences
 from support.runs import grown, tiny
 

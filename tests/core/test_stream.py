@@ -30,7 +30,7 @@ from stackwise_core.stages.resolve import resolve_shape
 from stackwise_core.training.channel_statistics import first_rows, output_statistics
 from stackwise_core.training.stream_error import stored_error
 from stackwise_core.training.trainer import ProgressiveTrainer
-from storage.layout import Artifacts
+from storage.artifacts import Artifacts
 from support.runs import folder_of, grown, manifests, tiny
 
 T, D = 64, 256

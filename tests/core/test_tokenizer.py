@@ -24,7 +24,7 @@ from stackwise_core.data.tokenizer import ByteTokenizer, decode_pieces, load_tok
 from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.stages.plan import plan_config, plan_run
 from stackwise_core.stages.resolve import resolve_mask
-from storage.layout import Artifacts
+from storage.artifacts import Artifacts
 from storage.sequences import load_sequences
 from support.runs import grown, tiny, write_corpus
 

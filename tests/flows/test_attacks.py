@@ -16,8 +16,8 @@ from flows.run.run import grow
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError
 from storage.activations import fill
+from storage.artifacts import Artifacts, State
 from storage.errors import ArtifactCorruptError, ArtifactNewerError, ArtifactsFolderError, StoreSpaceError
-from storage.layout import Artifacts, State
 from storage.runs import is_live
 
 

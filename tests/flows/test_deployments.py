@@ -17,7 +17,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import StackOverride
 from stackwise_core.errors import ConfigError, StackWiseError
 from stackwise_core.stages.plan import plan_run
-from storage.roots import artifacts_at
+from storage.artifacts import artifacts_at
 from storage.runs import asking, begin_attempt
 from support.runs import tiny
 

@@ -29,9 +29,9 @@ from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.trainer import ProgressiveTrainer
 from stackwise_core.training.training import LossScale, capture, learning_rate, make_optimizer, train_stack, train_step
 from stackwise_core.training.trunk import LiveTrunk
+from storage.artifacts import Artifacts
 from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
 from storage.errors import ArtifactCorruptError
-from storage.layout import Artifacts
 from storage.sequences import load_sequences
 from support.modes import DUAL, LORA, MODES, G, plan_of
 from support.runs import digests, folder_of, grown, manifests, tiny

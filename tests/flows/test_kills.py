@@ -16,7 +16,7 @@ import pytest
 from flows.cli.status import show_runs, show_stages
 from flows.run.numbers import size
 from flows.run.summary import summarise
-from storage.layout import Artifacts
+from storage.artifacts import Artifacts
 from storage.runs import find_run
 from support.children import Child
 from support.runs import Recorder, digests, folder_of, grown, made_by_stages, manifests, subset, tiny

@@ -14,12 +14,11 @@ import pytest
 from flows.cli.move import copy
 from stackwise_core.errors import ConfigError
 from storage import copying
-from storage.alone import among_others
-from storage.collect import collect
+from storage.artifacts import Artifacts, State
+from storage.collect import collect, without_gc
 from storage.errors import ArtifactCorruptError, RunBusyError, StoreSpaceError
-from storage.layout import Artifacts, State
 from storage.manifest import MANIFEST, Manifest
-from storage.reach import pins
+from storage.reachability import pins
 from support.commands import Run
 from support.disk import die_everywhere
 from support.house import files_of, plan_of, pretend, put
@@ -349,7 +348,7 @@ def test_a_killed_training_at_the_target_does_not_mix_with_what_arrives(source: 
     plan = pretend(source)
     ref = plan.stages[0].ref("stack")
     (target.open().work(ref) / "content").write_text("of a checkpoint")
-    with among_others(target):
+    with without_gc(target):
         pass
     copy(str(source.root), str(target.root), ["one"])
     assert target.checked(ref)

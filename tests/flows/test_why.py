@@ -15,8 +15,8 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.stages.identity import Kind
 from stackwise_core.stages.plan import RunPlan, plan_config, plan_run
+from storage.artifacts import Artifacts
 from storage.differences import Recipes, known_recipes
-from storage.layout import Artifacts
 from support.commands import Run
 from support.house import CORPUS, pretend
 from support.runs import tiny, tiny_values, write_corpus

@@ -25,6 +25,7 @@ from stackwise_core.model.growth_operators import new_rack
 from stackwise_core.stages.plan import StagePlan, plan_run
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import TrainingState, capture, make_optimizer
+from storage.artifacts import SCRATCH, Artifacts
 from storage.checkpoints import (
     HEAD,
     METRICS,
@@ -41,7 +42,6 @@ from storage.checkpoints import (
 )
 from storage.durable import remove_temporaries
 from storage.errors import ArtifactCorruptError, ArtifactError, StoreSpaceError
-from storage.layout import SCRATCH, Artifacts
 from support.disk import die_everywhere
 from support.runs import stage_model
 

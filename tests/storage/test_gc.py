@@ -17,12 +17,11 @@ import pytest
 
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.identity import Kind
-from storage.alone import among_others
-from storage.collect import collect, leftovers, plan_collection
+from storage.artifacts import Artifacts, State
+from storage.collect import collect, leftovers, plan_collection, without_gc
 from storage.errors import ArtifactCorruptError, ArtifactsFolderError, RunBusyError
-from storage.layout import Artifacts, State
 from storage.manifest import MANIFEST
-from storage.reach import pin, unpin
+from storage.reachability import pin, unpin
 from storage.runs import run_names
 from support.commands import Run
 from support.disk import ROOT, die_everywhere
@@ -45,15 +44,15 @@ def artifacts(tmp_path: Path) -> Artifacts:
 
 HOLD = """
 import sys
-from storage.alone import alone
-from storage.layout import Artifacts
+from storage.collect import exclusive
+from storage.artifacts import Artifacts
 from storage.locks import no_wait
 from storage.runs import begin_attempt
 sys.path.insert(0, "tests")
 from support.house import plan_of
 
 artifacts = Artifacts(sys.argv[1])
-with alone(artifacts) if sys.argv[2] == "gc" else begin_attempt(artifacts, *plan_of("live"), no_wait):
+with exclusive(artifacts) if sys.argv[2] == "gc" else begin_attempt(artifacts, *plan_of("live"), no_wait):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -180,7 +179,7 @@ def test_the_data_of_a_retired_artifact_that_a_kill_left(artifacts: Artifacts) -
 
 def test_locks_and_quarantine_stay(artifacts: Artifacts) -> None:
     plan = pretend(artifacts)
-    aside = artifacts.quarantine(plan.stages[0].ref("activations"), "row 3 differs")
+    aside = Path(artifacts.quarantine(plan.stages[0].ref("activations"), "row 3 differs"))
     locks = {path.name for path in (artifacts.root / "locks").iterdir()}
     done = collect(artifacts, keep_last=0)
     assert aside.exists()
@@ -303,7 +302,7 @@ def test_a_live_run_keeps_its_leftovers_from_verify(artifacts: Artifacts) -> Non
     for ref in refs:
         (artifacts.work(ref) / "half").touch()
     (artifacts.root / "trash/x.1.0").touch()
-    with among_others(artifacts), artifacts.lock(refs[0].name):
+    with without_gc(artifacts), artifacts.lock(refs[0].name):
         (line,) = leftovers(artifacts)
     assert line.startswith(str(artifacts.root / "work" / refs[1].name))
     assert len(leftovers(artifacts)) == 3
@@ -611,7 +610,7 @@ def test_a_link_that_was_left_in_work_goes_and_not_what_it_leads_to(artifacts: A
 def test_only_one_who_holds_a_lock_alone_is_named(artifacts: Artifacts) -> None:
     """Those who share it do not sign: the text is of whoever held it alone before."""
     collect(artifacts)
-    with among_others(artifacts):
+    with without_gc(artifacts):
         assert artifacts.lock_holder("gc") is None
     with artifacts.lock("gc"):
         holder = artifacts.lock_holder("gc")

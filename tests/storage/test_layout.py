@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from stackwise_core.stages.identity import Ref
-from storage import layout
+from storage import local
+from storage.artifacts import SCRATCH, Artifacts, State, artifacts_at
 from storage.errors import (
     ArtifactCorruptError,
     ArtifactError,
@@ -23,9 +24,8 @@ from storage.errors import (
     ArtifactsFolderError,
     ArtifactUnsealedError,
 )
-from storage.layout import FOLDERS, SCRATCH, Artifacts, State
 from storage.manifest import MANIFEST, RETIRED, InputEntry, Manifest
-from storage.roots import artifacts_at
+from storage.place import FOLDERS
 from support.artifacts import CONTENT, LOG, OTHER_CONTENT, PLAN, REF, STAGE, fill_work, seal
 from support.disk import ROOT, Story, die_everywhere
 
@@ -328,14 +328,14 @@ def test_retiring_goes_on_where_a_kill_stopped_it(artifacts: Artifacts) -> None:
 
 def test_quarantine_keeps_everything_and_the_reason(artifacts: Artifacts) -> None:
     seal(artifacts)
-    target = artifacts.quarantine(REF, "row 3 differs")
+    target = Path(artifacts.quarantine(REF, "row 3 differs"))
     assert target.parent == artifacts.root / "quarantine"
     assert artifacts.state(REF) is State.ABSENT
     assert (target / "reason.txt").read_text() == "row 3 differs\n"
     assert content(target, MANIFEST, "reason.txt") == {**CONTENT, **LOG}
     assert artifacts.everything() == []
     seal(artifacts)
-    second = artifacts.quarantine(REF, "again")
+    second = Path(artifacts.quarantine(REF, "again"))
     assert second != target
     assert (target / "reason.txt").read_text() == "row 3 differs\n"
 
@@ -538,13 +538,13 @@ def test_trash_that_another_process_emptied_is_gone_as_it_should_be(
 ) -> None:
     """Another run may start at any moment, and so also between a rename into trash/ and its deletion."""
     seal(artifacts, CONTENT if what == "a folder" else {"file": b"x"}, {})
-    sync = layout.sync
+    sync = local.sync
 
     def sync_while_another_run_starts(path: Path) -> None:
         sync(path)
         Artifacts(artifacts.root).open()
 
-    monkeypatch.setattr(layout, "sync", sync_while_another_run_starts)
+    monkeypatch.setattr(local, "sync", sync_while_another_run_starts)
     artifacts.retire(REF) if what == "a file" else artifacts.discard(REF)
     assert artifacts.state(REF) is (State.RETIRED if what == "a file" else State.ABSENT)
     assert content(artifacts.root / "trash") == {}

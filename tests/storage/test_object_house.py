@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from stackwise_core.errors import ConfigError
+from storage import bucket
+from storage.artifacts import Artifacts, State
 from storage.collect import collect, plan_collection
 from storage.errors import ArtifactCorruptError, ObjectStoreError
-from storage.layout import FOLDERS, Artifacts, State
 from storage.locks import no_wait
-from storage.objects import collect as objects_collect
-from storage.objects import looks
-from storage.objects.bucket import Bucket
-from storage.reach import pin, unpin
+from storage.object_store import ObjectStore
+from storage.place import FOLDERS
+from storage.reachability import pin, unpin
 from storage.runs import begin_attempt, run_names
 from support.commands import Run
 from support.house import files_of, plan_of, pretend
@@ -33,15 +33,10 @@ TWO: dict[str, Any] = {"training": {"progressive": {"target_stacks": 2}}}
 LESS: dict[str, Any] = {"training": {"progressive": {"target_stacks": 1}}}
 
 
-@pytest.fixture(autouse=True)
-def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looks, "FRESH_SECONDS", 0.0)
-
-
 @pytest.fixture
 def a_day_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that was put so far is older than the grace; leases go by the time there is."""
-    monkeypatch.setattr(objects_collect, "clock", lambda: datetime.now(UTC) + timedelta(hours=25))
+    monkeypatch.setattr(bucket, "clock", lambda: datetime.now(UTC) + timedelta(hours=25))
 
 
 def names(uri: str) -> set[str]:
@@ -74,7 +69,7 @@ def test_what_no_run_reaches_goes_after_a_day(s3: str, tmp_path: Path, monkeypat
     before = objects(s3)
     assert collect(here).removals == []  # it is young: its run may not have been heard of yet
     assert objects(s3) == before
-    monkeypatch.setattr(objects_collect, "clock", lambda: datetime.now(UTC) + timedelta(hours=25))
+    monkeypatch.setattr(bucket, "clock", lambda: datetime.now(UTC) + timedelta(hours=25))
     forecast = plan_collection(here)
     assert objects(s3) == before
     assert {removal.path.name for removal in forecast.removals} == planned(two) - planned(one)
@@ -96,13 +91,13 @@ def test_the_manifest_goes_before_the_data(
     here = on(tmp_path / "a", s3)
     pretend(here, **LESS)
     deleted: list[str] = []
-    plain = Bucket.delete
+    plain = ObjectStore.delete
 
-    def noted(self: Bucket, keys: Any) -> None:
+    def noted(self: ObjectStore, keys: Any) -> None:
         deleted.extend(key for key in keys if not key.startswith(("leases/", "runs/")))
         plain(self, keys)
 
-    monkeypatch.setattr(Bucket, "delete", noted)
+    monkeypatch.setattr(ObjectStore, "delete", noted)
     sealed = names(s3)
     collect(here, keep_last=0)
     assert not names(s3)
@@ -124,7 +119,7 @@ def test_killed_between_manifest_and_data_the_next_gc_finishes_it(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(objects_collect, "failpoint", die)
+        patch.setattr(bucket, "failpoint", die)
         with pytest.raises(KeyboardInterrupt):
             collect(here, keep_last=0)
     (half,) = planned(plan) - names(s3)
@@ -149,7 +144,7 @@ def test_a_run_that_begins_during_a_gc_keeps_what_it_plans(
             begun.append(begin_attempt(other, config, same, no_wait))
             begun[0].__enter__()
 
-    monkeypatch.setattr(objects_collect, "failpoint", lambda point, number: begin() if point == "gc-data" else None)
+    monkeypatch.setattr(bucket, "failpoint", lambda point, number: begin() if point == "gc-data" else None)
     collect(on(tmp_path / "a", s3))
     begun[0].__exit__(None, None, None)
     assert names(s3) >= planned(plan)
@@ -184,7 +179,7 @@ def test_an_upload_that_was_finished_since_gc_looked_is_not_taken_for_dead(
     before = objects(s3)
     key = f"stacks/{ref.name}/manifest.json"
     delete(s3, key)
-    monkeypatch.setattr(objects_collect, "failpoint", lambda point, number: put(s3, key, before[key]))
+    monkeypatch.setattr("storage.collect.failpoint", lambda point, number: put(s3, key, before[key]))
     assert collect(here).removals == []
     assert {k: v for k, v in objects(s3).items() if not k.startswith("leases")} == before
 
@@ -301,21 +296,23 @@ def test_a_push_that_was_cut_off_goes_on_and_shows_nothing_before_its_seal(
     stack = plan.stages[0].ref("stack")
     monkeypatch.setenv("STACKWISE_SCRATCH", str(tmp_path / "a"))
     put_objects: list[str] = []
-    plain = Bucket.write
+    plain = ObjectStore.write
 
-    def failing(self: Bucket, key: str, data: Any) -> None:
+    def failing(self: ObjectStore, key: str, data: Any) -> None:
         if stack.name in key and any(stack.name in name for name in put_objects):
             raise ObjectStoreError(f"{key}: lost")
         put_objects.append(key)
         plain(self, key, data)
 
-    monkeypatch.setattr(Bucket, "write", failing)
+    monkeypatch.setattr(ObjectStore, "write", failing)
     assert run("push", s3, "one", "--artifacts", local.root).code == 1
     assert stack.name not in names(s3)
     assert not any(name.startswith("runs/") for name in objects(s3))
     (arrived,) = [key for key in put_objects if stack.name in key]
     put_objects.clear()
-    monkeypatch.setattr(Bucket, "write", lambda self, key, data: (put_objects.append(key), plain(self, key, data))[1])
+    monkeypatch.setattr(
+        ObjectStore, "write", lambda self, key, data: (put_objects.append(key), plain(self, key, data))[1]
+    )
     assert run("push", s3, "one", "--artifacts", local.root).code == 0
     assert names(s3) == planned(plan)
     assert arrived not in put_objects
@@ -416,7 +413,7 @@ def test_doctor_tries_a_uri(s3: str, tmp_path: Path, run: Run, monkeypatch: pyte
     assert ok, line
     assert "keeps conditions" in line
     assert objects(s3) == {}
-    monkeypatch.setattr(Bucket, "create", lambda self, key, data: True)
+    monkeypatch.setattr(ObjectStore, "create", lambda self, key, data: True)
     assert says() == (False, says()[1])
     assert "ignores If-None-Match" in says()[1]
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from flows.cli import main as cli
+from storage.artifacts import artifacts_at
 from storage.errors import ArtifactCorruptError, RunBusyError
-from storage.objects.bucket import Bucket
-from storage.roots import artifacts_at
+from storage.object_store import ObjectStore
 from support.runs import digests, grown, made_by_stages, tiny
 from support.s3_server import KEY, SECRET, copy_bucket, delete, machine, objects, put, scratch_root
 
@@ -70,13 +70,13 @@ def test_a_second_machine_raises_the_target_on_a_store_that_stays_away(
     copy: str, first: tuple[str, Path], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: set[str] = set()
-    ranges = Bucket.ranges
+    ranges = ObjectStore.ranges
 
-    def noted(self: Bucket, key: str, offsets: Any, n_bytes: int) -> Any:
+    def noted(self: ObjectStore, key: str, offsets: Any, n_bytes: int) -> Any:
         asked.add(key)
         return ranges(self, key, offsets, n_bytes)
 
-    monkeypatch.setattr(Bucket, "ranges", noted)
+    monkeypatch.setattr(ObjectStore, "ranges", noted)
     with machine(tmp_path):
         told = grown(tiny(first[1]), copy)
     assert [task for task in told.made if task.startswith("train")] == ["train 2"]
@@ -115,13 +115,13 @@ def test_a_kill_in_the_middle_of_an_upload_costs_no_training(
         assert len(there) >= 2
         assert "manifest.json" not in there
         written: list[str] = []
-        write = Bucket.write
+        write = ObjectStore.write
 
-        def noted(self: Bucket, key: str, data: Any) -> None:
+        def noted(self: ObjectStore, key: str, data: Any) -> None:
             written.append(key)
             write(self, key, data)
 
-        monkeypatch.setattr(Bucket, "write", noted)
+        monkeypatch.setattr(ObjectStore, "write", noted)
         told = grown(tiny(tmp_path, ONE), s3)  # at once: a lease of this machine's dead is no one's
     assert told.made == ["validate 0"]
     again = {key.rpartition("/")[2] for key in written if key.startswith("stacks/stack-0-")}

@@ -21,6 +21,9 @@ import torch
 import zarr
 
 from stackwise_core.errors import StageInterruptedError
+from storage import leases, object_store
+from storage.artifacts import Artifacts, State, artifacts_at
+from storage.bucket import BucketPlace
 from storage.errors import (
     ArtifactCorruptError,
     ArtifactError,
@@ -29,12 +32,8 @@ from storage.errors import (
     ArtifactUnsealedError,
     ObjectStoreError,
 )
-from storage.layout import Artifacts, State
 from storage.manifest import InputEntry, Manifest
-from storage.objects import bucket as bucket_module
-from storage.objects import lease, looks
-from storage.objects.bucket import Bucket
-from storage.roots import artifacts_at
+from storage.object_store import ObjectStore
 from storage.stores import open_store
 from support.artifacts import CONTENT, LOG, OTHER_CONTENT, PLAN, REF, STAGE, fill_work
 from support.s3_server import KEY, SECRET, Cable, copy_bucket, delete, environment, machine, objects, on, put
@@ -45,16 +44,15 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 STORE = PLAN.stages[0].ref("activations")
 
 
-@pytest.fixture(autouse=True)
-def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look is a fresh one: the machines of a test are quicker than a second."""
-    monkeypatch.setattr(looks, "FRESH_SECONDS", 0.0)
-
-
 def seal(artifacts: Artifacts, files: dict[str, bytes] = CONTENT, facts: Any = None) -> Manifest:
     fill_work(artifacts, {**files, **LOG})
     inputs = (InputEntry(ref=PLAN.data_ref, digest="d" * 64),)
     return artifacts.seal(REF, STAGE.stack, inputs, facts or {"steps": 3}, {"torch": "x"}, records=tuple(LOG))
+
+
+def held_by_another(artifacts: Artifacts, name: str) -> bool:
+    assert isinstance(artifacts.place, BucketPlace)
+    return leases.is_held_by_another(artifacts.place.store, name, artifacts.place.machine)
 
 
 def sealed_files(uri: str) -> tuple[Manifest, dict[str, bytes]]:
@@ -83,7 +81,7 @@ def test_a_seal_is_whole_and_another_machine_reads_it(s3: str, tmp_path: Path) -
     assert there.everything() == [there.folder(REF)]
     folder = there.checked(REF)
     assert {name: (folder / name).read_bytes() for name in manifest.files} == {**CONTENT, **LOG}
-    assert here.elsewhere(REF) is None  # read where it was made
+    assert here.range_reader(REF) is None  # read where it was made
 
 
 def test_without_its_manifest_nothing_is_read(s3: str, tmp_path: Path) -> None:
@@ -108,9 +106,9 @@ def test_of_two_writers_one_seals_and_both_use_it(
     for artifacts in machines:  # both began while there was nothing
         artifacts.work(REF)
     both_are_there = threading.Barrier(2)
-    create, found = Bucket.create, [Manifest.model_construct()] * 2
+    create, found = ObjectStore.create, [Manifest.model_construct()] * 2
 
-    def create_together(self: Bucket, key: str, data: bytes) -> bool:
+    def create_together(self: ObjectStore, key: str, data: bytes) -> bool:
         both_are_there.wait(240)
         return create(self, key, data)
 
@@ -118,7 +116,7 @@ def test_of_two_writers_one_seals_and_both_use_it(
         found[number] = seal(machines[number], contents[number], {"machine": number})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bucket, "create", create_together)
+        patch.setattr(ObjectStore, "create", create_together)
         threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
         for thread in threads:
             thread.start()
@@ -138,14 +136,14 @@ def test_a_put_whose_answer_was_lost_is_not_taken_for_anothers(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """obstore repeats it, and meets what it put itself."""
-    create = Bucket.create
+    create = ObjectStore.create
 
-    def twice(self: Bucket, key: str, data: bytes) -> bool:
+    def twice(self: ObjectStore, key: str, data: bytes) -> bool:
         create(self, key, data)
         return create(self, key, data)
 
     here = on(tmp_path / "a", s3)
-    monkeypatch.setattr(Bucket, "create", twice)
+    monkeypatch.setattr(ObjectStore, "create", twice)
     assert sealed_files(s3 if seal(here) else "")[1] == {**CONTENT, **LOG}
     assert (here.folder(REF) / "stack.safetensors").exists()
 
@@ -198,8 +196,8 @@ def test_quarantine_and_discard_take_the_manifest_away_first(
     here = on(tmp_path / "a", s3)
     manifest = seal(here)
     gone: list[str] = []
-    move, remove = Bucket.move, Bucket.delete
-    monkeypatch.setattr(Bucket, "move", lambda self, key, to: (gone.append(key), move(self, key, to)))
+    move, remove = ObjectStore.move, ObjectStore.delete
+    monkeypatch.setattr(ObjectStore, "move", lambda self, key, to: (gone.append(key), move(self, key, to)))
     where = here.quarantine(REF, "two rows differ")
     assert gone[0] == f"stacks/{REF.name}/manifest.json"
     assert here.state(REF) is State.ABSENT
@@ -212,7 +210,7 @@ def test_quarantine_and_discard_take_the_manifest_away_first(
 
     seal(here)
     gone.clear()
-    monkeypatch.setattr(Bucket, "delete", lambda self, keys: (gone.extend(keys), remove(self, keys)))
+    monkeypatch.setattr(ObjectStore, "delete", lambda self, keys: (gone.extend(keys), remove(self, keys)))
     here.discard(REF)
     assert gone[0] == f"stacks/{REF.name}/manifest.json"
     assert not any(name.startswith("stacks/") for name in objects(s3))
@@ -242,7 +240,7 @@ def test_damage_is_found_by_whoever_reads_and_by_verify(how: str, s3: str, tmp_p
     assert str(caught.value).startswith(f"{s3}/{name}: ")
     assert f"Delete all below {s3}/stacks/{REF.name} " in caught.value.remedy
     assert there.state(REF) is (State.SEALED if how == "flipped" else State.CORRUPT)
-    problems, n_bytes = there.verify_elsewhere(there.folder(REF))
+    problems, n_bytes = there.verify(there.folder(REF))
     assert (len(problems), n_bytes) == (1, manifest.n_bytes)
     assert problems[0].startswith(f"{s3}/{name}: ")
     assert not (there.folder(REF) / "sub/deep/head.safetensors").exists()
@@ -261,13 +259,13 @@ def test_an_edited_manifest_is_no_seal(edit: Any, s3: str, tmp_path: Path) -> No
     with pytest.raises(ArtifactCorruptError, match=f"{s3}/{name}: ") as caught:
         here.manifest(REF)
     assert (caught.value.path, caught.value.exit_code) == (f"{s3}/{name}", 3)
-    assert here.verify_elsewhere(here.folder(REF))[0] == [str(caught.value)]
+    assert here.verify(here.folder(REF))[0] == [str(caught.value)]
 
 
 def test_a_file_too_many_is_told(s3: str, tmp_path: Path) -> None:
     here = on(tmp_path / "a", s3)
     put(s3, f"stacks/{REF.name}/{seal(here).attempt}/stranger", b"?")
-    (problem,) = here.verify_elsewhere(here.folder(REF))[0]
+    (problem,) = here.verify(here.folder(REF))[0]
     assert "/stranger: not in the sealed list" in problem
 
 
@@ -302,14 +300,14 @@ def test_rows_come_by_ranges_and_shards_stay_where_they_are(a_store: str, s3: st
 
 def test_a_batch_asks_each_shard_once(a_store: str, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, list[int]]] = []
-    ranges = Bucket.ranges
+    ranges = ObjectStore.ranges
 
-    def noted(self: Bucket, key: str, offsets: Any, n_bytes: int) -> Any:
+    def noted(self: ObjectStore, key: str, offsets: Any, n_bytes: int) -> Any:
         asked.append((key.rpartition("/")[2], list(offsets)))
         return ranges(self, key, offsets, n_bytes)
 
     with open_store(on(tmp_path / "b", a_store), STORE) as reader:
-        monkeypatch.setattr(Bucket, "ranges", noted)
+        monkeypatch.setattr(ObjectStore, "ranges", noted)
         reader.read("train", [8, 0, 2, 1, 4, 4])
     stride = small_store().specs["train"].chunk_bytes + 4
     assert sorted(asked) == [("c.0.0.0", [0, stride]), ("c.1.0.0", [0]), ("c.2.0.0", [0])]
@@ -321,7 +319,7 @@ def test_zarr_python_reads_the_same_from_the_bucket(a_store: str, s3: str, tmp_p
     import storage.activations.bfloat16  # noqa: F401
 
     there = on(tmp_path / "b", a_store)
-    folder = there.elsewhere(STORE)
+    folder = there.range_reader(STORE)
     assert folder is not None
     store = ObjectStore(obstore.store.from_url(folder.uri("store.zarr")), read_only=True)
     group = zarr.open_group(store, mode="r", zarr_format=3)
@@ -353,7 +351,7 @@ def test_a_damaged_shard_is_found_while_it_is_read(how: str, a_store: str, s3: s
 
 
 def test_the_second_machine_waits_for_the_first(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease.LeasedLock, "poll_seconds", 0.0)
+    monkeypatch.setattr(leases.LeasedLock, "poll_seconds", 0.0)
     here, there = on(tmp_path / "a", s3), on(tmp_path / "b", s3)
     told: list[str] = []
     first = here.lock(REF.name)
@@ -361,15 +359,15 @@ def test_the_second_machine_waits_for_the_first(s3: str, tmp_path: Path, monkeyp
 
     def on_wait(holder: str) -> None:
         told.append(holder)
-        assert not here.is_held_elsewhere(REF.name)
-        assert there.is_held_elsewhere(REF.name)
+        assert not held_by_another(here, REF.name)
+        assert held_by_another(there, REF.name)
         first.release()
 
     with there.lock(REF.name, on_wait=on_wait):
-        assert here.is_held_elsewhere(REF.name)
+        assert held_by_another(here, REF.name)
     assert len(told) == 1
     assert told[0].startswith(f"process {os.getpid()} on ")
-    assert not here.is_held_elsewhere(REF.name)
+    assert not held_by_another(here, REF.name)
     assert not [name for name in objects(s3) if name.startswith("leases/")]
     with first, pytest.raises(StageInterruptedError), there.lock(REF.name, should_stop=lambda: True):
         pass
@@ -386,26 +384,26 @@ def test_a_lease_is_taken_from_the_dead_and_from_nobody_else(
     assert again.try_acquire()  # this machine's flock says that its holder is dead
     again.release()
     assert dead._take_lease()  # pyright: ignore
-    monkeypatch.setattr(lease, "STALE_SECONDS", -1.0)
-    assert not there.is_held_elsewhere(REF.name)
+    monkeypatch.setattr(leases, "STALE_SECONDS", -1.0)
+    assert not held_by_another(there, REF.name)
     taken = there.lock(REF.name)
     assert taken.try_acquire()
     taken.release()
 
 
 def test_a_lease_is_renewed_until_it_is_lost(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.0)
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.0)
     here, renewed, enough = on(tmp_path / "a", s3), list[str](), threading.Event()
-    replace = Bucket.replace
+    replace = ObjectStore.replace
 
-    def noted(self: Bucket, key: str, data: bytes, before: Any) -> bool:
+    def noted(self: ObjectStore, key: str, data: bytes, before: Any) -> bool:
         done = replace(self, key, data, before)
         renewed.append(key)
         if len(renewed) == 3:
             enough.set()
         return done
 
-    monkeypatch.setattr(Bucket, "replace", noted)
+    monkeypatch.setattr(ObjectStore, "replace", noted)
     with here.lock(REF.name) as held:
         assert enough.wait(240)
         put(s3, f"leases/{REF.name}", json.dumps({"machine": "another", "pid": 1, "host": "h", "since": "s"}).encode())
@@ -417,10 +415,10 @@ def test_a_lease_is_renewed_until_it_is_lost(s3: str, tmp_path: Path, monkeypatc
 def test_runs_of_several_machines_live_side_by_side(s3: str, tmp_path: Path) -> None:
     here, there = on(tmp_path / "a", s3), on(tmp_path / "b", s3)
     with here.lock("run-r", shared=True), there.lock("run-r", shared=True):
-        assert here.is_held_elsewhere("run-r")
-        assert there.is_held_elsewhere("run-r")
+        assert held_by_another(here, "run-r")
+        assert held_by_another(there, "run-r")
         assert len([name for name in objects(s3) if name.startswith("leases/run-r/")]) == 2
-    assert not here.is_held_elsewhere("run-r")
+    assert not held_by_another(here, "run-r")
 
 
 # ---------------------------------------------------------------- connections
@@ -433,8 +431,8 @@ def cable(s3: str, s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Generator
 
     backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=2), "base": 2}
     retries = {"max_retries": 2, "retry_timeout": timedelta(seconds=60), "backoff": backoff}
-    monkeypatch.setattr(bucket_module, "RETRIES", retries)
-    monkeypatch.setattr(bucket_module, "FEW_RETRIES", retries)
+    monkeypatch.setattr(object_store, "RETRIES", retries)
+    monkeypatch.setattr(object_store, "FEW_RETRIES", retries)
     cable = Cable(s3_server.port)
     for name, value in environment(cable.port).items():
         monkeypatch.setenv(name, value)
@@ -446,7 +444,7 @@ def test_a_connection_that_breaks_is_taken_up_again(
     cable: Cable, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first answer to each request is cut, or the request itself; one at a time, so that it is the first."""
-    monkeypatch.setattr("storage.objects.folder._FILES_AT_ONCE", 1)
+    monkeypatch.setattr("storage.remote_files._FILES_AT_ONCE", 1)
     here = on(tmp_path / "a", s3)
     for cut in (-1, 0, 200):
         cable.answer_bytes = itertools.cycle([cut, 10**9])
@@ -459,7 +457,7 @@ def test_a_connection_that_breaks_is_taken_up_again(
 @pytest.mark.parametrize("n_bytes", [-1, 0, 100, 300, 500, 700])
 def test_every_request_outlives_one_cut_answer(n_bytes: int, cable: Cable, s3: str) -> None:
     """Before the request is carried, before the answer, in its head, in its body."""
-    bucket, data = Bucket(s3), os.urandom(2000)
+    bucket, data = ObjectStore(s3), os.urandom(2000)
     bucket.write("kept", data)
     entry = bucket.list("")["kept"]
 
@@ -472,7 +470,7 @@ def test_every_request_outlives_one_cut_answer(n_bytes: int, cable: Cable, s3: s
     assert cut(lambda: bucket.ranges("kept", [0, 700], 600)[1].tobytes()) == data[700:1300]
     cut(lambda: bucket.create("new", b"new"))
     assert bucket.read("new")[0] == b"new"
-    cut(lambda: bucket.replace("new", b"newer", bucket.read("new")[1]))
+    cut(lambda: bucket.replace("new", b"newer", bucket.read("new")[1].version))
     assert bucket.read("new")[0] == b"newer"
     cut(lambda: bucket.write("new", b"newest"))
     assert bucket.read("new")[0] == b"newest"
@@ -485,17 +483,17 @@ def test_a_lost_connection_is_one_clear_error_and_the_upload_goes_on(
 ) -> None:
     here = on(tmp_path / "a", s3)
     written: list[str] = []
-    write = Bucket.write
+    write = ObjectStore.write
 
-    def lost_after_one(self: Bucket, key: str, data: Any) -> None:
+    def lost_after_one(self: ObjectStore, key: str, data: Any) -> None:
         if written and key.startswith("stacks/"):
             cable.answer_bytes = itertools.repeat(-1)
         write(self, key, data)
         written.append(key.rpartition("/")[2])
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bucket, "write", lost_after_one)
-        patch.setattr("storage.objects.folder._FILES_AT_ONCE", 1)
+        patch.setattr(ObjectStore, "write", lost_after_one)
+        patch.setattr("storage.remote_files._FILES_AT_ONCE", 1)
         with pytest.raises(ObjectStoreError) as caught:
             seal(here)
     message = str(caught.value)
@@ -510,11 +508,11 @@ def test_a_lost_connection_is_one_clear_error_and_the_upload_goes_on(
     assert len(written) == 1
     assert here.state(REF) is State.ABSENT
 
-    def noted(self: Bucket, key: str, data: Any) -> None:
+    def noted(self: ObjectStore, key: str, data: Any) -> None:
         written.append(key.rpartition("/")[2])
         write(self, key, data)
 
-    monkeypatch.setattr(Bucket, "write", noted)
+    monkeypatch.setattr(ObjectStore, "write", noted)
     again = on(tmp_path / "a", s3)
     assert again.promote(REF)  # what a task calls before it begins
     assert sorted(written) == sorted(name.rpartition("/")[2] for name in (*CONTENT, *LOG))  # each once
@@ -552,12 +550,6 @@ def test_a_store_that_ignores_conditions_is_refused(s3: str, tmp_path: Path, mon
     with pytest.raises(ArtifactsFolderError, match="ignores If-None-Match"):
         on(tmp_path / "a", s3)
     assert objects(s3) == {}
-
-
-def test_a_command_for_folders_refuses_a_uri(s3: str) -> None:
-    for ask in (Artifacts(s3).open, Artifacts(s3).existing):
-        with pytest.raises(ArtifactsFolderError, match="works on a local folder"):
-            ask()
 
 
 def test_nothing_below_the_uri_is_told(s3: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.layout import Artifacts, State
+from storage.artifacts import Artifacts, State
 from storage.quarantine import find_quarantined, release
 from support.commands import Run
 from support.disk import die_everywhere
@@ -28,7 +28,7 @@ def artifacts(tmp_path: Path) -> Artifacts:
 def test_it_is_listed_with_its_reason(artifacts: Artifacts, run: Run) -> None:
     assert run("quarantine").out == "nothing is in quarantine\n"
     plan = pretend(artifacts)
-    path = artifacts.quarantine(plan.stages[0].ref("activations"), "row 3 differs")
+    path = Path(artifacts.quarantine(plan.stages[0].ref("activations"), "row 3 differs"))
     (entry,) = run("quarantine", "--json").document["quarantine"]
     assert (entry["path"], entry["reason"], entry["n_bytes"]) == (str(path), "row 3 differs", on_disk(path))
     assert abs(datetime.now(UTC) - datetime.fromisoformat(entry["since"])) < timedelta(hours=1)
@@ -51,7 +51,7 @@ def test_released_it_is_as_it_was(artifacts: Artifacts, run: Run) -> None:
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete", "add", "manifest"])
 def test_a_damaged_one_is_not_released(damage: str, artifacts: Artifacts, run: Run) -> None:
     ref = pretend(artifacts).stages[0].ref("activations")
-    path = artifacts.quarantine(ref, "row 3 differs")
+    path = Path(artifacts.quarantine(ref, "row 3 differs"))
     touched = path / {"add": "extra", "manifest": "manifest.json"}.get(damage, "content")
     data = touched.read_bytes() if touched.exists() else b""
     if damage == "delete":
@@ -80,7 +80,7 @@ def test_it_is_not_put_over_another(artifacts: Artifacts, run: Run) -> None:
 def test_it_is_dropped_by_hand(artifacts: Artifacts, run: Run) -> None:
     plan = pretend(artifacts)
     refs = [plan.stages[stage].ref("activations") for stage in (0, 1)]
-    paths = [artifacts.quarantine(ref, "row 3 differs") for ref in refs]
+    paths = [Path(artifacts.quarantine(ref, "row 3 differs")) for ref in refs]
     assert run("quarantine", "--drop", "activations").code == 2  # which of the two?
     assert run("quarantine", "--drop", refs[0].name).code == 0
     assert [path.exists() for path in paths] == [False, True]

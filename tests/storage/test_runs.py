@@ -17,8 +17,8 @@ import pytest
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, CorpusError, StageInterruptedError
 from stackwise_core.stages.plan import RunPlan, plan_run
+from storage.artifacts import Artifacts, State
 from storage.errors import ArtifactCorruptError, RunBusyError, StoreSpaceError
-from storage.layout import Artifacts, State
 from storage.locks import no_wait
 from storage.runs import Attempt, attempts, begin_attempt, find_run, is_live, retire_unless_read, run_names
 from support.disk import ROOT, die_everywhere, recorded
@@ -55,8 +55,8 @@ def artifacts(tmp_path: Path) -> Artifacts:
 HOLD = """
 import sys
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.plan import plan_run
-from storage.layout import Artifacts
+from stackwise_core.stages.plan import plan_run
+from storage.artifacts import Artifacts
 from storage.runs import begin_attempt
 
 config = StackWiseConfig.from_yaml(sys.argv[2])

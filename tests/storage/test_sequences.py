@@ -13,8 +13,8 @@ import pytest
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.stages.plan import plan_run
+from storage.artifacts import Artifacts
 from storage.errors import ArtifactCorruptError, ArtifactMissingError, ArtifactUnsealedError
-from storage.layout import Artifacts
 from storage.sequences import load_sequences, save_sequences
 
 PLAN = plan_run(StackWiseConfig(), "00" * 32)

@@ -7,7 +7,7 @@ from pathlib import Path
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import plan_run
-from storage.layout import Artifacts
+from storage.artifacts import Artifacts
 from storage.manifest import InputEntry, Manifest
 
 PLAN = plan_run(StackWiseConfig(), "00" * 32)

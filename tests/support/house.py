@@ -9,8 +9,8 @@ from typing import Any
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan, plan_run
+from storage.artifacts import Artifacts
 from storage.demand import reads
-from storage.layout import Artifacts
 from storage.locks import no_wait
 from storage.runs import begin_attempt
 
@@ -37,7 +37,7 @@ def put(artifacts: Artifacts, plan: RunPlan, ref: Ref) -> None:
     (work / "sub").mkdir(exist_ok=True)
     (work / "content").write_bytes(ref.name.encode() * (ref.stage + 2))
     (work / "sub" / "more").write_bytes(b"more")
-    inputs = tuple(artifacts.input_entry(read) for read in reads(ref, plan, artifacts))
+    inputs = tuple(artifacts.input_entry(read) for read in reads(ref, plan))
     artifacts.seal(ref, plan.recipes[ref], inputs, {}, {})
 
 

@@ -177,10 +177,8 @@ def copy_bucket(uri: str, to: str) -> str:
 
 def on(scratch: Path, uri: str) -> Any:
     """Return the artifacts as a machine with this scratch folder opens them."""
-    from storage.objects.remote import RemoteArtifacts
-    from storage.roots import artifacts_at
+    from storage.artifacts import artifacts_at
 
     with machine(scratch):
         artifacts = artifacts_at(uri)
-    assert isinstance(artifacts, RemoteArtifacts)
     return artifacts.open()

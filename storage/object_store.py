@@ -1,20 +1,22 @@
-"""The few operations that artifacts need of an object store, and its errors in words.
+"""The client of an object store: the few operations that artifacts need, retries, and errors in plain words.
 
-Credentials and the endpoint come from the environment and nowhere else: obstore reads the variables that
-the tools of each store use (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS and so on).
+Credentials and the endpoint come from the environment only: obstore reads the variables that the tools of each store
+use (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS and so on).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import re
+import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import obstore
@@ -22,43 +24,34 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, Prec
 from obstore.store import from_url
 
 from storage.errors import ArtifactsFolderError, ObjectStoreError
-from storage.objects.reasons import reason_of, was_not_repeated
+from storage.place import Entry
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion
     from obstore.store import RetryConfig
 
 RETRIES: RetryConfig = {"max_retries": 8, "retry_timeout": timedelta(seconds=60)}
-"""Of one request. With obstore's backoff a store that is away for half a minute is waited for."""
+"""Of one request. With obstore's backoff a store may be away for half a minute."""
 FEW_RETRIES: RetryConfig = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
-"""Where an answer is not worth a minute: an endpoint that is wrong is told soon, and a run that failed ends soon."""
+"""For requests that may fail: a wrong endpoint is reported soon, and a run that failed ends soon."""
 _AGAIN = 3
 _BLOCK_BYTES = 16 * 2**20
 _BLOCKS_AHEAD = 4
 Result = TypeVar("Result")
 
 
-class Entry(NamedTuple):
-    """One object of a listing."""
-
-    size: int
-    modified: datetime
-    version: UpdateVersion
-    """What a conditional write compares."""
-
-
-class Bucket:
-    """A prefix in a bucket. Keys are relative to it. Several threads may use it at once."""
+class ObjectStore:
+    """A prefix in a bucket. Keys are relative to it. Thread-safe."""
 
     def __init__(self, uri: str, retries: RetryConfig | None = None) -> None:
-        """Name it; nothing is asked before the first operation.
+        """Name it; the first operation connects.
 
         Args:
             uri: such as s3://bucket/prefix.
-            retries: of each request; without it `RETRIES`.
+            retries: of each request; `RETRIES` by default.
 
         Raises:
-            ArtifactsFolderError: it is no URI of a store that is known, or holds a user or a key.
+            ArtifactsFolderError: the URI names no supported store, or contains a user or a key.
         """
         self.uri, self._retries = uri.rstrip("/"), retries
         scheme, _, rest = self.uri.partition("://")
@@ -87,7 +80,7 @@ class Bucket:
         except (BaseError, FileNotFoundError) as error:  # obstore raises the latter for a missing object
             if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
                 raise FileNotFoundError(2, "no such object", self.where(key)) from None
-            raise ObjectStoreError(f"{self.where(key)}: {reason_of(error)}") from None
+            raise ObjectStoreError(f"{self.where(key)}: {_reason_of(error)}") from None
 
     # ------------------------------------------------------------ reading
 
@@ -139,7 +132,7 @@ class Bucket:
         return [np.frombuffer(memoryview(each), np.uint8) for each in found]
 
     def blocks(self, key: str, size: int) -> Generator[np.ndarray]:
-        """Give a large object in order, some blocks ahead: uint8 [<= 16 MiB] each; nothing if it has no bytes.
+        """Yield a large object in order, uint8 [<= 16 MiB] each, while the next blocks are on their way.
 
         Raises:
             FileNotFoundError: there is no such object.
@@ -160,14 +153,14 @@ class Bucket:
     # ------------------------------------------------------------ writing
 
     def write(self, key: str, data: bytes | Path) -> None:
-        """Put an object, whole or not at all; one that is there is replaced."""
+        """Put an object atomically; an existing one is replaced."""
         with self._explained(key):
             _again(lambda: obstore.put(self._store, key, data))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put a small object unless there is one; say whether it was put.
+        """Put a small object unless it exists; say whether it was put.
 
-        False may also mean that a first try put it and only the answer was lost: look at what is there.
+        False may also mean that a first try put it and only its answer was lost: look at what is there.
         """
         try:
             with self._explained(key), contextlib.suppress(AlreadyExistsError):
@@ -177,19 +170,23 @@ class Bucket:
             raise ObjectStoreError(f"{self.where(key)}: could not be written; is the bucket still there?") from None
         return False
 
-    def replace(self, key: str, data: bytes, before: Entry) -> bool:
-        """Replace a small object if it is still what it was before; say whether it was replaced, as `create`."""
+    def replace(self, key: str, data: bytes, version: UpdateVersion) -> bool:
+        """Replace a small object if it still has a version; say whether it was replaced, as `create`."""
         with self._explained(key), contextlib.suppress(PreconditionError, FileNotFoundError):
-            _again(lambda: obstore.put(self._store, key, data, mode=before.version, use_multipart=False))
+            _again(lambda: obstore.put(self._store, key, data, mode=version, use_multipart=False))
             return True
         return False
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects; those that are not there do not matter."""
+        """Delete objects; missing ones are ignored."""
         if not keys:
             return
         with self._explained(keys[0]), contextlib.suppress(FileNotFoundError):
             _again(lambda: obstore.delete(self._store, list(keys)))
+
+    def delete_below(self, prefix: str) -> None:
+        """Delete everything below a key."""
+        self.delete([f"{prefix}/{name}" for name in self.list(prefix)])
 
     def move(self, key: str, to: str) -> None:
         """Copy an object within the store, then delete it."""
@@ -199,20 +196,20 @@ class Bucket:
     # ------------------------------------------------------------ at the start
 
     def check(self, *, writes: bool) -> None:
-        """Make sure that the store answers and, if it is to be written, that it can be, and keeps conditions.
+        """Make sure that the store answers and, for writes, that it accepts them and honours conditions.
 
         Raises:
             ArtifactsFolderError: one line that says why not.
         """
         try:
-            Bucket(self.uri, FEW_RETRIES).folders("")
+            ObjectStore(self.uri, FEW_RETRIES).folders("")
             if writes:
                 self._check_conditions()
         except ObjectStoreError as error:
             raise ArtifactsFolderError(f"--artifacts {error.reason}") from None
 
     def _check_conditions(self) -> None:
-        """Put one object twice under the condition that it is not there: the second must be refused."""
+        """Put one object twice under the condition that it does not exist: the second must be refused."""
         key = f"leases/probe-{uuid.uuid4().hex}"
         self.create(key, b"1")
         second = self.create(key, b"2")
@@ -225,12 +222,12 @@ class Bucket:
 
 
 def _again(ask: Callable[[], Result]) -> Result:
-    """Ask again what obstore does not repeat by itself; everything here may be done twice."""
+    """Repeat what obstore does not repeat by itself; every operation here may be done twice."""
     for _ in range(_AGAIN):
         try:
             return ask()
         except GenericError as error:
-            if not was_not_repeated(error):
+            if not _was_not_repeated(error):
                 raise
     return ask()
 
@@ -242,3 +239,73 @@ def _entry(meta: ObjectMeta) -> Entry:
     if meta["version"] is not None:
         version["version"] = meta["version"]
     return Entry(meta["size"], meta["last_modified"], version)
+
+
+def probe(uri: str) -> str:
+    """Try to read, write and write under a condition; say in a line how long a request takes.
+
+    Raises:
+        ArtifactsFolderError: one of them does not work; one line says why and what to do.
+    """
+    store = ObjectStore(uri, FEW_RETRIES)
+    store.check(writes=True)
+    key = f"leases/probe-{uuid.uuid4().hex}"
+    try:
+        put = _milliseconds(lambda: store.write(key, b"1"))
+        read = _milliseconds(lambda: store.read(key))
+        store.delete([key])
+    except (ObjectStoreError, FileNotFoundError) as error:
+        raise ArtifactsFolderError(f"{store.uri}: {error}") from None
+    return f"{store.uri} reads, writes and keeps conditions; a small object: put {put:.0f} ms, read {read:.0f} ms"
+
+
+def _milliseconds(ask: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    ask()
+    return 1000.0 * (time.perf_counter() - start)
+
+
+# ---------------------------------------------------------------- what an error of obstore means
+
+_MEANINGS = {
+    "NoSuchBucket": "there is no such bucket; create it, or check AWS_ENDPOINT_URL",
+    "InvalidAccessKeyId": "the store does not know the access key; check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL",
+    "SignatureDoesNotMatch": "the store does not accept the secret key; check AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "the credentials have expired; renew them",
+    "AccessDenied": "the store denies access; check what these credentials may do with this bucket",
+    "PermanentRedirect": "the bucket is in another region; set AWS_REGION",
+    "AuthorizationHeaderMalformed": "the bucket is in another region; set AWS_REGION",
+}
+_CREDENTIALS = (
+    "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+    "(gs: GOOGLE_APPLICATION_CREDENTIALS) in the environment"
+)
+_METADATA_SERVICES = ("169.254.169.254", "metadata.google.internal", "169.254.170.2")
+
+
+def _is_lost(error: Exception) -> bool:
+    """Say whether the connection is at fault: the same request may get through next time."""
+    return "HTTP error:" in str(error) and "builder error" not in str(error)
+
+
+def _was_not_repeated(error: Exception) -> bool:
+    """Say whether the connection is at fault, and obstore did not try again: half an answer, an unsafe request."""
+    return _is_lost(error) and not re.search(r"after \d+ retries", str(error))
+
+
+def _reason_of(error: Exception) -> str:
+    """Say in a line what went wrong, without the text of the answer, which may hold headers, keys or a body."""
+    text = str(error)
+    if "Missing AccessKeyId" in text or "Missing SecretAccessKey" in text or any(s in text for s in _METADATA_SERVICES):
+        return _CREDENTIALS
+    if code := re.search(r"<Code>(\w+)</Code>", text):
+        return _MEANINGS.get(code[1], f"the store answered {code[1]}")
+    endpoint = re.search(r"(https?://)(?:[^/@\s]*@)?([^/?\s]+)", text)
+    where = f" at {endpoint[1]}{endpoint[2]}" if endpoint else ""
+    if "builder error" in text:
+        return f"the endpoint{where} is not https; set AWS_ALLOW_HTTP=true if that is wanted"
+    if _is_lost(error):
+        return f"no connection to the store{where}, or it broke off every time; check AWS_ENDPOINT_URL and the network"
+    if status := re.search(r"status code: (\d{3} [A-Za-z ]+)", text):
+        return f"the store{where} answered {status[1].strip()}"
+    return f"the store{where} failed ({type(error).__name__})"

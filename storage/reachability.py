@@ -1,4 +1,4 @@
-"""What the runs of an artifacts folder reach, and what is pinned: everything else may go."""
+"""What the runs of a place planned, and what is pinned, with all it was made from: gc removes everything else."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from pathlib import Path
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Ref
+from storage.artifacts import Artifacts
 from storage.durable import write_text
 from storage.errors import ArtifactCorruptError, ArtifactMissingError
-from storage.layout import Artifacts
+from storage.place import PINS
 from storage.runs import attempts, run_names
-
-PINS = "pins"
-"""Folder of one small file for each pin: its name is the artifact's, its text the whole id."""
 
 
 @dataclass(frozen=True)
-class Reach:
-    """Names of artifacts that must stay, by the reason."""
+class Reachable:
+    """Names of artifacts that must stay, by reason."""
 
     runs: dict[str, frozenset[str]]
     pinned: frozenset[str]
-    """Pinned, or what something pinned was made from."""
+    """Pinned artifacts, and what they were made from."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -31,7 +29,7 @@ class Reach:
         return self.pinned.union(*self.runs.values())
 
 
-def find_reach(artifacts: Artifacts, runs: Iterable[str] | None = None, *, newest_only: bool = False) -> Reach:
+def find_reachable(artifacts: Artifacts, runs: Iterable[str] | None = None, *, newest_only: bool = False) -> Reachable:
     """Find what must stay.
 
     Args:
@@ -40,15 +38,15 @@ def find_reach(artifacts: Artifacts, runs: Iterable[str] | None = None, *, newes
         newest_only: of each run only the newest attempt counts, and not what earlier ones planned.
 
     Raises:
-        ArtifactCorruptError: a record of a run, or the manifest of something pinned, cannot be believed.
+        ArtifactCorruptError: a record of a run, or the manifest of a pinned artifact, cannot be trusted.
     """
     names = run_names(artifacts) if runs is None else runs
     reached = {name: frozenset(ref.name for ref in planned(artifacts, name, newest_only=newest_only)) for name in names}
-    return Reach(reached, frozenset(ref.name for ref in made_from(artifacts, pins(artifacts))))
+    return Reachable(reached, frozenset(ref.name for ref in made_from(artifacts, pins(artifacts))))
 
 
 def planned(artifacts: Artifacts, run: str, *, newest_only: bool = False) -> list[Ref]:
-    """Return every artifact that a run set out to make, each after what it is made from."""
+    """Return every artifact that a run planned, each after what it is made from."""
     found = attempts(artifacts, run)
     return list(dict.fromkeys(ref for attempt in found[-1 if newest_only else 0 :] for ref in attempt.plan.recipes))
 
@@ -63,7 +61,7 @@ def made_from(artifacts: Artifacts, refs: Iterable[Ref]) -> list[Ref]:
     """Return artifacts and, by their manifests, all that is left of what they were made from, in no order.
 
     Raises:
-        ArtifactCorruptError: the manifest of one of them was edited, so nobody knows.
+        ArtifactCorruptError: the manifest of one of them cannot be trusted.
     """
     found, to_ask = dict[Ref, None](), list(refs)
     while to_ask:
@@ -80,23 +78,24 @@ def made_from(artifacts: Artifacts, refs: Iterable[Ref]) -> list[Ref]:
 
 
 def pins(artifacts: Artifacts) -> list[Ref]:
-    """Return what is pinned, sorted by name.
+    """Return what is pinned, sorted by name. A pin is a small file: its name is the artifact's, its text the whole id.
 
     Raises:
         ArtifactCorruptError: a pin cannot be read.
     """
-    return [_read_pin(path) for path in sorted((artifacts.root / PINS).glob("*.json"))]
+    return [_read_pin(artifacts, path) for path in sorted((artifacts.root / PINS).glob("*.json"))]
 
 
-def _read_pin(path: Path) -> Ref:
+def _read_pin(artifacts: Artifacts, path: Path) -> Ref:
     try:
         return Ref.model_validate_json(path.read_bytes())
     except ValueError:
-        raise ArtifactCorruptError(path, "is no pin", "Remove it, and pin again what it is named after") from None
+        remedy = "Remove it, and pin again the artifact it is named after"
+        raise ArtifactCorruptError(artifacts.location(path), "is not a pin", remedy) from None
 
 
 def pin(artifacts: Artifacts, ref: Ref) -> None:
-    """Keep an artifact, and all it was made from, whatever becomes of the runs."""
+    """Protect an artifact, and all it was made from, from gc."""
     folder = artifacts.root / PINS
     folder.mkdir(exist_ok=True)
     path = folder / f"{ref.name}.json"
@@ -105,7 +104,7 @@ def pin(artifacts: Artifacts, ref: Ref) -> None:
 
 
 def unpin(artifacts: Artifacts, name: str) -> Ref:
-    """Take a pin back, given by the artifact's name or a unique start of it.
+    """Remove a pin, given by the artifact's name or a unique start of it.
 
     Raises:
         ArtifactMissingError: nothing of that name is pinned. ConfigError: several are.
@@ -113,7 +112,7 @@ def unpin(artifacts: Artifacts, name: str) -> Ref:
     found = [ref for ref in pins(artifacts) if ref.name.startswith(name)]
     if not found:
         there = ", ".join(ref.name for ref in pins(artifacts)) or "none"
-        raise ArtifactMissingError(name, "is not pinned", f"Pinned in {artifacts.root}: {there}")
+        raise ArtifactMissingError(name, "is not pinned", f"Pinned in {artifacts.uri}: {there}")
     exact = [ref for ref in found if ref.name == name] or found
     if len(exact) > 1:
         names = ", ".join(ref.name for ref in exact)

@@ -1,7 +1,7 @@
-"""Leases: an object that says who works on what, so that two machines do not do the same work.
+"""Leases: objects that say which machine works on what, so that two machines do not do the same work.
 
-A lease saves work and no more: whoever loses one, or believes a slow holder dead, is stopped by the seal, which
-is conditional. So clocks may differ by less than the minute and a half between a renewal and staleness.
+A lease saves work and does not carry safety: a process that loses one, or takes a slow holder for dead, is stopped by
+the seal, which is conditional. Clocks may differ by less than the minute and a half between renewal and staleness.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import threading
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from storage.errors import ObjectStoreError
 from storage.locks import FileLock, Holder
-from storage.objects.bucket import Bucket, Entry
+from storage.object_store import ObjectStore
+from storage.place import Entry
 
 FOLDER = "leases"
 RENEW_SECONDS = 30.0
@@ -26,31 +27,31 @@ STALE_SECONDS = 120.0
 
 
 def is_stale(entry: Entry) -> bool:
-    """Say whether the holder of a lease has not renewed it for so long that it must be dead."""
+    """Say whether a lease was not renewed for so long that its holder must be dead."""
     return (datetime.now(UTC) - entry.modified).total_seconds() > STALE_SECONDS
 
 
 class LeasedLock(FileLock):
     """A lock between the processes of this machine, and a lease between machines.
 
-    The lock of this machine is taken first. So whoever holds it knows that a lease of this machine's is
-    a dead process's, and takes it over at once: a killed run goes on without waiting.
+    The lock of this machine is taken first. Its holder knows that a lease of this machine belongs to a dead process,
+    and takes it over at once: a killed run goes on without waiting.
     """
 
     poll_seconds: ClassVar = 2.0
 
-    def __init__(self, path: Path, bucket: Bucket, machine: str, **how: object) -> None:
+    def __init__(self, path: Path, store: ObjectStore, machine: str, **how: Any) -> None:
         """Name the lock.
 
         Args:
             path: file of the lock between processes; its name is the lease's.
-            bucket: where leases are. Best one that does not repeat requests for long: no lease is worth a wait.
-            machine: what tells this machine (this scratch folder) from others.
-            how: `shared`, `on_wait` and `should_stop`, as for FileLock. Of a shared lock every holder has a
-                lease of its own, which only says that it lives.
+            store: where leases are; best with few retries, for no lease is worth a wait.
+            machine: what distinguishes this machine (this scratch folder) from others.
+            how: `shared`, `on_wait` and `should_stop`, as for FileLock. Each holder of a shared lock has a separate
+                lease, which only says that it lives.
         """
-        super().__init__(path, **how)  # pyright: ignore[reportArgumentType]
-        self._bucket, self._machine = bucket, machine
+        super().__init__(path, **how)
+        self._store, self._machine = store, machine
         self._key = f"{FOLDER}/{path.name}"
         if self.shared:
             self._key += f"/{uuid.uuid4().hex}"
@@ -58,7 +59,7 @@ class LeasedLock(FileLock):
         self._renewing: threading.Thread | None = None
 
     def try_acquire(self) -> bool:
-        """Take the lock and the lease if nobody holds either."""
+        """Take the lock and the lease if both are free."""
         if not super().try_acquire():
             return False
         try:
@@ -74,18 +75,18 @@ class LeasedLock(FileLock):
         return True
 
     def holder(self) -> str:
-        """Return who holds the lease, or else the lock."""
-        return str(holder_of(self._bucket, self.path.name) or super().holder())
+        """Return the holder of the lease, or else of the lock."""
+        return str(holder_of(self._store, self.path.name) or super().holder())
 
     def release(self) -> None:
-        """Give both back. A lease that cannot be given back goes stale."""
+        """Release both. A lease that cannot be deleted goes stale."""
         if self._renewing is not None:
             self._ended.set()
             self._renewing.join()
             self._renewing = None
             with contextlib.suppress(ObjectStoreError, FileNotFoundError):
-                if self._is_mine(self._bucket.read(self._key)[0]):
-                    self._bucket.delete([self._key])
+                if self._is_mine(self._store.read(self._key)[0]):
+                    self._store.delete([self._key])
         super().release()
 
     def _text(self) -> bytes:
@@ -100,33 +101,33 @@ class LeasedLock(FileLock):
             return False
 
     def _take_lease(self) -> bool:
-        if self._bucket.create(self._key, self._text()):
+        if self._store.create(self._key, self._text()):
             return True
         try:
-            text, entry = self._bucket.read(self._key)
-        except FileNotFoundError:  # given back this moment; the next try will do
+            text, entry = self._store.read(self._key)
+        except FileNotFoundError:  # released this moment; the next try will do
             return False
         if not self._is_mine(text) and not is_stale(entry):
             return False
-        return self._bucket.replace(self._key, self._text(), entry)
+        return self._store.replace(self._key, self._text(), entry.version)
 
     def _renew(self) -> None:
-        """Write the lease anew, time and again, until it is given back or another machine took it."""
+        """Write the lease again and again, until it is released or another machine took it."""
         while not self._ended.wait(RENEW_SECONDS):
             with contextlib.suppress(ObjectStoreError):  # the next time may do; if none does, it goes stale
                 try:
-                    text, entry = self._bucket.read(self._key)
+                    text, entry = self._store.read(self._key)
                 except FileNotFoundError:
                     return
                 if not self._is_mine(text):
                     return
-                self._bucket.replace(self._key, text, entry)
+                self._store.replace(self._key, text, entry.version)
 
 
-def holder_of(bucket: Bucket, name: str) -> Holder | None:
-    """Return the process that holds a lease alone now."""
+def holder_of(store: ObjectStore, name: str) -> Holder | None:
+    """Return the process that holds an exclusive lease now."""
     try:
-        text, entry = bucket.read(f"{FOLDER}/{name}")
+        text, entry = store.read(f"{FOLDER}/{name}")
         signed = json.loads(text)
         holder = Holder(pid=signed["pid"], host=signed["host"], since=signed["since"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -134,12 +135,12 @@ def holder_of(bucket: Bucket, name: str) -> Holder | None:
     return None if is_stale(entry) else holder
 
 
-def is_held(bucket: Bucket, name: str, machine: str) -> bool:
-    """Say whether a process of another machine holds a lease of a name: one that several may hold, or one."""
+def is_held_by_another(store: ObjectStore, name: str, machine: str) -> bool:
+    """Say whether a process of another machine holds a lease of a name, exclusive or shared."""
     key = f"{FOLDER}/{name}"
-    for each in (key, *(f"{key}/{holder}" for holder in bucket.list(key))):
+    for each in (key, *(f"{key}/{holder}" for holder in store.list(key))):
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            text, entry = bucket.read(each)
+            text, entry = store.read(each)
             if json.loads(text)["machine"] != machine and not is_stale(entry):
                 return True
     return False

@@ -1,0 +1,407 @@
+"""Artifacts: what is known of each, and how it gets from work to sealed, retired or quarantine, in any place."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from stackwise_core.failpoints import failpoint
+from stackwise_core.stages.identity import Recipe, Ref
+from storage.checksums import NOT_LISTED, checksum_file, verify_files
+from storage.durable import remove_temporaries, sync_tree, write_text
+from storage.errors import (
+    ArtifactCorruptError,
+    ArtifactError,
+    ArtifactMissingError,
+    ArtifactsFolderError,
+    ArtifactUnsealedError,
+)
+from storage.local import LocalPlace, delete_path
+from storage.locks import FileLock, Holder, OnWait, no_wait
+from storage.manifest import MANIFEST, FileEntry, InputEntry, Manifest, make_manifest, read_manifest
+from storage.place import Place, RangeReader, SealedFolder, key_of
+
+SCRATCH = "scratch"
+"""Folder inside a work folder for what helps to go on after a kill; it is never sealed."""
+_REMAKE = "Run `stackwise train` with the configuration that made it: it will be made"
+
+
+class State(Enum):
+    """What is stored of an artifact."""
+
+    SEALED = "sealed"
+    RETIRED = "retired"
+    ABSENT = "absent"
+    CORRUPT = "corrupt"
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What one look at an artifact found."""
+
+    state: State
+    folder: SealedFolder | None = None
+    """Of what has a manifest that can be trusted."""
+    error: ArtifactCorruptError | None = None
+    """What is damaged, if the state is CORRUPT."""
+
+    @property
+    def sealed(self) -> Manifest | None:
+        """The manifest, if the artifact is sealed and not retired or damaged."""
+        return self.folder.manifest if self.folder and self.state is State.SEALED else None
+
+
+def open_place(uri: Path | str) -> Place:
+    """Return the place that a path, or a URI such as s3://bucket/prefix, names; nothing is touched yet.
+
+    Raises:
+        ArtifactsFolderError: it is neither.
+    """
+    text = str(uri)
+    if not text:
+        raise ArtifactsFolderError("--artifacts '': give a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+    if "://" in text:
+        from storage.bucket import BucketPlace  # imports obstore
+
+        return BucketPlace(text)
+    return LocalPlace(Path(uri).expanduser() if text.startswith("~") else uri)  # a form has no shell
+
+
+def artifacts_at(uri: Path | str) -> Artifacts:
+    """Return the artifacts of a folder or of a URI such as s3://bucket/prefix; nothing is touched yet."""
+    return Artifacts(uri)
+
+
+class Artifacts:
+    """The artifacts of one place. Knows names and seals, and nothing of what is inside.
+
+    Every question looks anew. For answers that must agree with each other, ask a cached `lookup`:
+    `functools.cache(artifacts.lookup)`.
+    """
+
+    def __init__(self, uri: Path | str) -> None:
+        """Name the place; nothing is touched before `open()`."""
+        self.place = open_place(uri)
+        self._compared: set[tuple[str, str]] = set()
+        self._replaces: dict[Ref, str] = {}
+
+    def open(self) -> Artifacts:
+        """Create what is missing, and make sure that artifacts can be sealed here.
+
+        Raises:
+            ArtifactsFolderError: they cannot.
+        """
+        self.place.open()
+        return self
+
+    def existing(self) -> Artifacts:
+        """Return self, or raise ArtifactsFolderError if nothing is here."""
+        self.place.check_exists()
+        return self
+
+    def reachable(self) -> Artifacts:
+        """Return self, or raise ArtifactsFolderError if nothing can be looked up; a local folder need not exist."""
+        self.place.check_reachable()
+        return self
+
+    # ------------------------------------------------------------ names
+
+    @property
+    def root(self) -> Path:
+        """The folder of this machine in which artifacts are made and read; of a bucket, its scratch folder."""
+        return self.place.root
+
+    @property
+    def uri(self) -> str:
+        """What `--artifacts` takes to come here, from any working folder."""
+        return self.place.uri
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether what is sealed is in an object store, and `root` a scratch folder."""
+        return self.place.is_remote
+
+    def where(self, ref: Ref) -> str:
+        """Return what messages call an artifact: its path or URI."""
+        return self.place.location(key_of(ref))
+
+    def location(self, path: Path) -> str:
+        """Return what messages call something below the root."""
+        return self.place.location(path.relative_to(self.root).as_posix())
+
+    def folder(self, ref: Ref) -> Path:
+        """Return the folder of a sealed artifact on this machine. Of a bucket it may lack files; see `checked`."""
+        return self.root / key_of(ref)
+
+    def work(self, ref: Ref) -> Path:
+        """Return where the artifact is made, created if need be; what a killed task left is still in it."""
+        if ref not in self._replaces:
+            try:
+                found = self.place.look(key_of(ref), ref)
+            except ArtifactCorruptError:
+                found = None
+            self._replaces[ref] = found.manifest.seal if found else ""
+        folder = self.root / "work" / ref.name
+        if folder.is_symlink():
+            folder.unlink()  # what is made stays inside the artifacts folder
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    # ------------------------------------------------------------ locks, and other machines
+
+    def lock(
+        self,
+        name: str,
+        *,
+        shared: bool = False,
+        on_wait: OnWait = no_wait,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> FileLock:
+        """Return the lock of a name, to be held with `with`."""
+        return self.place.lock(name, shared=shared, on_wait=on_wait, should_stop=should_stop)
+
+    def lock_holder(self, name: str) -> Holder | None:
+        """Return the process that holds a lock exclusively now."""
+        return self.place.lock_holder(name)
+
+    def is_held(self, name: str) -> bool:
+        """Say whether any process, of any machine, holds a lock now."""
+        return self.place.is_held(name)
+
+    def share(self, path: Path) -> None:
+        """Let other machines see a file of a run, or a pin."""
+        self.place.share(path)
+
+    def unshare(self, path: Path) -> None:
+        """Remove a file that was shared."""
+        self.place.unshare(path)
+
+    def refresh_runs(self) -> None:
+        """See the runs and pins that other machines shared, and forget those they removed."""
+        self.place.refresh_records()
+
+    # ------------------------------------------------------------ state
+
+    def lookup(self, ref: Ref) -> Lookup:
+        """Look at an artifact: its manifest, and the sizes of the files it lists.
+
+        Bytes are not read here: checksums are compared when a file is used, and by `stackwise verify`.
+        """
+        key = key_of(ref)
+        try:
+            found = self.place.look(key, ref)
+        except ArtifactCorruptError as error:
+            return Lookup(State.CORRUPT, error=error)
+        if found is None:
+            return Lookup(State.ABSENT)
+        if found.retired:
+            return Lookup(State.RETIRED, found)
+        if problem := found.problem():
+            path = self.place.location(f"{key}/{self.place.files_below(key, found.manifest)}{problem[0]}")
+            return Lookup(State.CORRUPT, found, ArtifactCorruptError(path, problem[1], self._remedy(key)))
+        return Lookup(State.SEALED, found)
+
+    def _remedy(self, key: str) -> str:
+        return f"{self.place.how_to_remove(key)} and run the same command again: it will be remade"
+
+    def state(self, ref: Ref) -> State:
+        """Return the state of an artifact; see `lookup`."""
+        return self.lookup(ref).state
+
+    def manifest(self, ref: Ref) -> Manifest:
+        """Return the manifest of a sealed artifact, every listed file present in its size.
+
+        Raises:
+            ArtifactMissingError, ArtifactUnsealedError, ArtifactCorruptError: each names the place and the remedy.
+        """
+        return self._sealed_folder(ref).manifest
+
+    def _sealed_folder(self, ref: Ref) -> SealedFolder:
+        found = self.lookup(ref)
+        if found.error:
+            raise found.error
+        if found.state is State.RETIRED:
+            raise ArtifactMissingError(self.where(ref), "was retired: its data was dropped on purpose", _REMAKE)
+        if found.folder is None and self.is_there(ref):
+            raise ArtifactUnsealedError(self.where(ref), "was never sealed (no manifest)", _REMAKE)
+        if found.folder is None:
+            raise ArtifactMissingError(self.where(ref), "there is no such artifact", _REMAKE)
+        return found.folder
+
+    def sealed(self, ref: Ref) -> Manifest | None:
+        """Return the manifest of an artifact that is sealed now; None if it is absent, retired or damaged."""
+        return self.lookup(ref).sealed
+
+    def known(self, ref: Ref) -> Manifest | None:
+        """Return the manifest of an artifact, sealed or retired, whatever its files are; None if it has none.
+
+        Raises:
+            ArtifactCorruptError: the manifest cannot be trusted.
+        """
+        found = self.place.look(key_of(ref), ref)
+        return found.manifest if found else None
+
+    def is_there(self, ref: Ref) -> bool:
+        """Say whether anything is stored where an artifact belongs, sealed or not."""
+        return self.place.exists(key_of(ref))
+
+    def checked(self, ref: Ref) -> Path:
+        """Return the folder of a sealed artifact, all files on this machine, checksums compared once per digest.
+
+        Raises:
+            ArtifactError: as `manifest`, or a file's bytes are not what was sealed.
+        """
+        found = self._sealed_folder(ref)
+        folder = self.place.fetch(found)
+        if (ref.sha256, found.manifest.digest) not in self._compared:
+            if problems := verify_files(folder, found.manifest.checksums()):
+                path, _, problem = problems[0].partition(": ")
+                remedy = f"Remove {folder} and run the same command again: it will be remade"
+                raise ArtifactCorruptError(path, problem, remedy)
+            self._compared.add((ref.sha256, found.manifest.digest))
+        return folder
+
+    def local_copy(self, ref: Ref) -> Path:
+        """Return the folder of an artifact, sealed or retired, with all its files on this machine."""
+        found = self.place.look(key_of(ref), ref)
+        return self.folder(ref) if found is None or found.retired else self.place.fetch(found)
+
+    def range_reader(self, ref: Ref) -> RangeReader | None:
+        """Return what reads the files of a sealed artifact by ranges; None if all of them are on this machine."""
+        return self.place.range_reader(self._sealed_folder(ref))
+
+    def fetch(self, ref: Ref, names: list[str]) -> None:
+        """Make sure that some files of a sealed artifact are on this machine."""
+        self.place.fetch(self._sealed_folder(ref), iter(names))
+
+    def input_entry(self, ref: Ref) -> InputEntry:
+        """Return (id, digest) of a sealed artifact, as manifests record what they were made from."""
+        return InputEntry(ref=ref, digest=self.manifest(ref).digest)
+
+    def everything(self) -> list[Path]:
+        """Return the folder of every artifact with a manifest, sorted."""
+        return [self.root / key for key in self.place.sealed_keys()]
+
+    def verify(self, folder: Path) -> tuple[list[str], int]:
+        """Compare every byte of an artifact, here or in any local folder, with its seal.
+
+        Returns:
+            A line for each problem, with the remedy, and how many bytes were read.
+        """
+        place, key = self.place, f"{folder.parent.name}/{folder.name}"
+        if folder != self.root / key:
+            place, key = LocalPlace(folder.parent), folder.name
+        try:
+            found = place.look(key)
+        except ArtifactError as error:
+            return [str(error)], 0
+        if found is None:
+            return [str(ArtifactUnsealedError(place.location(key), "was never sealed (no manifest)", _REMAKE))], 0
+        if found.retired:
+            return [], 0
+        remedy = f"{place.how_to_remove(key)} and run `stackwise train` again: it will be remade"
+        unlisted = "Remove it; half-written files (.tmp) are removed by `stackwise gc`"
+        lines = (f"{line}. {unlisted if line.endswith(NOT_LISTED) else remedy}" for line in place.verify(found))
+        return list(lines), found.manifest.n_bytes
+
+    # ------------------------------------------------------------ transitions
+
+    def seal(
+        self,
+        ref: Ref,
+        recipe: Recipe,
+        inputs: tuple[InputEntry, ...],
+        facts: dict[str, Any],
+        fingerprint: dict[str, Any],
+        *,
+        checksums: dict[str, tuple[int, str]] | None = None,
+        records: tuple[str, ...] = (),
+    ) -> Manifest:
+        """Turn the work folder into the artifact: flush, manifest last, then `promote`.
+
+        Args:
+            ref: of the artifact.
+            recipe: what its numbers depend on.
+            inputs: what it was made from.
+            facts: what the task found out.
+            fingerprint: versions and hardware it was computed on.
+            checksums: path -> (size, checksum) of files that need not be read again.
+            records: files that are logs, not content.
+        """
+        work, known = self.work(ref), checksums or {}
+        remove_temporaries(work)
+        for path in list(work.rglob(".*")):  # .DS_Store and the like: no task writes hidden files
+            delete_path(path)
+        files: dict[str, FileEntry] = {}
+        for path in sorted(work.rglob("*")):
+            name = path.relative_to(work).as_posix()
+            if path.is_file() and name != MANIFEST and not name.startswith(f"{SCRATCH}/"):
+                n_bytes, checksum = known.get(name) or (path.stat().st_size, checksum_file(path, "sha256"))
+                files[name] = FileEntry(size=n_bytes, checksum=checksum, content=name not in records)
+        sync_tree(work)
+        write_text(
+            work / MANIFEST, make_manifest(ref, recipe, inputs, files, facts, fingerprint).model_dump_json(indent=1)
+        )
+        failpoint(f"promote-{ref.kind}", ref.stage)
+        self.promote(ref)
+        return self.manifest(ref)
+
+    def promote(self, ref: Ref) -> bool:
+        """Seal a work folder that has its manifest; say whether it had one.
+
+        An equal artifact that is sealed already stays, if every byte of it is as sealed; otherwise it is replaced.
+        Called again before a task begins, which may have been killed between the manifest and the seal.
+        """
+        work, key = self.root / "work" / ref.name, key_of(ref)
+        if not (work / MANIFEST).exists():
+            return False
+        manifest = read_manifest(work, ref)
+        shutil.rmtree(work / SCRATCH, ignore_errors=True)
+        if self._is_sealed_equal(ref, manifest):
+            self.place.trash(work)
+        else:
+            self.place.publish(key, work, manifest, self._replaces.get(ref))
+        self._replaces.pop(ref, None)
+        return True
+
+    def _is_sealed_equal(self, ref: Ref, ours: Manifest) -> bool:
+        """Say whether an artifact of another attempt with the same bytes is in place, every byte as it was sealed."""
+        found = self.lookup(ref)
+        if found.folder is None or found.sealed is None or found.sealed.digest != ours.digest:
+            return False
+        return found.sealed.seal != ours.seal and not self.place.verify(found.folder)
+
+    def retire(self, ref: Ref) -> None:
+        """Drop the data of a sealed artifact on purpose; the manifest stays to say what was there."""
+        self.mark_retired(ref)
+        if (found := self.place.look(key_of(ref), ref)) is not None:
+            self.place.drop_data(found)
+
+    def mark_retired(self, ref: Ref) -> None:
+        """Take a sealed artifact from its readers; `retire` then drops the data."""
+        found = self.place.look(key_of(ref), ref)
+        if found is not None and not found.retired:
+            self.place.mark_retired(found)
+
+    def quarantine(self, ref: Ref, reason: str) -> str:
+        """Move a sealed artifact out of every reader's way, keep it for inspection, and return where it is."""
+        return self.place.location(self.place.quarantine(self._sealed_folder(ref), reason))
+
+    def discard(self, ref: Ref) -> None:
+        """Delete an artifact, sealed or not."""
+        self.place.delete(key_of(ref))
+
+    def discard_work(self, ref: Ref) -> None:
+        """Delete what an attempt left, so that the next begins at the beginning."""
+        self.place.trash(self.work(ref))
+
+    def adopt(self, ref: Ref, complete: Path) -> None:
+        """Seal a folder that has its manifest: a copy, or one from quarantine.
+
+        What is there must not be sealed; unsealed or retired, it is replaced.
+        """
+        self.place.publish(key_of(ref), complete, read_manifest(complete, ref), None)
