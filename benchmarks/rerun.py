@@ -15,7 +15,7 @@ SEALED_SECONDS = 3.0
 # What `stackwise` runs, and then a look at what that imported.
 _LOOK = """
 import sys
-from flows.cli import main
+from flows.cli.main import main
 try:
     main(sys.argv[1:])
 except SystemExit:

@@ -1,1 +1,1 @@
-"""Prefect flows over the stages of a run, and the command line. Only this layer knows Prefect."""
+"""The Prefect flows that grow a rack, the command line and the pages. Only modules directly in here import Prefect."""

@@ -1,11 +1,11 @@
-"""The flow that grows a run that exists by one stack: what an operator starts from a form."""
+"""The flow that adds one stack to an existing run; an operator starts it from a form."""
 
 from __future__ import annotations
 
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.errors import told_in_one_line
+from flows.errors import one_line_errors
 from flows.train_rack import train_rack
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import StackOverride
@@ -15,35 +15,35 @@ from storage.runs import asked_before, asking, find_run
 
 
 @flow(name="add-stack", flow_run_name="grow {run} by one stack")
-def add_stack(run: str, artifacts: str = "artifacts", stack: StackOverride = StackOverride()) -> None:  # noqa: B008 -- a form shows its fields
+def add_stack(run: str, artifacts: str = "artifacts", stack: StackOverride = StackOverride()) -> None:  # noqa: B008 -- so that the form shows its fields
     """Add one stack to a run.
 
-    If the newest attempt of the run did not reach its target, it is brought there instead: so a retry of this flow
-    grows the run once, not twice.
+    If the newest attempt of the run did not reach its target, this flow completes it instead; so a retry adds one
+    stack, not two.
 
     Args:
         run: name of the run; `stackwise status` lists them.
         artifacts: folder that holds it, or s3://BUCKET/PREFIX.
-        stack: what the new stack does differently from the others.
+        stack: settings of the new stack that differ from the others.
     """
-    who = f"flow run {flow_run.id}"  # which it stays, however often it is retried
-    with told_in_one_line():
+    who = f"flow run {flow_run.id}"  # the same in every retry
+    with one_line_errors():
         config = grown(artifacts, run, stack, who)
     with asking(who):
         train_rack(config, artifacts)
 
 
 def grown(root: str, run: str, stack: StackOverride, who: str) -> StackWiseConfig:
-    """Return the configuration of a run with one stack more, or as it is if its newest attempt is not done.
+    """Return the configuration of a run with one stack more, or unchanged if its newest attempt is not done.
 
     Args:
-        root: where its artifacts are.
-        run: its name.
-        stack: what the new stack does differently.
-        who: asks for it; what they asked for before is not asked for again.
+        root: the artifacts folder.
+        run: name of the run.
+        stack: settings of the new stack.
+        who: identifies the request; a repeated request returns the configuration of the first.
 
     Raises:
-        ConfigError: there is no such run, or it has still to make a stack that differs otherwise.
+        ConfigError: there is no such run, or its unfinished stack has other settings.
     """
     artifacts = artifacts_at(root).existing()
     newest = find_run(artifacts, run)
@@ -63,7 +63,7 @@ def grown(root: str, run: str, stack: StackOverride, who: str) -> StackWiseConfi
 
 
 def _check_same(config: StackWiseConfig, stack: StackOverride) -> None:
-    """Make sure that what is asked of the new stack is what the unfinished run gives its last one."""
+    """Check that the requested settings are those of the unfinished run's last stack."""
     growth = config.training.progressive
     given = growth.stacks[growth.target_stacks - 1] if len(growth.stacks) >= growth.target_stacks else StackOverride()
     if stack != given:

@@ -1,4 +1,4 @@
-"""What an operator reads of a run that failed: its message, in one line, and no traceback where it says all."""
+"""How a flow reports errors: in one line and without needless tracebacks, on a console that outlives its reader."""
 
 from __future__ import annotations
 
@@ -8,42 +8,44 @@ from collections.abc import Generator
 
 import httpx
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.logging.handlers import PrefectConsoleHandler
+from rich.console import Console
 
-from flows.server import lost_server
+from flows.api import lost_server
 from stackwise_core.errors import ConfigError, StackWiseError
 
 
 class RefusedError(StackWiseError):
-    """The parameters of a flow run are wrong; every fault stands in one line."""
+    """The parameters of a flow run are wrong; all faults are in one line."""
 
     exit_code = 2
 
 
 @contextlib.contextmanager
-def told_in_one_line() -> Generator[None]:
-    """Join the faults of a wrong configuration: the page of a run shows its state message as one line.
+def one_line_errors() -> Generator[None]:
+    """Join the faults of a wrong configuration, because the page of a run shows its state message as one line.
 
-    From here on Prefect's engine logs what is explained to the user without a traceback.
+    From here on, Prefect's engine logs errors that are explained to the user without a traceback.
 
     Raises:
-        RefusedError: in place of a ConfigError.
-        ServerError: in place of what Prefect's client raises.
+        RefusedError: instead of a ConfigError.
+        ServerError: instead of what Prefect's client raises.
     """
     for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_says_all)  # once: it is the same one every time
+        logging.getLogger(name).addFilter(_drop_traceback)  # adding the same filter again has no effect
     try:
-        with server_explained():
+        with explained_server_errors():
             yield
     except ConfigError as error:
         raise RefusedError("; ".join(str(fault) for fault in error.faults)) from None
 
 
 @contextlib.contextmanager
-def server_explained() -> Generator[None]:
-    """Say of a server that fails during a run what it was, and that nothing is lost.
+def explained_server_errors() -> Generator[None]:
+    """Explain a server that fails during a run, and that sealed artifacts are kept.
 
     Raises:
-        ServerError: in place of what Prefect's client raises.
+        ServerError: instead of what Prefect's client raises.
     """
     try:
         yield
@@ -56,10 +58,25 @@ def server_explained() -> Generator[None]:
         raise lost_server(f"the connection to it broke: {error}") from error
 
 
-def _says_all(record: logging.LogRecord) -> bool:
-    """Leave of a line about an explained error its message."""
+def _drop_traceback(record: logging.LogRecord) -> bool:
+    """Reduce the log record of an explained error to its message."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, (StackWiseError, httpx.TransportError)):
         text = str(error) if isinstance(error, StackWiseError) else f"Prefect's server cannot be reached: {error}"
         record.msg, record.args, record.exc_info = text, (), None
     return True
+
+
+class _LastingConsole(Console):
+    """A console that becomes silent when its reader is gone; rich would exit the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Write nothing from now on."""
+        self.quiet = True
+
+
+def outlive_the_worker() -> None:
+    """Keep Prefect's console log from ending this process when the worker that reads it is killed."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PrefectConsoleHandler) and not handler.console.is_terminal:
+            handler.console = _LastingConsole(file=handler.stream, markup=False, highlight=False)

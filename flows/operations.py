@@ -1,26 +1,24 @@
-"""The flows of upkeep: verify a run, collect garbage. What the commands print goes into the run's log."""
+"""The maintenance flows: verify a run, collect garbage. Their results go into the run's log."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Generator
 from typing import Annotated
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows.cli.gc import collect_garbage
-from flows.cli.verify import verify
-from flows.errors import told_in_one_line
+from flows.errors import one_line_errors
+from flows.run import garbage
+from flows.run.verify import verify
 from stackwise_core.errors import StackWiseError
+from storage.artifacts import artifacts_at
 
 NumberOfRuns = Annotated[int, Field(ge=-1, le=1_000_000)]
 
 
 class VerificationError(StackWiseError):
-    """Something is not as it was sealed."""
+    """The verification found problems."""
 
     exit_code = 3
 
@@ -31,15 +29,17 @@ def _name_of_validation() -> str:
 
 @flow(name="validate", flow_run_name=_name_of_validation)
 def validate_run(run: str = "", artifacts: str = "artifacts") -> None:
-    """Recompute every checksum of a run's artifacts, and derive sampled rows of its caches again from tokens.
+    """Recompute every checksum of a run's artifacts, and recompute sampled rows of its caches from tokens.
 
     Args:
         run: name of the run; empty verifies everything.
         artifacts: folder that holds it, or s3://BUCKET/PREFIX.
     """
-    with told_in_one_line(), _printing_to_the_log():
-        code = verify(artifacts, run or None)
-    if code:
+    log = get_run_logger().info
+    with one_line_errors():
+        found = verify(artifacts, run or None, on_artifact=log)
+    log("\n".join([*found.problems, *found.notes, found.verdict]))
+    if found.problems:
         raise VerificationError(f"{run or artifacts}: not all is as it was sealed; the log of this run says what")
 
 
@@ -50,30 +50,18 @@ def collect(
     superseded: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Remove what no run reaches, and what dead processes left.
+    """Remove what no run reaches, and leftovers of killed processes.
 
     Args:
-        artifacts: folder to clean.
-        keep_last: only so many runs count, started last; -1 keeps all.
-        superseded: of each run only the newest attempt counts.
-        dry_run: list what would go, and remove nothing.
+        artifacts: the artifacts folder.
+        keep_last: only this many runs count, the newest; -1 keeps all.
+        superseded: of each run, only the newest attempt counts.
+        dry_run: list what would be removed, and remove nothing.
     """
-    with told_in_one_line(), _printing_to_the_log():
-        collect_garbage(
-            artifacts,
-            keep_last=None if keep_last == -1 else keep_last,
-            superseded=superseded,
-            dry_run=dry_run,
-            as_json=False,
-        )
-
-
-@contextlib.contextmanager
-def _printing_to_the_log() -> Generator[None]:
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            yield
-    finally:
-        if text := said.getvalue().rstrip():
-            get_run_logger().info(text)
+    with one_line_errors():
+        place = artifacts_at(artifacts).existing()
+        keep = None if keep_last == -1 else keep_last
+        found = garbage.collect_garbage(place, keep, superseded=superseded, dry_run=dry_run)
+    lines = garbage.removal_lines(place, found)
+    verdict = garbage.verdict(found, dry_run=dry_run)
+    get_run_logger().info("\n".join([*lines, *found.damaged, *found.notes, verdict]))

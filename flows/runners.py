@@ -1,4 +1,4 @@
-"""The workers that fill a store, as tasks of Prefect on the task runner of the configuration."""
+"""The workers that fill a store, as Prefect tasks on the configured task runner."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ def fill_shard(stage: Stage, writer: StoreWriter, shard: ShardRange) -> dict[str
 
 @contextlib.contextmanager
 def prefect_workers(stage: Stage) -> Generator[Submit]:
-    """Start the task runner of the configuration; every shard is a task run of its own.
+    """Start the configured task runner; every shard is one task run.
 
-    Shards are submitted one by one and not by `map`, which hands all of them out at once: a stop could not
-    call them back.
+    Shards are submitted one by one, because `map` submits all of them at once and a stop could not cancel them.
     """
     cache = stage.config.cache
     runner, died = _RUNNERS[cache.task_runner](cache.fill_workers)
@@ -45,14 +44,14 @@ def prefect_workers(stage: Stage) -> Generator[Submit]:
     try:
         with runner:
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_sigterm)  # Ray installs one that ends this process at once
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaces it by one that ends this process at once
             yield submit
     except died as error:
         raise BrokenExecutor(str(error)) from error
 
 
 _Died = tuple[type[BaseException], ...]
-"""What a runner raises when a worker is killed."""
+"""What a task runner raises when a worker is killed."""
 
 
 def _threads(n_workers: int) -> tuple[TaskRunner[Any], _Died]:

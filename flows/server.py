@@ -1,4 +1,4 @@
-"""Prefect's server, embedded: started beside the first imports, gone with this process however it ends."""
+"""An embedded Prefect server: starts while prefect is imported, and ends with this process however that ends."""
 
 from __future__ import annotations
 
@@ -17,22 +17,17 @@ import urllib.request
 from collections.abc import Generator
 from pathlib import Path
 
-from flows.api import fault_of, shown
+from flows.api import ServerError
 from flows.run.children import ending_with_us
-from stackwise_core.errors import ConfigError, Fault, StackWiseError
 
 _STARTUP_SECONDS = 180.0
-"""A first start creates the database and registers blocks: over a minute was seen on a slow disk."""
-
-
-class ServerError(StackWiseError):
-    """Prefect's server did not start, ended early, or failed while a run used it."""
+"""The first start creates the database and registers blocks, which took over a minute on a slow disk."""
 
 
 def quiet_prefect() -> None:
-    """Set what must be set before prefect is imported: our own display instead of its log lines, no telemetry.
+    """Set variables that prefect reads on import: no console log, because we have our own display, and no telemetry.
 
-    Its logs still go to its API; a variable that the user has set stays.
+    Its logs still go to its API. Variables that the user has set are kept.
     """
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
@@ -40,38 +35,11 @@ def quiet_prefect() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
-def check_api(url: str, received: str = "") -> None:
-    """Make sure that the API of PREFECT_API_URL answers, is Prefect's and of a version that serves us.
-
-    Args:
-        url: of the API.
-        received: what the variable holds, for the message; by default the URL.
-
-    Raises:
-        ConfigError: it does not, or is not.
-    """
-    if fault := fault_of(url):
-        raise ConfigError([Fault("PREFECT_API_URL", received or repr(shown(url)), fault)])
-
-
-def lost_server(seen: str) -> ServerError:
-    """Return what to say of a server that no longer serves a run.
-
-    Args:
-        seen: what the run saw of it; told where nothing is wrong with the server when it is asked now.
-    """
-    url = os.environ.get("PREFECT_API_URL", "")
-    return ServerError(
-        f"Prefect's server {shown(url)} failed during the run: {fault_of(url) or seen}; what was sealed is kept, and "
-        "once the server is well the same command goes on"
-    )
-
-
 @contextlib.contextmanager
 def embedded_server(log: Path) -> Generator[EmbeddedServer]:
-    """Start Prefect's server in the background for as long as the block runs.
+    """Run Prefect's server in the background while the block runs.
 
-    PREFECT_API_URL is set at once, before prefect is imported; `wait_until_ready` says when it answers.
+    Sets PREFECT_API_URL at once, before prefect is imported; `wait_until_ready` waits until it answers.
 
     Args:
         log: where its output goes.
@@ -94,7 +62,7 @@ class EmbeddedServer:
     """The server process and the thread that owns it."""
 
     def __init__(self, port: int, log: Path) -> None:
-        """Name the port; `run` starts it."""
+        """Choose the port; `run` starts the server."""
         self.url, self.port, self.log = f"http://127.0.0.1:{port}/api", port, log
         self.ready = threading.Event()
         self.ended = threading.Event()
@@ -102,17 +70,17 @@ class EmbeddedServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def run(self) -> None:
-        """Start the server and stay with it: if this thread ended, the kernel would end the server."""
+        """Start the server and watch it. If this thread ended, the kernel would end the server."""
         command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on"]
         environment = {**os.environ, "PREFECT__SERVER_FINAL": "1", "PREFECT_SERVER_UI_ENABLED": "true"}
-        environment["PREFECT_UI_API_URL"] = self.url  # else its pages ask port 4200
-        environment["PREFECT_LOGGING_INTERNAL_LEVEL"] = "ERROR"  # of this process it may be less
+        environment["PREFECT_UI_API_URL"] = self.url  # otherwise its pages call port 4200
+        environment["PREFECT_LOGGING_INTERNAL_LEVEL"] = "ERROR"  # this process may have set a lower one
         environment.pop("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", None)
         environment.pop("PREFECT_API_URL")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            # A session of its own: Ctrl-C is for us, and we need the server to record how the run ended.
+            # A separate session, so that Ctrl-C reaches only this process: the server must record how the run ended.
             self.process = subprocess.Popen(
                 ending_with_us(command, signal.SIGTERM),
                 env=environment,
@@ -133,7 +101,7 @@ class EmbeddedServer:
         """Wait until the server answers.
 
         Raises:
-            ServerError: it ended, or did not answer in time; its log is named.
+            ServerError: it ended, or did not answer in time; names its log.
         """
         end = time.monotonic() + _STARTUP_SECONDS
         while not self.ready.wait(0.1):
@@ -146,17 +114,17 @@ class EmbeddedServer:
                 raise ServerError(f"Prefect's embedded server did not start within {seconds}; see {self.log}")
 
     def _ended_early(self) -> None:
-        """Stop the run at a safe point: without its server, Prefect would wait for minutes."""
+        """Stop the run at a safe point, because Prefect would wait for its server for minutes."""
         self.ended.set()
         if not self.ready.is_set():
-            return  # no run has begun: who waits for the server is told
+            return  # no run has started; `wait_until_ready` raises
         print(f"Prefect's embedded server ended unexpectedly; see {self.log}", file=sys.stderr)
         os.kill(os.getpid(), signal.SIGTERM)
         if not self.stopping.wait(20.0):
             os._exit(1)
 
     def stop(self) -> None:
-        """End the server; again is harmless."""
+        """End the server; can be called again."""
         self.stopping.set()
         if self.process is None or self.process.poll() is not None:
             return
@@ -168,14 +136,14 @@ class EmbeddedServer:
 
 
 def _last_error(log: Path) -> str:
-    """Return the last exception of a log, or else what it says last."""
+    """Return the last exception in a log, or its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
     return [*(lines or ["it said nothing"]), *errors][-1]
 
 
 def is_healthy(url: str, timeout: float) -> bool:
-    """Say whether an API answers that it is well, within some seconds."""
+    """Return whether an API answers within the timeout that it is healthy."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=timeout) as answer:
             return answer.read() == b"true"

@@ -1,4 +1,4 @@
-"""The flow of one stage and its five tasks: Prefect's names, cache keys and records around the plain steps."""
+"""The flow of one stage and its five tasks: names, cache keys and result records around the steps of `flows.run`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from storage.demand import TASK_KINDS
 
 
 def _policy(name: str) -> CacheKeyFnPolicy:
-    """Key a task by what it makes; what makes nothing (a cache that nobody reads) has no key."""
+    """Key a task by the id of its artifact; a task that makes none (a cache that is never read) has no key."""
 
     def key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
         stage: Stage = parameters["stage"]
@@ -55,7 +55,7 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
 
 @_stage_task("cache")
 def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
-    """Write the boundary that the next stage reads, or say why not."""
+    """Write the boundary that the next stage reads, or report why there is none."""
     with progress_artifact(stage):
         return steps.cache_activations(stage, stack, prefect_workers)
 
@@ -67,10 +67,10 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
 
 
 def prepared(stage: Stage, made_by: Task[..., Any], verb: str) -> Task[..., Any]:
-    """Return a task as this stage calls it: named for people, its record beside the artifacts.
+    """Return a task as this stage calls it: with a readable name, and its result record beside the artifacts.
 
-    Prefect's record only says that the work was done once. Whether its artifact is there is known
-    from disk alone: what must be made skips the record.
+    Prefect's record only says that the work was done once. Only the disk says whether the artifact exists, so a task
+    whose artifact must be made ignores the record.
     """
     needed = TASK_KINDS[made_by.name] in stage.needed | stage.forced
     return made_by.with_options(
@@ -82,7 +82,7 @@ def prepared(stage: Stage, made_by: Task[..., Any], verb: str) -> Task[..., Any]
 
 @flow(name="stage", flow_run_name="{stage.title}")
 def add_stage(stage: Stage) -> Ref:
-    """Build a stack on a trunk, train it, cache its boundary for the next one, judge the result."""
+    """Build a stack on a trunk, train it, cache its boundary for the next stage, validate the result."""
     emit(StageOpened(stage.index, str(flow_run.id)))
     build = prepared(stage, build_stack, "build")(stage) if stage.plan.build else None
     trunk = prepared(stage, configure_trunk, "configure trunk of")(stage)

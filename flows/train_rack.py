@@ -10,8 +10,7 @@ from prefect.logging.handlers import APILogHandler
 from pydantic import Field
 
 from flows.artifacts import publish_run, run_log
-from flows.console import outlive_the_worker
-from flows.errors import server_explained, told_in_one_line
+from flows.errors import explained_server_errors, one_line_errors, outlive_the_worker
 from flows.run.events import subscribed
 from flows.run.run import grow
 from flows.run.stage import Stage
@@ -32,16 +31,16 @@ def train_rack(
 ) -> None:
     """Grow a rack: each stage is built on a trunk, trained, cached and validated.
 
-    What is sealed is reused, what was interrupted goes on, what is missing is made.
+    Sealed artifacts are reused, interrupted training resumes, missing artifacts are made.
 
     Args:
-        config: what to make.
-        artifacts: folder that holds everything this makes.
+        config: the run.
+        artifacts: the artifacts folder.
         from_stack: redo the stages from this one on; -1 redoes none.
         force: redo this task of those stages, or of all.
     """
     outlive_the_worker()
-    with told_in_one_line(), subscribed(run_log()), subscribed(publish_run(config, artifacts)):
+    with one_line_errors(), subscribed(run_log()), subscribed(publish_run(config, artifacts)):
         grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
 
 
@@ -50,13 +49,13 @@ def _add(stage: Stage) -> None:
 
 
 def run_to_the_end(config: StackWiseConfig, root: str, from_stack: int, force: str) -> None:
-    """Run the flow from the command line, and send Prefect what it still has to log before its server goes.
+    """Run the flow from the command line, and flush its log before the embedded server ends.
 
     Raises:
-        StackWiseError: one clear message; the same command goes on from what is sealed.
+        StackWiseError: one clear message; the same command resumes from the sealed artifacts.
     """
     try:
-        with server_explained():
+        with explained_server_errors():
             train_rack(config, root, from_stack, cast("Task", force))
     except TerminationSignal:
         raise StageInterruptedError("stopped on request between two tasks; run the same command to go on") from None

@@ -1,1 +1,1 @@
-"""The command `stackwise`: each command parses, calls, prints."""
+"""The command `stackwise`: one module per command, which parses, calls and prints."""

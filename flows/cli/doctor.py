@@ -1,7 +1,8 @@
-"""`stackwise doctor`: what works on this machine, a line for each. Imports neither torch nor prefect."""
+"""`stackwise doctor`: checks of this machine, one line each. Imports neither torch nor prefect."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -16,8 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from flows.api import ask, fault_of, is_registered, shown, workers_alive
-from flows.operate import AUTOMATION, POOL
+from flows.cli.arguments import add_artifacts, add_json
 from flows.run.numbers import size
+from flows.services import AUTOMATION, POOL
 from storage.artifacts import artifacts_at
 from storage.errors import ArtifactsFolderError
 from storage.file_systems import file_system_of, is_local
@@ -25,7 +27,7 @@ from storage.locks import FileLock
 
 _LIBRARIES = ("torch", "prefect", "zarr", "safetensors", "numpy", "pydantic", "peft", "bitsandbytes", "torchao")
 _LITTLE_BYTES = 2**30
-"""Less free space than this is told: one store of a small model is larger."""
+"""Less free space than this fails the check: the store of a small model is larger."""
 _TRY_LOCK = """
 import fcntl, sys
 with open(sys.argv[1]) as file:
@@ -38,54 +40,61 @@ with open(sys.argv[1]) as file:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one look came to."""
+    """Result of one check."""
 
     what: str
     ok: bool
     says: str
 
 
-def examine(root: str, *, as_json: bool) -> int:
-    """Look at everything that a run needs of this machine, and print a line for each.
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `doctor`."""
+    add_artifacts(parser)
+    add_json(parser)
+    parser.set_defaults(run=examine)
+
+
+def examine(options: argparse.Namespace) -> int:
+    """Run every check and print a line for each.
 
     Returns:
-        0 if all works, else 1.
+        0 if all pass, else 1.
     """
-    artifacts = artifacts_at(root)
+    artifacts = artifacts_at(options.artifacts)
     folder = _existing(artifacts.root)
-    looks: dict[str, Callable[[], tuple[bool, str]]] = {
+    checks: dict[str, Callable[[], tuple[bool, str]]] = {
         "python": lambda: (True, f"{platform.python_version()}, stackwise {version('stackwise')}"),
-        "libraries": _look_at_libraries,
-        "device": _look_at_device,
-        "disk": lambda: _look_at_disk(folder),
-        "file system": lambda: _look_at_file_system(folder),
-        "locks": lambda: _look_at_locks(folder),
-        "prefect": _look_at_prefect,
+        "libraries": _check_libraries,
+        "device": _check_device,
+        "disk": lambda: _check_disk(folder),
+        "file system": lambda: _check_file_system(folder),
+        "locks": lambda: _check_locks(folder),
+        "prefect": _check_prefect,
     }
     if artifacts.is_remote:
-        looks["object store"] = lambda: _look_at_objects(artifacts.uri)
+        checks["object store"] = lambda: _check_objects(artifacts.uri)
     findings: list[Finding] = []
-    for what, look in looks.items():
+    for what, check in checks.items():
         try:
-            ok, says = look()
+            ok, says = check()
         except OSError as error:
             ok, says = False, f"{error.filename or folder}: {error.strerror or error}"
         findings.append(Finding(what, ok, says))
-    works = all(finding.ok for finding in findings)
-    if as_json:
-        print(json.dumps({"ok": works, "findings": [asdict(finding) for finding in findings]}, indent=1))
+    passed = all(finding.ok for finding in findings)
+    if options.json:
+        print(json.dumps({"ok": passed, "findings": [asdict(finding) for finding in findings]}, indent=1))
     else:
         for finding in findings:
             print(f"{'ok  ' if finding.ok else 'BAD '}{finding.what:<13}{finding.says}")
-    return 0 if works else 1
+    return 0 if passed else 1
 
 
 def _existing(folder: Path) -> Path:
-    """Return the folder, or the innermost that is there of those it would be made in."""
+    """Return the folder, or its nearest parent that exists."""
     return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
 
 
-def _look_at_libraries() -> tuple[bool, str]:
+def _check_libraries() -> tuple[bool, str]:
     found: list[str] = []
     missing: list[str] = []
     for name in _LIBRARIES:
@@ -97,7 +106,7 @@ def _look_at_libraries() -> tuple[bool, str]:
     return not missing, ", ".join(found) + lacks
 
 
-def _look_at_device() -> tuple[bool, str]:
+def _check_device() -> tuple[bool, str]:
     n_cores = len(os.sched_getaffinity(0))
     gpus = _gpus()
     if not gpus:
@@ -108,7 +117,7 @@ def _look_at_device() -> tuple[bool, str]:
 
 
 def _gpus() -> list[str]:
-    """Return the names of the CUDA devices, asked of the driver: importing torch takes seconds.
+    """Return the names of the CUDA devices from the driver, because importing torch takes seconds.
 
     The calls are those of the CUDA driver API (docs.nvidia.com/cuda/cuda-driver-api); 0 is success.
     """
@@ -127,34 +136,34 @@ def _gpus() -> list[str]:
     return names
 
 
-def _look_at_disk(folder: Path) -> tuple[bool, str]:
+def _check_disk(folder: Path) -> tuple[bool, str]:
     free = shutil.disk_usage(folder).free
     return free >= _LITTLE_BYTES, f"{size(free)} free in {folder}"
 
 
-def _look_at_file_system(folder: Path) -> tuple[bool, str]:
+def _check_file_system(folder: Path) -> tuple[bool, str]:
     kind = file_system_of(folder) or "unknown"
     return True, f"{kind}, {'local' if is_local(folder) else 'remote: only processes of one machine may share it'}"
 
 
-def _look_at_locks(folder: Path) -> tuple[bool, str]:
-    """Hold a lock, and ask another process whether it gets it too."""
+def _check_locks(folder: Path) -> tuple[bool, str]:
+    """Hold a lock and let another process try to take it."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".stackwise-doctor-") as file:
         with FileLock(Path(file.name)):
-            during = _other_gets(file.name)
-        after = _other_gets(file.name)
+            during = _exit_code_of_rival(file.name)
+        after = _exit_code_of_rival(file.name)
     if during == 7 and after == 0:
         return True, "one process keeps another out, and lets it in after"
     return False, f"flock does not work in {folder}: two runs could write one artifact; use a local disk"
 
 
-def _other_gets(path: str) -> int:
+def _exit_code_of_rival(path: str) -> int:
     return subprocess.run(
         [sys.executable, "-S", "-c", _TRY_LOCK, path], check=False, stderr=subprocess.DEVNULL
     ).returncode
 
 
-def _look_at_objects(uri: str) -> tuple[bool, str]:
+def _check_objects(uri: str) -> tuple[bool, str]:
     from storage.object_store import probe
 
     try:
@@ -163,19 +172,19 @@ def _look_at_objects(uri: str) -> tuple[bool, str]:
         return False, str(error)
 
 
-def _look_at_prefect() -> tuple[bool, str]:
+def _check_prefect() -> tuple[bool, str]:
     url = os.environ.get("PREFECT_API_URL")
     if not url:
-        return True, "PREFECT_API_URL is not set: `stackwise train` starts a server of its own"
+        return True, "PREFECT_API_URL is not set: `stackwise train` starts an embedded server"
     if fault := fault_of(url):
         return False, f"PREFECT_API_URL: got {shown(url)!r}; {fault}"
     try:
-        return True, f"{url} answers, version {ask(url, '/admin/version')}; {_who_works(url)}; {_who_watches(url)}"
+        return True, f"{url} answers, version {ask(url, '/admin/version')}; {_workers(url)}; {_heartbeats(url)}"
     except ValueError as error:
         return False, f"{url} answers, and is healthy, but what it says of its workers is no JSON ({error})"
 
 
-def _who_works(url: str) -> str:
+def _workers(url: str) -> str:
     workers = workers_alive(url, POOL)
     if workers is None:
         return f"no pool {POOL}: `stackwise worker` makes it"
@@ -183,7 +192,7 @@ def _who_works(url: str) -> str:
     return f"pool {POOL}, {alive}"
 
 
-def _who_watches(url: str) -> str:
+def _heartbeats(url: str) -> str:
     if is_registered(url, AUTOMATION):
         return "runs of dead machines become Crashed"
     return "runs of dead machines stay Running: `stackwise heartbeat` mends that"

@@ -1,13 +1,15 @@
-"""`stackwise du`: whose bytes an artifacts folder holds. Needs no torch."""
+"""`stackwise du`: how much disk space each run uses."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
 
+from flows.cli.arguments import add_artifacts, add_json
 from flows.run.numbers import size
 from flows.run.terminal import plain_table
 from storage.artifacts import Artifacts, artifacts_at
@@ -15,20 +17,27 @@ from storage.inventory import Inventory
 from storage.reachability import find_reachable
 
 
+def add_du(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `du`."""
+    add_artifacts(parser)
+    add_json(parser)
+    parser.set_defaults(run=show_usage)
+
+
 @dataclass(frozen=True)
 class RunBytes:
-    """What a run holds, its record included [bytes]."""
+    """Disk usage of a run, including its record [bytes]."""
 
     name: str
     total: int
     shared: int
-    """Of artifacts that other runs reach too."""
+    """Artifacts that other runs reach too."""
     unique: int
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Where the bytes of an artifacts folder are; the places add up to the total [bytes]."""
+    """Disk usage of an artifacts folder; the places add up to the total [bytes]."""
 
     total: int
     runs: list[RunBytes]
@@ -36,7 +45,7 @@ class Usage:
 
 
 def measure(artifacts: Artifacts) -> Usage:
-    """Count every byte once by place, and by run what it reaches.
+    """Count every byte once by place, and for each run the bytes that it reaches.
 
     Raises:
         ArtifactCorruptError: a run's record cannot be read.
@@ -62,11 +71,11 @@ def measure(artifacts: Artifacts) -> Usage:
     return Usage(total, runs, {**places, "other": total - sum(places.values())})
 
 
-def show_usage(root: str, *, as_json: bool) -> None:
-    """Print the bytes of each run, and where all bytes are."""
-    artifacts = artifacts_at(root).existing()
+def show_usage(options: argparse.Namespace) -> None:
+    """Print the disk usage by run and by place."""
+    artifacts = artifacts_at(options.artifacts).existing()
     usage = measure(artifacts)
-    if as_json:
+    if options.json:
         print(json.dumps({"artifacts": artifacts.uri, **asdict(usage)}, indent=1))
         return
     runs = plain_table("run", "|total", "|shared", "|unique")
@@ -75,7 +84,7 @@ def show_usage(root: str, *, as_json: bool) -> None:
     places = plain_table("where", "|size")
     for place, n_bytes in usage.places.items():
         places.add_row(place, size(n_bytes))
-    places.add_row("together", f"{size(usage.total)}")
+    places.add_row("total", size(usage.total))
     console = Console()
     if usage.runs:
         console.print(runs, "")

@@ -1,53 +1,58 @@
-"""`stackwise gc`: remove what no run reaches, and what dead processes left. Needs no torch."""
+"""`stackwise gc`: remove what no run reaches, and leftovers of killed processes."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 
-from rich.console import Console
-
-from flows.cli.inspect import find_artifact
-from flows.run.numbers import size
-from flows.run.terminal import plain_table
+from flows.cli.arguments import add_artifacts, add_json, print_waiting
+from flows.run.garbage import collect_garbage, removal_lines, verdict
+from flows.run.lookup import find_artifact
 from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import Artifacts, artifacts_at
-from storage.collect import Collection, collect, in_use_by, plan_collection, without_gc
+from storage.collect import Collection, without_gc
 from storage.manifest import read_manifest
 from storage.reachability import pin, pins, unpin
 
 
-def collect_garbage(root: str, *, keep_last: int | None, superseded: bool, dry_run: bool, as_json: bool) -> None:
-    """Remove what no run reaches, or list it.
+def add_gc(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `gc`."""
+    add_artifacts(parser)
+    help_text = "list what would be removed and its bytes; remove nothing"
+    parser.add_argument("--dry-run", action="store_true", help=help_text)
+    help_text = "only the N newest runs count; the records of the others are removed too"
+    parser.add_argument("--keep-last", type=int, metavar="N", help=help_text)
+    help_text = "of each run, only the newest attempt counts"
+    parser.add_argument("--superseded", action="store_true", help=help_text)
+    pinning = parser.add_mutually_exclusive_group()
+    help_text = "keep an artifact and everything it was made from, until it is unpinned; remove nothing now"
+    pinning.add_argument("--pin", metavar="ID", help=help_text)
+    pinning.add_argument("--unpin", metavar="ID", help="no longer keep a pinned artifact; remove nothing now")
+    add_json(parser)
+    parser.set_defaults(run=_run)
 
-    Args:
-        root: the artifacts folder.
-        keep_last: only so many runs count, the records of the others go too.
-        superseded: what only earlier attempts of a run planned goes too.
-        dry_run: remove nothing.
-        as_json: print one document.
 
-    Raises:
-        RunBusyError: a run or another gc is at work.
-        ArtifactCorruptError: a record says no longer what must stay.
-    """
-    if keep_last is not None and keep_last < 0:
-        raise ConfigError([Fault("--keep-last", str(keep_last), "a number of runs, 0 or more")])
-    artifacts = artifacts_at(root).existing()
-    work = plan_collection if dry_run else collect
-    collection = work(artifacts, keep_last, newest_only=superseded)
-    if dry_run and not artifacts.is_remote and (others := in_use_by(artifacts)):
-        collection.notes.append(f"now it would be refused: {artifacts.uri} is in use by {others}")
-    if as_json:
+def _run(options: argparse.Namespace) -> None:
+    artifacts = artifacts_at(options.artifacts).existing()
+    if options.pin is not None or options.unpin is not None:
+        _change_pins(artifacts, options.pin, options.unpin)
+        return
+    dry_run: bool = options.dry_run
+    collection = collect_garbage(artifacts, options.keep_last, superseded=options.superseded, dry_run=dry_run)
+    if options.json:
         print(json.dumps(_document(artifacts, collection, dry_run), indent=1))
         return
-    _print(artifacts, collection, dry_run)
+    for line in removal_lines(artifacts, collection):
+        print(line)
+    for note in (*collection.damaged, *collection.notes):
+        print(note, file=sys.stderr)
+    print(verdict(collection, dry_run=dry_run))
 
 
-def change_pins(root: str, to_pin: str | None, to_unpin: str | None) -> None:
-    """Pin an artifact or take a pin back, and say what is pinned."""
-    artifacts = artifacts_at(root).existing()
-    with without_gc(artifacts, lambda holder: print(f"waiting for {holder}", file=sys.stderr)):
+def _change_pins(artifacts: Artifacts, to_pin: str | None, to_unpin: str | None) -> None:
+    """Pin or unpin an artifact, then print what is pinned."""
+    with without_gc(artifacts, print_waiting):
         if to_pin is not None:
             folder = find_artifact(artifacts, to_pin)
             ref = read_manifest(folder).ref
@@ -73,15 +78,3 @@ def _document(artifacts: Artifacts, collection: Collection, dry_run: bool) -> di
         "damaged": collection.damaged,
         "notes": collection.notes,
     }
-
-
-def _print(artifacts: Artifacts, collection: Collection, dry_run: bool) -> None:
-    table = plain_table("|size", "what", "why")
-    for removal in collection.removals:
-        table.add_row(size(removal.n_bytes), str(removal.path.relative_to(artifacts.root)), removal.why)
-    if collection.removals:
-        Console().print(table)
-    for note in (*collection.damaged, *collection.notes):
-        print(note, file=sys.stderr)
-    verb = "would be freed; nothing was removed" if dry_run else "freed"
-    print(f"{size(collection.n_bytes)} ({collection.n_bytes:,} bytes) {verb}")

@@ -1,20 +1,21 @@
-"""`stackwise inspect`: one artifact, as its manifest and its bytes tell it."""
+"""`stackwise inspect`: what one artifact is, what it was made from, and the statistics of its content."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.arguments import add_artifacts, add_json
 from flows.pages.provenance import trace
+from flows.run.lookup import find_artifact
 from flows.run.numbers import size
 from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.durable import write_text
-from storage.errors import ArtifactMissingError
 from storage.manifest import Manifest, read_manifest
-from storage.runs import run_names
 
 if TYPE_CHECKING:
     from flows.pages.boundaries import Boundary
@@ -24,65 +25,58 @@ _PAGES = ("activations", "stack")
 """Kinds that have a page."""
 
 
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inspect`."""
+    add_artifacts(parser)
+    help_text = "folder or name of an artifact; a unique prefix of its name is enough"
+    parser.add_argument("uri", metavar="URI", help=help_text)
+    add_json(parser)
+    parser.add_argument("--html", default="", metavar="FILE", help="write a web page about a store or a stack")
+    help_text = "measure the drift of a store from URI2 instead of from the boundary below"
+    parser.add_argument("--against", default="", metavar="URI2", help=help_text)
+    help_text = f"how many rows of a store to read for its statistics ({_ROWS})"
+    parser.add_argument("--rows", type=int, metavar="N", help=help_text)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    wanted = _Wanted(options.json, options.html, options.against, options.rows)
+    return show_artifact(options.artifacts, options.uri, wanted)
+
+
 @dataclass(frozen=True)
-class Look:
-    """How an artifact is looked at."""
-
-    as_json: bool = False
-    html: str = ""
+class _Wanted:
+    as_json: bool
+    html: str
     """File to write a page to; '' writes none."""
-    against: str = ""
+    against: str
     """Another store to measure the drift from; '' takes the boundary below."""
-    rows: int | None = None
-    """Of a store, to read for its statistics; None is 64."""
+    rows: int | None
+    """How many rows of a store to read for its statistics."""
 
 
-def find_artifact(artifacts: Artifacts, uri: str) -> Path:
-    """Return the folder of an artifact given by path, by name, or by a unique start of its name.
-
-    Raises:
-        ArtifactError: nothing answers to it, or it was never sealed.
-        ConfigError: several do.
-    """
-    if (Path(uri) / "manifest.json").exists():
-        return Path(uri).absolute()
-    found = [folder for folder in artifacts.everything() if folder.name.startswith(Path(uri).name)]
-    exact = [folder for folder in found if folder.name == Path(uri).name]
-    if not found:
-        if Path(uri).is_dir():
-            read_manifest(Path(uri))  # raises: it has none
-        runs = ", ".join(run_names(artifacts)) or "none"
-        raise ArtifactMissingError(
-            uri, f"is no artifact in {artifacts.uri}", f"See `stackwise status RUN`; runs: {runs}"
-        )
-    if len(exact or found) != 1:
-        names = ", ".join(folder.name for folder in found[:5])
-        raise ConfigError([Fault("URI", repr(uri), f"{len(found)} artifacts begin so in {artifacts.uri}: {names}")])
-    return (exact or found)[0]
-
-
-def show_artifact(root: str, uri: str, look: Look) -> int:
-    """Show one artifact: what it is, what it was made from, its files, and for a store its numbers and rows.
+def show_artifact(root: str, uri: str, wanted: _Wanted) -> int:
+    """Show one artifact: what it is, what it was made from, and for a store its statistics and sample rows.
 
     Returns:
         3 if it is damaged, else 0.
 
     Raises:
-        ArtifactError: there is none, a file of it is damaged, or its data was dropped and a page needs it.
-        ConfigError: what is asked for is not for this kind, or cannot be written.
+        ArtifactError: it does not exist, a file of it is damaged, or a page needs data that was dropped.
+        ConfigError: an option does not apply to this kind, or the page cannot be written.
     """
     named = artifacts_at(root).existing()
     folder = find_artifact(named, uri)
     manifest = read_manifest(folder)
-    _check_look(manifest, look)
+    _check_wanted(manifest, wanted)
     artifacts = _home(named, folder, manifest)
     state = artifacts.state(manifest.ref)
-    if look.html or look.against:
-        artifacts.manifest(manifest.ref)  # raises where there is nothing to look at
-    document = _describe(artifacts, folder, manifest, state, look)
-    if look.html:
-        _write_page(look.html, document)
-    if look.as_json:
+    if wanted.html or wanted.against:
+        artifacts.manifest(manifest.ref)  # raises unless it is sealed
+    document = _describe(artifacts, folder, manifest, state, wanted)
+    if wanted.html:
+        _write_page(wanted.html, document)
+    if wanted.as_json:
         print(json.dumps(document, indent=1))
     else:
         _print_artifact(document, manifest)
@@ -90,32 +84,32 @@ def show_artifact(root: str, uri: str, look: Look) -> int:
 
 
 def _home(named: Artifacts, folder: Path, manifest: Manifest) -> Artifacts:
-    """Return the artifacts folder that an artifact lies in, which need not be the one that was named."""
+    """Return the artifacts folder that holds an artifact, which can differ from --artifacts if a path was given."""
     if named.folder(manifest.ref) == folder:
         return named
     around = Artifacts(folder.parent.parent)
     return around if around.folder(manifest.ref) == folder else named
 
 
-def _check_look(manifest: Manifest, look: Look) -> None:
-    """Refuse what is only for other kinds, before anything is read."""
+def _check_wanted(manifest: Manifest, wanted: _Wanted) -> None:
+    """Reject options that do not apply to this kind, before anything is read."""
     faults: list[Fault] = []
     kind, name = manifest.ref.kind, manifest.ref.name
-    if look.html and kind not in _PAGES:
-        faults.append(Fault("--html", repr(look.html), f"{name} has no page; stores and stacks have"))
-    if look.html and not Path(look.html).absolute().parent.is_dir():
-        faults.append(Fault("--html", repr(look.html), "its folder does not exist; make it, or choose another"))
-    if look.against and kind != "activations":
-        faults.append(Fault("--against", repr(look.against), f"{name} is no store; two stores can be compared"))
-    if look.rows is not None and kind != "activations":
-        faults.append(Fault("--rows", str(look.rows), f"{name} is no store, and has no rows"))
-    elif look.rows is not None and look.rows < 1:
-        faults.append(Fault("--rows", str(look.rows), "read one row at least"))
+    if wanted.html and kind not in _PAGES:
+        faults.append(Fault("--html", repr(wanted.html), f"{name} has no page; stores and stacks have"))
+    if wanted.html and not Path(wanted.html).absolute().parent.is_dir():
+        faults.append(Fault("--html", repr(wanted.html), "its folder does not exist; make it, or choose another"))
+    if wanted.against and kind != "activations":
+        faults.append(Fault("--against", repr(wanted.against), f"{name} is no store; two stores can be compared"))
+    if wanted.rows is not None and kind != "activations":
+        faults.append(Fault("--rows", str(wanted.rows), f"{name} is no store, and has no rows"))
+    elif wanted.rows is not None and wanted.rows < 1:
+        faults.append(Fault("--rows", str(wanted.rows), "read one row at least"))
     if faults:
         raise ConfigError(faults)
 
 
-def _describe(artifacts: Artifacts, folder: Path, manifest: Manifest, state: State, look: Look) -> dict[str, Any]:
+def _describe(artifacts: Artifacts, folder: Path, manifest: Manifest, state: State, wanted: _Wanted) -> dict[str, Any]:
     where = artifacts.where(manifest.ref) if artifacts.folder(manifest.ref) == folder else str(folder)
     document: dict[str, Any] = {"folder": where, "state": state.value, **manifest.model_dump(mode="json")}
     document["provenance"] = trace(artifacts, manifest)
@@ -124,9 +118,9 @@ def _describe(artifacts: Artifacts, folder: Path, manifest: Manifest, state: Sta
     if manifest.ref.kind == "activations":
         from flows.pages.store import describe_store
 
-        other = _other_store(artifacts, look.against)
-        document |= describe_store(artifacts, folder, manifest, other, look.rows or _ROWS)
-    elif manifest.ref.kind == "stack" and (look.as_json or look.html):
+        other = _other_store(artifacts, wanted.against)
+        document |= describe_store(artifacts, folder, manifest, other, wanted.rows or _ROWS)
+    elif manifest.ref.kind == "stack" and (wanted.as_json or wanted.html):
         from flows.pages.stack import describe_stack
 
         document |= describe_stack(artifacts.checked(manifest.ref), manifest)
@@ -134,7 +128,7 @@ def _describe(artifacts: Artifacts, folder: Path, manifest: Manifest, state: Sta
 
 
 def _other_store(artifacts: Artifacts, uri: str) -> Boundary | None:
-    """Return the store to compare with, if one is named."""
+    """Return the store of --against, if it is given."""
     if not uri:
         return None
     folder = find_artifact(artifacts, uri)
@@ -144,7 +138,7 @@ def _other_store(artifacts: Artifacts, uri: str) -> Boundary | None:
     from flows.pages.boundaries import Boundary
 
     home = _home(artifacts, folder, manifest)
-    home.manifest(manifest.ref)  # raises where it is not sealed
+    home.manifest(manifest.ref)  # raises unless it is sealed
     return Boundary.of(home, folder, manifest)
 
 
@@ -161,7 +155,7 @@ def _write_page(path: str, document: dict[str, Any]) -> None:
 
 
 def _print_artifact(document: dict[str, Any], manifest: Manifest) -> None:
-    """Print a line per fact, unwrapped, so that ids and folders can be copied; then what is known of a store."""
+    """Print a line per fact, unwrapped, so that ids and folders can be copied; then the tables of a store."""
     lines: list[tuple[str, object]] = [
         ("artifact", manifest.ref.name),
         ("folder", document["folder"]),

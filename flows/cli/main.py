@@ -1,16 +1,81 @@
-"""`stackwise`: parse and delegate. Imports neither torch nor prefect."""
+"""`stackwise`: the table of commands, the parser and the exit codes.
+
+Only the module of the chosen command is imported, so that `stackwise --help` is quick.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import traceback
+from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import NamedTuple
 
-from flows.cli.housekeeping import add_housekeeping
-from flows.cli.operating import add_operating
-from stackwise_core.errors import ConfigError, Fault, StackWiseError
+from stackwise_core.errors import StackWiseError
+
+
+class Command(NamedTuple):
+    """A row of the table; `add_NAME` of the module adds the arguments and sets what runs."""
+
+    module: str
+    summary: str
+    example: str
+
+
+_COMMANDS = {
+    "train": Command(
+        "train",
+        "grow the rack of a configuration to its target",
+        "train configs/quickstart.yaml --set training.progressive.target_stacks=4",
+    ),
+    "plan": Command(
+        "plan",
+        "show what would run, what it costs and which artifacts exist",
+        "plan configs/quickstart.yaml --json",
+    ),
+    "status": Command("status", "show the runs, or the stages and artifacts of one run", "status quickstart"),
+    "inspect": Command(
+        "inspect",
+        "show one artifact: layout, provenance, statistics",
+        "inspect activations-1-3f2a --html store.html",
+    ),
+    "verify": Command(
+        "verify",
+        "recompute every checksum and recompute sampled cache rows from tokens",
+        "verify quickstart",
+    ),
+    "gc": Command("gc", "remove unreachable artifacts and leftovers of killed processes", "gc --dry-run"),
+    "du": Command("du", "show which runs use how much disk space", "du --json"),
+    "why": Command(
+        "why",
+        "explain why an artifact id differs from the most similar one",
+        "why stack-1-3f2a configs/quickstart.yaml --set training.batch_size=8",
+    ),
+    "push": Command(
+        "push_pull",
+        "copy artifacts and runs into another artifacts folder",
+        "push /mnt/shared/artifacts quickstart",
+    ),
+    "pull": Command(
+        "push_pull",
+        "copy artifacts and runs from another artifacts folder",
+        "pull /mnt/shared/artifacts stack-1-3f2a",
+    ),
+    "quarantine": Command(
+        "quarantine",
+        "list the stores that failed their validation, release or delete one",
+        "quarantine --release activations-1-3f2a",
+    ),
+    "doctor": Command("doctor", "check what works on this machine", "doctor"),
+    "server": Command("services", "run Prefect's server and its web pages", "server --port 4200"),
+    "worker": Command(
+        "services",
+        "register the deployments and execute their runs",
+        "worker, then: prefect deployment run train-rack/quickstart",
+    ),
+    "heartbeat": Command("services", "let Prefect mark the runs of dead machines as crashed", "heartbeat"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,32 +85,33 @@ def main(arguments: list[str] | None = None) -> int:
         0 done; 1 a stage failed; 2 the command or the configuration is wrong; 3 an artifact is missing,
         unsealed or corrupt.
     """
-    options = _parser().parse_args(arguments)
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        return options.run(options)
+        return options.run(options) or 0
     except StackWiseError as error:
         print(f"stackwise: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stackwise: interrupted; run the same command to go on", file=sys.stderr)
+        print("stackwise: interrupted; run the same command to continue", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `stackwise status | head`
         sys.stderr.close()
         return 1
-    except OSError as error:  # a file or the disk, told by the system
+    except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"stackwise: {where}{error.strerror or error}; what was sealed is kept", file=sys.stderr)
+        print(f"stackwise: {where}{error.strerror or error}; sealed artifacts are kept", file=sys.stderr)
         return 1
     except MemoryError:
         print("stackwise: not enough memory; lower the sizes of the model or training.batch_size", file=sys.stderr)
         return 1
-    except Exception:  # a fault of ours: the traceback is for us, the last line for whoever sees it
+    except Exception:  # a bug in StackWise: the traceback helps to fix it
         traceback.print_exc()
-        print("stackwise: an unexpected error, please report it; what was sealed is kept", file=sys.stderr)
+        print("stackwise: an unexpected error, please report it; sealed artifacts are kept", file=sys.stderr)
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse a command line; exits with 2 where it is wrong."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="stackwise",
@@ -57,123 +123,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"stackwise {version('stackwise')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def plain(name: str, summary: str, example: str, run: Any) -> argparse.ArgumentParser:
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), "")
+    for name, (module, summary, example) in _COMMANDS.items():
         sub = commands.add_parser(
-            name, help=summary, description=summary, epilog=f"example: {example}", formatter_class=formatter
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example: stackwise {example}",
+            formatter_class=formatter,
         )
-        sub.set_defaults(run=run, load_config=_load_config)
-        return sub
-
-    def command(name: str, summary: str, example: str, run: Any) -> argparse.ArgumentParser:
-        sub = plain(name, summary, example, run)
-        sub.add_argument(
-            "--artifacts",
-            default="artifacts",
-            metavar="ROOT",
-            help="where artifacts live: a folder (artifacts/), or s3://BUCKET/PREFIX",
-        )
-        return sub
-
-    train = command("train", "grow the rack of a configuration to its target", _TRAIN_EXAMPLE, _train)
-    _add_config(train)
-    train.add_argument("--from-stack", type=int, default=-1, metavar="K", help="redo the stages from K on (0-based)")
-    train.add_argument("--force", default="", metavar="TASK", help="redo build, trunk, train, cache or validate")
-
-    plan = command("plan", "show what would run, what it costs and what is there", _PLAN_EXAMPLE, _plan)
-    _add_config(plan)
-    _add_json(plan)
-
-    status = command("status", "show the runs, or one run's stages and artifacts", _STATUS_EXAMPLE, _status)
-    status.add_argument("name", nargs="?", metavar="RUN", help="name of a run; without it, all runs")
-    _add_json(status)
-
-    inspect = command("inspect", "show one artifact: layout, provenance, statistics", _INSPECT_EXAMPLE, _inspect)
-    inspect.add_argument("uri", metavar="URI", help="folder or name of an artifact; a unique start of its name will do")
-    _add_json(inspect)
-    inspect.add_argument("--html", default="", metavar="FILE", help="write a page about a store or a stack")
-    inspect.add_argument(
-        "--against",
-        default="",
-        metavar="URI2",
-        help="measure the drift of a store from URI2, not from the one below",
-    )
-    inspect.add_argument("--rows", type=int, metavar="N", help="read so many rows of a store for its statistics (64)")
-
-    verify = command("verify", "recompute every checksum, derive sampled rows again", _VERIFY_EXAMPLE, _verify)
-    verify.add_argument("what", nargs="?", metavar="URI|RUN", help="an artifact or a run; without it, everything")
-
-    add_housekeeping(command)
-    add_operating(plain)
-    return parser
-
-
-_TRAIN_EXAMPLE = "stackwise train configs/quickstart.yaml --set training.progressive.target_stacks=4"
-_PLAN_EXAMPLE = "stackwise plan configs/quickstart.yaml --json"
-_STATUS_EXAMPLE = "stackwise status quickstart"
-_INSPECT_EXAMPLE = "stackwise inspect activations-1-3f2a --html store.html"
-_VERIFY_EXAMPLE = "stackwise verify quickstart"
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML configuration")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key, such as training.batch_size=8"
-    )
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
-
-
-def _load_config(options: argparse.Namespace) -> Any:
-    from stackwise_core.config import StackWiseConfig
-    from stackwise_core.config.yaml import parse_value
-
-    overrides: dict[str, Any] = {}
-    for entry in options.set:
-        key, equals, value = entry.partition("=")
-        if not (key and equals):
-            raise ConfigError([Fault("--set", repr(entry), "KEY=VALUE is expected, such as training.batch_size=8")])
-        overrides[key] = parse_value(value)
-    return StackWiseConfig.from_yaml(options.config, overrides)
-
-
-def _train(options: argparse.Namespace) -> int:
-    from flows.cli.train import train
-
-    if options.from_stack < -1:
-        raise ConfigError([Fault("--from-stack", str(options.from_stack), "stages are counted from 0")])
-    command = ["stackwise", "train", options.config, *(word for entry in options.set for word in ("--set", entry))]
-    train(_load_config(options), command, options.artifacts, options.from_stack, options.force)
-    return 0
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from flows.cli.plan import show_plan
-
-    show_plan(_load_config(options), options.artifacts, as_json=options.json)
-    return 0
-
-
-def _status(options: argparse.Namespace) -> int:
-    from flows.cli.status import show_runs, show_stages
-
-    if options.name is None:
-        show_runs(options.artifacts, as_json=options.json)
-    else:
-        show_stages(options.artifacts, options.name, as_json=options.json)
-    return 0
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from flows.cli.inspect import Look, show_artifact
-
-    look = Look(as_json=options.json, html=options.html, against=options.against, rows=options.rows)
-    return show_artifact(options.artifacts, options.uri, look)
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from flows.cli.verify import verify
-
-    return verify(options.artifacts, options.what)
+        if name == chosen:
+            getattr(import_module(f"flows.cli.{module}"), f"add_{name}")(sub)
+    return parser.parse_args(arguments)

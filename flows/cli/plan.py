@@ -1,13 +1,15 @@
-"""`stackwise plan`: what would run, what it costs, what is there already. Needs no torch."""
+"""`stackwise plan`: what would run, what it costs, which artifacts exist."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from flows.cli.arguments import add_artifacts, add_config, add_json, load_config
 from flows.run.numbers import parameters, size
 from flows.run.prepare import pack_corpus
 from stackwise_core.config import StackWiseConfig
@@ -21,14 +23,23 @@ from storage.artifacts import Artifacts, State, artifacts_at
 from storage.demand import TASK_KINDS, Demand, compute_demand
 
 
-def show_plan(config: StackWiseConfig, root: str, *, as_json: bool) -> None:
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `plan`."""
+    add_artifacts(parser)
+    add_config(parser)
+    add_json(parser)
+    parser.set_defaults(run=show_plan)
+
+
+def show_plan(options: argparse.Namespace) -> None:
     """Print the plan of a configuration; nothing is written."""
-    artifacts = artifacts_at(root).reachable()
+    config = load_config(options)
+    artifacts = artifacts_at(options.artifacts).reachable()
     plan = plan_config(config)
     demand = compute_demand(plan, artifacts, config.cache.keep)
     n_train, n_validation = _count_sequences(config, artifacts, plan)
     stages = [_stage(config, plan, stage, demand, artifacts, n_train, n_validation) for stage in plan.stages]
-    if as_json:
+    if options.json:
         document = {
             "run": config.run.name,
             "artifacts": artifacts.uri,
@@ -105,7 +116,7 @@ def _stage(
 
 
 def _measured(stage: StagePlan, artifacts: Artifacts) -> dict[str, float]:
-    """Return the speeds of what was made already: tokens trained per second, bytes cached per second."""
+    """Return the speeds of finished work: tokens trained per second, bytes cached per second."""
     speeds: dict[str, float] = {}
     if stack := artifacts.sealed(stage.ref("stack")):
         speeds["tokens_per_second"] = stack.facts["tokens_per_second"]
@@ -130,7 +141,7 @@ def _print_plan(
 
 
 def _paragraph(row: dict[str, Any]) -> str:
-    """Return one stage of the plan for people, in a few short lines."""
+    """Return one stage of the plan as a few short lines."""
     masks = "inputs as they are" if row["mask_ratio"] is None else f"{row['mask_ratio']:.0%} of the positions masked"
     masks = "each step at the mask ratio of one stack" if row["draws_depth"] else masks
     time = "" if row["time_step"] is None else f" (time step {row['time_step']})"
@@ -152,7 +163,7 @@ def _paragraph(row: dict[str, Any]) -> str:
 
 
 def _speeds(measured: dict[str, float]) -> str:
-    """Return a line on how fast it went when it was made."""
+    """Return the line of the speeds that were measured."""
     parts = [f"trained at {measured['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in measured else []
     if "cache_bytes_per_second" in measured:
         parts.append(f"cached at {size(measured['cache_bytes_per_second'])}/s")
@@ -160,7 +171,7 @@ def _speeds(measured: dict[str, float]) -> str:
 
 
 def _adapters(row: dict[str, Any]) -> str:
-    """Return a line on the adapters: of each stack its ranks."""
+    """Return the line of the adapters' ranks by stack."""
     by_stack: dict[int, list[str]] = {}
     for adapter in row["adapters"]:
         by_stack.setdefault(adapter["stack"], []).append(f"{adapter['name']} {adapter['rank']}")

@@ -1,23 +1,48 @@
-"""`stackwise quarantine`: stores that failed their validation. Needs no torch."""
+"""`stackwise quarantine`: the stores that failed their validation."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from dataclasses import asdict
 
 from rich.console import Console
 
+from flows.cli.arguments import add_artifacts, add_json, print_waiting
 from flows.run.numbers import size
 from flows.run.terminal import plain_table
-from storage.artifacts import artifacts_at
+from storage.artifacts import Artifacts, artifacts_at
 from storage.collect import without_gc
 from storage.quarantine import drop, find_quarantined, quarantined, release
 
 
-def show_quarantine(root: str, *, as_json: bool) -> None:
+def add_quarantine(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `quarantine`."""
+    add_artifacts(parser)
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument("--release", metavar="ID", help="put it back if every byte is as sealed")
+    actions.add_argument("--drop", metavar="ID", help="delete it")
+    add_json(actions)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    artifacts = artifacts_at(options.artifacts).existing()
+    if options.release is None and options.drop is None:
+        _show(artifacts, as_json=options.json)
+        return
+    with without_gc(artifacts, print_waiting):
+        if options.release is not None:
+            ref = release(artifacts, find_quarantined(artifacts, options.release)).ref
+            print(f"{ref.name} is back in {artifacts.where(ref)}; the next run validates it again")
+        else:
+            path = find_quarantined(artifacts, options.drop)
+            drop(artifacts, path)
+            print(f"{path.name} is deleted")
+
+
+def _show(artifacts: Artifacts, *, as_json: bool) -> None:
     """Print what is in quarantine, since when and why."""
-    artifacts = artifacts_at(root).existing()
     found = quarantined(artifacts)
     if as_json:
         entries = [{**asdict(entry), "path": artifacts.location(entry.path)} for entry in found]
@@ -27,24 +52,3 @@ def show_quarantine(root: str, *, as_json: bool) -> None:
     for entry in found:
         table.add_row(entry.path.name, entry.since, size(entry.n_bytes), entry.reason)
     Console().print(table if found else "nothing is in quarantine")
-
-
-def release_from_quarantine(root: str, name: str) -> None:
-    """Put an artifact back, if every byte is as sealed and nothing is in its place."""
-    artifacts = artifacts_at(root).existing()
-    with without_gc(artifacts, _tell_waiting):
-        manifest = release(artifacts, find_quarantined(artifacts, name))
-    print(f"{manifest.ref.name} is back in {artifacts.where(manifest.ref)}; the next run validates it again")
-
-
-def drop_from_quarantine(root: str, name: str) -> None:
-    """Delete an artifact in quarantine."""
-    artifacts = artifacts_at(root).existing()
-    with without_gc(artifacts, _tell_waiting):
-        path = find_quarantined(artifacts, name)
-        drop(artifacts, path)
-    print(f"{path.name} is deleted")
-
-
-def _tell_waiting(holder: str) -> None:
-    print(f"waiting for {holder}", file=sys.stderr)

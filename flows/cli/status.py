@@ -1,7 +1,8 @@
-"""`stackwise status`: the runs of an artifacts folder, and the stages of one. Needs no torch."""
+"""`stackwise status`: the runs of an artifacts folder, or the stages of one run."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flows.cli.arguments import add_artifacts, add_json
 from flows.run.numbers import size
 from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import plain_table, stage_tables
@@ -18,10 +20,25 @@ from storage.locks import Holder
 from storage.runs import Attempt, attempts, find_run, holder_of_run, is_live, run_names
 
 
+def add_status(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `status`."""
+    add_artifacts(parser)
+    parser.add_argument("name", nargs="?", metavar="RUN", help="name of a run; default: all runs")
+    add_json(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.name is None:
+        show_runs(options.artifacts, as_json=options.json)
+    else:
+        show_stages(options.artifacts, options.name, as_json=options.json)
+
+
 def show_runs(root: str, *, as_json: bool) -> None:
-    """Print every run: its state, how far it is, its newest loss."""
+    """Print the state, progress and newest validation loss of every run."""
     artifacts = artifacts_at(root).existing()
-    runs = [_run_or_damage(artifacts, name) for name in run_names(artifacts)]
+    runs = [_document_or_damage(artifacts, name) for name in run_names(artifacts)]
     if as_json:
         print(json.dumps({"artifacts": artifacts.uri, "runs": runs}, indent=1))
         return
@@ -45,7 +62,7 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     """
     artifacts = artifacts_at(root).existing()
     attempt = find_run(artifacts, name)
-    run, stages = _run(artifacts, attempt), summarise(artifacts, attempt.plan)
+    run, stages = _document(artifacts, attempt), summarise(artifacts, attempt.plan)
     if as_json:
         print(json.dumps({**run, "stage_list": [stage.model_dump() for stage in stages]}, indent=1))
         return
@@ -64,13 +81,9 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
 
 
 def _holders(run: dict[str, Any]) -> list[str]:
-    """Return who holds a run, and who makes which of its artifacts: another process that needs one waits for it."""
+    """Return which process runs a run, and which processes make its artifacts."""
     held = {"started": run["holder"], **run["locks"]}
-    return [f"{what}: {_spell(holder)}" for what, holder in held.items() if holder is not None]
-
-
-def _spell(holder: dict[str, Any]) -> str:
-    return str(Holder(**holder))
+    return [f"{what}: {Holder(**holder)}" for what, holder in held.items() if holder is not None]
 
 
 def _artifact_table(stages: list[StageSummary]) -> Table:
@@ -84,7 +97,7 @@ def _artifact_table(stages: list[StageSummary]) -> Table:
 
 
 def _state_of(stage: StageSummary, kind: str) -> str:
-    """Return the state of an artifact, with what an attempt that did not end has left of it."""
+    """Return the state of an artifact, and how much of it an unfinished attempt left."""
     if kind == "stack" and stage.steps_kept is not None:
         return f"{stage.states[kind]}, checkpoint after step {stage.steps_kept} of {stage.steps}"
     if kind == "activations" and stage.bytes_kept:
@@ -92,7 +105,7 @@ def _state_of(stage: StageSummary, kind: str) -> str:
     return stage.states[kind]
 
 
-def _run(artifacts: Artifacts, attempt: Attempt) -> dict[str, Any]:
+def _document(artifacts: Artifacts, attempt: Attempt) -> dict[str, Any]:
     stages = summarise(artifacts, attempt.plan)
     done = [stage for stage in stages if stage.states["stack"] == stage.states["validation"] == "sealed"]
     outcome = attempt.outcome
@@ -113,10 +126,10 @@ def _run(artifacts: Artifacts, attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def _run_or_damage(artifacts: Artifacts, name: str) -> dict[str, Any]:
-    """Return a run for the list; one that is damaged does not hide the others."""
+def _document_or_damage(artifacts: Artifacts, name: str) -> dict[str, Any]:
+    """Return the document of a run; a damaged run must not hide the others."""
     try:
-        return _run(artifacts, find_run(artifacts, name))
+        return _document(artifacts, find_run(artifacts, name))
     except ArtifactError as error:
         nothing: dict[str, Any] = {
             "stages": 0,
@@ -131,7 +144,7 @@ def _run_or_damage(artifacts: Artifacts, name: str) -> dict[str, Any]:
 
 
 def _state_at_rest(outcome: dict[str, Any] | None, *, complete: bool) -> str:
-    """Return how a run stands that no process holds: what is on disk says more than how it last ended."""
+    """Return the state of a run that is not running: the artifacts on disk count more than how it last ended."""
     if complete:
         return "done"
     if outcome is None:

@@ -1,7 +1,8 @@
-"""`stackwise train`: find out without torch, prefect or a server whether anything has to run; then run it."""
+"""`stackwise train`: check without torch, prefect or a server whether anything has to run, then run it."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import sys
@@ -10,13 +11,16 @@ from pathlib import Path
 
 from rich.console import Console
 
+from flows.api import check_api
+from flows.cli.arguments import add_artifacts, add_config, load_config, print_waiting
 from flows.run.events import subscribed
 from flows.run.numbers import parameters
 from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import showing, stage_tables
-from flows.server import check_api, embedded_server, quiet_prefect
+from flows.server import embedded_server, quiet_prefect
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
+from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.plan import plan_config
 from storage.artifacts import Artifacts, artifacts_at
 from storage.collect import without_gc
@@ -24,43 +28,55 @@ from storage.demand import compute_demand, forced_refs
 from storage.runs import register_complete
 
 
+def add_train(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `train`."""
+    add_artifacts(parser)
+    add_config(parser)
+    parser.add_argument("--from-stack", type=int, default=-1, metavar="K", help="redo the stages from K on (0-based)")
+    parser.add_argument("--force", default="", metavar="TASK", help="redo build, trunk, train, cache or validate")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.from_stack < -1:
+        raise ConfigError([Fault("--from-stack", str(options.from_stack), "stages are counted from 0")])
+    command = ["stackwise", "train", options.config, *(word for entry in options.set for word in ("--set", entry))]
+    train(load_config(options), command, options.artifacts, options.from_stack, options.force)
+
+
 def train(config: StackWiseConfig, command: list[str], root: str, from_stack: int, force: str) -> None:
-    """Grow the rack of a configuration to its target, and say what came of it.
+    """Grow the rack of a configuration to its target, and print the result.
 
     Args:
-        config: what to make.
-        command: how the user said it, for the line that says how to go on.
-        root: where artifacts live.
+        config: the run.
+        command: the command line, for the hint that shows how to add a stack.
+        root: the artifacts folder.
         from_stack: redo the stages from this one on; -1 redoes none.
-        force: redo this task of those stages, or of all.
+        force: redo this task in those stages, or in all.
 
     Raises:
-        StackWiseError: one clear message; the same command goes on from what is sealed.
+        StackWiseError: one clear message; the same command resumes from the sealed artifacts.
     """
     artifacts = artifacts_at(root).open()
     plan = plan_config(config)
     forced = forced_refs(plan, from_stack, force)
-    with without_gc(artifacts, _tell_waiting):  # gc does not remove what is about to be called complete
+    with without_gc(artifacts, print_waiting):  # keeps gc from removing what is about to be reported as complete
         complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
         if complete:
             register_complete(artifacts, config, plan)
             print("".join(f"{note}\n" for note in notes(config)), end="", file=sys.stderr)  # else the run says it
     if not complete:
         _run_flow(config, artifacts, from_stack, force)
-    _say_result(config, command, artifacts, summarise(artifacts, plan), reused=complete)
-
-
-def _tell_waiting(holder: str) -> None:
-    print(f"waiting for {holder}", file=sys.stderr)
+    _print_result(config, command, artifacts, summarise(artifacts, plan), reused=complete)
 
 
 def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, force: str) -> None:
-    """Run the flow on the server of PREFECT_API_URL, or on an embedded one that starts during the imports."""
+    """Run the flow on the server of PREFECT_API_URL, or on an embedded one, which starts while prefect is imported."""
     quiet_prefect()
     url = os.environ.get("PREFECT_API_URL")
     if url:
         check_api(url)
-    server = f"its server is {url}" if url else "on a machine's first run its server takes up to a minute"
+    server = f"its server is {url}" if url else "on the first run of a machine its server takes up to a minute"
     print(f"starting Prefect (seconds; {server})", file=sys.stderr)
     with nullcontext() if url else embedded_server(artifacts.root / "prefect" / "server.log") as server:
         from flows.train_rack import run_to_the_end
@@ -71,7 +87,7 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
             run_to_the_end(config, artifacts.uri, from_stack, force)
 
 
-def _say_result(
+def _print_result(
     config: StackWiseConfig, command: list[str], artifacts: Artifacts, stages: list[StageSummary], *, reused: bool
 ) -> None:
     console = Console()

@@ -1,13 +1,14 @@
-"""`stackwise why`: which field of a recipe made an id another than the nearest there is. Needs no torch."""
+"""`stackwise why`: which field of a recipe makes an id differ from the most similar one."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stackwise_core.config import StackWiseConfig
+from flows.cli.arguments import add_artifacts, add_config, add_json, load_config
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.plan import plan_config
 from storage.artifacts import Artifacts, artifacts_at
@@ -15,30 +16,36 @@ from storage.differences import Difference, Known, known_recipes
 from storage.errors import ArtifactMissingError
 
 
-def explain(root: str, name: str, config: StackWiseConfig | None, *, as_json: bool) -> None:
-    """Compare an artifact with the nearest other of its kind and stage, and print the first causes.
+def add_why(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `why`."""
+    add_artifacts(parser)
+    help_text = "an artifact that exists or is planned; a unique prefix of its name is enough"
+    parser.add_argument("id", metavar="ID", help=help_text)
+    add_config(parser, optional=True)
+    add_json(parser)
+    parser.set_defaults(run=explain)
 
-    Args:
-        root: the artifacts folder.
-        name: of an artifact that is there or that a run planned; a unique start of it will do.
-        config: whose plan is known too, though nothing of it was ever started.
-        as_json: print one document.
+
+def explain(options: argparse.Namespace) -> None:
+    """Compare an artifact with the most similar one of its kind and stage, and print the first causes.
 
     Raises:
-        ArtifactMissingError: nobody knows of it. ConfigError: several begin so.
+        ArtifactMissingError: no run made or planned it.
+        ConfigError: the prefix is ambiguous, or the configuration is wrong.
     """
-    artifacts = artifacts_at(root).existing()
+    config = load_config(options) if options.config is not None else None
+    artifacts = artifacts_at(options.artifacts).existing()
     recipes = known_recipes(artifacts)
-    wanted = Path(name).name
+    wanted = Path(options.id).name
+    found = recipes.named(wanted)
     if config is not None:
         plan = plan_config(config)
         recipes.add_plan(plan)
-        ours = {ref.name for ref in plan.recipes}
-        here = _one([known for known in recipes.named(wanted) if known.ref.name in ours], wanted, artifacts)
-    else:
-        here = _one(recipes.named(wanted), wanted, artifacts)
+        planned = {ref.name for ref in plan.recipes}
+        found = [known for known in recipes.named(wanted) if known.ref.name in planned]
+    here = _one(found, wanted, artifacts)
     nearest = recipes.nearest(here)
-    if as_json:
+    if options.json:
         print(json.dumps(_document(artifacts, here, nearest), indent=1))
         return
     if nearest is None:

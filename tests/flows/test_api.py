@@ -79,7 +79,7 @@ def test_something_else_answers(api: FakeApi) -> None:
 
 def test_a_server_whose_disk_is_full(api: FakeApi) -> None:
     api.status = 503
-    assert fault_of(api.url) == "it is not well (HTTP 503); its log says why: a full disk, a database that is gone"
+    assert fault_of(api.url) == "it is unhealthy (HTTP 503); its log says why: a full disk, a database that is gone"
 
 
 def test_a_server_that_wants_a_password(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_a_server_that_wants_a_password(api: FakeApi, monkeypatch: pytest.Monkey
     assert fault_of(api.url) == ""
     assert api.headers[-1] == "Bearer key"
     api.status = 401
-    assert fault_of(api.url).startswith("it refuses us (HTTP 401); set PREFECT_API_AUTH_STRING")
+    assert fault_of(api.url).startswith("it denies access (HTTP 401); set PREFECT_API_AUTH_STRING")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 def test_a_log_whose_reader_died_does_not_end_the_process() -> None:
     from prefect.logging.handlers import PrefectConsoleHandler
 
-    from flows.console import outlive_the_worker
+    from flows.errors import outlive_the_worker
 
     reader, writer = os.pipe()
     handler = PrefectConsoleHandler(stream=os.fdopen(writer, "w", closefd=False))

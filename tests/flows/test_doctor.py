@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from flows.cli import doctor
-from flows.operate import AUTOMATION
+from flows.services import AUTOMATION
 from storage import file_systems
 from support.commands import Run
 from support.fake_api import FakeApi, fake_api
@@ -114,7 +114,7 @@ def test_a_full_disk_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_prefect_api(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "starts a server of its own" in findings(run)["prefect"]["says"]
+    assert "starts an embedded server" in findings(run)["prefect"]["says"]
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     found = findings(run)["prefect"]
     assert (found["ok"], "does not answer" in found["says"]) == (False, True)

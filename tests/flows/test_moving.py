@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli.move import copy
+from flows.cli.push_pull import copy
 from stackwise_core.errors import ConfigError
 from storage import copying
 from storage.artifacts import Artifacts, State

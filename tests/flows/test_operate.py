@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from flows import operate
+from flows import services
 from flows.api import ask, fault_of, is_registered, workers_alive
-from flows.operate import AUTOMATION, POOL, _register_pool
+from flows.services import AUTOMATION, POOL, _register_pool
 from support.commands import Run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -163,9 +163,9 @@ def test_the_pages_of_a_server_ask_that_server(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     began: list[list[str]] = []
-    monkeypatch.setattr(operate, "_become", began.append)
+    monkeypatch.setattr(services, "_become", began.append)
     monkeypatch.setattr(os, "environ", dict(given))
-    operate.serve(*arguments)
+    services.serve(*arguments)
     assert began[0][-4:] == ["--host", arguments[0], "--port", str(arguments[1])]
     assert os.environ.get("PREFECT_UI_API_URL") == pages_ask
     assert told in capsys.readouterr().err

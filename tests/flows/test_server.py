@@ -19,8 +19,9 @@ import pytest
 import yaml
 
 from flows import server
+from flows.api import ServerError, check_api
 from flows.cli.main import main
-from flows.server import EmbeddedServer, ServerError, check_api, embedded_server, quiet_prefect
+from flows.server import EmbeddedServer, embedded_server, quiet_prefect
 from stackwise_core.errors import ConfigError
 from support.fake_api import fake_api
 from support.processes import processes_with, wait_until_gone
@@ -178,7 +179,7 @@ _SEEN = {
     ("status", "says"),
     [
         (0, "it does not answer ([Errno 111] Connection refused); start it with"),
-        (507, "it is not well (HTTP 507); its log says why: a full disk"),
+        (507, "it is unhealthy (HTTP 507); its log says why: a full disk"),
         (200, _SEEN),
     ],
 )

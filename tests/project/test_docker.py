@@ -14,7 +14,7 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
-from flows.cli.main import _parser
+from flows.cli.main import parse
 from support.compose import DOCKER, ROOT, copied, environment_of, instructions, read
 
 SET = {"POSTGRES_PASSWORD": "f00ba4"}
@@ -106,7 +106,7 @@ def test_one_image_one_path_one_server(compose: dict[str, Any]) -> None:
 
 def test_the_command_line_takes_the_commands(compose: dict[str, Any]) -> None:
     for name in ("server", "worker"):
-        assert _parser().parse_args(compose["services"][name]["command"]).command == name
+        assert parse(compose["services"][name]["command"]).command == name
     assert ("ENTRYPOINT", '["stackwise"]') in instructions()
     assert "stackwise" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 

@@ -42,12 +42,12 @@ def test_every_page_names_only_files_that_exist() -> None:
 
 
 def test_the_commands_of_the_readme_parse() -> None:
-    from flows.cli.main import _parser
+    from flows.cli.main import parse
 
     lines = re.findall(r"^stackwise (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert len(lines) >= 6
     for line in lines:
-        assert _parser().parse_args(line.split()).command
+        assert parse(line.split()).command
 
 
 def test_the_reader_of_the_format_page_reads_a_store(reference: Callable[..., Path]) -> None:

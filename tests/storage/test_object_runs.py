@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flows.cli import main as cli
+from flows.cli.main import main
 from storage.artifacts import artifacts_at
 from storage.errors import ArtifactCorruptError, RunBusyError
 from storage.object_store import ObjectStore
@@ -153,7 +153,7 @@ def _says(command: str, uri: str, *more: str) -> tuple[int, str, str]:
     import io
 
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = cli.main([command, *more, "--artifacts", uri])
+        code = main([command, *more, "--artifacts", uri])
     return code, out.getvalue(), err.getvalue()
 
 

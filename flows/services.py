@@ -1,4 +1,4 @@
-"""`stackwise server | worker | heartbeat`: the processes that Prefect's pages and deployments need."""
+"""The server and worker processes that deployments need, and what they register with Prefect."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows.server import check_api
+from flows.api import check_api
 from stackwise_core.errors import StackWiseError
 
 POOL = "stackwise"
@@ -18,7 +18,7 @@ POOL = "stackwise"
 AUTOMATION = "stackwise: no heartbeat, so the run has crashed"
 
 HEARTBEAT_SECONDS = 30
-"""A flow process says so often that it lives; one that missed two is taken for dead."""
+"""Period of a flow process's heartbeat; one that missed two counts as dead."""
 
 _API = "http://127.0.0.1:4200/api"
 _CHECKOUT = Path(__file__).parents[1]
@@ -26,11 +26,11 @@ _PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
 
 
 class DeploymentError(StackWiseError):
-    """Prefect did not take the deployments."""
+    """Prefect rejected the deployments."""
 
 
 def serve(host: str, port: int) -> None:
-    """Become Prefect's server, with its pages.
+    """Replace this process by Prefect's server, with its pages.
 
     Its database is SQLite in PREFECT_HOME, unless PREFECT_SERVER_DATABASE_CONNECTION_URL names another:
     postgresql+asyncpg://USER:PASSWORD@HOST/NAME.
@@ -39,23 +39,23 @@ def serve(host: str, port: int) -> None:
     _default("DO_NOT_TRACK", "1")
     here = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     if "PREFECT_API_URL" not in os.environ:
-        _default("PREFECT_UI_API_URL", f"{here}/api")  # else its pages ask port 4200
+        _default("PREFECT_UI_API_URL", f"{here}/api")  # otherwise its pages call port 4200
     variable = "" if f"{here}/api" == _API else f"PREFECT_API_URL={here}/api "
     print(f"Prefect's server: {here}; in other terminals: {variable}stackwise worker", file=sys.stderr)
     _become([*_PREFECT, "server", "start", "--host", host, "--port", str(port)])
 
 
 def work(limit: int, name: str, *, healthcheck: bool) -> None:
-    """Register pool, deployments and heartbeat automation, then become a worker of the pool.
+    """Register pool, deployments and heartbeat automation, then replace this process by a worker of the pool.
 
     Args:
-        limit: runs at once; 1 keeps an accelerator to one run.
-        name: of the worker; empty lets Prefect name it.
-        healthcheck: answer on PREFECT_WORKER_WEBSERVER_PORT (8080) whether the worker polls.
+        limit: runs at the same time; 1 gives a run the whole accelerator.
+        name: of the worker; empty lets Prefect choose one.
+        healthcheck: serve on PREFECT_WORKER_WEBSERVER_PORT (8080) whether the worker polls.
 
     Raises:
         ConfigError: the API does not answer.
-        DeploymentError: Prefect did not take prefect.yaml; its words are in the message.
+        DeploymentError: Prefect rejected prefect.yaml; its output is in the message.
     """
     _find_api()
     _default("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
@@ -68,29 +68,28 @@ def work(limit: int, name: str, *, healthcheck: bool) -> None:
     _become([*_PREFECT, *command, *(["--with-healthcheck"] if healthcheck else [])])
 
 
-def register_heartbeat() -> None:
-    """Register the automation that marks runs Crashed whose process is no longer heard; again is harmless.
+def register_heartbeat() -> bool:
+    """Register the automation that marks runs as crashed when their heartbeat stops; return whether it was new.
 
     Raises:
         ConfigError: the API does not answer.
     """
     _find_api()
-    made = _register_automation()
-    print(f"automation {AUTOMATION!r} {'is registered' if made else 'was there already'}")
+    return _register_automation()
 
 
 def _find_api() -> None:
-    """Make sure that PREFECT_API_URL is set and answers; the default is where `stackwise server` listens."""
+    """Set PREFECT_API_URL to where `stackwise server` listens unless it is set, and check that it answers."""
     given = os.environ.get("PREFECT_API_URL")
     _default("PREFECT_API_URL", _API)
     check_api(os.environ["PREFECT_API_URL"], received="" if given else f"nothing, so {_API} was asked")
 
 
 def _register_pool(limit: int) -> str:
-    """Make the pool, with room for as many runs as its first worker has; say what it has room for.
+    """Create the pool with the limit of its first worker, and return its limit in words.
 
-    The pool counts runs by their states, so one whose worker was killed, but which lives, keeps the accelerator.
-    A pool that is there keeps its limit, unless this worker alone has more.
+    The pool counts runs by state, so a run that outlived its killed worker still occupies the accelerator.
+    An existing pool keeps its limit, unless this worker alone has a higher one.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
@@ -110,7 +109,7 @@ def _register_pool(limit: int) -> str:
 
 
 def _deploy() -> None:
-    """Apply prefect.yaml; flows will run in the folder that it lies in."""
+    """Apply prefect.yaml; flows will run in its folder."""
     done = subprocess.run(
         [*_PREFECT, "deploy", "--all", "--prefect-file", str(_CHECKOUT / "prefect.yaml")],
         cwd=_CHECKOUT,
@@ -121,12 +120,12 @@ def _deploy() -> None:
     )
     if done.returncode:
         raise DeploymentError(
-            f"{_CHECKOUT / 'prefect.yaml'}: Prefect did not take it: {(done.stdout + done.stderr)[-2000:]}"
+            f"{_CHECKOUT / 'prefect.yaml'}: Prefect rejected it: {(done.stdout + done.stderr)[-2000:]}"
         )
 
 
 def _register_automation() -> bool:
-    """Register it unless there is one of that name; say whether it was made."""
+    """Register the automation unless it exists; return whether it was new."""
     from prefect.automations import AutomationCore
     from prefect.client.orchestration import get_client
 
@@ -138,7 +137,7 @@ def _register_automation() -> bool:
 
 
 def _automation() -> dict[str, Any]:
-    """A run that has not ended, and was not heard for two heartbeats and ten seconds, has crashed."""
+    """Describe it: a run that has not ended and missed two heartbeats, plus ten seconds, has crashed."""
     ends = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed"]
     message = "no heartbeat: its machine died, or the server was away"
     return {

@@ -1,12 +1,13 @@
-"""`stackwise push` and `pull`: artifacts and runs between two artifacts folders. Needs no torch."""
+"""`stackwise push` and `pull`: copy artifacts and runs between two artifacts folders."""
 
 from __future__ import annotations
 
-import sys
+import argparse
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
-from flows.cli.inspect import find_artifact
+from flows.cli.arguments import add_artifacts, print_waiting
+from flows.run.lookup import find_artifact
 from flows.run.numbers import size
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Ref
@@ -19,39 +20,66 @@ from storage.reachability import made_from, pin, planned
 from storage.runs import run_names
 
 
+def add_push(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `push`."""
+    _add_arguments(parser, "the folder or bucket to copy to; a folder is created if needed")
+    parser.set_defaults(run=_push)
+
+
+def add_pull(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `pull`."""
+    _add_arguments(parser, "the folder or bucket to copy from")
+    parser.set_defaults(run=_pull)
+
+
+def _add_arguments(parser: argparse.ArgumentParser, uri: str) -> None:
+    add_artifacts(parser)
+    parser.add_argument("uri", metavar="URI", help=uri)
+    names = "artifacts, with everything they were made from, and runs; default: everything"
+    parser.add_argument("names", nargs="*", metavar="ID|RUN", help=names)
+
+
+def _push(options: argparse.Namespace) -> None:
+    copy(options.artifacts, options.uri, options.names)
+
+
+def _pull(options: argparse.Namespace) -> None:
+    copy(options.uri, options.artifacts, options.names)
+
+
 @dataclass
 class _Load:
-    """What is to be copied."""
+    """What to copy."""
 
     runs: list[str] = field(default_factory=list)
     named: list[Ref] = field(default_factory=list)
     refs: list[Ref] = field(default_factory=list)
-    """All of it, the artifacts of the runs and what the named ones were made from included."""
+    """Everything, including the artifacts of the runs and the inputs of the named artifacts."""
 
 
 def copy(from_root: str, to_root: str, names: list[str]) -> None:
-    """Copy artifacts with all they were made from, and runs with all they planned; print what it came to.
+    """Copy artifacts with everything they were made from, and runs with everything they planned.
 
-    An artifact given by name is pinned at the target: no run reaches it there.
+    An artifact given by name is pinned at the target, because no run reaches it there.
 
     Args:
-        from_root: where they are.
-        to_root: where they go; made if need be.
-        names: artifacts and runs, a unique start of an artifact's name will do; none means everything.
+        from_root: the artifacts folder to copy from.
+        to_root: the artifacts folder to copy to; created if needed.
+        names: artifacts (unique prefixes are enough) and runs; an empty list copies everything.
 
     Raises:
-        ArtifactError: one is missing or damaged, or there with other bytes; nothing is put in place then.
-        ConfigError: source and target are one, or another run of a name is there.
+        ArtifactError: one is missing or damaged, or exists at the target with other bytes; the target is not changed.
+        ConfigError: source and target are the same, or the target has a different run of that name.
     """
     source = artifacts_at(from_root).existing()
     if source.root.resolve() == artifacts_at(to_root).root.resolve():
         raise ConfigError([Fault("URI", repr(to_root), "another artifacts folder is expected than --artifacts")])
     with ExitStack() as stack:
-        with suppress(ArtifactsFolderError):  # one that cannot be written: nobody removes anything there
-            stack.enter_context(without_gc(source, _tell_waiting))
+        with suppress(ArtifactsFolderError):  # a read-only source: no process can remove anything there
+            stack.enter_context(without_gc(source, print_waiting))
         load = _find(source, names)
         target = artifacts_at(to_root).open()
-        stack.enter_context(without_gc(target, _tell_waiting))
+        stack.enter_context(without_gc(target, print_waiting))
         _copy(source, target, load)
 
 
@@ -81,7 +109,7 @@ def _copy(source: Artifacts, target: Artifacts, load: _Load) -> None:
         pin(target, ref)
     for run in load.runs:
         copy_run(source, target, run)
-    # What was there and is not any more: before these records came, it was garbage to a gc of another machine.
+    # Copy again what vanished meanwhile: until the records arrived, another machine's gc saw it as garbage.
     n_bytes += _copy_artifacts(source, target, to_copy(source, target, load.refs, frozenset(load.named)))
     there = len(set(load.refs)) - len(lacking)
     runs = f", runs {', '.join(load.runs)}" if load.runs else ""
@@ -92,11 +120,7 @@ def _copy(source: Artifacts, target: Artifacts, load: _Load) -> None:
 def _copy_artifacts(source: Artifacts, target: Artifacts, refs: list[Ref]) -> int:
     n_bytes = 0
     for ref in refs:
-        copied = copy_artifact(source, target, ref, _tell_waiting)
+        copied = copy_artifact(source, target, ref, print_waiting)
         print(f"{size(copied):>10}  {ref.name}")
         n_bytes += copied
     return n_bytes
-
-
-def _tell_waiting(holder: str) -> None:
-    print(f"waiting for {holder}", file=sys.stderr)

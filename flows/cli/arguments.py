@@ -1,0 +1,50 @@
+"""What several commands share: arguments, the configuration they name, and the line about a lock they wait for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.yaml import parse_value
+from stackwise_core.errors import ConfigError, Fault
+
+
+def add_artifacts(parser: argparse.ArgumentParser) -> None:
+    """Add --artifacts."""
+    help_text = "where artifacts are stored: a folder (default: artifacts/) or s3://BUCKET/PREFIX"
+    parser.add_argument("--artifacts", default="artifacts", metavar="ROOT", help=help_text)
+
+
+def add_json(parser: argparse.ArgumentParser | argparse._MutuallyExclusiveGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+
+
+def add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Add CONFIG and --set."""
+    help_text = "look the id up in the plan of this configuration" if optional else "a YAML configuration"
+    parser.add_argument("config", nargs="?" if optional else None, metavar="CONFIG", help=help_text)
+    help_text = "change a key of CONFIG, such as training.batch_size=8"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_text)
+
+
+def load_config(options: argparse.Namespace) -> StackWiseConfig:
+    """Return the configuration that CONFIG and --set name.
+
+    Raises:
+        ConfigError: names every fault.
+    """
+    overrides: dict[str, Any] = {}
+    for entry in options.set:
+        key, equals, value = entry.partition("=")
+        if not (key and equals):
+            raise ConfigError([Fault("--set", repr(entry), "KEY=VALUE is expected, such as training.batch_size=8")])
+        overrides[key] = parse_value(value)
+    return StackWiseConfig.from_yaml(options.config, overrides)
+
+
+def print_waiting(holder: str) -> None:
+    """Print that this command waits for a lock; an `on_wait` callback."""
+    print(f"waiting for {holder}", file=sys.stderr)
