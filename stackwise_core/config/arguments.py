@@ -1,4 +1,4 @@
-"""What a caller of the library hands in, checked at the door: the argument, its value, what is allowed."""
+"""Checks on the arguments of the public library. All raise ConfigError with name, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -10,21 +10,13 @@ from stackwise_core.errors import ConfigError, Fault
 
 
 def check_type(name: str, value: Any, kind: type | tuple[type, ...], allowed: str) -> None:
-    """Refuse a value that is of no such type.
-
-    Raises:
-        ConfigError: names the argument, what it is, and what is allowed.
-    """
+    """Reject a value of another type."""
     if not isinstance(value, kind):
         raise ConfigError([Fault(name, describe(value), allowed)])
 
 
 def check_integer(name: str, value: Any, least: int, most: int | None = None, what: str = "an integer") -> None:
-    """Refuse what is no integer within bounds; True is none.
-
-    Raises:
-        ConfigError: names the argument, its value, and the bounds.
-    """
+    """Reject a value that is not an integer within bounds; booleans do not count as integers."""
     number = int(value) if isinstance(value, Integral) and value is not True and value is not False else None
     if number is None or number < least or (most is not None and number > most):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
@@ -32,11 +24,7 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None, wh
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
-    """Refuse what is none of the choices.
-
-    Raises:
-        ConfigError: names the argument, its value, and the choices.
-    """
+    """Reject a value that is not one of the choices."""
     choices = list(choices)
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         allowed = " or ".join(map(repr, choices))
@@ -44,7 +32,7 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def describe(value: Any) -> str:
-    """Return a value as a message shows it: itself if it is short, else its type, with the shape if it has one."""
+    """Return a value for a message: itself if it is short, else its type, with its shape if it has one."""
     kind, shape = type(value).__name__, getattr(value, "shape", None)
     if shape is not None:
         return f"{kind} of {getattr(value, 'dtype', 'no dtype')} and shape {tuple(shape)}"

@@ -1,4 +1,4 @@
-"""Functions that a configuration names as 'module:name'."""
+"""Functions that a configuration gives as 'module:name' or, in the library, as objects."""
 
 from __future__ import annotations
 
@@ -15,13 +15,7 @@ from stackwise_core.errors import ConfigError, Fault
 
 
 def load_function(function: str | Callable[..., Any], key: str) -> Callable[..., Any]:
-    """Return the function that a key names; one that is given as an object is returned as it is.
-
-    Modules are looked up as Python does, and then in the working folder.
-
-    Args:
-        function: 'module:name', or the function itself.
-        key: the configuration key that holds it, for the message.
+    """Return the function that a key holds or names; modules are also searched in the working folder.
 
     Raises:
         ConfigError: the module cannot be imported, or has no such function.
@@ -32,7 +26,7 @@ def load_function(function: str | Callable[..., Any], key: str) -> Callable[...,
     try:
         with _working_folder_importable():
             module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs a user's code, which may raise anything
+    except Exception as error:  # the user's module may raise anything
         allowed = f"cannot be imported ({type(error).__name__}: {error}); run where the module can be found"
         raise ConfigError([Fault(key, repr(function), allowed)]) from error
     found = getattr(module, name, None)
@@ -44,7 +38,7 @@ def load_function(function: str | Callable[..., Any], key: str) -> Callable[...,
 
 @contextlib.contextmanager
 def _working_folder_importable() -> Generator[None]:
-    """Search the working folder last, so that no file there shadows a library."""
+    """Search the working folder last, so that its files do not shadow libraries."""
     before = list(sys.path)
     sys.path.append(os.getcwd())
     try:
@@ -54,10 +48,10 @@ def _working_folder_importable() -> Generator[None]:
 
 
 def source_digest(function: Callable[..., Any], key: str) -> str:
-    """Return the hash of a function's source text: what enters ids.
+    """Return the hash of a function's source text, which enters ids.
 
     Raises:
-        ConfigError: it has no source text, as functions of compiled modules have none.
+        ConfigError: its source cannot be read, as of functions of compiled modules.
     """
     try:
         return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
@@ -67,5 +61,5 @@ def source_digest(function: Callable[..., Any], key: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return how a message shows a value: a function by its name."""
+    """Return a value for a message: a function by its name, others by their repr."""
     return getattr(value, "__qualname__", type(value).__name__) if callable(value) else repr(value)

@@ -61,37 +61,35 @@ def _tokenizer_faults(config: ConfigSchema) -> Iterator[Fault]:
 
 
 def _training_faults(config: ConfigSchema) -> Iterator[Fault]:
-    training = config.training
+    training, growth = config.training, config.training.progressive
     if training.batch_size % training.accumulation_steps:
-        yield Fault(
-            "training.accumulation_steps",
-            str(training.accumulation_steps),
-            f"must divide training.batch_size = {training.batch_size}",
-        )
-    if training.min_learning_rate > training.learning_rate:
-        yield Fault(
-            "training.min_learning_rate",
-            str(training.min_learning_rate),
-            f"must not exceed training.learning_rate = {training.learning_rate}",
-        )
-    grown = training.progressive.target_stacks if training.progressive.enabled else 0
-    shortest = min((settings_of(config, stage).steps for stage in range(grown)), default=training.steps_per_stack)
-    if training.warmup_steps > shortest:
-        yield Fault(
-            "training.warmup_steps",
-            str(training.warmup_steps),
-            f"must not exceed training.steps_per_stack = {shortest} (of the shortest stage)",
-        )
-    if training.mask_ratio_min > training.mask_ratio_max and is_used(config, "training.mask_ratio_max"):
-        yield Fault(
-            "training.mask_ratio_min",
-            str(training.mask_ratio_min),
-            f"must not exceed training.mask_ratio_max = {training.mask_ratio_max}",
-        )
-    objective = training.progressive.training_objective
+        allowed = f"must divide training.batch_size = {training.batch_size}"
+        yield Fault("training.accumulation_steps", str(training.accumulation_steps), allowed)
+    rate, most = training.learning_rate, training.mask_ratio_max
+    yield from _limited("training.min_learning_rate", training.min_learning_rate, "training.learning_rate", rate)
+    shortest = min(_stage_lengths(config).items(), key=lambda item: item[1])
+    yield from _limited("training.warmup_steps", training.warmup_steps, *shortest)
+    if is_used(config, "training.mask_ratio_max"):
+        yield from _limited("training.mask_ratio_min", training.mask_ratio_min, "training.mask_ratio_max", most)
+    objective = growth.training_objective
     if objective != "mlm" and config.cache.views > 1:
         allowed = f"{objective} has no masks: its views would be identical copies; use 0"
         yield Fault("cache.views", str(config.cache.views), allowed)
+
+
+def _stage_lengths(config: ConfigSchema) -> dict[str, int]:
+    """Return the steps of all stages, by the keys that set them."""
+    growth = config.training.progressive
+    n_stages = growth.target_stacks if growth.enabled else 0
+    entries = enumerate(growth.stacks[:n_stages])
+    lengths = {f"{GROWTH}.stacks.{stack}.steps": own.steps for stack, own in entries if own.steps}
+    common = {"training.steps_per_stack": config.training.steps_per_stack}
+    return lengths if lengths and len(lengths) == n_stages else lengths | common
+
+
+def _limited(path: str, value: float, limit_path: str, limit: float) -> Iterator[Fault]:
+    if value > limit:
+        yield Fault(path, str(value), f"must not exceed {limit_path} = {limit}")
 
 
 # ---------------------------------------------------------------- growth
@@ -100,9 +98,7 @@ def _training_faults(config: ConfigSchema) -> Iterator[Fault]:
 def growth_faults(config: ConfigSchema) -> Iterator[Fault]:
     """Yield every broken rule about stacks, precisions, adapters and trunk strategies."""
     growth = config.training.progressive
-    if growth.target_stacks > growth.max_stacks:
-        allowed = f"must not exceed {GROWTH}.max_stacks = {growth.max_stacks}"
-        yield Fault(f"{GROWTH}.target_stacks", str(growth.target_stacks), allowed)
+    yield from _limited(f"{GROWTH}.target_stacks", growth.target_stacks, f"{GROWTH}.max_stacks", growth.max_stacks)
     if growth.trunk_strategy == "qlora" and growth.enabled and not _trunk_has_adapters(config):
         allowed = f"no trunk stack has an adapter that could train; set {GROWTH}.qlora_enabled or progressive_qlora"
         yield Fault(f"{GROWTH}.trunk_strategy", "'qlora'", f"{allowed}, or use frozen")

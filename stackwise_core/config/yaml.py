@@ -1,4 +1,4 @@
-"""YAML in: no duplicate keys, 1e-3 is a number, and errors that name file and line."""
+"""YAML without duplicate keys, with 1e-3 as a number, and with errors that name file and line."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from stackwise_core.errors import ConfigError, Fault
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which would keep the last of two equal keys and read 1e-3 as text."""
+    """PyYAML's safe loader, which by itself keeps the last of two equal keys and reads 1e-3 as text."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which would leave 1e3 unquoted though the loader above reads it as a number."""
+    """PyYAML's safe dumper, which by itself leaves the string 1e3 unquoted."""
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -42,7 +42,7 @@ for _class in (_Loader, _Dumper):
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
-    """Return YAML text that `load_yaml` reads back as the same values."""
+    """Return YAML that `load_yaml` reads back as the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
@@ -55,10 +55,10 @@ def parse_value(text: str) -> Any:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in `path`; an empty file is an empty mapping.
+    """Return the mapping in a file; an empty file is an empty mapping.
 
     Raises:
-        ConfigError: no such file, not readable, not YAML, or not a mapping.
+        ConfigError: the file is missing, unreadable, not YAML, or not a mapping.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -66,7 +66,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError([Fault(str(path), "no such file", "give the path of a YAML configuration")]) from None
     except (OSError, UnicodeError) as error:
         raise ConfigError([Fault(str(path), str(error), "give a readable YAML configuration")]) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also of dates and numbers that are none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError of malformed dates and numbers
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or "no YAML"
@@ -75,7 +75,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError([Fault(str(path), type(values).__name__, "a mapping with run, data, model, ... is expected")])
-    # `training:` with everything below it commented out is an empty section, not a wrong value.
+    # `training:` with all its keys commented out is an empty section.
     return {name: {} if section is None else section for name, section in values.items()}
 
 

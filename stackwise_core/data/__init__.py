@@ -1,1 +1,1 @@
-"""Corpora, tokens, packed sequences, their order and their masks. Knows neither torch nor a configuration."""
+"""Corpora, tokens, packed sequences, their order and their masks. Needs neither torch nor a configuration."""

@@ -1,4 +1,4 @@
-"""Examples with targets of their own, for a custom objective: one JSON object a line. Needs no torch."""
+"""Examples with targets, for a custom objective: one JSON object per line. Needs no torch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _EXPECTED = "one JSON object a line, with input_ids, targets and, where not ever
 
 @dataclass(frozen=True)
 class ExampleFormat:
-    """What an example must fit."""
+    """What every example must fit."""
 
     seq_len: int
-    """The longest example, and the length that all are padded to [tokens]."""
+    """The longest example allowed, and the length that all are padded to [tokens]."""
     vocab_size: int
-    """Tokens are below this."""
+    """Tokens must be below this."""
     pad_token: int
     targets_are_tokens: bool
-    """Whether targets at loss positions must be tokens; a loss of the user's may take any integer."""
+    """Whether targets at loss positions must be tokens; a custom loss may take any integer."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ def pack_examples(
 ) -> tuple[PackedSequences, PackedSequences]:
     """Pad examples to one length and hold out the last of them, at least one, for validation.
 
-    Files stand in the order of their content hashes, as the texts of a corpus do; lines in theirs.
-    Padding is the pad token, with target 0 and no loss.
+    Files are read in the order of their content hashes. Padding is the pad token, with target 0 and without loss.
 
     Args:
         corpus: of jsonl files.
@@ -59,8 +58,7 @@ def pack_examples(
         The train and the validation sequences, with targets and masks.
 
     Raises:
-        CorpusError: names the file and line of the first example that is wrong; or a split has no
-            example, or no loss position.
+        CorpusError: an example is wrong, or a split has no loss position.
     """
     examples = list(_read_examples(corpus, form))
     n_validation = max(1, round(len(examples) * validation_fraction))
@@ -93,7 +91,7 @@ def _padded(
 
 def _read_examples(corpus: Corpus, form: ExampleFormat) -> Iterator[Example]:
     for document in corpus.documents:
-        # Not splitlines(): a JSON string may hold other line breaks than this one.
+        # Not splitlines(), since a JSON string may contain other line breaks.
         for number, line in enumerate(bytes(document.content).split(b"\n"), 1):
             if line.strip():
                 try:
@@ -103,11 +101,7 @@ def _read_examples(corpus: Corpus, form: ExampleFormat) -> Iterator[Example]:
 
 
 def _read_example(line: bytes, form: ExampleFormat) -> Example:
-    """Return the example of a line.
-
-    Raises:
-        ValueError: says what is wrong with it and what to do.
-    """
+    """Return the example of a line; raises ValueError with what is wrong and what to do."""
     try:
         columns = parse_object(line)
     except ValueError as error:
@@ -131,7 +125,7 @@ def _column(columns: Row, name: str, kind: type) -> NDArray[Any]:
     if name not in columns:
         raise ValueError(f"the column {name!r} is missing (it has {list(columns)}); the custom objective needs it")
     values = columns[name]
-    # A bool is an int to isinstance, and 0 / 1 would be an unclear mask.
+    # By exact type, since a bool is an int to isinstance.
     if not isinstance(values, list) or any(type(value) is not kind for value in values):
         what = "integers" if kind is int else "true and false"
         raise ValueError(f"{name} is {shortened(values)}; a list of {what} is expected")

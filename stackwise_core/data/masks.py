@@ -1,4 +1,4 @@
-"""Masks as a pure function of (seed, sequence id, view, position): no state, no order, no neighbours.
+"""Masks as a pure function of seed, sequence id, view and position: independent of batches and of order.
 
 Letters: B sequences, T positions.
 """
@@ -19,23 +19,22 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 VALIDATION_VIEW = -1
-"""Validation sequences have one view of their own, the same in every run."""
+"""The one view of validation sequences, the same in every run."""
 VALIDATION_SEED = 20_260_101
-"""Seed of the validation masks, whatever the seed of the run."""
+"""Seed of the validation masks in every run."""
 
 _SALT_MASKED, _SALT_KIND, _SALT_TOKEN, SALT_ORDER = range(1, 5)
-_SALT_TIME, SALT_BATCHES = 6, 7  # 5 initialises stacks; a salt is below 8
+_SALT_TIME, SALT_BATCHES = 6, 7  # 5 initialises stacks; salts are below 8
 SALT_DEPTH = 0
 
 _ELBO_SMALLEST_RATIO = 1e-3
-"""So that no weight of the bound, 1 / ratio, exceeds a thousand."""
+"""Limits the weights of the bound, 1 / ratio, to a thousand."""
 
 
 def hash_bits(seed: int, salt: int, *keys: IntArray | int) -> NDArray[np.uint64]:
-    """Hash integer keys, broadcast against each other, to 64 well-mixed bits.
+    """Hash integer keys, broadcast against each other, to 64 bits by the SplitMix64 mixer.
 
-    Each key is folded in and finalised with the SplitMix64 mixer (Steele, Lea, Flood: Fast
-    splittable pseudorandom number generators, OOPSLA 2014).
+    Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014.
     """
     state = _mix(np.asarray([seed * 8 + salt], dtype=np.uint64))
     for key in keys:
@@ -57,31 +56,31 @@ def hash_uniform(seed: int, salt: int, *keys: IntArray | int) -> NDArray[np.floa
 
 
 class TimeInput(BaseModel, frozen=True):
-    """How time-as-input draws its steps and what ratio each step means. A value: it enters ids as it stands."""
+    """How time-as-input draws its steps, and the mask ratio of each step. Enters ids unchanged."""
 
     n_steps: int
     """T: steps are 0 .. T - 1."""
     sampling: Literal["per_batch", "per_sequence", "stratified"]
     ratio_min: float
-    """Mask ratio of step 0; 0 where a table or the bound's schedule says it."""
+    """Mask ratio of step 0; 0 if a table or the bound determines the ratios."""
     ratio_max: float
     table: tuple[float, ...] = ()
     """Mask ratio of every step; empty interpolates from min to max."""
     elbo: bool = False
     """Ratios and loss weights of the diffusion bound."""
     fixed: int = -1
-    """The step of every sequence, for judging a rack at one noise level; -1 draws them."""
+    """The step of every sequence, to evaluate a rack at one noise level; -1 draws steps."""
 
     @property
     def by_batch(self) -> bool:
-        """Whether a row's step depends on the batch it is in, which then must be the same in every epoch."""
+        """Whether the step of a row depends on its batch, which must then be the same in every epoch."""
         return self.sampling != "per_sequence"
 
     def ratios(self, steps: IntArray) -> FloatArray:
         """Return the mask ratio of each step: [...] to [...].
 
-        The bound's ratio is that of the middle of the step, r = (1 - 1e-3) t + 1e-3 at t = (s + 1/2) / T
-        (the schedule of LLaDA, Nie et al. 2025).
+        For the bound it is the ratio in the middle of the step, r = (1 - 1e-3) t + 1e-3 at t = (s + 1/2) / T (the
+        schedule of LLaDA, Nie et al. 2025).
         """
         if self.elbo:
             return (1.0 - _ELBO_SMALLEST_RATIO) * (steps + 0.5) / self.n_steps + _ELBO_SMALLEST_RATIO
@@ -100,10 +99,9 @@ class TimeInput(BaseModel, frozen=True):
     ) -> IntArray:
         """Draw the step of each sequence: s = floor(T u), u uniform in [0, 1).
 
-        `per_sequence`: u = hash(sequence, view). `per_batch`: u = hash(batch, view), one for the whole
-        batch. `stratified`: that plus slot / batch_size, modulo 1, so that a batch covers time evenly
-        (Kingma et al. 2021, Variational diffusion models). Validation, whose view is
-        negative, has no batches and draws per sequence whatever the sampling.
+        `per_sequence`: u = hash(sequence, view). `per_batch`: u = hash(batch, view), the same for a whole batch.
+        `stratified`: u = hash(batch, view) + slot / batch_size mod 1, so that a batch covers time evenly (Kingma et
+        al. 2021, Variational diffusion models). Validation (a negative view) always draws per sequence.
 
         Args:
             seed: of the run, or of the validation.
@@ -113,11 +111,8 @@ class TimeInput(BaseModel, frozen=True):
             slots: place of each row in its batch: [B].
             batch_size: rows of a batch.
 
-        Returns:
-            [B], int64.
-
         Raises:
-            ConfigError: the sampling goes by batch and the batches are not given.
+            ConfigError: steps are drawn by batch, and the batches are not given.
         """
         if self.fixed >= 0:
             return np.full(len(sequence_ids), self.fixed, dtype=np.int64)
@@ -134,30 +129,30 @@ class TimeInput(BaseModel, frozen=True):
 
 
 class MaskSpec(BaseModel, frozen=True):
-    """How inputs are corrupted in one stage. A value: it enters ids as it stands."""
+    """How inputs are corrupted in one stage. Enters ids unchanged."""
 
     seed: int = Field(ge=0, lt=2**31)
     ratio: float = Field(ge=0.0, le=1.0)
-    """Share of the positions that is masked."""
+    """Fraction of positions that is masked."""
     corruption: Literal["bert", "mask"]
     mask_token: int = Field(ge=0)
     n_regular_tokens: int = Field(ge=1)
-    """Random replacements are drawn from so many ids, counted from 0: never a special token."""
+    """Number of ids that random replacements are drawn from, counted from 0 without special tokens."""
     time: TimeInput | None = None
-    """Time-as-input: each sequence has the ratio of its step, and `ratio` is not used."""
+    """For time-as-input: each sequence has the ratio of its step, and `ratio` is not used."""
     special_tokens: tuple[int, ...] = ()
-    """Ids that the count of regular ones skips, ascending; a tokenizer may have them anywhere."""
+    """Ids that are not regular, ascending; a tokenizer may have them anywhere."""
 
     @property
     def mean_ratio(self) -> float:
-        """The share of positions that is masked, on average over time where time is an input."""
+        """The fraction of positions that is masked, averaged over time-as-input."""
         if self.time is None:
             return self.ratio
         ratios = self.time.ratios(np.arange(self.time.n_steps, dtype=np.int64))
         return float(ratios.mean() if self.time.fixed < 0 else ratios[self.time.fixed])
 
     def at_ratio(self, ratio: float) -> MaskSpec:
-        """Return the same corruption at one ratio: where time is an input, at the step whose ratio is nearest."""
+        """Return the same corruption at one ratio; for time-as-input, at the step with the nearest ratio."""
         if self.time is None:
             return self.model_copy(update={"ratio": ratio})
         ratios = self.time.ratios(np.arange(self.time.n_steps, dtype=np.int64))
@@ -171,20 +166,17 @@ class MaskSpec(BaseModel, frozen=True):
     def masks(self, sequence_ids: IntArray, view: int, seq_len: int, steps: IntArray | None = None) -> BoolArray:
         """Return which positions are masked.
 
-        Position p of sequence s is masked iff hash(seed, s, view, p) < ratio, so the masks of a
-        lower ratio are contained in those of a higher one, and a row never depends on its batch.
+        Position p of sequence s is masked iff hash(seed, s, view, p) < ratio. So the masks of a lower ratio are
+        contained in those of a higher one, and a row does not depend on its batch.
 
         Args:
             sequence_ids: [B].
             view: which draw.
             seq_len: T.
-            steps: time step of each sequence, with time-as-input: [B].
+            steps: time step of each sequence, for time-as-input only: [B].
 
         Returns:
             [B, T], True where masked.
-
-        Raises:
-            ConfigError: steps are missing, or there is no time-as-input to read them.
         """
         if (self.time is None) != (steps is None):
             allowed = "the steps of time-as-input are needed" if steps is None else "this corruption has one ratio"
@@ -193,19 +185,10 @@ class MaskSpec(BaseModel, frozen=True):
         return hash_uniform(self.seed, _SALT_MASKED, *_keys(sequence_ids, view, seq_len)) < ratio
 
     def corrupt(self, tokens: IntArray, masks: BoolArray, sequence_ids: IntArray, view: int) -> IntArray:
-        """Return the tokens with the masked positions corrupted.
+        """Return a copy of tokens [B, T] that is corrupted where masks [B, T] are true.
 
-        `mask` puts [MASK] everywhere; `bert` puts [MASK] at 80 %, a random token at 10 % and keeps
-        10 % (Devlin et al. 2019, section 3.1).
-
-        Args:
-            tokens: [B, T].
-            masks: [B, T].
-            sequence_ids: [B].
-            view: which draw.
-
-        Returns:
-            [B, T], a new array.
+        `mask` puts [MASK] at all of these positions; `bert` puts [MASK] at 80 % of them, a random token at 10 % and
+        keeps 10 % (Devlin et al. 2019, section 3.1).
         """
         if self.corruption == "mask":
             return np.where(masks, self.mask_token, tokens)
@@ -216,7 +199,7 @@ class MaskSpec(BaseModel, frozen=True):
         return np.where(masks, replacement, tokens)
 
     def _regular_tokens(self, numbers: IntArray) -> IntArray:
-        """Return the n-th regular id of each n: [...] to [...]. They are in order, with the specials left out."""
+        """Return the n-th regular id for each n: [...] to [...]."""
         specials = np.asarray(self.special_tokens, dtype=np.int64)
         n_regular_before = specials - np.arange(len(specials))
         return numbers + np.searchsorted(n_regular_before, numbers, side="right")

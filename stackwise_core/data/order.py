@@ -1,4 +1,4 @@
-"""The order in which rows are visited: a pure function of (seed, epoch), shared by all stages."""
+"""The order in which rows are visited: a pure function of seed and epoch, the same in all stages."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from stackwise_core.errors import ConfigError, Fault
 
 
 class RowOrder(BaseModel, frozen=True):
-    """Which rows step s reads, and under which view. A value: it enters ids as it stands.
+    """Which rows each step reads, and under which view. Resuming needs only the number of the step.
 
-    An epoch is a permutation of the `n_rows` training sequences cut into whole batches; what does
-    not fill a batch is left out of that epoch (another permutation brings it in). The view of
-    epoch e is e mod `views`. Resuming needs one integer: the step.
+    An epoch is a permutation of the `n_rows` training sequences, cut into full batches; the rest is left out of that
+    epoch. The view of epoch e is e mod `views`.
 
-    With `fixed_batches` the rows of a view are cut into batches once and for all, and its epochs only
-    shuffle the batches: what is drawn per batch, a time step, then belongs to the row under its view,
-    and a cache can hold it. What does not fill a batch is left out of the whole view.
+    With `fixed_batches` the rows of a view are cut into batches once, and its epochs only shuffle the batches. What is
+    drawn per batch, such as a time step, is then the same for a row whenever it is read under that view, so that a
+    cache can hold it. The rest is then left out of the whole view.
     """
 
     seed: int
@@ -30,15 +29,11 @@ class RowOrder(BaseModel, frozen=True):
     views: int
     fixed_batches: bool = False
     block: int = 0
-    """Rows in a block; 0 shuffles all rows among one another."""
+    """Rows in a block that stays together; 0 shuffles all rows."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in one pass over the rows.
-
-        Raises:
-            ConfigError: the rows do not fill one.
-        """
+        """Full batches in one pass over the rows; raises ConfigError if they do not fill one."""
         if self.n_rows < self.batch_size:
             allowed = f"the corpus gives only {self.n_rows} training sequences"
             raise ConfigError([Fault("training.batch_size", str(self.batch_size), allowed)])
@@ -57,7 +52,7 @@ class RowOrder(BaseModel, frozen=True):
         """Return the batches of a view in the order of an epoch: [steps_per_epoch] batch numbers."""
         if not self.fixed_batches:
             return np.arange(self.steps_per_epoch, dtype=np.int64)
-        # Batches were cut from the mixed blocks: an epoch that leaves them together reads the same runs.
+        # Keep batches from the same mixed blocks together, so that an epoch still reads few runs of the store.
         together = -(-self.block * MIXED_BLOCKS // self.batch_size)
         return _permutation(self.seed, SALT_ORDER, epoch, self.steps_per_epoch, together, mixed=1)
 
@@ -81,32 +76,24 @@ class RowOrder(BaseModel, frozen=True):
             yield rows, epoch % self.views, int(numbers[place])
 
     def places(self, rows: IntArray, view: int) -> tuple[IntArray, IntArray]:
-        """Return where some rows are read under a view, which only fixed batches say.
+        """Return batch [R] and slot [R] of some rows [R] under a view; rows that do not fill a batch are past the last.
 
-        Args:
-            rows: row numbers [R].
-            view: 0 .. views - 1.
-
-        Returns:
-            batches [R] and slots [R]; rows that do not fill a batch are in one past the last.
+        Only fixed batches have them: without, a row is in another batch in every epoch.
         """
-        assert self.fixed_batches, "a row is in another batch every epoch"
+        assert self.fixed_batches
         positions = _positions(self, view)[rows]
         return positions // self.batch_size, positions % self.batch_size
 
     def count_visited(self, steps: int) -> int:
-        """Return how many (row, view) pairs `visited` would, without drawing an order; at most that many."""
+        """Return how many pairs `visited` returns, at most, without drawing an order."""
         reads = steps * self.batch_size
         per_view = self.n_rows // self.batch_size * self.batch_size if self.fixed_batches else self.n_rows
         return min(reads, self.views * min(per_view, reads))
 
     def visited(self, steps: int) -> tuple[IntArray, IntArray]:
-        """Return the distinct (row, view) pairs that `steps` steps read, ordered by view, then row.
+        """Return the distinct pairs of row [R] and view [R] that `steps` steps read, ordered by view, then row.
 
-        Where every row is visited under every view, entry view * n_rows + n is row n.
-
-        Returns:
-            rows [R] and views [R], R <= n_rows * views.
+        If every row is visited under every view, entry view * n_rows + n is row n.
         """
         seen = np.zeros((self.views, self.n_rows), dtype=bool)
         epochs = -(-steps // self.steps_per_epoch)
@@ -120,15 +107,15 @@ class RowOrder(BaseModel, frozen=True):
 
 
 MIXED_BLOCKS = 16
-"""Blocks whose rows are shuffled with one another: so many runs of a store are read at once."""
+"""Number of blocks whose rows are shuffled together: as many runs of a store are read at once."""
 
 
 def _permutation(seed: int, salt: int, key: int, n: int, block: int, mixed: int = MIXED_BLOCKS) -> IntArray:
-    """Return a permutation of 0 .. n - 1, with a `block` one in which near numbers stay near."""
+    """Return a permutation of 0 .. n - 1; with a `block`, one that keeps numbers of a block near one another."""
     if not block:
         return _shuffled(seed, salt, key, n)
     blocks = np.arange(-(-n // block), dtype=np.int64)
-    # Numbers past the last row: what they are hashed to has nothing to do with the rows' own hashes.
+    # Numbers past the last row, so that the hashes of blocks are independent of those of rows.
     order = blocks[np.argsort(hash_bits(seed, salt, key, n + blocks), kind="stable")]
     rank = np.empty_like(order)
     rank[order] = blocks
@@ -143,7 +130,7 @@ def _shuffled(seed: int, salt: int, key: int, n: int) -> IntArray:
     return np.argsort(hash_bits(seed, salt, key, numbers), kind="stable").astype(np.int64)
 
 
-@functools.lru_cache(maxsize=2)  # a store is filled view by view, some rows at a time
+@functools.lru_cache(maxsize=2)  # a store is filled view by view
 def _positions(order: RowOrder, view: int) -> IntArray:
     """Return the position of every row in the permutation that a view's batches are cut from: [n_rows]."""
     rows = _permutation(order.seed, SALT_BATCHES, view, order.n_rows, order.block)

@@ -17,12 +17,12 @@ from stackwise_core.data.tokenizer import TokenArray, Tokenizer, token_dtype
 from stackwise_core.errors import CorpusError
 
 FIRST_VALIDATION_ID = 1 << 40
-"""Validation sequences are numbered from here, so that an id tells its split."""
+"""Validation sequences are numbered from here, so that an id shows its split."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents ordered by content hash, so that neither names nor folders matter."""
+    """Documents ordered by content hash, so that names and folders do not matter."""
 
     source: str
     documents: tuple[Document, ...]
@@ -30,12 +30,12 @@ class Corpus:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all texts, or the number of all tokens."""
+        """Bytes of all texts, or number of all tokens."""
         return sum(document.n_bytes for document in self.documents)
 
     @property
     def is_tokens(self) -> bool:
-        """Whether the documents are tokens already, and no text."""
+        """Whether the documents are tokens rather than text."""
         return self.documents[0].is_tokens
 
 
@@ -46,9 +46,9 @@ class PackedSequences:
     tokens: TokenArray
     sequence_ids: IntArray
     targets: IntArray | None = None
-    """Of a custom objective: [N, T]."""
+    """For a custom objective: [N, T]."""
     masks: BoolArray | None = None
-    """Of a custom objective, True at the loss positions: [N, T]."""
+    """For a custom objective, True at the loss positions: [N, T]."""
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -59,7 +59,7 @@ class PackedSequences:
         return self.tokens[rows].astype(np.int64), self.sequence_ids[rows]
 
     def fields(self, rows: IntArray) -> dict[str, NDArray[Any]]:
-        """Return what a batch of some rows holds: input_ids [B, T], sequence_ids [B], and targets and masks if any."""
+        """Return a batch of some rows: input_ids [B, T], sequence_ids [B], and targets and masks if there are any."""
         tokens, ids = self.take(rows)
         own = {"targets": self.targets, "masks": self.masks}
         given = {name: array[rows] for name, array in own.items() if array is not None}
@@ -71,22 +71,14 @@ class PackedSequences:
 
 
 def read_corpus(source: str, *, examples: bool = False) -> Corpus:
-    """Read every document of a source; those of a .bin are mapped, not read.
-
-    Args:
-        source: 'stdlib', the path or glob of text, jsonl, parquet or uint16 .bin files, or 'hf:owner/name'.
-        examples: whether tables hold examples of a custom objective, and not a text a row.
-
-    Raises:
-        CorpusError: nothing matches, or a file cannot be read, is empty or is not what its name says.
-    """
+    """Read every document of a source; see `documents_of`. Files of tokens are memory-mapped."""
     found = (document for document in documents_of(source, examples=examples) if document.content)
     documents = tuple(sorted(found, key=lambda document: document.digest))
     return Corpus(source, documents, _digest(source, [document.digest for document in documents]))
 
 
 def corpus_facts(source: str, *, examples: bool = False) -> tuple[str, int]:
-    """Return the content hash of a source, and its bytes; see `read_corpus`. One document is in memory at a time."""
+    """Return the content hash of a source and its size, with one document in memory at a time; see `documents_of`."""
     found = documents_of(source, examples=examples)
     facts = sorted((document.digest, document.n_bytes) for document in found if document.content)
     return _digest(source, [digest for digest, _ in facts]), sum(n_bytes for _, n_bytes in facts)
@@ -103,14 +95,8 @@ def pack(
 ) -> tuple[PackedSequences, PackedSequences]:
     """Split documents into train and validation, then cut each into sequences of `seq_len` tokens.
 
-    Each text is followed by the tokenizer's end token, if it has one; tokens are taken as they are. What does
-    not fill the last sequence is dropped.
-
-    Returns:
-        The train and the validation sequences.
-
-    Raises:
-        CorpusError: a split does not fill one sequence.
+    Each text is followed by the tokenizer's end token, if it has one. Tokens that do not fill the last sequence are
+    dropped. Raises CorpusError if a split does not fill one sequence.
     """
     cut = _cut_tokens if corpus.is_tokens else functools.partial(_cut_text, tokenizer)
     train_parts, validation_parts = _split(corpus, validation_fraction)
@@ -131,9 +117,9 @@ def pack(
 
 
 def _split(corpus: Corpus, fraction: float) -> tuple[list[Content], list[Content]]:
-    """Hold out whole documents; where they are too few or too uneven for that, the end of each.
+    """Hold out complete documents; if those exceed the fraction by over a quarter, hold out the end of each instead.
 
-    Held-out documents must come within a quarter of the asked fraction; equal ones stay on one side.
+    Documents of equal content are never split between the two sides.
     """
     contents = [document.content for document in corpus.documents]
     wanted = fraction * sum(map(len, contents))
@@ -152,21 +138,21 @@ def _split(corpus: Corpus, fraction: float) -> tuple[list[Content], list[Content
 
 
 def _character_start(text: Content, cut: int) -> int:
-    """Move a cut to the left until it splits no UTF-8 character."""
+    """Move a cut to the left, to the start of a UTF-8 character."""
     while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:
         cut -= 1
     return cut
 
 
 def _token_start(_: Content, cut: int) -> int:
-    """Move a cut to the left until it splits no token of two bytes."""
+    """Move a cut to the left, to the start of a token of two bytes."""
     return cut - cut % 2
 
 
 def _cut_text(tokenizer: Tokenizer, texts: list[Content], seq_len: int, most: int) -> TokenArray:
-    """Return at most so many sequences of texts [N, T]; 0 takes all."""
+    """Return at most `most` sequences of texts [N, T]; 0 returns all."""
     dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-    buffer, wanted = bytearray(), most * seq_len * dtype.itemsize  # one copy of the tokens, however many the texts
+    buffer, wanted = bytearray(), most * seq_len * dtype.itemsize  # not a list, for one copy of the tokens
     for tokens in _with_ends(texts, tokenizer):
         buffer += tokens.data
         if wanted and len(buffer) >= wanted:
@@ -183,7 +169,7 @@ def _with_ends(texts: list[Content], tokenizer: Tokenizer) -> Iterator[TokenArra
 
 
 def _cut_tokens(parts: list[Content], seq_len: int, most: int) -> TokenArray:
-    """Return at most so many sequences of what .bin files hold [N, T]; of one file a view."""
+    """Return at most `most` sequences of .bin files [N, T]; of a single file a view."""
     pieces = [tokens_in(part) for part in parts if len(part)]
     if len(pieces) == 1:
         return _rows(pieces[0], seq_len, most)

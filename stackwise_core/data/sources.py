@@ -1,4 +1,4 @@
-"""Where a corpus comes from: the documents that `data.source` names. Needs no torch."""
+"""The documents that `data.source` names. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stackwise_core.data.tables import HUB, TEXT, NumberedRow, hub_rows, jsonl_o
 from stackwise_core.errors import CorpusError
 
 _KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".bin": "uint16 token"}
-"""By suffix; every other file is text."""
+"""By suffix; all other files are text."""
 
 _CHUNK = 1 << 20
 
@@ -26,18 +26,18 @@ Content = bytes | memoryview
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What stays together: its content, and the sha256 of that, by which documents are ordered."""
+    """A text, or a file of tokens, with the hash that documents are ordered by."""
 
     name: str
     """For messages."""
     content: Content
-    """UTF-8 text; of a .bin its tokens, uint16 little-endian, mapped and not read."""
+    """UTF-8 text, or memory-mapped tokens, uint16 little-endian."""
     digest: str
     is_tokens: bool = False
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the text, or tokens: in either case the most tokens that it gives."""
+        """Bytes of the text, or number of tokens: in either case the most tokens it can give."""
         return len(self.content) // (2 if self.is_tokens else 1)
 
 
@@ -45,11 +45,12 @@ def documents_of(source: str, *, examples: bool) -> Iterator[Document]:
     """Yield every document of a source, in no particular order.
 
     Args:
-        source: as `data.source`.
-        examples: whether tables hold examples (then each is one document, as jsonl), and not a text a row.
+        source: 'stdlib', the path or glob of text, jsonl, parquet or uint16 .bin files, or 'hf:owner/name'.
+        examples: whether tables hold examples for a custom objective (each table is then one document of jsonl),
+            rather than one text per row.
 
     Raises:
-        CorpusError: nothing matches, kinds are mixed, or a file or row is not as it should be.
+        CorpusError: no file matches, their kinds are mixed, or a file or row cannot be read as its kind.
     """
     column = None if examples else TEXT
     if source.startswith(HUB):
@@ -103,7 +104,7 @@ def _paths(source: str) -> list[Path]:
 
 
 def _standard_library() -> list[Path]:
-    """Return the sources of the running Python's library, without its tests, some of which are not UTF-8."""
+    """Return the source files of the running Python's library, without its tests: some of them are not UTF-8."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
     paths = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
@@ -127,14 +128,14 @@ def _read_text(path: Path) -> bytes:
         raise CorpusError(f"data.source: {path} cannot be read ({error.strerror})") from None
     wrong = _first_non_utf8(text)
     if wrong is not None:
-        raise CorpusError(f"data.source: {path} is no UTF-8 text (byte {wrong}); give text files")
+        raise CorpusError(f"data.source: {path} is not UTF-8 text (byte {wrong}); give text files")
     if b"\0" in text:
         raise CorpusError(f"data.source: {path} is binary (byte {text.index(0)} is NUL); give text files")
     return text
 
 
 def _first_non_utf8(text: bytes) -> int | None:
-    """Return where a text stops being UTF-8; decoding it whole could take four times its size."""
+    """Return where a text stops being UTF-8. Decoded in chunks, since the decoded text may be four times as large."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     for start in range(0, len(text), _CHUNK):
         n_pending = len(decoder.getstate()[0])
@@ -160,28 +161,28 @@ def _token_document(path: Path, examples: bool) -> Document:
     if size % 2:
         allowed = "a .bin holds uint16 tokens, two bytes each, and no header"
         raise CorpusError(f"data.source: {path} has {size:,} bytes, an odd number; {allowed}")
-    # Not the digest of a text that has the same bytes: what they mean differs.
+    # The prefix tells the digest from that of a text of the same bytes.
     digest = hashlib.sha256(b"uint16 tokens\0")
     digest.update(content)
     return Document(str(path), content, digest.hexdigest(), is_tokens=True)
 
 
 def tokens_in(content: Content) -> NDArray[np.uint16]:
-    """Return the content of a .bin, or a part of it, as token ids: [n], a view."""
+    """Return a view of the content of a .bin as token ids: [n]."""
     return np.frombuffer(content, "<u2")
 
 
 def check_tokens(document: Document, n_tokens: int, remedy: str, forbidden: int | None = None) -> None:
-    """Check every token of a .bin, a chunk in memory at a time.
+    """Check every token of a .bin, one chunk at a time.
 
     Args:
         document: of a .bin.
-        n_tokens: tokens are below this.
-        remedy: what to do about one that is not.
-        forbidden: a token that must not occur: [MASK], where inputs are masked.
+        n_tokens: tokens must be below this.
+        remedy: what to do about a wrong token.
+        forbidden: a token that must not occur: [MASK], if inputs are masked.
 
     Raises:
-        CorpusError: names the first wrong token, its file and where it stands there.
+        CorpusError: names the first wrong token with its file and position.
     """
     tokens = tokens_in(document.content)
     for start in range(0, len(tokens), _CHUNK):

@@ -1,4 +1,4 @@
-"""Rows of jsonl and parquet files and of Hugging Face datasets, and what their columns must hold. Needs no torch."""
+"""Rows of jsonl and parquet files and of Hugging Face datasets. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from stackwise_core.errors import CorpusError
 
 Row = dict[str, Any]
 NumberedRow = tuple[int, Row]
-"""A row and its number: of a line in its file, of a record in its table, counted from 1."""
+"""The number of a line in its file or of a record in its table, from 1, and the row."""
 
 TEXT = "text"
-"""The column that documents are read from."""
+"""The column of documents."""
 
 HUB = "hf:"
 _HUB_NAME = re.compile(r"hf:(?P<name>[^/:]+/[^/:]+)(/(?P<config>[^/:]+))?(:(?P<split>.+))?")
@@ -25,11 +25,7 @@ _HUB_NAME = re.compile(r"hf:(?P<name>[^/:]+/[^/:]+)(/(?P<config>[^/:]+))?(:(?P<s
 
 
 def jsonl_rows(path: Path) -> Iterator[NumberedRow]:
-    """Yield the objects of a jsonl file, one a line; blank lines are none.
-
-    Raises:
-        CorpusError: the file cannot be read, or names the line that is no JSON object.
-    """
+    """Yield the objects of a jsonl file, skipping blank lines."""
     number = 0
     try:
         with path.open("rb") as file:
@@ -43,17 +39,13 @@ def jsonl_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def parse_object(line: bytes) -> Row:
-    """Return the JSON object of a line.
-
-    Raises:
-        ValueError: says what it is instead.
-    """
+    """Return the JSON object of a line; raises ValueError if it is something else."""
     try:
         row: Any = json.loads(line, object_pairs_hook=_object)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"is no JSON ({error})") from None
+        raise ValueError(f"is not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise ValueError("is no JSON object")
+        raise ValueError("is not a JSON object")
     return row
 
 
@@ -62,20 +54,12 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         doubled = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"has the key {doubled!r} twice, and only one can count; leave one out")
+        raise ValueError(f"has the key {doubled!r} twice; leave one out")
     return row
 
 
 def parquet_rows(path: Path, column: str | None) -> Iterator[NumberedRow]:
-    """Yield the rows of a parquet file, a thousand in memory at a time.
-
-    Args:
-        path: of the file.
-        column: the only one to read; None reads all.
-
-    Raises:
-        CorpusError: the file cannot be read, has no such column, or pyarrow is not installed.
-    """
+    """Yield the rows of a parquet file, with a thousand in memory at a time; `column` is the only one to read."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -94,18 +78,11 @@ def parquet_rows(path: Path, column: str | None) -> Iterator[NumberedRow]:
 
 
 def hub_rows(source: str, column: str | None) -> Iterator[NumberedRow]:
-    """Yield the rows of a Hugging Face dataset.
-
-    The library `datasets` downloads it once, into its own cache, and maps it from there: ids are of content,
-    so every command reads all of it.
+    """Yield the rows of a Hugging Face dataset, which the library `datasets` downloads once into its own cache.
 
     Args:
-        source: 'hf:owner/name', 'hf:owner/name/config', and ':split' after either; the split is 'train' by default.
+        source: 'hf:owner/name' or 'hf:owner/name/config', and ':split' after either; the split is 'train' by default.
         column: the only one to read; None reads all.
-
-    Raises:
-        CorpusError: another spelling, no such dataset, configuration, split or column, no connection, or
-            `datasets` is not installed.
     """
     named = _HUB_NAME.fullmatch(source)
     if named is None:
@@ -117,7 +94,7 @@ def hub_rows(source: str, column: str | None) -> Iterator[NumberedRow]:
         raise CorpusError(f"data.source: got {source!r}; it needs datasets: pip install 'stackwise[hub]'") from None
     try:
         dataset: Any = datasets.load_dataset(named["name"], named["config"], split=named["split"] or "train")
-    except Exception as error:  # the library and what it stands on raise nothing narrower
+    except Exception as error:  # the library may raise anything
         remedy = "check owner, name, configuration and split, and the connection to the hub"
         raise CorpusError(f"data.source: got {source!r}; cannot be loaded ({_first_line(error)}); {remedy}") from None
     names = _checked_names(source, dataset.column_names, column)
@@ -134,11 +111,7 @@ def _checked_names(where: str, names: list[str], column: str | None) -> list[str
 
 
 def text_of(row: Row) -> bytes:
-    """Return the text of a row, as UTF-8.
-
-    Raises:
-        ValueError: says what stands there instead.
-    """
+    """Return the text of a row as UTF-8; raises ValueError if it has none."""
     if TEXT not in row:
         raise ValueError(_missing(TEXT, list(row)))
     text = row[TEXT]
@@ -147,16 +120,16 @@ def text_of(row: Row) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{TEXT} holds half a surrogate pair at character {error.start}, which is no text") from None
+        raise ValueError(f"{TEXT} holds half a surrogate pair at character {error.start}, which is not text") from None
 
 
 def jsonl_of(rows: Iterable[NumberedRow]) -> bytes:
-    """Return rows as jsonl, the form examples are read from; what JSON lacks is spelt as Python does."""
+    """Return rows as jsonl, which examples are read from; values that JSON lacks as their Python repr."""
     return b"".join(json.dumps(row, default=repr).encode() + b"\n" for _, row in rows)
 
 
 def shortened(value: Any) -> str:
-    """Return a value as it may stand in a message."""
+    """Return the repr of a value, cut for a message."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,63 +16,43 @@ from stackwise_core.errors import ConfigError, Fault
 TokenArray = NDArray[np.uint16 | np.uint32]
 
 
-class Tokenizer(Protocol):
-    """What packing, masking and ids need to know of a tokenizer."""
+class Tokenizer(ABC):
+    """What packing, masking and ids need from a tokenizer."""
 
-    @property
-    def name(self) -> str:
-        """What enters ids: 'byte', or 'sha256:' and the hash of the file, wherever that lies."""
-        ...
+    name: str
+    """As it enters ids: 'byte', or 'sha256:' and the hash of the file."""
+    vocab_size: int
+    """One more than the largest id."""
+    n_regular_tokens: int
+    """Number of ids that stand for text and may be drawn as random replacements."""
+    special_tokens: tuple[int, ...]
+    """The ids below the largest regular one that are not regular, ascending; later ones may be left out."""
+    mask_token: int | None
+    """Replaces masked tokens."""
+    pad_token: int
+    """Fills an example that is shorter than its row."""
+    end_token: int | None
+    """Follows every document; None for no such token."""
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        ...
-
-    @property
-    def n_regular_tokens(self) -> int:
-        """How many ids stand for text, and may be drawn as random replacements."""
-        ...
-
-    @property
-    def special_tokens(self) -> tuple[int, ...]:
-        """Ids that the count of regular ones skips, ascending; specials after all regular ones may be left out."""
-        ...
-
-    @property
-    def mask_token(self) -> int | None:
-        """What a masked position becomes; None if there is none."""
-        ...
-
-    @property
-    def pad_token(self) -> int:
-        """What fills an example that is shorter than its row."""
-        ...
-
-    @property
-    def end_token(self) -> int | None:
-        """What stands after every document; None puts nothing there."""
-        ...
-
+    @abstractmethod
     def encode(self, text: bytes) -> TokenArray:
         """Return the ids of a UTF-8 text: [number of tokens], of `token_dtype(vocab_size)`."""
-        ...
 
+    @abstractmethod
     def decode(self, tokens: IntArray) -> str:
-        """Return readable text, specials by their names."""
-        ...
+        """Return readable text, with special tokens by their names."""
 
 
 _MOST_TOKENS = 2**24
-"""What `model.vocab_size` may be."""
-_TOKENS_OF_A_CHARACTER = 4
-"""At most, where a token is a byte of UTF-8."""
-_NO_CHARACTER = "\ufffd"
-"""What is read where bytes are none, or not yet one."""
+"""The largest `model.vocab_size`."""
+_MOST_TOKENS_PER_CHARACTER = 4
+"""Where a token is a byte of UTF-8."""
+_REPLACEMENT = "\ufffd"
+"""Decoded from bytes that are not, or not yet, a character."""
 
 
-class ByteTokenizer:
-    """256 bytes and three specials. Any text is encodable, nothing is unknown."""
+class ByteTokenizer(Tokenizer):
+    """256 bytes and three special tokens; it encodes any text."""
 
     name = "byte"
     n_regular_tokens = 256
@@ -85,35 +65,31 @@ class ByteTokenizer:
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
 
     def decode(self, tokens: IntArray) -> str:
-        """Return readable text; specials appear as [MASK], [PAD], [END]."""
+        """Return readable text, with special tokens as [MASK], [PAD], [END]."""
         names = {self.mask_token: b"[MASK]", self.pad_token: b"[PAD]", self.end_token: b"[END]"}
         pieces = [bytes([token]) if token < 256 else names.get(token, b"[?]") for token in map(int, tokens)]
         return b"".join(pieces).decode("utf-8", errors="replace")
 
 
-class FileTokenizer:
-    """A tokenizer of the Hugging Face library `tokenizers`, as its tokenizer.json describes it.
+class FileTokenizer(Tokenizer):
+    """A tokenizer of the Hugging Face library `tokenizers`, described by a tokenizer.json.
 
-    Masks are [MASK] or <mask>; a document ends with the first of [END], <|endoftext|>, </s>, [SEP]
-    that there is; padding is [PAD] or <pad>, else the end token, else 0.
+    The mask token is [MASK] or <mask>; the end token the first of [END], <|endoftext|>, </s>, [SEP] that exists; the
+    pad token [PAD] or <pad>, else the end token, else 0.
     """
 
     def __init__(self, description: str) -> None:
-        """Read the text of a tokenizer.json.
-
-        Raises:
-            ValueError: it is none, or its vocabulary has no regular token.
-        """
+        """Parse the text of a tokenizer.json; raises ValueError if it is not one or has no regular token."""
         from tokenizers import Tokenizer as Library
 
         try:
             self._library = Library.from_str(description)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(str(error)) from None
-        # The file may ask for either, meant for batches of sentences; a corpus is packed whole.
+        # A file may ask for both, for batches of sentences; here the whole text is packed.
         self._library.no_truncation()
         self._library.no_padding()
-        # A text that spells [MASK] is text: read as the special token, it would be a hole in the input.
+        # A text that contains "[MASK]" must not become a masked position.
         self._library.encode_special_tokens = True
         if getattr(self._library.model, "dropout", None):
             raise ValueError("it drops merges at random (dropout), so that a text would have no one encoding")
@@ -132,11 +108,11 @@ class FileTokenizer:
         if not regular:
             raise ValueError("its vocabulary is empty")
         self.n_regular_tokens = len(regular)
-        # Ids that the vocabulary leaves out are no more to be drawn than specials.
+        # Ids missing from the vocabulary must not be drawn either.
         self.special_tokens = tuple(token for token in range(self.vocab_size) if token not in regular)
 
     def encode(self, text: bytes) -> TokenArray:
-        """Return the ids of a UTF-8 text, without the specials that a template would put around it."""
+        """Return the ids of a UTF-8 text, without the special tokens that a template would add around it."""
         try:
             ids = self._library.encode(text.decode("utf-8"), add_special_tokens=False).ids
         except Exception as error:  # the library raises nothing narrower
@@ -145,21 +121,17 @@ class FileTokenizer:
         return np.array(ids, dtype=token_dtype(self.vocab_size))
 
     def decode(self, tokens: IntArray) -> str:
-        """Return readable text, specials by their names."""
+        """Return readable text, with special tokens by their names."""
         return self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
-    """Return the smallest type that a vocabulary's ids are stored in."""
+    """Return the smallest type that holds the ids of a vocabulary."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer that `data.tokenizer` names: 'byte', or the path of a tokenizer.json.
-
-    Raises:
-        ConfigError: there is no such file, or it describes no tokenizer.
-    """
+    """Return the tokenizer that `data.tokenizer` names; raises ConfigError if its file is missing or damaged."""
     if name == "byte":
         return ByteTokenizer()
     try:
@@ -167,13 +139,13 @@ def load_tokenizer(name: str) -> Tokenizer:
     except OSError as error:
         allowed = f"it cannot be read ({error.strerror}, seen from {Path.cwd()}); give a tokenizer.json, or use 'byte'"
     except ValueError as error:
-        allowed = f"it is no tokenizer.json ({error}); give one that the library tokenizers saved, or use 'byte'"
+        allowed = f"it is not a tokenizer.json ({error}); give one that the library tokenizers saved, or use 'byte'"
     raise ConfigError([Fault("data.tokenizer", repr(name), allowed)])
 
 
 @functools.lru_cache(maxsize=4)
 def _parsed(description: str) -> FileTokenizer:
-    """Parse a tokenizer once: every stage asks for it. The key is the file's text, so a changed file is read anew."""
+    """Parse a tokenizer once. The cache key is the text of the file, so a changed file is parsed again."""
     return FileTokenizer(description)
 
 
@@ -182,17 +154,17 @@ def _first(ids: dict[str, int], *names: str) -> int | None:
 
 
 def decode_pieces(tokenizer: Tokenizer, tokens: IntArray) -> list[tuple[str, int]]:
-    """Return tokens [T] as text cut as finely as it reads: (text, number of tokens) in order.
+    """Cut tokens [T] into the smallest pieces that decode to text: (text, number of tokens) in order.
 
-    A character may be several tokens, and a token may read differently after others: a piece is what the text grows
-    by. Joined, the pieces are `decode(tokens)`, if decoding only ever appends.
+    A character may be several tokens, and a token may decode differently after others: a piece is what it adds to the
+    text. Joined, the pieces are `decode(tokens)`, if decoding only ever appends.
     """
     pieces, before, first = list[tuple[str, int]](), "", 0
     while first < len(tokens):
-        longest = min(first + _TOKENS_OF_A_CHARACTER, len(tokens))
+        longest = min(first + _MOST_TOKENS_PER_CHARACTER, len(tokens))
         texts = {end: tokenizer.decode(tokens[:end]) for end in range(first + 1, longest + 1)}
-        whole = (end for end, text in texts.items() if not text.endswith(_NO_CHARACTER))
-        end = next(whole, first + 1)
+        complete = (end for end, text in texts.items() if not text.endswith(_REPLACEMENT))
+        end = next(complete, first + 1)
         pieces.append((texts[end][len(before) :], end - first))
         before, first = texts[end], end
     return pieces

@@ -1,7 +1,6 @@
 """Parameters, FLOPs and bytes of a stage, counted from shapes. Needs no torch.
 
-A multiply-add counts as two FLOPs. Norms, rotations and the optimizer are left out: below 1 % at the
-sizes this is for.
+A multiply-add is two FLOPs. Norms, rotations and the optimizer are left out: below 1 % at usual sizes.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def head_parameters(shape: ModelShape) -> int:
 
 
 def trainable_parameters(shape: ModelShape, spec: StageSpec) -> int:
-    """Parameters that a stage trains; head and embedding count once while they are tied."""
+    """Parameters that a stage trains; tied embedding and head count once."""
     anatomy = spec.anatomy
     count = head_parameters(shape) if anatomy.head_trains else 0
     if anatomy.embedding_trains:
@@ -56,7 +55,7 @@ def trainable_parameters(shape: ModelShape, spec: StageSpec) -> int:
 
 
 def rack_parameters(shape: ModelShape, spec: StageSpec) -> int:
-    """Parameters of the whole rack at a stage, adapters among them."""
+    """Parameters of the whole rack at a stage, including adapters."""
     stacks = sum(stack_parameters(shape, stack.n_blocks) + _adapters_of(shape, stack) for stack in spec.stacks)
     embedding = time_parameters(shape) + (0 if _tied(shape, spec) else embedding_parameters(shape))
     return stacks + head_parameters(shape) + embedding
@@ -67,12 +66,12 @@ def _adapters_of(shape: ModelShape, stack: StackSpec) -> int:
 
 
 def _tied(shape: ModelShape, spec: StageSpec) -> bool:
-    """Say whether head and embedding are one tensor: in the first stage only."""
+    """Return whether head and embedding are one tensor, as they may be in the first stage."""
     return shape.tie_embeddings and spec.index == 0
 
 
 def time_parameters(shape: ModelShape) -> int:
-    """Parameters of the time embedding: the table, if it is learned, and the projection, if it needs one."""
+    """Parameters of the time embedding: the table if it is learned, and the projection if it has one."""
     if shape.time is None:
         return 0
     table = shape.time.n_steps * shape.time.dim if shape.time.encoding == "learned" else 0

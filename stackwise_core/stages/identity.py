@@ -1,4 +1,4 @@
-"""Resolved recipes and their ids: the same recipe has the same id on every machine.
+"""Recipes and their ids: the same recipe has the same id on every machine.
 
 Ids chain: data -> stack 0 -> boundary 1 -> stack 1 -> ... Needs no torch.
 """
@@ -19,17 +19,17 @@ from stackwise_core.stages.stages import AdapterSpec, GrowthOperator, OptimSpec,
 Kind = Literal["data", "build", "trunk", "stack", "activations", "validation"]
 
 NUMERICS: dict[Kind, int] = {"data": 1, "build": 1, "trunk": 1, "stack": 1, "activations": 1, "validation": 1}
-"""Bumped whenever the numbers of a kind change for an unchanged recipe: tests/test_golden.py says when."""
+"""Raise a version when the numbers of its kind change for an unchanged recipe; the golden tests show when."""
 
 
 class Ref(BaseModel, frozen=True):
-    """The name of an artifact: what tasks exchange. It says what, never where."""
+    """The name of an artifact, which tasks exchange. It is independent of where the artifact is."""
 
     kind: Kind
     stage: int
-    """Creation index of the stage that makes it; -1 for data."""
+    """Index of the stage that makes it; -1 for data."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Hash of the recipe, in full."""
+    """Full hash of the recipe."""
 
     @property
     def name(self) -> str:
@@ -44,10 +44,9 @@ def canonical_json(value: Any) -> str:
 
 
 class Recipe(Value, frozen=True):
-    """What a core function receives to make an artifact, parents named by their hashes.
+    """Everything that determines an artifact; parents are named by their hashes.
 
-    A field that is at its default is not part of the hash, so that a later version can add fields
-    without renaming what exists.
+    Fields at their default are not hashed, so that later versions can add fields without renaming what exists.
     """
 
     kind: ClassVar[Kind]
@@ -73,7 +72,7 @@ class DataRecipe(Recipe, frozen=True):
     max_sequences: int
     validation_fraction: float
     examples: bool = False
-    """Whether the corpus holds examples with targets, one a line, and not text."""
+    """Whether the corpus holds examples with targets rather than text."""
 
 
 class BuildRecipe(Recipe, frozen=True):
@@ -86,7 +85,7 @@ class BuildRecipe(Recipe, frozen=True):
     operator: GrowthOperator
     seed: int
     source: str | None = None
-    """State of the stack that is copied."""
+    """State of the stack that it is a copy of."""
     adapter: AdapterSpec | None = None
     quantised: bool = False
     """Whether it is NF4 from the start."""
@@ -95,50 +94,50 @@ class BuildRecipe(Recipe, frozen=True):
 
 
 class TrunkRecipe(Recipe, frozen=True):
-    """The rack as a stage finds it."""
+    """The rack at the start of a stage."""
 
     kind = "trunk"
     strategy: Literal["frozen", "qlora", "full"]
     stacks: tuple[str, ...]
     """States in data-flow order."""
     trains: tuple[Trains, ...] = ()
-    """What of each trains; empty where nothing does."""
+    """What of each trains; empty if nothing does."""
     progressive: AdapterSpec | None = None
-    """What every stack of it carries besides its own adapter, if that trains; before that it is zero."""
+    """The progressive adapter of its stacks, if it trains; until then its output is zero."""
 
 
 class StackRecipe(Recipe, frozen=True):
-    """A trained stack, with the head it was trained with."""
+    """A trained stack, and the head trained with it."""
 
     kind = "stack"
     build: str
     trunk: str
     data: str
     mask: MaskSpec | None = None
-    """None is the causal objective, or a custom one."""
+    """None for the causal and custom objectives."""
     order_seed: int
     views: int
     optim: OptimSpec
     stream_dtype: str | None = None
-    """Type of the frozen trunk's stream; None where all that there is trains, or gradients flow through it."""
+    """Type of the frozen trunk's stream; None if the boundary is 0."""
     mode: Literal["append", "prepend", "joint"] = "append"
     precision: Precision = "full"
-    """What the stack is stored as from the end of its stage on."""
+    """As which the stack is stored at the end of its stage."""
     objective: str = ""
-    """Only of a custom objective: its loss."""
+    """The loss of a custom objective."""
     time_step: int | None = None
-    """Of time-as-depth."""
+    """For time-as-depth."""
     joint_times: tuple[tuple[int, float], ...] = ()
-    """Joint training where depth is time: step and mask ratio of every stack, by creation index."""
+    """For joint training with time-as-depth: step and mask ratio of every stack, by creation index."""
     weighting: Literal["mean", "elbo"] = "mean"
     shuffle_block: int = 0
-    """Of the order; 0 is the uniform one."""
+    """Of the order of rows."""
     statistics_rows: int = 0
-    """Over so many of its first rows it takes the statistics of its stacks' outputs; 0 where no stream needs them."""
+    """Number of its first rows over which channel statistics are taken; 0 if no stream needs them."""
 
 
 class ActivationRecipe(Recipe, frozen=True):
-    """The stream after the first `boundary` stacks, for the rows that the next stage visits."""
+    """A store: the stream after the first `boundary` stacks, for the rows that the next stage visits."""
 
     kind = "activations"
     boundary: int
@@ -152,11 +151,11 @@ class ActivationRecipe(Recipe, frozen=True):
     steps: int
     validation_sequences: int
     shuffle_block: int = 0
-    """Of the order, which says which rows are visited."""
+    """Of the order of rows."""
 
 
 class ValidationRecipe(Recipe, frozen=True):
-    """The judgement on a stage: its losses, and whether its cache equals the live trunk."""
+    """The validation of a stage: its losses, and whether its cache equals the live trunk."""
 
     kind = "validation"
     stack: str
@@ -164,4 +163,4 @@ class ValidationRecipe(Recipe, frozen=True):
     sequences: int
     sampled_rows: int
     grid: tuple[float, ...] = ()
-    """Mask ratios at which all stages are compared, where their own differ."""
+    """Mask ratios at which all stages are compared, if their own differ."""

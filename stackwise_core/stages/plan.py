@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel
-
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import ValidationConfig
 from stackwise_core.config.stacks import settings_of
@@ -40,12 +38,12 @@ from stackwise_core.stages.stages import StageSpec, last_trained, resolve_joint_
 
 
 class StagePlan(Value, frozen=True):
-    """Everything one stage makes, by recipe."""
+    """The recipes of everything one stage makes."""
 
     spec: StageSpec
     shape: ModelShape
     build: BuildRecipe | None
-    """None where no stack is added: the joint anneal."""
+    """None for the joint anneal, which adds no stack."""
     trunk: TrunkRecipe
     stack: StackRecipe
     activations: ActivationRecipe | None
@@ -54,7 +52,7 @@ class StagePlan(Value, frozen=True):
 
     @property
     def index(self) -> int:
-        """Number of the stage; of a growth stage also the creation index of its stack."""
+        """Number of the stage; for growth stages also the creation index of its stack."""
         return self.spec.index
 
     def ref(self, kind: Kind) -> Ref:
@@ -64,7 +62,7 @@ class StagePlan(Value, frozen=True):
         return recipe.ref(self.index)
 
     def recipe(self, kind: Kind) -> Recipe | None:
-        """Return the recipe of a kind; None where the stage makes none (a cache nobody reads)."""
+        """Return the recipe of a kind; None if the stage makes no such artifact."""
         recipes: dict[Kind, Recipe | None] = {
             "build": self.build,
             "trunk": self.trunk,
@@ -76,7 +74,7 @@ class StagePlan(Value, frozen=True):
 
 
 class RunPlan(Value, frozen=True):
-    """A whole run, by recipe: what it will be, whether or not any of it exists."""
+    """The recipes of everything a run makes."""
 
     data: DataRecipe
     corpus_bytes: int
@@ -90,7 +88,7 @@ class RunPlan(Value, frozen=True):
 
     @property
     def recipes(self) -> dict[Ref, Recipe]:
-        """Every artifact of the run and its recipe, each after what it is made from."""
+        """Every artifact of the run and its recipe, after the artifacts it is made from."""
         found: dict[Ref, Recipe] = {self.data_ref: self.data}
         for stage in self.stages:
             recipes = (stage.build, stage.trunk, stage.stack, stage.activations, stage.validation)
@@ -125,13 +123,13 @@ def plan_run(config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0)
     )
     specs, stages = resolve_stages(config), list[StagePlan]()
     for spec, reader in zip(specs, [*specs[1:], None], strict=True):
-        decision = decide_cache(config, spec, reader, corpus_bytes)
-        stages.append(_plan_stage(config, spec, reader, decision, data.ref(-1).sha256, tuple(stages)))
+        no_cache = _why_not_cached(config, spec, reader, corpus_bytes)
+        stages.append(_plan_stage(config, spec, reader, no_cache, data.ref(-1).sha256, tuple(stages)))
     return RunPlan(data=data, corpus_bytes=corpus_bytes, stages=tuple(stages))
 
 
 def stack_state(stages: Sequence[StagePlan], stack: int) -> str:
-    """Return what a stack is after some stages: the hash of the last that trained any of it."""
+    """Return the state of a stack after some stages: the hash of the last one that trained any of it."""
     anatomies = [stage.spec.anatomy for stage in stages]
     stage = last_trained(anatomies, stack, "adapters")
     sha256 = stages[stage].ref("stack").sha256
@@ -142,7 +140,7 @@ def _plan_stage(
     config: StackWiseConfig,
     spec: StageSpec,
     reader: StageSpec | None,
-    decision: CacheDecision,
+    no_cache: str,
     data: str,
     below: tuple[StagePlan, ...],
 ) -> StagePlan:
@@ -151,7 +149,7 @@ def _plan_stage(
     build = _plan_build(config, shape, spec, states)
     trained = [stack for stack in spec.trunk if anatomy.trains_of(stack) != "nothing"]
     trunk = TrunkRecipe(
-        strategy=spec.strategy if trained else "frozen",  # where nothing trains, strategies share their stages
+        strategy=spec.strategy if trained else "frozen",  # if nothing trains, all strategies share their stages
         stacks=tuple(states.values()),
         trains=tuple(anatomy.trains_of(stack) for stack in spec.trunk) if trained else (),
         progressive=spec.stacks[trained[0]].adapters.get("progressive") if trained else None,
@@ -167,22 +165,22 @@ def _plan_stage(
         views=resolve_views(config),
         optim=spec.optim,
         stream_dtype=resolve_stream_dtype(config) if anatomy.boundary else None,
-        mode="append" if spec.index == 0 and not joint else spec.mode,  # the first stack has no other end
+        mode="append" if spec.index == 0 and not joint else spec.mode,  # prepended to nothing
         precision="full" if joint else spec.new.precision,
         objective=resolve_objective(config),
-        time_step=spec.time_step if corrupts_by_time(config) else None,  # elsewhere it is recorded, and changes nothing
+        time_step=spec.time_step if corrupts_by_time(config) else None,  # otherwise it is only recorded
         joint_times=resolve_joint_times(config) if joint else (),
         weighting=config.training.loss_weighting,
-        statistics_rows=0 if joint else resolve_statistics_rows(config),  # no stage stands on a joint one
+        statistics_rows=0 if joint else resolve_statistics_rows(config),  # no stage reads the output of a joint one
     )
     sha256 = stack.ref(index).sha256
     states |= {c: sha256 if c == anatomy.newest else f"{sha256}#{c}" for c in anatomy.trained}
-    activations = _plan_activations(config, reader, states, data) if reader and decision.cached else None
+    activations = _plan_activations(config, reader, states, data) if reader and not no_cache else None
     validation = ValidationRecipe(
         stack=sha256,
         activations=activations.ref(index).sha256 if activations else None,
         sequences=config.validation.max_sequences,
-        # Without a store none is sampled, whatever is asked for: such ids hold the default.
+        # Not used without a store, so the default enters the id.
         sampled_rows=config.validation.sampled_rows if activations else ValidationConfig().sampled_rows,
         grid=resolve_grid(config),
     )
@@ -193,7 +191,7 @@ def _plan_stage(
         trunk=trunk,
         stack=stack,
         activations=activations,
-        no_cache_reason=decision.reason,
+        no_cache_reason=no_cache,
         validation=validation,
     )
 
@@ -201,7 +199,7 @@ def _plan_stage(
 def _plan_build(
     config: StackWiseConfig, shape: ModelShape, spec: StageSpec, states: dict[int, str]
 ) -> BuildRecipe | None:
-    """Plan the new stack, or the new stacks of joint training from scratch; the anneal adds none."""
+    """Plan the new stack, or all stacks of joint training from scratch; None for the joint anneal."""
     if spec.mode == "joint" and states:
         return None
     source = spec.source
@@ -221,14 +219,7 @@ def _plan_build(
 def _plan_activations(
     config: StackWiseConfig, reader: StageSpec, states: dict[int, str], data: str
 ) -> ActivationRecipe:
-    """Plan the store that the next stage reads: its boundary, its corruption, its rows.
-
-    Args:
-        config: of the run.
-        reader: the next stage.
-        states: of the stacks it finds, by creation index.
-        data: hash of the sequences.
-    """
+    """Plan the store that the next stage reads, from the states of all stacks by creation index."""
     return ActivationRecipe(
         boundary=reader.anatomy.boundary,
         stacks=tuple(states[below] for below in reader.anatomy.below),
@@ -247,38 +238,22 @@ def _plan_activations(
 # ---------------------------------------------------------------- what is cached
 
 
-class CacheDecision(BaseModel, frozen=True):
-    """Whether the cache task of a stage writes a store, or the reason to show why not."""
+def _why_not_cached(config: StackWiseConfig, writer: StageSpec, reader: StageSpec | None, corpus_bytes: int) -> str:
+    """Return why a stage writes no store for the next one, its reader; '' if it writes one.
 
-    cached: bool
-    reason: str = ""
-
-
-def decide_cache(
-    config: StackWiseConfig, writer: StageSpec, reader: StageSpec | None, corpus_bytes: int
-) -> CacheDecision:
-    """Decide what the cache task of a stage does: it writes what the next stage will read.
-
-    What lies below the first stack that trains is frozen, so its output for a sequence under a view
-    is the same in every epoch. Where gradients flow through the trunk, or it trains, nothing is.
-
-    Args:
-        config: valid.
-        writer: the stage.
-        reader: the next one; None after the last.
-        corpus_bytes: of the text, from which rows are estimated; 0 if unknown.
+    What lies below the first stack that trains is frozen, so its output for a sequence under a view is the same in
+    every epoch. Where gradients flow through the trunk, or all of it trains, nothing can be cached.
     """
     if reader is None:
         later = "" if writer.mode == "joint" else "; raising target_stacks fills it"
-        return CacheDecision(cached=False, reason=f"last stage: no stage reads it{later}")
+        return f"last stage: no stage reads it{later}"
     if reader.anatomy.boundary == 0:
-        return CacheDecision(cached=False, reason=f"stage {reader.index} streams from tokens: {_why_live(reader)}")
+        return f"stage {reader.index} streams from tokens: {_why_live(reader)}"
     if not config.training.progressive.cache_activations:
-        reason = "training.progressive.cache_activations is false: the trunk runs live"
-        return CacheDecision(cached=False, reason=reason)
+        return "training.progressive.cache_activations is false: the trunk runs live"
     if config.cache.mode == "auto" and (reason := _why_it_does_not_pay(config, writer, reader, corpus_bytes)):
-        return CacheDecision(cached=False, reason=f"cache.mode is auto: {reason}")
-    return CacheDecision(cached=True)
+        return f"cache.mode is auto: {reason}"
+    return ""
 
 
 def _why_live(reader: StageSpec) -> str:
@@ -292,7 +267,7 @@ def _why_live(reader: StageSpec) -> str:
 
 
 def _why_it_does_not_pay(config: StackWiseConfig, writer: StageSpec, reader: StageSpec, corpus_bytes: int) -> str:
-    """Compare the frozen trunk's work with and without a store: by counts, as no id may depend on a clock."""
+    """Compare the work of the frozen trunk with and without a store, by counts, since ids cannot depend on timing."""
     reads = reader.optim.steps * reader.optim.batch_size
     rows = min(reads, resolve_views(config) * _training_rows(config, corpus_bytes)) if corpus_bytes else reads
     shape, seq_len = resolve_shape(config), config.data.seq_len
@@ -307,13 +282,13 @@ def _why_it_does_not_pay(config: StackWiseConfig, writer: StageSpec, reader: Sta
 
 
 def _training_rows(config: StackWiseConfig, corpus_bytes: int) -> int:
-    """Estimate the training sequences: a byte is at most a token."""
+    """Estimate the number of training sequences: a byte is at most one token."""
     rows = max(1, int(corpus_bytes * (1 - config.data.validation_fraction)) // config.data.seq_len)
     return min(rows, config.data.max_sequences) if config.data.max_sequences else rows
 
 
 def _advances(config: StackWiseConfig, writer: StageSpec, reader: StageSpec) -> bool:
-    """Say whether the boundary is one stack above the one that the writing stage reads, under the same corruption."""
+    """Return whether the reader's boundary is one stack above the writer's, under the same corruption."""
     below = writer.anatomy.below
     same = resolve_mask(config, writer.anatomy.newest) == resolve_mask(config, reader.anatomy.newest)
     return bool(below) and same and reader.anatomy.below[:-1] == below

@@ -121,7 +121,7 @@ def test_ids_hold_the_loss_and_that_the_corpus_is_examples(tmp_path: Path, monke
 
 
 def test_text_is_no_examples(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.source: .*/corpus\.txt:1: is no JSON .* one JSON object a line"):
+    with pytest.raises(ValueError, match=r"data\.source: .*/corpus\.txt:1: is not JSON .* one JSON object a line"):
         grown(tiny(tmp_path, CUSTOM), tmp_path / "artifacts")
     assert not manifests(tmp_path / "artifacts")
 

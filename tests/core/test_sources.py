@@ -292,12 +292,12 @@ def test_bad_files_are_named(
         (b'{"text": 3}', "text is 3; a string is expected"),
         (b'{"text": null}', "text is None; a string is expected"),
         (b'{"text": ["a"]}', r"text is \['a'\]; a string is expected"),
-        (b'{"text": "a", "text": "b"}', "has the key 'text' twice, and only one can count; leave one out"),
-        (b'{"text": "ab\\ud800"}', "text holds half a surrogate pair at character 2, which is no text"),
-        (b'"text"', "is no JSON object; one JSON object a line is expected"),
-        (b"plain text", r"is no JSON \(.*\); one JSON object a line is expected"),
-        (b'{"text": "\xe9"}', r"is no JSON \(.*\); one JSON object a line is expected"),
-        (b"[" * 100_000, r"is no JSON \(.*\); one JSON object a line is expected"),
+        (b'{"text": "a", "text": "b"}', "has the key 'text' twice; leave one out"),
+        (b'{"text": "ab\\ud800"}', "text holds half a surrogate pair at character 2, which is not text"),
+        (b'"text"', "is not a JSON object; one JSON object a line is expected"),
+        (b"plain text", r"is not JSON \(.*\); one JSON object a line is expected"),
+        (b'{"text": "\xe9"}', r"is not JSON \(.*\); one JSON object a line is expected"),
+        (b"[" * 100_000, r"is not JSON \(.*\); one JSON object a line is expected"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: bytes, says: str) -> None:

@@ -207,10 +207,10 @@ def test_faults_of_the_file_are_told_by_validate(tmp_path: Path) -> None:
     for name, says in (
         ("absent.json", "it cannot be read (No such file or directory, seen from"),
         (".", "it cannot be read (Is a directory"),
-        ("text.json", "it is no tokenizer.json (expected ident"),
-        ("other.json", "it is no tokenizer.json (Model missing"),
-        ("bytes.json", "it is no tokenizer.json ('utf-8' codec"),
-        ("empty.json", "it is no tokenizer.json (its vocabulary is empty)"),
+        ("text.json", "it is not a tokenizer.json (expected ident"),
+        ("other.json", "it is not a tokenizer.json (Model missing"),
+        ("bytes.json", "it is not a tokenizer.json ('utf-8' codec"),
+        ("empty.json", "it is not a tokenizer.json (its vocabulary is empty)"),
     ):
         path = str(tmp_path / name)
         (fault,) = faults_of(config_of(path))

@@ -106,7 +106,7 @@ def test_without_a_command_or_with_another(run: Run) -> None:
         ("data.source=none/*.txt", "data.source: got 'none/*.txt'; no file matches"),
         ("data.source=empty.txt", "data.source: got 'empty.txt'; every file it names is empty"),
         ("data.source=binary.txt", "data.source: binary.txt is binary (byte 3 is NUL); give text files"),
-        ("data.source=latin.txt", "data.source: latin.txt is no UTF-8 text (byte 3); give text files"),
+        ("data.source=latin.txt", "data.source: latin.txt is not UTF-8 text (byte 3); give text files"),
         ("data.source=.", "data.source: got '.'; it is a folder; add /**/*.txt"),
     ],
 )
