@@ -20,13 +20,13 @@ from benchmarks.harness import Measure, interleaved, ratios
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
-from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader, RowSource
+from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader, RowSource, prefetched
 from stackwise_core.objectives.losses import Batch
-from stackwise_core.objectives.prefetch import prefetched
 from stackwise_core.stages.resolve import resolve_order
 from stackwise_core.stages.stages import resolve_stage
+from stackwise_core.training.optimizer import make_optimizer
 from stackwise_core.training.stage_model import StageModel
-from stackwise_core.training.training import make_optimizer, train_step
+from stackwise_core.training.training import train_step
 from storage.activations.fill import StoreRows, fill_store
 from storage.activations.reader import StoreReader
 from storage.activations.reused import ReusedRows

@@ -23,9 +23,10 @@ from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoad
 from stackwise_core.stages.costs import stage_flops
 from stackwise_core.stages.resolve import resolve_order, resolve_shape
 from stackwise_core.stages.stages import StageSpec, resolve_stage
+from stackwise_core.training.boundary import LiveTrunk, RowsFromTokens
+from stackwise_core.training.optimizer import make_optimizer
 from stackwise_core.training.stage_model import StageModel
-from stackwise_core.training.training import make_optimizer, train_step
-from stackwise_core.training.trunk import LiveTrunk, RowsFromTokens
+from stackwise_core.training.training import train_step
 from storage.activations.fill import StoreRows, fill_store
 from storage.activations.reader import StoreReader
 

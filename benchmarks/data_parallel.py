@@ -16,12 +16,14 @@ import torch
 from benchmarks.harness import Measure, interleaved, ratios
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.growth_operators import grow_stack, new_rack
-from stackwise_core.objectives.losses import Batch, clm_fields
+from stackwise_core.objectives.losses import Batch
+from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.stages.resolve import resolve_shape
 from stackwise_core.stages.stages import resolve_stage
+from stackwise_core.training.optimizer import make_optimizer
 from stackwise_core.training.ranks import ALONE, Ranks
 from stackwise_core.training.stage_model import StageModel
-from stackwise_core.training.training import make_optimizer, train_step
+from stackwise_core.training.training import train_step
 
 SEQ_LEN = 256
 N_BLOCKS = 2
@@ -85,7 +87,7 @@ def _share(vocab_size: int, batch_size: int, ranks: Ranks) -> Batch:
     rows = slice(ranks.rank * batch_size // ranks.count, (ranks.rank + 1) * batch_size // ranks.count)
     tokens = np.random.default_rng(0).integers(vocab_size, size=(batch_size, SEQ_LEN))[rows]
     ids = torch.arange(batch_size)[rows]
-    return {**clm_fields(tokens), "sequence_ids": ids, "trunk_activations": None, "stack_idx": 0}
+    return {**make_batch({"input_ids": tokens, "sequence_ids": ids}, None), "trunk_activations": None, "stack_idx": 0}
 
 
 # ---------------------------------------------------------------- the other processes

@@ -14,12 +14,14 @@ from benchmarks.harness import Measure, interleaved, ratios
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.blocks import Rack
 from stackwise_core.model.growth_operators import grow_stack, new_rack
-from stackwise_core.objectives.losses import Batch, clm_fields, summed_loss
+from stackwise_core.objectives.losses import Batch, summed_loss
+from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.stages.costs import stage_flops
 from stackwise_core.stages.resolve import ModelShape, resolve_shape
 from stackwise_core.stages.stages import OptimSpec, StageSpec, resolve_stage
+from stackwise_core.training.optimizer import make_optimizer
 from stackwise_core.training.stage_model import StageModel
-from stackwise_core.training.training import make_optimizer, train_step
+from stackwise_core.training.training import train_step
 
 SEQ_LEN = 256
 N_BLOCKS = 2
@@ -98,7 +100,7 @@ def _later_stage(shape: ModelShape, spec: StageSpec) -> StageModel:
 def _batch(vocab_size: int, batch_size: int) -> Batch:
     tokens = np.random.default_rng(0).integers(vocab_size, size=(batch_size, SEQ_LEN))
     ids = torch.arange(batch_size)
-    return {**clm_fields(tokens), "sequence_ids": ids, "trunk_activations": None, "stack_idx": 0}
+    return {**make_batch({"input_ids": tokens, "sequence_ids": ids}, None), "trunk_activations": None, "stack_idx": 0}
 
 
 def _on_trunk(batch: Batch, d_model: int) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 class StackWiseError(Exception):
@@ -53,4 +54,10 @@ class NonFiniteLossError(StackWiseError, ArithmeticError):
 class StageInterruptedError(StackWiseError):
     """A stop was asked for (SIGTERM, Ctrl-C); a checkpoint was written first."""
 
-    exit_code = 1
+    def __init__(self, message: str, state: Any = None) -> None:
+        """Keep the `TrainingState` to resume from, if training was interrupted; pickles leave it out."""
+        self.state = state
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[StageInterruptedError], tuple[str]]:
+        return type(self), (str(self),)

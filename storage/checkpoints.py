@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
@@ -33,30 +32,6 @@ STACK, HEAD, EMBEDDING, METRICS = "stack.safetensors", "head.safetensors", "embe
 CHANNELS = "channels.safetensors"
 """Statistics of the outputs of the stacks that a stage changed, where the stream is quantised."""
 Module = TypeVar("Module", bound=nn.Module)
-
-
-def tensor_digest(module: nn.Module) -> str:
-    """Return the hash of a module's tensors: names, types, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_plain(tensor).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def frozen_digests(model: StageModel) -> dict[str, str]:
-    """Return the hash of every live part of which nothing trains, by name: training must not change them."""
-    parts: dict[str, nn.Module] = {f"stack {stack.creation_index}": stack for stack in model.live_stacks()}
-    parts["head"] = model.head
-    if model.embedding is not None:
-        parts["embedding"] = model.embedding
-    frozen = {name: part for name, part in parts.items() if not any(p.requires_grad for p in part.parameters())}
-    return {name: tensor_digest(part) for name, part in frozen.items()}
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Return the tensor on the CPU, contiguous, at least one-dimensional, without gradient."""
-    return torch.atleast_1d(tensor.detach().cpu().contiguous())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from stackwise_core.data.packing import PackedSequences
 from stackwise_core.data.tokenizer import ByteTokenizer, Tokenizer, decode_pieces, load_tokenizer
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.identity import ActivationRecipe, DataRecipe
-from stackwise_core.training.trunk import InputsFromTokens
+from stackwise_core.training.boundary import InputsFromTokens
 from storage.activations.format import Group
 from storage.activations.metadata import GroupMetadata
 from storage.activations.reader import StoreReader

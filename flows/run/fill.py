@@ -14,9 +14,9 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from flows.run.boundaries import boundary_above, rows_to_store
 from flows.run.children import end_with
 from flows.run.events import stop_requested
+from flows.run.inputs import boundary_above, rows_to_store
 from flows.run.stage import Stage
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import is_used

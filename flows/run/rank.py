@@ -1,4 +1,4 @@
-"""One of the processes that train a stage together: `python -m torch.distributed.run ... -m flows.run.rank JOB`."""
+"""One rank of a stage: `python -m torch.distributed.run ... -m flows.run.rank JOB`."""
 
 from __future__ import annotations
 
@@ -6,30 +6,34 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from flows.run.children import end_with_parent
 from flows.run.events import Event, Message, StepTaken, request_stop, subscribed
-from flows.run.job import Ending, Job, encode_event
-from flows.run.training import train_live_part
+from flows.run.inputs import open_stage
+from flows.run.ranks import Ending, Job, encode_event
+from flows.run.steps import hooks_of
 from stackwise_core.errors import StackWiseError, StageInterruptedError
-from stackwise_core.training.distributed import join
+from stackwise_core.training.distributed import init_process_group
+from stackwise_core.training.training import train_stage
 from storage.durable import write_text
 
 
 def main(path: str) -> NoReturn:
-    """Train a share of a job, write down how it ended, and end; what nobody expected goes to the log as a traceback."""
+    """Train as one rank of a job, write how it ended, and exit; an unexpected error goes to the log as a traceback."""
     end_with_parent()
     job, rank = Job.model_validate_json(Path(path).read_bytes()), int(os.environ["RANK"])
     signal.signal(signal.SIGTERM, lambda number, frame: request_stop())
     ranks, code = None, 1
     try:
         stage = job.stage
-        with subscribed(_print if rank == 0 else _ignore):
-            ranks = join(stage.device, sharded=stage.plan.spec.mode == "joint")
-            trained = train_live_part(stage, job.build, job.folder, ranks)
-        code = _end(job, rank, Ending(attempt=trained.attempt))
+        with subscribed(_print_event if rank == 0 else _ignore_event):
+            ranks = init_process_group(stage.device, sharded=stage.plan.spec.mode == "joint")
+            with open_stage(stage, job.build, job.folder, ranks) as inputs:
+                trained = train_stage(inputs, hooks_of(stage, job.folder, ranks), ranks)
+        code = _end(job, rank, Ending(trained=replace(trained, records=[])))
     except StackWiseError as error:
         on_request = isinstance(error, StageInterruptedError)
         code = _end(job, rank, Ending(error=str(error), exit_code=error.exit_code, on_request=on_request))
@@ -38,7 +42,7 @@ def main(path: str) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # `ranks` is still there: see `join`
+        os._exit(code)  # while `ranks` still exists: see `init_process_group`
 
 
 def _end(job: Job, rank: int, ending: Ending) -> int:
@@ -46,13 +50,13 @@ def _end(job: Job, rank: int, ending: Ending) -> int:
     return ending.exit_code
 
 
-def _print(event: Event) -> None:
+def _print_event(event: Event) -> None:
     if isinstance(event, (StepTaken, Message)):
         print(encode_event(event), flush=True)
 
 
-def _ignore(event: Event) -> None:
-    """Drop it: rank 0 reports for all ranks."""
+def _ignore_event(event: Event) -> None:
+    """The first rank reports for all."""
 
 
 if __name__ == "__main__":

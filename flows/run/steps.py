@@ -1,33 +1,56 @@
-"""The five steps of a stage: open references, call the core, seal, return a reference.
+"""The five steps of a stage: open what they read, compute, seal, return a reference.
 
-Plain functions, without Prefect: `tasks.py` turns them into tasks, tests and benchmarks call them.
+Plain functions, without Prefect: `tasks.py` turns them into tasks.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from flows.run.boundaries import boundary_above, boundary_below, rows_to_store, store_below
-from flows.run.events import Message, RowsCached, emit, stop_requested
+import numpy as np
+
+from flows.run.events import Message, RowsCached, StepTaken, emit, stop_requested
 from flows.run.fill import Workers, by_workers, plain_workers
-from flows.run.judging import compare_cache, judge
-from flows.run.launch import train_by_ranks
-from flows.run.live_part import channels_of_output, digest_of_new, parameter_facts
-from flows.run.stage import Facts, Made, Stage, make
-from flows.run.training import train_live_part
-from stackwise_core.model.growth_operators import settle
+from flows.run.inputs import (
+    boundary_above,
+    initial_digest,
+    open_stage,
+    rows_from_tokens,
+    rows_to_store,
+    store_below,
+    stream_of,
+)
+from flows.run.ranks import train_by_ranks
+from flows.run.stage import Facts, Made, Stage, fingerprint_of, make
+from stackwise_core.data.masks import MaskSpec
+from stackwise_core.errors import StackWiseError
+from stackwise_core.model.rack_builder import count_parameters
+from stackwise_core.objectives.make_batch import validation_batch
+from stackwise_core.stages.costs import rack_parameters, stack_parameters
 from stackwise_core.stages.identity import Ref
-from stackwise_core.training.stream_error import stored_error
+from stackwise_core.stages.resolve import resolve_loss
+from stackwise_core.training.evaluate import differing_rows, judge_rack
+from stackwise_core.training.ranks import ALONE, Ranks
+from stackwise_core.training.statistics import stored_error
+from stackwise_core.training.training import Hooks, TrainingState, end_stage, train_stage
 from storage.activations.fill import fill_store_by, write_shards
 from storage.activations.reader import StoreReader
-from storage.checkpoints import METRICS, save_channels, save_trained
+from storage.checkpoints import METRICS, load_embedding, load_head, load_stack, save_channels, save_state, save_trained
 from storage.durable import write_text
+from storage.stores import open_store
 
-_ROWS_OF_ERROR = 64
-"""By which the error of the stored type is measured."""
+_ERROR_ROWS = 64
+"""Rows over which the error of the stored type is measured."""
+
+
+class CacheMismatchError(StackWiseError):
+    """Cached rows differ from what the live rack computes; the store was quarantined."""
+
+
+# ---------------------------------------------------------------- build, trunk
 
 
 def build_stack(stage: Stage) -> Ref | None:
@@ -37,7 +60,7 @@ def build_stack(stage: Stage) -> Ref | None:
         return None
 
     def work(folder: Path) -> Made:
-        description = {**recipe.dump(), "initial_tensors": digest_of_new(stage)}
+        description = {**recipe.dump(), "initial_tensors": initial_digest(stage)}
         write_text(folder / "build.json", json.dumps(description, indent=1))
         return Made({"operator": recipe.operator, "blocks": recipe.n_blocks})
 
@@ -47,7 +70,7 @@ def build_stack(stage: Stage) -> Ref | None:
 def configure_trunk(stage: Stage) -> Ref:
     """Describe the rack as this stage finds it: stacks in order, precision, adapters, what trains.
 
-    Nothing is in it that the recipe does not decide: stages of other modes share it by its id.
+    It holds only what the recipe decides, because stages of other modes share it by its id.
     """
     spec, recipe = stage.plan.spec, stage.plan.trunk
     trains = recipe.trains or ("nothing",) * len(spec.trunk)
@@ -69,26 +92,31 @@ def configure_trunk(stage: Stage) -> Ref:
     return make(stage, "trunk", [below.ref("stack") for below in stage.below], work)
 
 
+# ---------------------------------------------------------------- train
+
+
 def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
     """Train the live part of the rack on its boundary, cached or live, from the last checkpoint if there is one."""
     inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.below)]
     inputs += [*([build] if build else []), trunk, *store_below(stage)]
+    spec, shape = stage.plan.spec, stage.plan.shape
 
     def work(folder: Path) -> Made:
         by_ranks = train_by_ranks(stage, build, folder) if stage.config.hardware.processes > 1 else None
-        trained = train_live_part(stage, build, folder)  # what ranks have trained is only taken up here
-        attempt = by_ranks or trained.attempt
-        spec, model = stage.plan.spec, trained.model
-        counts = parameter_facts(stage, model)
-        for stack in spec.anatomy.trained:
-            settle(model.stack(stack))
-        save_trained(folder, spec, model, trained.records)
-        if stage.plan.stack.statistics_rows:
-            with boundary_below(stage) as boundary:
-                save_channels(folder, channels_of_output(stage, model, boundary))
+        with open_stage(stage, build, folder) as opened:
+            # After ranks have trained, the checkpoint is that of the last step, and this only restores it.
+            trained = train_stage(opened, hooks_of(stage, folder))
+            trainable = count_parameters(opened.model)["trainable_parameters"]
+            channels = end_stage(opened.model, opened.first_batches)
+        save_trained(folder, spec, opened.model, trained.records)
+        if channels:
+            save_channels(folder, channels)
+        attempt = by_ranks or trained
         n_tokens = (spec.optim.steps - attempt.first_step) * spec.optim.batch_size * stage.config.data.seq_len
         facts = {
-            **counts,
+            "stack_parameters": stack_parameters(shape, spec.n_blocks),
+            "trainable_parameters": trainable,
+            "rack_parameters": rack_parameters(shape, spec),
             "frozen_unchanged": attempt.frozen,
             "steps": spec.optim.steps,
             "first_step": attempt.first_step,
@@ -100,34 +128,67 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
     return make(stage, "train", inputs, work)
 
 
-def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers) -> Ref | None:
-    """Write the boundary that the next stage reads; None where no stage reads it, or none may.
+def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
+    """Return hooks that report steps as events and write checkpoints to the work folder.
 
-    The boundary below, if it is there, moves up by one stack; otherwise all is derived from tokens.
+    Of several ranks only the first reports and writes; its checkpoint of the last step is the result.
+    """
+    optim = stage.plan.spec.optim
+    n_tokens = optim.batch_size * stage.config.data.seq_len
+
+    def on_step(record: dict[str, float]) -> None:
+        emit(StepTaken(stage.index, int(record["step"]) + 1, optim.steps, record["loss"], n_tokens))
+
+    def on_checkpoint(state: TrainingState) -> None:
+        state.fingerprint = fingerprint_of(stage)
+        save_state(folder, state)
+
+    hooks = Hooks(on_step, on_checkpoint) if ranks.rank == 0 else Hooks()
+    return replace(
+        hooks,
+        checkpoint_every=stage.config.training.checkpoint_every,
+        checkpoint_last=ranks.count > 1,
+        should_stop=stop_requested,
+    )
+
+
+# ---------------------------------------------------------------- cache
+
+
+def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers) -> Ref | None:
+    """Write the boundary that the next stage reads; None where it is not read, or must not be cached.
+
+    The boundary below, if it is stored, moves up by one stack; otherwise everything is derived from tokens.
 
     Args:
         stage: of which run.
         stack: what the stage trained.
         workers: start those that fill the store, where `cache.fill_workers` asks for more than one.
     """
-    if stage.plan.activations is None:
-        if stage.index + 1 < len(stage.run_plan.stages):  # of the last stage everyone expects it
+    recipe = stage.plan.activations
+    if recipe is None:
+        if stage.index + 1 < len(stage.run_plan.stages):  # the last stage never has a cache
             emit(Message(f"stage {stage.index} caches nothing: {stage.plan.no_cache_reason}"))
         return None
     stacks = [*(below.ref("stack") for below in stage.below), stack]
-    recipe = stage.plan.activations
+
+    def on_progress(n_bytes: int, of_bytes: int) -> None:
+        emit(RowsCached(stage.index, n_bytes, of_bytes))
 
     def work(folder: Path) -> Made:
         rows = rows_to_store(stage)
         with boundary_above(stage) as (source, origin):
-            several = stage.config.cache.fill_workers > 1
-            write = by_workers(stage, workers) if several else partial(write_shards, rows, source)
-            counts, checksums = fill_store_by(write, folder, rows, _on_cached(stage), stop_requested)
+            parallel = stage.config.cache.fill_workers > 1
+            write = by_workers(stage, workers) if parallel else partial(write_shards, rows, source)
+            counts, checksums = fill_store_by(write, folder, rows, on_progress, stop_requested)
             with StoreReader(folder, checksums) as stored:
-                error = stored_error(stored, source, rows.sample(_ROWS_OF_ERROR))
+                error = stored_error(stored, source, rows.sample(_ERROR_ROWS))
         return Made({"from": origin, "boundary": recipe.boundary, **counts, "error": error}, checksums)
 
     return make(stage, "cache", [stage.run_plan.data_ref, *stacks], work)
+
+
+# ---------------------------------------------------------------- validate
 
 
 def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
@@ -140,16 +201,67 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
     inputs += [activations] if activations else []
 
     def work(folder: Path) -> Made:
-        compared = compare_cache(stage, activations) if activations else {"cache": "none"}
-        facts: Facts = {**judge(stage), **compared}
+        compared = _check_store(stage, activations) if activations else {"cache": "none"}
+        facts: Facts = {**_losses(stage), **compared}
         write_text(folder / "report.json", json.dumps(facts, indent=1))
         return Made(facts)
 
     return make(stage, "validate", inputs, work)
 
 
-def _on_cached(stage: Stage) -> Callable[[int, int], None]:
-    def on_cached(n_bytes: int, of_bytes: int) -> None:
-        emit(RowsCached(stage.index, n_bytes, of_bytes))
+def compare_store(stage: Stage, ref: Ref) -> tuple[int, list[tuple[int, int]]]:
+    """Derive sampled rows of a store again from tokens, through the whole rack.
 
-    return on_cached
+    Returns:
+        How many rows were compared, and the (sequence id, view) pairs that differ.
+    """
+    rows = rows_to_store(stage)
+    sample = rows.sample(stage.plan.validation.sampled_rows)
+    exact = stage.device.type == "cpu"  # CUDA kernels may sum in another order
+    with open_store(stage.artifacts, ref) as reader:
+        return len(sample), differing_rows(reader, rows_from_tokens(stage), sample, rows.dtype, exact=exact)
+
+
+def _check_store(stage: Stage, ref: Ref) -> Facts:
+    """Compare sampled rows; a store that differs goes into quarantine."""
+    checked, differing = compare_store(stage, ref)
+    if differing:
+        reason = f"{len(differing)} of {checked} sampled rows differ from what tokens give: {differing[:5]}"
+        folder = stage.artifacts.quarantine(ref, reason)
+        raise CacheMismatchError(
+            f"stage {stage.index}: {reason} (sequence id, view). The store is in {folder} for inspection; "
+            "run the same command again to remake it"
+        )
+    return {"cache": "equals live", "cache_rows_checked": checked}
+
+
+def _losses(stage: Stage) -> Facts:
+    """Return the validation losses of the rack up to this stage, with the rounded and the exact stream."""
+    _, sequences = stage.sequences
+    plans, anatomy = stage.so_far, stage.plan.spec.anatomy
+    objective = stage.config.training.progressive.training_objective
+    rows = np.arange(min(len(sequences), stage.plan.validation.sequences))
+    masks = _validation_masks(stage)
+    own, *grid = judge_rack(
+        load_embedding(stage.artifacts, plans).to(stage.device),
+        # Loaded one by one, so that memory does not grow with the rack.
+        (load_stack(stage.artifacts, plans, index).to(stage.device) for index in anatomy.order),
+        load_head(stage.artifacts, plans).to(stage.device),
+        [validation_batch(sequences.fields(rows), mask, objective) for mask in masks],
+        stream=stream_of(stage, plans, anatomy.below),
+        boundary=anatomy.boundary,
+        loss_function=resolve_loss(stage.config),
+    )
+    assert own["loss_positions"]  # check_validation rejects a run that would have none
+    by_ratio = {
+        str(round(mask.mean_ratio, 4)): loss["validation_loss_exact"]
+        for mask, loss in zip(masks[1:], grid, strict=True)
+        if mask and loss["loss_positions"]
+    }
+    return {"validation_sequences": len(rows), **own, **({"by_mask_ratio": by_ratio} if by_ratio else {})}
+
+
+def _validation_masks(stage: Stage) -> list[MaskSpec | None]:
+    """Return the stage's own corruption, then those at which all stages are compared."""
+    own = stage.plan.stack.mask
+    return [own, *(own.at_ratio(ratio) for ratio in stage.plan.validation.grid)] if own else [own]

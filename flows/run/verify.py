@@ -104,8 +104,8 @@ def _missing(artifacts: Artifacts, runs: list[Attempt]) -> list[str]:
 
 def _recompute_rows(artifacts: Artifacts, run: Attempt, chosen: set[str], problems: list[str]) -> int:
     """Recompute sampled rows of a run's stores from tokens, add what differs to the problems, and count the rows."""
-    from flows.run.boundaries import compare_store
     from flows.run.stage import Stage
+    from flows.run.steps import compare_store
 
     n_rows = 0
     plan = run.plan

@@ -1,8 +1,8 @@
 """Low-rank adapters on a stack (LoRA, Hu et al. 2021; over a quantised base: QLoRA, Dettmers et al. 2023).
 
-A stack may carry two: `stack`, from its creation, and `progressive`, from when it became trunk. Both act at once on
-every linear layer of every block, in float32. peft makes the layers; which are active and what trains is set here,
-because peft deactivates the first adapter when a second comes and freezes everything that is not an adapter.
+A stack may carry two: `stack`, from its creation, and `progressive`, from when it became trunk. Both act on every
+linear layer of every block, in float32. peft makes the layers; which are active and what trains is set here, because
+peft deactivates the first adapter when a second is added, and freezes everything that is not an adapter.
 
 Letters: R rank, I inputs and O outputs of a layer. Importing this module does not import peft, which takes seconds.
 """
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.blocks import Stack
-from stackwise_core.model.precision import base_linears, dense_weight
-from stackwise_core.model.storage_types import silent_import
+from stackwise_core.model.precision import base_linears, dense_weight, silent_import
 from stackwise_core.stages.stages import AdapterName
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def add_adapter(stack: Stack, name: AdapterName, rank: int, alpha: float, seed: 
         name: which of the two.
         rank: R; the rules of the configuration limit it to the narrowest layer.
         alpha: the adapter's output is multiplied by alpha / R.
-        seed: of A, uniform within +-1 / sqrt(I); B is zero. Global random numbers are left alone.
+        seed: of A, uniform within +-1 / sqrt(I); B is zero. The global generator is not used.
 
     Raises:
         ConfigError: the stack has this adapter already.
@@ -73,7 +72,7 @@ def _inject(stack: Stack, name: AdapterName, rank: int, alpha: float) -> None:
         inject_adapter_in_model(config, stack, name)
 
 
-# ---------------------------------------------------------------- what is there
+# ---------------------------------------------------------------- names and parameters
 
 
 def adapter_names(stack: Stack) -> list[AdapterName]:
@@ -87,12 +86,6 @@ def adapter_parameters(stack: Stack, name: AdapterName | None = None) -> list[nn
     layers = _adapted_layers(stack).values()
     names = adapter_names(stack) if name is None else (name,)
     return [matrix for layer in layers for each in names for matrix in _matrices(layer, each)]
-
-
-def base_parameters(stack: Stack) -> list[nn.Parameter]:
-    """Return the parameters of a stack that belong to no adapter; stored matrices are none."""
-    adapters = {id(parameter) for parameter in adapter_parameters(stack)}
-    return [parameter for parameter in stack.parameters() if id(parameter) not in adapters]
 
 
 def _adapted_layers(stack: Stack) -> dict[str, LoraLayer]:
@@ -110,7 +103,7 @@ def _matrices(layer: LoraLayer, name: AdapterName) -> tuple[nn.Parameter, nn.Par
 
 
 def adapter_state(stack: Stack, name: AdapterName) -> dict[str, Tensor]:
-    """Return the live tensors of one adapter, as `blocks.0.attention.q_proj.lora_A.weight`: its name is no part."""
+    """Return the live tensors of one adapter, as `blocks.0.attention.q_proj.lora_A.weight`, without its name."""
     state: dict[str, Tensor] = {}
     for path, layer in _adapted_layers(stack).items():
         a_RI, b_OR = _matrices(layer, name)
@@ -134,7 +127,7 @@ def base_state(stack: Stack) -> dict[str, Tensor]:
 
 
 def load_base_state(stack: Stack, state: Mapping[str, Tensor]) -> None:
-    """Copy what `base_state` gave into a stack of the same shape and storage type, adapters or not.
+    """Copy a saved `base_state` into a stack of the same shape and storage type, with or without adapters.
 
     Raises:
         ValueError: a key, shape or dtype differs; nothing was copied.
@@ -144,7 +137,7 @@ def load_base_state(stack: Stack, state: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _copy_exactly(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy tensors by key; unlike `load_state_dict`, refuse to cast: a cast of packed bits would load nonsense."""
+    """Copy tensors by key; unlike `load_state_dict` never cast, since casting packed bits would load nonsense."""
     wrong = sorted(targets.keys() ^ state.keys())
     if wrong:
         missing = ", ".join(key for key in wrong if key in targets) or "none"
@@ -163,9 +156,9 @@ def _copy_exactly(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
 
 @torch.no_grad()
 def merged_dense(stack: Stack) -> Stack:
-    """Return a plain float32 stack of the same function: base dequantised, (alpha / R) B A of every adapter added.
+    """Return a new float32 stack of the same function: base dequantised, (alpha / R) B A of every adapter added.
 
-    It shares no tensor with this one. Merging into a quantised base instead would lose more than adapters add.
+    Merging into a quantised base instead would lose more than the adapters add.
     """
     state = {key: tensor.clone() for key, tensor in base_state(stack).items() if key.endswith("_norm.weight")}
     layers, names = _adapted_layers(stack), adapter_names(stack)

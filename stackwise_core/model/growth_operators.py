@@ -1,4 +1,4 @@
-"""A new stack: random or a copy of its neighbour, with its adapters; and what training begins and ends with."""
+"""How a new stack is initialised: at random or as a copy of its neighbour, with its adapters."""
 
 from __future__ import annotations
 
@@ -10,42 +10,34 @@ from torch import nn
 
 from stackwise_core.data.masks import hash_bits
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.model.adapters import adapter_names, add_adapter, merged_dense
+from stackwise_core.model.adapters import ADAPTERS, adapter_names, add_adapter, merged_dense
 from stackwise_core.model.blocks import Rack, Stack, initialise
 from stackwise_core.model.precision import convert_storage
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.stages.stages import AdapterName, AdapterSpec, GrowthOperator, StackSpec, Trains
+from stackwise_core.stages.stages import AdapterName, AdapterSpec, GrowthOperator, StackSpec
 
 _SALT_INIT = 5
-
-
-_ADAPTERS: tuple[AdapterName, ...] = ("stack", "progressive")
-
-
-def init_seed(seed: int, part: int) -> int:
-    """Return the generator seed of one part of a rack: part -1 is embedding and head, c >= 0 is stack c."""
-    return int(hash_bits(seed, _SALT_INIT, part)[0] >> np.uint64(1))
 
 
 def new_rack(shape: ModelShape, seed: int) -> Rack:
     """Return a rack without stacks, embedding and head initialised."""
     rack = Rack(shape)
-    initialise(rack, init_seed(seed, -1))
+    initialise(rack, _init_seed(seed, -1))
     return rack
 
 
 def new_stack(shape: ModelShape, spec: StackSpec, operator: GrowthOperator, seed: int, source: Stack | None) -> Stack:
-    """Return a stack as it is before training, its adapter in place.
+    """Return a stack as it is before training, with its adapters.
 
     Args:
         shape: of the rack.
-        spec: its creation index, blocks, precision and adapters. Of precision qlora, with a source, it is
-            NF4 from the start; of any other it trains in fp32 and is converted at the end of its stage.
+        spec: its creation index, blocks, precision and adapters. With precision qlora and a source it is NF4
+            from the start; otherwise it trains in fp32 and is converted at the end of its stage.
         operator: `random`; `zero`: random with output projections zeroed; `copy`: the source's blocks, the
-            first n or repeated cyclically; `copy_zero`: a copy with output projections zeroed. The two
-            zero forms leave the rack's function exactly as it was.
+            first n or repeated cyclically; `copy_zero`: a copy with output projections zeroed. Both zero
+            forms leave the function of the rack exactly as it was.
         seed: of the run.
-        source: the neighbouring stack, for the copies: dequantised, its adapters merged.
+        source: the neighbouring stack, for copies; it is dequantised and its adapters are merged.
     """
     stack = grow_stack(shape, spec.n_blocks, spec.index, operator, seed, source)
     stack.precision = spec.precision
@@ -56,16 +48,15 @@ def new_stack(shape: ModelShape, spec: StackSpec, operator: GrowthOperator, seed
 
 
 def give_adapters(stack: Stack, spec: StackSpec, seed: int) -> None:
-    """Add the adapters that a stack should have and has not; its output stays what it was."""
+    """Add the adapters that a stack lacks; its output does not change."""
     for name, adapter in spec.adapters.items():
         if name not in adapter_names(stack):
             give_adapter(stack, name, adapter, seed)
 
 
 def give_adapter(stack: Stack, name: AdapterName, adapter: AdapterSpec, seed: int) -> None:
-    """Add an adapter that does nothing yet; its first factor is seeded by run, stack and name."""
-    bits = hash_bits(seed, _SALT_INIT, stack.creation_index, _ADAPTERS.index(name))
-    drawn = int(bits[0] >> np.uint64(1))
+    """Add an adapter whose output is still zero; its first factor is seeded by run, stack and name."""
+    drawn = _init_seed(seed, stack.creation_index, ADAPTERS.index(name))
     add_adapter(stack, name, adapter.rank, adapter.alpha, drawn)
 
 
@@ -75,7 +66,7 @@ def grow_stack(
     """Return the plain fp32 stack that a growth operator gives; see `new_stack`."""
     stack = Stack(shape, n_blocks, index)
     if operator in ("random", "zero"):
-        initialise(stack, init_seed(seed, index))
+        initialise(stack, _init_seed(seed, index))
     else:
         if source is None:
             raise ConfigError([Fault("training.new_stack_init", repr(operator), "there is no stack to copy yet")])
@@ -99,12 +90,6 @@ def freeze(module: nn.Module) -> None:
     module.eval()
 
 
-def prepare_to_train(stack: Stack, trains: Trains) -> None:
-    """Give a stack whose weights will train fp32 masters; one that stays frozen keeps its storage."""
-    if trains == "everything":
-        convert_storage(stack, "full")
-
-
-def settle(stack: Stack) -> None:
-    """End a stack's training: store it as its precision says."""
-    convert_storage(stack, stack.precision)
+def _init_seed(seed: int, *part: int) -> int:
+    """Return the generator seed of a part of a rack: -1 is embedding and head, c is stack c, (c, a) its adapter a."""
+    return int(hash_bits(seed, _SALT_INIT, *part)[0] >> np.uint64(1))

@@ -1,8 +1,8 @@
 """How a stack is stored and what it computes in: fp32, fp16, bf16, NVFP4, NF4.
 
-One module of ours, `StoredLinear`, holds every low storage type; the libraries give only functions from a dense
-matrix to packed tensors and back. Their modules and tensor subclasses are not used: loading, copying and casting
-those goes wrong silently, each in its own way, while plain buffers do all three as torch does.
+`StoredLinear` holds every low storage type; the libraries provide only functions from a dense matrix to packed
+tensors and back. Their own modules and tensor subclasses are not used: loading, copying and casting those fails
+silently, each in its own way, while plain buffers do all three as torch does.
 
 Importing this module imports neither bitsandbytes nor torchao, which take seconds.
 """
@@ -10,7 +10,9 @@ Importing this module imports neither bitsandbytes nor torchao, which take secon
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Generator
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stackwise_core.config.schema import Precision
-from stackwise_core.model.storage_types import dequantise, quantise
+from stackwise_core.errors import ConfigError, Fault
 
 STORAGE: dict[Precision, str] = {
     "full": "float32",
@@ -28,6 +30,12 @@ STORAGE: dict[Precision, str] = {
     "qlora": "nf4",
 }
 """What a stack of each precision is stored as once it is frozen."""
+_LOW_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_NVFP4_BLOCK = 16
+_NVFP4_LARGEST = 448.0 * 6.0
+"""The largest E4M3 block scale times the largest E2M1 value."""
+_NF4_BLOCK = 64
+_NF4_NESTED_BLOCK = 256
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
@@ -46,7 +54,99 @@ def stored_bytes(stack: nn.Module) -> int:
     return sum(tensor.nbytes for tensors in (stack.parameters(), stack.buffers()) for tensor in tensors)
 
 
-# ---------------------------------------------------------------- dense to stored and back
+# ---------------------------------------------------------------- from a dense matrix to stored tensors and back
+
+
+@contextlib.contextmanager
+def silent_import() -> Generator[None]:
+    """Hide what libraries log when imported: kernels of other devices, their deprecations."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def quantise(weight: Tensor, storage: str) -> dict[str, Tensor]:
+    """Return the tensors that store a float32 matrix [out, in].
+
+    fp16, bf16: `weight`. NVFP4: `weight` (two E2M1 values a byte), `scale` (E4M3 bits, one per 16), `per_tensor_scale`.
+    NF4: `weight` (two codes a byte), `absmax` (8-bit codes, one per 64), `absmax_scale`, `absmax_offset`.
+
+    Raises:
+        ConfigError: NVFP4 of a matrix whose dimensions do not divide by 16.
+    """
+    if storage == "nvfp4":
+        return _quantise_nvfp4(weight)
+    if storage == "nf4":
+        return _quantise_nf4(weight)
+    return {"weight": weight.to(_LOW_DTYPES[storage])}
+
+
+def dequantise(stored: dict[str, Tensor], storage: str, shape: tuple[int, int]) -> Tensor:
+    """Return the float32 matrix [out, in] that is stored."""
+    if storage == "nvfp4":
+        return _dequantise_nvfp4(stored)
+    if storage == "nf4":
+        return _dequantise_nf4(stored, shape)
+    return stored["weight"].float()
+
+
+def _quantise_nvfp4(weight: Tensor) -> dict[str, Tensor]:
+    with silent_import():
+        from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
+
+    if any(size % _NVFP4_BLOCK for size in weight.shape):
+        received = " x ".join(str(size) for size in weight.shape)
+        allowed = f"nvfp4 needs both dimensions of every matrix to divide by {_NVFP4_BLOCK}"
+        raise ConfigError([Fault("precision", f"a matrix of {received}", allowed)])
+    # A matrix of zeros (a fresh copy_zero) would divide by zero; no trained weight is as small as the clamp.
+    per_tensor_scale = weight.abs().amax().clamp(min=1e-12) / _NVFP4_LARGEST
+    scale, packed = nvfp4_quantize(weight.contiguous(), _NVFP4_BLOCK, per_tensor_scale)
+    # The scales' bits, since collectives between processes do not know float8.
+    return {"weight": packed, "scale": scale.view(torch.uint8), "per_tensor_scale": per_tensor_scale}
+
+
+def _dequantise_nvfp4(stored: dict[str, Tensor]) -> Tensor:
+    # torchao's own takes 10 times as long on a CPU: it decodes by arithmetic, this by a table [measured, 0.18.0].
+    packed = stored["weight"]
+    values = F.embedding(packed.int(), _e2m1_pairs(packed.device)).view(packed.shape[0], -1, _NVFP4_BLOCK)
+    scale = stored["per_tensor_scale"] * stored["scale"].view(torch.float8_e4m3fn).float()
+    return (values * scale[..., None]).flatten(1)
+
+
+def _quantise_nf4(weight: Tensor) -> dict[str, Tensor]:
+    with silent_import():
+        from bitsandbytes.functional import quantize_4bit
+
+    # One block a row: bitsandbytes cuts blocks from the flat matrix but on a CPU reads them back row by row, so
+    # that a width which 64 does not divide came back with errors of 12 to 40 % instead of 9 [measured, 0.50.2].
+    blocks = F.pad(weight.flatten(), (0, -weight.numel() % _NF4_BLOCK)).view(-1, _NF4_BLOCK)
+    state: Any
+    packed, state = quantize_4bit(blocks, blocksize=_NF4_BLOCK, quant_type="nf4", compress_statistics=True)
+    absmax_scale, offset = state.state2.absmax, state.offset
+    return {"weight": packed, "absmax": state.absmax, "absmax_scale": absmax_scale, "absmax_offset": offset}
+
+
+def _dequantise_nf4(stored: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    with silent_import():
+        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+
+    nested = dequantize_blockwise(stored["absmax"], absmax=stored["absmax_scale"], blocksize=_NF4_NESTED_BLOCK)
+    absmax = nested + stored["absmax_offset"]
+    blocks = torch.Size((absmax.numel(), _NF4_BLOCK))
+    state = QuantState(absmax, shape=blocks, dtype=torch.float32, blocksize=_NF4_BLOCK, quant_type="nf4")
+    return dequantize_4bit(stored["weight"], state).flatten()[: shape[0] * shape[1]].view(shape)
+
+
+@cache
+def _e2m1_pairs(device: torch.device) -> Tensor:
+    """Return the two E2M1 values in each of the 256 bytes, the low half first: [256, 2]."""
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat([magnitudes, -magnitudes])
+    byte = torch.arange(256)
+    return torch.stack([values[byte % 16], values[byte // 16]], dim=1).to(device)
 
 
 # ---------------------------------------------------------------- the linear layer
@@ -55,17 +155,13 @@ def stored_bytes(stack: nn.Module) -> int:
 class StoredLinear(nn.Linear):
     """A linear layer without bias whose weight is kept in a low storage type and never trains.
 
-    The stored tensors are plain buffers: `state_dict`, `deepcopy` and `.to(device)` treat them as any other; a
-    change of dtype passes them by. `weight` is the packed one: for numbers ask `dense()`. It is a `nn.Linear`
-    because peft puts its layers around those.
+    The stored tensors are plain buffers: `state_dict`, `deepcopy` and `.to(device)` treat them like any other, but a
+    change of dtype leaves them as they are. `weight` is packed; `dense()` returns the numbers. It is an `nn.Linear`
+    because peft wraps its layers around those.
     """
 
     def __init__(self, weight: Tensor, storage: str) -> None:
-        """Store a float32 matrix [out, in].
-
-        Raises:
-            ConfigError: see `quantise`.
-        """
+        """Store a float32 matrix [out, in]; raises what `quantise` raises."""
         nn.Module.__init__(self)  # not that of nn.Linear, which would make a trainable weight
         self.register_parameter("bias", None)
         self.out_features, self.in_features = weight.shape
@@ -81,7 +177,7 @@ class StoredLinear(nn.Linear):
         return dequantise(dict(self.named_buffers()), self.storage, (self.out_features, self.in_features))
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in] to [..., out], in the autocast type if there is one, else in that of the input."""
+        """[..., in] to [..., out], in the autocast type if autocast is on, else in the input's."""
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         if self.held is not None:
@@ -92,11 +188,11 @@ class StoredLinear(nn.Linear):
         return product(input, self.storage, shape, dtype, tuple(stored), *stored.values())
 
     def extra_repr(self) -> str:
-        """Say shape and storage type."""
+        """Return shape and storage type for `repr`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, storage={self.storage}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
-        """Follow a move to a device, but never a change of type, which would corrupt packed weights and scales."""
+        """Move to a device but never change the type, which would corrupt packed weights and scales."""
         for name, tensor in self.named_buffers():
             moved = fn(tensor)
             self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -133,7 +229,7 @@ class _StoredProduct(torch.autograd.Function):
 
 
 def base_linears(stack: nn.Module) -> dict[str, nn.Linear]:
-    """Return every linear layer that is not an adapter's, by its path; under an adapter it ends in `.base_layer`."""
+    """Return every linear layer that is not an adapter's, by path; a path inside an adapter ends in `.base_layer`."""
     linears = {path: module for path, module in stack.named_modules() if isinstance(module, nn.Linear)}
     return {path: linear for path, linear in linears.items() if ".lora_" not in path}
 
@@ -149,10 +245,10 @@ def dense_weight(linear: nn.Linear) -> Tensor:
 
 
 def convert_storage(stack: nn.Module, precision: Precision) -> None:
-    """Store the matrices of a stack as its precision says, in place; norms and adapters stay float32.
+    """Convert the matrices of a stack to the storage type of a precision, in place; norms and adapters stay float32.
 
     A matrix that has the type already keeps its bits. Matrices that become float32 are new parameters with
-    `requires_grad`, as in any new layer: what trains is decided after this.
+    `requires_grad`, as in any new layer: what trains must be set after this.
 
     Raises:
         ConfigError: nvfp4 of a matrix whose dimensions do not divide by 16; the stack is then unchanged.
@@ -170,7 +266,7 @@ def convert_storage(stack: nn.Module, precision: Precision) -> None:
 
 @contextlib.contextmanager
 def held_dense(stack: nn.Module) -> Generator[None]:
-    """Dequantise the stored matrices of a stack once for all forward passes inside; without gradient only."""
+    """Dequantise the stored matrices of a stack once for all forward passes inside the block; not for training."""
     stored = [linear for linear in base_linears(stack).values() if isinstance(linear, StoredLinear)]
     for linear in stored:
         linear.held = linear.dense()

@@ -16,7 +16,7 @@ from stackwise_core.config.stacks import settings_of
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import adapter_names, adapter_parameters
 from stackwise_core.model.blocks import Rack, Stack
-from stackwise_core.model.growth_operators import freeze, give_adapter, new_rack, new_stack, prepare_to_train, settle
+from stackwise_core.model.growth_operators import freeze, give_adapter, new_rack, new_stack
 from stackwise_core.model.precision import stored_bytes
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.resolve import resolve_shape
@@ -179,18 +179,15 @@ class ProgressiveRackBuilder:
         return merged
 
     def prepare_stage(self, spec: StageSpec) -> None:
-        """Freeze the rack, and give what will train fp32 weights; from the second stage on the head is untied."""
+        """Freeze the rack and add the adapters that the stage needs; from the second stage on the head is untied."""
         if spec.index > 0:
             self._rack.untie()
         freeze(self._rack)
         for index in spec.anatomy.order:
             self._give_progressive(spec, index)
-            prepare_to_train(self.stack(index), spec.anatomy.trains_of(index))
 
     def finish_stage(self, anatomy: Anatomy) -> None:
-        """Freeze and store what trained as its precision says; record that the newest stack is trained."""
-        for index in anatomy.trained:
-            settle(self.stack(index))
+        """Freeze the rack and record that the stacks of a stage are trained; see `end_stage`."""
         freeze(self._rack)
         self._trained.update(anatomy.order)
 

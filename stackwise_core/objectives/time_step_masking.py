@@ -11,7 +11,7 @@ from stackwise_core.config.rules import time_faults
 from stackwise_core.config.time_steps import mask_ratio_of, n_time_steps, resolve_time_input, stack_time_step
 from stackwise_core.data.masks import VALIDATION_VIEW, IntArray, MaskSpec
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.objectives.raw_batches import tokens_and_ids
+from stackwise_core.objectives.make_batch import tokens_and_ids
 from stackwise_core.stages.resolve import resolve_mask
 
 

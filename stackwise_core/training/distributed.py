@@ -1,4 +1,4 @@
-"""Several processes that train one stage: DDP, where each holds the whole model, or FSDP2, where each holds a part.
+"""Distributed training of one stage: DDP, where each process holds the whole model, or FSDP2, where each holds a shard.
 
 Importing this module imports torch.distributed, which takes a second.
 """
@@ -20,43 +20,43 @@ from stackwise_core.training.ranks import Ranks
 from stackwise_core.training.stage_model import StageModel
 
 
-def join(device: torch.device, *, sharded: bool) -> Ranks:
-    """Join the processes that torchrun started; this one is to end by `os._exit`, without leaving them.
+def init_process_group(device: torch.device, *, sharded: bool) -> Ranks:
+    """Join the process group that torchrun set up; the process must end by `os._exit`, without destroying the group.
 
-    Taking DDP and gloo apart can wait for ever: a thread of gloo wants Python's lock to drop a tensor, while the
-    main thread, which has it, waits for that thread [seen with torch 2.13.0].
+    Destroying DDP and gloo can deadlock: a thread of gloo wants Python's lock to drop a tensor, while the main
+    thread, which holds it, waits for that thread [seen with torch 2.13.0].
 
     Args:
         device: of this process.
-        sharded: each holds a part of every block (FSDP2) instead of the whole model (DDP).
+        sharded: each process holds a shard of every block (FSDP2) instead of the whole model (DDP).
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Numbers go over gloo, so that no step waits for the device on their account.
+    # Numbers go over gloo, so that a step does not wait for the device because of them.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Shards(device) if sharded else Replicas(device)
 
 
-class Several(Ranks):
-    """One of several processes of the default process group."""
+class DistributedRanks(Ranks):
+    """One process of the default process group."""
 
     def __init__(self, device: torch.device) -> None:
-        """Ask the process group which one this is."""
+        """Get rank and world size from the process group."""
         self.device = device
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.failpoint = f"rank-{self.rank}"
 
-    def total(self, value: float) -> float:
+    def sum(self, value: float) -> float:
         """Return the sum of every process's value; exact for integers."""
         number = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(number)
         return number.item()
 
     def any(self, flag: bool) -> bool:
-        """Say whether some process says so."""
-        return self.total(float(flag)) > 0
+        """Return whether the flag is set in any process."""
+        return self.sum(float(flag)) > 0
 
-    def gathered(self, ids: list[int]) -> list[int]:
+    def gather(self, ids: list[int]) -> list[int]:
         """Return the ids of every process, by rank."""
         found: list[list[int]] = [[] for _ in range(self.count)]
         dist.all_gather_object(found, ids)
@@ -64,7 +64,7 @@ class Several(Ranks):
 
 
 class _SummedLoss(nn.Module):
-    """The model and its loss as one module: what DDP and FSDP2 see is all of the graph, the head included."""
+    """The model and its loss as one module, so that DDP and FSDP2 see the whole graph including the head."""
 
     def __init__(self, model: StageModel) -> None:
         super().__init__()
@@ -74,16 +74,16 @@ class _SummedLoss(nn.Module):
         return self.model.summed_loss(batch)[0]
 
 
-class Replicas(Several):
+class Replicas(DistributedRanks):
     """Each process holds the whole model (DDP, Li et al. 2020)."""
 
-    def share(self, model: StageModel) -> None:
-        """Let gradients be averaged over the processes, while the backward pass goes on."""
-        # The sum would take a hook in Python, whose thread can wait for this one, and this for it, at the end.
-        self.divides_by = self.count
+    def wrap(self, model: StageModel) -> None:
+        """Average gradients over the processes during the backward pass."""
+        # Summing instead would need a hook in Python, whose thread can deadlock with this one at the end.
+        self.gradient_divisor = self.count
         self.live = DistributedDataParallel(
             _SummedLoss(model),
-            # A process may hold no loss position of a batch, and then no gradient of the head.
+            # Where a process has no loss position of a batch, it has no gradient of the head.
             find_unused_parameters=True,
             forward_sync_buffers=False,  # packed weights, which do not change
             gradient_as_bucket_view=True,
@@ -93,38 +93,38 @@ class Replicas(Several):
         """Return the loss summed over the loss positions of this process's rows [nats]."""
         return self.live(batch)
 
-    def reducing(self, *, now: bool) -> contextlib.AbstractContextManager[None]:
-        """Compute a part of a batch: gradients add up over the processes at its last part, `now`."""
-        return contextlib.nullcontext() if now else self.live.no_sync()
+    def gradient_sync(self, *, enabled: bool) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which a backward pass reduces gradients over the processes, if enabled."""
+        return contextlib.nullcontext() if enabled else self.live.no_sync()
 
 
-class Shards(Several):
-    """Each process holds a part of every block, and gathers one block at a time (FSDP2, Zhao et al. 2023)."""
+class Shards(DistributedRanks):
+    """Each process holds a shard of every block, and gathers one block at a time (FSDP2, Zhao et al. 2023)."""
 
-    def share(self, model: StageModel) -> None:
-        """Cut every parameter along its first dimension; embedding and head are gathered with the loss."""
+    def wrap(self, model: StageModel) -> None:
+        """Shard every parameter along its first dimension; embedding and head are gathered with the loss."""
         mesh = init_device_mesh(self.device.type, (self.count,))
         self.live = _SummedLoss(model)
         blocks = [block for stack in model.live_stacks() for block in stack.blocks]
         for module in (*blocks, self.live):
-            part = fully_shard(module, mesh=mesh)
-            part.set_gradient_divide_factor(1.0)  # the sum: FSDP2 itself takes the mean
-            part.set_force_sum_reduction_for_comms(True)
-            # A process may hold no loss position of a batch, and then no gradient of the head. Blocks that a step
-            # leaves out are left out by all, and have none at all.
-            part.set_reduce_scatter_unused_params(module is self.live, recurse=False)
+            sharded = fully_shard(module, mesh=mesh)
+            sharded.set_gradient_divide_factor(1.0)  # the sum: FSDP2 itself takes the mean
+            sharded.set_force_sum_reduction_for_comms(True)
+            # Where a process has no loss position of a batch, it has no gradient of the head. Blocks that a step
+            # leaves out are left out by all processes and have no gradient in any.
+            sharded.set_reduce_scatter_unused_params(module is self.live, recurse=False)
 
     def summed_loss(self, model: StageModel, batch: Batch) -> Tensor:
         """Return the loss summed over the loss positions of this process's rows [nats]."""
         return self.live(batch)
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """Return a tensor gathered from all processes; all of them must ask."""
+    def full_tensor(self, tensor: Tensor) -> Tensor:
+        """Return a tensor gathered from all processes; all of them must call this."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
-        """Return of a whole tensor what this process holds, laid out like a parameter."""
-        if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
-            return whole
+    def local_shard(self, full: Tensor, parameter: Tensor) -> Tensor:
+        """Return the shard of a full tensor that this process holds, laid out like a parameter."""
+        if not isinstance(parameter, DTensor) or full.shape != parameter.shape:
+            return full
         mesh, placements = parameter.device_mesh, parameter.placements
-        return distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
+        return distribute_tensor(full.to(parameter.device), mesh, placements, src_data_rank=None)

@@ -5,16 +5,20 @@ Letters: B sequences, T positions, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import adapter_parameters
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
+from stackwise_core.model.precision import convert_storage
 from stackwise_core.objectives.losses import Batch, LossFunction, input_time_step, loss_positions, summed_loss
+from stackwise_core.stages.resolve import resolve_loss
 from stackwise_core.stages.stages import Anatomy
 
 
@@ -31,7 +35,7 @@ class StageModel(nn.Module):
         loss_function: LossFunction | None = None,
         checkpointing: bool = False,
     ) -> None:
-        """Take the modules as they are, shared with their rack, and let train what the anatomy says.
+        """Take modules, which stay shared with their rack, and set `requires_grad` as the anatomy says.
 
         Args:
             anatomy: of the stage.
@@ -44,13 +48,51 @@ class StageModel(nn.Module):
         super().__init__()
         assert [stack.creation_index for stack in stacks] == list(anatomy.live)
         self.anatomy = anatomy
-        # First, so that a tied matrix has its name, and the gradient norm is summed in data-flow order.
+        # Registered first, so that a tied matrix is named after it and the gradient norm is summed in data-flow order.
         self.embedding = embedding
         self.stacks = nn.ModuleDict({str(stack.creation_index): stack for stack in stacks})
         self.head = head
         self.loss_function = loss_function
         self.checkpointing = checkpointing
-        self._let_train()
+        self.compiled: dict[int, Callable[[Tensor], Tensor]] = {}
+        """Compiled stacks by creation index; not registered, since they share the parameters of `stacks`."""
+        self._set_requires_grad()
+
+    @classmethod
+    def assemble(
+        cls,
+        config: StackWiseConfig,
+        anatomy: Anatomy,
+        stacks: Mapping[int, Stack],
+        head: Head,
+        embedding: TokenEmbedding | None,
+        device: torch.device,
+    ) -> StageModel:
+        """Return the live part of a rack on a device, ready to train.
+
+        Args:
+            config: of the run: its loss, activation checkpointing and compilation.
+            anatomy: of the stage.
+            stacks: the live ones among others, by creation index; those whose weights train become float32.
+            head: final norm and projection.
+            embedding: read only where the live part begins at the tokens.
+            device: where to train.
+        """
+        live = [stacks[index] for index in anatomy.live]
+        for stack in live:
+            if anatomy.trains_of(stack.creation_index) == "everything":
+                convert_storage(stack, "full")
+        model = cls(
+            anatomy,
+            live,
+            head,
+            None if anatomy.boundary else embedding,
+            loss_function=resolve_loss(config),
+            checkpointing=config.training.activation_checkpointing,
+        ).to(device)
+        if config.hardware.compile:
+            model.compiled = {stack.creation_index: torch.compile(stack) for stack in live}
+        return model
 
     def live_stacks(self) -> list[Stack]:
         """Return the stacks in data-flow order."""
@@ -60,8 +102,7 @@ class StageModel(nn.Module):
         """Return one of the live stacks."""
         return next(stack for stack in self.live_stacks() if stack.creation_index == creation_index)
 
-    def _let_train(self) -> None:
-        """Set requires_grad of everything; what does not train is frozen, whatever it was before."""
+    def _set_requires_grad(self) -> None:
         self.requires_grad_(False)
         self.head.requires_grad_(self.anatomy.head_trains)
         if self.embedding is not None:
@@ -77,7 +118,7 @@ class StageModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return the stream before the head: [B, T, D].
 
-        Where joint training draws a depth, stacks that were created after `stack_idx` are left out.
+        Where joint training draws a depth, stacks created after `stack_idx` are left out.
         """
         stream_BTD = self.entering(batch)
         for stack in self.live_stacks():
@@ -87,9 +128,10 @@ class StageModel(nn.Module):
         return stream_BTD
 
     def _through(self, stack: Stack, stream_BTD: Tensor) -> Tensor:
+        run = self.compiled.get(stack.creation_index, stack)
         if self.checkpointing:
-            return cast("Tensor", checkpoint(stack, stream_BTD, use_reentrant=False))
-        return stack(stream_BTD)
+            return cast("Tensor", checkpoint(run, stream_BTD, use_reentrant=False))
+        return run(stream_BTD)
 
     def entering(self, batch: Batch) -> Tensor:
         """Return the stream below the first live stack, float32: from the tokens, or the trunk's boundary."""
@@ -99,20 +141,20 @@ class StageModel(nn.Module):
             return self.embedding(batch["input_ids"].to(device), input_time_step(batch))
         if batch["trunk_activations"] is None:
             raise ConfigError([Fault("trunk_activations", "None", "a stack on a trunk needs the trunk's activations")])
-        # From pinned memory the copy goes on by itself; a step ends by waiting for its loss, and so for the copy.
+        # From pinned memory the copy is asynchronous; a step ends by waiting for its loss, and so for the copy.
         return batch["trunk_activations"].to(device, non_blocking=True).float()
 
     def summed_loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the loss summed over the loss positions [nats], and their number."""
         hidden_BTD = self(batch)
-        if self.loss_function is None:  # targets of a loss of one's own need not be tokens
+        if self.loss_function is None:  # the targets of a custom loss need not be tokens
             targets = batch["targets"][loss_positions(batch)]
             _check_tokens("target", targets, self.head.projection.out_features)
         return summed_loss(hidden_BTD, self.head, batch, self.loss_function)
 
 
 def _check_tokens(what: str, tokens: Tensor, vocab_size: int) -> None:
-    """Refuse what the embedding or the head has no row for; torch's own message names neither."""
+    """Reject tokens that the embedding or the head has no row for; torch's message names neither."""
     if not tokens.numel():
         return
     smallest, largest = int(tokens.min()), int(tokens.max())

@@ -1,4 +1,4 @@
-"""Growing a rack in memory, through the same functions the flow uses."""
+"""Growing a rack in memory, stage by stage, with the same functions as the flow."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
 
-import torch
-
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_type
 from stackwise_core.config.rules import growth_faults, time_faults
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream
-from stackwise_core.objectives.batches import JointDataLoader, ProgressiveDataLoader, RowSource
-from stackwise_core.objectives.losses import Batch, input_time_step
-from stackwise_core.objectives.raw_batches import check_loader
+from stackwise_core.objectives.batches import (
+    RepeatedLoader,
+    RowSource,
+    check_loader,
+    first_rows,
+    stage_batches,
+    stage_masks,
+    unwrapped,
+)
+from stackwise_core.objectives.losses import Batch, loss_normaliser
+from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.resolve import (
     resolve_loss,
     resolve_mask,
@@ -25,20 +31,22 @@ from stackwise_core.stages.resolve import (
     resolve_stream_dtype,
     resolve_views,
 )
-from stackwise_core.stages.stages import Anatomy, StageSpec, resolve_joint, resolve_joint_times, resolve_stage
-from stackwise_core.training.channel_statistics import output_statistics, remembering
+from stackwise_core.stages.stages import StageSpec, resolve_joint, resolve_stage
+from stackwise_core.training.boundary import LiveTrunk
+from stackwise_core.training.evaluate import judge_rack
 from stackwise_core.training.hardware import use_hardware
 from stackwise_core.training.stage_model import StageModel
-from stackwise_core.training.training import Hooks, train_stack
-from stackwise_core.training.trunk import LiveTrunk
+from stackwise_core.training.training import Hooks, Record, StageInputs, TrainingState, end_stage, fits, train_stage
 
 
 @dataclass
 class StageResult:
-    """What one stage did."""
+    """The result of one stage."""
 
     index: int
-    records: list[dict[str, float]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    validation_loss: float | None = None
+    """Mean over the loss positions of the validation batches [nats]; None without such batches."""
 
     @property
     def loss(self) -> float:
@@ -46,14 +54,44 @@ class StageResult:
         return self.records[-1]["loss"]
 
 
-class ProgressiveTrainer:
-    """Grows a rack in memory, through the same functions the flow uses."""
+@dataclass
+class _Call:
+    """The arguments that all stages of one call share."""
 
-    def __init__(self, config: StackWiseConfig | None = None) -> None:
-        """Take a configuration; it is validated at every call, since it may be edited in between."""
+    builder: ProgressiveRackBuilder
+    dataloader: Iterable[Any]
+    hooks: Hooks
+    state: TrainingState | None
+    validation: Iterable[Any] | None
+    cache: Mapping[int, RowSource] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_type("rack_builder", self.builder, ProgressiveRackBuilder, "a ProgressiveRackBuilder is expected")
+        check_loader("dataloader", self.dataloader)
+        check_type("hooks", self.hooks, Hooks, "a Hooks or None is expected")
+        check_type("state", self.state, (TrainingState, NoneType), "a TrainingState or None is expected")
+        if self.validation is not None:
+            check_loader("validation", self.validation)
+        check_type("cache", self.cache, Mapping, "a mapping {boundary: object with rows()} is expected")
+        for boundary, rows in self.cache.items():
+            check_type(f"cache[{boundary!r}]", rows, RowSource, "an object with rows(sequence_ids, view) is expected")
+
+
+class ProgressiveTrainer:
+    """Grows a rack in memory, with the same functions as the flow."""
+
+    def __init__(self, config: StackWiseConfig | None = None, *, hooks: Hooks | None = None) -> None:
+        """Take a configuration, which is validated at every call since it may be edited in between.
+
+        Args:
+            config: None takes the defaults.
+            hooks: progress, checkpoints and stop requests of every call that is not given its own.
+        """
         config = StackWiseConfig() if config is None else config
         check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected; from_yaml(path) reads a file")
+        check_type("hooks", hooks, (Hooks, NoneType), "a Hooks or None is expected")
         self.config = config
+        self.hooks = hooks or Hooks()
 
     def train_progressively(
         self,
@@ -63,6 +101,8 @@ class ProgressiveTrainer:
         *,
         cache: Mapping[int, RowSource] | None = None,
         hooks: Hooks | None = None,
+        state: TrainingState | None = None,
+        validation: Iterable[Any] | None = None,
     ) -> list[StageResult]:
         """Add stacks until there are `target_stacks`, training each; untrained ones train first.
 
@@ -71,47 +111,64 @@ class ProgressiveTrainer:
             dataloader: any iterable of token batches, iterated as often as the steps need.
             target_stacks: how many stacks to reach; None takes the configuration's.
             cache: boundary k -> the activations after the first k stacks, made from the same trunk.
-            hooks: progress and stop requests.
+            hooks: progress, checkpoints and stop requests; None takes the trainer's.
+            state: a checkpoint of the first stage that trains, to resume from with the same bits; the loader must
+                yield the same batches again.
+            validation: held-out token batches; every stage is evaluated on them when it has ended.
 
         Returns:
             One result per stage that was trained here; the last is the joint anneal, if there is one.
+
+        Raises:
+            ConfigError: an argument or the configuration is wrong.
+            StageInterruptedError: `hooks.should_stop()`; its `state` is what to resume from.
         """
-        _check_arguments(rack_builder, dataloader, cache, hooks)
+        call = _Call(rack_builder, dataloader, hooks or self.hooks, state, validation, cache or {})
         self._validate()
         growth = self.config.training.progressive
         target = growth.target_stacks if target_stacks is None else target_stacks
         self._check(rack_builder, target)
         if not growth.enabled:
-            return [self._train_jointly(rack_builder, dataloader, 0, target, hooks)]
+            return [self._train_jointly(call, 0, target)]
         results: list[StageResult] = []
         for index in range(rack_builder.n_trained, target):
             if index == rack_builder.n_stacks:
                 rack_builder.add_stack()
             config = rack_builder.as_built(self.config)
-            spec = resolve_stage(config, index)
-            store = (cache or {}).get(spec.anatomy.boundary) if spec.anatomy.boundary else None
-            results.append(self._train_stage(config, rack_builder, spec, dataloader, store, hooks))
+            results.append(_train(call, config, resolve_stage(config, index)))
         if self.config.training.joint_steps:
-            results.append(self._train_jointly(rack_builder, dataloader, target, target, hooks))
+            results.append(self._train_jointly(call, target, target))
+        if call.state is not None:
+            raise ConfigError([Fault("state", "a checkpoint", "no stage is left to train: leave it out")])
         return results
 
     def train_rack(
-        self, rack_builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int | None = None
+        self,
+        rack_builder: ProgressiveRackBuilder,
+        dataloader: Iterable[Any],
+        target_stacks: int | None = None,
+        *,
+        hooks: Hooks | None = None,
+        state: TrainingState | None = None,
+        validation: Iterable[Any] | None = None,
     ) -> list[StageResult]:
         """Grow to `target_stacks`; without it, train the rack as it is, all stacks together.
 
+        The arguments are those of `train_progressively`.
+
         Raises:
-            ConfigError: the rack is empty, or a quantised stack of it has no adapter to train.
+            ConfigError: also if the rack is empty, or a quantised stack of it has no adapter to train.
         """
         if target_stacks is not None:
-            return self.train_progressively(rack_builder, dataloader, target_stacks)
-        _check_arguments(rack_builder, dataloader)
+            return self.train_progressively(
+                rack_builder, dataloader, target_stacks, hooks=hooks, state=state, validation=validation
+            )
+        call = _Call(rack_builder, dataloader, hooks or self.hooks, state, validation)
         self._validate()
         if not rack_builder.n_stacks:
-            raise ConfigError(
-                [Fault("target_stacks", "None", "the rack has no stack yet; give a number, or append one")]
-            )
-        return [self._train_jointly(rack_builder, dataloader, 0, rack_builder.n_stacks, None)]
+            allowed = "the rack has no stack yet; give a number, or append one"
+            raise ConfigError([Fault("target_stacks", "None", allowed)])
+        return [self._train_jointly(call, 0, rack_builder.n_stacks)]
 
     def _validate(self) -> None:
         self.config.validate(corpus=False)
@@ -120,7 +177,7 @@ class ProgressiveTrainer:
             raise ConfigError([Fault("hardware.processes", str(count), allowed)])
 
     def _check(self, builder: ProgressiveRackBuilder, target: int) -> None:
-        """Refuse before the first step what would go wrong after the last."""
+        """Reject before the first step what would fail after the last."""
         growth = self.config.training.progressive
         limit = builder.config.training.progressive.max_stacks
         if type(target) is not int or not 1 <= target <= limit:
@@ -134,117 +191,113 @@ class ProgressiveTrainer:
         built.training.progressive.target_stacks = max(target, builder.n_stacks)
         if faults := [*growth_faults(built), *time_faults(built)]:
             raise ConfigError(faults)
-        mask, vocab_size = resolve_mask(built, 0), builder.build_rack().shape.vocab_size
-        if mask is not None and mask.mask_token >= vocab_size:
+        mask, shape = resolve_mask(built, 0), builder.build_rack().shape
+        if mask is not None and mask.mask_token >= shape.vocab_size:
             allowed = f"mlm puts token {mask.mask_token} for [MASK]; the rack needs a row for it"
-            raise ConfigError([Fault("model.vocab_size", str(vocab_size), allowed)])
-        if growth.training_objective == "clm" and not builder.build_rack().shape.causal:
+            raise ConfigError([Fault("model.vocab_size", str(shape.vocab_size), allowed)])
+        if growth.training_objective == "clm" and not shape.causal:
             allowed = "the builder's rack is bidirectional: every position would see its own target"
             raise ConfigError([Fault("training.progressive.training_objective", "'clm'", allowed)])
 
-    def _train_jointly(
-        self,
-        builder: ProgressiveRackBuilder,
-        dataloader: Iterable[Any],
-        index: int,
-        n_stacks: int,
-        hooks: Hooks | None,
-    ) -> StageResult:
-        while builder.n_stacks < n_stacks:
-            builder.add_stack()
-        config = builder.as_built(self.config)
+    def _train_jointly(self, call: _Call, index: int, n_stacks: int) -> StageResult:
+        while call.builder.n_stacks < n_stacks:
+            call.builder.add_stack()
+        config = call.builder.as_built(self.config)
         config.training.progressive.target_stacks = n_stacks
         spec = resolve_joint(config, index, n_stacks)
         for stack in spec.stacks:
             if spec.anatomy.trains_of(stack.index) == "adapters" and not stack.adapters:
                 allowed = f"stack {stack.index} is quantised and has no adapter: nothing of it could train"
                 raise ConfigError([Fault("precision", repr(stack.precision), allowed)])
-        return self._train_stage(config, builder, spec, dataloader, None, hooks)
+        return _train(call, config, spec)
 
-    def _train_stage(
-        self,
-        config: StackWiseConfig,
-        builder: ProgressiveRackBuilder,
-        spec: StageSpec,
-        dataloader: Iterable[Any],
-        store: RowSource | None,
-        hooks: Hooks | None,
-    ) -> StageResult:
-        anatomy, device = spec.anatomy, use_hardware(config.hardware)
-        builder.prepare_stage(spec)
-        model = self._stage_model(config, builder, anatomy, device)
-        n_rows, first = resolve_statistics_rows(config), list[Batch]()
-        trunk = None
-        if anatomy.boundary and (store is None or n_rows):
-            below = [builder.stack(stack).to(device) for stack in anatomy.below]
-            stream = Stream(resolve_stream_dtype(config), builder.channels)
-            trunk = LiveTrunk(builder.build_rack().embedding.to(device), below, stream)
-        batches = _endless(_loader(config, spec, dataloader, store or trunk))
-        records = train_stack(model, remembering(batches, n_rows, first), spec.optim, hooks=hooks)
-        builder.finish_stage(anatomy)
-        if n_rows:
-            entering = (model.entering(_on_trunk(batch, trunk)) for batch in first)
-            builder.channels.update(output_statistics(model.live_stacks(), entering))
-        builder.build_rack().to("cpu")  # what the next stage does not need is not on the device
-        return StageResult(spec.index, records)
 
-    def _stage_model(
-        self, config: StackWiseConfig, builder: ProgressiveRackBuilder, anatomy: Anatomy, device: torch.device
-    ) -> StageModel:
-        rack = builder.build_rack()
-        return StageModel(
-            anatomy,
-            [builder.stack(stack) for stack in anatomy.live],
+def _train(call: _Call, config: StackWiseConfig, spec: StageSpec) -> StageResult:
+    """Train one stage of a call and evaluate it; the call's state is used up by its first stage."""
+    builder, state, call.state = call.builder, call.state, None
+    inputs = stage_inputs(builder, config, spec, call.dataloader, call.cache.get(spec.anatomy.boundary), state)
+    trained = train_stage(inputs, call.hooks)
+    builder.channels.update(end_stage(inputs.model, inputs.first_batches))
+    builder.finish_stage(spec.anatomy)
+    result = StageResult(spec.index, trained.records)
+    if call.validation is not None:
+        result.validation_loss = _validation_loss(builder, config, spec, call.validation)
+    builder.build_rack().to("cpu")  # frees the device of what the next stage does not need
+    return result
+
+
+def stage_inputs(
+    builder: ProgressiveRackBuilder,
+    config: StackWiseConfig,
+    spec: StageSpec,
+    dataloader: Iterable[Any],
+    store: RowSource | None = None,
+    state: TrainingState | None = None,
+) -> StageInputs:
+    """Return the inputs of a stage in memory, as the flow opens them from artifacts.
+
+    Args:
+        builder: with all stacks of the stage; what trains is prepared for it.
+        config: as built by the builder.
+        spec: of the stage.
+        dataloader: token batches.
+        store: the rows of the boundary; None computes them by the live trunk.
+        state: a checkpoint of this stage.
+
+    Raises:
+        ConfigError: the state is that of another stage or rack.
+    """
+    anatomy, device, rack = spec.anatomy, use_hardware(config.hardware), builder.build_rack()
+    builder.prepare_stage(spec)
+    stacks = {stack.creation_index: stack for stack in builder.stacks}
+    model = StageModel.assemble(config, anatomy, stacks, rack.head, rack.embedding, device)
+    if state is not None and not fits(model, state):
+        allowed = f"stage {spec.index} trains other tensors: give a checkpoint of this stage, or None"
+        raise ConfigError([Fault("state", f"a checkpoint at step {state.step}", allowed)])
+    boundary = None
+    if anatomy.boundary:
+        boundary = store
+    if anatomy.boundary and store is None:
+        below = [stacks[index].to(device) for index in anatomy.below]
+        stream = Stream(resolve_stream_dtype(config), builder.channels)
+        boundary = LiveTrunk(rack.embedding.to(device), below, stream)
+    first_step, n_rows, views = state.step if state else 0, resolve_statistics_rows(config), resolve_views(config)
+    loader = unwrapped(dataloader, stage_masks(config, spec))
+    raw = RepeatedLoader(loader, views, first_step, n_rows)
+    record = config.training.progressive.cache_activations
+
+    def first_batches() -> Iterator[Batch]:
+        base = raw.kept or RepeatedLoader(loader, views)  # a state of the last step leaves nothing to read
+        yield from first_rows(stage_batches(config, spec, base, boundary), n_rows)
+
+    batches = stage_batches(config, spec, raw, boundary, first_step=first_step, record=record)
+    return StageInputs(spec, model, batches, state, first_batches() if n_rows else ())
+
+
+def _validation_loss(
+    builder: ProgressiveRackBuilder, config: StackWiseConfig, spec: StageSpec, validation: Iterable[Any]
+) -> float:
+    """Return the mean loss of a stage over held-out batches, on the stream that the stage trained on [nats].
+
+    Raises:
+        ConfigError: the batches have no loss position.
+    """
+    rack, device = builder.build_rack(), use_hardware(config.hardware)
+    mask, objective = resolve_mask(config, spec.anatomy.newest), config.training.progressive.training_objective
+    total, normaliser = 0.0, 0
+    for raw in unwrapped(validation, stage_masks(config, spec)):
+        batch = validation_batch(raw, mask, objective)
+        (found,) = judge_rack(
+            rack.embedding.to(device),
+            (builder.stack(index).to(device) for index in spec.anatomy.order),
             rack.head,
-            None if anatomy.boundary else rack.embedding,
+            [batch],
+            stream=Stream(resolve_stream_dtype(config), builder.channels),
+            boundary=spec.anatomy.boundary,
             loss_function=resolve_loss(config),
-            checkpointing=config.training.activation_checkpointing,
-        ).to(device)
-
-
-def _check_arguments(
-    rack_builder: Any,
-    dataloader: Any,
-    cache: Mapping[int, RowSource] | None = None,
-    hooks: Hooks | None = None,
-) -> None:
-    check_type("rack_builder", rack_builder, ProgressiveRackBuilder, "a ProgressiveRackBuilder is expected")
-    check_loader("dataloader", dataloader)
-    check_type("hooks", hooks, (Hooks, NoneType), "a Hooks or None is expected")
-    check_type("cache", cache, (Mapping, NoneType), "a mapping {boundary: object with rows()} is expected")
-    for boundary, rows in (cache or {}).items():
-        check_type(f"cache[{boundary!r}]", rows, RowSource, "an object with rows(sequence_ids, view) is expected")
-
-
-def _loader(
-    config: StackWiseConfig, spec: StageSpec, dataloader: Iterable[Any], boundary: RowSource | LiveTrunk | None
-) -> Iterable[Batch]:
-    objective = config.training.progressive.training_objective
-    mask = resolve_mask(config, spec.anatomy.newest)
-    times = resolve_joint_times(config) if spec.mode == "joint" else ()
-    if mask and times:
-        steps, ratios = zip(*times, strict=True)
-        masks = [mask.at_ratio(ratio) for ratio in ratios]
-        return JointDataLoader(dataloader, masks, steps, config.run.seed, resolve_views(config))
-    return ProgressiveDataLoader(
-        base_dataloader=dataloader,
-        masking_strategy=mask,
-        stack_idx=spec.anatomy.newest,
-        trunk_activations=boundary,
-        cache_activations=config.training.progressive.cache_activations,
-        views=resolve_views(config),
-        time_step=spec.time_step,
-        objective=objective,
-    )
-
-
-def _on_trunk(batch: Batch, trunk: LiveTrunk | None) -> Batch:
-    if trunk is None:
-        return batch
-    return {**batch, "trunk_activations": trunk(batch["input_ids"], input_time_step(batch))}
-
-
-def _endless(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """Pass over a loader again and again."""
-    while True:
-        yield from loader
+        )
+        total += found["validation_loss"] * loss_normaliser(batch)
+        normaliser += loss_normaliser(batch)
+    if not normaliser:
+        raise ConfigError([Fault("validation", "batches without a loss position", "give more or longer sequences")])
+    return total / normaliser

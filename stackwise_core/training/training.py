@@ -1,8 +1,10 @@
-"""Training one stage: the optimizer, the step, the state that goes on after a kill."""
+"""Training one stage: its inputs, the step, the state to resume from, and what happens after the last step."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,104 +12,162 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackwise_core.errors import ConfigError, Fault, NonFiniteLossError, StageInterruptedError
+from stackwise_core.errors import ConfigError, Fault, NonFiniteLossError, StackWiseError, StageInterruptedError
 from stackwise_core.failpoints import failpoint
-from stackwise_core.model.adapters import adapter_parameters
-from stackwise_core.model.precision import compute_dtype
+from stackwise_core.model.growth_operators import freeze
+from stackwise_core.model.precision import convert_storage
+from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.objectives.losses import Batch, loss_normaliser
-from stackwise_core.stages.stages import OptimSpec
+from stackwise_core.stages.stages import OptimSpec, StageSpec
+from stackwise_core.training.optimizer import LossScale, learning_rate, make_optimizer
 from stackwise_core.training.ranks import ALONE, Ranks
 from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.statistics import output_statistics
+
+Record = dict[str, float]
+"""What one step measured: step, loss, learning_rate, gradient_norm."""
+
+
+class FrozenChangedError(StackWiseError):
+    """Training changed a weight that should be frozen."""
 
 
 @dataclass
 class TrainingState:
-    """Everything a stage needs to go on with the same bits: nothing else is random or remembered."""
+    """Everything that a stage needs to resume with the same bits."""
 
     step: int
     tensors: dict[str, Tensor]
     """Weights as `model.<name>`, AdamW's moments as `optimizer.<name>.<moment>`."""
-    records: list[dict[str, float]]
+    records: list[Record]
     fingerprint: dict[str, Any] = field(default_factory=dict)
-    """On what it was computed, as far as the numbers may depend on it."""
+    """Hardware and library versions that the numbers may depend on."""
+
+    def copy(self) -> TrainingState:
+        """Return a copy on the CPU that further training does not change."""
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.tensors.items()}
+        return TrainingState(self.step, tensors, list(self.records), dict(self.fingerprint))
 
 
 @dataclass
 class Hooks:
-    """What the surroundings of a stage want to know, and may ask."""
+    """Callbacks of a stage."""
 
-    on_step: Callable[[dict[str, float]], None] = lambda record: None
+    on_step: Callable[[Record], None] = lambda record: None
     on_checkpoint: Callable[[TrainingState], None] = lambda state: None
+    """Gets the live tensors: save or `copy()` them before returning."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 writes none."""
+    """Steps between checkpoints; 0 makes none."""
     checkpoint_last: bool = False
-    """Whether to write one after the last step too: it is the result, where another process reads it."""
+    """Whether to make one after the last step too, where another process reads the result from it."""
     should_stop: Callable[[], bool] = lambda: False
+    """Asked after every step; training then makes a checkpoint and raises `StageInterruptedError`."""
 
 
-# ---------------------------------------------------------------- the optimizer
+@dataclass
+class StageInputs:
+    """Everything that training a stage reads, in memory; `spec` and `model` come from one anatomy."""
+
+    spec: StageSpec
+    model: StageModel
+    batches: Iterable[Batch]
+    """From step 0, or from `state.step` when resuming."""
+    state: TrainingState | None = None
+    """Where an interrupted attempt stood; the result has the same bits as without the interruption."""
+    first_batches: Iterable[Batch] = ()
+    """The rows over which channel statistics are taken at the end; empty where the stream needs none."""
 
 
-def make_optimizer(model: StageModel, spec: OptimSpec) -> torch.optim.AdamW:
-    """Return AdamW over what trains: no weight decay on norms and embeddings, adapters at a rate of their own."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    adapters = {id(p) for stack in model.live_stacks() for p in adapter_parameters(stack)}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        received, allowed = repr(model.anatomy.trains), "nothing would train; choose another trunk_strategy"
-        raise ConfigError([Fault("training.progressive.trunk_strategy", received, allowed)])
-    kinds = {
-        "decayed": [p for p in trainable if p.dim() > 1 and id(p) not in embeddings | adapters],
-        "others": [p for p in trainable if p.dim() <= 1 or id(p) in embeddings],
-        "adapters": [p for p in trainable if id(p) in adapters],
-    }
-    decay = {"decayed": spec.weight_decay, "others": 0.0, "adapters": 0.0}
-    peak = {"decayed": spec.learning_rate, "others": spec.learning_rate, "adapters": spec.adapter_learning_rate}
-    groups = [{"params": kinds[kind], "weight_decay": decay[kind], "peak": peak[kind]} for kind in kinds if kinds[kind]]
-    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=True)
+@dataclass
+class Trained:
+    """How a stage was trained to its last step."""
+
+    records: list[Record]
+    first_step: int
+    """Where this attempt began."""
+    seconds: float
+    frozen: list[str]
+    """The live parts that do not train, and were not changed."""
 
 
-def learning_rate(spec: OptimSpec, step: int) -> float:
-    """Return the rate of a step: linear warm-up, then a cosine from the peak to the minimum."""
-    if step < spec.warmup_steps:
-        return spec.learning_rate * (step + 1) / spec.warmup_steps
-    progress = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return spec.min_learning_rate + (spec.learning_rate - spec.min_learning_rate) * cosine
+# ---------------------------------------------------------------- one stage
 
 
-class LossScale:
-    """Dynamic loss scaling for fp16 products (Micikevicius et al. 2018, section 3.2); others need none.
+def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trained:
+    """Train a stage to its last step.
 
-    It halves where a gradient overflows, and that step changes no weight; it doubles after 2,000 steps without.
-    All it remembers is in the records of the steps, so that a resumed stage scales as if it had not been killed.
+    Args:
+        inputs: see `StageInputs`.
+        hooks: progress, checkpoints, stop requests.
+        ranks: the processes that train together; each calls this with its share of every batch.
+
+    Raises:
+        StageInterruptedError: `hooks.should_stop()`; a checkpoint was handed over first.
+        NonFiniteLossError: see `train_step`.
+        FrozenChangedError: a weight that does not train was changed.
     """
-
-    growth_interval = 2000
-
-    def __init__(self, start: float, records: list[dict[str, float]]) -> None:
-        """Begin at a scale, and replay what happened so far."""
-        self.value, self.steps_without = start, 0
-        for record in records:
-            self.update(overflowed=bool(record.get("skipped")))
-
-    @classmethod
-    def of(cls, model: StageModel, records: list[dict[str, float]]) -> LossScale | None:
-        """Return the scale for a stage in which a stack computes in fp16; None for any other."""
-        device = model.head.projection.weight.device
-        kinds = {compute_dtype(stack.precision, device) for stack in model.live_stacks()}
-        return cls(2.0**16, records) if torch.float16 in kinds else None
-
-    def update(self, *, overflowed: bool) -> None:
-        """Take note of a step."""
-        self.steps_without = 0 if overflowed else self.steps_without + 1
-        if overflowed:
-            self.value /= 2
-        elif self.steps_without % self.growth_interval == 0:
-            self.value *= 2
+    frozen = _frozen_digests(inputs.model)
+    began, first_step = time.monotonic(), inputs.state.step if inputs.state else 0
+    records = train_stack(inputs.model, inputs.batches, inputs.spec.optim, state=inputs.state, hooks=hooks, ranks=ranks)
+    seconds = time.monotonic() - began
+    if _frozen_digests(inputs.model) != frozen:
+        raise FrozenChangedError(f"stage {inputs.spec.index}: training changed frozen weights")
+    return Trained(records, first_step, seconds, sorted(frozen))
 
 
-# ---------------------------------------------------------------- one step, one stage
+def end_stage(model: StageModel, first_batches: Iterable[Batch] = ()) -> dict[int, ChannelStatistics]:
+    """Freeze the live part of a rack, and store what trained as its precision says.
+
+    Returns:
+        Channel statistics of the stacks' outputs over some batches, by creation index; empty without batches.
+    """
+    for stack in model.live_stacks():
+        if stack.creation_index in model.anatomy.trained:
+            convert_storage(stack, stack.precision)
+    freeze(model)
+    return output_statistics(model.live_stacks(), map(model.entering, first_batches))
+
+
+def train_stack(
+    model: StageModel,
+    batches: Iterable[Batch],
+    spec: OptimSpec,
+    *,
+    state: TrainingState | None = None,
+    hooks: Hooks | None = None,
+    ranks: Ranks = ALONE,
+) -> list[Record]:
+    """Run the training loop of a stage and return one record per step; see `train_stage`."""
+    hooks = hooks or Hooks()
+    ranks.wrap(model)
+    optimizer = make_optimizer(model, spec)
+    records: list[Record] = []
+    if state is not None:
+        restore(model, optimizer, state, ranks)
+        records = list(state.records)
+    scale = LossScale.of(model, records)
+    model.train()
+    for step, batch in zip(range(len(records), spec.steps), batches, strict=False):
+        record = train_step(model, batch, optimizer, spec, step, scale, ranks)
+        records.append(record)
+        hooks.on_step(record)
+        failpoint(ranks.failpoint, step + 1)
+        stop, is_last = ranks.any(hooks.should_stop()), step + 1 == spec.steps
+        due = hooks.checkpoint_every and (step + 1) % hooks.checkpoint_every == 0
+        if hooks.checkpoint_last if is_last else stop or due:
+            state = capture(model, optimizer, records, ranks)
+            hooks.on_checkpoint(state)
+            if stop and not is_last:
+                stopped = f"stopped on request after step {step + 1} of {spec.steps}; run the same command to go on"
+                raise StageInterruptedError(stopped, state)
+    if len(records) < spec.steps:
+        fault = Fault("dataloader", f"{len(records)} batches", f"training.steps_per_stack = {spec.steps} are needed")
+        raise ConfigError([fault])
+    optimizer.zero_grad(set_to_none=True)  # or the gradients of what is frozen from now on would stay in memory
+    return records
+
+
+# ---------------------------------------------------------------- one step
 
 
 def train_step(
@@ -118,11 +178,11 @@ def train_step(
     step: int,
     scale: LossScale | None = None,
     ranks: Ranks = ALONE,
-) -> dict[str, float]:
+) -> Record:
     """Take one optimizer step.
 
     The loss is the mean over the loss positions of the whole batch, also when it is computed in
-    `spec.accumulation_steps` parts, or by several processes that have a share of its rows each.
+    `spec.accumulation_steps` parts, or by several processes that each have a share of its rows.
 
     Returns:
         step, loss [nats per loss position], learning_rate, gradient_norm (before clipping), and with a loss
@@ -147,7 +207,7 @@ def train_step(
     if overflowed:
         return {**record, "gradient_norm": 0.0}
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        ids = ranks.gathered(batch["sequence_ids"].tolist())
+        ids = ranks.gather(batch["sequence_ids"].tolist())
         raise NonFiniteLossError(
             f"step {step}: loss {loss}, gradient norm {norm}; sequence ids {ids}. No weight was touched by this step; "
             f"lower training.learning_rate (now {spec.learning_rate}) or raise training.warmup_steps "
@@ -157,79 +217,24 @@ def train_step(
     return record
 
 
-def train_stack(
-    model: StageModel,
-    batches: Iterable[Batch],
-    spec: OptimSpec,
-    *,
-    state: TrainingState | None = None,
-    hooks: Hooks | None = None,
-    ranks: Ranks = ALONE,
-) -> list[dict[str, float]]:
-    """Train a stage to its last step.
-
-    Args:
-        model: what trains.
-        batches: from step 0, or from `state.step` when resuming.
-        spec: the optimisation.
-        state: where an earlier, killed attempt stood; the result has the same bits as without the kill.
-        hooks: progress, checkpoints, a request to stop.
-        ranks: the processes that train together; each calls this with its share of every batch.
-
-    Returns:
-        One record per step.
-
-    Raises:
-        StageInterruptedError: `hooks.should_stop()`; a checkpoint was handed over first.
-        NonFiniteLossError: see `train_step`.
-    """
-    hooks = hooks or Hooks()
-    ranks.share(model)
-    optimizer = make_optimizer(model, spec)
-    records: list[dict[str, float]] = []
-    if state is not None:
-        restore(model, optimizer, state, ranks)
-        records = list(state.records)
-    scale = LossScale.of(model, records)
-    model.train()
-    for step, batch in zip(range(len(records), spec.steps), batches, strict=False):
-        record = train_step(model, batch, optimizer, spec, step, scale, ranks)
-        records.append(record)
-        hooks.on_step(record)
-        failpoint(ranks.failpoint, step + 1)
-        stop = ranks.any(hooks.should_stop())
-        due = hooks.checkpoint_every and (step + 1) % hooks.checkpoint_every == 0
-        if (stop or due) if step + 1 < spec.steps else hooks.checkpoint_last:
-            hooks.on_checkpoint(capture(model, optimizer, records, ranks))
-        if stop and step + 1 < spec.steps:
-            raise StageInterruptedError(
-                f"stopped on request after step {step + 1} of {spec.steps}; run the same command to go on"
-            )
-    if len(records) < spec.steps:
-        fault = Fault("dataloader", f"{len(records)} batches", f"training.steps_per_stack = {spec.steps} are needed")
-        raise ConfigError([fault])
-    optimizer.zero_grad(set_to_none=True)  # gradients of what is frozen from now on would stay in memory
-    return records
-
-
 def _backward(model: StageModel, batch: Batch, n_parts: int, factor: float, ranks: Ranks) -> float:
     """Compute the gradients of a batch, times a factor, and return its loss: the mean over its loss positions."""
-    positions = max(1, ranks.total(loss_normaliser(batch)))
+    positions = max(1, ranks.sum(loss_normaliser(batch)))
     parts, loss = list(_parts(batch, n_parts)), 0.0
     for n, part in enumerate(parts, 1):
-        with ranks.reducing(now=n == len(parts)):
+        with ranks.gradient_sync(enabled=n == len(parts)):
             part_loss = ranks.summed_loss(model, part) / positions
-            (part_loss * (factor * ranks.divides_by)).backward()
+            (part_loss * (factor * ranks.gradient_divisor)).backward()
         loss += part_loss.item()
-    return ranks.total(loss)
+    return ranks.sum(loss)
 
 
 def _clip(trained: list[nn.Parameter], factor: float, limit: float, ranks: Ranks) -> float:
-    """Divide the gradients by a factor, clip them to a norm of `limit` together, and return the norm before."""
+    """Divide the gradients by a factor, clip their global norm to `limit`, and return the norm before clipping."""
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     for gradient in gradients if factor != 1.0 else ():
         gradient /= factor
-    norm = ranks.whole(nn.utils.get_total_norm(gradients))
+    norm = ranks.full_tensor(nn.utils.get_total_norm(gradients))
     nn.utils.clip_grads_with_norm_(trained, limit, norm)
     return norm.item()
 
@@ -247,31 +252,29 @@ def _parts(batch: Batch, n_parts: int) -> Iterator[Batch]:
         yield {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return what trains, by name; the rest does not change, so no checkpoint holds it."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+# ---------------------------------------------------------------- the state of training
 
 
 def capture(
-    model: nn.Module, optimizer: torch.optim.Optimizer, records: list[dict[str, float]], ranks: Ranks = ALONE
+    model: nn.Module, optimizer: torch.optim.Optimizer, records: list[Record], ranks: Ranks = ALONE
 ) -> TrainingState:
-    """Return the state after the last record; the tensors are the live ones, save them before the next step."""
+    """Return the state after the last record; its tensors are the live ones: save them before the next step."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in _trainable(model):
-        tensors[f"model.{name}"] = ranks.whole(parameter.detach())
+        tensors[f"model.{name}"] = ranks.full_tensor(parameter.detach())
         for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{moment}"] = ranks.whole(value)
+            tensors[f"optimizer.{name}.{moment}"] = ranks.full_tensor(value)
     return TrainingState(len(records), tensors, list(records))
 
 
 def fits(model: nn.Module, state: TrainingState) -> bool:
-    """Say whether a state holds what trains in this model, under the names and shapes it has."""
+    """Return whether a state holds exactly what trains in this model, by name and shape."""
     saved = {key: tensor.shape for key, tensor in state.tensors.items() if key.startswith("model.")}
     return saved == {f"model.{name}": parameter.shape for name, parameter in _trainable(model)}
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, ranks: Ranks = ALONE) -> None:
-    """Put a captured state back, bit for bit."""
+    """Restore a captured state, bit for bit."""
     moments: dict[str, dict[str, Tensor]] = {}
     for key, value in state.tensors.items():
         if key.startswith("optimizer."):
@@ -279,10 +282,35 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingS
             moments.setdefault(name, {})[moment] = value
     with torch.no_grad():
         for name, parameter in _trainable(model):
-            parameter.copy_(ranks.part(state.tensors[f"model.{name}"], parameter))
+            parameter.copy_(ranks.local_shard(state.tensors[f"model.{name}"], parameter))
             if name in moments:
                 # `step` is a scalar that fused AdamW wants on the parameter's device.
                 optimizer.state[parameter] = {
-                    moment: ranks.part(value.clone().to(parameter.device), parameter)
+                    moment: ranks.local_shard(value.clone().to(parameter.device), parameter)
                     for moment, value in moments[name].items()
                 }
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return what trains, by name: nothing else changes, so checkpoints hold nothing else."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _frozen_digests(model: StageModel) -> dict[str, str]:
+    """Return the hash of every live part of which nothing trains, by name."""
+    parts: dict[str, nn.Module] = {f"stack {stack.creation_index}": stack for stack in model.live_stacks()}
+    parts["head"] = model.head
+    if model.embedding is not None:
+        parts["embedding"] = model.embedding
+    frozen = {name: part for name, part in parts.items() if not any(p.requires_grad for p in part.parameters())}
+    return {name: tensor_digest(part) for name, part in frozen.items()}
+
+
+def tensor_digest(module: nn.Module) -> str:
+    """Return the hash of a module's tensors: names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        plain = torch.atleast_1d(tensor.detach().cpu().contiguous())
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

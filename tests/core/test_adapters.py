@@ -19,7 +19,6 @@ from stackwise_core.model.adapters import (
     adapter_parameters,
     adapter_state,
     add_adapter,
-    base_parameters,
     base_state,
     load_adapter_state,
     load_base_state,
@@ -170,6 +169,11 @@ def test_new_parameters_train_and_all_others_keep_what_they_had() -> None:
     assert not any(module.training for module in stack.modules())
 
 
+def base_parameters(stack: Stack) -> list[nn.Parameter]:
+    adapters = {id(parameter) for parameter in adapter_parameters(stack)}
+    return [parameter for parameter in stack.parameters() if id(parameter) not in adapters]
+
+
 def test_the_count_is_rank_times_in_plus_out() -> None:
     stack = adapted("full")
     for name, rank in (("stack", 4), ("progressive", 2)):
@@ -178,7 +182,6 @@ def test_the_count_is_rank_times_in_plus_out() -> None:
         assert count == rank * sum(sizes) == n_adapter_parameters(SHAPE, 2, rank)
     assert len(adapter_parameters(stack)) == 2 * 2 * 14
     assert len(base_parameters(stack)) == 2 * (7 + 2)
-    assert {id(p) for p in adapter_parameters(stack) + base_parameters(stack)} == {id(p) for p in stack.parameters()}
 
 
 def test_a_second_adapter_of_the_same_name_is_refused_and_the_first_kept() -> None:

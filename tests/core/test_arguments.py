@@ -182,7 +182,7 @@ def one_shot(n_batches: int) -> Iterator[Tensor]:
 def test_a_loader_that_can_be_read_once_is_told(make: Callable[[int], Any], n_batches: int) -> None:
     """Three batches end within the first stage of four steps, four at its end."""
     builder = builder_of()
-    says = r"base_dataloader: got an iterator that is used up; every epoch .* give a list of them, .* __iter__"
+    says = r"base_dataloader: got an exhausted iterator; every epoch .* give a list of batches, .* __iter__"
     with pytest.raises(ConfigError, match=says):
         trained(rack_builder=builder, dataloader=make(n_batches), target_stacks=2)
     assert builder.n_trained == n_batches // 4

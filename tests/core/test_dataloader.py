@@ -25,7 +25,7 @@ from stackwise_core.model.stream import EXACT
 from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader
 from stackwise_core.objectives.time_step_masking import TimeStepMasking
 from stackwise_core.stages.resolve import ModelShape, TimeShape
-from stackwise_core.training.trunk import LiveTrunk, RowsFromTokens, advance
+from stackwise_core.training.boundary import LiveTrunk, RowsFromTokens, advance
 
 T, D = 9, 4
 MASKS = MaskSpec(seed=2, ratio=0.5, corruption="mask", mask_token=256, n_regular_tokens=256)

@@ -15,13 +15,14 @@ from stackwise_core.data.packing import Corpus, Document, PackedSequences, pack
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream
-from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader, validation_batch
+from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader
+from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.identity import NUMERICS, Kind
 from stackwise_core.stages.resolve import resolve_mask, resolve_order
 from stackwise_core.stages.stages import resolve_stage
+from stackwise_core.training.boundary import LiveTrunk, RowsFromTokens
 from stackwise_core.training.evaluate import judge_rack
 from stackwise_core.training.training import train_stack
-from stackwise_core.training.trunk import LiveTrunk, RowsFromTokens
 from support.runs import stage_model
 
 CONFIG = {
@@ -103,7 +104,7 @@ def numbers_of_the_run() -> dict[str, dict[str, float]]:
     rows = RowsFromTokens(train, validation, mask, trunk).rows(np.array([3, 0]), 2)
     found["activations 0"] = {"rows": checksum(rows.float())}
     assert mask is not None
-    batch = validation_batch(validation, np.arange(8), mask, "mlm")
+    batch = validation_batch(validation.fields(np.arange(8)), mask)
     (found["validation 1"],) = judge_rack(
         rack.embedding, builder.stacks, rack.head, [batch], stream=Stream("bfloat16"), boundary=1
     )

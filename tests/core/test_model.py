@@ -25,7 +25,7 @@ from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.model.blocks import INIT_STD, Rack, Stack, initialise
 from stackwise_core.model.stream import EXACT, ChannelStatistics, Stream
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.training.trunk import LiveTrunk, RowsFromBoundary, RowsFromTokens, advance
+from stackwise_core.training.boundary import LiveTrunk, RowsFromBoundary, RowsFromTokens, advance
 
 V = 40
 DTYPES = get_args(StreamDtype)

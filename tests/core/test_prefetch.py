@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stackwise_core.objectives.batches import prefetched
 from stackwise_core.objectives.losses import Batch
-from stackwise_core.objectives.prefetch import prefetched
 
 
 class Source:

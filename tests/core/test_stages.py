@@ -15,10 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from flows.run import training
 from flows.run.events import subscribed
-from flows.run.judging import CacheMismatchError
 from flows.run.run import add_stage, grow
+from flows.run.steps import CacheMismatchError
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.data.packing import pack, read_corpus
@@ -26,8 +25,10 @@ from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.errors import ConfigError, NonFiniteLossError
 from stackwise_core.model.blocks import Rack, Stack
 from stackwise_core.objectives.batches import PackedBatches
-from stackwise_core.objectives.losses import batch_fields, loss_positions
+from stackwise_core.objectives.losses import loss_positions
+from stackwise_core.objectives.make_batch import make_batch, validation_batch
 from stackwise_core.stages.resolve import resolve_mask, resolve_order, resolve_shape
+from stackwise_core.training import training
 from storage.activations import fill
 from storage.errors import ArtifactCorruptError, StoreSpaceError
 from support.runs import Recorder, digests, files_below, folder_of, grown, made_by_stages, manifests, subset, tiny
@@ -141,7 +142,9 @@ def test_a_cached_boundary_is_the_rounded_stream(tmp_path: Path, reference: Refe
             tokens, ids = sequences.take(np.array([row]))
             mask = resolve_mask(config, 2)
             mask = mask.for_validation() if view < 0 else mask
-            stream = rack.embedding(batch_fields(tokens, ids, view, mask)["input_ids"])
+            stream = rack.embedding(
+                make_batch({"input_ids": tokens, "sequence_ids": ids, "view": view}, mask)["input_ids"]
+            )
             for stack in list(rack.stacks)[:2]:
                 stream = stack(stream.float()).to(torch.bfloat16)
             assert torch.equal(store.rows(ids, view), stream.detach())
@@ -272,7 +275,7 @@ def test_the_report_is_what_the_files_give(changes: dict[str, Any], tmp_path: Pa
     n_rows = min(8, len(validation))
     tokens, ids = validation.take(np.arange(n_rows))
     mask = resolve_mask(config, 0)
-    batch = batch_fields(tokens, ids, VALIDATION_VIEW, mask.for_validation() if mask else None)
+    batch = validation_batch({"input_ids": tokens, "sequence_ids": ids}, mask)
     where = loss_positions(batch)
     for depth in (1, 2, 3):
         rack = _rack_from_files(config, root, depth)

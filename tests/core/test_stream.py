@@ -25,10 +25,10 @@ from stackwise_core.errors import ConfigError
 from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import STREAM_DTYPES, ChannelStatistics, Stream, dequantise, quantise
+from stackwise_core.objectives.batches import first_rows
 from stackwise_core.stages.plan import plan_config, plan_run
 from stackwise_core.stages.resolve import resolve_shape
-from stackwise_core.training.channel_statistics import first_rows, output_statistics
-from stackwise_core.training.stream_error import stored_error
+from stackwise_core.training.statistics import output_statistics, stored_error
 from stackwise_core.training.trainer import ProgressiveTrainer
 from storage.artifacts import Artifacts
 from support.runs import folder_of, grown, manifests, tiny

@@ -23,22 +23,22 @@ from stackwise_core.errors import ConfigError, NonFiniteLossError, StageInterrup
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader
-from stackwise_core.objectives.losses import Batch, batch_fields, loss_positions
+from stackwise_core.objectives.losses import Batch, loss_positions
+from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.stages.resolve import resolve_mask, resolve_order
 from stackwise_core.stages.stages import OptimSpec, resolve_stage
+from stackwise_core.training.boundary import LiveTrunk
+from stackwise_core.training.optimizer import learning_rate, make_optimizer
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.trainer import ProgressiveTrainer
 from stackwise_core.training.training import (
     Hooks,
     TrainingState,
     capture,
-    learning_rate,
-    make_optimizer,
     restore,
     train_stack,
     train_step,
 )
-from stackwise_core.training.trunk import LiveTrunk
 from support.runs import stage_model
 
 T, STEPS = 10, 7
@@ -225,8 +225,10 @@ def test_accumulation_gives_the_same_weights(objective: str, parts: int) -> None
 
 def test_accumulation_takes_every_row() -> None:
     model, _ = stage_of(tiny("clm"), 0)
-    batch = batch_fields(sequences(5).tokens.astype(np.int64), np.arange(5), 0, None)
-    batch |= {"sequence_ids": torch.arange(5), "stack_idx": 0}
+    batch = make_batch(
+        {"input_ids": sequences(5).tokens.astype(np.int64), "sequence_ids": np.arange(5), "view": 0}, None
+    )
+    batch["stack_idx"] = 0
     spec = spec_of(accumulation_steps=2)
     expected = dense_mean_loss(model, batch).item()
     record = train_step(model, batch, make_optimizer(model, spec), spec, 0)
@@ -517,7 +519,7 @@ def test_training_lowers_the_loss() -> None:
 
 
 def test_loaders_that_run_dry_are_an_error() -> None:
-    for loader, received in (([], "no batch from list"), ((batch for batch in loader_of(3)), "an iterator")):
+    for loader, received in (([], "no batch from list"), ((batch for batch in loader_of(3)), "an exhausted iterator")):
         with pytest.raises(ConfigError, match=f"base_dataloader: got {received}.*; every epoch of every stage"):
             grown(tiny(), loader)
 

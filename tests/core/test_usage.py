@@ -20,7 +20,7 @@ from stackwise_core import (
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.errors import ConfigError
 from stackwise_core.model.adapters import adapter_names, adapter_parameters
-from stackwise_core.training.trunk import LiveTrunk
+from stackwise_core.training.boundary import LiveTrunk
 
 N, T, BATCH, STEPS = 24, 12, 8, 4
 TOKENS = torch.randint(0, 256, (N, T), generator=torch.Generator().manual_seed(0))

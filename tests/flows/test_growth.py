@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,19 @@ from stackwise_core.model.blocks import Rack, Stack
 from stackwise_core.model.precision import StoredLinear, base_linears, storage_of
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream
-from stackwise_core.objectives.batches import JointDataLoader, PackedBatches, ProgressiveDataLoader
+from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader, RepeatedLoader, stage_batches
+from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.plan import plan_run
 from stackwise_core.stages.resolve import resolve_mask, resolve_order
-from stackwise_core.stages.stages import resolve_stage, resolve_stages
+from stackwise_core.stages.stages import resolve_joint_times, resolve_stages
+from stackwise_core.training.boundary import LiveTrunk
 from stackwise_core.training.evaluate import judge_rack
+from stackwise_core.training.optimizer import LossScale, learning_rate, make_optimizer
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.trainer import ProgressiveTrainer
-from stackwise_core.training.training import LossScale, capture, learning_rate, make_optimizer, train_stack, train_step
-from stackwise_core.training.trunk import LiveTrunk
+from stackwise_core.training.training import capture, end_stage, tensor_digest, train_stack, train_step
 from storage.artifacts import Artifacts
-from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
+from storage.checkpoints import load_embedding, load_head, load_stack
 from storage.errors import ArtifactCorruptError
 from storage.sequences import load_sequences
 from support.modes import DUAL, LORA, MODES, G, plan_of
@@ -56,9 +59,14 @@ def built(config: StackWiseConfig, n_stacks: int) -> ProgressiveRackBuilder:
 def model_of(builder: ProgressiveRackBuilder, config: StackWiseConfig, stage: int) -> StageModel:
     spec = resolve_stages(config)[stage]
     builder.prepare_stage(spec)
-    rack = builder.build_rack()
-    live = [builder.stack(c) for c in spec.anatomy.live]
-    return StageModel(spec.anatomy, live, rack.head, None if spec.anatomy.boundary else rack.embedding)
+    rack, stacks = builder.build_rack(), {stack.creation_index: stack for stack in builder.stacks}
+    return StageModel.assemble(config, spec.anatomy, stacks, rack.head, rack.embedding, torch.device("cpu"))
+
+
+def finish(builder: ProgressiveRackBuilder, config: StackWiseConfig, stage: int) -> None:
+    """End a stage as if it had trained."""
+    end_stage(model_of(builder, config, stage))
+    builder.finish_stage(resolve_stages(config)[stage].anatomy)
 
 
 def batch_of(config: StackWiseConfig, stage: int, trunk: Any = None) -> dict[str, Any]:
@@ -265,7 +273,7 @@ def test_a_trained_stage_keeps_no_gradient(tmp_path: Path) -> None:
 def test_a_quantised_trunk_is_dense_only_while_it_runs(tmp_path: Path) -> None:
     config = tiny(tmp_path, MODES["nf4"])
     builder = built(config, 2)
-    builder.finish_stage(resolve_stage(config, 0).anatomy)
+    finish(builder, config, 0)
     stored = [module for module in builder.stack(0).modules() if isinstance(module, StoredLinear)]
     held: list[bool] = []
     builder.stack(0).register_forward_hook(lambda *_: held.append(all(linear.held is not None for linear in stored)))
@@ -319,7 +327,7 @@ def test_a_prepended_copy_zero_starts_at_the_loss_before_it(tmp_path: Path) -> N
 def test_a_stack_is_a_copy_of_its_neighbour_dequantised_and_merged(tmp_path: Path) -> None:
     config = tiny(tmp_path, {**MODES["nf4 dual"], "training.new_stack_init": "copy"})
     builder = built(config, 2)
-    builder.finish_stage(resolve_stage(config, 1).anatomy)  # quantised, adapters trained
+    finish(builder, config, 1)  # quantised, adapters trained
     source = builder.stack(1)
     new = builder.add_stack()
     x = torch.randn(2, 5, 16)
@@ -349,8 +357,8 @@ def test_a_quantised_stack_stays_so_while_its_adapters_train(tmp_path: Path) -> 
     config = tiny(tmp_path, MODES["joint nf4"])
     builder = built(config, 3)
     for stage in range(3):
-        builder.finish_stage(resolve_stage(config, stage).anatomy)
-    builder.prepare_stage(resolve_stages(config)[3])
+        finish(builder, config, stage)
+    model_of(builder, config, 3)
     assert {storage_of(linear) for stack in builder.stacks for linear in base_linears(stack).values()} == {"nf4"}
 
 
@@ -368,34 +376,18 @@ def test_only_the_top_of_a_qlora_trunk_changes(reference: Reference) -> None:
 
 def test_any_depth_is_the_rack_as_its_stage_left_it(reference: Reference) -> None:
     """Stage 1 judged the adapters it had then: they train on, and its rack still gives the loss it recorded."""
-    from stackwise_core.training.evaluate import evaluate_rack
-
     root = reference(MODES["qlora trunk"])
     config = tiny(root.parent, MODES["qlora trunk"])
     stages, artifacts = plan_of(config).stages, Artifacts(root)
     _, validation = load_sequences(artifacts, plan_of(config).data_ref)
-    tokens, ids = validation.take(np.arange(min(8, len(validation))))
+    batch = validation_batch(validation.fields(np.arange(min(8, len(validation)))), None)
     for depth in (1, 2, 3):
-        rack = Rack(stages[0].shape)
-        rack.untie()
-        rack.embedding.load_state_dict(load_embedding(artifacts, stages[:depth]).state_dict())
-        rack.head.load_state_dict(load_head(artifacts, stages[:depth]).state_dict())
-        rack.stacks.extend(load_stack(artifacts, stages[:depth], c) for c in range(depth))
+        below = stages[:depth]
+        stacks = [load_stack(artifacts, below, stack) for stack in range(depth)]
+        parts = load_embedding(artifacts, below), stacks, load_head(artifacts, below)
+        (judged,) = judge_rack(*parts, [batch], stream=Stream("bfloat16"), boundary=0)
         recorded = manifests(root)[stages[depth - 1].ref("validation").name]["facts"]["validation_loss_exact"]
-        assert evaluate_rack(rack, tokens, ids, None) == pytest.approx(recorded, rel=1e-5)
-
-
-def test_a_rack_is_evaluated_to_any_depth(tmp_path: Path) -> None:
-    from stackwise_core.training.evaluate import evaluate_rack
-
-    config = tiny(tmp_path)
-    tokens, ids = np.arange(64, dtype=np.int64).reshape(4, 16), np.arange(4, dtype=np.int64)
-    rack = built(config, 3).build_rack()
-    by_depth = [evaluate_rack(rack, tokens, ids, None, depth) for depth in (1, 2, 3)]
-    assert len(set(by_depth)) == 3
-    assert by_depth[2] == evaluate_rack(rack, tokens, ids, None)
-    del rack.stacks[1:]
-    assert by_depth[0] == evaluate_rack(rack, tokens, ids, None)
+        assert judged["validation_loss_exact"] == pytest.approx(recorded, rel=1e-5)
 
 
 def test_a_stage_is_judged_on_the_stream_that_it_trained_on(reference: Reference) -> None:
@@ -473,17 +465,16 @@ def test_a_cached_stage_loads_no_stack_of_its_trunk(
     tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory stays flat because the trunk is not there: only the neighbour is read, once, to be copied."""
-    from flows.run import boundaries, live_part
+    from flows.run import inputs
 
     loaded: list[int] = []
-    load = live_part.load_stack
+    load = inputs.load_stack
 
     def spy(artifacts: Artifacts, stages: Any, stack: int) -> Stack:
         loaded.append(stack)
         return load(artifacts, stages, stack)
 
-    monkeypatch.setattr(live_part, "load_stack", spy)
-    monkeypatch.setattr(boundaries, "load_stack", spy)
+    monkeypatch.setattr(inputs, "load_stack", spy)
     config = tiny(tmp_path, {f"{G}target_stacks": 4})
     root = tmp_path / "a"
     grown(config, root)
@@ -494,16 +485,16 @@ def test_a_cached_stage_loads_no_stack_of_its_trunk(
     from flows.run.stage import Stage
 
     stage = Stage(config=config, root=str(root), corpus=plan.data.corpus, corpus_bytes=plan.corpus_bytes, index=3)
-    model = live_part.model_to_train(stage, None)
-    assert loaded == [2]
-    assert list(model.stacks) == ["3"]
+    with inputs.open_stage(stage, None, tmp_path / "work") as opened:
+        assert loaded == [2]
+        assert list(opened.model.stacks) == ["3"]
 
 
 @pytest.mark.parametrize("part_of_it", ["stacks", "head", "embedding"])
 def test_a_stage_that_changed_a_frozen_weight_is_not_sealed(
     part_of_it: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.run import training
+    from stackwise_core.training import training
 
     def careless(model: StageModel, *args: Any, **how: Any) -> list[dict[str, float]]:
         records = train_stack(model, *args, **how)
@@ -525,15 +516,15 @@ def test_a_stack_that_begins_otherwise_than_its_build_says_is_not_trained(
     reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where another version of torch draws or quantises differently."""
-    from flows.run import live_part
+    from flows.run import inputs
     from flows.run.stage import Stage
 
     root = reference()
     config = tiny(root.parent)
     plan = plan_of(config)
     stage = Stage(config=config, root=str(root), corpus=plan.data.corpus, corpus_bytes=plan.corpus_bytes, index=1)
-    live_part.model_to_train(stage, stage.plan.ref("build"))
-    new_stack = live_part.new_stack
+    inputs.open_model(stage, stage.plan.ref("build"))
+    new_stack = inputs.new_stack
 
     def other(*args: Any) -> Stack:
         stack = new_stack(*args)
@@ -541,9 +532,9 @@ def test_a_stack_that_begins_otherwise_than_its_build_says_is_not_trained(
             next(stack.parameters()).mul_(1.0 + 2**-20)
         return stack
 
-    monkeypatch.setattr(live_part, "new_stack", other)
+    monkeypatch.setattr(inputs, "new_stack", other)
     with pytest.raises(ArtifactCorruptError, match="describes other initial tensors"):
-        live_part.model_to_train(stage, stage.plan.ref("build"))
+        inputs.open_model(stage, stage.plan.ref("build"))
 
 
 # ---------------------------------------------------------------- masks and time
@@ -551,7 +542,7 @@ def test_a_stack_that_begins_otherwise_than_its_build_says_is_not_trained(
 
 def test_an_answer_cannot_leak_through_a_boundary(tmp_path: Path, reference: Reference) -> None:
     """Two texts that differ only where both are masked have the same boundary, bit for bit."""
-    from stackwise_core.objectives.losses import batch_fields
+    from stackwise_core.objectives.make_batch import make_batch
 
     changes = {f"{G}training_objective": "mlm", "training.corruption": "mask", "training.mask_ratio": 0.4}
     root = reference(changes)
@@ -565,7 +556,10 @@ def test_an_answer_cannot_leak_through_a_boundary(tmp_path: Path, reference: Ref
     assert masks.any()
     assert (other != tokens).any()
     trunk = LiveTrunk(load_embedding(artifacts, stages), [load_stack(artifacts, stages, 0)], Stream("bfloat16"))
-    rows = [trunk(batch_fields(text, ids, 0, spec)["input_ids"]) for text in (tokens, other)]
+    rows = [
+        trunk(make_batch({"input_ids": text, "sequence_ids": ids, "view": 0}, spec)["input_ids"])
+        for text in (tokens, other)
+    ]
     assert rows[0].equal(rows[1])
     unmasked = trunk(torch.from_numpy(other))
     assert not unmasked.equal(rows[0])
@@ -631,11 +625,11 @@ def test_joint_training_over_depth_leaves_younger_stacks_out(tmp_path: Path) -> 
 def test_joint_training_over_depth_masks_anew_in_each_pass(tmp_path: Path) -> None:
     config = tiny(tmp_path, MODES["depth joint"])
     masks = [mask for mask in (resolve_mask(config, stack) for stack in range(3)) if mask is not None]
+    spec, times = resolve_stages(config)[-1], resolve_joint_times(config)
     tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(1))
-    loader = JointDataLoader([tokens], masks, [0, 1, 2], seed=0, views=2)
-    batches = [batch for _ in range(24) for batch in loader]
+    batches = list(itertools.islice(stage_batches(config, spec, RepeatedLoader([tokens], views=2)), 24))
     assert {batch["stack_idx"] for batch in batches} == {0, 1, 2}
-    assert all(batch["time_step"] == batch["stack_idx"] for batch in batches)
+    assert all(batch["time_step"] == times[batch["stack_idx"]][0] for batch in batches)
     for stack, mask in enumerate(masks):
         drawn = [batch for batch in enumerate(batches) if batch[1]["stack_idx"] == stack]
         for n, batch in drawn:
@@ -694,7 +688,8 @@ def test_a_scaled_step_is_the_step_and_an_overflow_changes_no_weight(tmp_path: P
 
 
 def test_a_resumed_stage_scales_its_loss_as_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU products are fp32: here the stage is told that they are fp16."""
+    """On a CPU products are fp32: here the stage takes them for fp16."""
+    from stackwise_core.training import optimizer as core_optimizer
     from stackwise_core.training import training
 
     scales: list[float] = []
@@ -705,7 +700,7 @@ def test_a_resumed_stage_scales_its_loss_as_it_would_have(tmp_path: Path, monkey
         scales.append(scale.value)
         return train_step(model, batch, optimizer, spec, step, scale, ranks)
 
-    monkeypatch.setattr(training, "compute_dtype", lambda precision, device: torch.float16)
+    monkeypatch.setattr(core_optimizer, "compute_dtype", lambda precision, device: torch.float16)
     monkeypatch.setattr(training, "train_step", noting)
     config = tiny(tmp_path, {f"{G}new_stack_precision": "half"})
     model, spec = model_of(built(config, 1), config, 0), resolve_stages(config)[0].optim

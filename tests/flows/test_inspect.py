@@ -205,7 +205,7 @@ def test_rows_stand_beside_the_text_of_the_corpus(kept: Path, look: Look) -> Non
 
 def test_the_text_is_what_the_trunk_read_masks_and_all(reference: Reference, look: Look) -> None:
     """The corruption goes by batch and time step: that it is the right one, the bytes of the store say."""
-    from flows.run.boundaries import rows_from_tokens
+    from flows.run.inputs import rows_from_tokens
     from flows.run.stage import Stage
 
     root = reference(TIMED)

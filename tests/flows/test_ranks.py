@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from flows.run.events import subscribed
+from flows.run.inputs import open_stage
 from flows.run.stage import Stage
-from flows.run.training import train_live_part
+from flows.run.steps import hooks_of
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.config.schema import HardwareConfig
 from stackwise_core.data.packing import corpus_facts
 from stackwise_core.errors import ConfigError, NonFiniteLossError, StageInterruptedError
 from stackwise_core.training.hardware import threads_of_rank, use_hardware
+from stackwise_core.training.training import train_stage
 from storage.checkpoints import load_state
 from support.modes import DEPTH, MODES, G
 from support.ranks import COUNT, TOLERANCE, Pair
@@ -45,8 +47,9 @@ def stage_of(root: Path, changes: dict[str, Any], index: int, processes: int) ->
 
 def alone(stage: Stage, folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Train in this process; return the records and what trains."""
-    trained = train_live_part(stage, stage.plan.ref("build") if stage.plan.build else None, folder)
-    weights = {name: p.detach() for name, p in trained.model.named_parameters() if p.requires_grad}
+    with open_stage(stage, stage.plan.ref("build") if stage.plan.build else None, folder) as inputs:
+        trained = train_stage(inputs, hooks_of(stage, folder))
+    weights = {name: p.detach() for name, p in inputs.model.named_parameters() if p.requires_grad}
     return trained.records, weights
 
 

@@ -19,8 +19,9 @@ from stackwise_core.model.adapters import adapter_names, adapter_state
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.precision import base_linears, storage_of
 from stackwise_core.stages.plan import StagePlan, plan_config
+from stackwise_core.training.training import tensor_digest
 from storage.artifacts import Artifacts
-from storage.checkpoints import load_embedding, load_head, load_stack, tensor_digest
+from storage.checkpoints import load_embedding, load_head, load_stack
 from storage.sequences import load_sequences
 from support.runs import grown, manifests, write_corpus
 

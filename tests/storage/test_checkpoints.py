@@ -23,8 +23,9 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.growth_operators import new_rack
 from stackwise_core.stages.plan import StagePlan, plan_run
+from stackwise_core.training.optimizer import make_optimizer
 from stackwise_core.training.stage_model import StageModel
-from stackwise_core.training.training import TrainingState, capture, make_optimizer
+from stackwise_core.training.training import TrainingState, capture, tensor_digest
 from storage.artifacts import SCRATCH, Artifacts
 from storage.checkpoints import (
     HEAD,
@@ -38,7 +39,6 @@ from storage.checkpoints import (
     save_state,
     save_tensors,
     save_trained,
-    tensor_digest,
 )
 from storage.durable import remove_temporaries
 from storage.errors import ArtifactCorruptError, ArtifactError, StoreSpaceError

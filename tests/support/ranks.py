@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from flows.run.events import StepTaken, request_stop, stopping_on_signals, subscribed
-from flows.run.job import Job
+from flows.run.inputs import open_stage
+from flows.run.ranks import Job
 from flows.run.stage import Stage
-from flows.run.training import train_live_part
+from flows.run.steps import hooks_of
 from stackwise_core.errors import StackWiseError
+from stackwise_core.training.training import train_stage
 from support.runs import Recorder
 
 COUNT = 2
 TOLERANCE = 5e-6
 """Of weights of 0.02 and losses of 5: twelve steps of float32 sums in another order; 2e-6 was seen."""
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["pytest", "torch._dynamo", "flows.run.training", "stackwise_core.training.distributed"])
+_FORKED.set_forkserver_preload(["pytest", "torch._dynamo", "flows.run.steps", "stackwise_core.training.distributed"])
 
 
 def _rank(pipe: Connection, rank: int, store: str) -> None:
@@ -31,7 +33,7 @@ def _rank(pipe: Connection, rank: int, store: str) -> None:
     os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     os.fsync = lambda fd: None
     dist.init_process_group("gloo", store=dist.FileStore(store, COUNT), rank=rank, world_size=COUNT)
-    kept: list[Any] = []  # see `join`
+    kept: list[Any] = []  # see `init_process_group`
     while (message := pipe.recv()) is not None:
         text, stop = message
         job = Job.model_validate_json(text)
@@ -42,9 +44,10 @@ def _rank(pipe: Connection, rank: int, store: str) -> None:
                 if stop:
                     request_stop()
                 kept.append(kind(job.stage.device))
-                trained = train_live_part(job.stage, job.build, job.folder, kept[-1])
+                with open_stage(job.stage, job.build, job.folder, kept[-1]) as inputs:
+                    trained = train_stage(inputs, hooks_of(job.stage, job.folder, kept[-1]), kept[-1])
             steps = [event.step for event in recorder.events if isinstance(event, StepTaken)]
-            pipe.send((trained.records, trained.attempt.frozen, steps))
+            pipe.send((trained.records, trained.frozen, steps))
         except StackWiseError as error:
             pipe.send(error)
     os._exit(0)

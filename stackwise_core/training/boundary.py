@@ -1,4 +1,4 @@
-"""The frozen trunk's stream: one stream, whether it is live, advanced from a store, or refilled from tokens.
+"""The frozen trunk's stream: the same bytes whether computed live, advanced from a store, or derived from tokens.
 
 Letters: B sequences, T positions, D channels.
 """
@@ -6,6 +6,7 @@ Letters: B sequences, T positions, D channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,16 +18,17 @@ from stackwise_core.model.blocks import Stack, TokenEmbedding
 from stackwise_core.model.precision import held_dense
 from stackwise_core.model.stream import EXACT, Stream
 from stackwise_core.objectives.batches import RowSource
-from stackwise_core.objectives.losses import Batch, batch_fields, input_time_step
+from stackwise_core.objectives.losses import Batch, input_time_step
+from stackwise_core.objectives.make_batch import make_batch
 
 
 @torch.no_grad()
 def advance(stacks: Sequence[Stack], stream_BTD: Tensor, stream: Stream) -> Tensor:
-    """Move the frozen trunk's stream through some stacks, casting it to what is held of it after each.
+    """Move the frozen trunk's stream through some stacks, casting it after each to the type it is held in.
 
-    On a CPU every sequence goes through on its own: the bits of a matrix product can depend on how
-    many rows it has, and a row must have the same bytes in a training batch, in a cache being filled
-    and in a check of sampled rows. See docs/decisions/0001-one-sequence-at-a-time.md.
+    On a CPU every sequence is computed separately: the bits of a matrix product can depend on its number of rows,
+    and a row must have the same bytes in a training batch, in a cache being filled and in a check of sampled rows.
+    See docs/decisions/0001-one-sequence-at-a-time.md.
 
     Args:
         stacks: in data-flow order, in eval mode.
@@ -34,12 +36,12 @@ def advance(stacks: Sequence[Stack], stream_BTD: Tensor, stream: Stream) -> Tens
         stream: how it is held between them.
 
     Returns:
-        [B, T, D] in the type that `stream` gives; without stacks, the stream as it came.
+        [B, T, D] in the type that `stream` gives; without stacks, `stream_BTD` itself.
     """
     group = 1 if stream_BTD.device.type == "cpu" else max(1, len(stream_BTD))
     for stack in stacks:
         advanced_BTD = torch.empty(stream_BTD.shape, dtype=stream.given, device=stream_BTD.device)
-        with held_dense(stack):  # a quantised stack is dequantised once for all sequences, and one at a time
+        with held_dense(stack):  # dequantise once for all sequences
             for first in range(0, len(stream_BTD), group):
                 rows = slice(first, first + group)
                 advanced_BTD[rows] = stream.cast(stack(stream_BTD[rows].float()), stack.creation_index)
@@ -76,40 +78,32 @@ class LiveTrunk:
         return self.embedding(input_ids_BT.to(self.embedding.weight.device), time_step)
 
 
+@dataclass(frozen=True)
 class InputsFromTokens:
-    """What the trunk reads: the sequences, corrupted as for the stage that will read the boundary."""
+    """What the trunk reads: the sequences of both splits, corrupted as for the stage that will read the boundary."""
 
-    def __init__(
-        self,
-        train: PackedSequences,
-        validation: PackedSequences,
-        mask_spec: MaskSpec | None,
-        order: RowOrder | None = None,
-    ) -> None:
-        """Take both splits and the corruption; `order` says which batch a row is in, where that decides its step."""
-        self.train, self.validation, self.mask_spec, self.order = train, validation, mask_spec, order
+    train: PackedSequences
+    validation: PackedSequences
+    mask_spec: MaskSpec | None
+    order: RowOrder | None = None
+    """Says which batch a row is in, where time steps are drawn per batch."""
 
     def batch(self, sequence_ids: IntArray, view: int) -> Batch:
-        """Return the fields of a batch of some sequences; a negative view is the validation split's."""
-        sequences, mask_spec = (self.train, self.mask_spec)
+        """Return a batch of some sequences; a negative view is the validation split's."""
+        sequences, mask_spec = self.train, self.mask_spec
         if view < 0:
             sequences, mask_spec = self.validation, self.mask_spec and self.mask_spec.for_validation()
         row_numbers = sequences.rows_of(sequence_ids)
         tokens, ids = sequences.take(row_numbers)
-        return batch_fields(tokens, ids, view, mask_spec, self._steps(mask_spec, ids, row_numbers, view))
-
-    def _steps(
-        self, mask_spec: MaskSpec | None, sequence_ids: IntArray, row_numbers: IntArray, view: int
-    ) -> IntArray | None:
-        time = mask_spec.time if mask_spec is not None else None
-        if mask_spec is None or time is None or self.order is None or not time.by_batch or view < 0:
-            return None
-        batches, slots = self.order.places(row_numbers, view)
-        return time.steps(mask_spec.seed, sequence_ids, view, batches, slots, self.order.batch_size)
+        fields: Batch = {"input_ids": tokens, "sequence_ids": ids, "view": view}
+        if mask_spec and mask_spec.time and mask_spec.time.by_batch and self.order and view >= 0:
+            batches, slots = self.order.places(row_numbers, view)
+            fields |= {"batch": batches, "slots": slots, "batch_rows": self.order.batch_size}
+        return make_batch(fields, mask_spec)
 
 
 class RowsFromTokens:
-    """A boundary derived from tokens through the whole trunk: what refills a store, and what checks one."""
+    """A boundary derived from tokens through the whole trunk: it refills a store, and checks one."""
 
     def __init__(
         self,
@@ -130,7 +124,7 @@ class RowsFromTokens:
 
 
 class RowsFromBoundary:
-    """What the next stack computes of the rows of a boundary, before it is cast: float32."""
+    """The output of the next stack on the rows of a boundary, before it is cast: float32."""
 
     def __init__(self, below: RowSource, stack: Stack, device: torch.device) -> None:
         """Take the boundary and the stack above it."""

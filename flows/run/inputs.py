@@ -1,0 +1,235 @@
+"""Opens what a stage reads from artifacts: its model, checkpoint and batches, and the boundaries below and above it.
+
+The rows of a boundary come from a store, the live trunk, the boundary below, or tokens; on a CPU all give the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from flows.run.events import Message, emit
+from flows.run.stage import Stage, fingerprint_of
+from stackwise_core.config.schema import QUANTISED_STREAMS
+from stackwise_core.model.blocks import Stack
+from stackwise_core.model.growth_operators import give_adapters, new_rack, new_stack
+from stackwise_core.model.stream import Stream
+from stackwise_core.objectives.batches import PackedBatches, RowSource, first_rows, stage_batches
+from stackwise_core.objectives.losses import Batch
+from stackwise_core.stages.identity import Ref
+from stackwise_core.stages.plan import StagePlan
+from stackwise_core.stages.resolve import resolve_order, resolve_stream_dtype
+from stackwise_core.stages.stages import Anatomy
+from stackwise_core.training.boundary import LiveTrunk, RowsFromBoundary, RowsFromTokens
+from stackwise_core.training.ranks import ALONE, Ranks
+from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.training import StageInputs, TrainingState, fits, tensor_digest
+from storage.activations.fill import StoreRows
+from storage.activations.reader import StoreReader
+from storage.activations.reused import ReusedRows
+from storage.checkpoints import load_channels, load_embedding, load_head, load_stack, load_state
+from storage.demand import advance_source
+from storage.errors import ArtifactCorruptError
+from storage.stores import open_store
+
+_BATCHES_AHEAD = 2
+
+# ---------------------------------------------------------------- what training reads
+
+
+@contextlib.contextmanager
+def open_stage(stage: Stage, build: Ref | None, folder: Path, ranks: Ranks = ALONE) -> Generator[StageInputs]:
+    """Open everything that training a stage reads.
+
+    Args:
+        stage: which.
+        build: the description of what is new.
+        folder: the work folder, with the checkpoint of an earlier attempt.
+        ranks: which share of every batch is read.
+
+    Raises:
+        ArtifactCorruptError: the initial tensors are not those that the build described.
+    """
+    model = open_model(stage, build)
+    state = _open_checkpoint(stage, folder, model)
+    with _boundary_below(stage) as boundary:
+        first = first_rows(_batches(stage, boundary, 0), stage.plan.stack.statistics_rows)
+        batches = _batches(stage, boundary, state.step if state else 0, ranks)
+        yield StageInputs(stage.plan.spec, model, batches, state, first)
+
+
+def open_model(stage: Stage, build: Ref | None) -> StageModel:
+    """Return the live part of the rack on the device, ready to train; raises what `open_stage` raises."""
+    anatomy, config = stage.plan.spec.anatomy, stage.config
+    new = _new_stacks(stage)
+    if build is not None:
+        _check_initial_tensors(stage, build, new)
+    stacks = {stack.creation_index: stack for stack in new}
+    for index in anatomy.live:
+        if index not in stacks:
+            stacks[index] = load_stack(stage.artifacts, stage.below, index)
+            give_adapters(stacks[index], stage.plan.spec.stacks[index], config.run.seed)
+    if stage.below:
+        head = load_head(stage.artifacts, stage.below)
+        embedding = None if anatomy.boundary else load_embedding(stage.artifacts, stage.below)
+    else:
+        rack = new_rack(stage.plan.shape, config.run.seed)
+        head, embedding = rack.head, rack.embedding
+    return StageModel.assemble(config, anatomy, stacks, head, embedding, stage.device)
+
+
+def initial_digest(stage: Stage) -> str:
+    """Return the hash of the tensors that a stage adds to the rack, before training."""
+    return _digest(_new_stacks(stage))
+
+
+def store_below(stage: Stage) -> list[Ref]:
+    """Return the store this stage trains on, if there is one."""
+    return [stage.below[-1].ref("activations")] if stage.below and stage.below[-1].activations else []
+
+
+def _new_stacks(stage: Stage) -> list[Stack]:
+    """Return what is new in this stage, before training: one stack, all of joint training, or none in the anneal."""
+    recipe, spec = stage.plan.build, stage.plan.spec
+    if recipe is None:
+        return []
+    if spec.mode == "joint":
+        return [new_stack(recipe.shape, stack, "random", recipe.seed, None) for stack in spec.stacks]
+    source = None if spec.source is None else load_stack(stage.artifacts, stage.below, spec.source)
+    return [new_stack(recipe.shape, spec.new, spec.operator, recipe.seed, source)]
+
+
+def _check_initial_tensors(stage: Stage, build: Ref, new: list[Stack]) -> None:
+    described = stage.artifacts.checked(build) / "build.json"
+    if _digest(new) != json.loads(described.read_text())["initial_tensors"]:
+        remedy = f"Was it made by another version of torch? Remove {described.parent} and run the same command again"
+        raise ArtifactCorruptError(described, "describes other initial tensors than this stage starts from", remedy)
+
+
+def _digest(stacks: list[Stack]) -> str:
+    return tensor_digest(stacks[0] if len(stacks) == 1 else nn.ModuleList(stacks))
+
+
+def _open_checkpoint(stage: Stage, folder: Path, model: StageModel) -> TrainingState | None:
+    """Return the checkpoint that a stage resumes from, and report it unless it is the result of other processes."""
+    state = load_state(folder)
+    if state is None:
+        return None
+    if not fits(model, state):
+        emit(Message(f"stage {stage.index} starts anew: its checkpoint is of another version of StackWise"))
+        return None
+    if state.step < stage.plan.spec.optim.steps:
+        emit(Message(f"stage {stage.index} goes on from its checkpoint at step {state.step}"))
+        if differences := _differences(state.fingerprint, fingerprint_of(stage)):
+            changed = f"the checkpoint was made with another {differences}"
+            emit(Message(f"{changed}: bits may differ from an undisturbed run's"))
+    return state
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    changed = [name for name, value in then.items() if value != now.get(name)]
+    return ", ".join(f"{name} ({then[name]}, now {now.get(name)})" for name in changed)
+
+
+@contextlib.contextmanager
+def _boundary_below(stage: Stage) -> Generator[RowSource | LiveTrunk | None]:
+    """Open what the live stacks read: nothing, a store, or the live trunk."""
+    anatomy = stage.plan.spec.anatomy
+    if anatomy.boundary == 0:
+        yield None
+    elif store := store_below(stage):
+        with open_store(stage.artifacts, store[0]) as reader:
+            yield reader
+    else:
+        yield _live_trunk(stage, stage.below, anatomy.below)
+
+
+def _batches(
+    stage: Stage, boundary: RowSource | LiveTrunk | None, first_step: int, ranks: Ranks = ALONE
+) -> Iterable[Batch]:
+    train, _ = stage.sequences
+    spec, config = stage.plan.spec, stage.config
+    order = resolve_order(config, len(train))
+    packed = PackedBatches(train, order, first_step, spec.optim.steps, ranks.rank, ranks.count)
+    if not isinstance(boundary, StoreReader):
+        # A live trunk computes on the device that trains: batches made ahead would only compete with training.
+        return stage_batches(config, spec, packed, boundary, first_step=first_step)
+    rows = ReusedRows(boundary, _BATCHES_AHEAD + 1, pinned=stage.device.type == "cuda")
+    return stage_batches(config, spec, packed, rows, first_step=first_step, ahead=_BATCHES_AHEAD)
+
+
+# ---------------------------------------------------------------- what the next stage reads
+
+
+@contextlib.contextmanager
+def boundary_above(stage: Stage) -> Generator[tuple[RowSource, str]]:
+    """Open the boundary of the next stage, before it is cast to the stored type, and name what it is made from."""
+    below = advance_source(stage.plan, stage.run_plan, stage.artifacts)
+    if below is None:
+        yield _from_tokens(stage, _trunk_above(stage).output), "tokens"
+        return
+    stacks = _next_anatomy(stage).below
+    stack = load_stack(stage.artifacts, stage.so_far, stacks[-1]).to(stage.device)
+    with open_store(stage.artifacts, below) as reader:
+        yield RowsFromBoundary(reader, stack, stage.device), f"boundary {len(stacks) - 1}"
+
+
+def rows_from_tokens(stage: Stage) -> RowsFromTokens:
+    """Return the boundary of the next stage as derived from tokens, in the form that a store holds it."""
+    return _from_tokens(stage, _trunk_above(stage))
+
+
+def rows_to_store(stage: Stage) -> StoreRows:
+    """Return which rows the next stage reads, and the attributes of their store."""
+    recipe = stage.plan.activations
+    assert recipe is not None
+    train, validation = stage.sequences
+    rows, views = resolve_order(stage.config, len(train)).visited(recipe.steps)
+    top = _next_anatomy(stage).below[-1]
+    return StoreRows(
+        sequence_ids=train.sequence_ids[rows],
+        views=views,
+        validation_ids=np.asarray(validation.sequence_ids[: recipe.validation_sequences]),
+        seq_len=stage.config.data.seq_len,
+        d_model=stage.plan.shape.d_model,
+        dtype=recipe.dtype,
+        attributes={"id": stage.plan.ref("activations").sha256, "recipe": recipe.dump()},
+        channels=stream_of(stage, stage.so_far, (top,)).channels_of(top),
+    )
+
+
+def stream_of(stage: Stage, plans: tuple[StagePlan, ...], stacks: tuple[int, ...]) -> Stream:
+    """Return how the stream is held above some stacks as the last of some stages left them."""
+    dtype = resolve_stream_dtype(stage.config)
+    known = stacks if dtype in QUANTISED_STREAMS else ()
+    return Stream(dtype, {stack: load_channels(stage.artifacts, plans, stack) for stack in known})
+
+
+def _from_tokens(stage: Stage, trunk: Callable[[Tensor, Tensor | None], Tensor]) -> RowsFromTokens:
+    assert stage.plan.activations is not None
+    train, validation = stage.sequences
+    order = resolve_order(stage.config, len(train))
+    return RowsFromTokens(train, validation, stage.plan.activations.mask, trunk, order)
+
+
+def _trunk_above(stage: Stage) -> LiveTrunk:
+    return _live_trunk(stage, stage.so_far, _next_anatomy(stage).below)
+
+
+def _next_anatomy(stage: Stage) -> Anatomy:
+    """Return the anatomy of the next stage, which reads the store of this one."""
+    return stage.run_plan.stages[stage.index + 1].spec.anatomy
+
+
+def _live_trunk(stage: Stage, plans: tuple[StagePlan, ...], below: tuple[int, ...]) -> LiveTrunk:
+    """Return some stacks as the last of some stages left them."""
+    embedding = load_embedding(stage.artifacts, plans).to(stage.device)
+    stacks = [load_stack(stage.artifacts, plans, stack).to(stage.device) for stack in below]
+    return LiveTrunk(embedding, stacks, stream_of(stage, plans, below))

@@ -1,0 +1,73 @@
+"""The optimizer of a stage, its learning rate, and the loss scale of fp16."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.model.adapters import adapter_parameters
+from stackwise_core.model.precision import compute_dtype
+from stackwise_core.stages.stages import OptimSpec
+from stackwise_core.training.stage_model import StageModel
+
+
+def make_optimizer(model: StageModel, spec: OptimSpec) -> torch.optim.AdamW:
+    """Return AdamW over what trains: no weight decay on norms and embeddings, adapters at their own learning rate."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    adapters = {id(p) for stack in model.live_stacks() for p in adapter_parameters(stack)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        received, allowed = repr(model.anatomy.trains), "nothing would train; choose another trunk_strategy"
+        raise ConfigError([Fault("training.progressive.trunk_strategy", received, allowed)])
+    kinds = {
+        "decayed": [p for p in trainable if p.dim() > 1 and id(p) not in embeddings | adapters],
+        "others": [p for p in trainable if p.dim() <= 1 or id(p) in embeddings],
+        "adapters": [p for p in trainable if id(p) in adapters],
+    }
+    decay = {"decayed": spec.weight_decay, "others": 0.0, "adapters": 0.0}
+    peak = {"decayed": spec.learning_rate, "others": spec.learning_rate, "adapters": spec.adapter_learning_rate}
+    groups = [{"params": kinds[kind], "weight_decay": decay[kind], "peak": peak[kind]} for kind in kinds if kinds[kind]]
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=True)
+
+
+def learning_rate(spec: OptimSpec, step: int) -> float:
+    """Return the learning rate of a step: linear warm-up, then a cosine from the peak to the minimum."""
+    if step < spec.warmup_steps:
+        return spec.learning_rate * (step + 1) / spec.warmup_steps
+    progress = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return spec.min_learning_rate + (spec.learning_rate - spec.min_learning_rate) * cosine
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16 matrix products (Micikevicius et al. 2018, section 3.2).
+
+    The scale halves when a gradient overflows, and that step changes no weight; it doubles after 2,000 steps without
+    overflow. It is a function of the step records alone, so that a resumed stage has the scale of an undisturbed one.
+    """
+
+    growth_interval = 2000
+
+    def __init__(self, start: float, records: list[dict[str, float]]) -> None:
+        """Start at a scale and replay the records so far."""
+        self.value, self.steps_without = start, 0
+        for record in records:
+            self.update(overflowed=bool(record.get("skipped")))
+
+    @classmethod
+    def of(cls, model: StageModel, records: list[dict[str, float]]) -> LossScale | None:
+        """Return the loss scale of a stage in which a stack computes in fp16; None for any other stage."""
+        device = model.head.projection.weight.device
+        kinds = {compute_dtype(stack.precision, device) for stack in model.live_stacks()}
+        return cls(2.0**16, records) if torch.float16 in kinds else None
+
+    def update(self, *, overflowed: bool) -> None:
+        """Adjust the scale after a step."""
+        self.steps_without = 0 if overflowed else self.steps_without + 1
+        if overflowed:
+            self.value /= 2
+        elif self.steps_without % self.growth_interval == 0:
+            self.value *= 2
