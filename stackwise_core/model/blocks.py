@@ -89,7 +89,7 @@ class Stack(nn.Module):
     def __init__(
         self, shape: ModelShape, n_blocks: int, creation_index: int = 0, precision: Precision = "full"
     ) -> None:
-        """Create `n_blocks` blocks; `creation_index` says which stack of its rack this is."""
+        """Create `n_blocks` blocks; `creation_index` is the stack's number in its rack."""
         super().__init__()
         self.shape = shape
         self.creation_index = creation_index
@@ -124,14 +124,14 @@ class TimeEmbedding(nn.Module):
     """A vector for each time step: sinusoidal (Vaswani et al. 2017, section 3.5) or learned."""
 
     def __init__(self, time: TimeShape, d_model: int) -> None:
-        """Create the table if it is learned, and the projection if the width differs from `d_model`."""
+        """Create the table of a learned encoding, and the projection if the width differs from `d_model`."""
         super().__init__()
         self.time = time
         projected = time.dim != d_model
         self.table = nn.Embedding(time.n_steps, time.dim) if time.encoding == "learned" else None
         self.projection = nn.Linear(time.dim, d_model, bias=False) if projected else None
-        # Token embeddings start at INIT_STD a channel; a sinusoid as it is, at 0.7, would drown them in the
-        # residual stream. A projection of N(0, INIT_STD) makes INIT_STD a channel of a vector of length 1.
+        # Token embeddings start with INIT_STD per channel; an unscaled sinusoid, with 0.7, would drown them in the
+        # residual stream. A projection of N(0, INIT_STD) maps a vector of length 1 to INIT_STD per channel.
         wanted = 1.0 / math.sqrt(time.dim) if projected else INIT_STD
         self.scale = wanted / (INIT_STD if time.encoding == "learned" else math.sqrt(0.5))
 
@@ -146,8 +146,8 @@ class TimeEmbedding(nn.Module):
         if len(outside):
             allowed = f"there are {n_steps} time steps: 0 to {n_steps - 1}"
             raise ConfigError([Fault("time_step", str(outside[0].item()), allowed)])
-        # All steps are embedded, then picked: the bits of a matrix product can depend on how many rows it
-        # has, and a sequence must have the same bytes in a batch and on its own.
+        # All steps are embedded, then selected: the bits of a matrix product can depend on its number of rows, and
+        # a sequence must have the same bytes in a batch and alone.
         device = time_step_B.device
         steps_SC = self.table.weight if self.table is not None else sinusoids(n_steps, self.time.dim, device)
         steps_SC = steps_SC * self.scale
@@ -156,7 +156,7 @@ class TimeEmbedding(nn.Module):
 
 
 class TokenEmbedding(nn.Embedding):
-    """A vector for each token, plus that of the sequence's time step where time is an input."""
+    """A vector for each token, plus the vector of the sequence's time step where time is an input."""
 
     def __init__(self, shape: ModelShape) -> None:
         """Create the table of tokens and, if the shape has time, the time embedding."""
@@ -198,9 +198,9 @@ class Rack(nn.Module):
             self.head.projection.weight = self.embedding.weight
 
     def untie(self) -> None:
-        """Give the head a tensor of its own, equal to what it shared with the embedding.
+        """Stop sharing one tensor between embedding and head.
 
-        From the second stage on the embedding is frozen while the head trains; sharing would change
+        From the second stage on the embedding is frozen while the head trains; a shared tensor would change
         the embedding under every cache.
         """
         if self.tied:
@@ -243,7 +243,7 @@ def _make_rotary_table(shape: ModelShape, seq_len: int) -> Tensor:
     frequencies = 1.0 / shape.rope_theta ** (torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
     angles = torch.outer(torch.arange(seq_len).float(), frequencies)
     angles = torch.cat([angles, angles], dim=-1)
-    # Sines of the first half are negated here so that rotating is one roll and two products.
+    # Sines of the first half are negated here, so that a rotation is one roll and two products.
     sign = torch.ones(shape.head_dim)
     sign[: shape.head_dim // 2] = -1.0
     return torch.stack([angles.cos(), angles.sin() * sign])
@@ -268,7 +268,7 @@ def sinusoids(n_steps: int, dim: int, device: torch.device) -> Tensor:
 
 
 def initialise(module: nn.Module, seed: int) -> None:
-    """Fill every matrix with N(0, INIT_STD) from a generator of its own; norms are ones already."""
+    """Fill every matrix with N(0, INIT_STD) from a separate generator; norms are ones already."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""Building a rack: adding stacks by a growth operator, freezing the trunk, counting what is there."""
+"""Building a rack: adding stacks by a growth operator, freezing the trunk, counting parameters."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ProgressiveRackBuilder:
         self._added: list[StackOverride] = []
         self._trained: set[int] = set()
         self.channels: dict[int, ChannelStatistics] = {}
-        """Of every stack whose output was quantised or may be, by creation index: a trainer takes them."""
+        """Channel statistics of the stacks' outputs, by creation index, where the stream is quantised."""
 
     @property
     def stacks(self) -> list[Stack]:
@@ -97,14 +97,14 @@ class ProgressiveRackBuilder:
         raise ConfigError([Fault("index", describe(creation_index), allowed)])
 
     def append_stack(self, n_blocks: int | None = None, precision: Precision | None = None) -> Stack:
-        """Add a stack on top of the trunk, below the head, and return it.
+        """Add a stack between the trunk and the head, and return it.
 
         Args:
-            n_blocks: its blocks; None takes the configuration's.
+            n_blocks: its number of blocks; None takes the configuration's.
             precision: its precision; None takes the configuration's.
 
         Raises:
-            ConfigError: there are `max_stacks` already, or the stack would make no sense.
+            ConfigError: there are `max_stacks` already, or the stack does not fit the configuration.
         """
         return self._add("append", n_blocks, precision)
 
@@ -131,7 +131,7 @@ class ProgressiveRackBuilder:
         if faults := list(growth_faults(config)):
             raise ConfigError(faults)
         spec = resolve_stage(config, index)
-        # Joint training from scratch copies nothing.
+        # Joint training from scratch does not copy.
         grown = config.training.progressive.enabled
         source = self.stack(spec.source) if grown and spec.source is not None else None
         stack = new_stack(self._rack.shape, spec.new, spec.operator if grown else "random", config.run.seed, source)
@@ -142,13 +142,13 @@ class ProgressiveRackBuilder:
         return stack
 
     def _give_progressive(self, spec: StageSpec, index: int) -> None:
-        """Give a stack of the trunk its 'progressive' adapter; its own it got at creation, or never."""
+        """Give a stack of the trunk its 'progressive' adapter; the 'stack' adapter is added at creation only."""
         stack, adapters = self.stack(index), spec.stacks[index].adapters
         if "progressive" in adapters and "progressive" not in adapter_names(stack):
             give_adapter(stack, "progressive", adapters["progressive"], self.config.run.seed)
 
     def _override(self, index: int, mode: str, n_blocks: int | None, precision: Precision | None) -> StackOverride:
-        """Return how this stack is built, spelled out, so that later edits of the configuration leave it as it is."""
+        """Return how this stack is built, in full, so that later edits of the configuration do not change it."""
         settings = settings_of(self.config, index)
         return StackOverride.model_validate(
             {
@@ -160,11 +160,11 @@ class ProgressiveRackBuilder:
         )
 
     def as_built(self, config: StackWiseConfig, added: list[StackOverride] | None = None) -> StackWiseConfig:
-        """Return a configuration with this rack's shape, and its stacks as they were added.
+        """Return a copy of a configuration with this rack's shape, and its stacks as they were added.
 
         Args:
-            config: what else is to hold, such as steps and objectives.
-            added: of every stack; None takes those of this rack.
+            config: gives everything else, such as steps and objectives.
+            added: how each stack was built; None takes this rack's.
         """
         added = self._added if added is None else added
         merged = config.model_copy(deep=True)
@@ -195,13 +195,13 @@ class ProgressiveRackBuilder:
         """Freeze some stacks by creation index; all but the newest by default.
 
         Raises:
-            ConfigError: there is no such stack; then none is frozen.
+            ConfigError: there is no such stack; nothing is frozen.
         """
         for stack in self._chosen(range(self.n_stacks - 1) if indices is None else indices):
             freeze(stack)
 
     def freeze_all_but_qlora(self, indices: list[int] | None = None) -> None:
-        """Freeze some stacks by creation index, all by default, but let their adapters train.
+        """Freeze some stacks by creation index, all by default, except their adapters.
 
         Raises:
             ConfigError: there is no such stack, or none of them has an adapter.
@@ -221,11 +221,11 @@ class ProgressiveRackBuilder:
         return [self.stack(index) for index in indices]
 
     def build_rack(self) -> Rack:
-        """Return the rack; it is shared with the builder, not a copy."""
+        """Return the rack itself, not a copy."""
         return self._rack
 
     def get_rack_info(self) -> dict[str, Any]:
-        """Return counts: stacks, blocks, parameters in all and trainable, bytes, and one entry per stack."""
+        """Return the numbers of stacks, blocks and parameters (all and trainable), and an entry for each stack."""
         stacks = [
             {
                 "creation_index": stack.creation_index,
@@ -247,7 +247,7 @@ class ProgressiveRackBuilder:
 
 
 def count_parameters(module: nn.Module) -> dict[str, int]:
-    """Return the number of parameters, and of those that train; a shared one counts once."""
+    """Return the numbers of parameters and of trainable ones; shared parameters count once."""
     parameters = list(module.parameters())
     return {
         "parameters": sum(p.numel() for p in parameters),

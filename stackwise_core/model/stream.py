@@ -1,14 +1,14 @@
-"""The types in which the frozen trunk's stream is held, and the way into and out of each.
+"""The types in which the frozen trunk's stream is held, and the conversion to and from each.
 
-A quantised type holds each channel standardised, and what remains of a token as 8-bit values times one scale:
+A quantised type standardises each channel, then holds a token as 8-bit values times one scale:
 
-    z = (h - mean) / std        per channel, by statistics that are fixed before the first row is stored
+    z = (h - mean) / std        per channel, by statistics that are taken before the first row is stored
     scale = max |z| / largest   per token
     stored = z / scale          int8 (rounded to even) or float8_e4m3fn
     given = stored * scale * std + mean
 
-Without the first line a few channels with large values set the scale of all others. Every operation is one
-float32 operation per value, never fused: a row has the same bits alone and in any batch.
+Without the first line a few channels with large values would set the scale of all others. Every operation is one
+unfused float32 operation per value: a row has the same bits alone and in any batch.
 
 Letters: B sequences, T positions, D channels.
 """
@@ -32,12 +32,12 @@ STREAM_DTYPES: Final[dict[StreamDtype, torch.dtype]] = {
     "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }
-"""What is stored of each."""
+"""The type of the stored values."""
 
 _LARGEST: Final[dict[StreamDtype, float]] = {"int8": 127.0, "fp8": 448.0}
-"""The value that the largest of a token becomes; of the quantised types."""
+"""What the largest value of a token is scaled to."""
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-"""A token that is its channels' means has no scale of its own, and divides by this."""
+"""Divides a token that equals its channels' means, whose scale would be zero."""
 
 
 class ChannelStatistics(NamedTuple):
@@ -59,7 +59,7 @@ class Quantised(NamedTuple):
 
 
 def quantise(hidden_BTD: Tensor, dtype: StreamDtype, channels: ChannelStatistics) -> Quantised:
-    """Return what is stored of a stack's output; a token that is not finite has a scale that is NaN or infinite.
+    """Return a stack's output as it is stored; the scale of a token that is not finite is NaN or infinite.
 
     Args:
         hidden_BTD: the output, any float type.
@@ -76,12 +76,12 @@ def quantise(hidden_BTD: Tensor, dtype: StreamDtype, channels: ChannelStatistics
 
 
 def dequantise(rows: Quantised, channels: ChannelStatistics, out: Tensor | None = None) -> Tensor:
-    """Return the stream that stored rows stand for: float32 [B, T, D].
+    """Return stored rows as float32 [B, T, D].
 
     Args:
         rows: as stored.
         channels: of the stack whose output they are.
-        out: to be filled and returned.
+        out: if given, is filled and returned.
     """
     mean, std = channels.to(rows.values.device)
     out = torch.empty_like(rows.values, dtype=torch.float32) if out is None else out
@@ -90,7 +90,7 @@ def dequantise(rows: Quantised, channels: ChannelStatistics, out: Tensor | None 
 
 @dataclass(frozen=True)
 class Stream:
-    """How a stream is held between stacks: its type, and of a quantised one the statistics of each stack's output."""
+    """How a stream is held between stacks: its type, and for a quantised type the statistics of each stack's output."""
 
     dtype: StreamDtype
     channels: Mapping[int, ChannelStatistics] = field(default_factory=dict)
@@ -102,14 +102,14 @@ class Stream:
         return torch.float32 if self.dtype in QUANTISED_STREAMS else STREAM_DTYPES[self.dtype]
 
     def cast(self, hidden_BTD: Tensor, stack: int) -> Tensor:
-        """Return what a store would give back of a stack's output: [B, T, D].
+        """Return a stack's output as a store would return it: [B, T, D].
 
         Args:
             hidden_BTD: any float type.
             stack: creation index.
 
         Raises:
-            ConfigError: the type is quantised, and nothing is known of this stack's output.
+            ConfigError: see `channels_of`.
         """
         if self.dtype not in QUANTISED_STREAMS:
             return hidden_BTD.to(self.given)
@@ -118,10 +118,10 @@ class Stream:
         return dequantise(quantise(hidden_BTD, self.dtype, channels), channels)
 
     def channels_of(self, stack: int) -> ChannelStatistics | None:
-        """Return the statistics of a stack's output; None where the type needs none.
+        """Return the statistics of a stack's output; None unless the type is quantised.
 
         Raises:
-            ConfigError: it needs them, and they were never taken.
+            ConfigError: the type is quantised and the statistics were never taken.
         """
         if self.dtype not in QUANTISED_STREAMS:
             return None

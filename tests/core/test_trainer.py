@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -24,10 +25,11 @@ from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader
 from stackwise_core.objectives.losses import Batch, loss_positions
-from stackwise_core.objectives.make_batch import make_batch
+from stackwise_core.objectives.make_batch import make_batch, validation_batch
 from stackwise_core.stages.resolve import resolve_mask, resolve_order
 from stackwise_core.stages.stages import OptimSpec, resolve_stage
 from stackwise_core.training.boundary import LiveTrunk
+from stackwise_core.training.evaluate import judge_rack
 from stackwise_core.training.optimizer import learning_rate, make_optimizer
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.trainer import ProgressiveTrainer
@@ -562,3 +564,127 @@ def test_more_than_max_stacks_is_refused_before_training() -> None:
     with pytest.raises(ConfigError):
         ProgressiveTrainer(config).train_progressively(builder, loader_of(), 5)
     assert builder.n_trained == 0
+
+
+# ---------------------------------------------------------------- checkpoints, evaluation, compilation
+
+
+def stop_after(n_steps: int) -> Hooks:
+    """Hooks that ask to stop after so many steps of any stages."""
+    steps: list[float] = []
+    return Hooks(on_step=lambda record: steps.append(record["step"]), should_stop=lambda: len(steps) >= n_steps)
+
+
+WAYS: dict[str, Callable[[], StackWiseConfig]] = {
+    "mlm": tiny,
+    "clm, rows kept in memory": lambda: tiny("clm", steps_per_stack=9),
+    "live trunk": lambda: tiny(progressive={"cache_activations": False}),
+    "joint in time": lambda: tiny(
+        joint_steps=6, progressive={"time_interpretation": "depth", "num_time_steps": 4, "target_stacks": 2}
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stop", [3, STEPS + 5])
+def test_an_interrupted_stage_resumes_with_the_same_bits(way: str, stop: int) -> None:
+    config = WAYS[way]()
+    expected, losses = grown(config)
+    builder, trainer = ProgressiveRackBuilder(config), ProgressiveTrainer(config, hooks=stop_after(stop))
+    with pytest.raises(StageInterruptedError, match="stopped on request after step") as interrupted:
+        trainer.train_progressively(builder, loader_of())
+    state = interrupted.value.state
+    assert isinstance(state, TrainingState)
+    results = ProgressiveTrainer(config).train_progressively(builder, loader_of(), state=state.copy())
+    found = [record["loss"] for result in results for record in result.records]
+    assert found == losses[-len(found) :]
+    assert len(found) >= len(losses) - stop
+    assert same_bits(weights(builder.build_rack()), weights(expected.build_rack()))
+
+
+def test_a_checkpoint_continues_in_another_rack_and_keeps_the_statistics_of_a_quantised_stream() -> None:
+    config = tiny()
+    config.cache.dtype = "int8"
+    expected, _ = grown(config)
+    kept: list[TrainingState] = []
+    hooks = Hooks(on_checkpoint=lambda state: kept.append(state.copy()), checkpoint_every=4)
+    ProgressiveTrainer(config, hooks=hooks).train_progressively(ProgressiveRackBuilder(config), loader_of(), 1)
+    assert [state.step for state in kept] == [4]
+    builder = ProgressiveRackBuilder(config)
+    ProgressiveTrainer(config).train_progressively(builder, loader_of(), state=kept[0])
+    assert same_bits(weights(builder.build_rack()), weights(expected.build_rack()))
+    for index, channels in expected.channels.items():
+        assert channels.mean.equal(builder.channels[index].mean)
+        assert channels.std.equal(builder.channels[index].std)
+
+
+def test_a_checkpoint_of_another_stage_is_rejected() -> None:
+    config = tiny()
+    builder, trainer = ProgressiveRackBuilder(config), ProgressiveTrainer(config)
+    with pytest.raises(StageInterruptedError) as interrupted:
+        trainer.train_progressively(builder, loader_of(), hooks=stop_after(3))
+    state = interrupted.value.state
+    assert pickle.loads(pickle.dumps(interrupted.value)).state is None  # a model is not sent along with a message
+    trainer.train_progressively(builder, loader_of(), 1, state=state)
+    with pytest.raises(ConfigError, match="state: got a checkpoint at step 3; stage 1 trains other tensors"):
+        trainer.train_progressively(builder, loader_of(), 2, state=state)
+    trainer.train_progressively(builder, loader_of(), 2)
+    with pytest.raises(ConfigError, match="state: got a checkpoint; no stage is left to train"):
+        trainer.train_progressively(builder, loader_of(), 2, state=state)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_every_stage_is_evaluated_on_held_out_batches(objective: str) -> None:
+    config = tiny(objective)
+    held_out = loader_of(3)
+    builder, trainer = ProgressiveRackBuilder(config), ProgressiveTrainer(config)
+    for stage in range(2):
+        (result,) = trainer.train_progressively(builder, loader_of(), stage + 1, validation=held_out)
+        rack, batch = builder.build_rack(), validation_batch(torch.cat(held_out), resolve_mask(config, stage))
+        parts = rack.embedding, builder.stacks, rack.head
+        (judged,) = judge_rack(*parts, [batch], stream=Stream("bfloat16"), boundary=stage)
+        # The mean of three batches, and of all sequences at once: float32 sums in another order.
+        assert result.validation_loss == pytest.approx(judged["validation_loss"], rel=1e-6)
+    (result,) = ProgressiveTrainer(config).train_rack(ProgressiveRackBuilder(config), loader_of(), 1)
+    assert result.validation_loss is None
+
+
+def test_evaluating_changes_no_bit_of_the_training() -> None:
+    config = tiny()
+    expected, _ = grown(config)
+    builder = ProgressiveRackBuilder(config)
+    ProgressiveTrainer(config).train_progressively(builder, loader_of(), validation=loader_of(2))
+    assert same_bits(weights(builder.build_rack()), weights(expected.build_rack()))
+
+
+def test_held_out_batches_without_a_loss_position_are_an_error() -> None:
+    config, one_token = tiny("clm"), [torch.ones(4, 1, dtype=torch.long)]
+    with pytest.raises(ConfigError, match="validation: got batches without a loss position"):
+        ProgressiveTrainer(config).train_progressively(
+            ProgressiveRackBuilder(config), loader_of(), 1, validation=one_token
+        )
+
+
+def test_compilation_is_that_of_the_live_stacks_while_they_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against eager stacks that count their calls: the compiler itself needs a C++ toolchain."""
+    expected, losses = grown(tiny())
+    compiled: list[int] = []
+    calls: list[int] = []
+
+    def compiling(stack: Any) -> Callable[[Tensor], Tensor]:
+        compiled.append(stack.creation_index)
+
+        def run(stream: Tensor) -> Tensor:
+            calls.append(stack.creation_index)
+            return stack(stream)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    config = tiny()
+    config.hardware.compile = True
+    builder, found = grown(config)
+    assert compiled == [0, 1]
+    assert calls == [0] * STEPS + [1] * STEPS
+    assert found == losses
+    assert same_bits(weights(builder.build_rack()), weights(expected.build_rack()))
