@@ -18,7 +18,7 @@ from storage.durable import write_text
 from storage.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
-    from flows.pages.boundaries import Boundary
+    from flows.pages.drift import Boundary
 
 _ROWS = 64
 _PAGES = ("activations", "stack")
@@ -135,7 +135,7 @@ def _other_store(artifacts: Artifacts, uri: str) -> Boundary | None:
     manifest = read_manifest(folder)
     if manifest.ref.kind != "activations":
         raise ConfigError([Fault("--against", repr(uri), f"{manifest.ref.name} is no store; name one")])
-    from flows.pages.boundaries import Boundary
+    from flows.pages.drift import Boundary
 
     home = _home(artifacts, folder, manifest)
     home.manifest(manifest.ref)  # raises unless it is sealed

@@ -1,9 +1,11 @@
-"""From an artifact back to the data: everything it was made from, each with its state today."""
+"""The provenance of an artifact: everything it was made from, back to the data, each with its current state."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from flows.run.numbers import parameters, size
 from stackwise_core.stages.identity import Kind
 from storage.artifacts import Artifacts, State
 from storage.errors import ArtifactError
@@ -18,13 +20,38 @@ _TELLING_FACTS: dict[Kind, tuple[str, ...]] = {
     "validation": ("validation_loss", "cache"),
 }
 REPLACED = "replaced"
-"""It is sealed, but of other bytes than were read: it was made again since."""
+"""State of an input that is sealed, but with other bytes than were read, because it was made again since."""
+
+
+_PHRASES: dict[str, Callable[[Any], str]] = {
+    "documents": lambda count: f"{count:,} documents",
+    "train_sequences": lambda count: f"{count:,} sequences",
+    "validation_sequences": lambda count: f"{count:,} for validation",
+    "operator": str,
+    "blocks": lambda count: f"{count} blocks",
+    "strategy": str,
+    "stacks": lambda count: f"{count} below",
+    "train_loss": lambda loss: f"loss {loss:.4f}",
+    "steps": lambda count: f"{count:,} steps",
+    "rack_parameters": lambda count: f"rack of {parameters(count)}",
+    "boundary": lambda depth: f"boundary {depth}",
+    "train_rows": lambda count: f"{count:,} rows",
+    "store_bytes": size,
+    "validation_loss": lambda loss: f"loss {loss:.4f}",
+    "cache": lambda verdict: f"cache {verdict}",
+}
+"""How the facts of `_TELLING_FACTS` are written."""
+
+
+def phrase(facts: dict[str, Any]) -> str:
+    """Return the facts of an entry in one line."""
+    return ", ".join(_PHRASES[name](value) for name, value in facts.items())
 
 
 def trace(artifacts: Artifacts, manifest: Manifest) -> list[dict[str, Any]]:
-    """Return one entry per artifact that this one comes from, what was made first first, itself last.
+    """Return one entry per artifact that this one comes from, in the order of their making, itself last.
 
-    `state` is sealed, retired, absent, corrupt or replaced; of what cannot be read, the rest is empty.
+    `state` is sealed, retired, absent, corrupt or replaced; the other fields of an unreadable artifact are empty.
     """
     entries: dict[str, dict[str, Any]] = {}
     for entry in manifest.inputs:
@@ -34,7 +61,7 @@ def trace(artifacts: Artifacts, manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _follow(artifacts: Artifacts, read: InputEntry, entries: dict[str, dict[str, Any]]) -> None:
-    """Add what an input was made from, then the input, unless it is listed."""
+    """Add what an input was made from, then the input, unless it is listed already."""
     ref = read.ref
     if ref.sha256 in entries:
         return

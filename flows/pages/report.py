@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from xml.etree.ElementTree import tostring
 
-from flows.pages.markup import element
-from flows.pages.plots import HEIGHT, WIDTH, Plot
+from flows.pages.plots import Plot
 from flows.pages.scales import places, scale_of
 from flows.run.numbers import clock, parameters, size, stage_line
 from flows.run.summary import StageSummary
 
-_LOOK = """
+_STYLE = """
 text { font: 12.5px system-ui, sans-serif; fill: #555b64; } .label, .note { fill: #1d1f23; }
 .grid { stroke: #e4e3df; } .axis { stroke: #646a73; } .line { fill: none; stroke: #2458c5; stroke-width: 2; }
 .point { fill: #2458c5; }
@@ -67,13 +65,8 @@ def loss_plot(stages: Sequence[StageSummary]) -> str:
         plot.dots(numbers, losses, "point", "stage")
         if what and losses[-1] is not None:
             plot.name(numbers[-1], losses[-1], what)
-    width, height = WIDTH + 2 * _MARGIN, HEIGHT + 2 * _MARGIN
-    paper = element("rect", x=-_MARGIN, y=-_MARGIN, width=width, height=height, fill="#ffffff")
-    drawn = plot.svg()
-    drawn.attrib |= {"xmlns": "http://www.w3.org/2000/svg", "width": str(width), "height": str(height)}
-    drawn.attrib["viewBox"] = f"{-_MARGIN} {-_MARGIN} {width} {height}"
-    drawn[:0] = [element("style", _LOOK), paper]
-    return f"![Validation loss by stage](data:image/svg+xml;base64,{base64.b64encode(tostring(drawn)).decode()})"
+    drawn = plot.image(_STYLE, _MARGIN).encode()
+    return f"![Validation loss by stage](data:image/svg+xml;base64,{base64.b64encode(drawn).decode()})"
 
 
 def _lines(stages: Sequence[StageSummary]) -> dict[str, list[float | None]]:

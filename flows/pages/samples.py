@@ -1,4 +1,4 @@
-"""Some rows of a store beside the text they were computed from."""
+"""Sample rows of a store, beside the text they were computed from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flows.pages.rounding import listed
+from flows.pages.text import listed
 from stackwise_core.data.masks import IntArray, TimeInput
 from stackwise_core.data.order import RowOrder
 from stackwise_core.data.packing import PackedSequences
@@ -29,16 +29,16 @@ from storage.sequences import load_sequences
 
 _ROWS: dict[Group, int] = {"train": 4, "validation": 2}
 _POSITIONS = 256
-"""Longer rows are shown in part."""
+"""Longer rows are cut."""
 
 
 def sample_rows(
     artifacts: Artifacts, manifest: Manifest, reader: StoreReader, groups: dict[Group, GroupMetadata]
 ) -> tuple[list[dict[str, Any]], str]:
-    """Return some rows of a store with their text and token norms, and why there is no text, if there is none.
+    """Return sample rows of a store with their text and token norms, and why there is no text, if there is none.
 
-    Each is {group, row, sequence_id, view, norms, pieces, piece_tokens, changed}: the input that the row was computed
-    from in readable pieces, how many tokens each has, and which of them masking put in place of what the text has.
+    Each is {group, row, sequence_id, view, norms, pieces, piece_tokens, changed}: the input of the row in readable
+    pieces, how many tokens each piece has, and which pieces masking changed.
     """
     source, why_not = _text_source(artifacts, manifest)
     samples = list[dict[str, Any]]()
@@ -55,7 +55,7 @@ def sample_rows(
 
 
 class _TextSource:
-    """The inputs of a store's rows, as text."""
+    """The inputs of a store's rows as text."""
 
     def __init__(
         self, splits: tuple[PackedSequences, PackedSequences], recipe: ActivationRecipe, by: Tokenizer
@@ -83,7 +83,7 @@ class _TextSource:
 
 
 def _order(recipe: ActivationRecipe, time: TimeInput | None, n_rows: int) -> RowOrder:
-    """Return the order in which the stage visits rows: where a time step goes by batch, it is part of the input."""
+    """Return the order of the rows: if time steps are drawn by batch, the input of a row depends on it."""
     by_batch = time is not None and time.by_batch
     return RowOrder(
         seed=recipe.order_seed,
@@ -96,7 +96,7 @@ def _order(recipe: ActivationRecipe, time: TimeInput | None, n_rows: int) -> Row
 
 
 def _text_source(artifacts: Artifacts, manifest: Manifest) -> tuple[_TextSource | None, str]:
-    """Return what gives the text, or why nothing does."""
+    """Return the source of the text, or why there is none."""
     ref = next(entry.ref for entry in manifest.inputs if entry.ref.kind == "data")
     try:
         splits, data = load_sequences(artifacts, ref), DataRecipe.model_validate(artifacts.manifest(ref).recipe)
@@ -109,11 +109,11 @@ def _text_source(artifacts: Artifacts, manifest: Manifest) -> tuple[_TextSource 
 
 
 def _tokenizer(artifacts: Artifacts, name: str) -> Tokenizer | None:
-    """Return the tokenizer of a name: ids hold the hash of its file, the runs' configurations know the path."""
+    """Return a tokenizer by name, which holds the hash of its file; the runs' configurations hold the path."""
     if name == ByteTokenizer.name:
         return ByteTokenizer()
     for run in run_names(artifacts):
-        with contextlib.suppress(ArtifactError, ConfigError):  # damaged, or its file is gone: another run may have one
+        with contextlib.suppress(ArtifactError, ConfigError):  # damaged or missing: try the next run
             path = find_run(artifacts, run).config.data.tokenizer
             if path != ByteTokenizer.name and Path(path).is_file() and load_tokenizer(path).name == name:
                 return load_tokenizer(path)

@@ -1,4 +1,4 @@
-"""What there is to say of a sealed activation store: its layout, its numbers, some of its rows, its neighbours."""
+"""A sealed activation store as a document: its layout, statistics, sample rows, and drift from other boundaries."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from flows.pages.boundaries import Boundary, drift_of
-from flows.pages.rounding import listed, rounded
+from flows.pages.drift import Boundary, drift_of
 from flows.pages.samples import sample_rows
+from flows.pages.text import listed, rounded
 from storage.activations.format import GROUP_FOLDERS, Group
 from storage.activations.metadata import GroupMetadata, read_metadata
 from storage.activations.sampling import evenly_spaced
@@ -26,15 +26,15 @@ def describe_store(
     """Return the sections `store`, `drift` and `samples` of the document of a sealed store.
 
     Args:
-        artifacts: where its inputs and its run are.
-        folder: the store.
-        manifest: of it.
+        artifacts: the artifacts folder.
+        folder: folder of the store.
+        manifest: manifest of the store.
         against: a sealed store to compare with; None takes the boundary below.
-        n_rows: how many rows are read for the statistics and for the drift.
+        n_rows: how many rows to read for the statistics and the drift.
 
     Raises:
-        ArtifactCorruptError: bytes are not what was sealed; it names the file.
-        ConfigError: `against` cannot be compared with it.
+        ArtifactCorruptError: a file differs from what was sealed; names the file.
+        ConfigError: `against` cannot be compared.
     """
     with open_at(artifacts, folder, manifest) as reader:
         groups = read_metadata(folder)[1]
@@ -67,12 +67,12 @@ def _layout(folder: Path, groups: dict[Group, GroupMetadata]) -> dict[str, Any]:
 
 
 def _codec(codec: dict[str, Any]) -> str:
-    """Return a codec of Zarr's metadata in one line, what it wraps in parentheses."""
+    """Return a codec of Zarr's metadata in one line, with its settings or inner codecs in parentheses."""
     settings = codec.get("configuration", {})
     if inner := settings.get("codecs"):
         return f"{codec['name']}({', '.join(map(_codec, inner))})"
-    told = ", ".join(str(value) for value in settings.values() if isinstance(value, (str, int, float)))
-    return f"{codec['name']}({told})" if told else str(codec["name"])
+    shown = ", ".join(str(value) for value in settings.values() if isinstance(value, (str, int, float)))
+    return f"{codec['name']}({shown})" if shown else str(codec["name"])
 
 
 def _statistics(found: Statistics) -> dict[str, Any]:

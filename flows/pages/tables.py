@@ -1,4 +1,4 @@
-"""A store in the terminal: what fits 80 columns and is worth a look."""
+"""The tables of a store in the terminal, at most 80 columns wide."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from flows.pages import parts
-from flows.pages.markup import printable
-from flows.pages.text import number, sequence_name, visible
+from flows.pages.provenance import phrase
+from flows.pages.text import minute, number, printable, sequence_name, shape, visible
 from flows.run.numbers import size
 from flows.run.terminal import plain_table
 from storage.activations.statistics import OUTLIER_FACTOR
@@ -43,7 +42,7 @@ def print_store(document: dict[str, Any]) -> None:
 
 
 def strip(values: list[float | None], cells: int) -> str:
-    """Return values as a line of bars, from the smallest to the largest; a cell is the mean of what falls in it."""
+    """Return values as a line of bars between the smallest and the largest; a cell shows the mean of its values."""
     if not values:
         return ""
     cells = min(cells, len(values))
@@ -70,10 +69,9 @@ def _pairs(pairs: list[tuple[str, str]]) -> Table:
 
 def _layout(store: dict[str, Any]) -> Table:
     chunk, shard, row = store["rows_per_chunk"], store["rows_per_shard"], store["row_bytes"]
-    shape = " x ".join(f"{length:,}" for length in store["shape"])
     return _pairs(
         [
-            ("array", f"{shape} (row, position, channel), {store['dtype']}, {size(row)} a row"),
+            ("array", f"{shape(store['shape'], 'x')} (row, position, channel), {store['dtype']}, {size(row)} a row"),
             ("views", f"{store['views']:,} a sequence at most"),
             ("validation", f"{store['validation_rows']:,} rows"),
             ("codecs", " -> ".join(store["codecs"])),
@@ -105,7 +103,7 @@ def _statistics(store: dict[str, Any]) -> Table:
 
 
 def _channels(channels: dict[str, Any]) -> Table:
-    """Return the outliers, else the largest channels, and say which are dead."""
+    """Return the outliers, or else the largest channels, and list the dead ones."""
     rms, outliers, dead = channels["rms"], channels["outliers"], channels["dead"]
     by_size = sorted(range(len(rms)), key=lambda channel: -(rms[channel] or 0.0))
     names = ("rms", "mean", "std", "smallest", "largest", "kurtosis")
@@ -146,7 +144,7 @@ def _rows(samples: dict[str, Any]) -> Group:
 
 
 def _text_over_strip(sample: dict[str, Any]) -> list[str]:
-    """Return the beginning of a row's text, and under each token a bar for its norm; without text, all bars."""
+    """Return the beginning of a row's text with a bar for the norm under each token, or only bars without text."""
     if not sample["pieces"]:
         return [strip(sample["norms"], _COLUMNS)]
     text, norms, first = "", list[float | None](), 0
@@ -165,6 +163,7 @@ def _provenance(entries: list[dict[str, Any]]) -> Table:
     table = plain_table("artifact", "state", "made (UTC)", "what it came to")
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for entry in entries:
-        made = parts.minute(entry["created"]) or "-"
-        table.add_row(escape(printable(entry["name"])), entry["state"], made, escape(parts.told(entry["facts"])))
+        table.add_row(
+            escape(printable(entry["name"])), entry["state"], minute(entry["created"]), escape(phrase(entry["facts"]))
+        )
     return table

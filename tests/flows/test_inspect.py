@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 
 from flows.cli.main import main
-from flows.pages.markup import element, page, printable
+from flows.pages.page import render
+from flows.pages.plots import Mark
 from flows.pages.scales import Scale, scale_of, tick_text
 from flows.pages.tables import strip
-from flows.pages.text import visible
+from flows.pages.text import printable, visible
 from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.stages.identity import BuildRecipe, DataRecipe
@@ -352,12 +354,26 @@ def test_a_store_of_nothing_finite_has_a_page_without_plots(kept: Path, look: Lo
     print_store(document)
 
 
-def test_markup_escapes_by_construction() -> None:
-    made = page('<&"', "p > a {}", element("p", "a < b & c", element("b", "x"), "</p>", title='"<'))
-    assert '<title>&lt;&amp;"</title>' in made
-    assert 'title="&quot;&lt;"' in made or 'title="&quot;<"' in made
-    assert "a &lt; b &amp; c<b>x</b>&lt;/p&gt;" in made
-    assert "p > a {}" in made
+def test_every_value_of_a_template_is_text() -> None:
+    hostile = '</text><script>"\x1b\u202e'
+    made = render(
+        "plot.svg.j2",
+        left=0,
+        top=0,
+        width=1,
+        height=1,
+        label=hostile,
+        marks=[Mark("a", {"b": hostile}, hostile, hostile)],
+    )
+    parsed = Parsed(str(made))
+    assert parsed.tags == ["svg", "a", "title"]
+    assert parsed.text.count('</text><script>"\ufffd\ufffd') == 2
+    assert [value for _, value in parsed.attributes].count('</text><script>"\ufffd\ufffd') == 2
+    with pytest.raises(UndefinedError):
+        render("plot.svg.j2")
+
+
+def test_what_is_no_letter_is_replaced() -> None:
     assert printable("a\x00\x1b\ud800\u202eé\n") == "a\ufffd\ufffd\ufffd\ufffdé\n"
     assert visible("a\n\tb", one_line=True) == "a↵→b"
 

@@ -1,4 +1,4 @@
-"""The boundaries that a store can be compared with, and how far it is from them."""
+"""How far the boundary in a store is from other boundaries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.pages.rounding import listed
+from flows.pages.text import listed
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Ref
 from storage.activations.drift import measure_drift
@@ -24,7 +24,7 @@ from storage.stores import fetch_metadata, open_at
 
 @dataclass(frozen=True, eq=False)
 class Boundary:
-    """A sealed store, and its rows."""
+    """A sealed store and the index of its rows."""
 
     artifacts: Artifacts
     folder: Path
@@ -33,30 +33,30 @@ class Boundary:
 
     @classmethod
     def of(cls, artifacts: Artifacts, folder: Path, manifest: Manifest) -> Boundary:
-        """Read which rows a store holds."""
+        """Read the row index of a store."""
         fetch_metadata(artifacts, folder, manifest)
         return cls(artifacts, folder, manifest, read_metadata(folder)[1]["train"].rows)
 
     @property
     def ref(self) -> Ref:
-        """Its name."""
+        """Reference of the store."""
         return self.manifest.ref
 
     @property
     def depth(self) -> int:
-        """How many stacks are below it."""
+        """Number of stacks below it."""
         return int(self.manifest.recipe["boundary"])
 
 
 def drift_of(artifacts: Artifacts, here: Boundary, against: Boundary | None, n_rows: int) -> dict[str, Any] | None:
-    """Compare a store with one that is named, and with all sealed boundaries of its run.
+    """Compare a store with the given one and with all sealed boundaries of its run.
 
     Returns:
-        names and depths of the stores, `cka` and `cosine` between all of them, `here` and `against` as places in
-        these; against is the one that was named, else the boundary below. None if there is nothing to compare with.
+        names and depths of the stores, `cka` and `cosine` between all of them, and `here` and `against` as indices
+        into these; `against` is the given store, else the boundary below. None if there is no other boundary.
 
     Raises:
-        ConfigError: the named one is of other data or positions, or shares no row.
+        ConfigError: the given store has other data, or shares no row.
     """
     if against is not None:
         _check_comparable(here, against)
@@ -109,10 +109,10 @@ def _refused(name: str, reason: str) -> ConfigError:
 
 
 def _boundaries_of_run(artifacts: Artifacts, ref: Ref) -> list[Boundary]:
-    """Return the sealed stores of the newest run that plans a store; none if no run does."""
+    """Return the sealed stores of the newest run that plans a store."""
     planned: list[tuple[str, list[Ref]]] = []
     for name in run_names(artifacts):
-        with contextlib.suppress(ArtifactError):  # a damaged run says nothing of the store
+        with contextlib.suppress(ArtifactError):  # skip damaged runs
             run = find_run(artifacts, name)
             stores = [stage.ref("activations") for stage in run.plan.stages if stage.activations is not None]
             planned += [(run.start["started"], stores)] if ref in stores else []
