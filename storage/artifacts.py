@@ -11,7 +11,7 @@ from typing import Any
 
 from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.identity import Recipe, Ref
-from storage.checksums import NOT_LISTED, checksum_file, verify_files
+from storage.checksums import NOT_LISTED, Files, checksum_file, verify_files
 from storage.durable import remove_temporaries, sync_tree, write_text
 from storage.errors import (
     ArtifactCorruptError,
@@ -151,7 +151,7 @@ class Artifacts:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    # ------------------------------------------------------------ locks, and other machines
+    # ------------------------------------------------------------ locks
 
     def lock(
         self,
@@ -167,22 +167,6 @@ class Artifacts:
     def lock_holder(self, name: str) -> Holder | None:
         """Return the process that holds a lock exclusively now."""
         return self.place.lock_holder(name)
-
-    def is_held(self, name: str) -> bool:
-        """Say whether any process, of any machine, holds a lock now."""
-        return self.place.is_held(name)
-
-    def share(self, path: Path) -> None:
-        """Let other machines see a file of a run, or a pin."""
-        self.place.share(path)
-
-    def unshare(self, path: Path) -> None:
-        """Remove a file that was shared."""
-        self.place.unshare(path)
-
-    def refresh_runs(self) -> None:
-        """See the runs and pins that other machines shared, and forget those they removed."""
-        self.place.refresh_records()
 
     # ------------------------------------------------------------ state
 
@@ -318,19 +302,12 @@ class Artifacts:
         facts: dict[str, Any],
         fingerprint: dict[str, Any],
         *,
-        checksums: dict[str, tuple[int, str]] | None = None,
+        checksums: Files | None = None,
         records: tuple[str, ...] = (),
     ) -> Manifest:
         """Turn the work folder into the artifact: flush, manifest last, then `promote`.
 
-        Args:
-            ref: of the artifact.
-            recipe: what its numbers depend on.
-            inputs: what it was made from.
-            facts: what the task found out.
-            fingerprint: versions and hardware it was computed on.
-            checksums: path -> (size, checksum) of files that need not be read again.
-            records: files that are logs, not content.
+        Of files in `checksums` the bytes are not read again; `records` are files that are logs and no content.
         """
         work, known = self.work(ref), checksums or {}
         remove_temporaries(work)

@@ -18,57 +18,30 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import os
 import re
-import shutil
 import uuid
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.identity import Ref
 from storage import leases
-from storage.durable import write_bytes, write_text
-from storage.errors import (
-    ArtifactCorruptError,
-    ArtifactError,
-    ArtifactNewerError,
-    ArtifactsFolderError,
-    ObjectStoreError,
-)
+from storage.durable import write_text
+from storage.errors import ArtifactError, ArtifactsFolderError, ObjectStoreError
 from storage.leases import LeasedLock
 from storage.local import LocalPlace
 from storage.locks import FileLock, Holder
-from storage.manifest import MANIFEST, RETIRED, Manifest, parse_manifest
+from storage.manifest import MANIFEST, RETIRED, Manifest
 from storage.object_store import FEW_RETRIES, ObjectStore
-from storage.place import (
-    FOLDERS,
-    OUTCOME,
-    PINS,
-    PLANS_LOCK,
-    QUARANTINE,
-    REASON,
-    RUNS,
-    Entry,
-    Leftovers,
-    SealedFolder,
-)
+from storage.place import FOLDERS, OUTCOME, PLANS_LOCK, RUNS, Entry, Leftovers, SealedFolder
 from storage.remote_files import RemoteFiles, names_missing
+from storage.sealed_objects import SealedObjects, files_below, is_young, leftovers
+from storage.shared_records import refresh
 
-GRACE = timedelta(hours=24)
-"""What is younger stays: the record of its run may not be visible yet, or it may still be uploaded."""
 _REQUESTS_AT_ONCE = 16
-_log = logging.getLogger(__name__)
-
-
-def clock() -> datetime:
-    """Return the time."""
-    return datetime.now(UTC)
 
 
 def scratch_of(uri: str) -> Path:
@@ -90,7 +63,7 @@ class BucketPlace:
         self.store = ObjectStore(uri)
         self.uri = self.store.uri
         self.root = scratch_of(self.uri)
-        self._manifests: dict[str, tuple[Entry, Manifest]] = {}
+        self._sealed = SealedObjects(self.store)
 
     def open(self) -> None:
         """Make the scratch folder, and make sure that the store accepts writes and honours conditions."""
@@ -141,34 +114,9 @@ class BucketPlace:
 
     def look(self, key: str, ref: Ref | None = None) -> SealedFolder | None:
         """List the objects and read the manifest, if it changed; the scratch folder then mirrors it."""
-        if (found := self._look(key, ref)) is not None:
+        if (found := self._sealed.look(key, ref)) is not None:
             self._mirror(found)
         return found
-
-    def _look(self, key: str, ref: Ref | None = None) -> SealedFolder | None:
-        while True:
-            listed = self.store.list(key)
-            if MANIFEST not in listed:
-                return None
-            try:
-                entry, manifest = self._manifest(key, listed[MANIFEST], ref)
-            except FileNotFoundError:
-                continue  # deleted in between
-            if entry.version == listed[MANIFEST].version:  # else it was replaced in between
-                break
-        below = self.files_below(key, manifest)
-        sizes = {name[len(below) :]: each.size for name, each in listed.items() if name.startswith(below)}
-        return SealedFolder(key, manifest, sizes, RETIRED in sizes, entry.version)
-
-    def _manifest(self, key: str, listed: Entry, ref: Ref | None = None) -> tuple[Entry, Manifest]:
-        """Return a manifest that a listing shows and its entry; one that did not change is read once."""
-        known = self._manifests.get(key)
-        if known is None or known[0].version != listed.version or (ref is not None and known[1].ref != ref):
-            path = f"{key}/{MANIFEST}"
-            data, entry = self.store.read(path)
-            manifest = parse_manifest(data, self.location(path), f"all below {self.location(key)}", ref)
-            known = self._manifests[key] = entry, manifest
-        return known
 
     def _mirror(self, found: SealedFolder) -> None:
         """Give the scratch folder the manifest, and remove files of another attempt."""
@@ -210,38 +158,35 @@ class BucketPlace:
 
     def stored_manifest(self, key: str, entry: Entry) -> Manifest:
         """Return the manifest that a listing shows."""
-        return self._manifest(key, entry)[1]
+        return self._sealed.manifest(key, entry)[1]
 
     def files_below(self, key: str, manifest: Manifest) -> str:
         """Return the folder of the attempt; in quarantine files lie beside the manifest."""
-        return "" if key.startswith(f"{QUARANTINE}/") else f"{manifest.attempt}/"
+        return files_below(key, manifest)
 
     # ------------------------------------------------------------ reading
-
-    def _files(self, found: SealedFolder) -> RemoteFiles:
-        return RemoteFiles(self.store, found.key, f"{found.key}/{self.files_below(found.key, found.manifest)}")
 
     def fetch(self, found: SealedFolder, names: Iterator[str] | None = None) -> Path:
         """Download what the scratch folder lacks, each file compared with its checksum as it arrives."""
         files, folder = found.manifest.checksums(), self._scratch.root / found.key
-        self._files(found).fetch(folder, files if names is None else {name: files[name] for name in names})
+        self._sealed.files(found).fetch(folder, files if names is None else {name: files[name] for name in names})
         return folder
 
     def range_reader(self, found: SealedFolder) -> RemoteFiles | None:
         """Return the objects, unless all files are in the scratch folder."""
         here = not any(names_missing(self.root / found.key, found.manifest.checksums()))
-        return None if here else self._files(found)
+        return None if here else self._sealed.files(found)
 
     def verify(self, found: SealedFolder) -> list[str]:
         """Download every byte and compare it with its checksum; nothing is kept."""
-        return self._files(found).verify(found.manifest.checksums(), found.sizes)
+        return self._sealed.files(found).verify(found.manifest.checksums(), found.sizes)
 
     # ------------------------------------------------------------ changing
 
     def publish(self, key: str, work: Path, manifest: Manifest, replaces: str | None) -> None:
         """Upload the files, then put the manifest under a condition; the scratch folder keeps what was made."""
         try:
-            won = self._upload_and_seal(key, work, manifest, replaces)
+            won = self._sealed.seal(key, work, manifest, replaces)
         except ObjectStoreError as error:
             kept = f"{manifest.ref.name} is made and kept in {work}, and its upload goes on where it was"
             raise ObjectStoreError(error.reason, kept) from None
@@ -250,87 +195,27 @@ class BucketPlace:
         else:
             self._scratch.trash(work)
 
-    def _upload_and_seal(self, key: str, work: Path, ours: Manifest, replaces: str | None) -> bool:
-        """Say whether `ours` is what is sealed at the end; if not, another machine sealed the key meanwhile."""
-        before, damaged = self._look_before_sealing(key)
-        is_ours = before is not None and before.manifest.seal == ours.seal
-        if before and not is_ours and not before.retired and before.manifest.seal != replaces:
-            return self._lost(key, ours, before)
-        files = RemoteFiles(self.store, key, f"{key}/{ours.attempt}/")
-        there = {name: entry.size for name, entry in self.store.list(f"{key}/{ours.attempt}").items()}
-        if (work / RETIRED).exists():  # a copy of an artifact that is retired where it comes from
-            self.store.write(f"{files.prefix}{RETIRED}", (work / RETIRED).read_bytes())
-        else:
-            files.upload(work, ours.checksums(), there, f"upload-{ours.ref.kind}")
-            self.store.delete([f"{files.prefix}{RETIRED}"] if RETIRED in there else [])
-        if is_ours:
-            return True
-        data = (work / MANIFEST).read_bytes()
-        version = before.version if before else damaged
-        if version is None:
-            self.store.create(f"{key}/{MANIFEST}", data)
-        else:
-            self.store.replace(f"{key}/{MANIFEST}", data, version)
-        # Do not go by the answer: a request that was repeated on a lost connection may have met its own first success.
-        after = self._look(key, ours.ref)
-        if after is None or after.manifest.seal != ours.seal:
-            self.store.delete_below(f"{key}/{ours.attempt}")
-            return self._lost(key, ours, after)
-        if before:
-            self.store.delete_below(f"{key}/{before.manifest.attempt}")
-        return True
-
-    def _look_before_sealing(self, key: str) -> tuple[SealedFolder | None, Any]:
-        """Return what is sealed under a key, and the version of a manifest that is damaged and may be replaced."""
-        try:
-            return self._look(key), None
-        except ArtifactNewerError:
-            raise
-        except ArtifactCorruptError:
-            entry = self.store.list(key).get(MANIFEST)
-            return None, entry.version if entry else None
-
-    def _lost(self, key: str, ours: Manifest, theirs: SealedFolder | None) -> bool:
-        """Warn if another machine made other bytes from the same recipe."""
-        if theirs and theirs.manifest.digest != ours.digest:
-            _log.warning(
-                "%s was sealed by another machine with other bytes (digest %s, here %s), and is used as it is there: "
-                "another version, device or number of threads computes other bits",
-                self.location(key),
-                theirs.manifest.digest[:12],
-                ours.digest[:12],
-            )
-        return False
-
     def mark_retired(self, found: SealedFolder) -> None:
-        """Put the marker inside the attempt, so that an artifact that is made again is not retired by it."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self.store.write(f"{self._files(found).prefix}{RETIRED}", json.dumps({"retired": now}).encode())
+        """Mark it in the bucket, then here."""
+        self._sealed.mark_retired(found)
         if (self.root / found.key / MANIFEST).exists():
             self._scratch.mark_retired(found)
 
     def drop_data(self, found: SealedFolder) -> None:
-        """Delete the files here and in the bucket, all but the manifest and the marker."""
+        """Delete the files here and in the bucket."""
         if (self.root / found.key).exists():
             self._scratch.drop_data(found)
-        prefix = self._files(found).prefix
-        self.store.delete([f"{prefix}{name}" for name in found.sizes if name != RETIRED])
+        self._sealed.drop_data(found)
 
     def quarantine(self, found: SealedFolder, reason: str) -> str:
-        """Move the objects to quarantine/, the manifest first."""
-        target = f"{QUARANTINE}/{found.manifest.ref.name}.{found.manifest.attempt}"
-        self.store.write(f"{target}/{REASON}", (reason + "\n").encode())
-        self.store.move(f"{found.key}/{MANIFEST}", f"{target}/{MANIFEST}")
-        prefix = self._files(found).prefix
-        for name in found.sizes:
-            self.store.move(f"{prefix}{name}", f"{target}/{name}")
+        """Move it in the bucket, and delete what is here."""
+        target = self._sealed.quarantine(found, reason)
         self._scratch.delete(found.key)
         return target
 
     def delete(self, key: str) -> None:
-        """Delete the manifest, then the rest, then what the scratch folder has of it."""
-        self.store.delete([f"{key}/{MANIFEST}"])
-        self.store.delete_below(key)
+        """Delete it in the bucket, then here."""
+        self._sealed.delete(key)
         self._scratch.delete(key)
 
     def trash(self, path: Path) -> None:
@@ -365,8 +250,8 @@ class BucketPlace:
     # of data was touched. A run that begins later finds no manifest, and makes the artifact like any that is absent.
 
     def is_young(self, modified: datetime) -> bool:
-        """Say whether something is within the grace, by the store's clock, which may differ by minutes from ours."""
-        return clock() - modified < GRACE
+        """Say whether something is within the grace."""
+        return is_young(modified)
 
     def names_in_use(self, entries: Mapping[str, Entry]) -> set[str]:
         """Return the names of live leases, exclusive and shared."""
@@ -374,24 +259,13 @@ class BucketPlace:
         return {key[1] for key, entry in found if key[0] == leases.FOLDER and not leases.is_stale(entry)}
 
     def leftovers(self, key: str, manifest: Manifest | None, entries: Mapping[str, Entry]) -> Leftovers:
-        """Yield attempts of dead writers that are not young, and data of retired artifacts."""
-        own = self.files_below(key, manifest) if manifest else None
-        newest: dict[str, datetime] = defaultdict(lambda: datetime.min.replace(tzinfo=UTC))
-        for name, entry in entries.items():
-            attempt = name.partition("/")[0]
-            if name != MANIFEST and f"{attempt}/" != own:
-                newest[attempt] = max(newest[attempt], entry.modified)
-        for attempt, modified in sorted(newest.items()):
-            if not self.is_young(modified):
-                yield f"{key}/{attempt}", "left by a dead writer"
-        if own and f"{own}{RETIRED}" in entries:
-            data = sorted(name for name in entries if name.startswith(own) and name != f"{own}{RETIRED}")
-            yield from ((f"{key}/{name}", "data of a retired artifact") for name in data)
+        """Return what `sealed_objects.leftovers` finds."""
+        return leftovers(key, manifest, entries)
 
     def litter(self, entries: Mapping[str, Entry]) -> Leftovers:
         """Yield leases that were last renewed before the grace began."""
         for key, entry in sorted(entries.items()):
-            if key.startswith(f"{leases.FOLDER}/") and leases.is_stale(entry) and not self.is_young(entry.modified):
+            if key.startswith(f"{leases.FOLDER}/") and leases.is_stale(entry) and not is_young(entry.modified):
                 yield key, "a lease of the dead"
 
     def collect(self, path: str, is_wanted: Callable[[str], bool]) -> bool:
@@ -407,9 +281,9 @@ class BucketPlace:
             if room == RUNS:
                 removed = self._collect_run(path)
             elif below:
-                removed = self._collect_leftover(f"{room}/{name}", below)
+                removed = self._sealed.collect_leftover(f"{room}/{name}", below)
             else:
-                removed = self._collect_artifact(path, is_wanted)
+                removed = self._sealed.collect_artifact(path, is_wanted)
             if removed:
                 self._scratch.delete(path)
         finally:
@@ -425,33 +299,6 @@ class BucketPlace:
         self.store.delete(found)
         return True
 
-    def _collect_leftover(self, key: str, below: list[str]) -> bool:
-        """Remove an attempt, or a file of a retired one, unless it was sealed since."""
-        found = self._look(key)
-        if found is not None and below[0] == found.manifest.attempt and (len(below) == 1 or not found.retired):
-            return False
-        path = "/".join((key, *below))
-        self.store.delete([path])
-        self.store.delete_below(path)
-        return True
-
-    def _collect_artifact(self, key: str, is_wanted: Callable[[str], bool]) -> bool:
-        """Delete the manifest, ask again, and then either put it back or delete the data."""
-        manifest = f"{key}/{MANIFEST}"
-        try:
-            data, entry = self.store.read(manifest)
-        except FileNotFoundError:
-            return True  # another gc was first
-        if self.is_young(entry.modified):
-            return False  # sealed anew since it was listed
-        self.store.delete([manifest])
-        failpoint("gc-data", 0)
-        if is_wanted(key.split("/")[1]):
-            self.store.create(manifest, data)
-            return False
-        self.store.delete_below(key)
-        return True
-
     # ------------------------------------------------------------ records of runs, and pins
 
     def share(self, path: Path) -> None:
@@ -464,44 +311,8 @@ class BucketPlace:
         self.store.delete([path.relative_to(self.root).as_posix()])
 
     def refresh_records(self) -> None:
-        """Download records and pins that are not here as they are in the bucket, and drop those that were removed.
-
-        A file has the time of the object it was downloaded from, so that it is not downloaded twice.
-        """
-        root = self._scratch.root
-        for folder in (RUNS, PINS):
-            listed = {f"{folder}/{name}": entry for name, entry in self.store.list(folder).items() if _is_safe(name)}
-            self._download([name for name, entry in listed.items() if not _is_here(root / name, entry)])
-            self._drop_removed(folder, listed.keys())
-
-    def _download(self, names: list[str]) -> None:
-        """Download some records, start.json last: an attempt exists with it."""
-
-        def download(name: str) -> None:
-            try:
-                data, entry = self.store.read(name)
-            except FileNotFoundError:
-                return  # deleted since
-            path = self.root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, data)
-            os.utime(path, (entry.modified.timestamp(), entry.modified.timestamp()))
-
-        last = [name for name in names if name.endswith("/start.json")]
-        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-            for some in ([name for name in names if name not in last], last):
-                list(pool.map(download, some))
-
-    def _drop_removed(self, folder: str, listed: Set[str]) -> None:
-        """Remove pins and attempts that are not in the bucket, except those of runs that begin or live here."""
-        begins = self._scratch.is_held(PLANS_LOCK)
-        for path in (self.root / folder).glob("*.json" if folder == PINS else "*/attempts/*/start.json"):
-            if path.relative_to(self.root).as_posix() in listed:
-                continue
-            if folder == PINS:
-                path.unlink(missing_ok=True)
-            elif not begins and not self._scratch.is_held(f"run-{path.parents[2].name}"):
-                shutil.rmtree(path.parent, ignore_errors=True)
+        """Download records and pins that differ from those here, and drop those that were removed."""
+        refresh(self.store, self._scratch)
 
 
 def _is_mirrored(folder: Path, found: SealedFolder) -> bool:
@@ -511,16 +322,3 @@ def _is_mirrored(folder: Path, found: SealedFolder) -> bool:
         return json.loads((folder / MANIFEST).read_bytes())["seal"] == found.manifest.seal
     except (FileNotFoundError, ValueError, KeyError):
         return False
-
-
-def _is_here(path: Path, entry: Entry) -> bool:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return False
-    return found.st_size == entry.size and found.st_mtime == entry.modified.timestamp()
-
-
-def _is_safe(name: str) -> bool:
-    """Say whether a key names a place below the folder: a bucket may hold anything."""
-    return not {"", ".", ".."} & set(name.split("/"))

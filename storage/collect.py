@@ -61,7 +61,7 @@ def collect(artifacts: Artifacts, keep_last: int | None = None, *, newest_only: 
         done = Collection(notes=plan.notes, damaged=plan.damaged)
 
         def is_wanted(name: str) -> bool:
-            artifacts.refresh_runs()  # the records that were to go went first
+            artifacts.place.refresh_records()  # the records that were to go went first
             return name in find_reachable(artifacts, newest_only=newest_only).names
 
         for number, removal in enumerate(plan.removals):
@@ -101,7 +101,7 @@ class _Planner:
     def __init__(self, artifacts: Artifacts) -> None:
         self._artifacts, self._place = artifacts, artifacts.place
         self._inventory = Inventory(artifacts)
-        artifacts.refresh_runs()  # after the listing: what it shows was there before the last run that is known
+        self._place.refresh_records()  # after the listing, which then shows nothing of runs that are not known
         self._in_use = self._place.names_in_use(self._inventory.entries)
         self._found = self._inventory.artifacts()
         self._collection = Collection()
@@ -191,7 +191,7 @@ def leftovers(artifacts: Artifacts) -> list[str]:
     """
     collection = plan_collection(artifacts, keep_last=len(run_names(artifacts)))
     found = [removal for removal in collection.removals if removal.why != _UNREACHED]
-    if artifacts.is_held("gc"):
+    if artifacts.place.is_held("gc"):
         found = [removal for removal in found if _is_unused(artifacts, removal)]
     return [f"{entry.path}: {entry.why}; `stackwise gc` removes it" for entry in found] + collection.notes
 
@@ -202,7 +202,7 @@ def _is_unused(artifacts: Artifacts, removal: Removal) -> bool:
         return True
     name = removal.path.name
     at_work = is_artifact_name(name) and removal.path.parent == artifacts.root / "work"
-    return at_work and not artifacts.is_held(name)
+    return at_work and not artifacts.place.is_held(name)
 
 
 # ---------------------------------------------------------------- who keeps gc out, and whom gc keeps out
@@ -245,7 +245,7 @@ def without_gc(artifacts: Artifacts, on_wait: OnWait = no_wait) -> Generator[Non
 
 def in_use_by(artifacts: Artifacts) -> str:
     """Name the processes that would keep gc out now; '' if there are none. Writes nothing."""
-    return _user_of(artifacts) if artifacts.is_held("gc") else ""
+    return _user_of(artifacts) if artifacts.place.is_held("gc") else ""
 
 
 def _user_of(artifacts: Artifacts) -> str:

@@ -167,7 +167,7 @@ def copy_run(source: Artifacts, target: Artifacts, run: str) -> None:
             _copy_record(target, run, attempt, OUTCOME)
         current = target.root / RUNS / run / "current"
         write_bytes(current, f"{attempts(target, run)[-1].folder.name}\n".encode())
-        target.share(current)
+        target.place.share(current)
 
 
 def _copy_record(target: Artifacts, run: str, attempt: Attempt, name: str) -> None:
@@ -176,4 +176,4 @@ def _copy_record(target: Artifacts, run: str, attempt: Attempt, name: str) -> No
     if source.exists() and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, source.read_bytes())
-        target.share(path)
+        target.place.share(path)

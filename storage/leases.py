@@ -41,14 +41,10 @@ class LeasedLock(FileLock):
     poll_seconds: ClassVar = 2.0
 
     def __init__(self, path: Path, store: ObjectStore, machine: str, **how: Any) -> None:
-        """Name the lock.
+        """Name the lock: `path` and `how` are as for FileLock, and the lease has the name of the file.
 
-        Args:
-            path: file of the lock between processes; its name is the lease's.
-            store: where leases are; best with few retries, for no lease is worth a wait.
-            machine: what distinguishes this machine (this scratch folder) from others.
-            how: `shared`, `on_wait` and `should_stop`, as for FileLock. Each holder of a shared lock has a separate
-                lease, which only says that it lives.
+        `machine` distinguishes this machine (this scratch folder) from others. Give a store with few retries, for no
+        lease is worth a wait. Each holder of a shared lock has a separate lease, which only says that it lives.
         """
         super().__init__(path, **how)
         self._store, self._machine = store, machine

@@ -44,11 +44,7 @@ class ObjectStore:
     """A prefix in a bucket. Keys are relative to it. Thread-safe."""
 
     def __init__(self, uri: str, retries: RetryConfig | None = None) -> None:
-        """Name it; the first operation connects.
-
-        Args:
-            uri: such as s3://bucket/prefix.
-            retries: of each request; `RETRIES` by default.
+        """Name it, such as s3://bucket/prefix; the first operation connects.
 
         Raises:
             ArtifactsFolderError: the URI names no supported store, or contains a user or a key.

@@ -100,7 +100,7 @@ def pin(artifacts: Artifacts, ref: Ref) -> None:
     folder.mkdir(exist_ok=True)
     path = folder / f"{ref.name}.json"
     write_text(path, ref.model_dump_json() + "\n")
-    artifacts.share(path)
+    artifacts.place.share(path)
 
 
 def unpin(artifacts: Artifacts, name: str) -> Ref:
@@ -118,6 +118,6 @@ def unpin(artifacts: Artifacts, name: str) -> Ref:
         names = ", ".join(ref.name for ref in exact)
         raise ConfigError([Fault("--unpin", repr(name), f"{len(exact)} pins begin so: {names}")])
     path = artifacts.root / PINS / f"{exact[0].name}.json"
-    artifacts.unshare(path)
+    artifacts.place.unshare(path)
     path.unlink()
     return exact[0]

@@ -23,13 +23,7 @@ class RemoteFiles:
     """The objects below a prefix, by their names relative to it."""
 
     def __init__(self, store: ObjectStore, artifact: str, prefix: str) -> None:
-        """Name them.
-
-        Args:
-            store: where.
-            artifact: key of the sealed folder.
-            prefix: key below which its files lie; ends in '/'.
-        """
+        """Name the key of the sealed folder, and the prefix of its files, which ends in '/'."""
         self._store, self._artifact, self.prefix = store, artifact, prefix
 
     @property
@@ -59,7 +53,7 @@ class RemoteFiles:
             folder: the work folder.
             files: what to put.
             there: name -> size of what was put already.
-            task: name of the failpoint that is reached after every file.
+            task: failpoint after each file.
         """
         missing = [name for name, (size, _) in files.items() if there.get(name) != size]
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
@@ -105,12 +99,7 @@ class RemoteFiles:
         sync(path.parent)
 
     def verify(self, files: Files, there: Mapping[str, int]) -> list[str]:
-        """Read every byte and compare; return one line per file that is missing, differs, or is not listed.
-
-        Args:
-            files: what was sealed.
-            there: name -> size of what lies in the folder.
-        """
+        """Read every byte of the objects `there`; return a line per file that is missing, differs, or is not listed."""
         problems = [line for name, entry in sorted(files.items()) if (line := self._verify_file(name, there, *entry))]
         return problems + [f"{self.uri(name)}: {NOT_LISTED}" for name in sorted(there.keys() - files.keys())]
 

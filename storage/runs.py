@@ -117,7 +117,7 @@ def find_run(artifacts: Artifacts, name: str) -> Attempt:
 
 def is_live(artifacts: Artifacts, name: str) -> bool:
     """Say whether any process holds the run now. Writes nothing, so it works on read-only media."""
-    return artifacts.is_held(f"run-{name}")
+    return artifacts.place.is_held(f"run-{name}")
 
 
 def live_runs(artifacts: Artifacts) -> dict[str, Holder]:
@@ -166,7 +166,7 @@ def begin_attempt(
     alive = artifacts.lock(f"run-{name}", shared=True)
     with artifacts.lock("gc", shared=True, on_wait=on_wait):
         with artifacts.lock(PLANS_LOCK, on_wait=on_wait):
-            artifacts.refresh_runs()
+            artifacts.place.refresh_records()
             others_live = is_live(artifacts, name)
             _check_previous(artifacts, config, plan, others_live)
             attempt = attempts(artifacts, name)[-1] if others_live else _write_attempt(artifacts, config, plan)
@@ -218,7 +218,7 @@ def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan)
     write_text(folder / "start.json", json.dumps(start))
     write_text(base / "current", f"{number:04d}\n")
     for path in (folder / "config.yaml", folder / "plan.json", folder / "start.json", base / "current"):
-        artifacts.share(path)
+        artifacts.place.share(path)
     return Attempt(config.run.name, number, folder, artifacts.location(folder))
 
 
@@ -228,7 +228,7 @@ def _write_outcome(artifacts: Artifacts, attempt: Attempt, state: str, message: 
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with contextlib.suppress(OSError):  # a full disk, a lost connection must not hide the error that is under way
         write_text(attempt.folder / OUTCOME, json.dumps({"state": state, "message": message, "ended": now}))
-        artifacts.share(attempt.folder / OUTCOME)
+        artifacts.place.share(attempt.folder / OUTCOME)
 
 
 def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name: str) -> Ref | None:
@@ -252,7 +252,7 @@ def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name:
 def retire_unless_read(artifacts: Artifacts, ref: Ref, own_run: str) -> bool:
     """Retire a store unless another live run plans to read it; say whether it was retired."""
     with artifacts.lock(PLANS_LOCK):
-        artifacts.refresh_runs()
+        artifacts.place.refresh_records()
         for name in run_names(artifacts):
             if name != own_run and is_live(artifacts, name) and ref in _stores_of(find_run(artifacts, name).plan):
                 return False

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from stackwise_core.errors import ConfigError
-from storage import bucket
+from storage import sealed_objects
 from storage.artifacts import Artifacts, State
 from storage.collect import collect, plan_collection
 from storage.errors import ArtifactCorruptError, ObjectStoreError
@@ -36,7 +36,7 @@ LESS: dict[str, Any] = {"training": {"progressive": {"target_stacks": 1}}}
 @pytest.fixture
 def a_day_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that was put so far is older than the grace; leases go by the time there is."""
-    monkeypatch.setattr(bucket, "clock", lambda: datetime.now(UTC) + timedelta(hours=25))
+    monkeypatch.setattr(sealed_objects, "clock", lambda: datetime.now(UTC) + timedelta(hours=25))
 
 
 def names(uri: str) -> set[str]:
@@ -69,7 +69,7 @@ def test_what_no_run_reaches_goes_after_a_day(s3: str, tmp_path: Path, monkeypat
     before = objects(s3)
     assert collect(here).removals == []  # it is young: its run may not have been heard of yet
     assert objects(s3) == before
-    monkeypatch.setattr(bucket, "clock", lambda: datetime.now(UTC) + timedelta(hours=25))
+    monkeypatch.setattr(sealed_objects, "clock", lambda: datetime.now(UTC) + timedelta(hours=25))
     forecast = plan_collection(here)
     assert objects(s3) == before
     assert {removal.path.name for removal in forecast.removals} == planned(two) - planned(one)
@@ -119,7 +119,7 @@ def test_killed_between_manifest_and_data_the_next_gc_finishes_it(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(bucket, "failpoint", die)
+        patch.setattr(sealed_objects, "failpoint", die)
         with pytest.raises(KeyboardInterrupt):
             collect(here, keep_last=0)
     (half,) = planned(plan) - names(s3)
@@ -144,7 +144,7 @@ def test_a_run_that_begins_during_a_gc_keeps_what_it_plans(
             begun.append(begin_attempt(other, config, same, no_wait))
             begun[0].__enter__()
 
-    monkeypatch.setattr(bucket, "failpoint", lambda point, number: begin() if point == "gc-data" else None)
+    monkeypatch.setattr(sealed_objects, "failpoint", lambda point, number: begin() if point == "gc-data" else None)
     collect(on(tmp_path / "a", s3))
     begun[0].__exit__(None, None, None)
     assert names(s3) >= planned(plan)
@@ -196,7 +196,7 @@ def test_only_the_last_runs_count_and_a_live_one_always(s3: str, tmp_path: Path,
         start = json.loads(objects(s3)[key])
         # Of another length: a file of one length that is put twice within a second is not brought again.
         put(s3, key, json.dumps({**start, "started": f"2026-01-0{day + 1}T00:00:00.000000+00:00"}).encode())
-    here.refresh_runs()
+    here.place.refresh_records()
     with other.lock("run-b", shared=True):
         assert {removal.path.name for removal in plan_collection(here, keep_last=1).removals if _is_run(removal)} == {
             "a"
@@ -222,7 +222,7 @@ def test_a_pin_is_seen_by_every_machine(s3: str, tmp_path: Path, a_day_later: No
     assert pinned.name in names(s3)
     assert plan.data_ref.name in names(s3)  # what it was made from
     assert names(s3) < planned(plan)
-    other.refresh_runs()
+    other.place.refresh_records()
     unpin(other, pinned.name)
     collect(on(tmp_path / "a", s3), keep_last=0)
     assert names(s3) == set()

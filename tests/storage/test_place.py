@@ -270,7 +270,7 @@ class BucketPlace(Place):
         from datetime import UTC, datetime, timedelta
 
         tomorrow = datetime.now(UTC) + timedelta(hours=25)
-        self._monkeypatch.setattr("storage.bucket.clock", lambda: tomorrow)
+        self._monkeypatch.setattr("storage.sealed_objects.clock", lambda: tomorrow)
 
 
 KINDS = ("folder", "bucket")

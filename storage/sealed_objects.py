@@ -1,0 +1,205 @@
+"""The sealed folders of a bucket, as objects. Knows nothing of this machine's scratch folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from stackwise_core.failpoints import failpoint
+from stackwise_core.stages.identity import Ref
+from storage.errors import ArtifactCorruptError, ArtifactNewerError
+from storage.manifest import MANIFEST, RETIRED, Manifest, parse_manifest
+from storage.object_store import ObjectStore
+from storage.place import QUARANTINE, REASON, Entry, Leftovers, SealedFolder
+from storage.remote_files import RemoteFiles
+
+GRACE = timedelta(hours=24)
+"""What is younger stays: the record of its run may not be visible yet, or it may still be uploaded."""
+_log = logging.getLogger(__name__)
+
+
+def clock() -> datetime:
+    """Return the time."""
+    return datetime.now(UTC)
+
+
+def is_young(modified: datetime) -> bool:
+    """Say whether something is within the grace, by the store's clock, which may differ by minutes from ours."""
+    return clock() - modified < GRACE
+
+
+def files_below(key: str, manifest: Manifest) -> str:
+    """Return the folder of the attempt; in quarantine files lie beside the manifest."""
+    return "" if key.startswith(f"{QUARANTINE}/") else f"{manifest.attempt}/"
+
+
+class SealedObjects:
+    """Looks at sealed folders, seals, marks and removes them."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        """Name the store."""
+        self.store = store
+        self._manifests: dict[str, tuple[Entry, Manifest]] = {}
+
+    def look(self, key: str, ref: Ref | None = None) -> SealedFolder | None:
+        """List the objects of a folder, and read its manifest if it changed; see `Place.look`."""
+        while True:
+            listed = self.store.list(key)
+            if MANIFEST not in listed:
+                return None
+            try:
+                entry, manifest = self.manifest(key, listed[MANIFEST], ref)
+            except FileNotFoundError:
+                continue  # deleted in between
+            if entry.version == listed[MANIFEST].version:  # else it was replaced in between
+                break
+        below = files_below(key, manifest)
+        sizes = {name[len(below) :]: each.size for name, each in listed.items() if name.startswith(below)}
+        return SealedFolder(key, manifest, sizes, RETIRED in sizes, entry.version)
+
+    def manifest(self, key: str, listed: Entry, ref: Ref | None = None) -> tuple[Entry, Manifest]:
+        """Return a manifest that a listing shows and its entry; one that did not change is read once."""
+        known = self._manifests.get(key)
+        if known is None or known[0].version != listed.version or (ref is not None and known[1].ref != ref):
+            path = f"{key}/{MANIFEST}"
+            data, entry = self.store.read(path)
+            manifest = parse_manifest(data, self.store.where(path), f"all below {self.store.where(key)}", ref)
+            known = self._manifests[key] = entry, manifest
+        return known
+
+    def files(self, found: SealedFolder) -> RemoteFiles:
+        """Return the files of a sealed folder."""
+        return RemoteFiles(self.store, found.key, f"{found.key}/{files_below(found.key, found.manifest)}")
+
+    # ------------------------------------------------------------ changing
+
+    def seal(self, key: str, work: Path, ours: Manifest, replaces: str | None) -> bool:
+        """Upload a work folder, then put its manifest under a condition; see `Place.publish`.
+
+        Returns:
+            Whether `ours` is what is sealed at the end; if not, another machine sealed the key meanwhile.
+        """
+        before, damaged = self._look_before_sealing(key)
+        is_ours = before is not None and before.manifest.seal == ours.seal
+        if before and not is_ours and not before.retired and before.manifest.seal != replaces:
+            return self._lost(key, ours, before)
+        files = RemoteFiles(self.store, key, f"{key}/{ours.attempt}/")
+        there = {name: entry.size for name, entry in self.store.list(f"{key}/{ours.attempt}").items()}
+        if (work / RETIRED).exists():  # a copy of an artifact that is retired where it comes from
+            self.store.write(f"{files.prefix}{RETIRED}", (work / RETIRED).read_bytes())
+        else:
+            files.upload(work, ours.checksums(), there, f"upload-{ours.ref.kind}")
+            self.store.delete([f"{files.prefix}{RETIRED}"] if RETIRED in there else [])
+        if is_ours:
+            return True
+        data = (work / MANIFEST).read_bytes()
+        version = before.version if before else damaged
+        if version is None:
+            self.store.create(f"{key}/{MANIFEST}", data)
+        else:
+            self.store.replace(f"{key}/{MANIFEST}", data, version)
+        # Do not go by the answer: a request that was repeated on a lost connection may have met its own first success.
+        after = self.look(key, ours.ref)
+        if after is None or after.manifest.seal != ours.seal:
+            self.store.delete_below(f"{key}/{ours.attempt}")
+            return self._lost(key, ours, after)
+        if before:
+            self.store.delete_below(f"{key}/{before.manifest.attempt}")
+        return True
+
+    def _look_before_sealing(self, key: str) -> tuple[SealedFolder | None, Any]:
+        """Return what is sealed under a key, and the version of a manifest that is damaged and may be replaced."""
+        try:
+            return self.look(key), None
+        except ArtifactNewerError:
+            raise
+        except ArtifactCorruptError:
+            entry = self.store.list(key).get(MANIFEST)
+            return None, entry.version if entry else None
+
+    def _lost(self, key: str, ours: Manifest, theirs: SealedFolder | None) -> bool:
+        """Warn if another machine made other bytes from the same recipe."""
+        if theirs and theirs.manifest.digest != ours.digest:
+            _log.warning(
+                "%s was sealed by another machine with other bytes (digest %s, here %s), and is used as it is there: "
+                "another version, device or number of threads computes other bits",
+                self.store.where(key),
+                theirs.manifest.digest[:12],
+                ours.digest[:12],
+            )
+        return False
+
+    def mark_retired(self, found: SealedFolder) -> None:
+        """Put the marker inside the attempt, so that an artifact that is made again is not retired by it."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.store.write(f"{self.files(found).prefix}{RETIRED}", json.dumps({"retired": now}).encode())
+
+    def drop_data(self, found: SealedFolder) -> None:
+        """Delete the files, all but the marker."""
+        prefix = self.files(found).prefix
+        self.store.delete([f"{prefix}{name}" for name in found.sizes if name != RETIRED])
+
+    def quarantine(self, found: SealedFolder, reason: str) -> str:
+        """Move the objects to quarantine/, the manifest first; return the key there."""
+        target = f"{QUARANTINE}/{found.manifest.ref.name}.{found.manifest.attempt}"
+        self.store.write(f"{target}/{REASON}", (reason + "\n").encode())
+        self.store.move(f"{found.key}/{MANIFEST}", f"{target}/{MANIFEST}")
+        prefix = self.files(found).prefix
+        for name in found.sizes:
+            self.store.move(f"{prefix}{name}", f"{target}/{name}")
+        return target
+
+    def delete(self, key: str) -> None:
+        """Delete the manifest, so that nobody reads the rest, then the rest."""
+        self.store.delete([f"{key}/{MANIFEST}"])
+        self.store.delete_below(key)
+
+    # ------------------------------------------------------------ garbage collection, under the lock of the artifact
+
+    def collect_leftover(self, key: str, below: list[str]) -> bool:
+        """Remove an attempt, or a file of a retired one, unless it was sealed since."""
+        found = self.look(key)
+        if found is not None and below[0] == found.manifest.attempt and (len(below) == 1 or not found.retired):
+            return False
+        path = "/".join((key, *below))
+        self.store.delete([path])
+        self.store.delete_below(path)
+        return True
+
+    def collect_artifact(self, key: str, is_wanted: Callable[[str], bool]) -> bool:
+        """Delete the manifest, ask again, and then either put it back or delete the data."""
+        manifest = f"{key}/{MANIFEST}"
+        try:
+            data, entry = self.store.read(manifest)
+        except FileNotFoundError:
+            return True  # another gc was first
+        if is_young(entry.modified):
+            return False  # sealed anew since it was listed
+        self.store.delete([manifest])
+        failpoint("gc-data", 0)
+        if is_wanted(key.split("/")[1]):
+            self.store.create(manifest, data)
+            return False
+        self.store.delete_below(key)
+        return True
+
+
+def leftovers(key: str, manifest: Manifest | None, entries: Mapping[str, Entry]) -> Leftovers:
+    """Yield attempts of dead writers that are not young, and data of retired artifacts."""
+    own = files_below(key, manifest) if manifest else None
+    newest: dict[str, datetime] = defaultdict(lambda: datetime.min.replace(tzinfo=UTC))
+    for name, entry in entries.items():
+        attempt = name.partition("/")[0]
+        if name != MANIFEST and f"{attempt}/" != own:
+            newest[attempt] = max(newest[attempt], entry.modified)
+    for attempt, modified in sorted(newest.items()):
+        if not is_young(modified):
+            yield f"{key}/{attempt}", "left by a dead writer"
+    if own and f"{own}{RETIRED}" in entries:
+        data = sorted(name for name in entries if name.startswith(own) and name != f"{own}{RETIRED}")
+        yield from ((f"{key}/{name}", "data of a retired artifact") for name in data)
