@@ -28,8 +28,7 @@ from stackwise_core.training.optimizer import make_optimizer
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import train_step
 from storage.activations.fill import StoreRows, fill_store
-from storage.activations.reader import StoreReader
-from storage.activations.reused import ReusedRows
+from storage.activations.reader import ReusedRows, StoreReader
 
 STEPS = 4
 """Of each candidate in a round."""

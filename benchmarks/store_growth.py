@@ -16,10 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import ROOT, Measure
-from storage.activations.format import GroupSpec, metadata_paths, record_path, shard_path
-from storage.activations.metadata import GroupMetadata, write_metadata
-from storage.activations.record import Record
-from storage.activations.rows import RowIndex
+from storage.activations.format import GroupSpec, Record, metadata_paths, record_path, shard_path
+from storage.activations.metadata import GroupMetadata, RowIndex, write_metadata
 from storage.checksums import checksum_file
 
 GIB = 2**30

@@ -7,7 +7,7 @@ from pathlib import Path
 from stackwise_core.stages.identity import Ref
 from storage.activations.format import is_shard
 from storage.activations.reader import StoreReader
-from storage.activations.shard_object import ShardObjects
+from storage.activations.shard import ShardObjects
 from storage.artifacts import Artifacts
 from storage.manifest import Manifest
 

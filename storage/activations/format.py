@@ -21,16 +21,18 @@ is read and checked, a *shard* one file of chunks followed by an index of them.
 
 from __future__ import annotations
 
+import base64
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
+import numpy as np
 import torch
 
 # For their effect: zarr-python knows the data types from here on.
-import storage.activations.bfloat16  # pyright: ignore[reportUnusedImport]
-import storage.activations.float8  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import storage.activations.dtypes  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from stackwise_core.config.schema import QUANTISED_STREAMS, StreamDtype
 from stackwise_core.model.stream import STREAM_DTYPES
 from storage.errors import ArtifactCorruptError
@@ -213,3 +215,44 @@ def corrupt(folder: Path | str, path: Path | str, problem: str) -> ArtifactCorru
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+# ---------------------------------------------------------------- records
+#
+# A chunk's own checksum says that it is intact, the record's that it is this one: a chunk of another place or of
+# another attempt is intact too.
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is on disk of one shard."""
+
+    first_row: int
+    n_rows: int
+    size: int
+    """[bytes]"""
+    checksum: str
+    """`sha256:<hex>` of the file."""
+    chunks: np.ndarray
+    """uint32 `[n_chunks]`: the crc32c of each; empty in a record of an early version, which did not say."""
+
+    def dump(self) -> bytes:
+        """Return it as a line of JSON; the chunks' checksums little-endian in base64."""
+        chunks = base64.b64encode(self.chunks.astype("<u4").tobytes()).decode()
+        rows = [self.first_row, self.n_rows]
+        return json.dumps({"rows": rows, "size": self.size, "checksum": self.checksum, "crc32c": chunks}).encode()
+
+
+def parse_record(data: bytes) -> Record:
+    """Read what `dump` wrote.
+
+    Raises:
+        ValueError: it is no record.
+    """
+    try:
+        found: dict[str, Any] = json.loads(data)
+        first_row, n_rows = found["rows"]
+        chunks = np.frombuffer(base64.b64decode(found.get("crc32c", ""), validate=True), "<u4")
+        return Record(int(first_row), int(n_rows), int(found["size"]), str(found["checksum"]), chunks)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"is no record of a shard ({error!r})") from None

@@ -1,4 +1,4 @@
-"""The part of a store that zarr-python writes and reads: everything but the shards."""
+"""The part of a store that zarr-python writes and reads, everything but the shards, and what is compared on opening."""
 
 from __future__ import annotations
 
@@ -24,9 +24,70 @@ from storage.activations.format import (
     Group,
     GroupSpec,
     corrupt,
+    is_metadata,
+    metadata_paths,
+    record_path,
+    shard_path,
 )
-from storage.activations.rows import RowIndex
-from storage.errors import ArtifactError
+from storage.checksums import Files, checksum_file
+from storage.errors import ArtifactError, ArtifactMissingError
+
+
+class RowIndex:
+    """Looks rows up by binary search in the sorted sequence ids of a view.
+
+    Attributes:
+        sequence_id: int64 `[rows]`.
+        view: int32 `[rows]`.
+    """
+
+    def __init__(self, sequence_id: np.ndarray, view: np.ndarray) -> None:
+        """Sort the rows of every view by sequence id.
+
+        Args:
+            sequence_id: Integers `[rows]`.
+            view: Integers `[rows]`.
+
+        Raises:
+            ValueError: The lengths differ, or a (sequence id, view) has two rows.
+        """
+        if sequence_id.ndim != 1 or sequence_id.shape != view.shape:
+            raise ValueError(f"sequence_id {sequence_id.shape} and view {view.shape} must be [rows] both")
+        self.sequence_id = sequence_id = sequence_id.astype(np.int64, copy=False)
+        self.view = view = view.astype(np.int32, copy=False)
+        # view -> (its sequence ids, ascending; the row of each)
+        self._rows_of_view: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for value in np.unique(view).tolist():
+            rows = np.flatnonzero(view == value)
+            rows = rows[np.argsort(sequence_id[rows], kind="stable")]
+            ids = sequence_id[rows]
+            if (twice := ids[1:] == ids[:-1]).any():
+                raise ValueError(f"sequence {ids[twice.argmax()]}, view {value} has more than one row")
+            self._rows_of_view[value] = ids, rows
+
+    def find(self, sequence_ids: np.ndarray, view: int) -> np.ndarray:
+        """Rows of some sequences in one view, in the order asked for.
+
+        Args:
+            sequence_ids: int64 `[B]`.
+            view: The view.
+
+        Returns:
+            int64 `[B]`.
+
+        Raises:
+            KeyError: A sequence is not there in that view; the message names the first such.
+        """
+        if view not in self._rows_of_view:
+            raise KeyError(f"view {view}; the views are {sorted(self._rows_of_view)}")
+        ids, rows = self._rows_of_view[view]
+        places = np.searchsorted(ids, sequence_ids)
+        # An id past the last one gets the place after it: any place will do to see that it differs.
+        found = ids[np.minimum(places, len(ids) - 1)] == sequence_ids
+        if not found.all():
+            raise KeyError(f"sequence {sequence_ids[found.argmin()]}, view {view}")
+        return rows[places]
+
 
 # "." keeps the shards of an array in one folder; "/" would make two folders for each.
 _CHUNK_KEYS: Any = {"name": "default", "configuration": {"separator": "."}}
@@ -203,3 +264,57 @@ def _spec_of(array: zarr.Array[Any]) -> GroupSpec | None:
     spec = GroupSpec(rows, seq_len, d_model, dtype, array.chunks[0] * row_bytes, shard_rows * row_bytes)
     shapes = ((spec.rows_per_shard, seq_len, d_model), (spec.rows_per_chunk, seq_len, d_model))
     return spec if (array.shards, array.chunks) == shapes else None
+
+
+def open_sealed(folder: Path, files: Files, *, whole: bool = True) -> tuple[dict[str, Any], dict[Group, GroupMetadata]]:
+    """Read the metadata of a store, having compared what is cheap to compare.
+
+    Args:
+        folder: The sealed artifact.
+        files: Its sealed list: posix path relative to `folder` -> (size in bytes, `<algorithm>:<hex>`).
+        whole: Whether all of them are in the folder; else only the Zarr metadata is, the rest in an object store.
+
+    Returns:
+        Attributes and groups, as `read_metadata`.
+
+    Raises:
+        ArtifactMissingError: There is no such folder.
+        ArtifactError: A newer version of this program wrote the store.
+        ArtifactCorruptError: A file is missing, or is not what was sealed, or the list lacks one.
+    """
+    if not folder.is_dir():
+        raise ArtifactMissingError(folder, "no such activation store", "run the command that makes it")
+    for name, (size, checksum) in files.items():
+        if whole or is_metadata(name):
+            _check_file(folder, name, size, checksum)
+    attributes, groups = read_metadata(folder)
+    for group, metadata in groups.items():
+        _check_listed(folder, files, group, metadata)
+    return attributes, groups
+
+
+def _check_file(folder: Path, name: str, size: int, checksum: str) -> None:
+    """Compare a file's size, and its checksum if it is part of the Zarr metadata."""
+    path = folder / name
+    if not path.is_file():
+        raise corrupt(folder, path, "missing")
+    if (found := path.stat().st_size) != size:
+        raise corrupt(folder, path, f"{found} bytes, sealed with {size}")
+    if is_metadata(name):
+        now = checksum_file(path, checksum.partition(":")[0])
+        if now != checksum:
+            raise corrupt(folder, path, f"checksum {now}, sealed with {checksum}")
+
+
+def _check_listed(folder: Path, files: Files, group: Group, metadata: GroupMetadata) -> None:
+    """Refuse a list that lacks a file: Zarr would read it as fill values, and nobody would know."""
+    spec = metadata.spec
+    shards = [
+        path(group, index, array)
+        for array in spec.arrays
+        for index in range(spec.n_shards)
+        for path in (shard_path, record_path)
+    ]
+    for name in (*metadata_paths(group, spec), *shards):
+        if name not in files:
+            raise corrupt(folder, folder / name, "not in the sealed list")

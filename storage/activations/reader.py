@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Literal, Self
 
@@ -14,11 +15,9 @@ import torch
 from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.model.stream import Quantised, dequantise
 from storage.activations.buffers import bytes_of, destination, empty_aligned
-from storage.activations.format import GROUPS, Array, Group, corrupt, record_path, shard_path
-from storage.activations.opening import open_sealed
-from storage.activations.record import parse_record
-from storage.activations.shard_file import ShardDamageError
-from storage.activations.shard_object import ShardObject, ShardObjects
+from storage.activations.format import GROUPS, Array, Group, corrupt, parse_record, record_path, shard_path
+from storage.activations.metadata import open_sealed
+from storage.activations.shard import ShardDamageError, ShardObject, ShardObjects
 from storage.activations.sharded_array import Check, ShardedArray
 from storage.checksums import checksum_bytes
 from storage.errors import ArtifactError
@@ -219,3 +218,34 @@ def _path_of(folder: Path, group: Group, array: Array, shard: int) -> Path:
 
 def _object_of(objects: ShardObjects, group: Group, array: Array, shard: int) -> ShardObject:
     return objects.open(shard_path(group, shard, array))
+
+
+class ReusedRows:
+    """The rows of a reader, each batch in the buffer of the one that was read `n_buffers` before it."""
+
+    def __init__(self, reader: StoreReader, n_buffers: int, *, pinned: bool = False) -> None:
+        """Make no buffer yet: the first batches say how large.
+
+        Args:
+            reader: of a sealed store.
+            n_buffers: batches that are valid at once.
+            pinned: whether a CUDA device copies out of them: from pinned memory it does so by itself.
+        """
+        self.reader, self.pinned = reader, pinned
+        self._buffers: list[torch.Tensor | None] = [None] * n_buffers
+        self._turn = cycle(range(n_buffers))
+
+    def rows(self, sequence_ids: torch.Tensor | np.ndarray, view: int) -> torch.Tensor:
+        """Return what `StoreReader.rows` does, valid until `n_buffers` further batches were asked for."""
+        turn, n_rows = next(self._turn), len(sequence_ids)
+        buffer = self._buffers[turn]
+        if buffer is None or len(buffer) < n_rows:
+            buffer = self._buffers[turn] = self._new_buffer(n_rows)
+        return self.reader.rows(sequence_ids, view, out=buffer[:n_rows])
+
+    def _new_buffer(self, n_rows: int) -> torch.Tensor:
+        spec = self.reader.train
+        shape = (n_rows, spec.seq_len, spec.d_model)
+        if self.pinned:
+            return torch.empty(shape, dtype=self.reader.dtype, pin_memory=True)
+        return empty_aligned(shape, self.reader.dtype)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from storage.activations.rows import RowIndex
+from storage.activations.metadata import RowIndex
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

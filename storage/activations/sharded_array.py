@@ -13,9 +13,7 @@ import numpy as np
 
 from storage.activations.buffers import crc32c
 from storage.activations.format import GroupSpec
-from storage.activations.shard import read_offsets
-from storage.activations.shard_file import CRC_BYTES, ShardDamageError, ShardFile
-from storage.activations.shard_object import ShardObject
+from storage.activations.shard import CRC_BYTES, ShardDamageError, ShardFile, ShardObject, read_offsets
 
 Check = Literal["first_touch", "always", "never"]
 Shard = ShardFile | ShardObject

@@ -23,12 +23,12 @@ from storage.activations.format import (
     Array,
     Group,
     GroupSpec,
+    Record,
+    parse_record,
     record_path,
     shard_path,
 )
-from storage.activations.metadata import GroupMetadata, write_metadata
-from storage.activations.record import Record, parse_record
-from storage.activations.rows import RowIndex
+from storage.activations.metadata import GroupMetadata, RowIndex, write_metadata
 from storage.activations.shard import chunk_checksums, encode_shard, shard_file_bytes
 from storage.checksums import checksum_bytes, checksum_file
 from storage.durable import (

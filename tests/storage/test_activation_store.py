@@ -23,12 +23,10 @@ from hypothesis import strategies as st
 
 from stackwise_core.data.masks import VALIDATION_VIEW
 from storage.activations import metadata, sharded_array
-from storage.activations.bfloat16 import BFloat16
 from storage.activations.buffers import PAGE_BYTES, empty_aligned
-from storage.activations.float8 import Float8E4M3FN
+from storage.activations.dtypes import BFloat16, Float8E4M3FN
 from storage.activations.format import GROUP_FOLDERS, GroupSpec, shard_path
-from storage.activations.reader import RowMissingError, StoreReader
-from storage.activations.reused import ReusedRows
+from storage.activations.reader import ReusedRows, RowMissingError, StoreReader
 from storage.checksums import checksum_file, verify_files
 from storage.errors import ArtifactError
 from support.stores import ATTRIBUTES, EVERY_DTYPE, D, Store, T, bits, both_ways, same_bits, small_store, spec_of

@@ -316,7 +316,7 @@ def test_a_batch_asks_each_shard_once(a_store: str, s3: str, tmp_path: Path, mon
 def test_zarr_python_reads_the_same_from_the_bucket(a_store: str, s3: str, tmp_path: Path) -> None:
     from zarr.storage import ObjectStore
 
-    import storage.activations.bfloat16  # noqa: F401
+    import storage.activations.dtypes  # noqa: F401
 
     there = on(tmp_path / "b", a_store)
     folder = there.range_reader(STORE)

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from storage.activations import sampling
 from storage.activations.drift import Drift, measure_drift
 from storage.activations.format import GroupSpec
-from storage.activations.metadata import read_metadata
+from storage.activations.metadata import RowIndex, read_metadata
 from storage.activations.reader import StoreReader
-from storage.activations.rows import RowIndex
 from storage.activations.statistics import (
     DEAD_FACTOR,
     OUTLIER_FACTOR,

@@ -14,10 +14,9 @@ import pytest
 
 from storage.activations import reader as reader_module
 from storage.activations import sharded_array
-from storage.activations.format import GROUPS, is_shard, record_path, shard_path
+from storage.activations.format import GROUPS, is_shard, parse_record, record_path, shard_path
 from storage.activations.reader import StoreReader
-from storage.activations.record import parse_record
-from storage.activations.shard_file import ShardFile
+from storage.activations.shard import ShardFile
 from storage.checksums import verify_files
 from storage.errors import ArtifactCorruptError, ArtifactError, ArtifactMissingError
 from support.stores import D, Store, T, both_ways, flip, reseal, same_bits, spec_of
