@@ -174,9 +174,9 @@ def test_hidden_files_are_not_sealed(tmp_path: Path) -> None:
     assert json.loads((folder / "manifest.json").read_text())["digest"] == before
 
 
-@pytest.mark.parametrize("given", ["", "s3://bucket/x"])
-def test_what_is_no_local_folder_is_refused(given: str) -> None:
-    with pytest.raises(ArtifactsFolderError, match="local folder"):
+@pytest.mark.parametrize("given", ["", "ftp://host/x"])
+def test_what_names_no_place_is_refused(given: str) -> None:
+    with pytest.raises(ArtifactsFolderError, match="give a folder, s3://BUCKET/PREFIX"):
         Artifacts(given).open()
 
 
