@@ -32,8 +32,7 @@ from stackwise_core.training.ranks import ALONE, Ranks
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import StageInputs, TrainingState, fits, tensor_digest
 from storage.activations.fill import StoreRows
-from storage.activations.reader import StoreReader
-from storage.activations.reader import ReusedRows
+from storage.activations.reader import ReusedRows, StoreReader
 from storage.checkpoints import load_channels, load_embedding, load_head, load_stack, load_state
 from storage.demand import advance_source
 from storage.errors import ArtifactCorruptError
