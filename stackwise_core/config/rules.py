@@ -168,7 +168,7 @@ def _adapter_faults(config: ConfigSchema) -> Iterator[Fault]:
             faults.setdefault(path, Fault(path, str(rank), allowed))
         if not math.isfinite(alpha):
             path = f"{GROWTH}.qlora_alpha_pattern"
-            allowed = f"gives stack {stack} an alpha beyond all numbers; use another"
+            allowed = f"gives stack {stack} an infinite alpha; use another"
             faults.setdefault(path, Fault(path, repr(growth.qlora_alpha_pattern), allowed))
     yield from faults.values()
     if growth.enabled and growth.progressive_qlora and growth.progressive_qlora_rank > width:

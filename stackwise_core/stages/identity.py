@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from stackwise_core.config.schema import Precision, StreamDtype
 from stackwise_core.data.masks import MaskSpec
 from stackwise_core.stages.resolve import ModelShape, Value
-from stackwise_core.stages.stages import AdapterSpec, GrowthOperator, OptimSpec, StackSpec, Trains
+from stackwise_core.stages.stages import AdapterSpec, GrowthOperator, OptimSpec, StackSpec, Strategy, Trains
 
 Kind = Literal["data", "build", "trunk", "stack", "activations", "validation"]
 
@@ -97,7 +97,7 @@ class TrunkRecipe(Recipe, frozen=True):
     """The rack at the start of a stage."""
 
     kind = "trunk"
-    strategy: Literal["frozen", "qlora", "full"]
+    strategy: Strategy
     stacks: tuple[str, ...]
     """States in data-flow order."""
     trains: tuple[Trains, ...] = ()

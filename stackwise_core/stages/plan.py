@@ -63,14 +63,7 @@ class StagePlan(Value, frozen=True):
 
     def recipe(self, kind: Kind) -> Recipe | None:
         """Return the recipe of a kind; None if the stage makes no such artifact."""
-        recipes: dict[Kind, Recipe | None] = {
-            "build": self.build,
-            "trunk": self.trunk,
-            "stack": self.stack,
-            "activations": self.activations,
-            "validation": self.validation,
-        }
-        return recipes[kind]
+        return getattr(self, kind)
 
 
 class RunPlan(Value, frozen=True):

@@ -318,3 +318,12 @@ def test_counts_equal_numel_and_the_closed_forms(blocks: list[int], tie: bool) -
     info = builder.get_rack_info()
     assert [entry["trained"] for entry in info["stacks"]] == [n == 0 for n in range(len(blocks))]
     assert info["trainable_parameters"] == 0
+
+
+def test_a_stack_made_alone_is_checked_as_the_rack_would_check_it() -> None:
+    """Also past the target: its rank grows with its creation index."""
+    ranks = {"qlora_strategy": "progressive", "qlora_rank_pattern": "increasing", "qlora_rank": 4}
+    config = StackWiseConfig.from_dict({"training": {"progressive": {"qlora_enabled": True, **ranks}}})
+    create_stack_from_config(config, 1)
+    with pytest.raises(ConfigError, match=r"qlora_rank: got 4096; of stack 10 exceeds its narrowest layer"):
+        create_stack_from_config(config, 10)

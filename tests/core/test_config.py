@@ -288,7 +288,7 @@ ADAPTERS = {f"{GROWTH}.qlora_enabled": True}
                 f"{GROWTH}.qlora_strategy": "progressive",
                 f"{GROWTH}.qlora_alpha_pattern": "increasing",
             },
-            "training.progressive.qlora_alpha_pattern: got 'increasing'; gives stack 1019 an alpha beyond all numbers; "
+            "training.progressive.qlora_alpha_pattern: got 'increasing'; gives stack 1019 an infinite alpha; "
             "use another",
         ),
     ],

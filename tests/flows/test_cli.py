@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from flows.run import steps
+from flows.run.events import Message
 from flows.run.run import add_stage
 from storage.activations import fill
 from support.commands import Run
@@ -246,6 +247,24 @@ def test_plan_says_what_would_run_and_writes_nothing(run: Run, config: Path, tmp
     text = run("plan", config)
     assert text.code == 0
     assert text.out.count("\nstage ") == 3
+
+
+NOTE = "not used: mask_ratio (training_objective: clm)"
+
+
+def test_unused_keys_are_noted_and_nothing_is_made_anew(run: Run, config: Path, artifacts: Path) -> None:
+    override = ("--set", "training.mask_ratio=0.3")
+    document = run("plan", config, "--json", *override).document
+    assert (document["notes"], document["complete"]) == ([NOTE], True)
+    assert NOTE in run("plan", config, *override).out.splitlines()
+    trained = run("train", config, *override)
+    assert (trained.code, trained.err) == (0, f"{NOTE}\n")
+    assert run("plan", config, "--json").document["notes"] == []
+
+
+def test_a_run_reports_unused_keys_before_it_begins(tmp_path: Path) -> None:
+    changes = {"training.mask_ratio": 0.3, "training.progressive.target_stacks": 1}
+    assert Message(NOTE) in grown(tiny(tmp_path, changes), tmp_path / "a").events[:3]
 
 
 def test_plan_agrees_with_what_was_made(run: Run, config: Path, artifacts: Path) -> None:
