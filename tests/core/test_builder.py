@@ -325,5 +325,5 @@ def test_a_stack_made_alone_is_checked_as_the_rack_would_check_it() -> None:
     ranks = {"qlora_strategy": "progressive", "qlora_rank_pattern": "increasing", "qlora_rank": 4}
     config = StackWiseConfig.from_dict({"training": {"progressive": {"qlora_enabled": True, **ranks}}})
     create_stack_from_config(config, 1)
-    with pytest.raises(ConfigError, match=r"qlora_rank: got 4096; of stack 10 exceeds its narrowest layer"):
+    with pytest.raises(ConfigError, match=r"qlora_rank: got 256; of stack 6 exceeds its narrowest layer"):
         create_stack_from_config(config, 10)
