@@ -20,7 +20,8 @@ from benchmarks.harness import Measure, interleaved, ratios
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
-from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader, RowSource, prefetched
+from stackwise_core.objectives.batches import PackedBatches, prefetched
+from stackwise_core.objectives.dataloader import ProgressiveDataLoader, RowSource
 from stackwise_core.objectives.losses import Batch
 from stackwise_core.stages.resolve import resolve_order
 from stackwise_core.stages.stages import resolve_stage

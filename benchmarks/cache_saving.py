@@ -19,7 +19,8 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream
-from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader, RowSource
+from stackwise_core.objectives.batches import PackedBatches
+from stackwise_core.objectives.dataloader import ProgressiveDataLoader, RowSource
 from stackwise_core.stages.costs import stage_flops
 from stackwise_core.stages.resolve import resolve_order, resolve_shape
 from stackwise_core.stages.stages import StageSpec, resolve_stage

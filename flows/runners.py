@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.run import fill as filling
-from flows.run.fill import Handed, Submit, begin_worker
+from flows.run.fill import ShardFuture, Submit, begin_worker
 from flows.run.stage import Stage
 from storage.activations.writer import ShardRange, StoreWriter
 
@@ -36,7 +36,7 @@ def prefect_workers(stage: Stage) -> Generator[Submit]:
     cache = stage.config.cache
     runner, died = _RUNNERS[cache.task_runner](cache.fill_workers)
 
-    def submit(writer: StoreWriter, shard: ShardRange) -> Handed:
+    def submit(writer: StoreWriter, shard: ShardRange) -> ShardFuture:
         named = fill_shard.with_options(task_run_name=f"fill {shard.group} shard {shard.index} of {stage.what}")
         return runner.submit(named, {"stage": stage, "writer": writer, "shard": shard})
 

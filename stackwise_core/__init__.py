@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from stackwise_core.data.masks import MaskSpec as MaskSpec
     from stackwise_core.model.rack_builder import ProgressiveRackBuilder as ProgressiveRackBuilder
     from stackwise_core.model.rack_builder import create_stack_from_config as create_stack_from_config
-    from stackwise_core.objectives.batches import ProgressiveDataLoader as ProgressiveDataLoader
+    from stackwise_core.objectives.dataloader import ProgressiveDataLoader as ProgressiveDataLoader
     from stackwise_core.objectives.time_step_masking import TimeStepMasking as TimeStepMasking
     from stackwise_core.training.trainer import ProgressiveTrainer as ProgressiveTrainer
 
 _HOMES = {
     "StackWiseConfig": "config",
-    "ProgressiveDataLoader": "objectives.batches",
+    "ProgressiveDataLoader": "objectives.dataloader",
     "MaskSpec": "data.masks",
     "ProgressiveRackBuilder": "model.rack_builder",
     "create_stack_from_config": "model.rack_builder",

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however it ends."""
+"""Child processes that end when their parent does, even if the parent is killed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ PARENT = "STACKWISE_PARENT"
 """Environment variable of a child's children: the process id of the child."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-# The kernel sends the signal when the thread that started the child ends, also when that was killed with SIGKILL.
-# Set by a wrapper, since preexec_fn is unsafe with threads.
+# The kernel sends the signal when the thread that started the child ends, also after SIGKILL. A wrapper sets it,
+# since preexec_fn is unsafe with threads.
 _WITH_PARENT = (
     "import ctypes, os, sys\n"
     f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, int(sys.argv[2]))\n"
@@ -23,22 +23,17 @@ _WITH_PARENT = (
 
 
 def ending_with_us(command: list[str], by: signal.Signals) -> list[str]:
-    """Return a command that runs another, which gets a signal when this thread ends.
-
-    Args:
-        command: its first word is the path of a program.
-        by: SIGTERM lets it say goodbye, SIGKILL does not.
-    """
+    """Wrap a command, whose first word is a program's path, so that it gets a signal when this thread ends."""
     return [sys.executable, "-S", "-c", _WITH_PARENT, str(os.getpid()), str(int(by)), *command]
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when that ends which was started by `ending_with_us` and started this one."""
+    """Let the kernel kill this process when its parent ends, which was started through `ending_with_us`."""
     end_with(int(os.environ[PARENT]))
 
 
 def end_with(parent: int) -> None:
-    """Let the kernel kill this process when its parent, of this process id, ends."""
+    """Let the kernel kill this process when its parent, given by process id, ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we asked
+    if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)

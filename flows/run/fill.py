@@ -1,6 +1,6 @@
-"""Filling a store by several workers: each computes and writes the shards it is handed, from references it opens.
+"""Filling a store by several workers: each opens what it reads, and computes and writes one shard at a time.
 
-The process that holds the artifact's lock hands them out, one at a time to a worker, and counts what comes back.
+The process that holds the artifact's lock submits the shards and counts those that are written.
 """
 
 from __future__ import annotations
@@ -34,30 +34,26 @@ class WorkerDiedError(StackWiseError):
     """A process that filled a cache was killed."""
 
 
-class Handed(Protocol):
-    """A shard that a worker has in hand: what futures of Python and of Prefect have in common."""
+class ShardFuture(Protocol):
+    """A submitted shard: what the futures of Python and of Prefect have in common."""
 
     def result(self) -> Any:
-        """Wait for it, and raise what the worker raised."""
+        """Wait for the worker, and raise what it raised."""
         ...
 
     def add_done_callback(self, fn: Callable[[Any], None], /) -> None:
-        """Have `fn` called with this future when it is done."""
+        """Call `fn` with this future when it is done."""
         ...
 
 
-Submit = Callable[[StoreWriter, ShardRange], Handed]
+Submit = Callable[[StoreWriter, ShardRange], ShardFuture]
 Workers = Callable[[Stage], contextlib.AbstractContextManager[Submit]]
-"""Starts the workers of a stage; on exit all of them have ended, whatever they had in hand."""
+"""Starts the workers of a stage; on exit all of them have ended."""
 
 
 def fill_shard(stage: Stage, writer: StoreWriter, shard: ShardRange) -> dict[str, Any]:
-    """Compute one shard and write it: all a worker does.
-
-    Returns:
-        Which shard, as JSON.
-    """
-    use_hardware(stage.config.hardware)  # as the parent: by another number of threads, sums can have other bits
+    """Compute one shard, write it, and return which it was, as JSON."""
+    use_hardware(stage.config.hardware)  # with another number of threads than the parent, sums can have other bits
     with boundary_above(stage) as (source, _):
         write_shard(rows_to_store(stage), source, writer, shard)
     failpoint("fill", shard.index)
@@ -65,41 +61,40 @@ def fill_shard(stage: Stage, writer: StoreWriter, shard: ShardRange) -> dict[str
 
 
 def by_workers(stage: Stage, workers: Workers) -> WriteShards:
-    """Return what fills the store of a stage by workers.
+    """Return a function that fills the store of a stage by workers.
 
-    Raises:
-        WorkerDiedError: when it is used, and a worker is killed; the shards that are written stay.
+    It raises `WorkerDiedError` when a worker is killed; shards that are written stay.
     """
 
     def write(writer: StoreWriter, wanted: Iterator[ShardRange]) -> Generator[ShardRange]:
         with _explained(stage), workers(stage) as submit:
-            yield from _hand_out(lambda shard: submit(writer, shard), wanted, stage.config.cache.fill_workers)
+            yield from _submit_all(lambda shard: submit(writer, shard), wanted, stage.config.cache.fill_workers)
 
     return write
 
 
-def _hand_out(
-    submit: Callable[[ShardRange], Handed], wanted: Iterator[ShardRange], n_workers: int
+def _submit_all(
+    submit: Callable[[ShardRange], ShardFuture], wanted: Iterator[ShardRange], n_workers: int
 ) -> Generator[ShardRange]:
-    """Keep the workers busy, and yield each shard when it is written, in whatever order."""
-    returned: SimpleQueue[tuple[ShardRange, Handed]] = SimpleQueue()
+    """Keep the workers busy, and yield each shard when it is written, in any order."""
+    done: SimpleQueue[tuple[ShardRange, ShardFuture]] = SimpleQueue()
 
-    def hand(shard: ShardRange) -> None:
-        submit(shard).add_done_callback(lambda future: returned.put((shard, future)))
+    def start(shard: ShardRange) -> None:
+        submit(shard).add_done_callback(lambda future: done.put((shard, future)))
 
     def written() -> ShardRange:
-        shard, future = returned.get()
+        shard, future = done.get()
         future.result()  # raises what the worker raised
         return shard
 
-    in_hand = 0
+    pending = 0
     for shard in wanted:
-        hand(shard)
-        in_hand += 1
-        if in_hand > n_workers:  # one more than there are workers: whoever is done finds the next one waiting
+        start(shard)
+        pending += 1
+        if pending > n_workers:  # one more than there are workers, so that the next shard is already waiting
             yield written()
-            in_hand -= 1
-    for _ in range(in_hand):
+            pending -= 1
+    for _ in range(pending):
         yield written()
 
 
@@ -118,11 +113,7 @@ def _explained(stage: Stage) -> Generator[None]:
 
 
 def check_runner(config: StackWiseConfig) -> None:
-    """Refuse a task runner that would be used and is not installed.
-
-    Raises:
-        ConfigError: says what to install.
-    """
+    """Raise `ConfigError`, which says what to install, if a task runner would be used but is not installed."""
     runner = config.cache.task_runner
     package = _PACKAGES.get(runner) if is_used(config, _RUNNER) else None
     if package is not None and importlib.util.find_spec(package) is None:
@@ -135,7 +126,7 @@ def check_runner(config: StackWiseConfig) -> None:
 
 @contextlib.contextmanager
 def plain_workers(stage: Stage) -> Generator[Submit]:
-    """Start the workers of a stage by Python's own pools."""
+    """Start the workers of a stage in Python's own pools."""
     check_plain(stage)
     n_workers = stage.config.cache.fill_workers
     if stage.config.cache.task_runner == "processes":
@@ -150,18 +141,14 @@ def plain_workers(stage: Stage) -> Generator[Submit]:
 
 
 def check_plain(stage: Stage) -> None:
-    """Refuse a task runner that only Prefect can start.
-
-    Raises:
-        ConfigError: Dask or Ray is configured.
-    """
+    """Raise `ConfigError` if the task runner is Dask or Ray, which only Prefect can start."""
     runner = stage.config.cache.task_runner
     if runner not in ("threads", "processes") and is_used(stage.config, _RUNNER):
         raise ConfigError([Fault(_RUNNER, repr(runner), "without Prefect's flow, threads or processes")])
 
 
 def begin_worker() -> None:
-    """Let this process be killed when its parent is, which holds the lock; Ctrl-C is the parent's to handle."""
+    """Let this process end when its parent does, which holds the lock; Ctrl-C is left to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -21,7 +21,8 @@ from stackwise_core.config.schema import QUANTISED_STREAMS
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.growth_operators import give_adapters, new_rack, new_stack
 from stackwise_core.model.stream import Stream
-from stackwise_core.objectives.batches import PackedBatches, RowSource, first_rows, stage_batches
+from stackwise_core.objectives.batches import PackedBatches, first_rows, stage_batches
+from stackwise_core.objectives.dataloader import RowSource
 from stackwise_core.objectives.losses import Batch
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import StagePlan

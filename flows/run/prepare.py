@@ -1,4 +1,4 @@
-"""Before the first stage: the corpus becomes sequences, and the disk is asked whether it will do."""
+"""Before the first stage: pack the corpus into sequences, and check validation sequences and disk space."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from storage.sequences import load_sequences, save_sequences
 
 
 def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> Ref:
-    """Pack the corpus into sequences, unless that was done.
+    """Pack the corpus into sequences, unless they are sealed already.
 
     Raises:
-        CorpusError: it gives no sequences, or changed since its hash was taken.
-        ConfigError: it gives fewer sequences than one batch, or holds tokens that the model does not have.
+        CorpusError: it is too short, or changed since it was hashed.
+        ConfigError: it has fewer sequences than one batch, or tokens outside the model's vocabulary.
     """
     ref = plan.data_ref
     waiting = f"{ref.name}, which another process is making"
@@ -46,7 +46,7 @@ def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -
         received = str(config.training.batch_size)
         fault = Fault("training.batch_size", received, f"the corpus gives only {n_rows} training sequences")
         raise ConfigError([fault])
-    # An artifact that was packed for a larger model has the same id: what it holds is asked again.
+    # An artifact that was packed for a larger model has the same id, so the vocabulary is checked again.
     if faults := list(_vocabulary_faults(config, facts)):
         raise ConfigError(faults)
     return ref
@@ -66,10 +66,10 @@ def _vocabulary_faults(config: StackWiseConfig, facts: dict[str, Any]) -> Iterat
 
 
 def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequences, PackedSequences]:
-    """Return the train and validation sequences of a corpus: of its text, or of its examples with objective custom.
+    """Return the train and validation sequences of a corpus: from its text, or with objective custom its examples.
 
     Raises:
-        CorpusError: the text is too short, or an example is not as it should be.
+        CorpusError: the text is too short, or an example is malformed.
     """
     data, tokenizer = config.data, tokenizer_of(config)
     if corpus.is_tokens:
@@ -85,11 +85,11 @@ def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequence
     return pack_examples(corpus, form, data.max_sequences, data.validation_fraction)
 
 
-_MADE_BY = "mlm needs the tokenizer.json that made the tokens, with a [MASK] that is none of them"
+_MADE_BY = "mlm needs the tokenizer.json that made the tokens, with a [MASK] that is not among them"
 
 
 def _check_tokens(config: StackWiseConfig, corpus: Corpus) -> None:
-    """Refuse tokens that the model has no row for; with mlm also those that are not of the tokenizer, or its [MASK]."""
+    """Reject tokens outside the model's vocabulary; with mlm also outside the tokenizer's, and its [MASK]."""
     tokenizer, n_rows = tokenizer_of(config), config.model.vocab_size
     for document in corpus.documents:
         check_tokens(document, n_rows, "raise model.vocab_size, or give the file of this vocabulary")
@@ -125,15 +125,10 @@ def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> 
 
 
 def check_validation(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
-    """Refuse before the first step a stage whose validation sequences would have no position to judge it by.
-
-    Args:
-        config: of the run.
-        artifacts: the data artifact must be sealed.
-        plan: of the run.
+    """Check before the first step that every stage has validation positions to be judged by.
 
     Raises:
-        ConfigError: names what leaves none, and what to raise.
+        ConfigError: names the setting that leaves none.
     """
     _, validation = load_sequences(artifacts, plan.data_ref)
     most = config.validation.max_sequences
@@ -153,15 +148,11 @@ def check_validation(config: StackWiseConfig, artifacts: Artifacts, plan: RunPla
 
 
 def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[StagePlan]) -> None:
-    """Forecast the stores that must be written, and refuse before the first byte what cannot fit.
-
-    Args:
-        config: of the run.
-        artifacts: the data artifact must be sealed.
-        stages: those whose store must be written.
+    """Check that the stores of some stages, which must be written, will fit.
 
     Raises:
-        ConfigError: a store exceeds cache.max_gb. StoreSpaceError: they exceed the free space. Both name both.
+        ConfigError: a store exceeds cache.max_gb.
+        StoreSpaceError: together they exceed the free space.
     """
     sizes = [forecast_store(config, artifacts, stage) for stage in stages]
     remaining = [
@@ -169,7 +160,7 @@ def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[Stag
         for n_bytes, stage in zip(sizes, stages, strict=True)
     ]
     free = shutil.disk_usage(artifacts.root).free
-    # Under `last` a store and its successor exist side by side, and no more than that.
+    # Under `last` at most a store and its successor exist at the same time.
     pairs = (sum(remaining[n : n + 2]) for n in range(len(remaining)))
     together = sum(remaining) if config.cache.keep == "all" else max(pairs, default=0)
     largest = max(sizes, default=0)
@@ -186,7 +177,7 @@ def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[Stag
 
 
 def forecast_store(config: StackWiseConfig, artifacts: Artifacts, stage: StagePlan) -> int:
-    """Return the bytes of a stage's store, counted from the rows that its reader visits."""
+    """Return the bytes of a stage's store, from the rows that its reader visits."""
     recipe = stage.activations
     assert recipe is not None
     data = artifacts.manifest(Ref(kind="data", stage=-1, sha256=recipe.data)).facts

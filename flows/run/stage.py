@@ -1,4 +1,4 @@
-"""One stage of one run: what its tasks know, and how any of them makes its artifact."""
+"""One stage of a run: the values that its tasks share, and how a task makes its artifact."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from storage.manifest import fingerprint
 from storage.sequences import load_sequences
 
 Facts = dict[str, Any]
-"""What a task found out; it goes into the manifest."""
+"""What a task measured; it goes into the manifest."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """What filling a work folder came to."""
+    """The result of filling a work folder."""
 
     facts: Facts
     checksums: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Of files that were hashed as they were written: path -> (size, checksum)."""
+    """Of files that were hashed while they were written: path -> (size, checksum)."""
     records: tuple[str, ...] = ()
     """Files that are logs, not content."""
 
 
 class Stage(BaseModel, frozen=True):
-    """What the tasks of one stage share, as plain values; the rest is derived from them."""
+    """The plain values that the tasks of one stage share, and what is derived from them."""
 
     config: StackWiseConfig
     root: str
@@ -56,10 +56,10 @@ class Stage(BaseModel, frozen=True):
     forced: frozenset[Kind] = frozenset()
     """Kinds that are made again although they are sealed."""
     redo: frozenset[Ref] = frozenset()
-    """All that this run has still to make again on purpose, in this stage and above."""
+    """Artifacts of this stage and above that the run was told to make again, and has not yet."""
 
     def __getstate__(self) -> dict[Any, Any]:
-        """Leave behind what is derived, corpora among it: another process derives its own."""
+        """Leave out derived values, such as the corpus: another process derives them again."""
         state = super().__getstate__()
         fields = {name: value for name, value in state["__dict__"].items() if name in type(self).model_fields}
         return state | {"__dict__": fields}
@@ -81,12 +81,12 @@ class Stage(BaseModel, frozen=True):
 
     @property
     def what(self) -> str:
-        """What the stage works on, for people."""
+        """What the stage trains, for messages."""
         return "all stacks" if self.plan.spec.mode == "joint" else f"stack {self.index}"
 
     @property
     def title(self) -> str:
-        """How a person would call the stage."""
+        """A title for people."""
         spec = self.plan.spec
         return "train all stacks together" if spec.mode == "joint" else f"add stack {self.index} ({spec.name})"
 
@@ -112,16 +112,16 @@ class Stage(BaseModel, frozen=True):
 
 
 def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made]) -> Ref:
-    """Make the artifact of a task, unless it is there: lock, work, seal.
+    """Make the artifact of a task unless it exists: lock, work, seal.
 
-    It may be sealed although the task is called: another process was first, or this one died between
-    the seal and Prefect's record of it. A retired artifact that nothing needs stays retired.
+    It may be sealed already: another process was first, or this one died between the seal and Prefect's record of
+    it. A retired artifact that is not needed stays retired.
 
     Args:
         stage: of which run.
         task: a key of `storage.demand.TASK_KINDS`.
         inputs: what `work` reads; their digests go into the manifest.
-        work: fills the work folder, going on from what a killed attempt left there.
+        work: fills the work folder, resuming from what a killed attempt left there.
     """
     kind = TASK_KINDS[task]
     ref, artifacts = stage.plan.ref(kind), stage.artifacts
@@ -159,23 +159,23 @@ def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made
 
 
 def _is_there(stage: Stage, ref: Ref) -> bool:
-    """Say whether an artifact need not be made: it is sealed, or nothing needs it.
+    """Return whether an artifact need not be made: it is sealed, or not needed.
 
     Raises:
-        ArtifactCorruptError: it was sealed and is damaged; it is not replaced behind anyone's back.
+        ArtifactCorruptError: it was sealed and is damaged; it is not replaced silently.
     """
     if ref.kind not in stage.needed or stage.artifacts.promote(ref):
         return True
     state = stage.artifacts.state(ref)
     if state is State.CORRUPT:
         stage.artifacts.manifest(ref)
-    if state is State.RETIRED:  # while this process was busy elsewhere: is it needed even now?
+    if state is State.RETIRED:  # perhaps by another process meanwhile: is it still needed?
         return ref not in compute_demand(stage.run_plan, stage.artifacts, stage.config.cache.keep, stage.redo).needed
     return state is State.SEALED
 
 
 def fingerprint_of(stage: Stage) -> dict[str, Any]:
-    """Return what the numbers of this stage may depend on beside its recipe."""
+    """Return what the numbers of this stage may depend on besides its recipe."""
     hardware = stage.config.hardware
-    device = str(stage.device) if hardware.processes == 1 else stage.device.type  # each process has one of its own
+    device = str(stage.device) if hardware.processes == 1 else stage.device.type  # each process has its own
     return fingerprint(n_threads(hardware), device, hardware.compile, hardware.processes)

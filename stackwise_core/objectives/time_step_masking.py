@@ -1,4 +1,4 @@
-"""Masks by stack or by time step, for loops of one's own."""
+"""Masks by stack or by time step, for custom training loops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stackwise_core.stages.resolve import resolve_mask
 
 
 class TimeStepMasking:
-    """The masks that a configuration's diffusion time means, by stack or by step."""
+    """The masks of a configuration with diffusion time, by stack or by step."""
 
     def __init__(self, config: StackWiseConfig) -> None:
         """Take a configuration whose time is an input or the depth.
@@ -40,10 +40,10 @@ class TimeStepMasking:
         """Return the time step of the `stack_idx`-th created stack.
 
         Raises:
-            ConfigError: there is no such stack, or time is an input and no property of a stack.
+            ConfigError: there is no such stack, or time is an input.
         """
         if self.config.training.progressive.time_interpretation != "depth":
-            allowed = "a stack has a step of its own only with depth"
+            allowed = "a stack has a time step only with depth"
             raise ConfigError([Fault("training.progressive.time_interpretation", "'input'", allowed)])
         check_integer("stack_idx", stack_idx, 0, self.config.training.progressive.max_stacks - 1)
         return stack_time_step(self.config, int(stack_idx))

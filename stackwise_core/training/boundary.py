@@ -17,7 +17,7 @@ from stackwise_core.data.packing import PackedSequences
 from stackwise_core.model.blocks import Stack, TokenEmbedding
 from stackwise_core.model.precision import held_dense
 from stackwise_core.model.stream import EXACT, Stream
-from stackwise_core.objectives.batches import RowSource
+from stackwise_core.objectives.dataloader import RowSource
 from stackwise_core.objectives.losses import Batch, input_time_step
 from stackwise_core.objectives.make_batch import make_batch
 

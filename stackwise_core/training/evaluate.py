@@ -14,7 +14,7 @@ from torch import Tensor
 from stackwise_core.config.schema import StreamDtype
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
 from stackwise_core.model.stream import EXACT, Stream
-from stackwise_core.objectives.batches import RowSource
+from stackwise_core.objectives.dataloader import RowSource
 from stackwise_core.objectives.losses import Batch, LossFunction, input_time_step, loss_positions, summed_loss
 from stackwise_core.training.boundary import advance
 

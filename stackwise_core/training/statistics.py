@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.stream import EXACT, ChannelStatistics
-from stackwise_core.objectives.batches import RowSource
+from stackwise_core.objectives.dataloader import RowSource
 from stackwise_core.training.boundary import advance
 
 _FLOOR = 1e-3

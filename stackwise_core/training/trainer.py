@@ -13,15 +13,8 @@ from stackwise_core.config.rules import growth_faults, time_faults
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream
-from stackwise_core.objectives.batches import (
-    RepeatedLoader,
-    RowSource,
-    check_loader,
-    first_rows,
-    stage_batches,
-    stage_masks,
-    unwrapped,
-)
+from stackwise_core.objectives.batches import RepeatedLoader, first_rows, stage_batches, stage_masks
+from stackwise_core.objectives.dataloader import RowSource, check_loader, unwrapped
 from stackwise_core.objectives.losses import Batch, loss_normaliser
 from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.resolve import (

@@ -20,7 +20,7 @@ from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.failpoints import failpoint
 from stackwise_core.model.stream import ChannelStatistics, Quantised, quantise
-from stackwise_core.objectives.batches import RowSource
+from stackwise_core.objectives.dataloader import RowSource
 from storage.activations.format import Group, GroupSpec
 from storage.activations.writer import ShardRange, StoreWriter
 

@@ -22,7 +22,8 @@ from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.errors import ConfigError
 from stackwise_core.model.blocks import Stack, TokenEmbedding, initialise
 from stackwise_core.model.stream import EXACT
-from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader
+from stackwise_core.objectives.batches import PackedBatches
+from stackwise_core.objectives.dataloader import ProgressiveDataLoader
 from stackwise_core.objectives.time_step_masking import TimeStepMasking
 from stackwise_core.stages.resolve import ModelShape, TimeShape
 from stackwise_core.training.boundary import LiveTrunk, RowsFromTokens, advance

@@ -15,7 +15,8 @@ from stackwise_core.data.packing import Corpus, Document, PackedSequences, pack
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream
-from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader
+from stackwise_core.objectives.batches import PackedBatches
+from stackwise_core.objectives.dataloader import ProgressiveDataLoader
 from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.identity import NUMERICS, Kind
 from stackwise_core.stages.resolve import resolve_mask, resolve_order

@@ -24,7 +24,7 @@ import pytest
 
 from flows.run import fill as filling
 from flows.run.events import RowsCached, subscribed
-from flows.run.fill import WorkerDiedError, _hand_out
+from flows.run.fill import WorkerDiedError, _submit_all
 from flows.run.run import grow
 from stackwise_core.errors import ConfigError, StageInterruptedError
 from storage.activations.fill import StoreRows
@@ -234,7 +234,7 @@ def test_one_more_shard_than_workers_is_handed_out_and_any_may_come_back_first()
         return future
 
     came: list[int] = []
-    for shard in _hand_out(submit, (ShardRange("train", n, n, 1) for n in range(6)), 2):
+    for shard in _submit_all(submit, (ShardRange("train", n, n, 1) for n in range(6)), 2):
         came.append(shard.index)
         if shard.index in (5, 0):  # all were handed out: what is left comes back one by one
             in_hand.pop(min(in_hand)).set_result(None)

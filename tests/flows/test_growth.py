@@ -21,7 +21,8 @@ from stackwise_core.model.blocks import Rack, Stack
 from stackwise_core.model.precision import StoredLinear, base_linears, storage_of
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream
-from stackwise_core.objectives.batches import PackedBatches, ProgressiveDataLoader, RepeatedLoader, stage_batches
+from stackwise_core.objectives.batches import PackedBatches, RepeatedLoader, stage_batches
+from stackwise_core.objectives.dataloader import ProgressiveDataLoader
 from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.plan import plan_run
 from stackwise_core.stages.resolve import resolve_mask, resolve_order
