@@ -24,7 +24,7 @@ from stackwise_core.objectives.dataloader import ProgressiveDataLoader, RowSourc
 from stackwise_core.stages.costs import stage_flops
 from stackwise_core.stages.resolve import resolve_order, resolve_shape
 from stackwise_core.stages.stages import StageSpec, resolve_stage
-from stackwise_core.training.boundary import LiveTrunk, RowsFromTokens
+from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFromTokens
 from stackwise_core.training.optimizer import make_optimizer
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import train_step
@@ -70,7 +70,7 @@ def _measure(config: StackWiseConfig, rounds: int) -> list[Measure]:
         Stream(config.cache.dtype),
     )
     with tempfile.TemporaryDirectory() as folder:
-        source = RowsFromTokens(train, validation, None, trunk)
+        source = RowsFromTokens(InputsFromTokens(train, validation, None), trunk)
         _, files = fill_store(Path(folder), _rows(config, train, validation), source, _say_nothing, lambda: False)
         with StoreReader(Path(folder), files, check="always") as reader:
             candidates = {

@@ -28,7 +28,7 @@ from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.resolve import resolve_order, resolve_stream_dtype
 from stackwise_core.stages.stages import Anatomy
-from stackwise_core.training.boundary import LiveTrunk, RowsFromBoundary, RowsFromTokens
+from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFromBoundary, RowsFromTokens
 from stackwise_core.training.ranks import ALONE, Ranks
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import StageInputs, TrainingState, fits, tensor_digest
@@ -46,16 +46,10 @@ _BATCHES_AHEAD = 2
 
 @contextlib.contextmanager
 def open_stage(stage: Stage, build: Ref | None, folder: Path, ranks: Ranks = ALONE) -> Generator[StageInputs]:
-    """Open everything that training a stage reads.
+    """Open everything that training a stage reads, or one rank's share of it.
 
-    Args:
-        stage: which.
-        build: the description of what is new.
-        folder: the work folder, with the checkpoint of an earlier attempt.
-        ranks: which share of every batch is read.
-
-    Raises:
-        ArtifactCorruptError: the initial tensors are not those that the build described.
+    The checkpoint of an earlier attempt is in the work folder. Raises `ArtifactCorruptError` if the stage would start
+    from other initial tensors than the build describes.
     """
     model = open_model(stage, build)
     state = _open_checkpoint(stage, folder, model)
@@ -216,7 +210,7 @@ def _from_tokens(stage: Stage, trunk: Callable[[Tensor, Tensor | None], Tensor])
     assert stage.plan.activations is not None
     train, validation = stage.sequences
     order = resolve_order(stage.config, len(train))
-    return RowsFromTokens(train, validation, stage.plan.activations.mask, trunk, order)
+    return RowsFromTokens(InputsFromTokens(train, validation, stage.plan.activations.mask, order), trunk)
 
 
 def _trunk_above(stage: Stage) -> LiveTrunk:

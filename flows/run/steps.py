@@ -158,12 +158,8 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
 def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers) -> Ref | None:
     """Write the boundary that the next stage reads; None where it is not read, or must not be cached.
 
-    The boundary below, if it is stored, moves up by one stack; otherwise everything is derived from tokens.
-
-    Args:
-        stage: of which run.
-        stack: what the stage trained.
-        workers: start those that fill the store, where `cache.fill_workers` asks for more than one.
+    The boundary below, if it is stored, moves up by one stack; otherwise everything is derived from tokens. `workers`
+    starts the workers that fill the store where `cache.fill_workers` is above 1.
     """
     recipe = stage.plan.activations
     if recipe is None:

@@ -38,21 +38,15 @@ time is an input, the steps [B]."""
 class ProgressiveDataLoader:
     """Wraps any iterable of token batches and yields what a stage trains on.
 
-    A batch may be a tensor [B, T], a tuple whose first item is one, or a dict with `input_ids` and, optionally,
-    `sequence_ids`, `view` and `batch`, its number within its view. Sequence ids default to a content hash of the
-    row, never its index; the view defaults to the number of passes made so far, modulo `views`, and the number of
-    the batch to its place in the pass.
-
-    The custom objective takes `targets` (or `labels`) [B, T] from the batch and, if present, `masks` [B, T], the
-    loss positions. The other objectives make both themselves: a batch with `targets` or `masks` is rejected, while
-    `labels`, which many loaders add, are ignored.
+    A batch may be a tensor [B, T], a tuple whose first item is one, or a dict with `input_ids` and, optionally, the
+    fields that `make_batch` reads. Sequence ids default to a content hash of the row, never its index; the view
+    defaults to the number of passes made so far, modulo `views`, and `batch` to its place in the pass.
 
     A `ProgressiveDataLoader` as base, which a trainer may be given, stands for the loader it wraps: the stage that
     reads it has its own index, trunk and time step.
 
-    Yields a dict with input_ids, targets, masks, time_step, stack_idx, trunk_activations, training_objective,
-    sequence_ids and, for clm, clm_mask and combined_masks. `time_step` is a tensor [B] where time is an input, the
-    stack's step where it is the depth, else None; for the diffusion bound there are `loss_weights` [B].
+    Yields what `make_batch` returns and time_step, stack_idx, trunk_activations and training_objective. `time_step`
+    is a tensor [B] where time is an input, the stack's step where it is the depth, else None.
     """
 
     def __init__(
@@ -73,10 +67,8 @@ class ProgressiveDataLoader:
             base_dataloader: yields token batches; iterated once per pass over this loader.
             masking_strategy: how inputs are corrupted (mlm); None corrupts nothing.
             stack_idx: the creation index of the stack that trains.
-            trunk_activations: the boundary below the new stack: a tensor [N, T, D] in loader order, an object with
-                `rows(sequence_ids, view)`, or a callable from input_ids and, where time is an input, time_step;
-                None where there is no trunk.
-            cache_activations: with a callable, keep each computed row in RAM for later passes.
+            trunk_activations: the boundary below the new stack, see `Boundary`; None where there is no trunk.
+            cache_activations: with a function as boundary, keep each computed row in RAM for later passes.
             views: mask draws per sequence.
             objective: None is mlm with a masking strategy, else clm.
             time_step: the stack's step with time-as-depth; a `TimeStepMasking` knows it.

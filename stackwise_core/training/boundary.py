@@ -102,20 +102,13 @@ class InputsFromTokens:
         return make_batch(fields, mask_spec)
 
 
+@dataclass(frozen=True)
 class RowsFromTokens:
     """A boundary derived from tokens through the whole trunk: it refills a store, and checks one."""
 
-    def __init__(
-        self,
-        train: PackedSequences,
-        validation: PackedSequences,
-        mask_spec: MaskSpec | None,
-        trunk: Callable[[Tensor, Tensor | None], Tensor],
-        order: RowOrder | None = None,
-    ) -> None:
-        """Take what makes the inputs (see `InputsFromTokens`), and the reading stage's trunk, or its `output`."""
-        self.inputs = InputsFromTokens(train, validation, mask_spec, order)
-        self.trunk = trunk
+    inputs: InputsFromTokens
+    trunk: Callable[[Tensor, Tensor | None], Tensor]
+    """Of the stage that reads the boundary: a `LiveTrunk`, or its `output`."""
 
     def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
         """Return the boundary of some sequences: [B, T, D]; a negative view is the validation split's."""
@@ -123,13 +116,14 @@ class RowsFromTokens:
         return self.trunk(batch["input_ids"], input_time_step(batch))
 
 
+@dataclass(frozen=True)
 class RowsFromBoundary:
     """The output of the next stack on the rows of a boundary, before it is cast: float32."""
 
-    def __init__(self, below: RowSource, stack: Stack, device: torch.device) -> None:
-        """Take the boundary and the stack above it."""
-        self.below, self.stack, self.device = below, stack.eval(), device
+    below: RowSource
+    stack: Stack
+    device: torch.device
 
     def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
         """Return the stack's output for some sequences: [B, T, D]."""
-        return advance([self.stack], self.below.rows(sequence_ids, view).to(self.device), EXACT)
+        return advance([self.stack.eval()], self.below.rows(sequence_ids, view).to(self.device), EXACT)

@@ -26,7 +26,7 @@ from stackwise_core.objectives.batches import PackedBatches
 from stackwise_core.objectives.dataloader import ProgressiveDataLoader
 from stackwise_core.objectives.time_step_masking import TimeStepMasking
 from stackwise_core.stages.resolve import ModelShape, TimeShape
-from stackwise_core.training.boundary import LiveTrunk, RowsFromTokens, advance
+from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFromTokens, advance
 
 T, D = 9, 4
 MASKS = MaskSpec(seed=2, ratio=0.5, corruption="mask", mask_token=256, n_regular_tokens=256)
@@ -358,7 +358,7 @@ def test_a_row_is_the_same_live_recorded_and_refilled(sampling: str) -> None:
     train = PackedSequences(TOKENS.numpy().astype(np.uint16), np.arange(6, dtype=np.int64) + 10)
     validation = PackedSequences(train.tokens, np.arange(6, dtype=np.int64) + FIRST_VALIDATION_ID)
     order = RowOrder(seed=4, n_rows=6, batch_size=2, views=2, fixed_batches=sampling != "per_sequence")
-    refilled = RowsFromTokens(train, validation, mask_spec, trunk, order)
+    refilled = RowsFromTokens(InputsFromTokens(train, validation, mask_spec, order), trunk)
     packed = PackedBatches(train, order, 0, 14)
     steps: dict[tuple[int, int], int] = {}
     for batch, raw in zip(
@@ -378,11 +378,13 @@ def test_validation_rows_need_no_batches(sampling: str) -> None:
     trunk = timed_trunk()
     sequences = PackedSequences(TOKENS.numpy().astype(np.uint16), np.arange(6, dtype=np.int64) + FIRST_VALIDATION_ID)
     order = RowOrder(seed=4, n_rows=2, batch_size=2, views=2, fixed_batches=True)
-    rows = RowsFromTokens(sequences, sequences, timed(sampling), trunk, order).rows
+    rows = RowsFromTokens(InputsFromTokens(sequences, sequences, timed(sampling), order), trunk).rows
     ids = sequences.sequence_ids
     whole = rows(ids, VALIDATION_VIEW)
     assert rows(ids[[5, 2]], VALIDATION_VIEW).equal(whole[[5, 2]])
-    expected = RowsFromTokens(sequences, sequences, timed("per_sequence"), trunk).rows(ids, VALIDATION_VIEW)
+    expected = RowsFromTokens(InputsFromTokens(sequences, sequences, timed("per_sequence")), trunk).rows(
+        ids, VALIDATION_VIEW
+    )
     assert whole.equal(expected)
 
 
@@ -451,7 +453,7 @@ def test_a_strategy_of_time_as_an_input() -> None:
         masks = strategy.generate_masks_for_time_step(TOKENS[row : row + 1], step)
         assert masks.equal(batch["masks"][row : row + 1])
     for ask in (lambda: strategy.get_time_step_for_stack(0), lambda: strategy.generate_masks_for_stack(TOKENS, 0)):
-        with pytest.raises(ConfigError, match="time_interpretation: got 'input'; a stack has a step of its own only"):
+        with pytest.raises(ConfigError, match="time_interpretation: got 'input'; a stack has a time step only"):
             ask()
 
 

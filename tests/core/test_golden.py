@@ -21,7 +21,7 @@ from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.identity import NUMERICS, Kind
 from stackwise_core.stages.resolve import resolve_mask, resolve_order
 from stackwise_core.stages.stages import resolve_stage
-from stackwise_core.training.boundary import LiveTrunk, RowsFromTokens
+from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFromTokens
 from stackwise_core.training.evaluate import judge_rack
 from stackwise_core.training.training import train_stack
 from support.runs import stage_model
@@ -102,7 +102,7 @@ def numbers_of_the_run() -> dict[str, dict[str, float]]:
         found[f"stack {index}"] |= {"weights": weights_of(rack.embedding, new, rack.head)}
     mask = resolve_mask(config, 1)
     trunk = LiveTrunk(rack.embedding, builder.stacks[:1], Stream("bfloat16"))
-    rows = RowsFromTokens(train, validation, mask, trunk).rows(np.array([3, 0]), 2)
+    rows = RowsFromTokens(InputsFromTokens(train, validation, mask), trunk).rows(np.array([3, 0]), 2)
     found["activations 0"] = {"rows": checksum(rows.float())}
     assert mask is not None
     batch = validation_batch(validation.fields(np.arange(8)), mask)

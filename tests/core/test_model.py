@@ -25,7 +25,7 @@ from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.model.blocks import INIT_STD, Rack, Stack, initialise
 from stackwise_core.model.stream import EXACT, ChannelStatistics, Stream
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.training.boundary import LiveTrunk, RowsFromBoundary, RowsFromTokens, advance
+from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFromBoundary, RowsFromTokens, advance
 
 V = 40
 DTYPES = get_args(StreamDtype)
@@ -318,7 +318,10 @@ def test_advancing_a_boundary_equals_refilling_it(mask_spec: MaskSpec | None, dt
     rack, splits = new_rack(shape_of(d_model=34, n_heads=1, n_kv_heads=1, d_ff=37), (1, 1, 2)), splits_of(6, 11)
     stacks = stacks_of(rack)
     stream = stream_of(dtype, stacks)
-    rows = [RowsFromTokens(*splits, mask_spec, LiveTrunk(rack.embedding, stacks[:n], stream)) for n in range(4)]
+    rows = [
+        RowsFromTokens(InputsFromTokens(*splits, mask_spec), LiveTrunk(rack.embedding, stacks[:n], stream))
+        for n in range(4)
+    ]
     for below in (1, 2):
         advanced = RowsFromBoundary(rows[below], stacks[below], torch.device("cpu"))
         for split, views in zip(splits, ((0, 1, 5), (-1,)), strict=True):
@@ -338,7 +341,11 @@ def test_rows_from_tokens_are_the_trunk_of_the_corrupted_row(chosen: list[int], 
     mask_spec = MASKS if view >= 0 else MASKS.for_validation()
     tokens, ids = split.tokens[chosen].astype(np.int64), split.sequence_ids[chosen]
     corrupted = mask_spec.corrupt(tokens, mask_spec.masks(ids, view, 9), ids, view)
-    assert RowsFromTokens(*splits, MASKS, trunk).rows(ids, view).equal(trunk(torch.from_numpy(corrupted)))
+    assert (
+        RowsFromTokens(InputsFromTokens(*splits, MASKS), trunk)
+        .rows(ids, view)
+        .equal(trunk(torch.from_numpy(corrupted)))
+    )
 
 
 def test_no_gradient_reaches_the_trunk() -> None:
