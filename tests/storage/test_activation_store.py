@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ from storage.activations.format import GROUP_FOLDERS, GroupSpec, shard_path
 from storage.activations.reader import ReusedRows, RowMissingError, StoreReader
 from storage.checksums import checksum_file, verify_files
 from storage.errors import ArtifactError
+from support.disk import open_below
 from support.stores import ATTRIBUTES, EVERY_DTYPE, D, Store, T, bits, both_ways, same_bits, small_store, spec_of
 
 MIB = 2**20
@@ -225,13 +225,12 @@ def test_reused_rows_are_the_rows_in_few_buffers(sealed: Any) -> None:
 def test_few_open_files_and_many_threads(sealed: Any, access: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     store, folder, files = sealed
     monkeypatch.setattr(sharded_array, "MAX_OPEN_SHARDS", 1)
-    before = len(os.listdir("/proc/self/fd"))
     with StoreReader(folder, files, "always", access) as reader, ThreadPoolExecutor(4) as pool:
         orders = [torch.randperm(9) for _ in range(40)]
         for order, rows in zip(orders, pool.map(lambda o: reader.read("train", o), orders), strict=True):
             assert same_bits(rows, store.values["train"][order])
-        assert len(os.listdir("/proc/self/fd")) == before + (2 if access == "map" else 1)  # a mapping holds one too
-    assert len(os.listdir("/proc/self/fd")) == before
+        assert len(open_below(folder)) == (2 if access == "map" else 1)  # a mapping holds one too
+    assert open_below(folder) == []
 
 
 # ---------------------------------------------------------------------------------------------- verify

@@ -24,7 +24,7 @@ from storage.durable import (
     write_text,
 )
 from storage.errors import StoreSpaceError
-from support.disk import ROOT, Story, die_everywhere, recorded
+from support.disk import ROOT, Story, die_everywhere, open_below, recorded
 
 # ---------------------------------------------------------------- killing a process before every step
 
@@ -118,7 +118,6 @@ def test_a_failing_call_leaves_the_old_file_and_nothing_else(
 ) -> None:
     path = tmp_path / "file"
     path.write_bytes(OLD)
-    n_open = len(os.listdir("/proc/self/fd"))
     real_close = os.close
 
     def fail(*args: Any) -> None:
@@ -136,7 +135,7 @@ def test_a_failing_call_leaves_the_old_file_and_nothing_else(
         assert f"{path} ({len(NEW)} bytes)" in str(caught.value)
         assert caught.value.exit_code == 1
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": OLD}
-    assert len(os.listdir("/proc/self/fd")) == n_open
+    assert open_below(tmp_path) == []
 
 
 def test_an_interrupted_write_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 from stackwise_core.errors import StageInterruptedError
 from storage import locks
 from storage.locks import FileLock
-from support.disk import ROOT
+from support.disk import ROOT, open_below
 
 HOLD = """
 import sys
@@ -176,10 +176,10 @@ def test_a_failed_block_releases(tmp_path: Path) -> None:
 
 def test_waiting_leaks_no_descriptor(tmp_path: Path) -> None:
     with FileLock(tmp_path / "lock"):
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_below(tmp_path)
         for _ in range(3):
             assert not FileLock(tmp_path / "lock").try_acquire()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_below(tmp_path) == before
 
 
 def test_a_program_started_meanwhile_does_not_hold_it(tmp_path: Path) -> None:

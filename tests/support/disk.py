@@ -175,3 +175,12 @@ def mounted(folder: Path, options: str) -> Generator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def open_below(folder: Path) -> list[str]:
+    """Return the files below a folder that this process has open, once for each descriptor."""
+    found: list[str] = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing, or of another thread
+            found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return sorted(path for path in found if path.startswith(f"{folder}/"))

@@ -1,0 +1,183 @@
+"""The configuration in YAML: there and back, with errors that name the line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import StackOverride
+from stackwise_core.config.yaml import parse_value
+from stackwise_core.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def read_yaml(text: str | bytes, **overrides: Any) -> StackWiseConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "run.yaml")
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return StackWiseConfig.from_yaml(path, overrides)
+
+
+@settings(max_examples=40)
+@example(name="x", seed=0, source="null", rate=2e-4, beta2=0.0, steps=20, tie=False, threads=0, n_blocks=0)
+@example(
+    name="true", seed=1, source="a: b # c\x85\ufeff", rate=1e16, beta2=0.5, steps=20, tie=True, threads=1, n_blocks=1
+)
+@given(
+    name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
+    seed=st.integers(0, 2**31 - 1),
+    source=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85"), min_size=1),
+    rate=st.floats(2e-4, 1e300),
+    beta2=st.floats(0, 1, exclude_max=True),
+    steps=st.integers(20, 10**9),
+    tie=st.booleans(),
+    threads=st.integers(0, 64),
+    n_blocks=st.integers(0, 128),
+)
+def test_yaml_round_trip(
+    name: str, seed: int, source: str, rate: float, beta2: float, steps: int, tie: bool, threads: int, n_blocks: int
+) -> None:
+    config = StackWiseConfig.from_dict(
+        {
+            "run": {"name": name, "seed": seed},
+            "data": {"source": source},
+            "model": {"tie_embeddings": tie},
+            "training": {
+                "learning_rate": rate,
+                "beta2": beta2,
+                "steps_per_stack": steps,
+                "progressive": {"stacks": [{}, {"n_blocks": n_blocks, "steps": steps}]},
+            },
+            "hardware": {"threads": threads},
+        }
+    )
+    assert read_yaml(config.to_yaml()) == config
+
+
+@pytest.mark.parametrize("name", ["1e3", "12e4567"])
+def test_names_that_look_like_numbers_round_trip(name: str) -> None:
+    config = StackWiseConfig.from_dict({"run": {"name": name}})
+    assert read_yaml(config.to_yaml()) == config
+
+
+def test_next_line_round_trips() -> None:
+    config = StackWiseConfig.from_dict({"data": {"source": "a\x85b"}})
+    assert read_yaml(config.to_yaml()) == config
+
+
+def test_to_yaml_writes_what_it_returns(tmp_path: Path) -> None:
+    config = StackWiseConfig.from_dict({"run": {"seed": 3}, "data": {"source": "texts/*.txt"}})
+    text = config.to_yaml(tmp_path / "run.yaml")
+    assert (tmp_path / "run.yaml").read_text() == text
+    assert StackWiseConfig.from_yaml(tmp_path / "run.yaml") == config
+
+
+def test_to_yaml_writes_utf8_in_any_locale(tmp_path: Path) -> None:
+    code = (
+        "import sys; from stackwise_core.config import StackWiseConfig as C;"
+        "C.from_dict({'data': {'source': chr(252) + '.txt'}}).to_yaml(sys.argv[1])"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path / "run.yaml")]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **locale}, check=True, capture_output=True)
+    assert StackWiseConfig.from_yaml(tmp_path / "run.yaml").data.source == "ü.txt"
+
+
+def test_a_callable_cannot_be_written() -> None:
+    config = StackWiseConfig()
+    config.training.progressive.time_mapping = lambda *_: 0
+    with pytest.raises(ConfigError, match=r"training\.progressive\.time_mapping"):
+        config.to_yaml()
+
+
+def test_numbers_of_yaml() -> None:
+    text = "training: {learning_rate: 1e-3, min_learning_rate: 1E-4, weight_decay: 5e-2, gradient_clip: 2}"
+    training = read_yaml(text).training
+    assert (training.learning_rate, training.min_learning_rate) == (0.001, 0.0001)
+    assert (training.weight_decay, training.gradient_clip) == (0.05, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("8", 8),
+        ("-3", -3),
+        ("1e-3", 1e-3),
+        ("+2E5", 2e5),
+        ("0.5", 0.5),
+        ("true", True),
+        ("null", None),
+        ("[1, 2]", [1, 2]),
+        ("{0: {rank: 4}}", {0: {"rank": 4}}),
+        ("clm", "clm"),
+        ("e5", "e5"),
+        ("cuda:0", "cuda:0"),
+        ("'8'", "8"),
+        ("[1, 2", "[1, 2"),
+    ],
+)
+def test_values_on_the_command_line(text: str, value: Any) -> None:
+    parsed = parse_value(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_overrides_are_applied_on_top() -> None:
+    overrides = {"training.batch_size": 8, "training.progressive.target_stacks": 2, "run.seed": 7}
+    config = read_yaml("training: {batch_size: 4, steps_per_stack: 50}", **overrides)
+    assert (config.training.batch_size, config.training.steps_per_stack) == (8, 50)
+    assert (config.training.progressive.target_stacks, config.run.seed) == (2, 7)
+    with pytest.raises(ConfigError, match=r"training\.batch_size\.x: got 1; batch_size is a value"):
+        read_yaml("training: {batch_size: 4}", **{"training.batch_size.x": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("run: {seed: 1}\ntraining:\n  batch_size: 4\n  batch_size: 8\n", 4, "the key 'batch_size' stands here twice"),
+        ("run: {seed: 1}\nrun: {seed: 2}\n", 2, "the key 'run' stands here twice"),
+        ("run:\n  seed: 1\n bad\n", 3, "mend the YAML on this line"),
+        ("run: {seed: 1\n\ndata: x}}", 3, "mend the YAML on this line"),
+        ("run: !!python/object/apply:os.getcwd []\n", 1, "constructor"),
+    ],
+)
+def test_broken_yaml_names_the_line(text: str, line: int, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        read_yaml(text)
+    assert caught.value.faults[0].path.endswith(f"run.yaml:{line}")
+
+
+@pytest.mark.parametrize("text", ["run:\n  name: {{ name }}\n", "? [a, b]\n: 1\n"])
+def test_unhashable_keys_are_broken_yaml(text: str) -> None:
+    assert parse_value("{{ name }}") == "{{ name }}"
+    with pytest.raises(ConfigError, match=r"run\.yaml:\d"):
+        read_yaml(text)
+
+
+def test_merge_keys_work() -> None:
+    text = "training:\n  progressive:\n    stacks: [&a {steps: 30}, {<<: *a, n_blocks: 3}]\n"
+    assert read_yaml(text).training.progressive.stacks[1] == StackOverride(steps=30, n_blocks=3)
+
+
+@pytest.mark.parametrize("text", ["- run\n- data\n", "just words", "3", b"run: {name: \xff}", b"run: {name: 'a\x00'}"])
+def test_no_configuration_at_all(text: str | bytes) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        read_yaml(text)
+
+
+def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: got no such file"):
+        StackWiseConfig.from_yaml(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        StackWiseConfig.from_yaml(tmp_path)
+    assert read_yaml("# nothing but a comment\n") == StackWiseConfig()
