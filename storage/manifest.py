@@ -188,7 +188,7 @@ def _commit() -> str:
     """Return the checked-out commit of this code, or '' outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=5).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 

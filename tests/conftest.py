@@ -32,6 +32,8 @@ _PREFECT_HOME = tempfile.mkdtemp(prefix="stackwise-prefect-")
 os.environ["PREFECT_HOME"] = _PREFECT_HOME  # read when prefect is first imported: the user's own stays untouched
 os.environ.pop("PREFECT_API_URL", None)
 os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "false"  # Prefect must not start a server that no test asked for
+# Read when torch is first imported: threads that wait must not spin while other processes need the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported: a test asks no hub
 
 

@@ -62,7 +62,8 @@ def tiny(objective: str = "mlm", tie: bool = True, **training: Any) -> StackWise
     if growth["training_objective"] == "mlm" and "time_interpretation" not in growth:
         values["mask_ratio"] = 0.4
     model = {"d_model": 16, "n_heads": 2, "n_kv_heads": 1, "d_ff": 24, "blocks_per_stack": 1, "tie_embeddings": tie}
-    return StackWiseConfig.from_dict({"model": model, "data": {"seq_len": T}, "training": {**values, **training}})
+    sections = {"model": model, "data": {"seq_len": T}, "training": {**values, **training}, "hardware": {"threads": 1}}
+    return StackWiseConfig.from_dict(sections)
 
 
 def sequences(n: int = 18) -> PackedSequences:
