@@ -1,7 +1,7 @@
 """A prefix in a bucket as a place of sealed folders, with a scratch folder on this machine.
 
 Everything is made in the scratch folder, which is laid out like a local place: work folders, locks, records of runs.
-What is sealed is in the bucket alone:
+What is sealed is only in the bucket:
 
     <kind>/<id>/manifest.json             the seal, put under the condition that there is none
     <kind>/<id>/<attempt>/...             the files; the attempt is named after the seal's hash
@@ -244,7 +244,7 @@ class BucketPlace:
 
     # ------------------------------------------------------------ garbage collection
     #
-    # Nobody can have a bucket to himself, so gc goes by the plans of runs, by leases and by age. A run writes its
+    # No process can lock a whole bucket, so gc goes by the plans of runs, by leases and by age. A run writes its
     # planned ids before it first looks at an artifact. Of an artifact that no run plans, gc deletes the manifest and
     # reads the records of runs again; if a run that began meanwhile plans it, the manifest is put back before a byte
     # of data was touched. A run that begins later finds no manifest, and makes the artifact like any that is absent.
@@ -259,7 +259,7 @@ class BucketPlace:
         return {key[1] for key, entry in found if key[0] == leases.FOLDER and not leases.is_stale(entry)}
 
     def leftovers(self, key: str, manifest: Manifest | None, entries: Mapping[str, Entry]) -> Leftovers:
-        """Return what `sealed_objects.leftovers` finds."""
+        """Yield attempts of dead writers that are not young, and data of retired artifacts."""
         return leftovers(key, manifest, entries)
 
     def litter(self, entries: Mapping[str, Entry]) -> Leftovers:
@@ -291,7 +291,7 @@ class BucketPlace:
         return removed
 
     def _collect_run(self, key: str) -> bool:
-        """Remove the record of a run that nobody began again; what makes its attempts exist goes first."""
+        """Remove the record of a run that is not live; what makes its attempts exist goes first."""
         if self.is_held(f"run-{key.split('/')[1]}"):
             return False
         found = [f"{key}/{name}" for name in self.store.list(key)]

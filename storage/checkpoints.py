@@ -24,7 +24,7 @@ from stackwise_core.stages.stages import AdapterName, StageSpec, last_trained
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import TrainingState
 from storage.artifacts import Artifacts
-from storage.durable import explain_full_disk, replace_folder, settle_folder, write_bytes, write_text
+from storage.durable import explain_full_disk, recover_folder, replace_folder, write_bytes, write_text
 from storage.errors import ArtifactCorruptError
 from storage.midstage import STATE_FOLDER, read_header, write_header
 
@@ -189,7 +189,7 @@ def load_state(work: Path) -> TrainingState | None:
     A damaged checkpoint costs the steps since the start of the stage, never a wrong weight.
     """
     folder = work / STATE_FOLDER
-    settle_folder(folder)
+    recover_folder(folder)
     try:
         payload = (folder / "state.safetensors").read_bytes()
     except OSError:

@@ -110,7 +110,7 @@ class Recipes:
                 if below and beside and below != beside and below.ref.kind == beside.ref.kind:
                     to_compare.append((below, beside, (*chain, below.ref.name)))
                     continue
-                # One cause that is met in several artifacts, such as the rate of every stage, is told once.
+                # One cause that is met in several artifacts, such as the rate of every stage, is listed once.
                 found.setdefault((f"{one.ref.kind} {path}", str(mine), str(its)), Difference(chain, path, mine, its))
         return list(found.values())
 

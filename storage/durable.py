@@ -1,4 +1,4 @@
-"""Files that are either wholly there after a crash, or not there under their name."""
+"""Files and folders that are complete after a crash, or absent."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def write_text(path: Path, text: str) -> None:
 def replace_folder(fresh: Path, target: Path) -> None:
     """Put a flushed folder in the place of another: after a crash either is there, never a mixture.
 
-    The old one is set aside before the new one takes its name; `settle_folder` mends what a kill
+    The old one is set aside before the new one takes its name; `recover_folder` mends what a kill
     between the two leaves.
     """
     sync_tree(fresh)
@@ -111,7 +111,7 @@ def replace_folder(fresh: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def settle_folder(target: Path) -> None:
+def recover_folder(target: Path) -> None:
     """Finish or undo a `replace_folder` that was killed in the middle."""
     aside = target.with_name(f"{target.name}.old")
     if aside.exists() and not target.exists():

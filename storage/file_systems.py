@@ -10,7 +10,7 @@ _REMOTE = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "gluster", "afs", "beeg
 
 
 def file_system_of(path: Path) -> str:
-    """Return the kernel's name of the file system a path lies on, such as 'ext4'; '' if it does not tell."""
+    """Return the kernel's name of the file system a path lies on, such as 'ext4'; '' if unknown."""
     try:
         mounts = [line.split() for line in _MOUNTS.read_text().splitlines()]
     except OSError:

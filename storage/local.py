@@ -261,7 +261,7 @@ class LocalPlace:
     # ------------------------------------------------------------ records of runs
 
     def share(self, path: Path) -> None:
-        """Do nothing: whoever sees the folder sees the file."""
+        """Do nothing: every machine that sees the folder sees the file."""
 
     def unshare(self, path: Path) -> None:
         """Do nothing, as `share`."""

@@ -172,7 +172,7 @@ class Place(Protocol):
     # Move a sealed folder out of every reader's way, and return its key there.
     def quarantine(self, found: SealedFolder, reason: str) -> str: ...
 
-    # Delete a folder, sealed or not; the manifest first, so that nobody reads the rest.
+    # Delete a folder, sealed or not; the manifest first, so that no reader sees the rest.
     def delete(self, key: str) -> None: ...
 
     # Delete something below `root`: renamed at once, so that a kill leaves no half of it.
@@ -192,7 +192,7 @@ class Place(Protocol):
     # Say whether any process holds a lock now.
     def is_held(self, name: str) -> bool: ...
 
-    # Say whether gc leaves something alone because the run that it belongs to may not be visible yet.
+    # Say whether gc keeps something because the run that it belongs to may not be visible yet.
     def is_young(self, modified: datetime) -> bool: ...
 
     # Return the names whose locks some machine holds, by a listing, where gc runs beside live runs.

@@ -224,7 +224,7 @@ def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan)
 
 def _write_outcome(artifacts: Artifacts, attempt: Attempt, state: str, message: str) -> None:
     if attempt.outcome and attempt.outcome["state"] == "done":
-        return  # another process of the same run brought it to its end
+        return  # another process of the same run finished it
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with contextlib.suppress(OSError):  # a full disk, a lost connection must not hide the error that is under way
         write_text(attempt.folder / OUTCOME, json.dumps({"state": state, "message": message, "ended": now}))

@@ -155,7 +155,7 @@ class SealedObjects:
         return target
 
     def delete(self, key: str) -> None:
-        """Delete the manifest, so that nobody reads the rest, then the rest."""
+        """Delete the manifest, so that no reader sees the rest, then the rest."""
         self.store.delete([f"{key}/{MANIFEST}"])
         self.store.delete_below(key)
 

@@ -15,9 +15,9 @@ import pytest
 from storage import durable
 from storage.durable import (
     explain_full_disk,
+    recover_folder,
     remove_temporaries,
     replace_folder,
-    settle_folder,
     sync_tree,
     write_bytes,
     write_durably,
@@ -245,7 +245,7 @@ class ReplaceFolder:
 
     @staticmethod
     def check(folder: Path, finished: bool) -> None:
-        settle_folder(folder / "target")
+        recover_folder(folder / "target")
         found = read_pair(folder / "target")
         assert found == ("new", "new") or (found == ("old", "old") and not finished)
         assert {p.name for p in folder.iterdir()} <= {"target", "fresh"}
@@ -260,7 +260,7 @@ class ReplaceFolderUnsettled(ReplaceFolder):
     @staticmethod
     def check(folder: Path, finished: bool) -> None:
         replace_folder(write_pair(folder / "fresh", "newer"), folder / "target")
-        settle_folder(folder / "target")
+        recover_folder(folder / "target")
         assert read_pair(folder / "target") == ("newer", "newer")
         assert [p.name for p in folder.iterdir()] == ["target"]
 
@@ -278,7 +278,7 @@ def test_a_folder_is_replaced_even_if_a_kill_left_the_one_before_aside() -> None
 
 def test_the_first_folder_and_its_flushes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "target"
-    settle_folder(target)
+    recover_folder(target)
     assert list(tmp_path.iterdir()) == []
     fresh = write_pair(tmp_path / "fresh", "new")
     with recorded(monkeypatch) as seen:
