@@ -1,4 +1,4 @@
-"""What Prefect's pages show of a run: progress while it works; the stage table, the report and the losses after."""
+"""The artifacts on Prefect's pages: progress of a task, stage table, report and loss plot of a run."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from prefect.artifacts import (
 
 from flows.pages.report import loss_plot, report
 from flows.run.events import Event, RowsCached, StageDone, StageOpened, StepTaken, Subscriber, subscribed
-from flows.run.numbers import clock, size
+from flows.run.numbers import loss, size
 from flows.run.stage import Stage
-from flows.run.summary import StageSummary
+from flows.run.summary import STAGE_COLUMNS, StageSummary
 from flows.run.terminal import PlainLines
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 
 _SECONDS_BETWEEN_UPDATES = 5.0
-"""An update costs tens of milliseconds on the server: by time, never by step."""
-_SECONDS_TO_SETTLE = 5.0
+"""An update costs tens of milliseconds on the server, so updates go by time and not by step."""
+_SECONDS_TO_FINISH = 5.0
 
 
 def key_of(*parts: object) -> str:
@@ -41,34 +41,34 @@ def key_of(*parts: object) -> str:
 
 @contextlib.contextmanager
 def progress_artifact(stage: Stage) -> Generator[None]:
-    """Keep a progress artifact of one task up to date while the block runs."""
+    """Update the progress artifact of one task while the block runs."""
     page = ProgressPage(key_of(stage.config.run.name, "stage", stage.index))
     with subscribed(page):
         try:
             yield
         finally:
-            page.settle()
+            page.finish()
 
 
 class ProgressPage:
-    """A progress artifact. Each update has a thread: one of a server that is away takes minutes."""
+    """A progress artifact. Updates run in threads, because one can take minutes if the server is down."""
 
     def __init__(self, key: str) -> None:
-        """Name it; a task that is over in seconds gets none."""
+        """Set the key; the artifact is created at the first update, so a short task has none."""
         self.key = key
         self.artifact: UUID | None = None
         self.update: threading.Thread | None = None
         self.last = time.monotonic()
 
     def __call__(self, event: Event) -> None:
-        """Show it, if it is time and the last update is through."""
+        """Start an update if one is due and the last one has ended."""
         if not isinstance(event, (StepTaken, RowsCached)):
             return
         percent, text = _progress_of(event)
         waiting = self.update is not None and self.update.is_alive()
         due = time.monotonic() - self.last >= _SECONDS_BETWEEN_UPDATES and not waiting
         begun = waiting or self.artifact is not None
-        if due or (percent == 100.0 and begun):  # a page that was begun does not stay short of its end
+        if due or (percent == 100.0 and begun):  # an artifact that exists must reach 100 %
             self.last = time.monotonic()
             show = partial(copy_context().run, self._show, self.update, percent, text)
             self.update = threading.Thread(target=show, daemon=True, name="progress")
@@ -83,18 +83,18 @@ class ProgressPage:
             else:
                 update_progress_artifact(self.artifact, percent, text)
 
-    def settle(self) -> None:
-        """Wait for the last update, unless the server takes its time."""
+    def finish(self) -> None:
+        """Wait for the last update, but only for seconds."""
         if self.update is not None:
-            self.update.join(_SECONDS_TO_SETTLE)
+            self.update.join(_SECONDS_TO_FINISH)
 
 
 @contextlib.contextmanager
 def _never_failing(what: str) -> Generator[None]:
-    """Log that a page could not be updated, and go on: no training stops for its display."""
+    """Log a failed update and continue: the display must not stop the training."""
     try:
         yield
-    except Exception as error:  # whatever an HTTP client raises when a server is down or slow
+    except Exception as error:  # the HTTP client has many errors for a server that is down
         get_run_logger().warning("the %s on Prefect's pages was not updated: %s", what, error)
 
 
@@ -106,22 +106,22 @@ def _progress_of(event: StepTaken | RowsCached) -> tuple[float, str]:
 
 
 def _percent(done: int, of: int) -> float:
-    """Return the tenths of a percent that are reached; the page prints every digit that it is given."""
+    """Return a percentage rounded down to tenths, because the page prints every digit."""
     return 1000 * done // max(1, of) / 10
 
 
 def run_log() -> Subscriber:
-    """Return a listener that writes what happens into the log of the flow or task that runs, by the minute."""
+    """Return a subscriber that writes progress to the log of the current flow or task, every minute."""
     return PlainLines(lambda text: get_run_logger().info(text), seconds_between_steps=60.0)
 
 
 def publish_run(config: StackWiseConfig, root: str) -> Subscriber:
-    """Return a listener that publishes the stage table, the report and the plot of losses after every stage."""
+    """Return a subscriber that publishes the stage table, the report and the loss plot after every stage."""
     name = config.run.name
     done: list[StageSummary] = []
     runs: dict[int, str] = {}
 
-    def listen(event: Event) -> None:
+    def publish(event: Event) -> None:
         if isinstance(event, StageOpened):
             runs[event.stage] = event.flow_run
         if isinstance(event, StageDone):
@@ -130,28 +130,19 @@ def publish_run(config: StackWiseConfig, root: str) -> Subscriber:
                 create_table_artifact([_row(summary) for summary in done], key_of(name, "stages"), f"Stages of {name}")
                 text = report(name, root, done, runs, notes(config))
                 create_markdown_artifact(text, key_of(name, "report"), f"Report of {name}")
-                # Markdown, not an image artifact: the page of one prints its address, here the whole image, below it.
+                # Markdown, because the page of an image artifact prints its address, here the whole image.
                 create_markdown_artifact(loss_plot(done), key_of(name, "loss"), f"Validation loss of {name} by stage")
 
-    return listen
+    return publish
 
 
 def _row(summary: StageSummary) -> dict[str, Any]:
     """Return a row whose first columns fit the page: a table there is 580 pixels wide, the rest is scrolled to."""
+    names = (name.removeprefix("|") for name in STAGE_COLUMNS)
     return {
-        "stage": summary.stage,
-        "how": summary.name,
-        "validation loss": _rounded(summary.validation_loss),
-        "training loss": _rounded(summary.train_loss),
-        "time": clock(summary.seconds or 0.0),
-        "cache": size(summary.cache_bytes) if summary.cache_bytes is not None else "none",
-        "parameters": summary.rack_parameters,
+        **dict(zip(names, summary.cells, strict=True)),
         "trained": summary.trainable_parameters,
         "blocks": summary.blocks,
-        **{f"at {float(ratio):.0%} masked": _rounded(loss) for ratio, loss in summary.by_mask_ratio.items()},
+        **{f"at {float(ratio):.0%} masked": loss(value) for ratio, value in summary.by_mask_ratio.items()},
         "stack": summary.artifacts["stack"],
     }
-
-
-def _rounded(loss: float | None) -> float | None:
-    return None if loss is None else round(loss, 4)

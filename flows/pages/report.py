@@ -1,4 +1,4 @@
-"""The report of a run as markdown: a plot of validation loss by stage, a table, and what each stage made."""
+"""The report of a run as markdown: a plot of validation losses, the stage table, and the artifacts of each stage."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 
 from flows.pages.plots import Plot
 from flows.pages.scales import places, scale_of
-from flows.run.numbers import clock, parameters, size, stage_line
-from flows.run.summary import StageSummary
+from flows.run.summary import STAGE_COLUMNS, StageSummary
 
 _STYLE = """
 text { font: 12.5px system-ui, sans-serif; fill: #555b64; } .label, .note { fill: #1d1f23; }
 .grid { stroke: #e4e3df; } .axis { stroke: #646a73; } .line { fill: none; stroke: #2458c5; stroke-width: 2; }
 .point { fill: #2458c5; }
 """
-"""Of its own, on white: an image knows nothing of the page, light or dark, that it is shown on."""
+"""Fixed colours on white, because an image cannot follow the light or dark theme of its page."""
 
 _MARGIN = 10
-"""Of the paper around the plot [px]."""
+"""White border around the plot [px]."""
 
 
 def report(
@@ -31,10 +30,10 @@ def report(
     """Return the run as markdown.
 
     Args:
-        name: of the run.
-        root: where its artifacts are.
-        stages: what is done.
-        flow_runs: id of the flow run that added a stage, where there is one.
+        name: name of the run.
+        root: the artifacts folder.
+        stages: the finished stages.
+        flow_runs: ids of the flow runs that added stages.
         notes: on the configuration.
     """
     count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
@@ -42,7 +41,7 @@ def report(
     lines += [line for note in notes for line in (note[0].upper() + note[1:] + ".", "")]
     lines += [loss_plot(stages), "", *_table(stages, flow_runs), ""]
     for stage in stages:
-        lines += [f"## Stage {stage.stage}: {stage.name}", "", stage_line(stage) + ".", ""]
+        lines += [f"## Stage {stage.stage}: {stage.name}", "", stage.line + ".", ""]
         lines += [f"- {kind}: `{artifact}` ({stage.states[kind]})" for kind, artifact in stage.artifacts.items()]
         if "activations" not in stage.artifacts:
             lines.append(f"- activations: none, {stage.cache_note}")
@@ -51,10 +50,10 @@ def report(
 
 
 def loss_plot(stages: Sequence[StageSummary]) -> str:
-    """Return a plot of validation loss by stage as a markdown image that needs no other file.
+    """Return a plot of validation loss by stage as a markdown image with embedded data.
 
-    Where stages differ in their mask ratio their own losses do not compare: then a line is drawn for each ratio
-    that all of them were judged at.
+    If the mask ratios of the stages differ, so that their own losses do not compare, it has a line for each shared
+    ratio.
     """
     lines = _lines(stages)
     numbers = [stage.stage for stage in stages]
@@ -70,7 +69,7 @@ def loss_plot(stages: Sequence[StageSummary]) -> str:
 
 
 def _lines(stages: Sequence[StageSummary]) -> dict[str, list[float | None]]:
-    """Return the losses to draw, by the name that is written beside their line."""
+    """Return the losses to draw by the label of their line."""
     ratios = stages[-1].by_mask_ratio
     if not ratios:
         return {"": [stage.validation_loss for stage in stages]}
@@ -78,22 +77,19 @@ def _lines(stages: Sequence[StageSummary]) -> dict[str, list[float | None]]:
 
 
 def _table(stages: Sequence[StageSummary], flow_runs: Mapping[int, str]) -> list[str]:
-    """Return a table that fits the page beside Prefect's menus; a stage links to the flow run that added it.
+    """Return the stage table; a stage links to the flow run that added it.
 
-    From an artifact's page: so a link stays in the version of the pages that is read, under the name that the reader's
-    machine knows the server by.
+    The links are relative to an artifact's page, so that they work under any host name and in either version of
+    Prefect's pages.
     """
-    lines = ["| stage | how | parameters | loss | val. loss | time | cache |", "|--:|---|--:|--:|--:|--:|--:|"]
+    marks = ["--:" if name.startswith("|") else "---" for name in STAGE_COLUMNS]
+    lines = [_row([name.removeprefix("|") for name in STAGE_COLUMNS]), _row(marks)]
     for stage in stages:
         run = flow_runs.get(stage.stage)
-        number = f"[{stage.stage}](../../runs/flow-run/{run})" if run else str(stage.stage)
-        cells = [
-            number,
-            stage.name,
-            parameters(stage.rack_parameters),
-            *("-" if loss is None else f"{loss:.4f}" for loss in (stage.train_loss, stage.validation_loss)),
-            clock(stage.seconds or 0.0),
-            size(stage.cache_bytes) if stage.cache_bytes is not None else "none",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        number, *others = stage.cells
+        lines.append(_row([f"[{number}](../../runs/flow-run/{run})" if run else number, *others]))
     return lines
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,8 +1,6 @@
-"""Numbers as people read them, in the terminal and on Prefect's pages alike."""
+"""Numbers for people, in the terminal and on pages."""
 
 from __future__ import annotations
-
-from flows.run.summary import StageSummary
 
 
 def clock(seconds: float) -> str:
@@ -23,16 +21,9 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.1f} TiB"
 
 
-def stage_line(summary: StageSummary) -> str:
-    """Return what a stage came to, in one line."""
-    parts = [f"validation loss {summary.validation_loss:.4f}" if summary.validation_loss is not None else "unfinished"]
-    if summary.by_mask_ratio and summary.mask_ratio is not None:  # stages differ in it: their losses do not compare
-        parts[0] += f" at {summary.mask_ratio:.0%} masked"
-    if summary.seconds is not None:
-        parts.append(f"in {clock(summary.seconds)}")
-    if summary.cache_bytes is not None:
-        parts.append(f"cache {size(summary.cache_bytes)}")
-    return ", ".join(parts)
+def loss(value: float | None) -> str:
+    """Return a loss with four decimals, or - if it is None."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 def parameters(count: int | None) -> str:

@@ -1,4 +1,4 @@
-"""A run, whoever adds its stages: plan by demand, prepare, add stage after stage, retire, check."""
+"""A run: plan by demand, prepare the data, add stage after stage, retire superseded stores, check."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from storage.runs import begin_attempt, retire_superseded
 
 
 def add_stage(stage: Stage) -> None:
-    """Add one stack by plain calls, without Prefect."""
+    """Add one stage by plain calls, without Prefect."""
     check_plain(stage)
     build = build_stack(stage)
     trunk = configure_trunk(stage)
@@ -39,24 +39,24 @@ def grow(
     force: str = "",
     add: Callable[[Stage], None] = add_stage,
 ) -> list[StageSummary]:
-    """Bring a run to its target, making only what is not there.
+    """Complete a run, making only the artifacts that are missing.
 
     Args:
-        config: what to make.
-        root: where artifacts live.
+        config: the run.
+        root: the artifacts folder.
         from_stack: redo the stages from this one on; -1 redoes none.
-        force: redo this task (build, trunk, train, cache, validate) of those stages, or of all.
-        add: adds one stage; the flow hands in its own.
+        force: redo this task (build, trunk, train, cache, validate) in those stages, or in all.
+        add: adds one stage; the flow passes its own.
 
     Returns:
-        What every stage came to.
+        A summary of every stage.
 
     Raises:
-        StackWiseError: one clear message; what was sealed stays, and the same call goes on from there.
+        StackWiseError: one clear message; the same call resumes from the sealed artifacts.
     """
     config.validate()
-    use_hardware(config.hardware)  # a device that is not there is told before anything is made
-    check_runner(config)  # and so is a task runner
+    use_hardware(config.hardware)  # a missing device fails here, before anything is made
+    check_runner(config)  # so does a missing task runner
     artifacts = artifacts_at(root).open()
     plan = plan_config(config)
     forced = forced_refs(plan, from_stack, force)
@@ -70,14 +70,14 @@ def grow(
         needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed
         check_space(config, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in needed])
         for index in range(len(plan.stages)):
-            # Asked again at every stage: another process may have made, and retired, something meanwhile.
+            # Computed at every stage, because another process may have made or retired artifacts meanwhile.
             still_forced = frozenset(ref for ref in forced if ref.stage >= index)
             demand = compute_demand(plan, artifacts, config.cache.keep, still_forced)
             add(_stage(config, root, plan, index, demand))
             if config.cache.keep == "last" and (kept := retire_superseded(artifacts, plan, index, config.run.name)):
                 emit(Message(f"{kept.name} is kept: another run that is alive plans to read it"))
             emit(StageDone(index, summarise(artifacts, plan)[index]))
-        compute_demand(plan, artifacts, config.cache.keep)  # raises if a stage was redone to other bytes
+        compute_demand(plan, artifacts, config.cache.keep)  # raises if a redone stage has other bytes
     return summarise(artifacts, plan)
 
 
@@ -95,7 +95,7 @@ def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand
 
 
 def _refuse_newer(artifacts: Artifacts, forced: Iterable[Ref]) -> None:
-    """Refuse to make over what newer code made; what is damaged otherwise may be made over on purpose.
+    """Refuse to replace artifacts of a newer version; other damaged artifacts may be replaced on purpose.
 
     Raises:
         ArtifactNewerError: names the manifest.

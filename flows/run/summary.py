@@ -1,9 +1,10 @@
-"""What a run came to, stage by stage, read from its manifests."""
+"""The result of every stage of a run, read from its manifests, and the row that tables show of it."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel
 
+from flows.run.numbers import clock, loss, parameters, size
 from stackwise_core.stages.identity import Kind
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from storage.artifacts import Artifacts, State
@@ -12,25 +13,25 @@ from storage.midstage import bytes_written, step_reached
 
 
 class StageSummary(BaseModel, frozen=True):
-    """One stage. A number that is not known yet is None."""
+    """The result of one stage. A number that is not known yet is None."""
 
     stage: int
     name: str
-    """How people call it: 'append, frozen, full'."""
+    """Such as 'append, frozen, full'."""
     states: dict[str, str]
-    """State on disk of each artifact, by kind; 'none' where the stage makes none."""
+    """State of each artifact on disk by kind; 'none' if the stage makes none."""
     artifacts: dict[str, str]
-    """Name of each artifact, by kind."""
+    """Name of each artifact by kind."""
     steps: int
-    """Of training."""
+    """Number of training steps."""
     steps_kept: int | None = None
-    """That need not be taken again, of a stage that is not trained yet; None: it has no checkpoint."""
+    """Steps in the checkpoint of an unfinished training; None if there is no checkpoint."""
     bytes_kept: int = 0
-    """Of a store that is not sealed yet: its shards that are written."""
+    """Bytes of the written shards of a store that is not sealed yet."""
     stacks: int
-    """Of the rack after this stage."""
+    """Number of stacks in the rack after this stage."""
     blocks: int
-    """That this stage added; in joint training, all."""
+    """Number of blocks that this stage added; in joint training, all."""
     rack_parameters: int | None = None
     trainable_parameters: int | None = None
     train_loss: float | None = None
@@ -38,21 +39,51 @@ class StageSummary(BaseModel, frozen=True):
     validation_loss: float | None = None
     """[nats per loss position]"""
     mask_ratio: float | None = None
-    """Of the masked objective: losses of stages at different ratios are not comparable."""
+    """Mean mask ratio of a masked objective; losses at different ratios are not comparable."""
     by_mask_ratio: dict[str, float] = {}
-    """Validation losses at ratios that all stages share, where their own differ [nats per loss position]."""
+    """Validation losses at ratios that all stages share, if their own differ [nats per loss position]."""
     seconds: float | None = None
-    """Of all five tasks."""
+    """Duration of all five tasks [s]."""
     tokens_per_second: int | None = None
-    """While training."""
+    """Training speed."""
     cache_bytes: int | None = None
-    """Of the store this stage wrote, also if it was retired since."""
+    """Size of the store that this stage wrote, even if it was retired since."""
     cache_note: str = ""
     """Why there is no store, or where it came from."""
 
+    @property
+    def cells(self) -> list[str]:
+        """The row of this stage under `STAGE_COLUMNS`."""
+        state = self.states["activations"]
+        return [
+            str(self.stage),
+            self.name,
+            parameters(self.rack_parameters),
+            loss(self.train_loss),
+            loss(self.validation_loss),
+            "-" if self.seconds is None else clock(self.seconds),
+            size(self.cache_bytes) if self.cache_bytes is not None and state == "sealed" else state,
+        ]
+
+    @property
+    def line(self) -> str:
+        """The result in one line."""
+        parts = ["unfinished" if self.validation_loss is None else f"validation loss {loss(self.validation_loss)}"]
+        if self.by_mask_ratio and self.mask_ratio is not None:  # losses of other stages are at other ratios
+            parts[0] += f" at {self.mask_ratio:.0%} masked"
+        if self.seconds is not None:
+            parts.append(f"in {clock(self.seconds)}")
+        if self.cache_bytes is not None:
+            parts.append(f"cache {size(self.cache_bytes)}")
+        return ", ".join(parts)
+
+
+STAGE_COLUMNS = ("stage", "how", "|params", "|loss", "|val. loss", "|time", "cache")
+"""Header of the stage table in the terminal, on Prefect's pages and in the report; | aligns a column right."""
+
 
 def summarise(artifacts: Artifacts, plan: RunPlan) -> list[StageSummary]:
-    """Return one summary per stage of a plan, whatever of it exists."""
+    """Return a summary of each stage of a plan, whether it exists yet or not."""
     return [_summarise_stage(artifacts, stage) for stage in plan.stages]
 
 

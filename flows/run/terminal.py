@@ -1,4 +1,4 @@
-"""What a person sees on stderr: live bars on a terminal, plain lines elsewhere; and the closing tables."""
+"""Progress on stderr, as live bars on a terminal and as plain lines otherwise, and the stage tables."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from flows.run.events import (
     TaskReused,
     TaskStarted,
 )
-from flows.run.numbers import clock, parameters, size, stage_line
-from flows.run.summary import StageSummary
+from flows.run.numbers import clock, size
+from flows.run.summary import STAGE_COLUMNS, StageSummary
 
 
 class _Speed:
-    """Tokens per second and time left, from the steps seen since a task began."""
+    """Tokens per second and time left, from the steps since a task began."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -46,7 +46,7 @@ class _Speed:
 
 @contextmanager
 def showing(stream_is_terminal: bool | None = None) -> Generator[Subscriber]:
-    """Give a listener that shows a run on stderr for as long as the block runs."""
+    """Yield a subscriber that shows the progress of a run on stderr."""
     is_terminal = sys.stderr.isatty() if stream_is_terminal is None else stream_is_terminal
     if not is_terminal:
         yield PlainLines()
@@ -57,32 +57,32 @@ def showing(stream_is_terminal: bool | None = None) -> Generator[Subscriber]:
 
 
 class PlainLines:
-    """One line when something begins or ends, and one now and then in between."""
+    """A line when a task begins or ends, and one every few seconds in between."""
 
-    def __init__(self, say: Callable[[str], None] | None = None, seconds_between_steps: float = 10.0) -> None:
-        """Say lines with `say`; by default they are printed to stderr."""
-        self._say = say or _print_line
+    def __init__(self, write: Callable[[str], None] | None = None, seconds_between_steps: float = 10.0) -> None:
+        """Write lines with `write`; by default they are printed to stderr."""
+        self._write = write or _print_line
         self.seconds = seconds_between_steps
         self.speed = _Speed()
         self.last = 0.0
         self.n_stages = 0
 
     def __call__(self, event: Event) -> None:
-        """Say it, if it is worth a line."""
+        """Write a line about the event, if it is due."""
         match event:
             case RunStarted():
                 self.n_stages = event.n_stages
-                self._say(f"run {event.name}: {event.n_stages} stages in {event.folder}")
+                self._write(f"run {event.name}: {event.n_stages} stages in {event.folder}")
             case DataReady():
-                self._say(_sequences(event))
+                self._write(_sequences(event))
             case TaskStarted():
                 self.speed, self.last = _Speed(), time.monotonic()
-                self._say(f"{_where(event.stage, self.n_stages)}{event.task}")
+                self._write(f"{_where(event.stage, self.n_stages)}{event.task}")
             case StepTaken():
                 speed, left = self.speed.update(event)
                 if event.step == event.steps or time.monotonic() - self.last >= self.seconds:
                     self.last = time.monotonic()
-                    self._say(
+                    self._write(
                         f"{_where(event.stage, self.n_stages)}step {event.step}/{event.steps}, loss {event.loss:.4f}, "
                         f"{speed:,.0f} tokens/s, {clock(left)} left"
                     )
@@ -90,17 +90,17 @@ class PlainLines:
                 if event.n_bytes == event.of_bytes or time.monotonic() - self.last >= self.seconds:
                     self.last = time.monotonic()
                     done = f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
-                    self._say(f"{_where(event.stage, self.n_stages)}{done}")
+                    self._write(f"{_where(event.stage, self.n_stages)}{done}")
             case StageDone():
-                self._say(f"{_where(event.stage, self.n_stages)}{stage_line(event.summary)}")
+                self._write(f"{_where(event.stage, self.n_stages)}{event.summary.line}")
             case Message():
-                self._say(event.text)
+                self._write(event.text)
             case StageOpened() | TaskReused():
                 pass
 
 
 def _print_line(text: str) -> None:
-    with suppress(OSError):  # whoever read it has gone: no training stops for that
+    with suppress(OSError):  # a reader that is gone must not stop the training
         print(text, file=sys.stderr, flush=True)
 
 
@@ -113,10 +113,10 @@ def _where(stage: int, n_stages: int) -> str:
 
 
 class LiveBars:
-    """A bar per stage: what it does, loss, tokens/s, time left, cache bytes."""
+    """A bar per stage: its task, loss, tokens/s, time left, cache bytes."""
 
     def __init__(self, console: Console) -> None:
-        """Draw on a console; `live` must be entered."""
+        """Draw on a console while `live` is entered."""
         self.console = console
         self.progress = Progress(
             SpinnerColumn(finished_text="[green]✓[/]"),
@@ -132,7 +132,7 @@ class LiveBars:
         self.n_stages = 0
 
     def __call__(self, event: Event) -> None:
-        """Show it."""
+        """Show the event."""
         match event:
             case RunStarted():
                 self.n_stages = event.n_stages
@@ -150,7 +150,7 @@ class LiveBars:
                 detail = f"{size(event.n_bytes)} of {size(event.of_bytes)}"
                 self._update(event.stage, "cache", completed=event.n_bytes, total=event.of_bytes, detail=detail)
             case StageDone():
-                self._update(event.stage, "done", completed=1, total=1, detail=stage_line(event.summary))
+                self._update(event.stage, "done", completed=1, total=1, detail=event.summary.line)
             case Message():
                 self.console.print(escape(event.text))
             case StageOpened() | TaskReused():
@@ -159,7 +159,7 @@ class LiveBars:
     def _update(self, stage: int, task: str, *, completed: float, total: float | None, detail: str) -> None:
         name = f"stage {stage}" if stage >= 0 else "corpus"
         description = f"{name:<9}{task:<9}"
-        if self.showing.get(stage) != task:  # rich cannot make a bar endless again: a new task gets a new one
+        if self.showing.get(stage) != task:  # a new bar for a new task, since rich cannot reset one to unknown length
             if stage in self.bars:
                 self.progress.remove_task(self.bars[stage])
             self.bars[stage] = self.progress.add_task(description, total=total, detail=detail)
@@ -168,29 +168,20 @@ class LiveBars:
 
 
 def stage_tables(summaries: list[StageSummary]) -> Group:
-    """Return the stages of a run and, where their mask ratios differ, their losses at ratios they share."""
+    """Return the stage table and, if mask ratios differ, a table of losses at the ratios that all stages share."""
     by_ratio = _ratio_table(summaries)
     return Group(_stage_table(summaries), *(["", by_ratio] if by_ratio else []))
 
 
 def _stage_table(summaries: list[StageSummary]) -> Table:
-    """Return the stages of a run as a table that fits 80 columns."""
-    table = plain_table("stage", "how", "|params", "|loss", "|val. loss", "|time", "cache")
-    for row in summaries:
-        table.add_row(
-            str(row.stage),
-            row.name,
-            parameters(row.rack_parameters),
-            _loss(row.train_loss),
-            _loss(row.validation_loss),
-            clock(row.seconds) if row.seconds is not None else "-",
-            _cache(row),
-        )
+    table = plain_table(*STAGE_COLUMNS)
+    for summary in summaries:
+        table.add_row(*summary.cells)
     return table
 
 
 def _ratio_table(summaries: list[StageSummary]) -> Table | None:
-    """Return the validation losses at mask ratios that all stages share; None where their own do not differ."""
+    """Return the validation losses at shared mask ratios, or None if the ratios of the stages do not differ."""
     judged = [row for row in summaries if row.by_mask_ratio]
     if not judged:
         return None
@@ -203,19 +194,8 @@ def _ratio_table(summaries: list[StageSummary]) -> Table | None:
 
 
 def plain_table(*columns: str) -> Table:
-    """Return an empty table without lines; a column whose name begins with | is set to the right."""
+    """Return an empty table without lines; | before a name aligns the column right."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         table.add_column(name.removeprefix("|"), justify="right" if name.startswith("|") else "left")
     return table
-
-
-def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _cache(row: StageSummary) -> str:
-    state = row.states["activations"]
-    if row.cache_bytes is None:
-        return state
-    return size(row.cache_bytes) if state == "sealed" else state

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from flows.run.events import subscribed
-from flows.run.numbers import size
+from flows.run.numbers import parameters, size
 from stackwise_core.config.schema import StackOverride
 from stackwise_core.errors import NonFiniteLossError
 from stackwise_core.training import training
@@ -106,11 +106,11 @@ def test_the_table_has_a_row_per_stage_with_its_numbers(first: tuple[Path, FlowR
     for stage, row in enumerate(versions[-1]):
         stack = folder_of(root, "stack", stage).name
         validation = known[folder_of(root, "validation", stage).name]["facts"]
-        assert (row["stage"], row["stack"], row["how"]) == (stage, stack, "append, frozen, full")
-        assert row["validation loss"] == round(validation["validation_loss"], 4)
-        assert row["training loss"] == round(known[stack]["facts"]["train_loss"], 4)
+        assert (row["stage"], row["stack"], row["how"]) == (str(stage), stack, "append, frozen, full")
+        assert row["val. loss"] == f"{validation['validation_loss']:.4f}"
+        assert row["loss"] == f"{known[stack]['facts']['train_loss']:.4f}"
         assert row["trained"] == known[stack]["facts"]["trainable_parameters"]
-        assert row["parameters"] == known[stack]["facts"]["rack_parameters"]
+        assert row["params"] == parameters(known[stack]["facts"]["rack_parameters"])
     cache = known[folder_of(root, "activations", 0).name]
     assert [row["cache"] for row in versions[-1]] == [size(sum(f["size"] for f in cache["files"].values())), "none"]
     assert artifacts_named("first-run-stages")[-1].flow_run_id == run.id
@@ -311,7 +311,7 @@ def test_a_prepended_and_annealed_run_reads_as_sentences_too(
     assert tasks["train all stacks"] == tasks["validate all stacks"] == "Completed"
     table = json.loads(artifacts_named("depth-stages")[-1].data)
     assert [row["how"] for row in table] == ["prepend, frozen, full", "prepend, frozen, full", "joint"]
-    assert all(row["at 50% masked"] > 0 for row in table)
+    assert all(float(row["at 50% masked"]) > 0 for row in table)
     reasons = [text for text in recorder.messages if "caches nothing" in text]
     assert [text.split(":")[1].strip() for text in reasons] == [
         "stage 1 streams from tokens",

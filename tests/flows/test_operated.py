@@ -84,7 +84,7 @@ def test_a_run_is_started_by_a_form_followed_and_read(site: Site, page: Any, tmp
     ]
     home = page.url
     _open(page, home, "by-form-stages")
-    assert _cells(page, "validation loss") == [f"{round(loss, 4)}" for loss in losses]
+    assert _cells(page, "val. loss") == [f"{loss:.4f}" for loss in losses]
     _open(page, home, "by-form-report")
     page.get_by_role("heading", name="by-form", exact=True).wait_for()
     assert _cells(page, "val. loss") == [f"{loss:.4f}" for loss in losses]

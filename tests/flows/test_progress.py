@@ -173,7 +173,7 @@ def test_a_page_that_cannot_be_updated_stops_nothing(tmp_path: Path, monkeypatch
     for number in range(4):
         now.now += 3.0
         page(step(number + 1))
-        page.settle()
+        page.finish()
     assert len(calls) == 2  # tried again, and still no more often than by time
     heard = grown(tiny(tmp_path, {"training.progressive.target_stacks": 1}), tmp_path / "a").events
     publish = artifacts.publish_run(tiny(tmp_path), "a")
@@ -219,7 +219,7 @@ def test_training_does_not_wait_for_a_server_that_is_away(tmp_path: Path, monkey
         return uuid.uuid4()
 
     monkeypatch.setattr(artifacts, "time", now)
-    monkeypatch.setattr(artifacts, "_SECONDS_TO_SETTLE", 0.01)
+    monkeypatch.setattr(artifacts, "_SECONDS_TO_FINISH", 0.01)
     monkeypatch.setattr(artifacts, "create_progress_artifact", asked_for_over_a_minute)
     monkeypatch.setattr(artifacts, "update_progress_artifact", lambda _, percent, text: shown.append(percent))
     with artifacts.progress_artifact(SimpleNamespace(config=tiny(tmp_path), index=0)):

@@ -18,7 +18,7 @@ def stage(number: int, loss: float | None, by_ratio: dict[str, float] | None = N
     return StageSummary(
         stage=number,
         name="append, frozen, full",
-        states={"stack": "sealed", "activations": "none"},
+        states={"stack": "sealed", "activations": "sealed" if number == 0 else "none"},
         artifacts={"stack": f"stack-{number}-abc"},
         steps=12,
         stacks=number + 1,
