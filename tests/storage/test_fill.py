@@ -112,19 +112,23 @@ def test_stopped_and_resumed_it_has_the_same_bytes(n_shards: int, uninterrupted:
 
 
 def test_a_shard_is_written_while_the_next_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, written = threading.Semaphore(0), list[bool]()
+    begun, n_begun, written = threading.Condition(), 0, list[bool]()
 
     class Telling(Source):
         def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
-            asked.release()
+            nonlocal n_begun
+            with begun:
+                n_begun += len(sequence_ids)
+                begun.notify_all()
             return super().rows(sequence_ids, view)
 
     write = StoreWriter.write_shard
 
     def waiting(self: StoreWriter, shard: ShardRange, rows: Tensor) -> None:
         is_last = (shard.group, shard.index) == ("validation", 0)
-        written.append(asked.acquire(timeout=240) and (is_last or asked.acquire(timeout=240)))
-        asked.release()  # the next shard's own
+        with begun:
+            end = shard.first_row + shard.n_rows
+            written.append(is_last or begun.wait_for(lambda: n_begun > end, timeout=240))
         write(self, shard, rows)
 
     monkeypatch.setattr(StoreWriter, "write_shard", waiting)
