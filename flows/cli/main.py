@@ -18,63 +18,39 @@ from stackwise_core.errors import StackWiseError
 class Command(NamedTuple):
     """A row of the table; `add_NAME` of the module adds the arguments and sets what runs."""
 
-    module: str
     summary: str
-    example: str
+    example: str = ""
+    """Arguments of the example in the help."""
+    module: str = ""
+    """Module in this folder; by default named as the command."""
 
 
 _COMMANDS = {
     "train": Command(
-        "train",
         "grow the rack of a configuration to its target",
-        "train configs/quickstart.yaml --set training.progressive.target_stacks=4",
+        "configs/quickstart.yaml --set training.progressive.target_stacks=4",
     ),
-    "plan": Command(
-        "plan",
-        "show what would run, what it costs and which artifacts exist",
-        "plan configs/quickstart.yaml --json",
-    ),
-    "status": Command("status", "show the runs, or the stages and artifacts of one run", "status quickstart"),
-    "inspect": Command(
-        "inspect",
-        "show one artifact: layout, provenance, statistics",
-        "inspect activations-1-3f2a --html store.html",
-    ),
-    "verify": Command(
-        "verify",
-        "recompute every checksum and recompute sampled cache rows from tokens",
-        "verify quickstart",
-    ),
-    "gc": Command("gc", "remove unreachable artifacts and leftovers of killed processes", "gc --dry-run"),
-    "du": Command("du", "show which runs use how much disk space", "du --json"),
+    "plan": Command("show what would run, what it costs and which artifacts exist", "configs/quickstart.yaml --json"),
+    "status": Command("show the runs, or the stages and artifacts of one run", "quickstart"),
+    "inspect": Command("show one artifact: layout, provenance, statistics", "activations-1-3f2a --html store.html"),
+    "verify": Command("recompute every checksum, and sampled cache rows from tokens", "quickstart"),
+    "gc": Command("remove unreachable artifacts and leftovers of killed processes", "--dry-run"),
+    "du": Command("show which runs use how much disk space", "--json"),
     "why": Command(
-        "why",
         "explain why an artifact id differs from the most similar one",
-        "why stack-1-3f2a configs/quickstart.yaml --set training.batch_size=8",
+        "stack-1-3f2a configs/quickstart.yaml --set training.batch_size=8",
     ),
-    "push": Command(
-        "push_pull",
-        "copy artifacts and runs into another artifacts folder",
-        "push /mnt/shared/artifacts quickstart",
-    ),
-    "pull": Command(
-        "push_pull",
-        "copy artifacts and runs from another artifacts folder",
-        "pull /mnt/shared/artifacts stack-1-3f2a",
-    ),
-    "quarantine": Command(
-        "quarantine",
-        "list the stores that failed their validation, release or delete one",
-        "quarantine --release activations-1-3f2a",
-    ),
-    "doctor": Command("doctor", "check what works on this machine", "doctor"),
-    "server": Command("services", "run Prefect's server and its web pages", "server --port 4200"),
+    "push": Command("copy artifacts and runs to another folder", "/mnt/shared/artifacts quickstart", "push_pull"),
+    "pull": Command("copy artifacts and runs from another folder", "/mnt/shared/artifacts stack-1-3f2a", "push_pull"),
+    "quarantine": Command("list, release or delete stores that failed validation", "--release activations-1-3f2a"),
+    "doctor": Command("check what works on this machine"),
+    "server": Command("run Prefect's server and its web pages", "--port 4200", "services"),
     "worker": Command(
-        "services",
         "register the deployments and execute their runs",
-        "worker, then: prefect deployment run train-rack/quickstart",
+        "--limit 2, then: prefect deployment run train-rack/quickstart",
+        "services",
     ),
-    "heartbeat": Command("services", "let Prefect mark the runs of dead machines as crashed", "heartbeat"),
+    "heartbeat": Command("let Prefect mark the runs of dead machines as crashed", module="services"),
 }
 
 
@@ -124,14 +100,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"stackwise {version('stackwise')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((argument for argument in arguments if not argument.startswith("-")), "")
-    for name, (module, summary, example) in _COMMANDS.items():
+    for name, (summary, example, module) in _COMMANDS.items():
         sub = commands.add_parser(
             name,
             help=summary,
             description=summary,
-            epilog=f"example: stackwise {example}",
+            epilog=f"example: stackwise {name} {example}".rstrip(),
             formatter_class=formatter,
         )
         if name == chosen:
-            getattr(import_module(f"flows.cli.{module}"), f"add_{name}")(sub)
+            getattr(import_module(f"flows.cli.{module or name}"), f"add_{name}")(sub)
     return parser.parse_args(arguments)

@@ -45,10 +45,9 @@ class _Speed:
 
 
 @contextmanager
-def showing(stream_is_terminal: bool | None = None) -> Generator[Subscriber]:
+def showing() -> Generator[Subscriber]:
     """Yield a subscriber that shows the progress of a run on stderr."""
-    is_terminal = sys.stderr.isatty() if stream_is_terminal is None else stream_is_terminal
-    if not is_terminal:
+    if not sys.stderr.isatty():
         yield PlainLines()
         return
     bars = LiveBars(Console(stderr=True))
@@ -76,27 +75,29 @@ class PlainLines:
             case DataReady():
                 self._write(_sequences(event))
             case TaskStarted():
-                self.speed, self.last = _Speed(), time.monotonic()
-                self._write(f"{_where(event.stage, self.n_stages)}{event.task}")
+                self.speed = _Speed()
+                self._write_of(event.stage, event.task)
             case StepTaken():
                 speed, left = self.speed.update(event)
-                if event.step == event.steps or time.monotonic() - self.last >= self.seconds:
-                    self.last = time.monotonic()
-                    self._write(
-                        f"{_where(event.stage, self.n_stages)}step {event.step}/{event.steps}, loss {event.loss:.4f}, "
-                        f"{speed:,.0f} tokens/s, {clock(left)} left"
-                    )
+                if event.step == event.steps or self._is_due():
+                    step = f"step {event.step}/{event.steps}, loss {event.loss:.4f}"
+                    self._write_of(event.stage, f"{step}, {speed:,.0f} tokens/s, {clock(left)} left")
             case RowsCached():
-                if event.n_bytes == event.of_bytes or time.monotonic() - self.last >= self.seconds:
-                    self.last = time.monotonic()
-                    done = f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
-                    self._write(f"{_where(event.stage, self.n_stages)}{done}")
+                if event.n_bytes == event.of_bytes or self._is_due():
+                    self._write_of(event.stage, f"cached {size(event.n_bytes)} of {size(event.of_bytes)}")
             case StageDone():
-                self._write(f"{_where(event.stage, self.n_stages)}{event.summary.line}")
+                self._write_of(event.stage, event.summary.line)
             case Message():
                 self._write(event.text)
             case StageOpened() | TaskReused():
                 pass
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self.last >= self.seconds
+
+    def _write_of(self, stage: int, text: str) -> None:
+        self.last = time.monotonic()
+        self._write(f"stage {stage} ({stage + 1} of {self.n_stages}): {text}" if stage >= 0 else text)
 
 
 def _print_line(text: str) -> None:
@@ -106,10 +107,6 @@ def _print_line(text: str) -> None:
 
 def _sequences(event: DataReady) -> str:
     return f"{event.n_train:,} training and {event.n_validation:,} validation sequences"
-
-
-def _where(stage: int, n_stages: int) -> str:
-    return f"stage {stage} ({stage + 1} of {n_stages}): " if stage >= 0 else ""
 
 
 class LiveBars:
@@ -129,13 +126,11 @@ class LiveBars:
         self.bars: dict[int, TaskID] = {}
         self.showing: dict[int, str] = {}
         self.speed = _Speed()
-        self.n_stages = 0
 
     def __call__(self, event: Event) -> None:
         """Show the event."""
         match event:
             case RunStarted():
-                self.n_stages = event.n_stages
                 self.console.print(f"[bold]{escape(event.name)}[/]: {event.n_stages} stages in {escape(event.folder)}")
             case DataReady():
                 self._update(-1, "ready", completed=1, total=1, detail=_sequences(event))

@@ -450,7 +450,7 @@ def test_verify_derives_what_checksums_cannot_tell(
         return values
 
     monkeypatch.setattr(fill, "_compute", wrong)
-    monkeypatch.setattr(steps, "compare_cache", lambda stage, ref: {})
+    monkeypatch.setattr(steps, "_check_store", lambda stage, ref: {})
     grown(tiny(tmp_path, {"cache.keep": "all"}), tmp_path / "artifacts")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -301,10 +302,13 @@ def test_speed_counts_from_where_the_task_began(
     assert "step 100/100, loss 1.5000, 64 tokens/s, 0 s left" in capsys.readouterr().err
 
 
-def test_no_bars_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_bars_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with showing() as listener:
         assert isinstance(listener, PlainLines)
-    with showing(True) as listener:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with showing() as listener:
         assert isinstance(listener, LiveBars)
     assert capsys.readouterr().out == ""
 
