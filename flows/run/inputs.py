@@ -26,7 +26,7 @@ from stackwise_core.objectives.dataloader import RowSource
 from stackwise_core.objectives.losses import Batch
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import StagePlan
-from stackwise_core.stages.resolve import resolve_order, resolve_stream_dtype
+from stackwise_core.stages.resolve import resolve_order
 from stackwise_core.stages.stages import Anatomy
 from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFromBoundary, RowsFromTokens
 from stackwise_core.training.ranks import ALONE, Ranks
@@ -201,7 +201,7 @@ def rows_to_store(stage: Stage) -> StoreRows:
 
 def stream_of(stage: Stage, plans: tuple[StagePlan, ...], stacks: tuple[int, ...]) -> Stream:
     """Return how the stream is held above some stacks as the last of some stages left them."""
-    dtype = resolve_stream_dtype(stage.config)
+    dtype = stage.config.cache.dtype
     known = stacks if dtype in QUANTISED_STREAMS else ()
     return Stream(dtype, {stack: load_channels(stage.artifacts, plans, stack) for stack in known})
 

@@ -9,15 +9,15 @@ from typing import Any
 from flows.run.events import DataReady, TaskStarted, emit, emit_waiting, stop_requested
 from flows.run.numbers import size
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data.examples import ExampleFormat, pack_examples
 from stackwise_core.data.masks import VALIDATION_VIEW
-from stackwise_core.data.packing import Corpus, PackedSequences, pack, read_corpus
+from stackwise_core.data.packing import Corpus, ExampleFormat, PackedSequences, pack, pack_examples, read_corpus
 from stackwise_core.data.sources import check_tokens
+from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.errors import ConfigError, CorpusError, Fault
 from stackwise_core.stages.costs import store_bytes
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan
-from stackwise_core.stages.resolve import reads_examples, resolve_order, tokenizer_of
+from stackwise_core.stages.resolve import reads_examples, resolve_order
 from storage.artifacts import Artifacts, State
 from storage.errors import StoreSpaceError
 from storage.midstage import bytes_written
@@ -61,7 +61,7 @@ def _vocabulary_faults(config: StackWiseConfig, facts: dict[str, Any]) -> Iterat
             needed = f"the corpus holds the {what} {value}: at least {value + 1} is needed"
             yield Fault("model.vocab_size", str(config.model.vocab_size), needed)
     masked = "mask_tokens" in facts and config.training.progressive.training_objective == "mlm"
-    if masked and (facts["mask_tokens"] or facts["largest_token"] >= tokenizer_of(config).vocab_size):
+    if masked and (facts["mask_tokens"] or facts["largest_token"] >= load_tokenizer(config.data.tokenizer).vocab_size):
         yield Fault("data.tokenizer", repr(config.data.tokenizer), f"the corpus was not made by it; {_MADE_BY}")
 
 
@@ -71,7 +71,7 @@ def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequence
     Raises:
         CorpusError: the text is too short, or an example is malformed.
     """
-    data, tokenizer = config.data, tokenizer_of(config)
+    data, tokenizer = config.data, load_tokenizer(config.data.tokenizer)
     if corpus.is_tokens:
         _check_tokens(config, corpus)
     if not reads_examples(config):
@@ -90,7 +90,7 @@ _MADE_BY = "mlm needs the tokenizer.json that made the tokens, with a [MASK] tha
 
 def _check_tokens(config: StackWiseConfig, corpus: Corpus) -> None:
     """Reject tokens outside the model's vocabulary; with mlm also outside the tokenizer's, and its [MASK]."""
-    tokenizer, n_rows = tokenizer_of(config), config.model.vocab_size
+    tokenizer, n_rows = load_tokenizer(config.data.tokenizer), config.model.vocab_size
     for document in corpus.documents:
         check_tokens(document, n_rows, "raise model.vocab_size, or give the file of this vocabulary")
         if config.training.progressive.training_objective == "mlm":
@@ -103,7 +103,7 @@ def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> 
     corpus = read_corpus(data.source, examples=reads_examples(config))
     if corpus.digest != plan.data.corpus:
         raise CorpusError(f"data.source: got {data.source!r}; its text changed while the run was starting; start again")
-    if tokenizer_of(config).name != plan.data.tokenizer:
+    if load_tokenizer(data.tokenizer).name != plan.data.tokenizer:
         raise CorpusError(f"data.tokenizer: got {data.tokenizer!r}; it changed while the run was starting; start again")
     train, validation = pack_corpus(config, corpus)
     save_sequences(artifacts.work(plan.data_ref), train, validation)
@@ -113,7 +113,7 @@ def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> 
         "validation_sequences": len(validation),
         "seq_len": data.seq_len,
     }
-    mask_token = tokenizer_of(config).mask_token
+    mask_token = load_tokenizer(data.tokenizer).mask_token
     for split in (train, validation):
         if corpus.is_tokens or split.targets is not None:
             facts["largest_token"] = max(facts.get("largest_token", 0), int(split.tokens.max()))

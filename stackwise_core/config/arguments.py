@@ -1,8 +1,8 @@
-"""Checks on the arguments of the public library. All raise ConfigError with name, value and what is allowed."""
+"""Checks on the arguments of the public library: each raises ConfigError with name, value and what is allowed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from numbers import Integral
 from typing import Any
 
@@ -23,12 +23,10 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None, wh
         raise ConfigError([Fault(name, describe(value), f"{what} {bounds} is expected")])
 
 
-def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """Reject a value that is not one of the choices."""
-    choices = list(choices)
     if not any(type(value) is type(choice) and value == choice for choice in choices):
-        allowed = " or ".join(map(repr, choices))
-        raise ConfigError([Fault(name, describe(value), f"{allowed} is expected")])
+        raise ConfigError([Fault(name, describe(value), f"{' or '.join(map(repr, choices))} is expected")])
 
 
 def describe(value: Any) -> str:

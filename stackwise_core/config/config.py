@@ -26,7 +26,7 @@ class StackWiseConfig(ConfigSchema):
     """One run of StackWise: everything that can be chosen, in one file."""
 
     def validate(self, *, corpus: bool = True) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Check types and ranges again, since lists and mappings can be edited in place, and the rules between fields.
+        """Check the rules between fields, and types and ranges again, since lists and mappings can be edited in place.
 
         Args:
             corpus: whether `data` is used; callers of the library may supply their own tokens.
@@ -37,23 +37,9 @@ class StackWiseConfig(ConfigSchema):
         if faults := _all_faults(type(self), self.model_dump(warnings=False), corpus=corpus):
             raise ConfigError(faults)
 
-    def in_memory_only(self) -> list[str]:
-        """Return the keys that hold a function object, which neither a file nor an artifact can record."""
-        growth = self.training.progressive
-        held = {
-            f"{GROWTH}.time_mapping": growth.time_mapping,
-            f"{GROWTH}.stack_time_mapping": growth.stack_time_mapping,
-            "training.custom_loss": self.training.custom_loss,
-        }
-        return [path for path, value in held.items() if callable(value)]
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StackWiseConfig:
-        """Build a configuration from nested mappings and validate it.
-
-        Raises:
-            ConfigError: lists every fault.
-        """
+        """Build a configuration from nested mappings and validate it; a ConfigError lists every fault."""
         check_type("configuration", values, dict, "nested mappings are expected, as {'data': {'seq_len': 64}}")
         if faults := _all_faults(cls, values):
             raise ConfigError(faults)
@@ -61,31 +47,28 @@ class StackWiseConfig(ConfigSchema):
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> StackWiseConfig:
-        """Read a YAML file, apply overrides such as {"training.batch_size": 8}, and validate.
-
-        Raises:
-            ConfigError: the file is missing or is not YAML; or lists every fault in it.
-        """
+        """Read a YAML file, apply overrides such as {"training.batch_size": 8}, and validate; raises ConfigError."""
         values = load_yaml(Path(path))
         apply_overrides(values, overrides or {})
         return cls.from_dict(values)
 
     @classmethod
     def read_unchecked(cls, path: Path) -> StackWiseConfig:
-        """Read a file that `to_yaml` wrote, checking types and ranges but no rules.
-
-        Raises:
-            ConfigError, ValueError: it is not YAML or not a configuration.
-        """
+        """Read a file that `to_yaml` wrote, checking types and ranges but no rules; raises ValueError."""
         return cls.model_validate(load_yaml(path))
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """Return the whole configuration as YAML, and write it to `path` if given.
 
-        Raises:
-            ConfigError: it holds a function object; a file needs its name as 'module:name'.
+        Raises ConfigError if it holds a function object, which a file cannot record.
         """
-        if held := self.in_memory_only():
+        growth = self.training.progressive
+        functions = {
+            f"{GROWTH}.time_mapping": growth.time_mapping,
+            f"{GROWTH}.stack_time_mapping": growth.stack_time_mapping,
+            "training.custom_loss": self.training.custom_loss,
+        }
+        if held := [key for key, value in functions.items() if callable(value)]:
             raise ConfigError([Fault(key, "a callable", "a file needs 'module:name' or a list") for key in held])
         text = dump_yaml(self.model_dump(mode="json"))
         if path is not None:
@@ -94,7 +77,7 @@ class StackWiseConfig(ConfigSchema):
 
 
 def _all_faults(schema: type[ConfigSchema], values: dict[str, Any], *, corpus: bool = True) -> list[Fault]:
-    """Return the faults of the schema, and those rules' faults that do not concern a faulty value."""
+    """Return the faults of the schema, and those of the rules that do not concern a value faulty by itself."""
     try:
         return rule_faults(schema.model_validate(values), corpus=corpus)
     except ValidationError as error:

@@ -17,8 +17,7 @@ from stackwise_core.errors import ConfigError, Fault
 def load_function(function: str | Callable[..., Any], key: str) -> Callable[..., Any]:
     """Return the function that a key holds or names; modules are also searched in the working folder.
 
-    Raises:
-        ConfigError: the module cannot be imported, or has no such function.
+    Raises ConfigError if the module cannot be imported or has no such function.
     """
     if not isinstance(function, str):
         return function
@@ -48,11 +47,7 @@ def _working_folder_importable() -> Generator[None]:
 
 
 def source_digest(function: Callable[..., Any], key: str) -> str:
-    """Return the hash of a function's source text, which enters ids.
-
-    Raises:
-        ConfigError: its source cannot be read, as of functions of compiled modules.
-    """
+    """Return the hash of a function's source text, which enters ids; raises ConfigError if it cannot be read."""
     try:
         return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
     except (OSError, TypeError) as error:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 from stackwise_core.config.functions import shown
 from stackwise_core.config.schema import GROWTH, QUANTISED, ConfigSchema
-from stackwise_core.config.stacks import feed_forward_width, settings_of
-from stackwise_core.config.time_steps import n_time_steps, stack_time_step
+from stackwise_core.config.stacks import feed_forward_width, n_time_steps, settings_of, stack_time_step
 from stackwise_core.config.unused import is_used
 from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.errors import ConfigError, Fault

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -16,41 +17,44 @@ QUANTISED: tuple[Precision, ...] = ("nvfp4", "qlora")
 """Precisions whose stored weights cannot train; only adapters on them can."""
 
 
-def _time_mapping(value: Any) -> Any:
-    is_steps = isinstance(value, list) and all(type(step) is int and step >= 0 for step in value)
-    is_name = isinstance(value, str) and value.count(":") == 1
-    if not (is_steps or is_name or callable(value)):
-        raise ValueError("a list of time steps, or 'module:name' of a function, is expected")
-    return value
+def _checked(accepts: Callable[[Any], bool], expected: str) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if not accepts(value):
+            raise ValueError(expected)
+        return value
+
+    return AfterValidator(check)
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) or (isinstance(value, str) and value.count(":") == 1)
+
+
+def _is_steps(value: Any) -> bool:
+    return isinstance(value, list) and all(type(step) is int and step >= 0 for step in value)
 
 
 TimeMapping = Annotated[
     Any,
-    AfterValidator(_time_mapping),
+    _checked(
+        lambda value: _is_steps(value) or _is_function(value),
+        "a list of time steps, or 'module:name' of a function, is expected",
+    ),
     WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}}),
 ]
-
-
-def _stack_time_mapping(value: Any) -> Any:
-    if value not in ("linear", "exponential", "custom") and not callable(value):
-        raise ValueError("'linear', 'exponential' or 'custom' is expected")
-    return value
-
-
 StackTimeMapping = Annotated[
     Any,
-    AfterValidator(_stack_time_mapping),
+    _checked(
+        lambda value: value in ("linear", "exponential", "custom") or callable(value),
+        "'linear', 'exponential' or 'custom' is expected",
+    ),
     WithJsonSchema({"type": "string", "enum": ["linear", "exponential", "custom"]}),
 ]
-
-
-def _custom_loss(value: Any) -> Any:
-    if value != "" and not callable(value) and not (isinstance(value, str) and value.count(":") == 1):
-        raise ValueError("'module:name' of a function is expected, or nothing")
-    return value
-
-
-CustomLoss = Annotated[Any, AfterValidator(_custom_loss), WithJsonSchema({"type": "string"})]
+CustomLoss = Annotated[
+    Any,
+    _checked(lambda value: value == "" or _is_function(value), "'module:name' of a function is expected, or nothing"),
+    WithJsonSchema({"type": "string"}),
+]
 
 
 class Section(BaseModel):

@@ -1,7 +1,7 @@
 """Keys that have no effect under the chosen modes.
 
-A file may hold the settings of all modes, and a sweep toggles one key of it: so such keys are noted, and not rejected.
-They enter no id.
+A file may hold the settings of all modes, and a sweep may toggle one key of it. So such keys are named in a note, not
+rejected, and they enter no id.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from stackwise_core.config.schema import GROWTH, ConfigSchema
 from stackwise_core.config.stacks import settings_of
 
 Need = list[tuple[str, Collection[Any]]]
-"""Keys and their values, one of which must hold. A key that is itself unused does not count."""
+"""Pairs of a key and values, at least one of which must hold. A key that is itself unused does not count."""
 
 _MANY = range(1, 2**63)
 _GROWS: Need = [(f"{GROWTH}.enabled", (True,))]
 _MLM: Need = [(f"{GROWTH}.training_objective", ("mlm",))]
 _INPUT: Need = [(f"{GROWTH}.time_interpretation", ("input",))]
-_DEPTH: Need = [(f"{GROWTH}.time_interpretation", ("depth",))]
 _TIMED: Need = [(f"{GROWTH}.time_interpretation", ("input", "depth"))]
 _ADAPTED: Need = [
     (f"{GROWTH}.qlora_enabled", (True,)),
@@ -68,7 +67,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     "training.time_sampling": [_INPUT],
     f"{GROWTH}.time_embedding_dim": [_INPUT],
     f"{GROWTH}.time_encoding_type": [_INPUT],
-    f"{GROWTH}.stack_time_mapping": [_DEPTH],
+    f"{GROWTH}.stack_time_mapping": [[(f"{GROWTH}.time_interpretation", ("depth",))]],
     f"{GROWTH}.time_mapping": [[(f"{GROWTH}.stack_time_mapping", ("custom",))]],
     f"{GROWTH}.time_per_stack": [
         _TIMED,
@@ -84,7 +83,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     "cache.task_runner": [[("cache.fill_workers", _MANY[1:])]],
     "validation.sampled_rows": [_STORED],
 }
-"""What each key needs to have an effect: all of these. Keys that always have one are left out."""
+"""What each key needs to have an effect: all of its entries. Keys that always have an effect are left out."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,11 @@ class Unused:
     path: str
     because: str
     value: Any
-    """Of `because`."""
+    """The value of `because`."""
 
 
 def notes(config: ConfigSchema) -> list[str]:
-    """Return what a person should know about a valid configuration: a line that names its unused keys, if any."""
+    """Return at most one line, which names the unused keys of a valid configuration."""
     groups: dict[str, list[str]] = {}
     for unused in unused_keys(config):
         groups.setdefault(f"{_short(unused.because)}: {_spelled(unused.value)}", []).append(_short(unused.path))
@@ -107,7 +106,7 @@ def notes(config: ConfigSchema) -> list[str]:
 
 
 def unused_keys(config: ConfigSchema) -> list[Unused]:
-    """Return the keys that are not at their defaults although they have no effect."""
+    """Return the keys that are changed from their defaults although they have no effect."""
     defaults = ConfigSchema()
     changed = [path for path in BELONGS_TO if _values(config, path) != _values(defaults, path)]
     found = [(path, because) for path in changed if (because := _blocker(config, path))]
@@ -162,7 +161,7 @@ def _short(path: str) -> str:
 
 
 def _spelled(value: Any) -> str:
-    """Return a value as YAML has it; a list by its length."""
+    """Return a value as YAML spells it, and a list as its length."""
     if isinstance(value, list):
         return f"{len(value)} values"
     if isinstance(value, bool):

@@ -55,11 +55,7 @@ def parse_value(text: str) -> Any:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a file; an empty file is an empty mapping.
-
-    Raises:
-        ConfigError: the file is missing, unreadable, not YAML, or not a mapping.
-    """
+    """Return the mapping in a file, empty for an empty file; raises ConfigError if it is not readable as one."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -69,7 +65,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError of malformed dates and numbers
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or "no YAML"
+        problem = getattr(error, "problem", None) or "not YAML"
         raise ConfigError([Fault(where, str(problem), "mend the YAML on this line")]) from None
     if values is None:
         return {}

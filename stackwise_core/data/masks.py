@@ -26,9 +26,8 @@ VALIDATION_SEED = 20_260_101
 _SALT_MASKED, _SALT_KIND, _SALT_TOKEN, SALT_ORDER = range(1, 5)
 _SALT_TIME, SALT_BATCHES = 6, 7  # 5 initialises stacks; salts are below 8
 SALT_DEPTH = 0
-
 _ELBO_SMALLEST_RATIO = 1e-3
-"""Limits the weights of the bound, 1 / ratio, to a thousand."""
+"""Limits the loss weights of the diffusion bound, 1 / ratio, to a thousand."""
 
 
 def hash_bits(seed: int, salt: int, *keys: IntArray | int) -> NDArray[np.uint64]:
@@ -62,7 +61,7 @@ class TimeInput(BaseModel, frozen=True):
     """T: steps are 0 .. T - 1."""
     sampling: Literal["per_batch", "per_sequence", "stratified"]
     ratio_min: float
-    """Mask ratio of step 0; 0 if a table or the bound determines the ratios."""
+    """Mask ratio of step 0; 0 if the table or the diffusion bound determines the ratios."""
     ratio_max: float
     table: tuple[float, ...] = ()
     """Mask ratio of every step; empty interpolates from min to max."""
@@ -79,8 +78,8 @@ class TimeInput(BaseModel, frozen=True):
     def ratios(self, steps: IntArray) -> FloatArray:
         """Return the mask ratio of each step: [...] to [...].
 
-        For the bound it is the ratio in the middle of the step, r = (1 - 1e-3) t + 1e-3 at t = (s + 1/2) / T (the
-        schedule of LLaDA, Nie et al. 2025).
+        For the diffusion bound it is r = (1 - 1e-3) t + 1e-3 in the middle of the step, t = (s + 1/2) / T (the schedule
+        of LLaDA, Nie et al. 2025).
         """
         if self.elbo:
             return (1.0 - _ELBO_SMALLEST_RATIO) * (steps + 0.5) / self.n_steps + _ELBO_SMALLEST_RATIO
@@ -97,7 +96,7 @@ class TimeInput(BaseModel, frozen=True):
         slots: IntArray | None = None,
         batch_size: int = 0,
     ) -> IntArray:
-        """Draw the step of each sequence: s = floor(T u), u uniform in [0, 1).
+        """Draw the step of each sequence [B]: s = floor(T u), u uniform in [0, 1).
 
         `per_sequence`: u = hash(sequence, view). `per_batch`: u = hash(batch, view), the same for a whole batch.
         `stratified`: u = hash(batch, view) + slot / batch_size mod 1, so that a batch covers time evenly (Kingma et
@@ -107,12 +106,9 @@ class TimeInput(BaseModel, frozen=True):
             seed: of the run, or of the validation.
             sequence_ids: [B].
             view: which draw.
-            batches: number of each row's batch within the view: [B].
-            slots: place of each row in its batch: [B].
+            batches: number of each row's batch within the view [B]; needed unless steps are drawn per sequence.
+            slots: position of each row in its batch [B]; needed together with `batches`.
             batch_size: rows of a batch.
-
-        Raises:
-            ConfigError: steps are drawn by batch, and the batches are not given.
         """
         if self.fixed >= 0:
             return np.full(len(sequence_ids), self.fixed, dtype=np.int64)
@@ -164,19 +160,11 @@ class MaskSpec(BaseModel, frozen=True):
         return self.model_copy(update={"seed": VALIDATION_SEED})
 
     def masks(self, sequence_ids: IntArray, view: int, seq_len: int, steps: IntArray | None = None) -> BoolArray:
-        """Return which positions are masked.
+        """Return which positions are masked: [B, T] for sequence ids [B].
 
         Position p of sequence s is masked iff hash(seed, s, view, p) < ratio. So the masks of a lower ratio are
-        contained in those of a higher one, and a row does not depend on its batch.
-
-        Args:
-            sequence_ids: [B].
-            view: which draw.
-            seq_len: T.
-            steps: time step of each sequence, for time-as-input only: [B].
-
-        Returns:
-            [B, T], True where masked.
+        contained in those of a higher one, and a row does not depend on its batch. Time-as-input, and only it, needs
+        the time `steps` [B] of the sequences.
         """
         if (self.time is None) != (steps is None):
             allowed = "the steps of time-as-input are needed" if steps is None else "this corruption has one ratio"
@@ -185,7 +173,7 @@ class MaskSpec(BaseModel, frozen=True):
         return hash_uniform(self.seed, _SALT_MASKED, *_keys(sequence_ids, view, seq_len)) < ratio
 
     def corrupt(self, tokens: IntArray, masks: BoolArray, sequence_ids: IntArray, view: int) -> IntArray:
-        """Return a copy of tokens [B, T] that is corrupted where masks [B, T] are true.
+        """Return tokens [B, T], corrupted where masks [B, T] are true.
 
         `mask` puts [MASK] at all of these positions; `bert` puts [MASK] at 80 % of them, a random token at 10 % and
         keeps 10 % (Devlin et al. 2019, section 3.1).

@@ -15,12 +15,12 @@ from stackwise_core.errors import ConfigError, Fault
 class RowOrder(BaseModel, frozen=True):
     """Which rows each step reads, and under which view. Resuming needs only the number of the step.
 
-    An epoch is a permutation of the `n_rows` training sequences, cut into full batches; the rest is left out of that
-    epoch. The view of epoch e is e mod `views`.
+    An epoch is a permutation of the `n_rows` training sequences, cut into full batches; the remaining rows are left out
+    of that epoch. The view of epoch e is e mod `views`.
 
     With `fixed_batches` the rows of a view are cut into batches once, and its epochs only shuffle the batches. What is
     drawn per batch, such as a time step, is then the same for a row whenever it is read under that view, so that a
-    cache can hold it. The rest is then left out of the whole view.
+    cache can hold it. The remaining rows are then left out of the whole view.
     """
 
     seed: int
@@ -56,36 +56,30 @@ class RowOrder(BaseModel, frozen=True):
         together = -(-self.block * MIXED_BLOCKS // self.batch_size)
         return _permutation(self.seed, SALT_ORDER, epoch, self.steps_per_epoch, together, mixed=1)
 
-    def batches(self, start: int, stop: int) -> Iterator[tuple[IntArray, int]]:
-        """Yield (rows [batch_size], view) for the steps start .. stop - 1."""
-        for rows, view, _ in self.numbered_batches(start, stop):
-            yield rows, view
+    def batches(self, start: int, stop: int) -> Iterator[tuple[IntArray, int, int]]:
+        """Yield (rows [batch_size], view, number of the batch) for the steps start .. stop - 1.
 
-    def numbered_batches(self, start: int, stop: int) -> Iterator[tuple[IntArray, int, int]]:
-        """Yield (rows [batch_size], view, batch) for the steps start .. stop - 1.
-
-        The batch is its number within the view if batches are fixed, else within the epoch.
+        Batches are numbered within the view if they are fixed, else within the epoch.
         """
         epoch, permutation, numbers = -1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         for step in range(start, stop):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 permutation, numbers = self.epoch_rows(epoch), self._epoch_batches(epoch)
-            place = step % self.steps_per_epoch
-            rows = permutation[place * self.batch_size : (place + 1) * self.batch_size]
-            yield rows, epoch % self.views, int(numbers[place])
+            n = step % self.steps_per_epoch
+            yield permutation[n * self.batch_size : (n + 1) * self.batch_size], epoch % self.views, int(numbers[n])
 
     def places(self, rows: IntArray, view: int) -> tuple[IntArray, IntArray]:
-        """Return batch [R] and slot [R] of some rows [R] under a view; rows that do not fill a batch are past the last.
+        """Return the batch [R] and the position in it [R] of rows [R] under a view, for fixed batches only.
 
-        Only fixed batches have them: without, a row is in another batch in every epoch.
+        Rows that do not fill a batch are numbered as in one after the last.
         """
         assert self.fixed_batches
         positions = _positions(self, view)[rows]
         return positions // self.batch_size, positions % self.batch_size
 
     def count_visited(self, steps: int) -> int:
-        """Return how many pairs `visited` returns, at most, without drawing an order."""
+        """Return an upper bound of the number of pairs in `visited(steps)`, without drawing an order."""
         reads = steps * self.batch_size
         per_view = self.n_rows // self.batch_size * self.batch_size if self.fixed_batches else self.n_rows
         return min(reads, self.views * min(per_view, reads))
@@ -112,22 +106,16 @@ MIXED_BLOCKS = 16
 
 def _permutation(seed: int, salt: int, key: int, n: int, block: int, mixed: int = MIXED_BLOCKS) -> IntArray:
     """Return a permutation of 0 .. n - 1; with a `block`, one that keeps numbers of a block near one another."""
+    numbers = np.arange(n, dtype=np.int64)
+    hashes = hash_bits(seed, salt, key, numbers)
     if not block:
-        return _shuffled(seed, salt, key, n)
+        return np.argsort(hashes, kind="stable").astype(np.int64)
     blocks = np.arange(-(-n // block), dtype=np.int64)
-    # Numbers past the last row, so that the hashes of blocks are independent of those of rows.
+    # Hash numbers past the last row, so that the hashes of blocks are independent of those of rows.
     order = blocks[np.argsort(hash_bits(seed, salt, key, n + blocks), kind="stable")]
     rank = np.empty_like(order)
     rank[order] = blocks
-    numbers = np.arange(n, dtype=np.int64)
-    group = rank[numbers // block] // mixed
-    return np.lexsort((hash_bits(seed, salt, key, numbers), group)).astype(np.int64)
-
-
-def _shuffled(seed: int, salt: int, key: int, n: int) -> IntArray:
-    """Return a permutation of 0 .. n - 1."""
-    numbers = np.arange(n, dtype=np.int64)
-    return np.argsort(hash_bits(seed, salt, key, numbers), kind="stable").astype(np.int64)
+    return np.lexsort((hashes, rank[numbers // block] // mixed)).astype(np.int64)
 
 
 @functools.lru_cache(maxsize=2)  # a store is filled view by view

@@ -1,4 +1,4 @@
-"""Corpora, and packed sequences with stable ids. Needs no torch."""
+"""Corpora and their packed sequences: text and tokens are cut to one length, examples are padded. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stackwise_core.data.masks import BoolArray, IntArray
-from stackwise_core.data.sources import Content, Document, documents_of, tokens_in
+from stackwise_core.data.sources import Content, Document, Row, documents_of, parse_object, shortened, tokens_in
 from stackwise_core.data.tokenizer import TokenArray, Tokenizer, token_dtype
 from stackwise_core.errors import CorpusError
 
 FIRST_VALIDATION_ID = 1 << 40
 """Validation sequences are numbered from here, so that an id shows its split."""
+_COLUMNS = ("input_ids", "targets", "masks")
+"""Of an example."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,14 @@ class PackedSequences:
 
 
 def read_corpus(source: str, *, examples: bool = False) -> Corpus:
-    """Read every document of a source; see `documents_of`. Files of tokens are memory-mapped."""
+    """Read every document of a source (see `documents_of`); files of tokens are memory-mapped."""
     found = (document for document in documents_of(source, examples=examples) if document.content)
     documents = tuple(sorted(found, key=lambda document: document.digest))
     return Corpus(source, documents, _digest(source, [document.digest for document in documents]))
 
 
 def corpus_facts(source: str, *, examples: bool = False) -> tuple[str, int]:
-    """Return the content hash of a source and its size, with one document in memory at a time; see `documents_of`."""
+    """Return the content hash of a source and its size, holding one document in memory at a time."""
     found = documents_of(source, examples=examples)
     facts = sorted((document.digest, document.n_bytes) for document in found if document.content)
     return _digest(source, [digest for digest, _ in facts]), sum(n_bytes for _, n_bytes in facts)
@@ -93,10 +95,10 @@ def _digest(source: str, digests: list[str]) -> str:
 def pack(
     corpus: Corpus, tokenizer: Tokenizer, seq_len: int, max_sequences: int, validation_fraction: float
 ) -> tuple[PackedSequences, PackedSequences]:
-    """Split documents into train and validation, then cut each into sequences of `seq_len` tokens.
+    """Split documents into train and validation, then cut each split into sequences of `seq_len` tokens.
 
     Each text is followed by the tokenizer's end token, if it has one. Tokens that do not fill the last sequence are
-    dropped. Raises CorpusError if a split does not fill one sequence.
+    dropped. `max_sequences` limits the training sequences; 0 takes all. Raises CorpusError if a split is empty.
     """
     cut = _cut_tokens if corpus.is_tokens else functools.partial(_cut_text, tokenizer)
     train_parts, validation_parts = _split(corpus, validation_fraction)
@@ -129,12 +131,13 @@ def _split(corpus: Corpus, fraction: float) -> tuple[list[Content], list[Content
         held += 1
     if size <= 1.25 * wanted:
         return contents[held:], contents[:held]
-    start_of = _token_start if corpus.is_tokens else _character_start
-    cuts = [start_of(content, round(len(content) * (1 - fraction))) for content in contents]
-    return (
-        [content[:cut] for content, cut in zip(contents, cuts, strict=True)],
-        [content[cut:] for content, cut in zip(contents, cuts, strict=True)],
-    )
+    cuts = [round(len(content) * (1 - fraction)) for content in contents]
+    if corpus.is_tokens:
+        cuts = [cut - cut % 2 for cut in cuts]
+    else:
+        cuts = [_character_start(content, cut) for content, cut in zip(contents, cuts, strict=True)]
+    pairs = list(zip(contents, cuts, strict=True))
+    return [content[:cut] for content, cut in pairs], [content[cut:] for content, cut in pairs]
 
 
 def _character_start(text: Content, cut: int) -> int:
@@ -144,32 +147,21 @@ def _character_start(text: Content, cut: int) -> int:
     return cut
 
 
-def _token_start(_: Content, cut: int) -> int:
-    """Move a cut to the left, to the start of a token of two bytes."""
-    return cut - cut % 2
-
-
 def _cut_text(tokenizer: Tokenizer, texts: list[Content], seq_len: int, most: int) -> TokenArray:
     """Return at most `most` sequences of texts [N, T]; 0 returns all."""
     dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+    end = np.array([] if tokenizer.end_token is None else [tokenizer.end_token], dtype)
     buffer, wanted = bytearray(), most * seq_len * dtype.itemsize  # not a list, for one copy of the tokens
-    for tokens in _with_ends(texts, tokenizer):
-        buffer += tokens.data
+    for text in texts:
+        buffer += tokenizer.encode(bytes(text)).data
+        buffer += end.data
         if wanted and len(buffer) >= wanted:
             break
     return _rows(np.frombuffer(buffer, dtype), seq_len, most)
 
 
-def _with_ends(texts: list[Content], tokenizer: Tokenizer) -> Iterator[TokenArray]:
-    ends = [] if tokenizer.end_token is None else [tokenizer.end_token]
-    end = np.array(ends, dtype=token_dtype(tokenizer.vocab_size))
-    for text in texts:
-        yield tokenizer.encode(bytes(text))
-        yield end
-
-
 def _cut_tokens(parts: list[Content], seq_len: int, most: int) -> TokenArray:
-    """Return at most `most` sequences of .bin files [N, T]; of a single file a view."""
+    """Return at most `most` sequences of .bin files [N, T]; a single file is not copied."""
     pieces = [tokens_in(part) for part in parts if len(part)]
     if len(pieces) == 1:
         return _rows(pieces[0], seq_len, most)
@@ -180,3 +172,121 @@ def _rows(tokens: TokenArray, seq_len: int, most: int) -> TokenArray:
     n_rows = len(tokens) // seq_len
     n_rows = min(n_rows, most or n_rows)
     return tokens[: n_rows * seq_len].reshape(n_rows, seq_len)
+
+
+# ---------------------------------------------------------------- examples with targets
+
+
+@dataclass(frozen=True)
+class ExampleFormat:
+    """What every example must fit."""
+
+    seq_len: int
+    """The longest example allowed, and the length that all are padded to [tokens]."""
+    vocab_size: int
+    """Tokens must be below this."""
+    pad_token: int
+    targets_are_tokens: bool
+    """Whether targets at loss positions must be tokens; a custom loss may take any integer."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line: tokens, targets and loss positions, [length] each."""
+
+    tokens: IntArray
+    targets: IntArray
+    masks: BoolArray
+
+
+def pack_examples(
+    corpus: Corpus, form: ExampleFormat, max_sequences: int, validation_fraction: float
+) -> tuple[PackedSequences, PackedSequences]:
+    """Pad the examples of jsonl documents to one length and hold out the last of them, at least one, for validation.
+
+    Padding is the pad token, with target 0 and without loss. `max_sequences` limits the training examples; 0 takes
+    all. Raises CorpusError if an example is wrong or a split has no loss position.
+    """
+    examples = list(_read_examples(corpus, form))
+    n_validation = max(1, round(len(examples) * validation_fraction))
+    n_train = max(0, len(examples) - n_validation)
+    dtype = token_dtype(max([form.pad_token, *(int(example.tokens.max()) for example in examples)]) + 1)
+    train = _padded(examples[: min(n_train, max_sequences or n_train)], form, dtype, first_id=0)
+    validation = _padded(examples[n_train:], form, dtype, FIRST_VALIDATION_ID)
+    for name, split in (("training", train), ("validation", validation)):
+        if split.masks is None or not split.masks.any():
+            raise CorpusError(
+                f"data.source: got {corpus.source!r}; none of its {len(split)} {name} examples (of {len(examples)}) "
+                "has a loss position; give more examples, or masks that are true somewhere"
+            )
+    return train, validation
+
+
+def _padded(
+    examples: list[Example], form: ExampleFormat, dtype: type[np.uint16] | type[np.uint32], first_id: int
+) -> PackedSequences:
+    shape = (len(examples), form.seq_len)
+    tokens: TokenArray = np.full(shape, form.pad_token, dtype=dtype)
+    targets, masks = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
+    for row, example in enumerate(examples):
+        length = len(example.tokens)
+        tokens[row, :length] = example.tokens
+        targets[row, :length] = example.targets
+        masks[row, :length] = example.masks
+    return PackedSequences(tokens, first_id + np.arange(len(examples), dtype=np.int64), targets, masks)
+
+
+def _read_examples(corpus: Corpus, form: ExampleFormat) -> Iterator[Example]:
+    for document in corpus.documents:
+        # Not splitlines(), since a JSON string may contain other line breaks.
+        for number, line in enumerate(bytes(document.content).split(b"\n"), 1):
+            if line.strip():
+                try:
+                    yield _read_example(line, form)
+                except ValueError as error:
+                    raise CorpusError(f"data.source: {document.name}:{number}: {error}") from None
+
+
+def _read_example(line: bytes, form: ExampleFormat) -> Example:
+    """Parse one line; raises ValueError with what is wrong and what to do."""
+    try:
+        columns = parse_object(line)
+    except ValueError as error:
+        expected = "one JSON object a line, with input_ids, targets and, where not every position has a loss, masks"
+        raise ValueError(f"{error}; the custom objective reads {expected}") from None
+    if unknown := [name for name in columns if name not in _COLUMNS]:
+        raise ValueError(f"got the column {unknown[0]!r}; only {', '.join(_COLUMNS)} are read, leave it out")
+    tokens, targets = _column(columns, "input_ids", int), _column(columns, "targets", int)
+    masks = _column(columns, "masks", bool) if "masks" in columns else np.ones(len(tokens), dtype=np.bool_)
+    for name, column in (("targets", targets), ("masks", masks)):
+        if len(column) != len(tokens):
+            raise ValueError(f"got {len(column)} {name} for {len(tokens)} input_ids; give one for each")
+    if not 0 < len(tokens) <= form.seq_len:
+        raise ValueError(f"got {len(tokens)} input_ids; give 1 to data.seq_len = {form.seq_len}, or raise that")
+    _check_vocabulary("input_ids", "token", tokens, form)
+    if form.targets_are_tokens:
+        _check_vocabulary("targets", "target", targets[masks], form)
+    return Example(tokens, targets, masks)
+
+
+def _column(columns: Row, name: str, kind: type) -> NDArray[Any]:
+    if name not in columns:
+        raise ValueError(f"the column {name!r} is missing (it has {list(columns)}); the custom objective needs it")
+    values = columns[name]
+    # By exact type, since a bool is an int to isinstance.
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        what = "integers" if kind is int else "true and false"
+        raise ValueError(f"{name} is {shortened(values)}; a list of {what} is expected")
+    try:
+        return np.array(values, dtype=np.int64 if kind is int else np.bool_)
+    except OverflowError:
+        raise ValueError(f"{name} holds a number that does not fit into 64 bits; use a smaller one") from None
+
+
+def _check_vocabulary(name: str, what: str, values: IntArray, form: ExampleFormat) -> None:
+    outside = values[(values < 0) | (values >= form.vocab_size)]
+    if len(outside):
+        remedy = "correct it, or raise model.vocab_size" if outside[0] >= 0 else "correct it"
+        if name == "targets":
+            remedy += ", or give masks that are false where there is no target"
+        raise ValueError(f"{name} hold the {what} {outside[0]}, outside 0 to {form.vocab_size - 1}; {remedy}")

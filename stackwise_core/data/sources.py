@@ -5,23 +5,31 @@ from __future__ import annotations
 import codecs
 import glob
 import hashlib
+import json
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stackwise_core.data.tables import HUB, TEXT, NumberedRow, hub_rows, jsonl_of, jsonl_rows, parquet_rows, text_of
 from stackwise_core.errors import CorpusError
 
+_TEXT = "text"
+"""The column of documents in a table."""
+_HUB = "hf:"
+_HUB_NAME = re.compile(r"hf:(?P<name>[^/:]+/[^/:]+)(/(?P<config>[^/:]+))?(:(?P<split>.+))?")
 _KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".bin": "uint16 token"}
 """By suffix; all other files are text."""
-
 _CHUNK = 1 << 20
 
 Content = bytes | memoryview
+Row = dict[str, Any]
+NumberedRow = tuple[int, Row]
+"""The number of a line in its file or of a record in its table, from 1, and the row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +54,23 @@ def documents_of(source: str, *, examples: bool) -> Iterator[Document]:
 
     Args:
         source: 'stdlib', the path or glob of text, jsonl, parquet or uint16 .bin files, or 'hf:owner/name'.
-        examples: whether tables hold examples for a custom objective (each table is then one document of jsonl),
-            rather than one text per row.
+        examples: whether tables hold examples for a custom objective, so that each table is one document of jsonl;
+            otherwise each row is one text.
 
     Raises:
         CorpusError: no file matches, their kinds are mixed, or a file or row cannot be read as its kind.
     """
-    column = None if examples else TEXT
-    if source.startswith(HUB):
-        yield from _of_rows(source, hub_rows(source, column), examples)
+    column = None if examples else _TEXT
+    if source.startswith(_HUB):
+        yield from _of_rows(source, _hub_rows(source, column), examples)
         return
     paths = _paths(source)
     kind = _common_kind(source, paths)
     for path in paths:
         if kind == "parquet":
-            yield from _of_rows(str(path), parquet_rows(path, column), examples)
+            yield from _of_rows(str(path), _parquet_rows(path, column), examples)
         elif kind == "jsonl" and not examples:
-            yield from _of_rows(str(path), jsonl_rows(path), examples)
+            yield from _of_rows(str(path), _jsonl_rows(path), examples)
         elif kind == "uint16 token":
             yield _token_document(path, examples)
         else:
@@ -71,11 +79,11 @@ def documents_of(source: str, *, examples: bool) -> Iterator[Document]:
 
 def _of_rows(name: str, rows: Iterable[NumberedRow], examples: bool) -> Iterator[Document]:
     if examples:
-        yield _document(name, jsonl_of(rows))
+        yield _document(name, _jsonl_of(rows))
         return
     for number, row in rows:
         try:
-            text = text_of(row)
+            text = _text_of(row)
         except ValueError as error:
             raise CorpusError(f"data.source: {name}:{number}: {error}") from None
         yield _document(f"{name}:{number}", text)
@@ -173,16 +181,9 @@ def tokens_in(content: Content) -> NDArray[np.uint16]:
 
 
 def check_tokens(document: Document, n_tokens: int, remedy: str, forbidden: int | None = None) -> None:
-    """Check every token of a .bin, one chunk at a time.
+    """Check that every token of a .bin is below `n_tokens` and is not `forbidden` ([MASK], if inputs are masked).
 
-    Args:
-        document: of a .bin.
-        n_tokens: tokens must be below this.
-        remedy: what to do about a wrong token.
-        forbidden: a token that must not occur: [MASK], if inputs are masked.
-
-    Raises:
-        CorpusError: names the first wrong token with its file and position.
+    Raises CorpusError, which names the first wrong token with its file and position, and the remedy.
     """
     tokens = tokens_in(document.content)
     for start in range(0, len(tokens), _CHUNK):
@@ -196,3 +197,112 @@ def check_tokens(document: Document, n_tokens: int, remedy: str, forbidden: int 
             what = "is [MASK], a hole in the text" if token == forbidden else f"is outside 0 to {n_tokens - 1}"
             where = f"{document.name}: token {at:,} (at byte {2 * at:,}) is {token}"
             raise CorpusError(f"data.source: {where}, which {what}; {remedy}")
+
+
+# ---------------------------------------------------------------- rows of tables
+
+
+def _jsonl_rows(path: Path) -> Iterator[NumberedRow]:
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, parse_object(line)
+    except OSError as error:
+        raise CorpusError(f"data.source: {path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise CorpusError(f"data.source: {path}:{number}: {error}; one JSON object a line is expected") from None
+
+
+def parse_object(line: bytes) -> Row:
+    """Return the JSON object of a line; raises ValueError if it is something else."""
+    try:
+        row: Any = json.loads(line, object_pairs_hook=_object)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"is not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError("is not a JSON object")
+    return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        doubled = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"has the key {doubled!r} twice; leave one out")
+    return row
+
+
+def _parquet_rows(path: Path, column: str | None) -> Iterator[NumberedRow]:
+    """Yield the rows of a parquet file, a thousand in memory at a time; `column` is the only one to read, if given."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise CorpusError(f"data.source: {path} needs pyarrow to be read: pip install 'stackwise[parquet]'") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = _checked_names(str(path), file.schema_arrow.names, column)
+            batches = file.iter_batches(batch_size=1000, columns=names)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise CorpusError(f"data.source: {path} cannot be read as parquet ({_first_line(error)})") from None
+
+
+def _hub_rows(source: str, column: str | None) -> Iterator[NumberedRow]:
+    """Yield the rows of a Hugging Face dataset, which the library `datasets` downloads once into its own cache."""
+    named = _HUB_NAME.fullmatch(source)
+    if named is None:
+        allowed = "write hf:owner/name or hf:owner/name/configuration, and :split after it if it is not train"
+        raise CorpusError(f"data.source: got {source!r}; {allowed}")
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusError(f"data.source: got {source!r}; it needs datasets: pip install 'stackwise[hub]'") from None
+    try:
+        dataset: Any = datasets.load_dataset(named["name"], named["config"], split=named["split"] or "train")
+    except Exception as error:  # the library may raise anything
+        remedy = "check owner, name, configuration and split, and the connection to the hub"
+        raise CorpusError(f"data.source: got {source!r}; cannot be loaded ({_first_line(error)}); {remedy}") from None
+    names = _checked_names(source, dataset.column_names, column)
+    yield from enumerate(dataset.select_columns(names), 1)
+
+
+def _checked_names(where: str, names: list[str], column: str | None) -> list[str]:
+    if column is not None and column not in names:
+        raise CorpusError(f"data.source: {where}: {_missing(column, names)}")
+    return names if column is None else [column]
+
+
+def _text_of(row: Row) -> bytes:
+    """Return the text of a row as UTF-8; raises ValueError if the row has none."""
+    if _TEXT not in row:
+        raise ValueError(_missing(_TEXT, list(row)))
+    text = row[_TEXT]
+    if not isinstance(text, str):
+        raise ValueError(f"{_TEXT} is {shortened(text)}; a string is expected")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{_TEXT} holds half a surrogate pair at character {error.start}, which is not text") from None
+
+
+def _jsonl_of(rows: Iterable[NumberedRow]) -> bytes:
+    """Return rows as jsonl; a value that JSON cannot hold becomes the string of its Python repr."""
+    return b"".join(json.dumps(row, default=repr).encode() + b"\n" for _, row in rows)
+
+
+def shortened(value: Any) -> str:
+    """Return the repr of a value, cut for a message."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _missing(column: str, names: list[str]) -> str:
+    return f"the column {column!r} is missing (it has {names}); documents are read from it"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

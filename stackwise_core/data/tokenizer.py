@@ -15,12 +15,16 @@ from stackwise_core.errors import ConfigError, Fault
 
 TokenArray = NDArray[np.uint16 | np.uint32]
 
+_MOST_TOKENS = 2**24
+"""The largest `model.vocab_size`."""
+_MOST_TOKENS_PER_CHARACTER = 4  # where a token is a byte of UTF-8
+
 
 class Tokenizer(ABC):
     """What packing, masking and ids need from a tokenizer."""
 
     name: str
-    """As it enters ids: 'byte', or 'sha256:' and the hash of the file."""
+    """'byte', or 'sha256:' and the hash of the file; enters ids."""
     vocab_size: int
     """One more than the largest id."""
     n_regular_tokens: int
@@ -28,11 +32,10 @@ class Tokenizer(ABC):
     special_tokens: tuple[int, ...]
     """The ids below the largest regular one that are not regular, ascending; later ones may be left out."""
     mask_token: int | None
-    """Replaces masked tokens."""
     pad_token: int
     """Fills an example that is shorter than its row."""
     end_token: int | None
-    """Follows every document; None for no such token."""
+    """Follows every document."""
 
     @abstractmethod
     def encode(self, text: bytes) -> TokenArray:
@@ -41,14 +44,6 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, tokens: IntArray) -> str:
         """Return readable text, with special tokens by their names."""
-
-
-_MOST_TOKENS = 2**24
-"""The largest `model.vocab_size`."""
-_MOST_TOKENS_PER_CHARACTER = 4
-"""Where a token is a byte of UTF-8."""
-_REPLACEMENT = "\ufffd"
-"""Decoded from bytes that are not, or not yet, a character."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -61,7 +56,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 259
 
     def encode(self, text: bytes) -> NDArray[np.uint16]:
-        """Return the bytes as token ids: [len(text)]."""
+        """Return the bytes as token ids [len(text)]."""
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
 
     def decode(self, tokens: IntArray) -> str:
@@ -145,7 +140,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 @functools.lru_cache(maxsize=4)
 def _parsed(description: str) -> FileTokenizer:
-    """Parse a tokenizer once. The cache key is the text of the file, so a changed file is parsed again."""
+    """Parse a tokenizer once; cached by the text of the file, so that a changed file is parsed again."""
     return FileTokenizer(description)
 
 
@@ -163,8 +158,8 @@ def decode_pieces(tokenizer: Tokenizer, tokens: IntArray) -> list[tuple[str, int
     while first < len(tokens):
         longest = min(first + _MOST_TOKENS_PER_CHARACTER, len(tokens))
         texts = {end: tokenizer.decode(tokens[:end]) for end in range(first + 1, longest + 1)}
-        complete = (end for end, text in texts.items() if not text.endswith(_REPLACEMENT))
-        end = next(complete, first + 1)
+        # U+FFFD is decoded from bytes that are not, or not yet, a character.
+        end = next((end for end, text in texts.items() if not text.endswith("\ufffd")), first + 1)
         pieces.append((texts[end][len(before) :], end - first))
         before, first = texts[end], end
     return pieces

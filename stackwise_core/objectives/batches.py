@@ -101,7 +101,7 @@ class PackedBatches:
         That is the batch's number in the view as `batch`, the places in it as `slots` [B] and its size as `batch_rows`.
         """
         slots = np.arange(self.order.batch_size, dtype=np.int64)[self.slots]
-        for rows, view, number in self.order.numbered_batches(self.start, self.stop):
+        for rows, view, number in self.order.batches(self.start, self.stop):
             batch: Batch = {**self.sequences.fields(rows[self.slots]), "view": view}
             if self.order.fixed_batches:
                 batch |= {"batch": number, "slots": slots, "batch_rows": len(rows)}

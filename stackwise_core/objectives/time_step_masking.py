@@ -8,7 +8,7 @@ from torch import Tensor
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_integer, check_type
 from stackwise_core.config.rules import time_faults
-from stackwise_core.config.time_steps import mask_ratio_of, n_time_steps, resolve_time_input, stack_time_step
+from stackwise_core.config.stacks import mask_ratio_of, n_time_steps, resolve_time_input, stack_time_step
 from stackwise_core.data.masks import VALIDATION_VIEW, IntArray, MaskSpec
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.objectives.make_batch import tokens_and_ids

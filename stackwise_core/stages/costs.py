@@ -11,8 +11,7 @@ from stackwise_core.stages.stages import StackSpec, StageSpec
 
 STREAM_BYTES: dict[StreamDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 """Bytes of one stored value of the stream."""
-_TRAINING_BYTES = 16
-"""fp32 weight, gradient and AdamW's two moments, per trainable parameter."""
+_TRAINING_BYTES = 16  # per trainable parameter: fp32 weight, gradient and AdamW's two moments
 
 
 def stack_parameters(shape: ModelShape, n_blocks: int) -> int:
@@ -29,22 +28,12 @@ def n_adapter_parameters(shape: ModelShape, n_blocks: int, rank: int) -> int:
     return n_blocks * rank * (attention + 3 * (shape.d_model + shape.d_ff))
 
 
-def embedding_parameters(shape: ModelShape) -> int:
-    """Parameters of the embedding."""
-    return shape.vocab_size * shape.d_model
-
-
-def head_parameters(shape: ModelShape) -> int:
-    """Parameters of final norm and projection."""
-    return shape.d_model + embedding_parameters(shape)
-
-
 def trainable_parameters(shape: ModelShape, spec: StageSpec) -> int:
     """Parameters that a stage trains; tied embedding and head count once."""
     anatomy = spec.anatomy
-    count = head_parameters(shape) if anatomy.head_trains else 0
+    count = _head_parameters(shape) if anatomy.head_trains else 0
     if anatomy.embedding_trains:
-        count += time_parameters(shape) + (0 if _tied(shape, spec) else embedding_parameters(shape))
+        count += _embedding_parameters(shape, spec)
     for stack in spec.stacks:
         trains = anatomy.trains_of(stack.index)
         if trains == "everything":
@@ -57,25 +46,24 @@ def trainable_parameters(shape: ModelShape, spec: StageSpec) -> int:
 def rack_parameters(shape: ModelShape, spec: StageSpec) -> int:
     """Parameters of the whole rack at a stage, including adapters."""
     stacks = sum(stack_parameters(shape, stack.n_blocks) + _adapters_of(shape, stack) for stack in spec.stacks)
-    embedding = time_parameters(shape) + (0 if _tied(shape, spec) else embedding_parameters(shape))
-    return stacks + head_parameters(shape) + embedding
+    return stacks + _head_parameters(shape) + _embedding_parameters(shape, spec)
 
 
 def _adapters_of(shape: ModelShape, stack: StackSpec) -> int:
     return sum(n_adapter_parameters(shape, stack.n_blocks, adapter.rank) for adapter in stack.adapters.values())
 
 
-def _tied(shape: ModelShape, spec: StageSpec) -> bool:
-    """Return whether head and embedding are one tensor, as they may be in the first stage."""
-    return shape.tie_embeddings and spec.index == 0
+def _head_parameters(shape: ModelShape) -> int:
+    return shape.d_model + shape.vocab_size * shape.d_model
 
 
-def time_parameters(shape: ModelShape) -> int:
-    """Parameters of the time embedding: the table if it is learned, and the projection if it has one."""
-    if shape.time is None:
-        return 0
-    table = shape.time.n_steps * shape.time.dim if shape.time.encoding == "learned" else 0
-    return table + (shape.time.dim * shape.d_model if shape.time.dim != shape.d_model else 0)
+def _embedding_parameters(shape: ModelShape, spec: StageSpec) -> int:
+    """Parameters of the embeddings of tokens (none if tied, as they may be in the first stage) and of time."""
+    count = 0 if shape.tie_embeddings and spec.index == 0 else shape.vocab_size * shape.d_model
+    if shape.time:
+        count += shape.time.n_steps * shape.time.dim if shape.time.encoding == "learned" else 0
+        count += shape.time.dim * shape.d_model if shape.time.dim != shape.d_model else 0
+    return count
 
 
 def stack_flops(shape: ModelShape, n_blocks: int, seq_len: int) -> float:
@@ -89,13 +77,8 @@ def stack_flops(shape: ModelShape, n_blocks: int, seq_len: int) -> float:
 def stage_flops(shape: ModelShape, spec: StageSpec, seq_len: int, loss_fraction: float) -> tuple[float, float]:
     """FLOPs of training a stage: (live stacks and head, forward and backward; frozen stacks below, forward).
 
-    A frozen live stack needs no gradient of its weights, only of its input: two of the three products.
-
-    Args:
-        shape: of the rack.
-        spec: of the stage.
-        seq_len: T.
-        loss_fraction: share of positions at which the head runs.
+    A frozen live stack needs no gradient of its weights, only of its input: two of the three products. The head runs at
+    `loss_fraction` of the positions.
     """
     sequences = spec.optim.steps * spec.optim.batch_size
     head = 2.0 * seq_len * loss_fraction * shape.d_model * shape.vocab_size
@@ -108,21 +91,19 @@ def stage_flops(shape: ModelShape, spec: StageSpec, seq_len: int, loss_fraction:
 
 
 def store_bytes(rows: int, seq_len: int, d_model: int, dtype: StreamDtype) -> int:
-    """Bytes of a store's activations and what they are scaled by; checksums and indices left out (below 0.1 %)."""
+    """Bytes of a store's activations and their scales, without checksums and indices (below 0.1 %)."""
     values = rows * seq_len * d_model * STREAM_BYTES[dtype]
-    if dtype not in QUANTISED_STREAMS:
-        return values
-    scales, channels = 4 * rows * seq_len, 4 * 2 * d_model
-    return values + scales + 2 * channels  # training and validation rows have the statistics of the channels each
+    # A scale per token, and two statistics per channel, which training and validation rows each hold, in fp32.
+    return values + (4 * rows * seq_len + 2 * 4 * 2 * d_model if dtype in QUANTISED_STREAMS else 0)
 
 
 def training_bytes(shape: ModelShape, spec: StageSpec, seq_len: int) -> int:
-    """Estimate of the peak bytes of a stage whose boundary is cached: weights, optimizer state, kept activations.
+    """Estimate the peak bytes of a stage whose boundary is cached: weights, optimizer state, kept activations.
 
     A block keeps about 10 tensors of width d_model and 4 of width d_ff per position for its backward pass.
     """
     trained = trainable_parameters(shape, spec)
     live = [spec.stacks[index] for index in spec.anatomy.live]
-    frozen = sum(stack_parameters(shape, stack.n_blocks) for stack in live) + embedding_parameters(shape) - trained
+    frozen = sum(stack_parameters(shape, stack.n_blocks) for stack in live) + shape.vocab_size * shape.d_model - trained
     kept = sum(stack.n_blocks for stack in live) * (10 * shape.d_model + 4 * shape.d_ff) * 4
     return trained * _TRAINING_BYTES + 4 * max(0, frozen) + spec.optim.batch_size * seq_len * kept

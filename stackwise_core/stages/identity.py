@@ -85,12 +85,12 @@ class BuildRecipe(Recipe, frozen=True):
     operator: GrowthOperator
     seed: int
     source: str | None = None
-    """State of the stack that it is a copy of."""
+    """State of the stack that is copied."""
     adapter: AdapterSpec | None = None
     quantised: bool = False
-    """Whether it is NF4 from the start."""
+    """Whether the stack is NF4 from the start."""
     parts: tuple[StackSpec, ...] = ()
-    """Joint training from scratch: all its stacks, in data-flow order."""
+    """For joint training from scratch: all stacks, in data-flow order."""
 
 
 class TrunkRecipe(Recipe, frozen=True):
@@ -101,9 +101,9 @@ class TrunkRecipe(Recipe, frozen=True):
     stacks: tuple[str, ...]
     """States in data-flow order."""
     trains: tuple[Trains, ...] = ()
-    """What of each trains; empty if nothing does."""
+    """What of each stack trains; empty if nothing does."""
     progressive: AdapterSpec | None = None
-    """The progressive adapter of its stacks, if it trains; until then its output is zero."""
+    """The progressive adapter of the stacks, if it trains; until then its output is zero."""
 
 
 class StackRecipe(Recipe, frozen=True):
@@ -122,7 +122,7 @@ class StackRecipe(Recipe, frozen=True):
     """Type of the frozen trunk's stream; None if the boundary is 0."""
     mode: Literal["append", "prepend", "joint"] = "append"
     precision: Precision = "full"
-    """As which the stack is stored at the end of its stage."""
+    """In which the stack is stored at the end of its stage."""
     objective: str = ""
     """The loss of a custom objective."""
     time_step: int | None = None
@@ -131,9 +131,8 @@ class StackRecipe(Recipe, frozen=True):
     """For joint training with time-as-depth: step and mask ratio of every stack, by creation index."""
     weighting: Literal["mean", "elbo"] = "mean"
     shuffle_block: int = 0
-    """Of the order of rows."""
     statistics_rows: int = 0
-    """Number of its first rows over which channel statistics are taken; 0 if no stream needs them."""
+    """Number of first rows over which channel statistics are taken; 0 if no stream needs them."""
 
 
 class ActivationRecipe(Recipe, frozen=True):
@@ -151,11 +150,10 @@ class ActivationRecipe(Recipe, frozen=True):
     steps: int
     validation_sequences: int
     shuffle_block: int = 0
-    """Of the order of rows."""
 
 
 class ValidationRecipe(Recipe, frozen=True):
-    """The validation of a stage: its losses, and whether its cache equals the live trunk."""
+    """The validation of a stage: its losses, and whether its store equals the live trunk."""
 
     kind = "validation"
     stack: str

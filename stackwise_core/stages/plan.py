@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import ValidationConfig
-from stackwise_core.config.stacks import settings_of
-from stackwise_core.config.time_steps import corrupts_by_time
+from stackwise_core.config.stacks import corrupts_by_time, settings_of
 from stackwise_core.data.packing import corpus_facts
+from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.stages.costs import stack_flops, store_bytes
 from stackwise_core.stages.identity import (
     ActivationRecipe,
@@ -30,9 +30,7 @@ from stackwise_core.stages.resolve import (
     resolve_objective,
     resolve_shape,
     resolve_statistics_rows,
-    resolve_stream_dtype,
     resolve_views,
-    tokenizer_of,
 )
 from stackwise_core.stages.stages import StageSpec, last_trained, resolve_joint_times, resolve_stages
 
@@ -71,7 +69,7 @@ class RunPlan(Value, frozen=True):
 
     data: DataRecipe
     corpus_bytes: int
-    """Of the text; part of no id."""
+    """Size of the text; enters no id."""
     stages: tuple[StagePlan, ...]
 
     @property
@@ -81,7 +79,7 @@ class RunPlan(Value, frozen=True):
 
     @property
     def recipes(self) -> dict[Ref, Recipe]:
-        """Every artifact of the run and its recipe, after the artifacts it is made from."""
+        """The recipe of every artifact of the run, each after those of the artifacts that it is made from."""
         found: dict[Ref, Recipe] = {self.data_ref: self.data}
         for stage in self.stages:
             recipes = (stage.build, stage.trunk, stage.stack, stage.activations, stage.validation)
@@ -90,25 +88,18 @@ class RunPlan(Value, frozen=True):
 
 
 def plan_config(config: StackWiseConfig) -> RunPlan:
-    """Read the corpus of a valid configuration and plan its run.
-
-    Raises:
-        CorpusError: the corpus cannot be read.
-    """
+    """Read the corpus of a valid configuration and plan its run; raises CorpusError if it cannot be read."""
     return plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
 
 
 def plan_run(config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0) -> RunPlan:
-    """Plan the run of a valid configuration whose corpus is known.
+    """Plan the run of a valid configuration whose corpus is known by its content hash.
 
-    Args:
-        config: valid.
-        corpus_digest: content hash of the corpus.
-        corpus_bytes: of its text, from which `cache.mode: auto` estimates rows; 0 if unknown.
+    From the size of its text, `cache.mode: auto` estimates how many rows there are; 0 means that it is unknown.
     """
     data = DataRecipe(
         corpus=corpus_digest,
-        tokenizer=tokenizer_of(config).name,
+        tokenizer=load_tokenizer(config.data.tokenizer).name,
         seq_len=config.data.seq_len,
         max_sequences=config.data.max_sequences,
         validation_fraction=config.data.validation_fraction,
@@ -121,8 +112,8 @@ def plan_run(config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0)
     return RunPlan(data=data, corpus_bytes=corpus_bytes, stages=tuple(stages))
 
 
-def stack_state(stages: Sequence[StagePlan], stack: int) -> str:
-    """Return the state of a stack after some stages: the hash of the last one that trained any of it."""
+def _stack_state(stages: Sequence[StagePlan], stack: int) -> str:
+    """Return the state of a stack after some stages: the hash of the last stage that trained any of it."""
     anatomies = [stage.spec.anatomy for stage in stages]
     stage = last_trained(anatomies, stack, "adapters")
     sha256 = stages[stage].ref("stack").sha256
@@ -138,7 +129,7 @@ def _plan_stage(
     below: tuple[StagePlan, ...],
 ) -> StagePlan:
     index, anatomy, shape = spec.index, spec.anatomy, resolve_shape(config)
-    states = {stack: stack_state(below, stack) for stack in spec.trunk}
+    states = {stack: _stack_state(below, stack) for stack in spec.trunk}
     build = _plan_build(config, shape, spec, states)
     trained = [stack for stack in spec.trunk if anatomy.trains_of(stack) != "nothing"]
     trunk = TrunkRecipe(
@@ -157,7 +148,7 @@ def _plan_stage(
         shuffle_block=config.training.shuffle_block,
         views=resolve_views(config),
         optim=spec.optim,
-        stream_dtype=resolve_stream_dtype(config) if anatomy.boundary else None,
+        stream_dtype=config.cache.dtype if anatomy.boundary else None,
         mode="append" if spec.index == 0 and not joint else spec.mode,  # prepended to nothing
         precision="full" if joint else spec.new.precision,
         objective=resolve_objective(config),
@@ -173,7 +164,7 @@ def _plan_stage(
         stack=sha256,
         activations=activations.ref(index).sha256 if activations else None,
         sequences=config.validation.max_sequences,
-        # Not used without a store, so the default enters the id.
+        # Without a store this key is not used, so its default enters the id.
         sampled_rows=config.validation.sampled_rows if activations else ValidationConfig().sampled_rows,
         grid=resolve_grid(config),
     )
@@ -218,7 +209,7 @@ def _plan_activations(
         stacks=tuple(states[below] for below in reader.anatomy.below),
         data=data,
         mask=resolve_mask(config, reader.index),
-        dtype=resolve_stream_dtype(config),
+        dtype=config.cache.dtype,
         order_seed=config.run.seed,
         shuffle_block=config.training.shuffle_block,
         views=resolve_views(config),
@@ -234,12 +225,11 @@ def _plan_activations(
 def _why_not_cached(config: StackWiseConfig, writer: StageSpec, reader: StageSpec | None, corpus_bytes: int) -> str:
     """Return why a stage writes no store for the next one, its reader; '' if it writes one.
 
-    What lies below the first stack that trains is frozen, so its output for a sequence under a view is the same in
-    every epoch. Where gradients flow through the trunk, or all of it trains, nothing can be cached.
+    Only the output of the frozen stacks below the first one that trains is the same in every epoch. Where gradients
+    flow through the trunk, or all of it trains, nothing can be cached.
     """
     if reader is None:
-        later = "" if writer.mode == "joint" else "; raising target_stacks fills it"
-        return f"last stage: no stage reads it{later}"
+        return "last stage: no stage reads it" + ("" if writer.mode == "joint" else "; raising target_stacks fills it")
     if reader.anatomy.boundary == 0:
         return f"stage {reader.index} streams from tokens: {_why_live(reader)}"
     if not config.training.progressive.cache_activations:
@@ -254,9 +244,7 @@ def _why_live(reader: StageSpec) -> str:
         return "it trains everything together"
     if reader.mode == "prepend":
         return "gradients flow through the trunk to the prepended stack"
-    if reader.strategy == "full":
-        return "the whole trunk trains"
-    return "adapters of every trunk stack train"
+    return "the whole trunk trains" if reader.strategy == "full" else "adapters of every trunk stack train"
 
 
 def _why_it_does_not_pay(config: StackWiseConfig, writer: StageSpec, reader: StageSpec, corpus_bytes: int) -> str:

@@ -13,13 +13,18 @@ from pydantic import BaseModel
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.functions import load_function, source_digest
-from stackwise_core.config.schema import QUANTISED_STREAMS, StreamDtype
-from stackwise_core.config.stacks import feed_forward_width
-from stackwise_core.config.time_steps import mask_ratio_of, n_time_steps, resolve_time_input, stack_time_step
+from stackwise_core.config.schema import QUANTISED_STREAMS
+from stackwise_core.config.stacks import (
+    feed_forward_width,
+    mask_ratio_of,
+    n_time_steps,
+    resolve_time_input,
+    stack_time_step,
+)
 from stackwise_core.config.unused import is_used
 from stackwise_core.data.masks import MaskSpec
 from stackwise_core.data.order import RowOrder
-from stackwise_core.data.tokenizer import Tokenizer, load_tokenizer
+from stackwise_core.data.tokenizer import load_tokenizer
 
 
 class Value(BaseModel, frozen=True, extra="forbid"):
@@ -37,7 +42,7 @@ class TimeShape(Value, frozen=True):
 
 
 class ModelShape(Value, frozen=True):
-    """What every block of a rack has in common."""
+    """The sizes and options that all blocks of a rack share, and its vocabulary and time embedding."""
 
     vocab_size: int
     d_model: int
@@ -49,17 +54,12 @@ class ModelShape(Value, frozen=True):
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     time: TimeShape | None = None
-    """None has no time embedding."""
+    """None: there is no time embedding."""
 
     @property
     def head_dim(self) -> int:
         """Channels of one head."""
         return self.d_model // self.n_heads
-
-
-def tokenizer_of(config: StackWiseConfig) -> Tokenizer:
-    """Return the tokenizer that the configuration names; raises ConfigError if its file is missing or damaged."""
-    return load_tokenizer(config.data.tokenizer)
 
 
 def resolve_shape(config: StackWiseConfig) -> ModelShape:
@@ -84,24 +84,21 @@ def resolve_mask(config: StackWiseConfig, stage: int) -> MaskSpec | None:
     """Return how a stage corrupts its inputs; None for clm and custom, which do not corrupt them."""
     if config.training.progressive.training_objective != "mlm":
         return None
-    tokenizer = tokenizer_of(config)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     assert tokenizer.mask_token is not None  # validate() rejects a tokenizer without one
+    interpretation = config.training.progressive.time_interpretation
+    ratio = config.training.mask_ratio if interpretation == "none" else 0.0
+    if interpretation == "depth":
+        ratio = mask_ratio_of(config, stack_time_step(config, stage))
     return MaskSpec(
         seed=config.run.seed,
-        ratio=_stage_ratio(config, stage),
+        ratio=ratio,
         corruption=config.training.corruption,
         mask_token=tokenizer.mask_token,
         n_regular_tokens=tokenizer.n_regular_tokens,
         special_tokens=tokenizer.special_tokens,
         time=resolve_time_input(config),
     )
-
-
-def _stage_ratio(config: StackWiseConfig, stage: int) -> float:
-    interpretation = config.training.progressive.time_interpretation
-    if interpretation == "depth":
-        return mask_ratio_of(config, stack_time_step(config, stage))
-    return config.training.mask_ratio if interpretation == "none" else 0.0
 
 
 def resolve_views(config: StackWiseConfig) -> int:
@@ -128,7 +125,7 @@ def reads_examples(config: StackWiseConfig) -> bool:
 
 
 def resolve_objective(config: StackWiseConfig) -> str:
-    """Return what enters ids of a custom objective: name and source hash of its loss; '' for other objectives."""
+    """Return what enters ids for a custom objective: name and source hash of its loss; '' for other objectives."""
     if config.training.progressive.training_objective != "custom":
         return ""
     key, name = "training.custom_loss", config.training.custom_loss
@@ -146,14 +143,9 @@ GRID = (0.15, 0.3, 0.5, 0.7, 0.9)
 
 
 def resolve_grid(config: StackWiseConfig) -> tuple[float, ...]:
-    """Return the mask ratios that all stages are compared at; none if they share one ratio."""
+    """Return the mask ratios at which all stages are compared; none if they share one ratio."""
     growth = config.training.progressive
     return GRID if growth.training_objective == "mlm" and growth.time_interpretation != "none" else ()
-
-
-def resolve_stream_dtype(config: StackWiseConfig) -> StreamDtype:
-    """Return the type that the frozen trunk's stream is cast to, cached or live."""
-    return config.cache.dtype
 
 
 STATISTICS_ROWS = 1024

@@ -13,8 +13,7 @@ from pydantic import BaseModel
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import QUANTISED, Precision
-from stackwise_core.config.stacks import settings_of
-from stackwise_core.config.time_steps import corrupts_by_time, mask_ratio_of, stack_time_step
+from stackwise_core.config.stacks import corrupts_by_time, mask_ratio_of, settings_of, stack_time_step
 from stackwise_core.stages.resolve import Value
 
 AdapterName = Literal["stack", "progressive"]
@@ -43,7 +42,7 @@ class Anatomy(BaseModel, frozen=True):
 
     @property
     def boundary(self) -> int:
-        """How many stacks lie below the first that trains: their output may be cached."""
+        """The number of stacks below the first one that trains, whose output may be cached."""
         if self.embedding_trains:
             return 0
         return next(n for n, trains in enumerate(self.trains) if trains != "nothing")
@@ -71,8 +70,8 @@ class Anatomy(BaseModel, frozen=True):
 def stage_anatomy(config: StackWiseConfig, stage: int) -> Anatomy:
     """Return the anatomy of a growth stage.
 
-    The first stage trains embedding, stack and head. Later, an appended stack trains together with the head; a
-    prepended one trains below a frozen head. What trains of the trunk is up to its strategy.
+    The first stage trains embedding, stack and head. Later, an appended stack trains together with the head, and a
+    prepended one below a frozen head. `trunk_strategy` decides what of the trunk trains.
     """
     growth = config.training.progressive
     order, settings = _data_flow(config, stage + 1), settings_of(config, stage)
@@ -213,9 +212,8 @@ def resolve_stages(config: StackWiseConfig) -> list[StageSpec]:
 def resolve_stage(config: StackWiseConfig, stage: int) -> StageSpec:
     """Return the stage that adds the stack of creation index `stage`."""
     training, settings = config.training, settings_of(config, stage)
-    operator: GrowthOperator = "copy_zero" if settings.mode == "prepend" else "copy"
-    if training.new_stack_init != "auto":
-        operator = training.new_stack_init
+    by_mode: GrowthOperator = "copy_zero" if settings.mode == "prepend" else "copy"
+    operator = by_mode if training.new_stack_init == "auto" else training.new_stack_init
     by_depth = training.progressive.time_interpretation == "depth"
     anatomy = stage_anatomy(config, stage)
     stacks = tuple(resolve_stack(config, stack, stage) for stack in range(stage + 1))

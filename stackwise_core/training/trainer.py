@@ -21,7 +21,6 @@ from stackwise_core.stages.resolve import (
     resolve_loss,
     resolve_mask,
     resolve_statistics_rows,
-    resolve_stream_dtype,
     resolve_views,
 )
 from stackwise_core.stages.stages import StageSpec, resolve_joint, resolve_stage
@@ -252,7 +251,7 @@ def stage_inputs(
         boundary = store
     if anatomy.boundary and store is None:
         below = [stacks[index].to(device) for index in anatomy.below]
-        stream = Stream(resolve_stream_dtype(config), builder.channels)
+        stream = Stream(config.cache.dtype, builder.channels)
         boundary = LiveTrunk(rack.embedding.to(device), below, stream)
     first_step, n_rows, views = state.step if state else 0, resolve_statistics_rows(config), resolve_views(config)
     loader = unwrapped(dataloader, stage_masks(config, spec))
@@ -285,7 +284,7 @@ def _validation_loss(
             (builder.stack(index).to(device) for index in spec.anatomy.order),
             rack.head,
             [batch],
-            stream=Stream(resolve_stream_dtype(config), builder.channels),
+            stream=Stream(config.cache.dtype, builder.channels),
             boundary=spec.anatomy.boundary,
             loss_function=resolve_loss(config),
         )

@@ -181,7 +181,7 @@ def test_packed_batches_are_rows_in_the_shared_order() -> None:
     order = RowOrder(seed=4, n_rows=6, batch_size=2, views=2)
     batches = list(ProgressiveDataLoader(PackedBatches(sequences, order, 2, 9), MASKS))
     assert len(batches) == 7
-    for batch, (rows, view) in zip(batches, order.batches(2, 9), strict=True):
+    for batch, (rows, view, _) in zip(batches, order.batches(2, 9), strict=True):
         assert batch["sequence_ids"].tolist() == (rows + 10).tolist()
         assert batch["targets"].equal(TOKENS[rows])
         assert batch["masks"].numpy().tolist() == MASKS.masks(rows + 10, view, T).tolist()
@@ -337,7 +337,7 @@ def test_packed_batches_say_their_number_if_it_lasts() -> None:
     sequences = PackedSequences(TOKENS.numpy().astype(np.uint16), np.arange(6, dtype=np.int64))
     order = RowOrder(seed=4, n_rows=6, batch_size=2, views=2, fixed_batches=True)
     numbers = [batch["batch"] for batch in PackedBatches(sequences, order, 1, 14)]
-    assert numbers == [number for _, _, number in order.numbered_batches(1, 14)]
+    assert numbers == [number for _, _, number in order.batches(1, 14)]
     changing = order.model_copy(update={"fixed_batches": False})
     assert all("batch" not in batch for batch in PackedBatches(sequences, changing, 0, 9))
 

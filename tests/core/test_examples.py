@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows.run.prepare import prepare_data
-from stackwise_core.data.examples import ExampleFormat, pack_examples
 from stackwise_core.data.packing import (
     FIRST_VALIDATION_ID,
     Corpus,
     Document,
+    ExampleFormat,
     PackedSequences,
+    pack_examples,
     read_corpus,
 )
 from stackwise_core.errors import ConfigError, CorpusError

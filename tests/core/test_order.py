@@ -27,7 +27,7 @@ def orders(draw: st.DrawFn) -> RowOrder:
 
 
 def as_lists(order: RowOrder, start: int, stop: int) -> list[tuple[list[int], int]]:
-    return [(rows.tolist(), view) for rows, view in order.batches(start, stop)]
+    return [(rows.tolist(), view) for rows, view, _ in order.batches(start, stop)]
 
 
 @given(orders(), st.integers(0, 1000))
@@ -100,7 +100,9 @@ def test_views_of_a_configuration(objective: str, views: int, expected: int) -> 
     values["training"]["progressive"] = {"training_objective": objective}  # pyright: ignore[reportArgumentType]
     order = resolve_order(StackWiseConfig.from_dict(values), 50)
     assert order == RowOrder(seed=5, n_rows=50, batch_size=6, views=expected)
-    assert [view for _, view in order.batches(0, 8 * 9)] == [epoch % expected for epoch in range(9) for _ in range(8)]
+    assert [view for _, view, _ in order.batches(0, 8 * 9)] == [
+        epoch % expected for epoch in range(9) for _ in range(8)
+    ]
 
 
 def test_fewer_rows_than_a_batch_is_explained() -> None:
@@ -117,7 +119,7 @@ def test_fixed_batches_are_the_same_in_every_epoch_of_a_view(order: RowOrder, st
     known: dict[tuple[int, int], list[int]] = {}
     numbers: dict[int, list[int]] = {}
     stop = start + 3 * order.views * order.steps_per_epoch
-    for step, (rows, view, batch) in enumerate(order.numbered_batches(start, stop), start):
+    for step, (rows, view, batch) in enumerate(order.batches(start, stop), start):
         assert known.setdefault((view, batch), rows.tolist()) == rows.tolist()
         numbers.setdefault(step // order.steps_per_epoch, []).append(batch)
         batches, slots = order.places(rows, view)
@@ -130,12 +132,12 @@ def test_fixed_batches_are_the_same_in_every_epoch_of_a_view(order: RowOrder, st
 
 def test_epochs_shuffle_the_fixed_batches_and_views_the_rows() -> None:
     order = RowOrder(seed=0, n_rows=120, batch_size=4, views=2, fixed_batches=True)
-    epochs = [[batch for _, _, batch in order.numbered_batches(30 * n, 30 * n + 30)] for n in range(4)]
+    epochs = [[batch for _, _, batch in order.batches(30 * n, 30 * n + 30)] for n in range(4)]
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    groups = [{tuple(rows.tolist()) for rows, _ in order.batches(30 * n, 30 * n + 30)} for n in range(4)]
+    groups = [{tuple(rows.tolist()) for rows, _, _ in order.batches(30 * n, 30 * n + 30)} for n in range(4)]
     assert groups[0] == groups[2] != groups[1] == groups[3]
     other = order.model_copy(update={"seed": 1})
-    assert {tuple(rows.tolist()) for rows, _ in other.batches(0, 30)} != groups[0]
+    assert {tuple(rows.tolist()) for rows, _, _ in other.batches(0, 30)} != groups[0]
 
 
 def test_places_of_rows_that_fill_no_batch() -> None:
@@ -173,12 +175,12 @@ def test_a_batch_is_as_mixed_as_sixteen_blocks_can_be(fixed: bool) -> None:
     """Two rows of a batch are of one block as often as two drawn from the window, 49 in 799, and not more."""
     order = block_order(fixed_batches=fixed)
     same = pairs = 0
-    for rows, _ in order.batches(0, 260):  # the first epoch
+    for rows, _, _ in order.batches(0, 260):  # the first epoch
         blocks = rows // 50
         equal = (blocks[:, None] == blocks[None, :]).sum() - len(rows)
         same, pairs = same + int(equal), pairs + len(rows) * (len(rows) - 1)
     assert same / pairs == pytest.approx(49 / 799, rel=0.03)  # of 405,600 pairs
-    neighbours = sum(int((np.abs(np.diff(rows)) == 1).sum()) for rows, _ in order.batches(0, 260))
+    neighbours = sum(int((np.abs(np.diff(rows)) == 1).sum()) for rows, _, _ in order.batches(0, 260))
     assert neighbours < 2 * 260 * 39 * 2 / 799  # the corpus is not read in its order
 
 

@@ -21,8 +21,7 @@ from pyarrow import parquet
 from flows.cli.main import main
 from flows.run.prepare import prepare_data
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data.examples import ExampleFormat, pack_examples
-from stackwise_core.data.packing import Corpus, corpus_facts, pack, read_corpus
+from stackwise_core.data.packing import Corpus, ExampleFormat, corpus_facts, pack, pack_examples, read_corpus
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.stages.plan import plan_config, plan_run

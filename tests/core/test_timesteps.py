@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.rules import time_faults
-from stackwise_core.config.time_steps import (
+from stackwise_core.config.stacks import (
     mask_ratio_of,
     n_time_steps,
     resolve_time_input,
@@ -116,7 +116,7 @@ def test_custom_steps_by_name_from_the_working_directory(tmp_path: Path, monkeyp
     program = (
         "from stackwise_core.config import StackWiseConfig\n"
         "from stackwise_core.config.rules import time_faults\n"
-        "from stackwise_core.config.time_steps import stack_time_step\n"
+        "from stackwise_core.config.stacks import stack_time_step\n"
         "import sys; assert 'colorsys' not in sys.modules\n"
         "sys.path = [p for p in sys.path if p not in ('', sys.argv[1])]; before = list(sys.path)\n"
         "config = StackWiseConfig()\n"

@@ -99,7 +99,7 @@ def test_statistics_are_of_the_first_rows_and_kept_with_the_stack(
         on_disk, in_memory = load_channels(artifacts, stages, stack), builder.channels[stack]
         assert all(a.equal(b) for a, b in zip(on_disk, in_memory, strict=True))
     train, _ = load_sequences(artifacts, plan_of(config).data_ref)
-    rows = [row for batch, _ in resolve_order(config, len(train)).batches(0, 3) for row in batch][:10]
+    rows = [row for batch, _, _ in resolve_order(config, len(train)).batches(0, 3) for row in batch][:10]
     with torch.no_grad():
         embedding, first = load_embedding(artifacts, stages[:1]), load_stack(artifacts, stages[:1], 0)
         output_PD = first(embedding(torch.from_numpy(train.tokens[rows].astype("int64")))).flatten(0, 1).double()
