@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from stackwise_core.config.functions import shown
 from stackwise_core.config.schema import GROWTH, QUANTISED, ConfigSchema
@@ -15,12 +16,7 @@ from stackwise_core.errors import ConfigError, Fault
 
 
 def rule_faults(config: ConfigSchema, *, corpus: bool = True) -> list[Fault]:
-    """Return every broken rule of a configuration whose types and ranges are right.
-
-    Args:
-        config: to check.
-        corpus: whether `data` is used.
-    """
+    """Return every broken rule of a configuration of right types and ranges; `corpus` tells whether it uses `data`."""
     return [
         *_model_faults(config),
         *(_tokenizer_faults(config) if corpus else ()),
@@ -31,76 +27,80 @@ def rule_faults(config: ConfigSchema, *, corpus: bool = True) -> list[Fault]:
     ]
 
 
+def _fault(config: ConfigSchema, path: str, allowed: str) -> Fault:
+    return Fault(path, shown(_value(config, path)), allowed)
+
+
+def _value(config: ConfigSchema, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = value[int(name)] if isinstance(value, (list, dict)) else getattr(value, name)
+    return value
+
+
 def _model_faults(config: ConfigSchema) -> Iterator[Fault]:
     model = config.model
     if model.d_model % model.n_heads:
-        yield Fault("model.n_heads", str(model.n_heads), f"must divide model.d_model = {model.d_model}")
-    elif (model.d_model // model.n_heads) % 2:
-        width = model.d_model // model.n_heads
-        yield Fault("model.n_heads", str(model.n_heads), f"gives heads of {width} channels; RoPE needs an even number")
+        yield _fault(config, "model.n_heads", f"must divide model.d_model = {model.d_model}")
+    elif (width := model.d_model // model.n_heads) % 2:
+        yield _fault(config, "model.n_heads", f"gives heads of {width} channels; RoPE needs an even number")
     if model.n_kv_heads and model.n_heads % model.n_kv_heads:
-        yield Fault("model.n_kv_heads", str(model.n_kv_heads), f"must divide model.n_heads = {model.n_heads}")
+        yield _fault(config, "model.n_kv_heads", f"must divide model.n_heads = {model.n_heads}")
     if config.training.progressive.training_objective == "clm" and model.attention == "bidirectional":
-        yield Fault("model.attention", "'bidirectional'", "with clm every position would see its own target; use auto")
+        yield _fault(config, "model.attention", "with clm every position would see its own target; use auto")
 
 
 def _tokenizer_faults(config: ConfigSchema) -> Iterator[Fault]:
-    name, vocab_size = config.data.tokenizer, config.model.vocab_size
+    name = config.data.tokenizer
     try:
         tokenizer = load_tokenizer(name)
     except ConfigError as error:
         yield from error.faults
         return
-    if vocab_size < tokenizer.vocab_size:
+    if config.model.vocab_size < tokenizer.vocab_size:
         which = "the byte tokenizer" if name == "byte" else f"data.tokenizer = {name!r}"
-        yield Fault("model.vocab_size", str(vocab_size), f"{which} needs at least {tokenizer.vocab_size}")
+        yield _fault(config, "model.vocab_size", f"{which} needs at least {tokenizer.vocab_size}")
     if tokenizer.mask_token is None and config.training.progressive.training_objective == "mlm":
         allowed = "it has neither [MASK] nor <mask>, which mlm needs; add one to it, or use training_objective: clm"
-        yield Fault("data.tokenizer", repr(name), allowed)
+        yield _fault(config, "data.tokenizer", allowed)
 
 
 def _training_faults(config: ConfigSchema) -> Iterator[Fault]:
     training, growth = config.training, config.training.progressive
     if training.batch_size % training.accumulation_steps:
-        allowed = f"must divide training.batch_size = {training.batch_size}"
-        yield Fault("training.accumulation_steps", str(training.accumulation_steps), allowed)
-    rate, most = training.learning_rate, training.mask_ratio_max
-    yield from _limited("training.min_learning_rate", training.min_learning_rate, "training.learning_rate", rate)
-    shortest = min(_stage_lengths(config).items(), key=lambda item: item[1])
-    yield from _limited("training.warmup_steps", training.warmup_steps, *shortest)
+        yield _fault(config, "training.accumulation_steps", f"must divide training.batch_size = {training.batch_size}")
+    yield from _limited(config, "training.min_learning_rate", "training.learning_rate")
+    yield from _limited(config, "training.warmup_steps", _shortest_stage(config))
     if is_used(config, "training.mask_ratio_max"):
-        yield from _limited("training.mask_ratio_min", training.mask_ratio_min, "training.mask_ratio_max", most)
-    objective = growth.training_objective
-    if objective != "mlm" and config.cache.views > 1:
-        allowed = f"{objective} has no masks: its views would be identical copies; use 0"
-        yield Fault("cache.views", str(config.cache.views), allowed)
+        yield from _limited(config, "training.mask_ratio_min", "training.mask_ratio_max")
+    if (objective := growth.training_objective) != "mlm" and config.cache.views > 1:
+        yield _fault(config, "cache.views", f"{objective} has no masks: its views would be identical copies; use 0")
 
 
-def _stage_lengths(config: ConfigSchema) -> dict[str, int]:
-    """Return the steps of all stages, by the keys that set them."""
+def _shortest_stage(config: ConfigSchema) -> str:
+    """Return the key that sets the smallest number of steps."""
     growth = config.training.progressive
     n_stages = growth.target_stacks if growth.enabled else 0
     entries = enumerate(growth.stacks[:n_stages])
     lengths = {f"{GROWTH}.stacks.{stack}.steps": own.steps for stack, own in entries if own.steps}
-    common = {"training.steps_per_stack": config.training.steps_per_stack}
-    return lengths if lengths and len(lengths) == n_stages else lengths | common
+    if len(lengths) < max(1, n_stages):
+        lengths["training.steps_per_stack"] = config.training.steps_per_stack
+    return min(lengths, key=lengths.__getitem__)
 
 
-def _limited(path: str, value: float, limit_path: str, limit: float) -> Iterator[Fault]:
-    if value > limit:
-        yield Fault(path, str(value), f"must not exceed {limit_path} = {limit}")
-
-
-# ---------------------------------------------------------------- growth
+def _limited(config: ConfigSchema, path: str, limit_path: str) -> Iterator[Fault]:
+    limit = _value(config, limit_path)
+    if _value(config, path) > limit:
+        yield _fault(config, path, f"must not exceed {limit_path} = {limit}")
 
 
 def growth_faults(config: ConfigSchema) -> Iterator[Fault]:
     """Yield every broken rule about stacks, precisions, adapters and trunk strategies."""
     growth = config.training.progressive
-    yield from _limited(f"{GROWTH}.target_stacks", growth.target_stacks, f"{GROWTH}.max_stacks", growth.max_stacks)
+    yield from _limited(config, f"{GROWTH}.target_stacks", f"{GROWTH}.max_stacks")
     if growth.trunk_strategy == "qlora" and growth.enabled and not _trunk_has_adapters(config):
         allowed = f"no trunk stack has an adapter that could train; set {GROWTH}.qlora_enabled or progressive_qlora"
-        yield Fault(f"{GROWTH}.trunk_strategy", "'qlora'", f"{allowed}, or use frozen")
+        yield _fault(config, f"{GROWTH}.trunk_strategy", f"{allowed}, or use frozen")
     yield from _precision_faults(config)
     yield from _adapter_faults(config)
 
@@ -115,24 +115,22 @@ def _precision_faults(config: ConfigSchema) -> Iterator[Fault]:
     growth, training = config.training.progressive, config.training
     precisions = {stack: settings_of(config, stack).precision for stack in range(growth.target_stacks)}
     if growth.trunk_strategy == "full" and growth.enabled:
-        keys = {_precision_path(config, stack): kind for stack, kind in precisions.items() if kind in QUANTISED}
-        for path, precision in keys.items():
-            allowed = "trunk_strategy full trains these weights, which would be quantised; use full, half or bfloat16"
-            yield Fault(path, repr(precision), allowed)
+        allowed = "trunk_strategy full trains these weights, which would be quantised; use full, half or bfloat16"
+        quantised = [_precision_path(config, stack) for stack, kind in precisions.items() if kind in QUANTISED]
+        for path in dict.fromkeys(quantised):
+            yield _fault(config, path, allowed)
     copies = [stack for stack, precision in precisions.items() if precision == "qlora" and stack]
     if copies and growth.enabled and training.new_stack_init in ("random", "zero"):
         allowed = f"{_named(copies)} NF4 and train adapters only, so their weights must be copies; use auto or copy"
-        yield Fault("training.new_stack_init", repr(training.new_stack_init), allowed)
+        yield _fault(config, "training.new_stack_init", allowed)
     if packed := [stack for stack, precision in precisions.items() if precision == "nvfp4"]:
         for path, width in _widths(config).items():
             if width % 16:
-                given = getattr(config.model, path.removeprefix("model."))
-                what = "it" if given == width else f"the layers of width {width} that it gives"
-                allowed = f"{_named(packed)} NVFP4: 16 must divide {what}; change it, or use bfloat16"
-                yield Fault(path, str(given), allowed)
+                what = "it" if _value(config, path) == width else f"the layers of width {width} that it gives"
+                yield _fault(config, path, f"{_named(packed)} NVFP4: 16 must divide {what}; change it, or use bfloat16")
         if growth.enabled and training.joint_steps and not (growth.qlora_enabled or growth.progressive_qlora):
             allowed = f"the joint anneal trains only adapters of quantised stacks; {_named(packed)} NVFP4 without any"
-            yield Fault("training.joint_steps", str(training.joint_steps), f"{allowed}; set {GROWTH}.qlora_enabled")
+            yield _fault(config, "training.joint_steps", f"{allowed}; set {GROWTH}.qlora_enabled")
 
 
 def _named(stacks: list[int]) -> str:
@@ -167,12 +165,11 @@ def _adapter_faults(config: ConfigSchema) -> Iterator[Fault]:
             faults.setdefault(path, Fault(path, str(rank), allowed))
         if not math.isfinite(alpha):
             path = f"{GROWTH}.qlora_alpha_pattern"
-            allowed = f"gives stack {stack} an infinite alpha; use another"
-            faults.setdefault(path, Fault(path, repr(growth.qlora_alpha_pattern), allowed))
+            faults.setdefault(path, _fault(config, path, f"gives stack {stack} an infinite alpha; use another"))
     yield from faults.values()
     if growth.enabled and growth.progressive_qlora and growth.progressive_qlora_rank > width:
-        received, path = str(growth.progressive_qlora_rank), f"{GROWTH}.progressive_qlora_rank"
-        yield Fault(path, received, f"exceeds the narrowest layer of a stack ({narrowest}: {width}); lower it")
+        allowed = f"exceeds the narrowest layer of a stack ({narrowest}: {width}); lower it"
+        yield _fault(config, f"{GROWTH}.progressive_qlora_rank", allowed)
 
 
 def _widths(config: ConfigSchema) -> dict[str, int]:
@@ -183,15 +180,11 @@ def _widths(config: ConfigSchema) -> dict[str, int]:
     return widths | ({"model.n_kv_heads": model.d_model // model.n_heads * model.n_kv_heads} if grouped else {})
 
 
-# ---------------------------------------------------------------- time
-
-
 def time_faults(config: ConfigSchema) -> Iterator[Fault]:
     """Yield every broken rule about time, each with what to change."""
-    interpretation = config.training.progressive.time_interpretation
-    if interpretation == "depth":
+    if config.training.progressive.time_interpretation == "depth":
         yield from _depth_faults(config)
-    if interpretation == "input":
+    if config.training.progressive.time_interpretation == "input":
         yield from _input_faults(config)
     yield from _schedule_faults(config)
     yield from _elbo_faults(config)
@@ -210,12 +203,12 @@ def _depth_faults(config: ConfigSchema) -> Iterator[Fault]:
         pair = f"stacks {c} and {c + 1}"
         if exponential and step == following:
             allowed = f"gives {pair} the same step {step}; raise {GROWTH}.num_time_steps (now {n_time_steps(config)})"
-            yield Fault(f"{GROWTH}.stack_time_mapping", "'exponential'", allowed)
+            yield _fault(config, f"{GROWTH}.stack_time_mapping", allowed)
             return
         if not (linear or exponential) and following < step:
             key = "stack_time_mapping" if callable(growth.stack_time_mapping) else "time_mapping"
             allowed = f"falls from {step} to {following} between {pair}; steps must not decrease"
-            yield Fault(f"{GROWTH}.{key}", shown(getattr(growth, key)), allowed)
+            yield _fault(config, f"{GROWTH}.{key}", allowed)
             return
 
 
@@ -223,10 +216,10 @@ def _input_faults(config: ConfigSchema) -> Iterator[Fault]:
     growth = config.training.progressive
     if growth.training_objective != "mlm":
         allowed = f"time as an input needs corrupted inputs: use {GROWTH}.training_objective mlm, or depth or none"
-        yield Fault(f"{GROWTH}.time_interpretation", "'input'", allowed)
+        yield _fault(config, f"{GROWTH}.time_interpretation", allowed)
     if growth.time_encoding_type == "sinusoidal" and growth.time_embedding_dim % 2:
         allowed = "a sinusoidal encoding pairs a sine with a cosine and needs an even number"
-        yield Fault(f"{GROWTH}.time_embedding_dim", str(growth.time_embedding_dim), allowed)
+        yield _fault(config, f"{GROWTH}.time_embedding_dim", allowed)
 
 
 def _schedule_faults(config: ConfigSchema) -> Iterator[Fault]:
@@ -238,32 +231,28 @@ def _schedule_faults(config: ConfigSchema) -> Iterator[Fault]:
         yield Fault("training.mask_ratio_table", f"{len(table)} ratios", allowed)
     if config.training.progressive.time_interpretation == "depth" and sorted(table) != table:
         allowed = "must not decrease: the stack created first has the lightest noise"
-        yield Fault("training.mask_ratio_table", repr(table), allowed)
+        yield _fault(config, "training.mask_ratio_table", allowed)
 
 
 def _elbo_faults(config: ConfigSchema) -> Iterator[Fault]:
-    training = config.training
-    if training.loss_weighting != "elbo":
-        return
-    needed = {
-        f"{GROWTH}.time_interpretation": (training.progressive.time_interpretation, "input"),
-        f"{GROWTH}.training_objective": (training.progressive.training_objective, "mlm"),
-        "training.corruption": (training.corruption, "mask"),
+    needs = {
+        f"{GROWTH}.time_interpretation": "input",
+        f"{GROWTH}.training_objective": "mlm",
+        "training.corruption": "mask",
     }
-    wrong = [f"{path}: {wanted} (now {value})" for path, (value, wanted) in needed.items() if value != wanted]
-    if wrong:
-        yield Fault("training.loss_weighting", "'elbo'", f"needs {', '.join(wrong)}; set what is missing, or use mean")
-
-
-# ---------------------------------------------------------------- hardware
+    values = {path: _value(config, path) for path in needs}
+    wrong = [f"{path}: {needed} (now {values[path]})" for path, needed in needs.items() if values[path] != needed]
+    if wrong and config.training.loss_weighting == "elbo":
+        yield _fault(config, "training.loss_weighting", f"needs {', '.join(wrong)}; set what is missing, or use mean")
 
 
 def _hardware_faults(config: ConfigSchema) -> Iterator[Fault]:
     hardware, training = config.hardware, config.training
     if hardware.processes > 1 and hardware.device.startswith("cuda:"):
-        allowed = f"hardware.processes = {hardware.processes} need a device each; use cuda"
-        yield Fault("hardware.device", repr(hardware.device), allowed)
+        yield _fault(
+            config, "hardware.device", f"hardware.processes = {hardware.processes} need a device each; use cuda"
+        )
     most = training.batch_size // training.accumulation_steps
     if hardware.processes > most:
         allowed = f"each process needs a row of every part of a batch: at most batch_size / accumulation_steps = {most}"
-        yield Fault("hardware.processes", str(hardware.processes), allowed)
+        yield _fault(config, "hardware.processes", allowed)

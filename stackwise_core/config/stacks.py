@@ -149,7 +149,7 @@ def stack_time_step(config: ConfigSchema, c: int) -> int:
 
 def _mapped_step(config: ConfigSchema, key: str, c: int) -> int:
     growth, path = config.training.progressive, f"{GROWTH}.{key}"
-    mapping: Any = getattr(growth, key)
+    mapping: Any = growth.time_mapping if key == "time_mapping" else growth.stack_time_mapping
     if isinstance(mapping, list):
         steps: list[int] = mapping
         if c < len(steps):

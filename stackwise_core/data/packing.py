@@ -112,10 +112,8 @@ def pack(
                 f"data.seq_len = {seq_len} tokens; give more text, a smaller seq_len or another "
                 "data.validation_fraction"
             )
-    return (
-        PackedSequences(train, np.arange(len(train), dtype=np.int64)),
-        PackedSequences(validation, FIRST_VALIDATION_ID + np.arange(len(validation), dtype=np.int64)),
-    )
+    validation_ids = FIRST_VALIDATION_ID + np.arange(len(validation), dtype=np.int64)
+    return PackedSequences(train, np.arange(len(train), dtype=np.int64)), PackedSequences(validation, validation_ids)
 
 
 def _split(corpus: Corpus, fraction: float) -> tuple[list[Content], list[Content]]:
@@ -131,18 +129,16 @@ def _split(corpus: Corpus, fraction: float) -> tuple[list[Content], list[Content
         held += 1
     if size <= 1.25 * wanted:
         return contents[held:], contents[:held]
-    cuts = [round(len(content) * (1 - fraction)) for content in contents]
-    if corpus.is_tokens:
-        cuts = [cut - cut % 2 for cut in cuts]
-    else:
-        cuts = [_character_start(content, cut) for content, cut in zip(contents, cuts, strict=True)]
-    pairs = list(zip(contents, cuts, strict=True))
-    return [content[:cut] for content, cut in pairs], [content[cut:] for content, cut in pairs]
+    cuts = [(content, _cut_before(content, 1 - fraction, corpus.is_tokens)) for content in contents]
+    return [content[:cut] for content, cut in cuts], [content[cut:] for content, cut in cuts]
 
 
-def _character_start(text: Content, cut: int) -> int:
-    """Move a cut to the left, to the start of a UTF-8 character."""
-    while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:
+def _cut_before(content: Content, share: float, is_tokens: bool) -> int:
+    """Return where about a share of the bytes ends: at the start of a token of two bytes, or of a UTF-8 character."""
+    cut = round(len(content) * share)
+    if is_tokens:
+        return cut - cut % 2
+    while 0 < cut < len(content) and content[cut] & 0xC0 == 0x80:
         cut -= 1
     return cut
 
