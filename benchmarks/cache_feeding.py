@@ -8,6 +8,7 @@ every sequence, and index_select picks rows out of it. Losses of both are compar
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import tempfile
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from stackwise_core.stages.stages import resolve_stage
 from stackwise_core.training.optimizer import make_optimizer
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import train_step
-from storage.activations.fill import StoreRows, fill_store
+from storage.activations.fill import StoreRows, fill_store, write_shards
 from storage.activations.reader import ReusedRows, StoreReader
 
 STEPS = 4
@@ -78,7 +79,8 @@ def _time(config: StackWiseConfig, n_rows: int, rounds: int) -> dict[str, list[f
     rows = StoreRows(ids, np.zeros_like(ids), FIRST_VALIDATION_ID + ids[:1], 128, 256, "bfloat16", {})
     tokens = np.random.default_rng(0).integers(256, size=(n_rows, 128), dtype=np.uint16)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        _, files = fill_store(Path(folder), rows, memory, lambda done, total: None, lambda: False)
+        write = functools.partial(write_shards, rows, memory)
+        _, files = fill_store(write, Path(folder), rows, lambda done, total: None, lambda: False)
         with StoreReader(Path(folder), files) as reader:
             for first in range(0, n_rows, 32):
                 reader.read("train", ids[first : first + 32])

@@ -8,6 +8,7 @@ not in it, the store's pages are in memory. Losses of both are compared bit for 
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFr
 from stackwise_core.training.optimizer import make_optimizer
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import train_step
-from storage.activations.fill import StoreRows, fill_store
+from storage.activations.fill import StoreRows, fill_store, write_shards
 from storage.activations.reader import StoreReader
 
 DEPTHS = (2, 3, 4, 6, 8, 10, 12)
@@ -71,7 +72,9 @@ def _measure(config: StackWiseConfig, rounds: int) -> list[Measure]:
     )
     with tempfile.TemporaryDirectory() as folder:
         source = RowsFromTokens(InputsFromTokens(train, validation, None), trunk)
-        _, files = fill_store(Path(folder), _rows(config, train, validation), source, _say_nothing, lambda: False)
+        rows = _rows(config, train, validation)
+        write = functools.partial(write_shards, rows, source)
+        _, files = fill_store(write, Path(folder), rows, _say_nothing, lambda: False)
         with StoreReader(Path(folder), files, check="always") as reader:
             candidates = {
                 "cached": _Candidate(config, builder, spec, train, reader),

@@ -5,6 +5,7 @@ All hold the same bits: `[rows, T, D]` of bfloat16, as two-byte integers where a
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage.activations import GroupSpec
-from storage.activations.buffers import empty_aligned
+from storage.activations.format import GroupSpec
+from storage.activations.reader import empty_aligned
 
 Rows = np.ndarray
 ReadBatch = Callable[[np.ndarray], object]
@@ -74,7 +75,7 @@ def write_memmap(folder: Path, data: list[Rows]) -> None:
 
 def write_ours(folder: Path, data: list[Rows]) -> dict[str, tuple[int, str]]:
     """With checksums, records and flushes, the next shard laid out while one is written, as a stage does."""
-    from storage.activations.fill import StoreRows, fill_store
+    from storage.activations.fill import StoreRows, fill_store, write_shards
 
     n_rows = sum(map(len, data))
     nothing = np.empty(0, np.int64)
@@ -88,7 +89,8 @@ def write_ours(folder: Path, data: list[Rows]) -> dict[str, tuple[int, str]]:
                 part = np.concatenate([part, data[block + 1][: len(sequence_ids) - len(part)]])
             return torch.from_numpy(part).view(torch.bfloat16)
 
-    return fill_store(folder, rows, Source(), lambda done, total: None, lambda: False)[1]
+    write = functools.partial(write_shards, rows, Source())
+    return fill_store(write, folder, rows, lambda done, total: None, lambda: False)[1]
 
 
 def write_zarr(folder: Path, data: list[Rows], shard_rows: int = 255) -> None:

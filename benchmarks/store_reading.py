@@ -20,8 +20,8 @@ import torch
 from benchmarks import store_peers as peers
 from benchmarks.harness import Measure, interleaved, ratios
 from benchmarks.store_peers import BATCH, D_MODEL, ROW_BYTES, SEQ_LEN, ReadBatch
-from storage.activations import StoreReader, empty_aligned
-from storage.activations.buffers import bytes_of
+from storage.activations.reader import StoreReader, empty_aligned
+from storage.activations.shard import bytes_of
 
 GOALS: dict[str, float | None] = {
     "tensorstore": 4.0,

@@ -11,9 +11,8 @@ from typing import Any
 from flows.pages.text import listed
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Ref
-from storage.activations.drift import measure_drift
+from storage.activations.drift import measure_drift, shared_places
 from storage.activations.metadata import RowIndex, read_metadata
-from storage.activations.sampling import shared_places
 from storage.artifacts import Artifacts
 from storage.errors import ArtifactError
 from storage.manifest import Manifest

@@ -20,7 +20,7 @@ from stackwise_core.training.boundary import InputsFromTokens
 from storage.activations.format import Group
 from storage.activations.metadata import GroupMetadata
 from storage.activations.reader import StoreReader
-from storage.activations.sampling import evenly_spaced
+from storage.activations.statistics import evenly_spaced
 from storage.artifacts import Artifacts
 from storage.errors import ArtifactError
 from storage.manifest import Manifest

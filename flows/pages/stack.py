@@ -12,7 +12,7 @@ from torch import Tensor
 from flows.pages.page import artifact_page
 from flows.pages.plots import Plot
 from flows.pages.scales import places, scale_of
-from storage.activations.sampling import evenly_spaced
+from storage.activations.statistics import evenly_spaced
 from storage.checkpoints import METRICS, load_tensors
 from storage.manifest import Manifest
 

@@ -13,8 +13,13 @@ from flows.pages.samples import sample_rows
 from flows.pages.text import listed, rounded
 from storage.activations.format import GROUP_FOLDERS, Group
 from storage.activations.metadata import GroupMetadata, read_metadata
-from storage.activations.sampling import evenly_spaced
-from storage.activations.statistics import POSITION_QUANTILES, TOKEN_QUANTILES, Statistics, describe_rows
+from storage.activations.statistics import (
+    POSITION_QUANTILES,
+    TOKEN_QUANTILES,
+    Statistics,
+    describe_rows,
+    evenly_spaced,
+)
 from storage.artifacts import Artifacts
 from storage.manifest import Manifest
 from storage.stores import open_at

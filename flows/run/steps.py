@@ -36,7 +36,7 @@ from stackwise_core.training.evaluate import differing_rows, judge_rack
 from stackwise_core.training.ranks import ALONE, Ranks
 from stackwise_core.training.statistics import stored_error
 from stackwise_core.training.training import Hooks, TrainingState, end_stage, train_stage
-from storage.activations.fill import fill_store_by, write_shards
+from storage.activations.fill import fill_store, write_shards
 from storage.activations.reader import StoreReader
 from storage.checkpoints import METRICS, load_embedding, load_head, load_stack, save_channels, save_state, save_trained
 from storage.durable import write_text
@@ -176,7 +176,7 @@ def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers
         with boundary_above(stage) as (source, origin):
             parallel = stage.config.cache.fill_workers > 1
             write = by_workers(stage, workers) if parallel else partial(write_shards, rows, source)
-            counts, checksums = fill_store_by(write, folder, rows, on_progress, stop_requested)
+            counts, checksums = fill_store(write, folder, rows, on_progress, stop_requested)
             with StoreReader(folder, checksums) as stored:
                 error = stored_error(stored, source, rows.sample(_ERROR_ROWS))
         return Made({"from": origin, "boundary": recipe.boundary, **counts, "error": error}, checksums)

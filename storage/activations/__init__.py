@@ -1,17 +1,5 @@
-"""The activation store: rows of hidden states on disk, written once, read in any order, never wrong."""
+"""The activation store: rows of hidden states on disk, written once, read in any order, and checked when read."""
 
-from storage.activations.buffers import empty_aligned
-from storage.activations.format import FORMAT_VERSION, Group, GroupSpec
-from storage.activations.reader import RowMissingError, StoreReader
-from storage.activations.writer import ShardRange, StoreWriter
+from storage.activations.reader import StoreReader
 
-__all__ = [
-    "FORMAT_VERSION",
-    "Group",
-    "GroupSpec",
-    "RowMissingError",
-    "ShardRange",
-    "StoreReader",
-    "StoreWriter",
-    "empty_aligned",
-]
+__all__ = ["StoreReader"]

@@ -1,4 +1,4 @@
-"""How far two boundaries are from each other: linear CKA, and the angle that each token turned.
+"""How far boundaries are from each other: linear CKA, and the cosine between a token at one and at the other.
 
 Letters: S stores, N tokens, D channels of a store.
 """
@@ -9,33 +9,56 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from storage.activations.sampling import FloatArray, IntArray, ReadRows, blocks
+from storage.activations.metadata import RowIndex
+from storage.activations.statistics import FloatArray, IntArray, ReadRows, blocks, evenly_spaced
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Every store against every other: symmetric, [S, S] each."""
+    """Every store compared with every other: symmetric matrices [S, S]."""
 
     n_rows: int
     n_tokens: int
-    """That are finite in all stores."""
+    """Tokens that are finite in all stores."""
     cka: FloatArray
-    """1 for the same up to rotation and scale; near 0 for unrelated ones. NaN where a store is constant."""
+    """1 if equal up to rotation and scale, near 0 if unrelated, NaN if a store is constant."""
     cosine: FloatArray
-    """Mean over tokens, of a token with itself at the other boundary. NaN between stores of different width."""
+    """Mean cosine between a token at one boundary and at the other. NaN if the widths differ."""
+
+
+def shared_places(indices: Sequence[RowIndex], wanted: int) -> list[IntArray]:
+    """Return the row indices in each store of about `wanted` rows, evenly spaced, that all of the stores hold.
+
+    Returns:
+        one array per store, empty if they share no row; entry i of each is the same sequence under the same view.
+    """
+    keys = [_keys(index) for index in indices]
+    shared = keys[0]
+    for other in keys[1:]:
+        shared = np.intersect1d(shared, other)
+    chosen = np.sort(shared)[evenly_spaced(len(shared), wanted)]
+    orders = [np.argsort(key, kind="stable") for key in keys]
+    return [
+        order[np.searchsorted(key, chosen, sorter=order)].astype(np.int64)
+        for key, order in zip(keys, orders, strict=True)
+    ]
+
+
+def _keys(index: RowIndex) -> NDArray[np.void]:
+    """Return (view, sequence id) of every row as one sortable value."""
+    keys = np.empty(len(index.view), dtype=[("view", "<i4"), ("sequence_id", "<i8")])
+    keys["view"], keys["sequence_id"] = index.view, index.sequence_id
+    return keys
 
 
 def measure_drift(reads: Sequence[ReadRows], places: Sequence[IntArray]) -> Drift:
-    """Compare the same rows of some stores, at least one; read twice, block by block.
+    """Compare at least one store on the rows at `places`, as `shared_places` returns them; every row is read twice.
 
     Linear CKA of centred X and Y is |Y'X|^2 / (|X'X| |Y'Y|) in Frobenius norms (Kornblith et al. 2019, Similarity of
-    neural network representations revisited, section 3). It is biased upwards where tokens are not many more than
+    neural network representations revisited, section 3). It is biased upwards unless there are many more tokens than
     channels.
-
-    Args:
-        reads: one per store.
-        places: where each store holds the rows: [rows] each.
 
     Raises:
         ValueError: the stores differ in the number of positions.
@@ -56,12 +79,9 @@ def measure_drift(reads: Sequence[ReadRows], places: Sequence[IntArray]) -> Drif
             products[i, j] += centred[i].T @ centred[j]
             same_width = means[i].size == means[j].size
             cosines[i, j] += (units[i] * units[j]).sum() if same_width else np.nan
-    return Drift(
-        n_rows=len(places[0]),
-        n_tokens=n_tokens,
-        cka=_normalised({pair: float((product**2).sum()) for pair, product in products.items()}, n_stores),
-        cosine=_symmetric(cosines / (n_tokens or np.nan)),
-    )
+    squares = {pair: float((product**2).sum()) for pair, product in products.items()}
+    cosine = _symmetric(cosines / (n_tokens or np.nan))
+    return Drift(len(places[0]), n_tokens, _normalised(squares, n_stores), cosine)
 
 
 def _tokens(reads: Sequence[ReadRows], places: Sequence[IntArray]) -> Iterator[list[FloatArray]]:

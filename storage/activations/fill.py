@@ -1,4 +1,4 @@
-"""Fill a store from anything that has its rows, going on where a killed attempt stopped."""
+"""Fill a store with rows from any source, resuming where an interrupted attempt stopped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle, takewhile
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from stackwise_core.errors import StageInterruptedError
 from stackwise_core.failpoints import failpoint
 from stackwise_core.model.stream import ChannelStatistics, Quantised, quantise
 from stackwise_core.objectives.dataloader import RowSource
-from storage.activations.format import Group, GroupSpec
-from storage.activations.writer import ShardRange, StoreWriter
+from storage.activations.format import GROUPS, Group, GroupSpec
+from storage.activations.statistics import evenly_spaced
+from storage.activations.writer import RowKeys, ShardRange, StoreWriter
 
 _SEQUENCES_AT_ONCE = 32
 
@@ -32,12 +32,12 @@ _WRITTEN_AT_ONCE = 2
 
 @dataclass(frozen=True)
 class StoreRows:
-    """Which rows a store holds, and what describes it."""
+    """The rows of a store, and the attributes that describe it."""
 
     sequence_ids: np.ndarray
-    """int64 [rows], of the training rows."""
+    """int64 [training rows]."""
     views: np.ndarray
-    """int64 [rows], their views."""
+    """int64 [training rows]."""
     validation_ids: np.ndarray
     """int64 [validation rows]."""
     seq_len: int
@@ -45,10 +45,10 @@ class StoreRows:
     dtype: StreamDtype
     attributes: dict[str, Any]
     channels: ChannelStatistics | None = None
-    """Of a quantised store the statistics by which its channels are standardised."""
+    """For a quantised store, the statistics that standardise its channels."""
 
-    def index(self, group: Group) -> tuple[np.ndarray, np.ndarray]:
-        """Return sequence ids (int64) and views (int32) of a group's rows."""
+    def index(self, group: Group) -> RowKeys:
+        """Return the sequence ids (int64) and views (int32) of a group."""
         if group == "train":
             return self.sequence_ids, self.views.astype(np.int32)
         return self.validation_ids, np.full(len(self.validation_ids), VALIDATION_VIEW, np.int32)
@@ -59,76 +59,48 @@ class StoreRows:
 
     def sample(self, n_rows: int) -> list[tuple[int, int]]:
         """Return about `n_rows` (sequence id, view) pairs, spread evenly over both groups."""
-        sequence_ids, views = (
-            np.concatenate([self.index(group)[part] for group in ("train", "validation")]) for part in (0, 1)
-        )
-        places = np.unique(np.linspace(0, len(views) - 1, min(n_rows, len(views))).round().astype(np.int64))
-        return [(int(sequence_ids[place]), int(views[place])) for place in places]
+        sequence_ids, views = (np.concatenate([self.index(group)[part] for group in GROUPS]) for part in (0, 1))
+        return [(int(sequence_ids[place]), int(views[place])) for place in evenly_spaced(len(views), n_rows)]
 
 
 WriteShards = Callable[[StoreWriter, Iterator[ShardRange]], Generator[ShardRange]]
-"""Takes shards one by one, as it comes to them, writes them, and yields each once it is on the disk."""
+"""Writes the shards that the iterator yields, taking the next one only when it is ready for it, and yields each shard
+once it is on the disk."""
 
 
 def fill_store(
-    folder: Path,
-    rows: StoreRows,
-    source: RowSource,
-    on_progress: Callable[[int, int], None],
-    should_stop: Callable[[], bool],
-) -> tuple[dict[str, int], dict[str, tuple[int, str]]]:
-    """Write every shard that is not there yet, one after the other in this process.
-
-    Args:
-        folder: the work folder.
-        rows: which rows.
-        source: what has them; of a quantised store as the stack computes them, before they are cast.
-        on_progress: see `fill_store_by`, which also says what is returned and raised.
-        should_stop: likewise.
-    """
-    return fill_store_by(partial(write_shards, rows, source), folder, rows, on_progress, should_stop)
-
-
-def fill_store_by(
     write: WriteShards,
     folder: Path,
     rows: StoreRows,
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool],
 ) -> tuple[dict[str, int], dict[str, tuple[int, str]]]:
-    """Have every shard written that is not there yet.
+    """Write every missing shard of a store.
 
     Args:
-        write: what writes them, here or elsewhere; no shard is left to it once a stop is asked for.
-        folder: the work folder.
-        rows: which rows.
-        on_progress: told (bytes on disk, bytes in all) after every shard.
-        should_stop: asked after every shard; those that are computed by then are still written.
+        write: Writes the shards; it gets no further shard once a stop is requested.
+        folder: The work folder.
+        rows: The rows of the store.
+        on_progress: Called with (bytes on disk, bytes in all) after every shard.
+        should_stop: Called after every shard; shards that are already computed are still written.
 
     Returns:
-        The counts train_rows, validation_rows and store_bytes; and for every file (size, checksum).
+        The counts train_rows, validation_rows and store_bytes; and (size, checksum) of every file.
 
     Raises:
-        StageInterruptedError: `should_stop()`; the shards written so far are kept.
-        StoreSpaceError: the disk is full; likewise.
+        StageInterruptedError: A stop was requested; the shards written so far are kept.
+        StoreSpaceError: The disk is full; the shards written so far are kept.
     """
-    specs: dict[Group, GroupSpec] = {"train": rows.spec("train"), "validation": rows.spec("validation")}
-    writer = StoreWriter(
-        folder,
-        specs["train"],
-        specs["validation"],
-        rows.attributes,
-        rows.index("train"),
-        rows.index("validation"),
-        rows.channels,
-    )
+    specs: dict[Group, GroupSpec] = {group: rows.spec(group) for group in GROUPS}
+    indices: dict[Group, RowKeys] = {group: rows.index(group) for group in GROUPS}
+    writer = StoreWriter(folder, specs, rows.attributes, indices, rows.channels)
     missing = writer.missing_shards()
     total = sum(spec.rows * spec.stored_row_bytes for spec in specs.values())
     done = total - sum(shard.n_rows * specs[shard.group].stored_row_bytes for shard in missing)
     on_progress(done, total)
     stopping = False
     wanted = takewhile(lambda _: not stopping, missing)
-    with closing(write(writer, wanted)) as written:  # whoever writes has ended before the folder's lock is let go
+    with closing(write(writer, wanted)) as written:  # ends all writing before the folder's lock is released
         for number, shard in enumerate(written, 1):
             done += shard.n_rows * specs[shard.group].stored_row_bytes
             on_progress(done, total)
@@ -138,29 +110,28 @@ def fill_store_by(
         raise StageInterruptedError(
             f"stopped on request with {done:,} of {total:,} bytes cached; run the same command to go on"
         )
-    of_channels = sum(statistic.nbytes for statistic in rows.channels or ()) * len(specs)
-    counts = {"train_rows": specs["train"].rows, "validation_rows": specs["validation"].rows}
-    counts["store_bytes"] = total + of_channels
+    counts = {f"{group}_rows": spec.rows for group, spec in specs.items()}
+    counts["store_bytes"] = total + sum(statistic.nbytes for statistic in rows.channels or ()) * len(specs)
     return counts, writer.files()
 
 
 def write_shards(
     rows: StoreRows, source: RowSource, writer: StoreWriter, wanted: Iterator[ShardRange]
 ) -> Generator[ShardRange]:
-    """Compute shards one after the other and write them, out of memory that is used again; see `WriteShards`."""
+    """Compute shards one after another, in buffers that are reused, and write them; see `WriteShards`."""
     memory = cycle([_memory(writer.specs.values()) for _ in range(_WRITTEN_AT_ONCE + 1)])
     return _write_behind(writer, ((shard, _compute(rows, shard, source, next(memory))) for shard in wanted))
 
 
 def write_shard(rows: StoreRows, source: RowSource, writer: StoreWriter, shard: ShardRange) -> None:
-    """Compute one shard and write it."""
+    """Compute and write one shard."""
     writer.write_shard(shard, _compute(rows, shard, source, _memory([writer.specs[shard.group]])))
 
 
 def _write_behind(
     writer: StoreWriter, computed: Iterator[tuple[ShardRange, torch.Tensor | Quantised]]
 ) -> Generator[ShardRange]:
-    """Write shards while the next is computed, and yield each once it is on the disk, in order."""
+    """Write shards while the next one is computed, and yield each in order once it is on the disk."""
     with ThreadPoolExecutor(_WRITTEN_AT_ONCE, "disk") as disk:
         behind: deque[tuple[ShardRange, Future[None]]] = deque()
         for shard, rows in computed:
@@ -177,7 +148,7 @@ def _arrived(shard: ShardRange, written: Future[None]) -> ShardRange:
 
 
 def _memory(specs: Iterable[GroupSpec]) -> list[torch.Tensor]:
-    """Room for any shard, an array each: fresh memory for every shard costs as much as filling it."""
+    """Allocate a buffer for each array of any shard; allocating one per shard would cost as much as filling it."""
     return [
         torch.empty(
             (max(len(spec.shard_range(0)) for spec in of_groups), of_groups[0].seq_len, of_groups[0].d_model),
@@ -190,14 +161,14 @@ def _memory(specs: Iterable[GroupSpec]) -> list[torch.Tensor]:
 def _compute(
     rows: StoreRows, shard: ShardRange, source: RowSource, memory: list[torch.Tensor]
 ) -> torch.Tensor | Quantised:
-    """Return the rows of a shard as they are stored, on the CPU, at the beginning of `memory`."""
+    """Return the rows of a shard as they are stored, in `memory`."""
     stored = [room[: shard.n_rows] for room in memory]
     sequence_ids, views = rows.index(shard.group)
     for first, last in _runs(views, shard.first_row, shard.first_row + shard.n_rows):
         part = source.rows(sequence_ids[first:last], int(views[first]))
         encoded = (part,) if rows.channels is None else quantise(part, rows.dtype, rows.channels)
         for out, tensor in zip(stored, encoded, strict=True):
-            if tensor.shape != (last - first, *out.shape[1:]):  # an assignment would repeat it
+            if tensor.shape != (last - first, *out.shape[1:]):  # assignment would broadcast it
                 raise ValueError(
                     f"{shard}: rows {first}..{last} came as {tuple(tensor.shape)}, not {tuple(out.shape[1:])} each"
                 )
@@ -206,7 +177,7 @@ def _compute(
 
 
 def _runs(views: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Cut start .. stop into pieces of one view and of bounded length."""
+    """Cut start .. stop into runs of one view and of bounded length."""
     first = start
     for last in range(start + 1, stop + 1):
         if last == stop or views[last] != views[first] or last - first == _SEQUENCES_AT_ONCE:

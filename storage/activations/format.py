@@ -1,13 +1,13 @@
-"""What an activation store looks like on disk: sizes, names, and nothing that does I/O.
+"""The layout of an activation store on disk: sizes and names, without any I/O.
 
-    <folder>/store.zarr/                     Zarr v3 group, attributes of the store + format_version
+    <folder>/store.zarr/                     Zarr v3 group; its attributes describe the store, with format_version
         activations/   [rows, T, D]          one file per shard, c.<index>.0.0
-        sequence_id/   [rows] int64          which sequence a row was computed from
-        view/          [rows] int32          which corruption of it
+        sequence_id/   [rows] int64          the sequence of each row
+        view/          [rows] int32          the view of each row
         validation/                          a group with the same arrays
-    <folder>/records/<group>-<index>.json    one per finished shard: rows, size, checksum
+    <folder>/records/<group>-<index>.json    one per finished shard: rows, size, checksums
 
-A quantised store, format version 2, has in each group also
+A quantised store, format version 2, adds to each group
 
         scale/         [rows, T] float32     one file per shard, c.<index>.0, of the same rows; records
                                              <group>-scale-<index>.json
@@ -15,8 +15,8 @@ A quantised store, format version 2, has in each group also
 
 and its values are activations * scale * channel_std + channel_mean.
 
-T is the number of positions, D the channels. A *row* is one sequence, a *chunk* the smallest unit that
-is read and checked, a *shard* one file of chunks followed by an index of them.
+T is the number of positions, D of channels. A *chunk* is a few rows with a checksum, the smallest unit that is
+verified; a *shard* is one file of chunks followed by an index of them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,12 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 import torch
 
-# For their effect: zarr-python knows the data types from here on.
-import storage.activations.dtypes  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from stackwise_core.config.schema import QUANTISED_STREAMS, StreamDtype
 from stackwise_core.model.stream import STREAM_DTYPES
 from storage.errors import ArtifactCorruptError
 
 FORMAT_VERSION: Final = 2
-"""The newest. Stores whose values are stored as they are have version 1: older readers read them."""
+"""The newest version. Stores that are not quantised have version 1, so that older readers can read them."""
 ZARR: Final = "store.zarr"
 RECORDS: Final = "records"
 
@@ -47,46 +45,41 @@ GROUPS: Final[tuple[Group, ...]] = get_args(Group)
 GROUP_FOLDERS: Final[dict[Group, str]] = {"train": ZARR, "validation": f"{ZARR}/validation"}
 
 Array = Literal["activations", "scale"]
-"""Those that are cut into shards."""
+"""The arrays that are cut into shards."""
 
 ZARR_NAMES: Final[dict[StreamDtype, str]] = {"fp8": "float8_e4m3fn"}
-"""Of the data types whose name is another in Zarr."""
+"""Data types that have another name in Zarr."""
 
 MIN_CHUNK_BYTES: Final = 64 * 2**10
 MIN_SHARD_BYTES: Final = 64 * 2**20
 MAX_SHARD_BYTES: Final = 2**30
 SHARDS_OF_LARGE_STORE: Final = 64
 
-# Rows are copied as they lie in memory, and the store is little-endian.
+# The store is little-endian, and rows are copied to it from memory without conversion.
 assert sys.byteorder == "little", "activation stores need a little-endian machine"
 
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """One group of rows and how it is cut into chunks and shards.
-
-    Attributes:
-        rows: Number of rows; may be 0.
-        seq_len: Positions per row, T.
-        d_model: Channels per position, D.
-        dtype: Of every stored value.
-        chunk_bytes: Data bytes wanted in a chunk. Rounded up to whole rows on construction.
-        shard_bytes: Data bytes wanted in a shard; 0 takes a 64th of the group, but 64 MiB at least and
-            1 GiB at most. Rounded down to whole chunks on construction, at least one.
+    """The size of one group of rows, and how it is cut into chunks and shards.
 
     Raises:
         ValueError: A size is out of range or the dtype is not one of the stream's.
     """
 
     rows: int
+    """May be 0."""
     seq_len: int
     d_model: int
     dtype: StreamDtype
     chunk_bytes: int = MIN_CHUNK_BYTES
+    """Data bytes of a chunk. Rounded up to whole rows on construction."""
     shard_bytes: int = 0
+    """Data bytes of a shard; 0 means a 64th of the group, but at least 64 MiB and at most 1 GiB. Rounded down to whole
+    chunks on construction, at least one."""
 
     def __post_init__(self) -> None:
-        """Make the two wanted sizes exact, so that equal layouts are equal specs."""
+        """Round the two sizes, so that equal layouts are equal specs."""
         if self.rows < 0 or min(self.seq_len, self.d_model, self.chunk_bytes) < 1 or self.shard_bytes < 0:
             raise ValueError(f"sizes out of range: {self}")
         if self.dtype not in STREAM_DTYPES:
@@ -100,32 +93,32 @@ class GroupSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The stored dtype as torch knows it."""
+        """The torch type of a stored value."""
         return STREAM_DTYPES[self.dtype]
 
     @property
     def zarr_name(self) -> str:
-        """The stored dtype as Zarr calls it."""
+        """The Zarr name of the stored type."""
         return ZARR_NAMES.get(self.dtype, self.dtype)
 
     @property
     def fill_value(self) -> float:
-        """What stands where no row is: NaN, if there is one."""
+        """The value of padding: NaN if the type has it."""
         return 0 if self.dtype == "int8" else float("nan")
 
     @property
     def is_quantised(self) -> bool:
-        """Whether values are stored with a scale per position, standardised by statistics of the channels."""
+        """Whether values are standardised by channel and stored with a scale per position."""
         return self.dtype in QUANTISED_STREAMS
 
     @property
     def format_version(self) -> int:
-        """The oldest that can say this."""
+        """The oldest format version that has this type."""
         return 2 if self.is_quantised else 1
 
     @property
     def arrays(self) -> dict[Array, GroupSpec]:
-        """The arrays that are cut into shards, those of the scales as if they were rows of one channel."""
+        """The arrays that are cut into shards; scales are described as rows of one channel."""
         if not self.is_quantised:
             return {"activations": self}
         row_bytes = self.seq_len * torch.float32.itemsize
@@ -134,7 +127,7 @@ class GroupSpec:
 
     @property
     def stored_row_bytes(self) -> int:
-        """Bytes of one row in all arrays."""
+        """Bytes of one row in all arrays together."""
         return sum(spec.row_bytes for spec in self.arrays.values())
 
     @property
@@ -144,17 +137,17 @@ class GroupSpec:
 
     @property
     def rows_per_chunk(self) -> int:
-        """Rows that are checked together: row r lies in chunk r // rows_per_chunk."""
+        """Row r is in chunk r // rows_per_chunk."""
         return self.chunk_bytes // self.row_bytes
 
     @property
     def chunks_per_shard(self) -> int:
-        """Chunks in a whole shard."""
+        """Chunks in every shard but the last."""
         return self.shard_bytes // self.chunk_bytes
 
     @property
     def rows_per_shard(self) -> int:
-        """Rows in a whole shard."""
+        """Rows in every shard but the last."""
         return self.rows_per_chunk * self.chunks_per_shard
 
     @property
@@ -173,43 +166,44 @@ class GroupSpec:
         return range(first, min(first + self.rows_per_shard, self.rows))
 
     def chunks_in_shard(self, index: int) -> int:
-        """Chunks of one shard that hold a row."""
+        """Chunks of one shard, without the empty ones of a short last shard."""
         return _ceil_div(len(self.shard_range(index)), self.rows_per_chunk)
 
 
+# Paths are POSIX paths relative to the folder of the store.
+
+
 def shard_path(group: Group, index: int, array: Array = "activations") -> str:
-    """Posix path of a shard, relative to the store's folder."""
-    others = ".0.0" if array == "activations" else ".0"
-    return f"{GROUP_FOLDERS[group]}/{array}/c.{index}{others}"
+    """Path of a shard."""
+    return f"{GROUP_FOLDERS[group]}/{array}/c.{index}{'.0.0' if array == 'activations' else '.0'}"
+
+
+def record_path(group: Group, index: int, array: Array = "activations") -> str:
+    """Path of the record of a finished shard."""
+    return f"{RECORDS}/{group}{'' if array == 'activations' else f'-{array}'}-{index:05d}.json"
 
 
 def is_shard(name: str) -> bool:
-    """Whether a path that is relative to the store's folder is a shard's."""
+    """Whether a path is that of a shard."""
     return name.startswith(f"{ZARR}/") and any(f"/{array}/c." in name for array in get_args(Array))
 
 
 def is_metadata(name: str) -> bool:
-    """Whether a path that is relative to the store's folder is part of the Zarr group, and not a shard."""
+    """Whether a path belongs to the Zarr group and is not a shard."""
     return name.startswith(f"{ZARR}/") and not is_shard(name)
 
 
-def record_path(group: Group, index: int, array: Array = "activations") -> str:
-    """Posix path of the record of a finished shard, relative to the store's folder."""
-    return f"{RECORDS}/{group}{'' if array == 'activations' else f'-{array}'}-{index:05d}.json"
-
-
 def metadata_paths(group: Group, spec: GroupSpec) -> list[str]:
-    """Posix paths of every file of a group but its shards, relative to the store's folder."""
+    """Paths of all metadata files of a group."""
     folder = GROUP_FOLDERS[group]
     of_rows, of_channels = ("sequence_id", "view"), ("channel_mean", "channel_std") if spec.is_quantised else ()
-    arrays = (*spec.arrays, *of_rows, *of_channels)
-    whole = (*(of_rows if spec.rows else ()), *of_channels)
-    chunks = [f"{folder}/{array}/c.0" for array in whole]
-    return [f"{folder}/zarr.json", *(f"{folder}/{array}/zarr.json" for array in arrays), *chunks]
+    documents = [f"{folder}/{array}/zarr.json" for array in (*spec.arrays, *of_rows, *of_channels)]
+    chunks = [f"{folder}/{array}/c.0" for array in (*(of_rows if spec.rows else ()), *of_channels)]
+    return [f"{folder}/zarr.json", *documents, *chunks]
 
 
 def corrupt(folder: Path | str, path: Path | str, problem: str) -> ArtifactCorruptError:
-    """An error that names the file and the way out; `folder` is the artifact's."""
+    """Return an error about a file of the artifact in `folder`, with the remedy."""
     return ArtifactCorruptError(path, problem, f"delete {folder} and run the same command again: it will be remade")
 
 
@@ -217,15 +211,13 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# ---------------------------------------------------------------- records
-#
-# A chunk's own checksum says that it is intact, the record's that it is this one: a chunk of another place or of
-# another attempt is intact too.
-
-
 @dataclass(frozen=True)
 class Record:
-    """What is on disk of one shard."""
+    """What was written of one shard.
+
+    A chunk's own checksum tells that it is intact; the one in the record, that it is the right chunk: a chunk of
+    another shard or of another attempt is intact too.
+    """
 
     first_row: int
     n_rows: int
@@ -234,25 +226,21 @@ class Record:
     checksum: str
     """`sha256:<hex>` of the file."""
     chunks: np.ndarray
-    """uint32 `[n_chunks]`: the crc32c of each; empty in a record of an early version, which did not say."""
+    """crc32c of each chunk, uint32 `[n_chunks]`; empty in records of an early version, which lack it."""
 
     def dump(self) -> bytes:
-        """Return it as a line of JSON; the chunks' checksums little-endian in base64."""
+        """Return the record as a line of JSON; the checksums of chunks are little-endian in base64."""
         chunks = base64.b64encode(self.chunks.astype("<u4").tobytes()).decode()
         rows = [self.first_row, self.n_rows]
         return json.dumps({"rows": rows, "size": self.size, "checksum": self.checksum, "crc32c": chunks}).encode()
 
 
 def parse_record(data: bytes) -> Record:
-    """Read what `dump` wrote.
-
-    Raises:
-        ValueError: it is no record.
-    """
+    """Read what `dump` wrote; raises ValueError for anything else."""
     try:
         found: dict[str, Any] = json.loads(data)
         first_row, n_rows = found["rows"]
         chunks = np.frombuffer(base64.b64decode(found.get("crc32c", ""), validate=True), "<u4")
         return Record(int(first_row), int(n_rows), int(found["size"]), str(found["checksum"]), chunks)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"is no record of a shard ({error!r})") from None
+        raise ValueError(f"not the record of a shard ({error!r})") from None

@@ -1,4 +1,4 @@
-"""The part of a store that zarr-python writes and reads, everything but the shards, and what is compared on opening."""
+"""The metadata of a store, which zarr-python writes and reads, and the checks when a store is opened."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
+# Imported for its effect: it registers our data types with zarr-python.
+import storage.activations.dtypes  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from stackwise_core.config.schema import StreamDtype
 from stackwise_core.model.stream import ChannelStatistics
 from storage.activations.format import (
@@ -34,7 +36,7 @@ from storage.errors import ArtifactError, ArtifactMissingError
 
 
 class RowIndex:
-    """Looks rows up by binary search in the sorted sequence ids of a view.
+    """Finds rows by binary search in the sorted sequence ids of a view.
 
     Attributes:
         sequence_id: int64 `[rows]`.
@@ -44,12 +46,8 @@ class RowIndex:
     def __init__(self, sequence_id: np.ndarray, view: np.ndarray) -> None:
         """Sort the rows of every view by sequence id.
 
-        Args:
-            sequence_id: Integers `[rows]`.
-            view: Integers `[rows]`.
-
         Raises:
-            ValueError: The lengths differ, or a (sequence id, view) has two rows.
+            ValueError: The lengths differ, or two rows have the same sequence id and view.
         """
         if sequence_id.ndim != 1 or sequence_id.shape != view.shape:
             raise ValueError(f"sequence_id {sequence_id.shape} and view {view.shape} must be [rows] both")
@@ -66,43 +64,30 @@ class RowIndex:
             self._rows_of_view[value] = ids, rows
 
     def find(self, sequence_ids: np.ndarray, view: int) -> np.ndarray:
-        """Rows of some sequences in one view, in the order asked for.
-
-        Args:
-            sequence_ids: int64 `[B]`.
-            view: The view.
-
-        Returns:
-            int64 `[B]`.
+        """Return the row indices of some sequences, int64 `[B]`, in one view, in the order of the argument.
 
         Raises:
-            KeyError: A sequence is not there in that view; the message names the first such.
+            KeyError: A sequence is missing in that view; the message names the first one.
         """
         if view not in self._rows_of_view:
             raise KeyError(f"view {view}; the views are {sorted(self._rows_of_view)}")
         ids, rows = self._rows_of_view[view]
         places = np.searchsorted(ids, sequence_ids)
-        # An id past the last one gets the place after it: any place will do to see that it differs.
+        # searchsorted puts an id above the last one behind the end; any valid place shows that it is missing.
         found = ids[np.minimum(places, len(ids) - 1)] == sequence_ids
         if not found.all():
             raise KeyError(f"sequence {sequence_ids[found.argmin()]}, view {view}")
         return rows[places]
 
 
-# "." keeps the shards of an array in one folder; "/" would make two folders for each.
+# "." keeps the shards of an array in one folder; "/" would create two folders for each shard.
 _CHUNK_KEYS: Any = {"name": "default", "configuration": {"separator": "."}}
 _VERSION_KEY = "format_version"
 
 
 @dataclass(frozen=True)
 class GroupMetadata:
-    """One group of rows.
-
-    Attributes:
-        spec: Sizes and layout.
-        rows: Which sequence and view every row is of.
-        channels: Of a quantised group the statistics by which its channels are standardised.
-    """
+    """The layout and the row index of one group, and the channel statistics if it is quantised."""
 
     spec: GroupSpec
     rows: RowIndex
@@ -110,8 +95,8 @@ class GroupMetadata:
 
 
 def codec_chain(spec: GroupSpec, array: Array = "activations") -> ShardingCodec:
-    """The one chain of codecs that the writer writes and the reader reads."""
-    # zarr-python knows no byte order of int8; our own one-byte type inherits one.
+    """Return the only chain of codecs that this format has."""
+    # In zarr-python int8 has no byte order, while our own one-byte type inherits one.
     inner = (BytesCodec(endian=None if spec.dtype == "int8" else "little"), Crc32cCodec())
     index = (BytesCodec(endian="little"), Crc32cCodec())
     chunk_shape = _shape(spec, array, spec.rows_per_chunk)
@@ -119,18 +104,12 @@ def codec_chain(spec: GroupSpec, array: Array = "activations") -> ShardingCodec:
 
 
 def _shape(spec: GroupSpec, array: Array, rows: int) -> tuple[int, ...]:
-    """The shape of some rows in Zarr: of scales, which are one number per position, without a last axis."""
+    """Shape of some rows in Zarr: scales are one number per position, so they have no last axis."""
     return (rows, spec.seq_len, spec.d_model) if array == "activations" else (rows, spec.seq_len)
 
 
 def write_metadata(zarr_folder: Path, attributes: dict[str, Any], groups: dict[Group, GroupMetadata]) -> None:
-    """Create the Zarr group with all its arrays, filled but for the activations.
-
-    Args:
-        zarr_folder: Where; must not exist.
-        attributes: JSON. Key order does not matter: equal attributes give equal bytes.
-        groups: The two groups of rows.
-    """
+    """Create the Zarr group with all its arrays, without the shards; equal attributes in any order give equal bytes."""
     version = groups["train"].spec.format_version
     ordered = json.loads(json.dumps(attributes | {_VERSION_KEY: version}, sort_keys=True))
     root = zarr.create_group(zarr_folder, attributes=ordered)  # pyright: ignore[reportUnknownMemberType]
@@ -152,14 +131,14 @@ def _write_group(group: zarr.Group, metadata: GroupMetadata) -> None:
             chunk_key_encoding=_CHUNK_KEYS,
             dimension_names=("row", "position", "channel")[: 3 if array == "activations" else 2],
         )
-    _write_whole(group, "row", {"sequence_id": metadata.rows.sequence_id, "view": metadata.rows.view})
+    _write_small(group, "row", {"sequence_id": metadata.rows.sequence_id, "view": metadata.rows.view})
     if metadata.channels is not None:
         mean, std = (statistic.numpy() for statistic in metadata.channels)
-        _write_whole(group, "channel", {"channel_mean": mean, "channel_std": std})
+        _write_small(group, "channel", {"channel_mean": mean, "channel_std": std})
 
 
-def _write_whole(group: zarr.Group, dimension: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write small arrays, each in one chunk."""
+def _write_small(group: zarr.Group, dimension: str, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays of one chunk each."""
     for name, values in arrays.items():
         array = group.create_array(
             name,
@@ -171,20 +150,14 @@ def _write_whole(group: zarr.Group, dimension: str, arrays: dict[str, np.ndarray
             compressors=(Crc32cCodec(),),
             chunk_key_encoding=_CHUNK_KEYS,
             dimension_names=(dimension,),
-            # By default a chunk of zeros is left out, and then a lost one cannot be told from it.
+            # By default a chunk of zeros is left out, and could not be told from a lost one.
             config={"write_empty_chunks": True},
         )
         array[:] = values
 
 
 def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[Group, GroupMetadata]]:
-    """Read what `write_metadata` wrote, and refuse what it would not have written.
-
-    Args:
-        folder: The artifact.
-
-    Returns:
-        The attributes as they were given to the writer, and the groups.
+    """Read the attributes and groups of the artifact in `folder`, as `write_metadata` was given them.
 
     Raises:
         ArtifactError: The store was written by a newer version of this program.
@@ -255,7 +228,7 @@ def _is_as_written(array: zarr.Array[Any], name: Array, spec: GroupSpec) -> bool
 
 
 def _spec_of(array: zarr.Array[Any]) -> GroupSpec | None:
-    """Derive the spec from an array's own shapes, or None if no spec gives them."""
+    """Derive the spec from an array's shapes, or return None if no spec has them."""
     rows, seq_len, d_model = array.shape
     row_bytes = seq_len * d_model * array.dtype.itemsize
     shard_rows = (array.shards or array.chunks)[0]
@@ -266,26 +239,23 @@ def _spec_of(array: zarr.Array[Any]) -> GroupSpec | None:
     return spec if (array.shards, array.chunks) == shapes else None
 
 
-def open_sealed(folder: Path, files: Files, *, whole: bool = True) -> tuple[dict[str, Any], dict[Group, GroupMetadata]]:
-    """Read the metadata of a store, having compared what is cheap to compare.
+def open_sealed(folder: Path, files: Files, *, complete: bool) -> tuple[dict[str, Any], dict[Group, GroupMetadata]]:
+    """Read the metadata of a sealed store, checking the sizes of all files and the checksums of the metadata.
 
     Args:
         folder: The sealed artifact.
-        files: Its sealed list: posix path relative to `folder` -> (size in bytes, `<algorithm>:<hex>`).
-        whole: Whether all of them are in the folder; else only the Zarr metadata is, the rest in an object store.
-
-    Returns:
-        Attributes and groups, as `read_metadata`.
+        files: The files of its manifest.
+        complete: Whether all of them are in the folder, or only the metadata, with the shards in an object store.
 
     Raises:
-        ArtifactMissingError: There is no such folder.
+        ArtifactMissingError: The folder does not exist.
         ArtifactError: A newer version of this program wrote the store.
-        ArtifactCorruptError: A file is missing, or is not what was sealed, or the list lacks one.
+        ArtifactCorruptError: A file is missing, differs from what was sealed, or is not listed.
     """
     if not folder.is_dir():
         raise ArtifactMissingError(folder, "no such activation store", "run the command that makes it")
     for name, (size, checksum) in files.items():
-        if whole or is_metadata(name):
+        if complete or is_metadata(name):
             _check_file(folder, name, size, checksum)
     attributes, groups = read_metadata(folder)
     for group, metadata in groups.items():
@@ -294,7 +264,6 @@ def open_sealed(folder: Path, files: Files, *, whole: bool = True) -> tuple[dict
 
 
 def _check_file(folder: Path, name: str, size: int, checksum: str) -> None:
-    """Compare a file's size, and its checksum if it is part of the Zarr metadata."""
     path = folder / name
     if not path.is_file():
         raise corrupt(folder, path, "missing")
@@ -307,14 +276,12 @@ def _check_file(folder: Path, name: str, size: int, checksum: str) -> None:
 
 
 def _check_listed(folder: Path, files: Files, group: Group, metadata: GroupMetadata) -> None:
-    """Refuse a list that lacks a file: Zarr would read it as fill values, and nobody would know."""
+    """Refuse a list that lacks a file: Zarr would silently read fill values for it."""
     spec = metadata.spec
-    shards = [
-        path(group, index, array)
-        for array in spec.arrays
-        for index in range(spec.n_shards)
-        for path in (shard_path, record_path)
-    ]
-    for name in (*metadata_paths(group, spec), *shards):
+    names = metadata_paths(group, spec)
+    for array in spec.arrays:
+        for index in range(spec.n_shards):
+            names += [shard_path(group, index, array), record_path(group, index, array)]
+    for name in names:
         if name not in files:
             raise corrupt(folder, folder / name, "not in the sealed list")

@@ -1,12 +1,11 @@
-"""The bytes of one shard file, as Zarr's `sharding_indexed` codec defines them.
+"""The bytes of one shard file, as Zarr's `sharding_indexed` codec defines them, and how they are read.
 
     (chunk data | crc32c of it) * chunks    index of (offset, size) * chunks_per_shard | crc32c of it
 
-All numbers are little-endian; an index entry of two times 2^64 - 1 says that there is no such chunk.
+All numbers are little-endian; an index entry of two times 2^64 - 1 marks a chunk that does not exist.
 https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/
 
-A shard is read from a file (`ShardFile`) or by ranges from an object store (`ShardObject`); both give bytes that were
-there, or raise.
+A shard is read from a file (`ShardFile`) or by byte ranges from an object store (`ShardObject`).
 """
 
 from __future__ import annotations
@@ -15,14 +14,15 @@ import mmap
 import os
 import weakref
 from bisect import bisect_right
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
+import google_crc32c
 import numpy as np
 import torch
 
-from storage.activations.buffers import bytes_of, crc32c
 from storage.activations.format import GroupSpec
 
 if TYPE_CHECKING:
@@ -33,88 +33,68 @@ _ENTRY_BYTES = 16
 _NO_CHUNK = np.uint64(2**64 - 1)
 _REQUESTS_AT_ONCE = 32
 
+crc32c: Final[Callable[[np.ndarray], int]] = google_crc32c.value  # pyright: ignore
+"""Checksum of contiguous uint8 `[size]`; takes an array because google_crc32c refuses a writable memoryview."""
+
 
 class ShardDamageError(Exception):
-    """What is wrong with which shard; the reader adds what to do."""
+    """A shard is damaged; the reader turns this into an error with a remedy."""
 
     def __init__(self, path: Path | str, problem: str) -> None:
-        """Remember both."""
+        """Keep the path of the shard, and what is wrong with it."""
         super().__init__(path, problem)
         self.path, self.problem = path, problem
 
 
 class ShardFile:
-    """An open shard, closed when the last reference goes.
+    """An open shard, closed when the last reference goes, so that one thread may evict it while another reads it.
 
-    So a thread may go on reading while another evicts the file from the reader's cache.
-
-    A mapping saves the kernel a copy per row. But what is cut off a mapped file, or lost by its disk, kills
-    the process without a message (SIGBUS): `check_size` makes that an error for all but the instant between
-    the look and the read, and where even that is too much, or memory too small, the file is not mapped.
+    A mapping saves a copy per row in the kernel. But reading a part of it that was cut off the file, or that the disk
+    lost, kills the process without a message (SIGBUS). `check_size` makes that an error, except for the instant
+    between the check and the read; where that is not enough, or memory is too small, the file is not mapped.
     """
 
     def __init__(self, path: Path, size: int, *, mapped: bool) -> None:
-        """Open the file for reading.
-
-        Args:
-            path: The file.
-            size: Its sealed size in bytes, at least 1.
-            mapped: Read through a mapping.
-
-        Raises:
-            ShardDamageError: The file has another size.
-        """
+        """Open a file of `size` bytes; raises ShardDamageError if it has another size."""
         self.path, self._size = path, size
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._fd)
         self.check_size()
         found = os.fstat(self._fd)
         self.version = found.st_dev, found.st_ino, found.st_mtime_ns
-        """Another where the file was replaced or written to in between."""
+        """Differs if the file was replaced or written to."""
         self._mapping: np.ndarray | None = None
         if mapped:
             self._mapping = np.frombuffer(mmap.mmap(self._fd, size, access=mmap.ACCESS_READ), np.uint8)
 
     def check_size(self) -> None:
-        """Compare the size of the file with what was sealed.
-
-        Raises:
-            ShardDamageError: It differs.
-        """
+        """Raise ShardDamageError if the file no longer has its sealed size."""
         if (found := os.lseek(self._fd, 0, os.SEEK_END)) != self._size:
             raise ShardDamageError(self.path, f"cut off: {found} bytes, sealed with {self._size}")
 
-    def mapping_now(self) -> np.ndarray:
-        """All bytes of a mapped file, uint8 `[size]`, that are there at this instant.
-
-        Raises:
-            ShardDamageError: The file has another size.
-        """
+    def checked_mapping(self) -> np.ndarray:
+        """Return all bytes of a mapped file, uint8 `[size]`, after `check_size`."""
         self.check_size()
         return cast("np.ndarray", self._mapping)
 
     def will_need(self, offsets: list[int], n_bytes: int) -> ShardFile:
-        """Let the kernel begin to fetch some ranges, and return what to read them from, before they are there."""
+        """Ask the kernel to begin fetching some ranges, and return what to read them from."""
         for offset in offsets:
             os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_WILLNEED)
         return self
 
     def read(self, out: np.ndarray, offset: int) -> None:
-        """Fill uint8 `out` with the bytes at `offset`.
-
-        Raises:
-            ShardDamageError: The file ends before that.
-        """
+        """Fill uint8 `out` with the bytes at `offset`; raises ShardDamageError if the file is too short."""
         if self._mapping is not None:
             np.copyto(out, self._mapping[offset : offset + out.nbytes])
         else:
             self._fill([out], offset)
 
     def read_checked(self, out: np.ndarray, offset: int, what: str) -> int:
-        """Fill `out`, and compare it with the checksum that follows it, which is returned.
+        """Fill `out`, compare it with the checksum that follows it, and return that.
 
         Raises:
-            ShardDamageError: The file ends before that, or the checksum differs; `what` names what was read.
+            ShardDamageError: The file is too short, or the checksum of `what` differs.
         """
         if self._mapping is not None:
             end = offset + out.nbytes
@@ -134,16 +114,12 @@ class ShardFile:
 
 
 class ShardObjects:
-    """The shards of one store, and the threads that fetch of them."""
+    """The shards of one store in an object store, and the threads that fetch from them."""
 
     def __init__(self, folder: RangeReader) -> None:
-        """Name the store's folder."""
+        """Start no thread yet."""
         self.folder = folder
         self.pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, "ranges")
-
-    def open(self, name: str) -> ShardObject:
-        """Return a shard; nothing is asked yet."""
-        return ShardObject(self, name)
 
     def close(self) -> None:
         """End the threads."""
@@ -151,37 +127,31 @@ class ShardObjects:
 
 
 class ShardObject:
-    """One shard. An object is replaced whole or not at all; sizes are compared when the store is opened."""
+    """A shard in an object store, with the same methods as `ShardFile`.
+
+    An object is replaced as a whole or not at all, and its size is compared when the store is opened.
+    """
 
     def __init__(self, objects: ShardObjects, name: str) -> None:
-        """Name it."""
+        """Name the shard; nothing is requested yet."""
         self.path = objects.folder.uri(name)
         self._objects, self._name = objects, name
 
     def check_size(self) -> None:
-        """Do nothing: a short object shows when it is read."""
+        """Do nothing: an object that is too short is noticed when it is read."""
 
     def will_need(self, offsets: list[int], n_bytes: int) -> ShardObject:
         """Begin to fetch some ranges, and return what to read them from."""
         wanted = sorted(set(offsets))
-        coming = self._objects.pool.submit(self._fetch, wanted, n_bytes)
-        return _Announced(self._objects, self._name, wanted, n_bytes, coming)
+        fetched = self._objects.pool.submit(self._fetch, wanted, n_bytes)
+        return _PrefetchedShard(self._objects, self._name, wanted, n_bytes, fetched)
 
     def read(self, out: np.ndarray, offset: int) -> None:
-        """Fill uint8 `out` with the bytes at `offset`.
-
-        Raises:
-            ShardDamageError: The object is missing or ends before that.
-        """
+        """Fill uint8 `out` with the bytes at `offset`; raises ShardDamageError if there are too few."""
         np.copyto(out, self._bytes(offset, out.nbytes))
 
     def read_checked(self, out: np.ndarray, offset: int, what: str) -> int:
-        """Fill `out`, and compare it with the checksum that follows it, which is returned.
-
-        Raises:
-            ShardDamageError: The object is missing or ends before that, or the checksum differs; `what` names what
-                was read.
-        """
+        """Do what `ShardFile.read_checked` does."""
         found = self._bytes(offset, out.nbytes + CRC_BYTES)
         np.copyto(out, found[:-CRC_BYTES])
         if (crc := crc32c(out)) != int.from_bytes(found[-CRC_BYTES:], "little"):
@@ -190,7 +160,7 @@ class ShardObject:
 
     def _bytes(self, offset: int, n_bytes: int) -> np.ndarray:
         (found,) = self._fetch([offset], n_bytes)
-        return self._whole(found, offset, n_bytes)
+        return self._complete(found, offset, n_bytes)
 
     def _fetch(self, offsets: list[int], n_bytes: int) -> list[np.ndarray]:
         try:
@@ -198,46 +168,47 @@ class ShardObject:
         except FileNotFoundError:
             raise ShardDamageError(self.path, "is missing from a sealed artifact") from None
 
-    def _whole(self, found: np.ndarray, offset: int, n_bytes: int) -> np.ndarray:
+    def _complete(self, found: np.ndarray, offset: int, n_bytes: int) -> np.ndarray:
         if len(found) != n_bytes:
             raise ShardDamageError(self.path, f"cut off: {len(found)} of {n_bytes} bytes at offset {offset}")
         return found
 
 
-class _Announced(ShardObject):
-    """A shard of which some ranges are on their way."""
+class _PrefetchedShard(ShardObject):
+    """A shard of which some ranges have been requested."""
 
     def __init__(
-        self, objects: ShardObjects, name: str, offsets: list[int], n_bytes: int, coming: Future[list[np.ndarray]]
+        self, objects: ShardObjects, name: str, offsets: list[int], n_bytes: int, fetched: Future[list[np.ndarray]]
     ) -> None:
         super().__init__(objects, name)
-        self._offsets, self._n_bytes, self._coming = offsets, n_bytes, coming
+        self._offsets, self._n_bytes, self._fetched = offsets, n_bytes, fetched
 
     def _bytes(self, offset: int, n_bytes: int) -> np.ndarray:
         place = bisect_right(self._offsets, offset) - 1
         start = offset - self._offsets[place] if place >= 0 else self._n_bytes
-        if start + n_bytes > self._n_bytes:  # not announced
+        if start + n_bytes > self._n_bytes:  # not among the requested ranges
             return super()._bytes(offset, n_bytes)
-        return self._whole(self._coming.result()[place][start : start + n_bytes], offset, n_bytes)
+        return self._complete(self._fetched.result()[place][start : start + n_bytes], offset, n_bytes)
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """View a contiguous CPU tensor `[n, ...]` as uint8 `[n, bytes]` without a copy."""
+    return tensor.view(torch.uint8).numpy().reshape(len(tensor), tensor[:1].nbytes)
 
 
 def shard_file_bytes(spec: GroupSpec, n_rows: int) -> int:
-    """Return the size of the file of a shard of `n_rows` rows."""
+    """Return the file size of a shard of `n_rows` rows."""
     n_chunks = -(-n_rows // spec.rows_per_chunk)
     return n_chunks * (spec.chunk_bytes + CRC_BYTES) + spec.chunks_per_shard * _ENTRY_BYTES + CRC_BYTES
 
 
 def encode_shard(spec: GroupSpec, rows: torch.Tensor, out: np.ndarray | None = None) -> np.ndarray:
-    """Lay out one shard.
+    """Lay out the file of one shard, padding the last chunk with the fill value.
 
     Args:
         spec: The group it belongs to.
-        rows: `[n, T, D]`, contiguous, on the CPU; 1 <= n <= rows_per_shard. Rows that lack in the last
-            chunk are the fill value on disk.
-        out: uint8 `[shard_file_bytes]`, to be filled and returned; without it a new array is made.
-
-    Returns:
-        uint8 `[size]`: the whole file.
+        rows: `[n, T, D]`, contiguous, on the CPU; 1 <= n <= rows_per_shard.
+        out: uint8 `[shard_file_bytes]`, to be filled and returned; by default a new array.
     """
     data = bytes_of(rows)
     whole, rest = divmod(len(data), spec.rows_per_chunk)
@@ -266,7 +237,7 @@ def encode_shard(spec: GroupSpec, rows: torch.Tensor, out: np.ndarray | None = N
 
 
 def chunk_checksums(spec: GroupSpec, shard: np.ndarray) -> np.ndarray:
-    """Return the crc32c of every chunk of a shard that was laid out by `encode_shard`: uint32 `[n_chunks]`."""
+    """Return the crc32c of every chunk of a shard that `encode_shard` laid out: uint32 `[n_chunks]`."""
     stride = spec.chunk_bytes + CRC_BYTES
     n_chunks = (shard.size - (spec.chunks_per_shard * _ENTRY_BYTES + CRC_BYTES)) // stride
     ends = shard[: n_chunks * stride].reshape(n_chunks, stride)[:, spec.chunk_bytes :]
@@ -274,16 +245,7 @@ def chunk_checksums(spec: GroupSpec, shard: np.ndarray) -> np.ndarray:
 
 
 def read_offsets(file: ShardFile | ShardObject, size: int, spec: GroupSpec, n_chunks: int) -> np.ndarray:
-    """Read the index at the end of a shard.
-
-    Args:
-        file: The shard.
-        size: Its sealed size in bytes.
-        spec: The group it belongs to.
-        n_chunks: Chunks that it must hold.
-
-    Returns:
-        int64 `[n_chunks]`: the byte offset of every chunk.
+    """Read the index of a shard of `size` bytes, and return the offsets of its `n_chunks` chunks: int64 `[n_chunks]`.
 
     Raises:
         ShardDamageError: The index is cut off, damaged, or lacks a chunk.
@@ -295,13 +257,12 @@ def read_offsets(file: ShardFile | ShardObject, size: int, spec: GroupSpec, n_ch
     file.read_checked(raw, start, "the index")
     entries = raw.view("<u8").reshape(-1, 2)[:n_chunks]
     stride = spec.chunk_bytes + CRC_BYTES
-    # The size is compared first: an offset is then bounded without overflow.
+    # Offsets are compared with a difference, because a sum could overflow.
     bad = (entries[:, 1] != stride) | (entries[:, 0] > max(start - stride, 0))
     if bad.any():
         slot = int(bad.argmax())
         offset, n_bytes = (int(x) for x in entries[slot])
-        empty = offset == n_bytes == int(_NO_CHUNK)
-        what = "is not there" if empty else f"is said to be {n_bytes} bytes at offset {offset}"
-        problem = f"chunk {slot} {what}; {stride} bytes before offset {start} are expected"
-        raise ShardDamageError(file.path, problem)
+        absent = offset == n_bytes == int(_NO_CHUNK)
+        what = "is not there" if absent else f"is said to be {n_bytes} bytes at offset {offset}"
+        raise ShardDamageError(file.path, f"chunk {slot} {what}; expected {stride} bytes before offset {start}")
     return entries[:, 0].astype(np.int64)

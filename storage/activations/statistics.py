@@ -1,43 +1,50 @@
-"""What the numbers of a store look like: channels, tokens, positions and directions. Prints nothing.
+"""Statistics of the values in a store: channels, tokens, positions and principal directions.
 
-Two passes over the sampled rows: the first finds the mean, the second is centred by it, so that no variance is a
-difference of large numbers. All sums are float64. A token with a value that is not finite is counted and left out.
+Two passes over the sampled rows: the first finds the mean and the second sums centred values, so that no variance is
+a difference of large numbers. All sums are float64. A token with a value that is not finite is counted and left out.
 
 Letters: T positions, D channels, N tokens that are finite.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from storage.activations.sampling import FloatArray, IntArray, ReadRows, blocks
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+ReadRows = Callable[[IntArray], torch.Tensor]
+"""Takes row indices [B] and returns the rows [B, T, D]."""
 
+_BLOCK_VALUES: Final = 2**22
+"""Values that are read and summed at a time: 32 MiB in float64."""
 OUTLIER_FACTOR: Final = 6.0
-"""A channel is an outlier if its root mean square is so many times the median channel's.
+"""A channel is an outlier if its root mean square is at least this multiple of the median channel's.
 
 Six is the bound of LLM.int8() (Dettmers et al. 2022: magnitude 6 in the hidden states) and of Bondarenko et al. 2023
-(Quantizable transformers: six standard deviations of the tensor). Here it is relative to the median channel: it then
-needs no unit, and an outlier cannot hide itself by widening the deviation that it is measured in.
+(Quantizable transformers: six standard deviations of the tensor). Relative to the median channel it needs no unit, and
+an outlier cannot hide by widening the deviation that it is measured in.
 """
 DEAD_FACTOR: Final = 1e-3
-"""A channel is dead if its standard deviation is at most so much of the median among those that vary at all.
+"""A channel is dead if its standard deviation is at most this fraction of the median over the channels that vary.
 
-In bfloat16, whose steps are 2^-8 of a value, that is below what rounding does to an ordinary channel.
+In bfloat16, whose steps are 2^-8 of a value, that is below the rounding error of an ordinary channel.
 """
 TOKEN_QUANTILES: Final = (0.0, 0.01, 0.5, 0.99, 1.0)
 POSITION_QUANTILES: Final = (0.1, 0.5, 0.9)
 _BINS: Final = 80
-_BINS_REACH: Final = 8.0
-"""The histogram ends at so many times the root mean square of the median channel."""
+_HISTOGRAM_RANGE: Final = 8.0
+"""The histogram ends at this multiple of the median channel's root mean square."""
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Per channel, over all finite tokens: [D] each."""
+    """Statistics of each channel over all finite tokens: [D] each."""
 
     mean: FloatArray
     std: FloatArray
@@ -45,16 +52,16 @@ class Channels:
     smallest: FloatArray
     largest: FloatArray
     kurtosis: FloatArray
-    """Fourth central moment over the squared variance: 3 for a normal distribution, NaN for a constant."""
+    """Fourth central moment over the squared variance: 3 for a normal distribution, NaN for a constant channel."""
 
     @property
     def outlier_bound(self) -> float:
-        """Root mean square from which on a channel is an outlier."""
+        """Root mean square at which a channel becomes an outlier."""
         return OUTLIER_FACTOR * _median_positive(self.rms)
 
     @property
     def dead_bound(self) -> float:
-        """Standard deviation up to which a channel is dead."""
+        """Standard deviation at or below which a channel is dead."""
         return DEAD_FACTOR * _median_positive(self.std)
 
     @property
@@ -89,18 +96,18 @@ class Spectrum:
         return float((self.std**2).sum() / self.std[0] ** 2) if self.std.any() else 0.0
 
     def directions_for(self, share: float) -> int:
-        """Return how many directions hold a share of the variance."""
+        """Return how many of the first directions are needed to hold this share of the variance."""
         cumulated = np.cumsum(self.std**2)
         return int(np.searchsorted(cumulated, share * cumulated[-1]) + 1) if self.std.any() else 0
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was found in some rows. Where no token is finite, every number but the counts is NaN."""
+    """Statistics of some rows. If no token is finite, everything except the counts is NaN."""
 
     n_rows: int
     n_tokens: int
-    """Finite ones, N."""
+    """N: finite tokens only."""
     n_non_finite: int
     """Values that are NaN or infinite."""
     mean: float
@@ -109,7 +116,7 @@ class Statistics:
     norm_quantiles: FloatArray
     """Euclidean norm of a token, at TOKEN_QUANTILES."""
     norm_by_position: FloatArray
-    """[T], the mean."""
+    """Mean norm at each position [T]."""
     norm_quantiles_by_position: FloatArray
     """[3, T], at POSITION_QUANTILES."""
     neighbour_cosine: float
@@ -118,22 +125,41 @@ class Statistics:
     """Mean cosine between any two tokens: anisotropy (Ethayarajh 2019)."""
     spectrum: Spectrum
     bin_edges: FloatArray
-    """[81]; values beyond are in `n_beyond`."""
+    """[81]"""
     bin_counts: IntArray
     """[80]"""
     n_beyond: int
+    """Values outside the histogram."""
+
+
+def evenly_spaced(n_rows: int, wanted: int) -> IntArray:
+    """Return about `wanted` indices of 0 .. n_rows - 1 with both ends, or all of them if there are no more."""
+    places = np.linspace(0, n_rows - 1, min(wanted, n_rows))
+    return np.unique(places.round().astype(np.int64))
+
+
+def blocks(reads: Sequence[ReadRows], places: Sequence[IntArray]) -> Iterator[list[FloatArray]]:
+    """Read rows block by block, at the same time from each store.
+
+    Args:
+        reads: one per store.
+        places: row indices [rows], one array per store.
+
+    Yields:
+        for each store the next rows [b, T, D] in float64.
+    """
+    at, per_block = 0, 1
+    while at < len(places[0]):
+        block = [read(where[at : at + per_block]).double().numpy() for read, where in zip(reads, places, strict=True)]
+        yield block
+        at += per_block
+        per_block = max(1, _BLOCK_VALUES // sum(rows[0].size for rows in block))
 
 
 def describe_rows(read: ReadRows, places: IntArray, seq_len: int, d_model: int) -> Statistics:
-    """Read some rows twice, block by block, and describe them.
+    """Compute the statistics of at least one row, reading each twice.
 
-    Beside a block, what is held is one [D, D] matrix and the norm of every token.
-
-    Args:
-        read: gives rows by their places.
-        places: which: [rows], at least one.
-        seq_len: T.
-        d_model: D.
+    Memory holds one block of rows, a [D, D] matrix and the norm of every token.
     """
     first = _FirstPass(d_model)
     for (rows,) in blocks([read], [places]):
@@ -145,13 +171,13 @@ def describe_rows(read: ReadRows, places: IntArray, seq_len: int, d_model: int) 
 
 
 def _median_positive(values: FloatArray) -> float:
-    """Return the median of what is above zero; 0 if nothing is."""
+    """Return the median of the positive values, or 0 if there are none."""
     above = values[values > 0]
     return float(np.median(above)) if len(above) else 0.0
 
 
 class _FirstPass:
-    """Means, extremes, counts."""
+    """Sums, extremes and counts."""
 
     def __init__(self, d_model: int) -> None:
         self.n_tokens = self.n_non_finite = 0
@@ -170,18 +196,20 @@ class _FirstPass:
 
     @property
     def count(self) -> float:
-        """N, by which sums are divided; NaN where it is 0."""
+        """The divisor of the sums: N, or NaN if it is 0."""
         return self.n_tokens or np.nan
 
     def bin_edges(self) -> FloatArray:
-        """Return the bins of the histogram: all values, but for the far tails."""
-        reach = _BINS_REACH * _median_positive(np.sqrt(self.squares / self.count)) or 1.0
-        low, high = max(self.smallest.min(), -reach), min(self.largest.max(), reach)
+        """Return the edges of the histogram, which leaves out the far tails."""
+        if not self.n_tokens:
+            return np.linspace(0, 1, _BINS + 1)
+        bound = _HISTOGRAM_RANGE * _median_positive(np.sqrt(self.squares / self.count)) or 1.0
+        low, high = max(self.smallest.min(), -bound), min(self.largest.max(), bound)
         return np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
 
 
 class _SecondPass:
-    """Central moments, norms, angles."""
+    """Central moments, norms and angles."""
 
     def __init__(self, first: _FirstPass, n_rows: int, seq_len: int) -> None:
         d_model = len(first.sum)
@@ -189,11 +217,9 @@ class _SecondPass:
         self.second, self.fourth = np.zeros(d_model), np.zeros(d_model)
         self.gram = np.zeros((d_model, d_model))
         self.norms = np.full((n_rows, seq_len), np.nan, np.float32)
-        self.n_rows = 0
-        self.units = np.zeros(d_model)
-        self.n_units, self.cosines, self.n_cosines = 0, 0.0, 0
-        self.edges = first.bin_edges() if first.n_tokens else np.linspace(0, 1, _BINS + 1)
-        self.counts = np.zeros(_BINS, np.int64)
+        self.units, self.cosines = np.zeros(d_model), 0.0
+        self.n_rows = self.n_units = self.n_cosines = 0
+        self.edges, self.counts = first.bin_edges(), np.zeros(_BINS, np.int64)
 
     def add(self, rows_BTD: FloatArray) -> None:
         finite_BT = np.asarray(np.isfinite(rows_BTD).all(2))
@@ -216,30 +242,8 @@ class _SecondPass:
 
     def statistics(self) -> Statistics:
         first, variance = self.first, self.second / self.first.count
-        pairs = self.n_units * (self.n_units - 1)
-        norms = self.norms[np.isfinite(self.norms)]
-        return Statistics(
-            n_rows=self.n_rows,
-            n_tokens=first.n_tokens,
-            n_non_finite=first.n_non_finite,
-            mean=float(self.mean.mean()),
-            std=float(np.sqrt(variance.mean() + self.mean.var())),
-            channels=self._channels(variance),
-            norm_quantiles=_quantiles(norms, TOKEN_QUANTILES),
-            norm_by_position=np.array([_mean(column) for column in self.norms.T]),
-            norm_quantiles_by_position=np.stack([_quantiles(column, POSITION_QUANTILES) for column in self.norms.T], 1),
-            neighbour_cosine=self.cosines / self.n_cosines if self.n_cosines else np.nan,
-            pair_cosine=float(self.units @ self.units - self.n_units) / pairs if pairs else np.nan,
-            spectrum=Spectrum(self._principal_std()),
-            bin_edges=self.edges,
-            bin_counts=self.counts,
-            n_beyond=int(first.n_tokens * len(self.mean) - self.counts.sum()),
-        )
-
-    def _channels(self, variance: FloatArray) -> Channels:
-        first = self.first
         none = np.full_like(variance, np.nan)
-        return Channels(
+        channels = Channels(
             mean=self.mean,
             std=np.sqrt(variance),
             rms=np.sqrt(first.squares / first.count),
@@ -247,11 +251,25 @@ class _SecondPass:
             largest=first.largest if first.n_tokens else none,
             kurtosis=np.divide(self.fourth / first.count, variance**2, out=none.copy(), where=variance > 0),
         )
-
-    def _principal_std(self) -> FloatArray:
-        """Return the roots of the covariance's eigenvalues, descending; tiny negative ones are rounding."""
-        eigenvalues = np.linalg.eigvalsh(self.gram / max(self.first.n_tokens, 1))[::-1]
-        return np.sqrt(np.maximum(eigenvalues, 0.0))
+        pairs = self.n_units * (self.n_units - 1)
+        eigenvalues = np.linalg.eigvalsh(self.gram / max(first.n_tokens, 1))[::-1]
+        return Statistics(
+            n_rows=self.n_rows,
+            n_tokens=first.n_tokens,
+            n_non_finite=first.n_non_finite,
+            mean=float(self.mean.mean()),
+            std=float(np.sqrt(variance.mean() + self.mean.var())),
+            channels=channels,
+            norm_quantiles=_quantiles(self.norms, TOKEN_QUANTILES),
+            norm_by_position=np.array([_mean(column) for column in self.norms.T]),
+            norm_quantiles_by_position=np.stack([_quantiles(column, POSITION_QUANTILES) for column in self.norms.T], 1),
+            neighbour_cosine=self.cosines / self.n_cosines if self.n_cosines else np.nan,
+            pair_cosine=float(self.units @ self.units - self.n_units) / pairs if pairs else np.nan,
+            spectrum=Spectrum(np.sqrt(np.maximum(eigenvalues, 0.0))),  # tiny negative ones are rounding errors
+            bin_edges=self.edges,
+            bin_counts=self.counts,
+            n_beyond=int(first.n_tokens * len(self.mean) - self.counts.sum()),
+        )
 
 
 def _mean(values: NDArray[np.float32]) -> float:

@@ -1,4 +1,4 @@
-"""Write a store shard by shard, so that a kill at any moment costs one shard at most."""
+"""Write a store shard by shard, so that a process killed at any moment loses one shard at most."""
 
 from __future__ import annotations
 
@@ -44,10 +44,13 @@ from storage.errors import ArtifactUnsealedError
 
 _log = logging.getLogger(__name__)
 
+RowKeys = tuple[np.ndarray, np.ndarray]
+"""The (sequence id, view) of every row of a group: int64 `[rows]` and int32 `[rows]`."""
+
 
 @dataclass(frozen=True)
 class ShardRange:
-    """The rows of one shard: the unit of work, of loss and of record."""
+    """The rows of one shard."""
 
     group: Group
     index: int
@@ -56,56 +59,50 @@ class ShardRange:
 
 
 class StoreWriter:
-    """Writes an unsealed store folder (work/<id>) and resumes it.
+    """Writes or resumes an unsealed store in a folder.
 
-    One process, the holder of the folder's lock, makes the writer: that clears away what a killed run left
-    half-written. The writer pickles; other processes are handed a copy and write disjoint shards.
+    The process that holds the folder's lock creates the writer, which removes what a killed run left half-written.
+    Other processes get a pickled copy and write different shards.
 
-    What is durable when: the metadata before the constructor returns, a shard before its record, both before
-    `write_shard` returns. A shard without a record does not count, so no crash lets half of one in.
+    The metadata is on the disk before the constructor returns, a shard before its record, and both before
+    `write_shard` returns. A shard without a record does not count, so no crash can leave half a shard that counts.
     """
 
     def __init__(
         self,
         folder: Path,
-        train: GroupSpec,
-        validation: GroupSpec,
+        specs: dict[Group, GroupSpec],
         attributes: dict[str, Any],
-        train_index: tuple[np.ndarray, np.ndarray],
-        validation_index: tuple[np.ndarray, np.ndarray],
+        indices: dict[Group, RowKeys],
         channels: ChannelStatistics | None = None,
     ) -> None:
-        """Create the store, or find the same one there and keep its shards.
+        """Create the store, or keep the shards of an equal one that is already there.
 
-        The folder is named after its content: if other metadata lies there it is damaged, and is replaced.
+        The folder is named after its content, so other metadata in it is damaged, and is replaced.
 
         Args:
-            folder: Where to write; made if need be.
-            train: Layout of the training rows.
-            validation: Layout of the validation rows.
+            folder: Where to write; created if missing.
+            specs: Layout of each group.
             attributes: JSON that describes the store, kept as attributes of the Zarr group.
-            train_index: (sequence id int64, view int32) of every training row, each `[rows]`.
-            validation_index: The same of the validation rows, whose view is `VALIDATION_VIEW`.
-            channels: Of a quantised store the statistics by which its channels are standardised.
+            indices: The keys of the rows of each group.
+            channels: For a quantised store, the statistics that standardise its channels.
 
         Raises:
-            ValueError: An index does not fit its spec or names a row twice, or statistics are missing or too many.
+            ValueError: An index does not fit its spec or names a row twice, or `channels` do not fit the dtype.
             StoreSpaceError: The disk is full.
         """
-        self.folder = folder
+        self.folder, self.specs = folder, specs
         self._spare: list[np.ndarray] = []
-        self.specs: dict[Group, GroupSpec] = {"train": train, "validation": validation}
         groups: dict[Group, GroupMetadata] = {
-            "train": _checked("train", train, train_index, channels),
-            "validation": _checked("validation", validation, validation_index, channels),
+            group: _checked(group, spec, indices[group], channels) for group, spec in specs.items()
         }
         with explain_full_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
             remove_temporaries(folder)
-            self._settle_metadata(attributes, groups)
+            self._install_metadata(attributes, groups)
 
     def missing_shards(self) -> list[ShardRange]:
-        """Shards still to be written, in order. Reads every byte that is recorded, to trust none unseen."""
+        """Return the shards still to be written, in order, after verifying every byte of those with a record."""
         return [shard for shard in self._shards() if not self._is_written(shard)]
 
     def write_shard(self, shard: ShardRange, rows: torch.Tensor | Quantised) -> None:
@@ -113,11 +110,11 @@ class StoreWriter:
 
         Args:
             shard: One of `missing_shards`. Writing it again replaces it.
-            rows: `[n_rows, T, D]` in the dtype of the store, on the CPU; of a quantised store values and scales.
+            rows: `[n_rows, T, D]` in the dtype of the store, on the CPU; if that is quantised, values and scales.
 
         Raises:
             ValueError: The rows have another shape, dtype or device.
-            StoreSpaceError: The disk is full. What was written before is intact.
+            StoreSpaceError: The disk is full. Shards written before are intact.
         """
         spec = self.specs[shard.group]
         assert spec.shard_range(shard.index) == range(shard.first_row, shard.first_row + shard.n_rows), shard
@@ -133,11 +130,11 @@ class StoreWriter:
 
     @contextlib.contextmanager
     def _memory(self, n_bytes: int) -> Generator[np.ndarray]:
-        """Lend uint8 `[n_bytes]` of one of the buffers that are used again, of which each thread in here has one."""
+        """Lend uint8 `[n_bytes]` of a buffer that is kept for reuse; each thread in here has another one."""
         try:
             memory = self._spare.pop()
-        except IndexError:
-            memory = np.empty(n_bytes, np.uint8)
+        except IndexError:  # not `if self._spare`: another thread may take the last one in between
+            memory = np.empty(0, np.uint8)
         if memory.size < n_bytes:
             memory = np.empty(n_bytes, np.uint8)
         try:
@@ -146,7 +143,7 @@ class StoreWriter:
             self._spare.append(memory)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the buffers behind."""
+        """Pickle without the buffers."""
         return self.__dict__ | {"_spare": []}
 
     def _write_file(self, shard: ShardRange, array: Array, data: np.ndarray, chunks: np.ndarray) -> None:
@@ -158,11 +155,9 @@ class StoreWriter:
         write_bytes(self.folder / record_path(shard.group, shard.index, array), record.dump())
 
     def files(self) -> dict[str, tuple[int, str]]:
-        """List every file of the finished folder, for its manifest.
+        """List every file of the finished folder for its manifest: relative POSIX path -> (size, `sha256:<hex>`).
 
-        Returns:
-            Posix path relative to the folder -> (size in bytes, `sha256:<hex>`). The checksums of shards come
-            from their records, computed from memory before the bytes went to the disk; others are computed.
+        The checksums of shards come from their records, which were computed from memory before writing.
 
         Raises:
             ArtifactUnsealedError: A shard has not been written.
@@ -182,17 +177,17 @@ class StoreWriter:
                 listed[name] = path.stat().st_size, checksum_file(path)
         return listed
 
-    def _settle_metadata(self, attributes: dict[str, Any], groups: dict[Group, GroupMetadata]) -> None:
-        """Write the metadata beside; keep the store that is there if it has the same, else replace it."""
+    def _install_metadata(self, attributes: dict[str, Any], groups: dict[Group, GroupMetadata]) -> None:
+        """Write the metadata to a temporary folder, and replace the existing store unless its metadata is equal."""
         store, records = self.folder / ZARR, self.folder / RECORDS
         fresh = self.folder / (ZARR + TEMPORARY_SUFFIX)
         try:
             write_metadata(fresh, attributes, groups)
             if not _holds(store, fresh):
-                # The records go first: from here on nothing vouches for a shard of the old store.
+                # Records first: without a record, a shard of the old store does not count.
                 for old in (records, store):
                     if old.exists():
-                        _log.warning("%s: the metadata is not this store's; removed, to be made afresh", old)
+                        _log.warning("%s: the metadata is damaged or of another store; removed, to be made afresh", old)
                         shutil.rmtree(old)
                         sync(self.folder)
                 sync_tree(fresh)
@@ -203,14 +198,14 @@ class StoreWriter:
         sync(self.folder)
 
     def _shards(self) -> Iterator[ShardRange]:
-        """All shards of the store, in order."""
+        """Yield all shards of the store, in order."""
         for group, spec in self.specs.items():
             for index in range(spec.n_shards):
                 rows = spec.shard_range(index)
                 yield ShardRange(group, index, rows.start, len(rows))
 
     def _is_written(self, shard: ShardRange) -> bool:
-        """Whether a shard is there in every array as its record says, to the last bit."""
+        """Whether the file of a shard has the checksum of its record, in every array."""
         for array in self.specs[shard.group].arrays:
             recorded = self._recorded(shard, array)
             path = self.folder / shard_path(shard.group, shard.index, array)
@@ -219,7 +214,7 @@ class StoreWriter:
         return True
 
     def _recorded(self, shard: ShardRange, array: Array) -> tuple[int, str] | None:
-        """Size and checksum of a shard by its record, or None without a record and a file of that size."""
+        """Return size and checksum of a shard by its record, or None if either is missing or the size differs."""
         path = self.folder / shard_path(shard.group, shard.index, array)
         try:
             record = parse_record((self.folder / record_path(shard.group, shard.index, array)).read_bytes())
@@ -240,10 +235,8 @@ def _check_rows(shard: ShardRange, spec: GroupSpec, rows: torch.Tensor) -> None:
         )
 
 
-def _checked(
-    group: Group, spec: GroupSpec, index: tuple[np.ndarray, np.ndarray], channels: ChannelStatistics | None
-) -> GroupMetadata:
-    """Refuse an index by which the rows could not be found again, and statistics that do not fit them."""
+def _checked(group: Group, spec: GroupSpec, index: RowKeys, channels: ChannelStatistics | None) -> GroupMetadata:
+    """Refuse an index by which rows could not be found, and statistics that do not fit the rows."""
     rows = RowIndex(*index)
     shapes = [(tuple(part.shape), part.dtype) for part in channels or ()]
     if shapes != [((spec.d_model,), torch.float32)] * (2 if spec.is_quantised else 0):
@@ -251,11 +244,11 @@ def _checked(
     if len(rows.view) != spec.rows:
         raise ValueError(f"{group}: {len(rows.view)} sequence ids for {spec.rows} rows")
     if ((rows.view == VALIDATION_VIEW) != (group == "validation")).any():
-        raise ValueError(f"{group}: view {VALIDATION_VIEW} means validation rows, and they alone have it")
+        raise ValueError(f"{group}: view {VALIDATION_VIEW} means validation rows, and only they have it")
     return GroupMetadata(spec, rows, channels)
 
 
 def _holds(store: Path, fresh: Path) -> bool:
-    """Whether every file of `fresh` is in `store` with the same bytes."""
+    """Whether every file of `fresh` has the same bytes in `store`."""
     names = (path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file())
     return all((store / name).is_file() and filecmp.cmp(fresh / name, store / name, shallow=False) for name in names)

@@ -22,10 +22,9 @@ from hypothesis import strategies as st
 
 from stackwise_core.data.masks import VALIDATION_VIEW
 from storage.activations import metadata, sharded_array
-from storage.activations.buffers import PAGE_BYTES, empty_aligned
 from storage.activations.dtypes import BFloat16, Float8E4M3FN
 from storage.activations.format import GROUP_FOLDERS, GroupSpec, shard_path
-from storage.activations.reader import ReusedRows, RowMissingError, StoreReader
+from storage.activations.reader import PAGE_BYTES, ReusedRows, RowMissingError, StoreReader, empty_aligned
 from storage.checksums import checksum_file, verify_files
 from storage.errors import ArtifactError
 from support.disk import open_below

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from torch import Tensor
 from stackwise_core.data.masks import IntArray
 from stackwise_core.errors import StageInterruptedError
 from storage.activations import fill as fill_module
-from storage.activations.fill import StoreRows, fill_store
+from storage.activations.fill import StoreRows, fill_store, write_shards
 from storage.activations.reader import StoreReader
 from storage.activations.writer import ShardRange, StoreWriter
 from storage.errors import StoreSpaceError
@@ -77,7 +78,8 @@ def test_a_source_is_asked_for_one_view_and_few_rows_at_a_time(tmp_path: Path) -
     source = Source()
     rows = rows_to_store()
     large = StoreRows(**{field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)})
-    fill_store(tmp_path, large, source, lambda *_: None, lambda: False)  # all in one shard
+    write = functools.partial(write_shards, large, source)
+    fill_store(write, tmp_path, large, lambda *_: None, lambda: False)  # all in one shard
     assert source.asked == pairs()
     assert source.sizes == [32, 18, 3, 5]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from storage.activations import sampling
-from storage.activations.drift import Drift, measure_drift
-from storage.activations.format import GroupSpec
+from storage.activations import statistics
+from storage.activations.drift import Drift, measure_drift, shared_places
+from storage.activations.format import Group, GroupSpec
 from storage.activations.metadata import RowIndex, read_metadata
 from storage.activations.reader import StoreReader
 from storage.activations.statistics import (
@@ -22,6 +22,7 @@ from storage.activations.statistics import (
     TOKEN_QUANTILES,
     Statistics,
     describe_rows,
+    evenly_spaced,
 )
 from storage.activations.writer import StoreWriter
 
@@ -31,7 +32,7 @@ Array = NDArray[np.float64]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums over many blocks, the last one shorter."""
-    monkeypatch.setattr(sampling, "_BLOCK_VALUES", 1000)
+    monkeypatch.setattr(statistics, "_BLOCK_VALUES", 1000)
 
 
 def normal(*shape: int, seed: int = 0) -> Array:
@@ -177,32 +178,33 @@ def test_nothing_finite_is_nothing_known() -> None:
 
 
 def test_rows_are_spread_over_the_store() -> None:
-    assert sampling.evenly_spaced(5, 64).tolist() == [0, 1, 2, 3, 4]
-    assert sampling.evenly_spaced(101, 5).tolist() == [0, 25, 50, 75, 100]
-    assert sampling.evenly_spaced(7, 1).tolist() == [0]
-    assert sampling.evenly_spaced(0, 5).tolist() == []
+    assert evenly_spaced(5, 64).tolist() == [0, 1, 2, 3, 4]
+    assert evenly_spaced(101, 5).tolist() == [0, 25, 50, 75, 100]
+    assert evenly_spaced(7, 1).tolist() == [0]
+    assert evenly_spaced(0, 5).tolist() == []
 
 
 def test_shared_rows_are_the_same_sequence_and_view() -> None:
     one = RowIndex(np.array([5, 3, 9, 3, 5]), np.array([0, 0, 0, 1, 1]))
     other = RowIndex(np.array([3, 5, 7, 3, 9]), np.array([1, 0, 0, 0, 1]))
-    first, second = sampling.shared_places([one, other], 10)
+    first, second = shared_places([one, other], 10)
     pairs = [(int(one.sequence_id[place]), int(one.view[place])) for place in first]
     assert pairs == [(3, 0), (5, 0), (3, 1)]
     assert pairs == [(int(other.sequence_id[place]), int(other.view[place])) for place in second]
     none = RowIndex(np.array([1]), np.array([0]))
-    assert [len(places) for places in sampling.shared_places([one, none], 10)] == [0, 0]
+    assert [len(places) for places in shared_places([one, none], 10)] == [0, 0]
 
 
 def test_a_store_of_bfloat16_is_described_through_its_reader(tmp_path: Path) -> None:
     values = torch.from_numpy(normal(9, 4, 5)).to(torch.bfloat16)
     spec, none = GroupSpec(9, 4, 5, "bfloat16"), GroupSpec(0, 4, 5, "bfloat16")
-    nobody = (np.empty(0, np.int64), np.empty(0, np.int32))
-    writer = StoreWriter(tmp_path, spec, none, {}, (np.arange(9), np.zeros(9, np.int32)), nobody)
+    specs: dict[Group, GroupSpec] = {"train": spec, "validation": none}
+    indices: dict[Group, Any] = {group: (np.arange(s.rows), np.zeros(s.rows, np.int32)) for group, s in specs.items()}
+    writer = StoreWriter(tmp_path, specs, {}, indices)
     for shard in writer.missing_shards():
         writer.write_shard(shard, values)
     with StoreReader(tmp_path, writer.files()) as reader:
-        places = sampling.evenly_spaced(9, 5)
+        places = evenly_spaced(9, 5)
         found = describe_rows(lambda rows: reader.read("train", rows), places, 4, 5)
     chosen = values[places].double().numpy().reshape(-1, 5)
     np.testing.assert_allclose(found.channels.std, chosen.std(0))

@@ -58,7 +58,7 @@ def test_a_shard_in_the_place_of_another_is_not_taken_for_it(sealed: Any, check:
     with StoreReader(folder, files, check, access) as reader:
         for path, row in ((first, 0), (second, 4)):
             with pytest.raises(
-                ArtifactCorruptError, match="chunk 0 is whole, but not the one that was sealed"
+                ArtifactCorruptError, match="chunk 0 is intact, but not the one that was sealed"
             ) as caught:
                 reader.read("train", [row])
             assert caught.value.path == path
@@ -72,7 +72,7 @@ def test_a_chunk_in_the_place_of_another_is_not_taken_for_it(sealed: Any, access
     path.write_bytes(data[stride : 2 * stride] + data[:stride] + data[2 * stride :])
     with StoreReader(folder, files, access=access) as reader:
         for row, slot in ((0, 0), (2, 1)):
-            with pytest.raises(ArtifactCorruptError, match=f"chunk {slot} is whole, but not"):
+            with pytest.raises(ArtifactCorruptError, match=f"chunk {slot} is intact, but not"):
                 reader.read("train", [row])
 
 
@@ -241,7 +241,7 @@ def test_what_is_new_is_announced_before_the_first_of_it_is_read(sealed: Any, mo
         "will_need": ShardFile.will_need,
         "read_checked": ShardFile.read_checked,
         "read": ShardFile.read,
-        "mapping_now": ShardFile.mapping_now,
+        "checked_mapping": ShardFile.checked_mapping,
     }
     for name, method in reads.items():
 
@@ -250,7 +250,7 @@ def test_what_is_new_is_announced_before_the_first_of_it_is_read(sealed: Any, mo
             return method(self, *arguments)
 
         monkeypatch.setattr(ShardFile, name, noted)
-    for access, second in (("map", ["mapping_now"] * 3), ("read", ["will_need"] * 3 + ["read"] * 3)):
+    for access, second in (("map", ["checked_mapping"] * 3), ("read", ["will_need"] * 3 + ["read"] * 3)):
         with StoreReader(folder, files, access=access) as reader:
             reader.read("train", [1])  # the index of the first shard
             told.clear()

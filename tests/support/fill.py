@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stackwise_core.data.masks import VALIDATION_VIEW, IntArray
-from storage.activations.fill import StoreRows, fill_store
+from storage.activations.fill import StoreRows, fill_store, write_shards
 from storage.activations.format import Group, GroupSpec
 
 T, D, N = 3, 4, 50
@@ -59,7 +60,8 @@ def fill(folder: Path, source: Source, n_shards: int | None = None, **changes: A
     """Fill, and stop after `n_shards` if they are given; changes are of the rows."""
     told: list[tuple[int, int]] = []
     rows = dataclasses.replace(rows_to_store(), **changes)
-    result = fill_store(folder, rows, source, lambda *n: told.append(n), lambda: len(told) - 1 == n_shards)
+    write = functools.partial(write_shards, rows, source)
+    result = fill_store(write, folder, rows, lambda *n: told.append(n), lambda: len(told) - 1 == n_shards)
     return (*result, told)
 
 

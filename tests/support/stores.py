@@ -74,15 +74,7 @@ class Store:
         return store
 
     def writer(self, folder: Path, attributes: dict[str, Any] = ATTRIBUTES) -> StoreWriter:
-        return StoreWriter(
-            folder,
-            self.specs["train"],
-            self.specs["validation"],
-            attributes,
-            self.index["train"],
-            self.index["validation"],
-            self.channels,
-        )
+        return StoreWriter(folder, self.specs, attributes, self.index, self.channels)
 
     def rows_of(self, shard: ShardRange) -> Any:
         rows = slice(shard.first_row, shard.first_row + shard.n_rows)
