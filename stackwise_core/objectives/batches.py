@@ -12,14 +12,13 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.masks import SALT_DEPTH, MaskSpec, hash_bits
 from stackwise_core.data.order import RowOrder
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.objectives.dataloader import Boundary, ProgressiveDataLoader, one_pass
-from stackwise_core.objectives.losses import Batch
+from stackwise_core.objectives.losses import Batch, batch_rows
 from stackwise_core.objectives.make_batch import raw_fields
 from stackwise_core.stages.resolve import resolve_mask
 from stackwise_core.stages.stages import StageSpec, resolve_joint_times
@@ -140,9 +139,8 @@ class RepeatedLoader:
 def first_rows(batches: Iterable[Batch], n_rows: int) -> Iterator[Batch]:
     """Yield batches until there are `n_rows` rows; the last batch is cut."""
     for batch in batches if n_rows else ():
-        n_batch = len(batch["input_ids"])
-        yield {key: value[:n_rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
-        n_rows -= n_batch
+        yield batch_rows(batch, slice(n_rows))
+        n_rows -= len(batch["input_ids"])
         if n_rows <= 0:
             return
 

@@ -122,9 +122,9 @@ class ProgressiveDataLoader:
         if isinstance(source, RowSource):
             return _checked_boundary(source.rows(ids, view), tokens)
         steps = input_time_step(batch)
-        return (
-            self._recording(source, tokens, steps, ids, view) if self.cache_activations else _run(source, tokens, steps)
-        )
+        if self.cache_activations:
+            return self._recording(source, tokens, steps, ids, view)
+        return _run(source, tokens, steps)
 
     def _recording(
         self, live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None, ids: IntArray, view: int
@@ -172,7 +172,7 @@ def _corruption(
     strategy: MaskSpec | TimeStepMasking | None, stack_idx: int, time_step: int | None
 ) -> tuple[MaskSpec | None, int | None]:
     """Return the corruption of the stack that trains, and its time step where depth is time."""
-    spec, known_step = None, None
+    known_step = None
     if isinstance(strategy, TimeStepMasking):
         spec = strategy.spec_for_stack(stack_idx)
         known_step = None if spec.time else strategy.get_time_step_for_stack(stack_idx)

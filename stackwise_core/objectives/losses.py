@@ -19,6 +19,11 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 """From logits [P, V] and targets [P] to a loss per position [P]."""
 
 
+def batch_rows(batch: Batch, rows: slice) -> Batch:
+    """Return some rows of a batch."""
+    return {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
 def input_time_step(batch: Batch) -> Tensor | None:
     """Return the steps that the embedding takes [B]; None unless time is an input.
 

@@ -15,7 +15,14 @@ from stackwise_core.config.schema import StreamDtype
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
 from stackwise_core.model.stream import EXACT, Stream
 from stackwise_core.objectives.dataloader import RowSource
-from stackwise_core.objectives.losses import Batch, LossFunction, input_time_step, loss_positions, summed_loss
+from stackwise_core.objectives.losses import (
+    Batch,
+    LossFunction,
+    batch_rows,
+    input_time_step,
+    loss_positions,
+    summed_loss,
+)
 from stackwise_core.training.boundary import advance
 
 _SEQUENCES_AT_ONCE = 32
@@ -71,8 +78,7 @@ def _mean_loss(hidden_BTD: Tensor, head: Head, batch: Batch, loss_function: Loss
     total, normaliser = 0.0, 0
     for first in range(0, len(hidden_BTD), _SEQUENCES_AT_ONCE):
         rows = slice(first, first + _SEQUENCES_AT_ONCE)
-        part = {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
-        loss, count = summed_loss(hidden_BTD[rows], head, part, loss_function)
+        loss, count = summed_loss(hidden_BTD[rows], head, batch_rows(batch, rows), loss_function)
         total, normaliser = total + loss.item(), normaliser + count
     return total / max(1, normaliser)
 

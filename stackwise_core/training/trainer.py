@@ -246,9 +246,7 @@ def stage_inputs(
     if state is not None and not fits(model, state):
         allowed = f"stage {spec.index} trains other tensors: give a checkpoint of this stage, or None"
         raise ConfigError([Fault("state", f"a checkpoint at step {state.step}", allowed)])
-    boundary = None
-    if anatomy.boundary:
-        boundary = store
+    boundary = store if anatomy.boundary else None
     if anatomy.boundary and store is None:
         below = [stacks[index].to(device) for index in anatomy.below]
         stream = Stream(config.cache.dtype, builder.channels)

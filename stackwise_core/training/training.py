@@ -17,7 +17,7 @@ from stackwise_core.failpoints import failpoint
 from stackwise_core.model.growth_operators import freeze
 from stackwise_core.model.precision import convert_storage
 from stackwise_core.model.stream import ChannelStatistics
-from stackwise_core.objectives.losses import Batch, loss_normaliser
+from stackwise_core.objectives.losses import Batch, batch_rows, loss_normaliser
 from stackwise_core.stages.stages import OptimSpec, StageSpec
 from stackwise_core.training.optimizer import LossScale, learning_rate, make_optimizer
 from stackwise_core.training.ranks import ALONE, Ranks
@@ -240,16 +240,15 @@ def _clip(trained: list[nn.Parameter], factor: float, limit: float, ranks: Ranks
 
 
 def _parts(batch: Batch, n_parts: int) -> Iterator[Batch]:
-    """Cut a batch along its rows."""
+    """Cut a batch along its rows; a loader's last batch may have fewer rows than there are parts."""
     if n_parts == 1:
-        yield batch
+        yield batch  # also an empty share, since every rank must join in reducing the gradients
         return
     size = len(batch["sequence_ids"])
     for n in range(n_parts):
         rows = slice(n * size // n_parts, (n + 1) * size // n_parts)
-        if rows.start == rows.stop:
-            continue  # a loader's last batch may have fewer rows than there are parts
-        yield {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        if rows.start < rows.stop:
+            yield batch_rows(batch, rows)
 
 
 # ---------------------------------------------------------------- the state of training

@@ -430,7 +430,7 @@ def test_a_library_needs_no_tokenizer() -> None:
 def test_ids_that_name_two_sequences_are_refused_where_rows_are_kept() -> None:
     config = _config(**{f"{GROWTH}training_objective": "clm"})
     loader = [{"input_ids": tokens[:4], "sequence_ids": torch.arange(4)} for tokens in LOADER]
-    with pytest.raises(ConfigError, match="two different ones came under this id"):
+    with pytest.raises(ConfigError, match="two sequences came under this id"):
         ProgressiveTrainer(config).train_progressively(ProgressiveRackBuilder(config), loader, 2)
 
 
