@@ -31,7 +31,7 @@ class StackSettings:
     mode: Literal["append", "prepend"]
     steps: int
     adapter: AdapterSize | None
-    """Of its 'stack' adapter. A stack of precision qlora always has one, since NF4 alone could not train."""
+    """Size of its 'stack' adapter. A stack of precision qlora always has one, since NF4 alone could not train."""
 
 
 _COMMON = StackOverride()
@@ -72,9 +72,6 @@ def _by_pattern(pattern: str, value: float, stack: int) -> float:
 def feed_forward_width(config: ConfigSchema) -> int:
     """Return the inner width of the feed-forward: d_ff, or 8/3 of d_model rounded up to a multiple of 32."""
     return config.model.d_ff or -(-config.model.d_model * 8 // 3 // 32) * 32
-
-
-# ---------------------------------------------------------------- time
 
 
 def n_time_steps(config: ConfigSchema) -> int:

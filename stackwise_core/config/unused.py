@@ -7,7 +7,6 @@ rejected, and they enter no id.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -86,31 +85,22 @@ BELONGS_TO: dict[str, list[Need]] = {
 """What each key needs to have an effect: all of its entries. Keys that always have an effect are left out."""
 
 
-@dataclass(frozen=True)
-class Unused:
-    """A key that is set but has no effect, and the setting that makes it so."""
-
-    path: str
-    because: str
-    value: Any
-    """The value of `because`."""
-
-
 def notes(config: ConfigSchema) -> list[str]:
     """Return at most one line, which names the unused keys of a valid configuration."""
     groups: dict[str, list[str]] = {}
-    for unused in unused_keys(config):
-        groups.setdefault(f"{_short(unused.because)}: {_spelled(unused.value)}", []).append(_short(unused.path))
+    for path, because in unused_keys(config).items():
+        value = _values(config, because)[0]
+        groups.setdefault(f"{_short(because)}: {_spelled(value)}", []).append(_short(path))
     listed = "; ".join(f"{', '.join(keys)} ({because})" for because, keys in groups.items())
     return [f"not used: {listed}"] if listed else []
 
 
-def unused_keys(config: ConfigSchema) -> list[Unused]:
-    """Return the keys that are changed from their defaults although they have no effect."""
+def unused_keys(config: ConfigSchema) -> dict[str, str]:
+    """Return the keys that are set although they have no effect, each with the key whose value makes it so."""
     defaults = ConfigSchema()
     changed = [path for path in BELONGS_TO if _values(config, path) != _values(defaults, path)]
-    found = [(path, because) for path in changed if (because := _blocker(config, path))]
-    return [Unused(path, because, _values(config, because)[0]) for path, because in (*found, *_entries(config))]
+    found = {path: because for path in changed if (because := _blocker(config, path))}
+    return found | dict(_unused_entries(config))
 
 
 def is_used(config: ConfigSchema, path: str) -> bool:
@@ -140,8 +130,8 @@ def _values(config: ConfigSchema, path: str) -> list[Any]:
     return values
 
 
-def _entries(config: ConfigSchema) -> Iterator[tuple[str, str]]:
-    """Yield the entries of `stacks` and `qlora_configs` that no stack reads, and why."""
+def _unused_entries(config: ConfigSchema) -> Iterator[tuple[str, str]]:
+    """Yield the entries of `stacks` and `qlora_configs` that no stack reads, each with the key that makes it so."""
     growth = config.training.progressive
     for stack, own in enumerate(growth.stacks):
         if stack >= growth.max_stacks:

@@ -18,8 +18,7 @@ from stackwise_core.errors import CorpusError
 
 FIRST_VALIDATION_ID = 1 << 40
 """Validation sequences are numbered from here, so that an id shows its split."""
-_COLUMNS = ("input_ids", "targets", "masks")
-"""Of an example."""
+_EXAMPLE_COLUMNS = ("input_ids", "targets", "masks")
 
 
 @dataclass(frozen=True)
@@ -186,13 +185,8 @@ class ExampleFormat:
     """Whether targets at loss positions must be tokens; a custom loss may take any integer."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """One line: tokens, targets and loss positions, [length] each."""
-
-    tokens: IntArray
-    targets: IntArray
-    masks: BoolArray
+_Example = tuple[IntArray, IntArray, BoolArray]
+"""Tokens, targets and loss positions of one line, [length] each."""
 
 
 def pack_examples(
@@ -206,7 +200,7 @@ def pack_examples(
     examples = list(_read_examples(corpus, form))
     n_validation = max(1, round(len(examples) * validation_fraction))
     n_train = max(0, len(examples) - n_validation)
-    dtype = token_dtype(max([form.pad_token, *(int(example.tokens.max()) for example in examples)]) + 1)
+    dtype = token_dtype(max([form.pad_token, *(int(tokens.max()) for tokens, _, _ in examples)]) + 1)
     train = _padded(examples[: min(n_train, max_sequences or n_train)], form, dtype, first_id=0)
     validation = _padded(examples[n_train:], form, dtype, FIRST_VALIDATION_ID)
     for name, split in (("training", train), ("validation", validation)):
@@ -219,20 +213,18 @@ def pack_examples(
 
 
 def _padded(
-    examples: list[Example], form: ExampleFormat, dtype: type[np.uint16] | type[np.uint32], first_id: int
+    examples: list[_Example], form: ExampleFormat, dtype: type[np.uint16] | type[np.uint32], first_id: int
 ) -> PackedSequences:
     shape = (len(examples), form.seq_len)
     tokens: TokenArray = np.full(shape, form.pad_token, dtype=dtype)
     targets, masks = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
     for row, example in enumerate(examples):
-        length = len(example.tokens)
-        tokens[row, :length] = example.tokens
-        targets[row, :length] = example.targets
-        masks[row, :length] = example.masks
+        length = len(example[0])
+        tokens[row, :length], targets[row, :length], masks[row, :length] = example
     return PackedSequences(tokens, first_id + np.arange(len(examples), dtype=np.int64), targets, masks)
 
 
-def _read_examples(corpus: Corpus, form: ExampleFormat) -> Iterator[Example]:
+def _read_examples(corpus: Corpus, form: ExampleFormat) -> Iterator[_Example]:
     for document in corpus.documents:
         # Not splitlines(), since a JSON string may contain other line breaks.
         for number, line in enumerate(bytes(document.content).split(b"\n"), 1):
@@ -243,15 +235,15 @@ def _read_examples(corpus: Corpus, form: ExampleFormat) -> Iterator[Example]:
                     raise CorpusError(f"data.source: {document.name}:{number}: {error}") from None
 
 
-def _read_example(line: bytes, form: ExampleFormat) -> Example:
+def _read_example(line: bytes, form: ExampleFormat) -> _Example:
     """Parse one line; raises ValueError with what is wrong and what to do."""
     try:
         columns = parse_object(line)
     except ValueError as error:
         expected = "one JSON object a line, with input_ids, targets and, where not every position has a loss, masks"
         raise ValueError(f"{error}; the custom objective reads {expected}") from None
-    if unknown := [name for name in columns if name not in _COLUMNS]:
-        raise ValueError(f"got the column {unknown[0]!r}; only {', '.join(_COLUMNS)} are read, leave it out")
+    if unknown := [name for name in columns if name not in _EXAMPLE_COLUMNS]:
+        raise ValueError(f"got the column {unknown[0]!r}; only {', '.join(_EXAMPLE_COLUMNS)} are read, leave it out")
     tokens, targets = _column(columns, "input_ids", int), _column(columns, "targets", int)
     masks = _column(columns, "masks", bool) if "masks" in columns else np.ones(len(tokens), dtype=np.bool_)
     for name, column in (("targets", targets), ("masks", masks)):
@@ -262,7 +254,7 @@ def _read_example(line: bytes, form: ExampleFormat) -> Example:
     _check_vocabulary("input_ids", "token", tokens, form)
     if form.targets_are_tokens:
         _check_vocabulary("targets", "target", targets[masks], form)
-    return Example(tokens, targets, masks)
+    return tokens, targets, masks
 
 
 def _column(columns: Row, name: str, kind: type) -> NDArray[Any]:

@@ -23,7 +23,7 @@ _TEXT = "text"
 _HUB = "hf:"
 _HUB_NAME = re.compile(r"hf:(?P<name>[^/:]+/[^/:]+)(/(?P<config>[^/:]+))?(:(?P<split>.+))?")
 _KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".bin": "uint16 token"}
-"""By suffix; all other files are text."""
+"""The kind of a file by its suffix; all others are text."""
 _CHUNK = 1 << 20
 
 Content = bytes | memoryview
@@ -37,7 +37,7 @@ class Document:
     """A text, or a file of tokens, with the hash that documents are ordered by."""
 
     name: str
-    """For messages."""
+    """The file, or the file and the row, for messages."""
     content: Content
     """UTF-8 text, or memory-mapped tokens, uint16 little-endian."""
     digest: str
@@ -60,15 +60,14 @@ def documents_of(source: str, *, examples: bool) -> Iterator[Document]:
     Raises:
         CorpusError: no file matches, their kinds are mixed, or a file or row cannot be read as its kind.
     """
-    column = None if examples else _TEXT
     if source.startswith(_HUB):
-        yield from _of_rows(source, _hub_rows(source, column), examples)
+        yield from _of_rows(source, _hub_rows(source, examples), examples)
         return
     paths = _paths(source)
     kind = _common_kind(source, paths)
     for path in paths:
         if kind == "parquet":
-            yield from _of_rows(str(path), _parquet_rows(path, column), examples)
+            yield from _of_rows(str(path), _parquet_rows(path, examples), examples)
         elif kind == "jsonl" and not examples:
             yield from _of_rows(str(path), _jsonl_rows(path), examples)
         elif kind == "uint16 token":
@@ -235,8 +234,8 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-def _parquet_rows(path: Path, column: str | None) -> Iterator[NumberedRow]:
-    """Yield the rows of a parquet file, a thousand in memory at a time; `column` is the only one to read, if given."""
+def _parquet_rows(path: Path, examples: bool) -> Iterator[NumberedRow]:
+    """Yield the rows of a parquet file, a thousand in memory at a time."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -244,14 +243,14 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[NumberedRow]:
         raise CorpusError(f"data.source: {path} needs pyarrow to be read: pip install 'stackwise[parquet]'") from None
     try:
         with parquet.ParquetFile(path) as file:
-            names = _checked_names(str(path), file.schema_arrow.names, column)
+            names = _columns_to_read(str(path), file.schema_arrow.names, examples)
             batches = file.iter_batches(batch_size=1000, columns=names)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except (OSError, pyarrow.ArrowException) as error:
         raise CorpusError(f"data.source: {path} cannot be read as parquet ({_first_line(error)})") from None
 
 
-def _hub_rows(source: str, column: str | None) -> Iterator[NumberedRow]:
+def _hub_rows(source: str, examples: bool) -> Iterator[NumberedRow]:
     """Yield the rows of a Hugging Face dataset, which the library `datasets` downloads once into its own cache."""
     named = _HUB_NAME.fullmatch(source)
     if named is None:
@@ -266,20 +265,20 @@ def _hub_rows(source: str, column: str | None) -> Iterator[NumberedRow]:
     except Exception as error:  # the library may raise anything
         remedy = "check owner, name, configuration and split, and the connection to the hub"
         raise CorpusError(f"data.source: got {source!r}; cannot be loaded ({_first_line(error)}); {remedy}") from None
-    names = _checked_names(source, dataset.column_names, column)
+    names = _columns_to_read(source, dataset.column_names, examples)
     yield from enumerate(dataset.select_columns(names), 1)
 
 
-def _checked_names(where: str, names: list[str], column: str | None) -> list[str]:
-    if column is not None and column not in names:
-        raise CorpusError(f"data.source: {where}: {_missing(column, names)}")
-    return names if column is None else [column]
+def _columns_to_read(where: str, names: list[str], examples: bool) -> list[str]:
+    if not examples and _TEXT not in names:
+        raise CorpusError(f"data.source: {where}: {_no_text(names)}")
+    return names if examples else [_TEXT]
 
 
 def _text_of(row: Row) -> bytes:
     """Return the text of a row as UTF-8; raises ValueError if the row has none."""
     if _TEXT not in row:
-        raise ValueError(_missing(_TEXT, list(row)))
+        raise ValueError(_no_text(list(row)))
     text = row[_TEXT]
     if not isinstance(text, str):
         raise ValueError(f"{_TEXT} is {shortened(text)}; a string is expected")
@@ -300,8 +299,8 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def _missing(column: str, names: list[str]) -> str:
-    return f"the column {column!r} is missing (it has {names}); documents are read from it"
+def _no_text(names: list[str]) -> str:
+    return f"the column {_TEXT!r} is missing (it has {names}); documents are read from it"
 
 
 def _first_line(error: Exception) -> str:

@@ -25,7 +25,6 @@ from stackwise_core.stages.resolve import (
     ModelShape,
     Value,
     reads_examples,
-    resolve_grid,
     resolve_mask,
     resolve_objective,
     resolve_shape,
@@ -33,6 +32,9 @@ from stackwise_core.stages.resolve import (
     resolve_views,
 )
 from stackwise_core.stages.stages import StageSpec, last_trained, resolve_joint_times, resolve_stages
+
+_GRID = (0.15, 0.3, 0.5, 0.7, 0.9)
+"""Mask ratios at which stages of different ratios are compared."""
 
 
 class StagePlan(Value, frozen=True):
@@ -166,7 +168,7 @@ def _plan_stage(
         sequences=config.validation.max_sequences,
         # Without a store this key is not used, so its default enters the id.
         sampled_rows=config.validation.sampled_rows if activations else ValidationConfig().sampled_rows,
-        grid=resolve_grid(config),
+        grid=_GRID if corrupts_by_time(config) else (),  # otherwise all stages share one ratio
     )
     return StagePlan(
         spec=spec,
@@ -217,9 +219,6 @@ def _plan_activations(
         steps=reader.optim.steps,
         validation_sequences=config.validation.max_sequences,
     )
-
-
-# ---------------------------------------------------------------- what is cached
 
 
 def _why_not_cached(config: StackWiseConfig, writer: StageSpec, reader: StageSpec | None, corpus_bytes: int) -> str:

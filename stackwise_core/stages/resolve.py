@@ -138,16 +138,6 @@ def resolve_loss(config: StackWiseConfig) -> Callable[..., Any] | None:
     return load_function(name, key) if name and is_used(config, key) else None
 
 
-GRID = (0.15, 0.3, 0.5, 0.7, 0.9)
-"""Mask ratios at which stages of different ratios are compared."""
-
-
-def resolve_grid(config: StackWiseConfig) -> tuple[float, ...]:
-    """Return the mask ratios at which all stages are compared; none if they share one ratio."""
-    growth = config.training.progressive
-    return GRID if growth.training_objective == "mlm" and growth.time_interpretation != "none" else ()
-
-
 STATISTICS_ROWS = 1024
 """Rows over which channel statistics of a stack's output are taken."""
 

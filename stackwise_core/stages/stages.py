@@ -167,7 +167,7 @@ class StageSpec(Value, frozen=True):
     stacks: tuple[StackSpec, ...]
     """All stacks of the rack, by creation index."""
     time_step: int | None
-    """Of the new stack, where depth is time."""
+    """Time step of the new stack, where depth is time."""
     optim: OptimSpec
 
     @property

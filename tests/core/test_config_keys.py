@@ -121,13 +121,13 @@ MORE_FOR_VALUE: dict[tuple[str, str], dict[str, Any]] = {
 @pytest.mark.parametrize("path", sorted(BELONGS_TO.keys() & NEEDS.keys() - {f"{GROWTH}.trunk_strategy"}))
 def test_a_key_without_the_setting_it_needs_is_noted_with_that_setting(path: str) -> None:
     config = configuration({path: other_value(path)})
-    assert path in {unused.path for unused in unused_keys(config)}
-    reasons = {unused.because for unused in unused_keys(config)}
+    assert path in unused_keys(config)
+    reasons = set(unused_keys(config).values())
     assert reasons <= {key for keys in NEEDS.values() for key in keys}
     needed = configuration(
         {**NEEDS[path], **MORE_FOR_VALUE.get((path, str(other_value(path))), {}), path: other_value(path)}
     )
-    assert path not in {unused.path for unused in unused_keys(needed)}
+    assert path not in unused_keys(needed)
 
 
 @pytest.mark.parametrize(("path", "value"), [(path, value) for path in LEAVES for value in values_of(path)])
@@ -140,7 +140,7 @@ def test_every_value_is_accepted_where_it_belongs(path: str, value: Any) -> None
 def test_the_table_names_keys_of_the_schema_and_none_is_unused_by_default() -> None:
     named = {key for needs in BELONGS_TO.values() for need in needs for key, _ in need}
     assert {*BELONGS_TO, *NEEDS, *named} - set(LEAVES) == {f"{GROWTH}.stacks.precision", f"{GROWTH}.stacks.mode"}
-    assert unused_keys(StackWiseConfig()) == []
+    assert unused_keys(StackWiseConfig()) == {}
 
 
 def test_the_bound_is_refused_without_masks() -> None:

@@ -328,7 +328,7 @@ def test_keys_of_another_kind_of_time_are_unused_and_not_refused(
 ) -> None:
     config = config_of(growth, **training)
     assert faults_of(config) == []
-    assert {unused.path.rpartition(".")[2] for unused in unused_keys(config)} == set(names.split())
+    assert {path.rpartition(".")[2] for path in unused_keys(config)} == set(names.split())
 
 
 # ---------------------------------------------------------------- the embedding of a step
