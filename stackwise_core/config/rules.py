@@ -149,8 +149,8 @@ def _precision_path(config: ConfigSchema, stack: int) -> str:
 def _adapter_faults(config: ConfigSchema) -> Iterator[Fault]:
     growth = config.training.progressive
     variable = growth.qlora_strategy == "variable"
-    sizes = {stack: settings_of(config, stack).adapter for stack in range(growth.target_stacks)}
-    adapters = {stack: size for stack, size in sizes.items() if size}
+    stacks = range(growth.target_stacks)
+    adapters = {stack: adapter for stack in stacks if (adapter := settings_of(config, stack).adapter)}
     if variable and (missing := [stack for stack in adapters if stack not in growth.qlora_configs]):
         given = ", ".join(map(str, sorted(growth.qlora_configs))) or "none"
         allowed = f"{_named(missing)} without an entry, and each adapter needs one (given: {given})"
@@ -158,12 +158,12 @@ def _adapter_faults(config: ConfigSchema) -> Iterator[Fault]:
         return
     narrowest, width = min(_widths(config).items(), key=lambda item: item[::-1])
     faults: dict[str, Fault] = {}
-    for stack, (rank, alpha) in adapters.items():
-        if rank > width:
+    for stack, adapter in adapters.items():
+        if adapter.rank > width:
             path = f"{GROWTH}.qlora_configs.{stack}.rank" if variable else f"{GROWTH}.qlora_rank"
             allowed = f"of stack {stack} exceeds its narrowest layer ({narrowest}: {width}); lower it"
-            faults.setdefault(path, Fault(path, str(rank), allowed))
-        if not math.isfinite(alpha):
+            faults.setdefault(path, Fault(path, str(adapter.rank), allowed))
+        if not math.isfinite(adapter.alpha):
             path = f"{GROWTH}.qlora_alpha_pattern"
             faults.setdefault(path, _fault(config, path, f"gives stack {stack} an infinite alpha; use another"))
     yield from faults.values()

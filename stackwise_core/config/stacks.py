@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel
 
 from stackwise_core.config.functions import load_function, shown
 from stackwise_core.config.schema import GROWTH, ConfigSchema, Precision, ProgressiveConfig, StackOverride
@@ -15,8 +16,8 @@ from stackwise_core.data.masks import TimeInput
 from stackwise_core.errors import ConfigError, Fault
 
 
-class AdapterSize(NamedTuple):
-    """Size of a LoRA adapter, whose output is multiplied by alpha / rank."""
+class AdapterSpec(BaseModel, frozen=True, extra="forbid"):
+    """A LoRA adapter, whose output is multiplied by alpha / rank. Enters ids unchanged."""
 
     rank: int
     alpha: float
@@ -30,8 +31,8 @@ class StackSettings:
     precision: Precision
     mode: Literal["append", "prepend"]
     steps: int
-    adapter: AdapterSize | None
-    """Size of its 'stack' adapter. A stack of precision qlora always has one, since NF4 alone could not train."""
+    adapter: AdapterSpec | None
+    """Its 'stack' adapter. A stack of precision qlora always has one, since NF4 alone could not train."""
 
 
 _COMMON = StackOverride()
@@ -47,18 +48,19 @@ def settings_of(config: ConfigSchema, stack: int) -> StackSettings:
         precision=precision,
         mode=growth.building_mode if own.mode == "default" else own.mode,
         steps=own.steps or config.training.steps_per_stack,
-        adapter=_adapter_size(growth, stack) if growth.qlora_enabled or precision == "qlora" else None,
+        adapter=_adapter(growth, stack) if growth.qlora_enabled or precision == "qlora" else None,
     )
 
 
-def _adapter_size(growth: ProgressiveConfig, stack: int) -> AdapterSize:
+def _adapter(growth: ProgressiveConfig, stack: int) -> AdapterSpec:
     own = growth.qlora_configs.get(stack)
     if growth.qlora_strategy == "variable" and own:  # a stack without an entry is rejected by the rules
-        return AdapterSize(own.rank, own.alpha)
+        return AdapterSpec(rank=own.rank, alpha=own.alpha)
     if growth.qlora_strategy != "progressive":
-        return AdapterSize(growth.qlora_rank, growth.qlora_alpha)
+        return AdapterSpec(rank=growth.qlora_rank, alpha=growth.qlora_alpha)
     rank = _by_pattern(growth.qlora_rank_pattern, growth.qlora_rank, stack)
-    return AdapterSize(int(rank), float(_by_pattern(growth.qlora_alpha_pattern, growth.qlora_alpha, stack)))
+    alpha = _by_pattern(growth.qlora_alpha_pattern, growth.qlora_alpha, stack)
+    return AdapterSpec(rank=int(rank), alpha=float(alpha))
 
 
 def _by_pattern(pattern: str, value: float, stack: int) -> float:

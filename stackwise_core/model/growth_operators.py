@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from stackwise_core.config.stacks import AdapterSpec
 from stackwise_core.data.masks import hash_bits
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import ADAPTERS, adapter_names, add_adapter, merged_dense
 from stackwise_core.model.blocks import Rack, Stack, initialise
 from stackwise_core.model.precision import convert_storage
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.stages.stages import AdapterName, AdapterSpec, GrowthOperator, StackSpec
+from stackwise_core.stages.stages import AdapterName, GrowthOperator, StackSpec
 
 _SALT_INIT = 5
 

@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from stackwise_core.config.schema import Precision, StreamDtype
+from stackwise_core.config.stacks import AdapterSpec
 from stackwise_core.data.masks import MaskSpec
 from stackwise_core.stages.resolve import ModelShape, Value
-from stackwise_core.stages.stages import AdapterSpec, GrowthOperator, OptimSpec, StackSpec, Strategy, Trains
+from stackwise_core.stages.stages import GrowthOperator, OptimSpec, StackSpec, Strategy, Trains
 
 Kind = Literal["data", "build", "trunk", "stack", "activations", "validation"]
 

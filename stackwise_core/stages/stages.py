@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import QUANTISED, Precision
-from stackwise_core.config.stacks import corrupts_by_time, mask_ratio_of, settings_of, stack_time_step
+from stackwise_core.config.stacks import AdapterSpec, corrupts_by_time, mask_ratio_of, settings_of, stack_time_step
 from stackwise_core.stages.resolve import Value
 
 AdapterName = Literal["stack", "progressive"]
@@ -139,13 +139,6 @@ class OptimSpec(Value, frozen=True):
     """Peak rate of adapters; 0 where none trains."""
 
 
-class AdapterSpec(Value, frozen=True):
-    """A LoRA adapter: its output is multiplied by alpha / rank."""
-
-    rank: int
-    alpha: float
-
-
 class StackSpec(Value, frozen=True):
     """One stack of the rack, as it is while some stage trains."""
 
@@ -254,7 +247,7 @@ def resolve_stack(config: StackWiseConfig, stack: int, stage: int) -> StackSpec:
     growth, settings = config.training.progressive, settings_of(config, stack)
     adapters: dict[AdapterName, AdapterSpec] = {}
     if settings.adapter:
-        adapters["stack"] = AdapterSpec(rank=settings.adapter.rank, alpha=settings.adapter.alpha)
+        adapters["stack"] = settings.adapter
     if growth.enabled and growth.progressive_qlora and stack < stage:
         progressive = AdapterSpec(rank=growth.progressive_qlora_rank, alpha=growth.progressive_qlora_alpha)
         adapters["progressive"] = progressive
