@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.harness import ROOT, Measure
 from storage.activations.format import GroupSpec, Record, metadata_paths, record_path, shard_path
 from storage.activations.metadata import GroupMetadata, RowIndex, write_metadata
-from storage.checksums import checksum_file
+from storage.files import checksum_file
 
 GIB = 2**30
 SEQ_LEN, D_MODEL = 256, 512

@@ -1,4 +1,4 @@
-"""Artifacts: what is known of each, and how it gets from work to sealed, retired or quarantine, in any place."""
+"""Artifacts: the state of each, and how it gets from work to sealed, retired or quarantine, in any place."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 
 from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.identity import Recipe, Ref
-from storage.checksums import NOT_LISTED, Files, checksum_file, verify_files
-from storage.durable import remove_temporaries, sync_tree, write_text
 from storage.errors import (
     ArtifactCorruptError,
     ArtifactError,
@@ -20,13 +18,14 @@ from storage.errors import (
     ArtifactsFolderError,
     ArtifactUnsealedError,
 )
-from storage.local import LocalPlace, delete_path
-from storage.locks import FileLock, Holder, OnWait, no_wait
+from storage.files import NOT_LISTED, Files, checksum_file, remove_temporaries, sync_tree, verify_files, write_text
+from storage.local import LocalPlace, delete_path, trash
+from storage.locks import FileLock, OnWait, no_wait
 from storage.manifest import MANIFEST, FileEntry, InputEntry, Manifest, make_manifest, read_manifest
-from storage.place import Place, RangeReader, SealedFolder, key_of
+from storage.place import Place, SealedFolder, key_of
 
 SCRATCH = "scratch"
-"""Folder inside a work folder for what helps to go on after a kill; it is never sealed."""
+"""Folder inside a work folder for what a task needs to resume after a kill; it is never sealed."""
 _REMAKE = "Run `stackwise train` with the configuration that made it: it will be made"
 
 
@@ -41,11 +40,11 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Lookup:
-    """What one look at an artifact found."""
+    """The state of an artifact at one moment."""
 
     state: State
     folder: SealedFolder | None = None
-    """Of what has a manifest that can be trusted."""
+    """If it has a manifest that can be trusted."""
     error: ArtifactCorruptError | None = None
     """What is damaged, if the state is CORRUPT."""
 
@@ -55,12 +54,8 @@ class Lookup:
         return self.folder.manifest if self.folder and self.state is State.SEALED else None
 
 
-def open_place(uri: Path | str) -> Place:
-    """Return the place that a path, or a URI such as s3://bucket/prefix, names; nothing is touched yet.
-
-    Raises:
-        ArtifactsFolderError: it is neither.
-    """
+def _place_at(uri: Path | str) -> Place:
+    """Return the place that a path, or a URI such as s3://bucket/prefix, names."""
     text = str(uri)
     if not text:
         raise ArtifactsFolderError("--artifacts '': give a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
@@ -77,24 +72,25 @@ def artifacts_at(uri: Path | str) -> Artifacts:
 
 
 class Artifacts:
-    """The artifacts of one place. Knows names and seals, and nothing of what is inside.
+    """The artifacts of one place, by their names and seals; what is inside them is up to others.
 
-    Every question looks anew. For answers that must agree with each other, ask a cached `lookup`:
-    `functools.cache(artifacts.lookup)`.
+    `root` is the folder of this machine in which artifacts are made and read; `uri` is what `--artifacts` takes.
+    Nothing is cached. For answers that must agree with each other, use `functools.cache(artifacts.lookup)`.
     """
 
     def __init__(self, uri: Path | str) -> None:
-        """Name the place; nothing is touched before `open()`."""
-        self.place = open_place(uri)
+        """Name the place; nothing is touched before `open()`.
+
+        Raises:
+            ArtifactsFolderError: it is neither a path nor a URI such as s3://bucket/prefix.
+        """
+        self.place = _place_at(uri)
+        self.root, self.uri, self.is_remote = self.place.root, self.place.uri, self.place.is_remote
         self._compared: set[tuple[str, str]] = set()
         self._replaces: dict[Ref, str] = {}
 
     def open(self) -> Artifacts:
-        """Create what is missing, and make sure that artifacts can be sealed here.
-
-        Raises:
-            ArtifactsFolderError: they cannot.
-        """
+        """Create what is missing, or raise ArtifactsFolderError if artifacts cannot be sealed here."""
         self.place.open()
         return self
 
@@ -110,21 +106,6 @@ class Artifacts:
 
     # ------------------------------------------------------------ names
 
-    @property
-    def root(self) -> Path:
-        """The folder of this machine in which artifacts are made and read; of a bucket, its scratch folder."""
-        return self.place.root
-
-    @property
-    def uri(self) -> str:
-        """What `--artifacts` takes to come here, from any working folder."""
-        return self.place.uri
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether what is sealed is in an object store, and `root` a scratch folder."""
-        return self.place.is_remote
-
     def where(self, ref: Ref) -> str:
         """Return what messages call an artifact: its path or URI."""
         return self.place.location(key_of(ref))
@@ -134,24 +115,22 @@ class Artifacts:
         return self.place.location(path.relative_to(self.root).as_posix())
 
     def folder(self, ref: Ref) -> Path:
-        """Return the folder of a sealed artifact on this machine. Of a bucket it may lack files; see `checked`."""
+        """Return the folder of a sealed artifact on this machine. For a bucket it may lack files; see `checked`."""
         return self.root / key_of(ref)
 
     def work(self, ref: Ref) -> Path:
-        """Return where the artifact is made, created if need be; what a killed task left is still in it."""
+        """Return the folder in which an artifact is made, with what a killed task left in it."""
         if ref not in self._replaces:
             try:
-                found = self.place.look(key_of(ref), ref)
+                found = self.place.find(key_of(ref), ref)
             except ArtifactCorruptError:
                 found = None
             self._replaces[ref] = found.manifest.seal if found else ""
         folder = self.root / "work" / ref.name
         if folder.is_symlink():
-            folder.unlink()  # what is made stays inside the artifacts folder
+            folder.unlink()  # nothing is written outside the artifacts folder
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-
-    # ------------------------------------------------------------ locks
 
     def lock(
         self,
@@ -164,20 +143,16 @@ class Artifacts:
         """Return the lock of a name, to be held with `with`."""
         return self.place.lock(name, shared=shared, on_wait=on_wait, should_stop=should_stop)
 
-    def lock_holder(self, name: str) -> Holder | None:
-        """Return the process that holds a lock exclusively now."""
-        return self.place.lock_holder(name)
-
     # ------------------------------------------------------------ state
 
     def lookup(self, ref: Ref) -> Lookup:
-        """Look at an artifact: its manifest, and the sizes of the files it lists.
+        """Return the state of an artifact by its manifest and the sizes of the files that it lists.
 
         Bytes are not read here: checksums are compared when a file is used, and by `stackwise verify`.
         """
         key = key_of(ref)
         try:
-            found = self.place.look(key, ref)
+            found = self.place.find(key, ref)
         except ArtifactCorruptError as error:
             return Lookup(State.CORRUPT, error=error)
         if found is None:
@@ -186,25 +161,24 @@ class Artifacts:
             return Lookup(State.RETIRED, found)
         if problem := found.problem():
             path = self.place.location(f"{key}/{self.place.files_below(key, found.manifest)}{problem[0]}")
-            return Lookup(State.CORRUPT, found, ArtifactCorruptError(path, problem[1], self._remedy(key)))
+            remedy = f"{self.place.how_to_remove(key)} and run the same command again: it will be remade"
+            return Lookup(State.CORRUPT, found, ArtifactCorruptError(path, problem[1], remedy))
         return Lookup(State.SEALED, found)
-
-    def _remedy(self, key: str) -> str:
-        return f"{self.place.how_to_remove(key)} and run the same command again: it will be remade"
 
     def state(self, ref: Ref) -> State:
         """Return the state of an artifact; see `lookup`."""
         return self.lookup(ref).state
 
     def manifest(self, ref: Ref) -> Manifest:
-        """Return the manifest of a sealed artifact, every listed file present in its size.
+        """Return the manifest of a sealed artifact; see `sealed_folder`."""
+        return self.sealed_folder(ref).manifest
+
+    def sealed_folder(self, ref: Ref) -> SealedFolder:
+        """Return a sealed artifact in which every listed file has its size.
 
         Raises:
             ArtifactMissingError, ArtifactUnsealedError, ArtifactCorruptError: each names the place and the remedy.
         """
-        return self._sealed_folder(ref).manifest
-
-    def _sealed_folder(self, ref: Ref) -> SealedFolder:
         found = self.lookup(ref)
         if found.error:
             raise found.error
@@ -221,25 +195,25 @@ class Artifacts:
         return self.lookup(ref).sealed
 
     def known(self, ref: Ref) -> Manifest | None:
-        """Return the manifest of an artifact, sealed or retired, whatever its files are; None if it has none.
+        """Return the manifest of an artifact, sealed or retired, whether or not its files are intact.
 
         Raises:
             ArtifactCorruptError: the manifest cannot be trusted.
         """
-        found = self.place.look(key_of(ref), ref)
+        found = self.place.find(key_of(ref), ref)
         return found.manifest if found else None
 
     def is_there(self, ref: Ref) -> bool:
         """Say whether anything is stored where an artifact belongs, sealed or not."""
-        return self.place.exists(key_of(ref))
+        return bool(self.place.list(key_of(ref)))
 
     def checked(self, ref: Ref) -> Path:
-        """Return the folder of a sealed artifact, all files on this machine, checksums compared once per digest.
+        """Return the folder of a sealed artifact, with all files on this machine and their checksums compared once.
 
         Raises:
-            ArtifactError: as `manifest`, or a file's bytes are not what was sealed.
+            ArtifactError: as `sealed_folder`, or a file's bytes are not what was sealed.
         """
-        found = self._sealed_folder(ref)
+        found = self.sealed_folder(ref)
         folder = self.place.fetch(found)
         if (ref.sha256, found.manifest.digest) not in self._compared:
             if problems := verify_files(folder, found.manifest.checksums()):
@@ -248,19 +222,6 @@ class Artifacts:
                 raise ArtifactCorruptError(path, problem, remedy)
             self._compared.add((ref.sha256, found.manifest.digest))
         return folder
-
-    def local_copy(self, ref: Ref) -> Path:
-        """Return the folder of an artifact, sealed or retired, with all its files on this machine."""
-        found = self.place.look(key_of(ref), ref)
-        return self.folder(ref) if found is None or found.retired else self.place.fetch(found)
-
-    def range_reader(self, ref: Ref) -> RangeReader | None:
-        """Return what reads the files of a sealed artifact by ranges; None if all of them are on this machine."""
-        return self.place.range_reader(self._sealed_folder(ref))
-
-    def fetch(self, ref: Ref, names: list[str]) -> None:
-        """Make sure that some files of a sealed artifact are on this machine."""
-        self.place.fetch(self._sealed_folder(ref), iter(names))
 
     def input_entry(self, ref: Ref) -> InputEntry:
         """Return (id, digest) of a sealed artifact, as manifests record what they were made from."""
@@ -274,13 +235,13 @@ class Artifacts:
         """Compare every byte of an artifact, here or in any local folder, with its seal.
 
         Returns:
-            A line for each problem, with the remedy, and how many bytes were read.
+            A line for each problem, with the remedy, and the number of bytes that were read.
         """
         place, key = self.place, f"{folder.parent.name}/{folder.name}"
         if folder != self.root / key:
             place, key = LocalPlace(folder.parent), folder.name
         try:
-            found = place.look(key)
+            found = place.find(key)
         except ArtifactError as error:
             return [str(error)], 0
         if found is None:
@@ -307,7 +268,7 @@ class Artifacts:
     ) -> Manifest:
         """Turn the work folder into the artifact: flush, manifest last, then `promote`.
 
-        Of files in `checksums` the bytes are not read again; `records` are files that are logs and no content.
+        Files in `checksums` are not read again; `records` are files that are logs and not content.
         """
         work, known = self.work(ref), checksums or {}
         remove_temporaries(work)
@@ -330,8 +291,8 @@ class Artifacts:
     def promote(self, ref: Ref) -> bool:
         """Seal a work folder that has its manifest; say whether it had one.
 
-        An equal artifact that is sealed already stays, if every byte of it is as sealed; otherwise it is replaced.
-        Called again before a task begins, which may have been killed between the manifest and the seal.
+        An equal artifact that is sealed already stays if every byte of it is as sealed; otherwise it is replaced.
+        A task calls this before it begins, because an earlier one may have been killed after it wrote the manifest.
         """
         work, key = self.root / "work" / ref.name, key_of(ref)
         if not (work / MANIFEST).exists():
@@ -339,46 +300,43 @@ class Artifacts:
         manifest = read_manifest(work, ref)
         shutil.rmtree(work / SCRATCH, ignore_errors=True)
         if self._is_sealed_equal(ref, manifest):
-            self.place.trash(work)
+            trash(self.root, work)
         else:
             self.place.publish(key, work, manifest, self._replaces.get(ref))
         self._replaces.pop(ref, None)
         return True
 
     def _is_sealed_equal(self, ref: Ref, ours: Manifest) -> bool:
-        """Say whether an artifact of another attempt with the same bytes is in place, every byte as it was sealed."""
+        """Say whether another attempt sealed the same bytes, and every byte is still as it was sealed."""
         found = self.lookup(ref)
         if found.folder is None or found.sealed is None or found.sealed.digest != ours.digest:
             return False
         return found.sealed.seal != ours.seal and not self.place.verify(found.folder)
 
     def retire(self, ref: Ref) -> None:
-        """Drop the data of a sealed artifact on purpose; the manifest stays to say what was there."""
+        """Drop the data of a sealed artifact on purpose; the manifest stays as a record."""
         self.mark_retired(ref)
-        if (found := self.place.look(key_of(ref), ref)) is not None:
+        if (found := self.place.find(key_of(ref), ref)) is not None:
             self.place.drop_data(found)
 
     def mark_retired(self, ref: Ref) -> None:
-        """Take a sealed artifact from its readers; `retire` then drops the data."""
-        found = self.place.look(key_of(ref), ref)
+        """Hide a sealed artifact from its readers; `retire` then drops the data."""
+        found = self.place.find(key_of(ref), ref)
         if found is not None and not found.retired:
             self.place.mark_retired(found)
 
     def quarantine(self, ref: Ref, reason: str) -> str:
-        """Move a sealed artifact out of every reader's way, keep it for inspection, and return where it is."""
-        return self.place.location(self.place.quarantine(self._sealed_folder(ref), reason))
+        """Move a sealed artifact into quarantine, where it is kept for inspection, and return its path or URI."""
+        return self.place.location(self.place.quarantine(self.sealed_folder(ref), reason))
 
     def discard(self, ref: Ref) -> None:
         """Delete an artifact, sealed or not."""
         self.place.delete(key_of(ref))
 
     def discard_work(self, ref: Ref) -> None:
-        """Delete what an attempt left, so that the next begins at the beginning."""
-        self.place.trash(self.work(ref))
+        """Delete what an attempt left, so that the next one starts from nothing."""
+        trash(self.root, self.work(ref))
 
     def adopt(self, ref: Ref, complete: Path) -> None:
-        """Seal a folder that has its manifest: a copy, or one from quarantine.
-
-        What is there must not be sealed; unsealed or retired, it is replaced.
-        """
+        """Seal a folder that has its manifest; replaces what is unsealed or retired there."""
         self.place.publish(key_of(ref), complete, read_manifest(complete, ref), None)

@@ -11,6 +11,8 @@ What is sealed is only in the bucket:
 
 In the scratch folder a sealed folder has its manifest, and those of its files that were made or read here. The scratch
 folder may be deleted whenever nothing runs; only what an interrupted run left in work/ would be made again.
+
+What an operation promises is said in `place.Place`; here is only what is special to a bucket.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -29,17 +32,15 @@ from typing import Any
 
 from stackwise_core.stages.identity import Ref
 from storage import leases
-from storage.durable import write_text
 from storage.errors import ArtifactError, ArtifactsFolderError, ObjectStoreError
+from storage.files import write_bytes, write_text
 from storage.leases import LeasedLock
-from storage.local import LocalPlace
+from storage.local import LocalPlace, trash
 from storage.locks import FileLock, Holder
 from storage.manifest import MANIFEST, RETIRED, Manifest
 from storage.object_store import FEW_RETRIES, ObjectStore
-from storage.place import FOLDERS, OUTCOME, PLANS_LOCK, RUNS, Entry, Leftovers, SealedFolder
-from storage.remote_files import RemoteFiles, names_missing
-from storage.sealed_objects import SealedObjects, files_below, is_young, leftovers
-from storage.shared_records import refresh
+from storage.place import FOLDERS, OUTCOME, PINS, PLANS_LOCK, RUNS, Entry, Leftovers, SealedFolder
+from storage.sealed_objects import RemoteFiles, SealedObjects, files_below, is_young, leftovers, names_missing
 
 _REQUESTS_AT_ONCE = 16
 
@@ -66,19 +67,16 @@ class BucketPlace:
         self._sealed = SealedObjects(self.store)
 
     def open(self) -> None:
-        """Make the scratch folder, and make sure that the store accepts writes and honours conditions."""
         self.store.check(writes=True)
         self.refresh_records()
 
     def check_exists(self) -> None:
-        """Raise ArtifactsFolderError if nothing is below the URI, or the store does not answer."""
         self.check_reachable()
         if not self.store.folders(""):
             raise ArtifactsFolderError(f"--artifacts {self.uri}: nothing is there; `stackwise train` makes it")
         self.refresh_records()
 
     def check_reachable(self) -> None:
-        """Raise ArtifactsFolderError if the store does not answer."""
         self.store.check(writes=False)
 
     @functools.cached_property
@@ -103,18 +101,16 @@ class BucketPlace:
         return path.read_text()
 
     def location(self, key: str) -> str:
-        """Return the URI of a key."""
         return self.store.where(key)
 
     def how_to_remove(self, key: str) -> str:
-        """Return how a person removes a folder."""
         return f"Delete all below {self.location(key)}"
 
-    # ------------------------------------------------------------ looking
+    # ------------------------------------------------------------ what is there
 
-    def look(self, key: str, ref: Ref | None = None) -> SealedFolder | None:
-        """List the objects and read the manifest, if it changed; the scratch folder then mirrors it."""
-        if (found := self._sealed.look(key, ref)) is not None:
+    def find(self, key: str, ref: Ref | None = None) -> SealedFolder | None:
+        """Return a sealed folder as it is now, which the scratch folder then mirrors."""
+        if (found := self._sealed.find(key, ref)) is not None:
             self._mirror(found)
         return found
 
@@ -124,23 +120,17 @@ class BucketPlace:
         if not _is_mirrored(folder, found):
             with FileLock(self.root / "locks" / f"mirror-{folder.name}"):
                 if folder.exists() and not _is_mirrored(folder, found):
-                    self._scratch.trash(folder)
+                    trash(self.root, folder)
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / MANIFEST, found.manifest.model_dump_json(indent=1))
         if found.retired and not (folder / RETIRED).exists():
             self._scratch.mark_retired(found)
             self._scratch.drop_data(found)
 
-    def exists(self, key: str) -> bool:
-        """Say whether any object lies below a key."""
-        return bool(self.store.list(key))
-
     def sealed_keys(self) -> list[str]:
-        """Return the keys of all artifacts that have a manifest, sorted; the scratch folder then mirrors them."""
-
         def has_manifest(key: str) -> bool:
             try:
-                return self.look(key) is not None
+                return self.find(key) is not None
             except ArtifactError:
                 return True  # damaged
 
@@ -149,42 +139,36 @@ class BucketPlace:
             return [key for key, sealed in zip(keys, pool.map(has_manifest, keys), strict=True) if sealed]
 
     def list(self, below: str = "") -> dict[str, Entry]:
-        """Return all objects below a key."""
         return self.store.list(below)
 
     def read(self, path: str) -> bytes:
-        """Return the bytes of an object."""
         return self.store.read(path)[0]
 
-    def stored_manifest(self, key: str, entry: Entry) -> Manifest:
-        """Return the manifest that a listing shows."""
+    def listed_manifest(self, key: str, entry: Entry) -> Manifest:
         return self._sealed.manifest(key, entry)[1]
 
     def files_below(self, key: str, manifest: Manifest) -> str:
-        """Return the folder of the attempt; in quarantine files lie beside the manifest."""
         return files_below(key, manifest)
 
     # ------------------------------------------------------------ reading
 
-    def fetch(self, found: SealedFolder, names: Iterator[str] | None = None) -> Path:
+    def fetch(self, found: SealedFolder, names: Iterable[str] | None = None) -> Path:
         """Download what the scratch folder lacks, each file compared with its checksum as it arrives."""
         files, folder = found.manifest.checksums(), self._scratch.root / found.key
         self._sealed.files(found).fetch(folder, files if names is None else {name: files[name] for name in names})
         return folder
 
     def range_reader(self, found: SealedFolder) -> RemoteFiles | None:
-        """Return the objects, unless all files are in the scratch folder."""
         here = not any(names_missing(self.root / found.key, found.manifest.checksums()))
         return None if here else self._sealed.files(found)
 
     def verify(self, found: SealedFolder) -> list[str]:
-        """Download every byte and compare it with its checksum; nothing is kept."""
         return self._sealed.files(found).verify(found.manifest.checksums(), found.sizes)
 
     # ------------------------------------------------------------ changing
 
     def publish(self, key: str, work: Path, manifest: Manifest, replaces: str | None) -> None:
-        """Upload the files, then put the manifest under a condition; the scratch folder keeps what was made."""
+        """Upload the work folder; the scratch folder keeps what was made."""
         try:
             won = self._sealed.seal(key, work, manifest, replaces)
         except ObjectStoreError as error:
@@ -193,38 +177,26 @@ class BucketPlace:
         if won:
             self._scratch.publish(key, work, manifest, replaces)
         else:
-            self._scratch.trash(work)
+            trash(self.root, work)
 
     def mark_retired(self, found: SealedFolder) -> None:
-        """Mark it in the bucket, then here."""
         self._sealed.mark_retired(found)
         if (self.root / found.key / MANIFEST).exists():
             self._scratch.mark_retired(found)
 
     def drop_data(self, found: SealedFolder) -> None:
-        """Delete the files here and in the bucket."""
         if (self.root / found.key).exists():
             self._scratch.drop_data(found)
         self._sealed.drop_data(found)
 
     def quarantine(self, found: SealedFolder, reason: str) -> str:
-        """Move it in the bucket, and delete what is here."""
         target = self._sealed.quarantine(found, reason)
         self._scratch.delete(found.key)
         return target
 
     def delete(self, key: str) -> None:
-        """Delete it in the bucket, then here."""
         self._sealed.delete(key)
         self._scratch.delete(key)
-
-    def trash(self, path: Path) -> None:
-        """Delete something in the scratch folder."""
-        self._scratch.trash(path)
-
-    def empty_trash(self) -> None:
-        """Delete what killed processes left in the scratch folder's trash."""
-        self._scratch.empty_trash()
 
     # ------------------------------------------------------------ locks
 
@@ -235,11 +207,9 @@ class BucketPlace:
         return LeasedLock(self._scratch.root / "locks" / name, self._few_retries, self.machine, **how)
 
     def lock_holder(self, name: str) -> Holder | None:
-        """Return the process, of any machine, that holds a lock exclusively now."""
         return leases.holder_of(self.store, name) or self._scratch.lock_holder(name)
 
     def is_held(self, name: str) -> bool:
-        """Say whether a process of any machine holds a lock now."""
         return leases.is_held_by_another(self.store, name, self.machine) or self._scratch.is_held(name)
 
     # ------------------------------------------------------------ garbage collection
@@ -250,7 +220,6 @@ class BucketPlace:
     # of data was touched. A run that begins later finds no manifest, and makes the artifact like any that is absent.
 
     def is_young(self, modified: datetime) -> bool:
-        """Say whether something is within the grace."""
         return is_young(modified)
 
     def names_in_use(self, entries: Mapping[str, Entry]) -> set[str]:
@@ -259,7 +228,6 @@ class BucketPlace:
         return {key[1] for key, entry in found if key[0] == leases.FOLDER and not leases.is_stale(entry)}
 
     def leftovers(self, key: str, manifest: Manifest | None, entries: Mapping[str, Entry]) -> Leftovers:
-        """Yield attempts of dead writers that are not young, and data of retired artifacts."""
         return leftovers(key, manifest, entries)
 
     def litter(self, entries: Mapping[str, Entry]) -> Leftovers:
@@ -307,12 +275,60 @@ class BucketPlace:
         store.write(path.relative_to(self.root).as_posix(), path.read_bytes())
 
     def unshare(self, path: Path) -> None:
-        """Delete the object of a file."""
         self.store.delete([path.relative_to(self.root).as_posix()])
 
     def refresh_records(self) -> None:
-        """Download records and pins that differ from those here, and drop those that were removed."""
-        refresh(self.store, self._scratch)
+        """Download records that differ from those here, and drop those that other machines removed.
+
+        A file gets the time of the object that it was downloaded from, so that it is not downloaded twice.
+        """
+        for folder in (RUNS, PINS):
+            listed = {f"{folder}/{name}": entry for name, entry in self.store.list(folder).items() if _is_safe(name)}
+            self._download([name for name, entry in listed.items() if not _is_current(self.root / name, entry)])
+            self._drop_removed(folder, listed.keys())
+
+    def _download(self, names: list[str]) -> None:
+        """Download some records, start.json last: without it an attempt does not exist."""
+
+        def download(name: str) -> None:
+            try:
+                data, entry = self.store.read(name)
+            except FileNotFoundError:
+                return  # deleted since
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, data)
+            os.utime(path, (entry.modified.timestamp(), entry.modified.timestamp()))
+
+        last = [name for name in names if name.endswith("/start.json")]
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            for some in ([name for name in names if name not in last], last):
+                list(pool.map(download, some))
+
+    def _drop_removed(self, folder: str, listed: Set[str]) -> None:
+        """Remove pins and attempts that are not in the bucket, except those of runs that begin or live here."""
+        begins = self._scratch.is_held(PLANS_LOCK)
+        for path in (self.root / folder).glob("*.json" if folder == PINS else "*/attempts/*/start.json"):
+            if path.relative_to(self.root).as_posix() in listed:
+                continue
+            if folder == PINS:
+                path.unlink(missing_ok=True)
+            elif not begins and not self._scratch.is_held(f"run-{path.parents[2].name}"):
+                shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _is_current(path: Path, entry: Entry) -> bool:
+    """Say whether a file was downloaded from an object as it is now."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return found.st_size == entry.size and found.st_mtime == entry.modified.timestamp()
+
+
+def _is_safe(name: str) -> bool:
+    """Say whether a name stays below its folder: a bucket may hold anything."""
+    return not {"", ".", ".."} & set(name.split("/"))
 
 
 def _is_mirrored(folder: Path, found: SealedFolder) -> bool:

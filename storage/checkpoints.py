@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,14 +18,13 @@ from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
 from stackwise_core.model.growth_operators import give_adapter
 from stackwise_core.model.precision import convert_storage
 from stackwise_core.model.stream import ChannelStatistics
-from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.stages import AdapterName, StageSpec, last_trained
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import TrainingState
 from storage.artifacts import Artifacts
-from storage.durable import explain_full_disk, recover_folder, replace_folder, write_bytes, write_text
 from storage.errors import ArtifactCorruptError
+from storage.files import explain_full_disk, recover_folder, replace_folder, write_bytes, write_text
 from storage.midstage import STATE_FOLDER, read_header, write_header
 
 STACK, HEAD, EMBEDDING, METRICS = "stack.safetensors", "head.safetensors", "embedding.safetensors", "metrics.jsonl"
@@ -36,7 +35,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as one safetensors file, durably."""
-    write_bytes(path, save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    write_bytes(path, _serialised(tensors))
+
+
+def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
+    return save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -47,7 +50,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         return load_safetensors(path.read_bytes())
-    except Exception as error:  # safetensors raises its own type for bad headers, and others for bad shapes
+    except Exception as error:  # safetensors raises SafetensorError for bad headers, and others for bad shapes
         remedy = f"Remove {path.parent} and run the same command again: it will be remade"
         raise ArtifactCorruptError(path, f"is no safetensors file ({error})", remedy) from None
 
@@ -56,23 +59,27 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _folder_of(spec: StageSpec, stack: int) -> str:
-    """Return where, inside the artifact of a stage, a stack's files are: its own stack's at the top."""
-    return "" if spec.mode != "joint" and stack == spec.index else f"stack-{stack}/"
+    """Return the folder of a stack inside the artifact of a stage: the new stack's files lie at the top."""
+    return "" if _is_new(spec, stack) else f"stack-{stack}"
+
+
+def _is_new(spec: StageSpec, stack: int) -> bool:
+    return spec.mode != "joint" and stack == spec.index
 
 
 def save_trained(work: Path, spec: StageSpec, model: StageModel, records: list[dict[str, float]]) -> None:
-    """Write what a stage trained, in the storage type of each, and its metrics: the rest is where it was.
+    """Write what a stage trained, each in its storage type, and the metrics.
 
-    The new stack is written whole; of the others what trained: the base, or the adapters, one file each.
+    Of the new stack everything is written; of each other one what trained: base, adapters, or both, one file each.
     """
     for stack in model.live_stacks():
         trains = spec.anatomy.trains_of(stack.creation_index)
-        own = spec.mode != "joint" and stack.creation_index == spec.index
+        is_new = _is_new(spec, stack.creation_index)
         folder = work / _folder_of(spec, stack.creation_index)
-        if own or trains == "everything":
+        if is_new or trains == "everything":
             folder.mkdir(exist_ok=True)
             save_tensors(folder / STACK, base_state(stack))
-        if own or trains != "nothing":
+        if is_new or trains != "nothing":
             folder.mkdir(exist_ok=True)
             for name in adapter_names(stack):
                 save_tensors(folder / adapter_file(name), adapter_state(stack, name))
@@ -89,10 +96,10 @@ def adapter_file(name: str) -> str:
 
 
 def load_stack(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) -> Stack:
-    """Return a stack as some successive stages left it: its base and its adapters, each from the last that trained it.
+    """Return a stack as successive stages left it: its base and its adapters, each from the last that trained it.
 
     Args:
-        artifacts: where they are.
+        artifacts: of the run.
         stages: from the first to the one whose result is wanted; the adapters are those of that stage.
         stack: creation index.
     """
@@ -101,27 +108,29 @@ def load_stack(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) ->
     loaded = Stack(stages[-1].shape, spec.n_blocks, stack, spec.precision)
     base = stages[last_trained(anatomies, stack, "base")]
     convert_storage(loaded, spec.precision)
-    _fill(loaded, load_base_state, artifacts, base.ref("stack"), _folder_of(base.spec, stack) + STACK)
+    checked = functools.cache(artifacts.checked)  # both are often one artifact, looked up once
+    _fill(loaded, load_base_state, checked(base.ref("stack")) / _folder_of(base.spec, stack) / STACK)
     trained = stages[last_trained(anatomies, stack, "adapters")]
     there = trained.spec.stacks[stack].adapters
     for name, adapter in spec.adapters.items():
         give_adapter(loaded, name, adapter, base.stack.order_seed)
         if name in there:
-            path = _folder_of(trained.spec, stack) + adapter_file(name)
-            _fill(loaded, partial(_load_adapter, name), artifacts, trained.ref("stack"), path)
+            path = checked(trained.ref("stack")) / _folder_of(trained.spec, stack) / adapter_file(name)
+            _fill(loaded, functools.partial(_load_adapter, name), path)
     return loaded.requires_grad_(False)
 
 
 def load_head(artifacts: Artifacts, stages: Sequence[StagePlan]) -> Head:
-    """Return the head as the last of some stages left it; it is a tensor of its own, tied or not."""
+    """Return the head as the last of some stages left it; it has a separate tensor even where it is tied."""
     trained = [stage for stage in stages if stage.spec.anatomy.head_trains][-1]
-    return _fill(Head(trained.shape), _load_module, artifacts, trained.ref("stack"), HEAD)
+    return _fill(Head(trained.shape), _load_module, artifacts.checked(trained.ref("stack")) / HEAD)
 
 
 def load_embedding(artifacts: Artifacts, stages: Sequence[StagePlan]) -> TokenEmbedding:
     """Return the embedding as the last of some stages left it."""
     trained = [stage for stage in stages if stage.spec.anatomy.embedding_trains][-1]
-    return _fill(TokenEmbedding(trained.shape), _load_module, artifacts, trained.ref("stack"), EMBEDDING)
+    path = artifacts.checked(trained.ref("stack")) / EMBEDDING
+    return _fill(TokenEmbedding(trained.shape), _load_module, path)
 
 
 def save_channels(work: Path, channels: Mapping[int, ChannelStatistics]) -> None:
@@ -131,7 +140,7 @@ def save_channels(work: Path, channels: Mapping[int, ChannelStatistics]) -> None
 
 
 def load_channels(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) -> ChannelStatistics:
-    """Return the statistics of a stack's output as the last of some stages that could change it took them."""
+    """Return the statistics of a stack's output from the last of some stages that could change it."""
     changed = [stage for stage in stages if stage.stack.statistics_rows and stack in stage.spec.anatomy.live][-1]
     path = artifacts.checked(changed.ref("stack")) / CHANNELS
     tensors = load_tensors(path)
@@ -150,10 +159,7 @@ def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     module.load_state_dict(tensors, strict=True)
 
 
-def _fill(
-    module: Module, load: Callable[[Module, dict[str, Tensor]], None], artifacts: Artifacts, ref: Ref, name: str
-) -> Module:
-    path = artifacts.checked(ref) / name
+def _fill(module: Module, load: Callable[[Module, dict[str, Tensor]], None], path: Path) -> Module:
     try:
         load(module, load_tensors(path))
     except (RuntimeError, ValueError) as error:
@@ -166,17 +172,14 @@ def _fill(
 
 
 def save_state(work: Path, state: TrainingState) -> None:
-    """Replace the mid-stage checkpoint of a work folder; a kill leaves the old one or the new one."""
+    """Replace the mid-stage checkpoint of a work folder; after a kill the old one or the new one is there."""
     fresh = work / f"{STATE_FOLDER}.tmp"
     fresh.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(fresh):
-        payload = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()})
+        payload = _serialised(state.tensors)
         (fresh / "state.safetensors").write_bytes(payload)
-        header: dict[str, Any] = {
-            "step": state.step,
-            "tensors": hashlib.sha256(payload).hexdigest(),
-            "records": state.records,
-        }
+        digest = hashlib.sha256(payload).hexdigest()
+        header: dict[str, Any] = {"step": state.step, "tensors": digest, "records": state.records}
         if state.fingerprint:
             header["fingerprint"] = state.fingerprint
         write_header(fresh, header)
@@ -184,10 +187,7 @@ def save_state(work: Path, state: TrainingState) -> None:
 
 
 def load_state(work: Path) -> TrainingState | None:
-    """Return the mid-stage checkpoint; None if there is none, or if it is not what was written.
-
-    A damaged checkpoint costs the steps since the start of the stage, never a wrong weight.
-    """
+    """Return the mid-stage checkpoint; None if there is none, or if it is damaged: the stage then starts again."""
     folder = work / STATE_FOLDER
     recover_folder(folder)
     try:

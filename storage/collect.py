@@ -11,10 +11,10 @@ from pathlib import Path
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.failpoints import failpoint
 from storage.artifacts import Artifacts
-from storage.durable import TEMPORARY_SUFFIX
 from storage.errors import ArtifactsFolderError, RunBusyError
+from storage.files import TEMPORARY_SUFFIX
 from storage.inventory import Found, Inventory, is_artifact_name
-from storage.local import ROOMS
+from storage.local import ROOMS, empty_trash
 from storage.locks import OnWait, no_wait
 from storage.place import QUARANTINE, RUNS
 from storage.reachability import find_reachable, newest_first
@@ -71,7 +71,7 @@ def collect(artifacts: Artifacts, keep_last: int | None = None, *, newest_only: 
             else:
                 done.notes.append(f"{removal.path.name}: a process began to use it meanwhile; it stays")
         failpoint("gc-empty", 0)
-        artifacts.place.empty_trash()
+        empty_trash(artifacts.root)
         trash = artifacts.root / "trash"
         if left := sum(path.lstat().st_size for path in trash.rglob("*") if path.is_symlink() or not path.is_dir()):
             done.notes.append(f"{left:,} bytes in {trash} may not be deleted by this user")
@@ -253,7 +253,7 @@ def _user_of(artifacts: Artifacts) -> str:
     live = live_runs(artifacts)
     if live:
         return ", ".join(f"run {name} ({holder})" for name, holder in live.items())
-    gc = artifacts.lock_holder("gc")
+    gc = artifacts.place.lock_holder("gc")
     return f"`stackwise gc` ({gc})" if gc else "another process of StackWise"
 
 

@@ -11,12 +11,11 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.identity import Ref
 from storage.artifacts import Artifacts, State
-from storage.checksums import checksum_file
-from storage.durable import TEMPORARY_SUFFIX, explain_full_disk, sync, sync_tree, write_bytes
 from storage.errors import ArtifactCorruptError, ArtifactMissingError, StoreSpaceError
+from storage.files import TEMPORARY_SUFFIX, checksum_file, explain_full_disk, sync, sync_tree, write_bytes
 from storage.locks import OnWait, no_wait
-from storage.manifest import KINDS, MANIFEST, RETIRED, FileEntry, Manifest
-from storage.place import OUTCOME, PLANS_LOCK, RUNS
+from storage.manifest import MANIFEST, RETIRED, FileEntry
+from storage.place import FOLDERS, OUTCOME, PLANS_LOCK, RUNS, SealedFolder
 from storage.runs import Attempt, attempts
 
 _RECORDS = ("config.yaml", "plan.json", OUTCOME, "start.json")
@@ -29,42 +28,37 @@ def to_copy(source: Artifacts, target: Artifacts, refs: Iterable[Ref], named: fr
     What is retired at the target stays so unless it is `named`; what was never made at the source is left out.
 
     Raises:
-        ArtifactCorruptError: one is damaged here or there, or is there with other bytes.
+        ArtifactCorruptError: one is damaged at either end, or the target has it with other bytes.
     """
-    wanted = sorted(set(refs), key=lambda ref: (ref.stage, KINDS.index(ref.kind), ref.sha256))
+    kinds = list(FOLDERS)
+    wanted = sorted(set(refs), key=lambda ref: (ref.stage, kinds.index(ref.kind), ref.sha256))
     return [ref for ref in wanted if source.state(ref) is not State.ABSENT and _is_lacking(source, target, ref, named)]
 
 
 def _is_lacking(source: Artifacts, target: Artifacts, ref: Ref, named: frozenset[Ref]) -> bool:
-    here = _manifest(source, ref)
-    state = target.state(ref)
-    if state is State.ABSENT:
+    here = _find(source, ref)
+    if target.state(ref) is State.ABSENT:
         return True
-    there = _manifest(target, ref)
-    if there.digest != here.digest:
+    there = _find(target, ref)
+    if there.manifest.digest != here.manifest.digest:
         raise ArtifactCorruptError(
             target.where(ref),
-            f"holds other bytes than {source.where(ref)} ({there.digest[:12]}, there {here.digest[:12]}): "
-            "the same recipe, computed on another machine",
+            f"holds other bytes than {source.where(ref)} ({there.manifest.digest[:12]}, "
+            f"there {here.manifest.digest[:12]}): the same recipe, computed on another machine",
             "Nothing was copied. Use another folder, or remove it and what was made from it",
         )
-    return state is State.RETIRED and source.state(ref) is State.SEALED and ref in named
+    return there.retired and not here.retired and ref in named
 
 
-def _manifest(artifacts: Artifacts, ref: Ref) -> Manifest:
-    """Return the manifest of a sealed or a retired artifact."""
-    if artifacts.state(ref) is State.RETIRED and (manifest := artifacts.known(ref)) is not None:
-        return manifest
-    return artifacts.manifest(ref)
+def _find(artifacts: Artifacts, ref: Ref) -> SealedFolder:
+    """Return a sealed or a retired artifact; raises as `Artifacts.sealed_folder`."""
+    found = artifacts.lookup(ref).folder
+    return found if found and found.retired else artifacts.sealed_folder(ref)
 
 
 def check_room(source: Artifacts, target: Artifacts, refs: Iterable[Ref]) -> None:
-    """Refuse before the first byte what cannot fit.
-
-    Raises:
-        StoreSpaceError: both sizes are named.
-    """
-    n_bytes = sum(_manifest(source, ref).n_bytes for ref in refs if source.state(ref) is State.SEALED)
+    """Raise StoreSpaceError, with both sizes, if the copies would not fit on the target's disk."""
+    n_bytes = sum(found.manifest.n_bytes for ref in refs if not (found := _find(source, ref)).retired)
     free = shutil.disk_usage(target.root).free
     if n_bytes > free:
         raise StoreSpaceError(f"{target.root}: {n_bytes:,} bytes are to be copied and {free:,} are free; nothing was")
@@ -76,19 +70,19 @@ def copy_artifact(source: Artifacts, target: Artifacts, ref: Ref, on_wait: OnWai
     A copy that was killed goes on at the first file that has not arrived.
 
     Returns:
-        Bytes that are in place now and were not before.
+        How many bytes were added to the target.
 
     Raises:
-        ArtifactCorruptError: what arrived is not what was sealed; nothing is put in place.
+        ArtifactCorruptError: what arrived is not what was sealed; the target is unchanged.
     """
-    manifest, folder = _manifest(source, ref), source.local_copy(ref)
-    retired = source.state(ref) is State.RETIRED
+    found = _find(source, ref)
+    folder = source.folder(ref) if found.retired else source.place.fetch(found)
     work = target.root / "work" / f"{ref.name}.incoming"
     with target.lock(ref.name, on_wait=on_wait):
         if target.state(ref) is State.SEALED:
             return 0  # another process was first
         work.mkdir(exist_ok=True)
-        files = {} if retired else manifest.files
+        files = {} if found.retired else found.manifest.files
         _remove_unlisted(work, files.keys())
         for number, (name, entry) in enumerate(files.items()):
             failpoint(f"copy-{ref.kind}", number)
@@ -97,16 +91,16 @@ def copy_artifact(source: Artifacts, target: Artifacts, ref: Ref, on_wait: OnWai
                 raise ArtifactCorruptError(folder / MANIFEST, problem, "Do not use it")
             _copy_file(folder / name, work / name, entry)
         sync_tree(work)
-        if retired:
+        if found.retired:
             write_bytes(work / RETIRED, (folder / RETIRED).read_bytes())
-        write_bytes(work / MANIFEST, manifest.model_dump_json(indent=1).encode())
+        write_bytes(work / MANIFEST, found.manifest.model_dump_json(indent=1).encode())
         failpoint(f"copied-{ref.kind}", max(ref.stage, 0))
         target.adopt(ref, work)
     return sum(entry.size for entry in files.values())
 
 
 def _remove_unlisted(work: Path, names: Iterable[str]) -> None:
-    """Remove what an earlier copy left, of the same id with other bytes or half-written."""
+    """Remove what an earlier copy left: half-written files, and those of the same id with other bytes."""
     keep = set(names)
     for path in work.rglob("*"):
         if not path.is_dir() and path.relative_to(work).as_posix() not in keep:

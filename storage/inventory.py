@@ -1,4 +1,4 @@
-"""Everything that a place stores at one moment, by one listing and the manifests: no data is read or changed."""
+"""What a place stores at one moment, by one listing and the manifests; no data is read or changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _READS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Found:
-    """Something in a room of artifacts, as its name and manifest describe it."""
+    """Something in a room of artifacts, judged by its name and manifest."""
 
     path: Path
     """Where it is on this machine, or would be mirrored."""
@@ -56,7 +56,7 @@ class Inventory:
     """A listing of a place."""
 
     def __init__(self, artifacts: Artifacts) -> None:
-        """Make the listing."""
+        """List everything."""
         self._artifacts = artifacts
         self.entries = artifacts.place.list()
 
@@ -67,11 +67,11 @@ class Inventory:
 
     def n_bytes(self, path: str = "") -> int:
         """Return the bytes of a file, or of all files below a path."""
-        found = (entry.size for key, entry in self.entries.items() if not path or f"{key}/".startswith(f"{path}/"))
-        return sum(found)
+        start = f"{path}/" if path else ""
+        return sum(entry.size for key, entry in self.entries.items() if f"{key}/".startswith(start))
 
     def folders(self, room: str) -> dict[str, dict[str, Entry]]:
-        """Return what lies directly in a room, by name, each with its files; of a file the name in it is ''."""
+        """Return what lies directly in a room, by name, each with its files by path; a plain file has one entry, ''."""
         found: dict[str, dict[str, Entry]] = defaultdict(dict)
         for path, entry in self.below(room).items():
             name, _, rest = path.partition("/")
@@ -83,16 +83,16 @@ class Inventory:
         """Return what lies in the rooms of artifacts, in the order of rooms and names."""
         found = {f"{room}/{name}": each for room in FOLDERS.values() for name, each in self.folders(room).items()}
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            return [each for each in pool.map(self._look_at, found.keys(), found.values()) if each]
+            return [each for each in pool.map(self._judge, found.keys(), found.values()) if each]
 
-    def _look_at(self, key: str, entries: Mapping[str, Entry]) -> Found | None:
+    def _judge(self, key: str, entries: Mapping[str, Entry]) -> Found | None:
         place, path = self._artifacts.place, self._artifacts.root / key
         if not is_artifact_name(path.name) or "" in entries:
             return Found(path, "foreign", entries, "is no artifact: StackWise did not put it there")
         if MANIFEST not in entries:
             return Found(path, "unsealed", entries)
         try:
-            manifest = place.stored_manifest(key, entries[MANIFEST])
+            manifest = place.listed_manifest(key, entries[MANIFEST])
             if key_of(manifest.ref) != key:
                 raise ArtifactCorruptError(key, f"belongs to {manifest.ref.name}, and lies in the place of another", "")
         except FileNotFoundError:

@@ -1,15 +1,13 @@
 """Leases: objects that say which machine works on what, so that two machines do not do the same work.
 
-A lease saves work and does not carry safety: a process that loses one, or takes a slow holder for dead, is stopped by
-the seal, which is conditional. Clocks may differ by less than the minute and a half between renewal and staleness.
+A lease saves work; safety does not depend on it: a process that loses one, or takes a slow holder for dead, is stopped
+by the seal, which is conditional. Clocks may differ by less than the minute and a half between renewal and staleness.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 import threading
 import uuid
 from datetime import UTC, datetime
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from storage.errors import ObjectStoreError
-from storage.locks import FileLock, Holder
+from storage.locks import FileLock, Holder, parse_holder, this_process
 from storage.object_store import ObjectStore
 from storage.place import Entry
 
@@ -34,8 +32,8 @@ def is_stale(entry: Entry) -> bool:
 class LeasedLock(FileLock):
     """A lock between the processes of this machine, and a lease between machines.
 
-    The lock of this machine is taken first. Its holder knows that a lease of this machine belongs to a dead process,
-    and takes it over at once: a killed run goes on without waiting.
+    The lock of this machine is taken first. Its holder knows that a lease of this machine belongs to a dead
+    process, and takes it over at once: a killed run goes on without waiting.
     """
 
     poll_seconds: ClassVar = 2.0
@@ -43,8 +41,8 @@ class LeasedLock(FileLock):
     def __init__(self, path: Path, store: ObjectStore, machine: str, **how: Any) -> None:
         """Name the lock: `path` and `how` are as for FileLock, and the lease has the name of the file.
 
-        `machine` distinguishes this machine (this scratch folder) from others. Give a store with few retries, for no
-        lease is worth a wait. Each holder of a shared lock has a separate lease, which only says that it lives.
+        `machine` distinguishes this machine (this scratch folder) from others. Give a store with few retries, because
+        a lease is not worth a wait. Each holder of a shared lock has a separate lease, which says that it lives.
         """
         super().__init__(path, **how)
         self._store, self._machine = store, machine
@@ -75,47 +73,39 @@ class LeasedLock(FileLock):
         return str(holder_of(self._store, self.path.name) or super().holder())
 
     def release(self) -> None:
-        """Release both. A lease that cannot be deleted goes stale."""
+        """Release both; a lease that cannot be deleted becomes stale."""
         if self._renewing is not None:
             self._ended.set()
             self._renewing.join()
             self._renewing = None
             with contextlib.suppress(ObjectStoreError, FileNotFoundError):
-                if self._is_mine(self._store.read(self._key)[0]):
+                if _machine_of(self._store.read(self._key)[0]) == self._machine:
                     self._store.delete([self._key])
         super().release()
 
     def _text(self) -> bytes:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        entry = {"machine": self._machine, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
-        return json.dumps(entry).encode()
-
-    def _is_mine(self, text: bytes) -> bool:
-        try:
-            return json.loads(text)["machine"] == self._machine
-        except (ValueError, KeyError, TypeError):
-            return False
+        return json.dumps({"machine": self._machine, **this_process()._asdict()}).encode()
 
     def _take_lease(self) -> bool:
         if self._store.create(self._key, self._text()):
             return True
         try:
             text, entry = self._store.read(self._key)
-        except FileNotFoundError:  # released this moment; the next try will do
+        except FileNotFoundError:  # released just now; the next try will take it
             return False
-        if not self._is_mine(text) and not is_stale(entry):
+        if _machine_of(text) != self._machine and not is_stale(entry):
             return False
         return self._store.replace(self._key, self._text(), entry.version)
 
     def _renew(self) -> None:
         """Write the lease again and again, until it is released or another machine took it."""
         while not self._ended.wait(RENEW_SECONDS):
-            with contextlib.suppress(ObjectStoreError):  # the next time may do; if none does, it goes stale
+            with contextlib.suppress(ObjectStoreError):  # the next try may do; if none does, the lease becomes stale
                 try:
                     text, entry = self._store.read(self._key)
                 except FileNotFoundError:
                     return
-                if not self._is_mine(text):
+                if _machine_of(text) != self._machine:
                     return
                 self._store.replace(self._key, text, entry.version)
 
@@ -124,19 +114,25 @@ def holder_of(store: ObjectStore, name: str) -> Holder | None:
     """Return the process that holds an exclusive lease now."""
     try:
         text, entry = store.read(f"{FOLDER}/{name}")
-        signed = json.loads(text)
-        holder = Holder(pid=signed["pid"], host=signed["host"], since=signed["since"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         return None
-    return None if is_stale(entry) else holder
+    return None if is_stale(entry) else parse_holder(text)
 
 
 def is_held_by_another(store: ObjectStore, name: str, machine: str) -> bool:
     """Say whether a process of another machine holds a lease of a name, exclusive or shared."""
     key = f"{FOLDER}/{name}"
     for each in (key, *(f"{key}/{holder}" for holder in store.list(key))):
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(FileNotFoundError):
             text, entry = store.read(each)
-            if json.loads(text)["machine"] != machine and not is_stale(entry):
+            if _machine_of(text) not in (None, machine) and not is_stale(entry):
                 return True
     return False
+
+
+def _machine_of(text: bytes) -> str | None:
+    """Return which machine a lease names; None if its text is damaged."""
+    try:
+        return json.loads(text)["machine"]
+    except (ValueError, KeyError, TypeError):
+        return None

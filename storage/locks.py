@@ -21,11 +21,11 @@ OnWait = Callable[[str], None]
 
 
 def no_wait(holder: str) -> None:
-    """Wait without a word."""
+    """Wait without a message."""
 
 
 class Holder(NamedTuple):
-    """The process that holds a lock, as it signed."""
+    """The process that holds a lock, as it wrote into the lock file."""
 
     pid: int
     host: str
@@ -36,22 +36,30 @@ class Holder(NamedTuple):
         return f"process {self.pid} on {self.host} since {self.since}"
 
 
+def this_process() -> Holder:
+    """Return this process, as it signs a lock that it takes now."""
+    return Holder(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def parse_holder(text: bytes) -> Holder | None:
+    """Return the process that signed a lock; None if the text is damaged."""
+    try:
+        entry = json.loads(text)
+        return Holder(pid=entry["pid"], host=entry["host"], since=entry["since"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def read_holder(path: Path) -> Holder | None:
     """Return the last process that held a lock exclusively."""
     try:
-        entry = json.loads(path.read_text())
-        return Holder(pid=entry["pid"], host=entry["host"], since=entry["since"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return parse_holder(path.read_bytes())
+    except OSError:
         return None
 
 
 def is_held(path: Path, *, exclusively: bool = False) -> bool:
-    """Say whether some process holds a lock now. Writes nothing, so it works on read-only media.
-
-    Args:
-        path: of the lock.
-        exclusively: do not count processes that share it.
-    """
+    """Say whether some process holds a lock now, or only whether one holds it exclusively. Writes nothing."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -98,17 +106,10 @@ class FileLock:
             os.close(fd)
             return False
         self._fd = fd
-        if not self.shared:
-            self._sign()
+        if not self.shared:  # write who holds it, to be shown to people who wait
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps(this_process()._asdict()).encode(), 0)
         return True
-
-    def _sign(self) -> None:
-        """Write who holds it, to be shown to people who wait."""
-        assert self._fd is not None
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}).encode()
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, text, 0)
 
     def holder(self) -> str:
         """Return the last holder: 'process 123 on host since ...'."""

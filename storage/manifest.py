@@ -1,4 +1,4 @@
-"""What an artifact is, what it was made from, and the digest of what is in it."""
+"""The manifest of an artifact: its recipe, what it was made from, and the digest of its content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from stackwise_core.stages.identity import NUMERICS, Kind, Recipe, Ref, canonical_json
+from stackwise_core.stages.identity import NUMERICS, Recipe, Ref, canonical_json
 from storage.errors import ArtifactCorruptError, ArtifactNewerError, ArtifactUnsealedError
 
 MANIFEST = "manifest.json"
@@ -40,7 +40,7 @@ class InputEntry(BaseModel, frozen=True, extra="forbid"):
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
-    """The seal: written last, it lists everything. What is not sealed is not read."""
+    """The seal of an artifact: written last, it lists every file. What has no manifest is not read."""
 
     format_version: int = FORMAT_VERSION
     ref: Ref
@@ -51,21 +51,20 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     digest: str
     """Hash of the content files: equal digests are equal bytes."""
     facts: dict[str, Any]
-    """What the task found out: losses, counts, seconds."""
+    """What the task measured: losses, counts, seconds."""
     fingerprint: dict[str, Any]
-    """On what it was computed. Recorded, not hashed."""
+    """Versions and hardware it was computed with. Recorded, not part of the id."""
     created: str
     seal: str = ""
-    """Hash of all of the above, so that a changed fact or input is seen too."""
+    """Hash of all of the above, so that a changed fact or input is noticed too."""
 
     def expected_seal(self) -> str:
         """Return what `seal` must be."""
-        text = canonical_json(self.model_dump(mode="json", exclude={"seal"}))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _hash(self.model_dump(mode="json", exclude={"seal"}))
 
     @property
     def attempt(self) -> str:
-        """Name of the attempt that this seals: in an object store its files lie in a folder of that name."""
+        """Folder below the artifact in which an object store keeps the files."""
         return self.seal[:16]
 
     @property
@@ -103,8 +102,7 @@ def make_manifest(
 
 def digest_of(files: dict[str, FileEntry]) -> str:
     """Return the hash of the sorted list of content files, their sizes and checksums."""
-    listed = {path: [entry.size, entry.checksum] for path, entry in files.items() if entry.content}
-    return hashlib.sha256(canonical_json(listed).encode()).hexdigest()
+    return _hash({path: [entry.size, entry.checksum] for path, entry in files.items() if entry.content})
 
 
 def read_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
@@ -112,7 +110,7 @@ def read_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
 
     Raises:
         ArtifactUnsealedError: there is no manifest.
-        ArtifactCorruptError: it is no manifest, of a newer format, of another id, or was edited.
+        ArtifactCorruptError: it cannot be parsed, has a newer format or another id, or was edited.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -122,14 +120,7 @@ def read_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
 
 
 def parse_manifest(data: bytes, path: Path | str, folder: Path | str, ref: Ref | None) -> Manifest:
-    """Check the bytes of a manifest, wherever they lie; see `read_manifest`.
-
-    Args:
-        data: the bytes.
-        path: what errors call the manifest.
-        folder: what errors call the artifact.
-        ref: which artifact is expected; None takes any.
-    """
+    """Check the bytes of a manifest, which errors call `path`, of a `folder`; see `read_manifest`."""
     remedy = f"Remove {folder} and run the same command again: it will be remade"
     version = _version_of(data)
     if version > FORMAT_VERSION:
@@ -154,8 +145,12 @@ def parse_manifest(data: bytes, path: Path | str, folder: Path | str, ref: Ref |
 
 def _hash_matches(manifest: Manifest) -> bool:
     """Say whether the recorded recipe hashes to the id."""
-    text = canonical_json({"kind": manifest.ref.kind, "numerics": manifest.numerics, "recipe": manifest.recipe})
-    return hashlib.sha256(text.encode()).hexdigest() == manifest.ref.sha256
+    recipe = {"kind": manifest.ref.kind, "numerics": manifest.numerics, "recipe": manifest.recipe}
+    return _hash(recipe) == manifest.ref.sha256
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def _version_of(data: bytes) -> int:
@@ -167,7 +162,7 @@ def _version_of(data: bytes) -> int:
 
 
 def fingerprint(threads: int, device: str, compiled: bool, processes: int = 1) -> dict[str, Any]:
-    """Return what the numbers may depend on beside the recipe: versions, device, CPU, threads, processes, commit."""
+    """Return what else the numbers may depend on: versions, device, CPU, threads, processes, commit."""
     import torch
 
     return {
@@ -191,6 +186,3 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-KINDS: tuple[Kind, ...] = ("data", "build", "trunk", "stack", "activations", "validation")

@@ -1,13 +1,13 @@
 """What a place of sealed folders can do. A folder (`local.py`) and a bucket (`bucket.py`) are siblings behind it.
 
 A *key* names a sealed folder: its room and its name, such as 'stacks/stack-0-0123456789ab'. What is being made, locks
-and the records of runs lie in `root`, a folder of this machine: for a local place it is the place, for a bucket a
-scratch folder, in which each sealed folder is mirrored as far as it was read.
+and the records of runs lie in `root`, a folder of this machine: for a local place it is the place itself, for a bucket
+a scratch folder, in which each sealed folder is mirrored as far as it was read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ FOLDERS: dict[Kind, str] = {
     "activations": "activations",
     "validation": "validations",
 }
-"""Kind of artifact -> the room it is kept in."""
+"""Kind of artifact -> the room it is kept in; each kind comes after those that it is made from."""
 RUNS, PINS, QUARANTINE = "runs", "pins", "quarantine"
 REASON = "reason.txt"
 """Why a folder is in quarantine."""
@@ -57,7 +57,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class SealedFolder:
-    """A folder with a manifest, as one look found it."""
+    """A folder with a manifest, as it was when it was looked up."""
 
     key: str
     manifest: Manifest
@@ -99,14 +99,12 @@ class Place(Protocol):
     is_remote: bool
 
     # Folder of this machine in which things are made and read.
-    @property
-    def root(self) -> Path: ...
+    root: Path
 
     # What `--artifacts` takes to come here, from any working folder.
-    @property
-    def uri(self) -> str: ...
+    uri: str
 
-    # Create what is missing, and make sure that artifacts can be sealed here.
+    # Create what is missing. Raises ArtifactsFolderError if artifacts cannot be sealed here.
     def open(self) -> None: ...
 
     # Raise ArtifactsFolderError if nothing is here.
@@ -121,26 +119,23 @@ class Place(Protocol):
     # Return the beginning of a remedy: how a person removes a damaged folder.
     def how_to_remove(self, key: str) -> str: ...
 
-    # ------------------------------------------------------------ looking
+    # ------------------------------------------------------------ what is there
 
-    # Look at a sealed folder now; None if it has no manifest.
+    # Return a sealed folder as it is now; None if it has no manifest.
     # Raises ArtifactCorruptError if the manifest cannot be trusted, or is not that of `ref`.
-    def look(self, key: str, ref: Ref | None = None) -> SealedFolder | None: ...
-
-    # Say whether anything is stored under a key, sealed or not.
-    def exists(self, key: str) -> bool: ...
+    def find(self, key: str, ref: Ref | None = None) -> SealedFolder | None: ...
 
     # Return the keys of all artifacts that have a manifest, damaged or not, sorted.
     def sealed_keys(self) -> list[str]: ...
 
-    # Return every stored file below a key, by its path relative to it. A folder with no files counts as '.'.
+    # Return every stored file below a key, by its path relative to it. An empty folder has one entry, '.'.
     def list(self, below: str = "") -> dict[str, Entry]: ...
 
     # Return the bytes of a small file; FileNotFoundError if there is none.
     def read(self, path: str) -> bytes: ...
 
     # Return the manifest that a listing shows; FileNotFoundError if it was removed since.
-    def stored_manifest(self, key: str, entry: Entry) -> Manifest: ...
+    def listed_manifest(self, key: str, entry: Entry) -> Manifest: ...
 
     # Return where the files of a sealed folder lie below its key: '' or a path that ends in '/'.
     def files_below(self, key: str, manifest: Manifest) -> str: ...
@@ -148,7 +143,7 @@ class Place(Protocol):
     # ------------------------------------------------------------ reading
 
     # Make sure that the files of a sealed folder, or some of them, are on this machine; return its folder.
-    def fetch(self, found: SealedFolder, names: Iterator[str] | None = None) -> Path: ...
+    def fetch(self, found: SealedFolder, names: Iterable[str] | None = None) -> Path: ...
 
     # Return what reads files by ranges; None if all of them are on this machine.
     def range_reader(self, found: SealedFolder) -> RangeReader | None: ...
@@ -163,7 +158,7 @@ class Place(Protocol):
     # process sealed the key since, a bucket keeps what that process sealed.
     def publish(self, key: str, work: Path, manifest: Manifest, replaces: str | None) -> None: ...
 
-    # Take a sealed folder from its readers; its files stay.
+    # Hide a sealed folder from its readers; its files stay.
     def mark_retired(self, found: SealedFolder) -> None: ...
 
     # Delete the files of a retired folder, all but the manifest and the marker.
@@ -175,12 +170,6 @@ class Place(Protocol):
     # Delete a folder, sealed or not; the manifest first, so that no reader sees the rest.
     def delete(self, key: str) -> None: ...
 
-    # Delete something below `root`: renamed at once, so that a kill leaves no half of it.
-    def trash(self, path: Path) -> None: ...
-
-    # Delete what killed processes left in the trash, as far as this user may.
-    def empty_trash(self) -> None: ...
-
     # ------------------------------------------------------------ locks and garbage collection
 
     # Return the lock of a name; `how` is as for FileLock.
@@ -189,7 +178,7 @@ class Place(Protocol):
     # Return the process that holds a lock exclusively now.
     def lock_holder(self, name: str) -> Holder | None: ...
 
-    # Say whether any process holds a lock now.
+    # Say whether any process holds a lock now. Writes nothing, so it works on read-only media.
     def is_held(self, name: str) -> bool: ...
 
     # Say whether gc keeps something because the run that it belongs to may not be visible yet.

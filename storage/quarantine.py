@@ -7,9 +7,10 @@ from pathlib import Path
 
 from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import Artifacts, State
-from storage.checksums import verify_files
 from storage.errors import ArtifactCorruptError, ArtifactMissingError
+from storage.files import verify_files
 from storage.inventory import Inventory
+from storage.local import empty_trash
 from storage.manifest import Manifest
 from storage.place import QUARANTINE, REASON
 
@@ -45,7 +46,8 @@ def find_quarantined(artifacts: Artifacts, name: str) -> Path:
     """Return an entry by its name, its artifact's, or a unique start of either.
 
     Raises:
-        ArtifactMissingError: there is none. ConfigError: there are several.
+        ArtifactMissingError: there is none.
+        ConfigError: several match.
     """
     found = [entry.path for entry in quarantined(artifacts) if entry.path.name.startswith(name)]
     exact = [path for path in found if path.name == name] or found
@@ -79,14 +81,14 @@ def release(artifacts: Artifacts, path: Path) -> Manifest:
 def drop(artifacts: Artifacts, path: Path) -> None:
     """Delete what is in quarantine. Hold `without_gc`."""
     artifacts.place.delete(f"{QUARANTINE}/{path.name}")
-    artifacts.place.empty_trash()
+    empty_trash(artifacts.root)
 
 
 def _checked(artifacts: Artifacts, path: Path) -> tuple[Manifest, Path]:
     """Return the manifest, and the folder on this machine, of an artifact that is as it was sealed."""
     place, key = artifacts.place, f"{QUARANTINE}/{path.name}"
     try:
-        found = place.look(key)
+        found = place.find(key)
         if found is None:
             raise ArtifactMissingError(place.location(key), "has no manifest", _STAYS)
         folder = place.fetch(found)

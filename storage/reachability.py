@@ -9,8 +9,8 @@ from pathlib import Path
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Ref
 from storage.artifacts import Artifacts
-from storage.durable import write_text
 from storage.errors import ArtifactCorruptError, ArtifactMissingError
+from storage.files import write_text
 from storage.place import PINS
 from storage.runs import attempts, run_names
 

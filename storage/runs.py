@@ -21,8 +21,8 @@ from stackwise_core.errors import ConfigError, CorpusError, Fault, StageInterrup
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan
 from storage.artifacts import Artifacts, State
-from storage.durable import write_text
 from storage.errors import ArtifactCorruptError, RunBusyError
+from storage.files import write_text
 from storage.locks import Holder, OnWait, no_wait
 from storage.place import OUTCOME, PLANS_LOCK, RUNS
 

@@ -1,30 +1,36 @@
-"""The sealed folders of a bucket, as objects. Knows nothing of this machine's scratch folder."""
+"""The sealed folders of a bucket, as objects: independent of this machine's scratch folder."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.identity import Ref
 from storage.errors import ArtifactCorruptError, ArtifactNewerError
+from storage.files import NOT_LISTED, TEMPORARY_SUFFIX, Files, explain_full_disk, sync
 from storage.manifest import MANIFEST, RETIRED, Manifest, parse_manifest
 from storage.object_store import ObjectStore
 from storage.place import QUARANTINE, REASON, Entry, Leftovers, SealedFolder
-from storage.remote_files import RemoteFiles
 
 GRACE = timedelta(hours=24)
-"""What is younger stays: the record of its run may not be visible yet, or it may still be uploaded."""
+"""gc keeps what is younger: the record of its run may not be visible yet, or its upload may not be finished."""
+_FILES_AT_ONCE = 4
 _log = logging.getLogger(__name__)
 
 
 def clock() -> datetime:
-    """Return the time."""
+    """Return the current time."""
     return datetime.now(UTC)
 
 
@@ -38,16 +44,116 @@ def files_below(key: str, manifest: Manifest) -> str:
     return "" if key.startswith(f"{QUARANTINE}/") else f"{manifest.attempt}/"
 
 
+class RemoteFiles:
+    """The files of one sealed folder: the objects below a prefix, by their names relative to it."""
+
+    def __init__(self, store: ObjectStore, key: str, prefix: str) -> None:
+        """Give the key of the sealed folder, and the prefix of its files, which ends in '/'."""
+        self._store, self.prefix = store, prefix
+        self.artifact_uri = store.where(key)
+
+    def uri(self, name: str) -> str:
+        """Return what messages call a file."""
+        return self._store.where(f"{self.prefix}{name}")
+
+    def ranges(self, name: str, offsets: Sequence[int], n_bytes: int) -> list[np.ndarray]:
+        """Return ranges of one file; see `ObjectStore.ranges`."""
+        return self._store.ranges(f"{self.prefix}{name}", offsets, n_bytes)
+
+    def upload(self, folder: Path, files: Files, there: Mapping[str, int], task: str) -> None:
+        """Put the files of a work folder, except those that are `there`, by name and size.
+
+        Objects are put atomically, and the prefix is named after the hash of all checksums: an object of the same
+        name and size is the same file. `task` is a failpoint after each file.
+        """
+        missing = [name for name, (size, _) in files.items() if there.get(name) != size]
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            puts = [pool.submit(self._store.write, f"{self.prefix}{name}", folder / name) for name in missing]
+            try:
+                for number, put in enumerate(as_completed(puts), 1):
+                    put.result()
+                    failpoint(task, number)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def fetch(self, folder: Path, files: Files) -> None:
+        """Download the files that a local folder lacks, comparing each with its checksum.
+
+        Raises:
+            ArtifactCorruptError: one is missing, or is not what was sealed.
+        """
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            fetches = [
+                pool.submit(self._fetch_file, folder, name, *files[name]) for name in names_missing(folder, files)
+            ]
+            for fetch in fetches:
+                fetch.result()
+
+    def _fetch_file(self, folder: Path, name: str, size: int, checksum: str) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        remedy = f"Delete all below {self.artifact_uri} and run the same command again: it will be remade"
+        try:
+            with explain_full_disk(path, size), temporary.open("wb") as file:
+                now = self._checksum(name, size, file.write)
+            if problem := _difference(temporary.stat().st_size, now, size, checksum):
+                raise ArtifactCorruptError(self.uri(name), problem, remedy)
+            sync(temporary)
+            os.replace(temporary, path)
+        except FileNotFoundError as error:
+            if error.filename != self.uri(name):
+                raise
+            raise ArtifactCorruptError(self.uri(name), "is missing from a sealed artifact", remedy) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
+
+    def _checksum(self, name: str, n_bytes: int, keep: Callable[[memoryview], object] | None = None) -> str:
+        """Read a file from its beginning, hand its bytes to `keep`, and return their checksum."""
+        state = hashlib.sha256()
+        for block in self._store.blocks(f"{self.prefix}{name}", n_bytes):
+            state.update(block.data)
+            if keep is not None:
+                keep(block.data)
+        return f"sha256:{state.hexdigest()}"
+
+    def verify(self, files: Files, there: Mapping[str, int]) -> list[str]:
+        """Read every byte of the objects `there`; return a line per file that is missing, differs, or is not listed."""
+        problems: list[str] = []
+        for name, (size, checksum) in sorted(files.items()):
+            if name not in there:
+                problems.append(f"{self.uri(name)}: missing")
+            elif problem := _difference(there[name], self._checksum(name, there[name]), size, checksum):
+                problems.append(f"{self.uri(name)}: {problem}")
+        return problems + [f"{self.uri(name)}: {NOT_LISTED}" for name in sorted(there.keys() - files.keys())]
+
+
+def _difference(found: int, now: str, size: int, checksum: str) -> str:
+    """Say how a file differs from its seal; '' if it does not."""
+    if found != size:
+        return f"{found:,} bytes, sealed with {size:,}"
+    return "" if now == checksum else f"checksum {now}, sealed with {checksum}"
+
+
+def names_missing(folder: Path, files: Files) -> Iterable[str]:
+    """Yield the files that are not in a local folder in their size."""
+    for name, (size, _) in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            yield name
+
+
 class SealedObjects:
-    """Looks at sealed folders, seals, marks and removes them."""
+    """Finds sealed folders, seals, marks and removes them; operations that `Place` has too promise the same."""
 
     def __init__(self, store: ObjectStore) -> None:
-        """Name the store."""
+        """Use a store."""
         self.store = store
         self._manifests: dict[str, tuple[Entry, Manifest]] = {}
 
-    def look(self, key: str, ref: Ref | None = None) -> SealedFolder | None:
-        """List the objects of a folder, and read its manifest if it changed; see `Place.look`."""
+    def find(self, key: str, ref: Ref | None = None) -> SealedFolder | None:
+        """List the objects of a folder, and read its manifest if it changed; see `Place.find`."""
         while True:
             listed = self.store.list(key)
             if MANIFEST not in listed:
@@ -84,7 +190,7 @@ class SealedObjects:
         Returns:
             Whether `ours` is what is sealed at the end; if not, another machine sealed the key meanwhile.
         """
-        before, damaged = self._look_before_sealing(key)
+        before, damaged = self._find_before_sealing(key)
         is_ours = before is not None and before.manifest.seal == ours.seal
         if before and not is_ours and not before.retired and before.manifest.seal != replaces:
             return self._lost(key, ours, before)
@@ -103,8 +209,8 @@ class SealedObjects:
             self.store.create(f"{key}/{MANIFEST}", data)
         else:
             self.store.replace(f"{key}/{MANIFEST}", data, version)
-        # Do not go by the answer: a request that was repeated on a lost connection may have met its own first success.
-        after = self.look(key, ours.ref)
+        # The answer does not count: a request that was repeated on a lost connection may have met its own success.
+        after = self.find(key, ours.ref)
         if after is None or after.manifest.seal != ours.seal:
             self.store.delete_below(f"{key}/{ours.attempt}")
             return self._lost(key, ours, after)
@@ -112,10 +218,10 @@ class SealedObjects:
             self.store.delete_below(f"{key}/{before.manifest.attempt}")
         return True
 
-    def _look_before_sealing(self, key: str) -> tuple[SealedFolder | None, Any]:
+    def _find_before_sealing(self, key: str) -> tuple[SealedFolder | None, Any]:
         """Return what is sealed under a key, and the version of a manifest that is damaged and may be replaced."""
         try:
-            return self.look(key), None
+            return self.find(key), None
         except ArtifactNewerError:
             raise
         except ArtifactCorruptError:
@@ -163,7 +269,7 @@ class SealedObjects:
 
     def collect_leftover(self, key: str, below: list[str]) -> bool:
         """Remove an attempt, or a file of a retired one, unless it was sealed since."""
-        found = self.look(key)
+        found = self.find(key)
         if found is not None and below[0] == found.manifest.attempt and (len(below) == 1 or not found.retired):
             return False
         path = "/".join((key, *below))

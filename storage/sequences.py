@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.stages.identity import Ref
 from storage.artifacts import Artifacts
-from storage.durable import write_bytes
+from storage.files import write_bytes
 
 
 def save_sequences(work: Path, train: PackedSequences, validation: PackedSequences) -> None:

@@ -16,22 +16,26 @@ def open_store(artifacts: Artifacts, ref: Ref) -> StoreReader:
     """Return a reader of a sealed store; of one in an object store, only the metadata is downloaded.
 
     Raises:
-        ArtifactError: as `Artifacts.manifest` and `StoreReader`.
+        ArtifactError: as `Artifacts.sealed_folder` and `StoreReader`.
     """
-    return open_at(artifacts, artifacts.folder(ref), artifacts.manifest(ref))
+    found = artifacts.sealed_folder(ref)
+    remote = artifacts.place.range_reader(found)
+    folder = artifacts.place.fetch(found, _metadata(found.manifest))
+    return StoreReader(folder, found.manifest.checksums(), objects=ShardObjects(remote) if remote else None)
 
 
 def open_at(artifacts: Artifacts, folder: Path, manifest: Manifest) -> StoreReader:
     """Return a reader of a sealed store in a folder, which need not be that of `artifacts`."""
-    files = manifest.checksums()
-    remote = artifacts.range_reader(manifest.ref) if artifacts.folder(manifest.ref) == folder else None
-    if remote is None:
-        return StoreReader(folder, files)
-    fetch_metadata(artifacts, folder, manifest)
-    return StoreReader(folder, files, objects=ShardObjects(remote))
+    if artifacts.folder(manifest.ref) == folder:
+        return open_store(artifacts, manifest.ref)
+    return StoreReader(folder, manifest.checksums())
 
 
 def fetch_metadata(artifacts: Artifacts, folder: Path, manifest: Manifest) -> None:
     """Make sure that everything of a sealed store except its shards is in its folder."""
     if artifacts.folder(manifest.ref) == folder:
-        artifacts.fetch(manifest.ref, [name for name in manifest.files if not is_shard(name)])
+        artifacts.place.fetch(artifacts.sealed_folder(manifest.ref), _metadata(manifest))
+
+
+def _metadata(manifest: Manifest) -> list[str]:
+    return [name for name in manifest.files if not is_shard(name)]

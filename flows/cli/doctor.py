@@ -22,7 +22,7 @@ from flows.run.numbers import size
 from flows.services import AUTOMATION, POOL
 from storage.artifacts import artifacts_at
 from storage.errors import ArtifactsFolderError
-from storage.file_systems import file_system_of, is_local
+from storage.files import file_system_of, is_local
 from storage.locks import FileLock
 
 _LIBRARIES = ("torch", "prefect", "zarr", "safetensors", "numpy", "pydantic", "peft", "bitsandbytes", "torchao")

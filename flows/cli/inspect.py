@@ -14,7 +14,7 @@ from flows.run.lookup import find_artifact
 from flows.run.numbers import size
 from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import Artifacts, State, artifacts_at
-from storage.durable import write_text
+from storage.files import write_text
 from storage.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:

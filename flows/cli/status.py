@@ -110,7 +110,7 @@ def _document(artifacts: Artifacts, attempt: Attempt) -> dict[str, Any]:
     done = [stage for stage in stages if stage.states["stack"] == stage.states["validation"] == "sealed"]
     outcome = attempt.outcome
     live = is_live(artifacts, attempt.name)
-    holders = {ref.name: artifacts.lock_holder(ref.name) for ref in attempt.plan.recipes}
+    holders = {ref.name: artifacts.place.lock_holder(ref.name) for ref in attempt.plan.recipes}
     state = "running" if live else _state_at_rest(outcome, complete=len(done) == len(stages))
     return {
         "name": attempt.name,

@@ -18,7 +18,7 @@ from flows.run.steps import hooks_of
 from stackwise_core.errors import StackWiseError, StageInterruptedError
 from stackwise_core.training.distributed import init_process_group
 from stackwise_core.training.training import train_stage
-from storage.durable import write_text
+from storage.files import write_text
 
 
 def main(path: str) -> NoReturn:

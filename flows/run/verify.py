@@ -12,7 +12,8 @@ from stackwise_core.stages.identity import Kind
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.collect import leftovers
 from storage.errors import ArtifactError
-from storage.manifest import KINDS, RETIRED
+from storage.manifest import RETIRED
+from storage.place import FOLDERS
 from storage.runs import Attempt, find_run, run_names
 
 
@@ -76,7 +77,7 @@ def _chosen(artifacts: Artifacts, what: str | None) -> tuple[list[Path], list[At
     plan = named[0].plan
     refs = [plan.data_ref]
     for stage in plan.stages:
-        refs += [stage.ref(kind) for kind in KINDS if kind != "data" and stage.recipe(kind)]
+        refs += [stage.ref(kind) for kind in FOLDERS if kind != "data" and stage.recipe(kind)]
     return [artifacts.folder(ref) for ref in refs if artifacts.is_there(ref)], named
 
 
@@ -90,7 +91,7 @@ def _missing(artifacts: Artifacts, runs: list[Attempt]) -> list[str]:
             kinds: list[Kind] = ["stack", "validation"]
             if run.config.cache.keep == "all" and stage.activations is not None:
                 kinds.append("activations")
-            planned = [stage.ref(kind) for kind in KINDS if kind != "data" and stage.recipe(kind) is not None]
+            planned = [stage.ref(kind) for kind in FOLDERS if kind != "data" and stage.recipe(kind) is not None]
             absent = [ref for ref in planned if artifacts.state(ref) is State.ABSENT]
             absent = [ref for ref in absent if ref.kind in kinds or artifacts.is_there(ref)]
             remedy = f"run `stackwise train` with the configuration of {run.name} again: it will be made"

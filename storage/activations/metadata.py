@@ -31,8 +31,8 @@ from storage.activations.format import (
     record_path,
     shard_path,
 )
-from storage.checksums import Files, checksum_file
 from storage.errors import ArtifactError, ArtifactMissingError
+from storage.files import Files, checksum_file
 
 
 class RowIndex:

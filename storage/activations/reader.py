@@ -19,9 +19,8 @@ from storage.activations.format import GROUPS, Array, Group, corrupt, parse_reco
 from storage.activations.metadata import open_sealed
 from storage.activations.shard import ShardDamageError, ShardObjects, bytes_of
 from storage.activations.sharded_array import Check, ShardedArray
-from storage.checksums import Files, checksum_bytes
 from storage.errors import ArtifactError
-from storage.file_systems import is_local
+from storage.files import Files, checksum_bytes, is_local
 
 Access = Literal["auto", "map", "read"]
 Indices = torch.Tensor | np.ndarray | Sequence[int]

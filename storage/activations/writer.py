@@ -30,9 +30,11 @@ from storage.activations.format import (
 )
 from storage.activations.metadata import GroupMetadata, RowIndex, write_metadata
 from storage.activations.shard import chunk_checksums, encode_shard, shard_file_bytes
-from storage.checksums import checksum_bytes, checksum_file
-from storage.durable import (
+from storage.errors import ArtifactUnsealedError
+from storage.files import (
     TEMPORARY_SUFFIX,
+    checksum_bytes,
+    checksum_file,
     explain_full_disk,
     remove_temporaries,
     sync,
@@ -40,7 +42,6 @@ from storage.durable import (
     write_bytes,
     write_durably,
 )
-from storage.errors import ArtifactUnsealedError
 
 _log = logging.getLogger(__name__)
 

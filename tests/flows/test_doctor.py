@@ -15,7 +15,7 @@ import pytest
 
 from flows.cli import doctor
 from flows.services import AUTOMATION
-from storage import file_systems
+from storage import files
 from support.commands import Run
 from support.fake_api import FakeApi, fake_api
 
@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_written_is_found(run: Run, monkeypatch: pytest.
 def test_a_remote_file_system_is_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text("/dev/a / ext4 rw 0 0\nserver:/x " + str(tmp_path) + " nfs4 rw 0 0\n")
-    monkeypatch.setattr(file_systems, "_MOUNTS", mounts)
+    monkeypatch.setattr(files, "_MOUNTS", mounts)
     assert findings(run)["file system"]["says"].startswith("nfs4, remote")
 
 

@@ -27,7 +27,7 @@ from storage.activations.format import shard_path
 from storage.activations.metadata import read_metadata
 from storage.activations.reader import StoreReader
 from storage.artifacts import Artifacts
-from storage.checksums import checksum_file
+from storage.files import checksum_file
 from storage.manifest import FileEntry, make_manifest, read_manifest
 from storage.runs import find_run
 from storage.sequences import load_sequences

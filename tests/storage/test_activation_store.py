@@ -25,8 +25,8 @@ from storage.activations import metadata, sharded_array
 from storage.activations.dtypes import BFloat16, Float8E4M3FN
 from storage.activations.format import GROUP_FOLDERS, GroupSpec, shard_path
 from storage.activations.reader import PAGE_BYTES, ReusedRows, RowMissingError, StoreReader, empty_aligned
-from storage.checksums import checksum_file, verify_files
 from storage.errors import ArtifactError
+from storage.files import checksum_file, verify_files
 from support.disk import open_below
 from support.stores import ATTRIBUTES, EVERY_DTYPE, D, Store, T, bits, both_ways, same_bits, small_store, spec_of
 

@@ -40,8 +40,8 @@ from storage.checkpoints import (
     save_tensors,
     save_trained,
 )
-from storage.durable import remove_temporaries
 from storage.errors import ArtifactCorruptError, ArtifactError, StoreSpaceError
+from storage.files import remove_temporaries
 from support.disk import die_everywhere
 from support.runs import stage_model
 

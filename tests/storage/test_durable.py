@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage import durable
-from storage.durable import (
+from storage import files
+from storage.errors import StoreSpaceError
+from storage.files import (
     explain_full_disk,
     recover_folder,
     remove_temporaries,
@@ -23,7 +24,6 @@ from storage.durable import (
     write_durably,
     write_text,
 )
-from storage.errors import StoreSpaceError
 from support.disk import ROOT, Story, die_everywhere, open_below, recorded
 
 # ---------------------------------------------------------------- killing a process before every step
@@ -282,7 +282,7 @@ def test_the_first_folder_and_its_flushes(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
     fresh = write_pair(tmp_path / "fresh", "new")
     with recorded(monkeypatch) as seen:
-        durable.replace_folder(fresh, target)
+        files.replace_folder(fresh, target)
     assert read_pair(target) == ("new", "new")
     renamed = seen.index(("rename", str(target)))
     assert {path for _, path in seen[:renamed]} == {str(fresh), str(fresh / "one"), str(fresh / "two")}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from storage import file_systems
-from storage.file_systems import file_system_of, is_local
+from storage import files
+from storage.files import file_system_of, is_local
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f"tmpfs {tmp_path}/twice tmpfs rw 0 0\n"
         f"sshfs {tmp_path}/twice fuse.sshfs rw 0 0\n"
     )
-    monkeypatch.setattr(file_systems, "_MOUNTS", table)
+    monkeypatch.setattr(files, "_MOUNTS", table)
     return tmp_path
 
 
@@ -42,5 +42,5 @@ def test_what_another_machine_may_take_away_is_not_local(mounts: Path) -> None:
 
 
 def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_systems, "_MOUNTS", Path("/proc/none"))
+    monkeypatch.setattr(files, "_MOUNTS", Path("/proc/none"))
     assert (file_system_of(Path("/")), is_local(Path("/"))) == ("", True)

@@ -611,8 +611,8 @@ def test_only_one_who_holds_a_lock_alone_is_named(artifacts: Artifacts) -> None:
     """Those who share it do not sign: the text is of whoever held it alone before."""
     collect(artifacts)
     with without_gc(artifacts):
-        assert artifacts.lock_holder("gc") is None
+        assert artifacts.place.lock_holder("gc") is None
     with artifacts.lock("gc"):
-        holder = artifacts.lock_holder("gc")
+        holder = artifacts.place.lock_holder("gc")
     assert holder is not None
     assert holder.pid == os.getpid()

@@ -81,7 +81,7 @@ def test_a_seal_is_whole_and_another_machine_reads_it(s3: str, tmp_path: Path) -
     assert there.everything() == [there.folder(REF)]
     folder = there.checked(REF)
     assert {name: (folder / name).read_bytes() for name in manifest.files} == {**CONTENT, **LOG}
-    assert here.range_reader(REF) is None  # read where it was made
+    assert here.place.range_reader(here.sealed_folder(REF)) is None  # read where it was made
 
 
 def test_without_its_manifest_nothing_is_read(s3: str, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_zarr_python_reads_the_same_from_the_bucket(a_store: str, s3: str, tmp_p
     import storage.activations.dtypes  # noqa: F401
 
     there = on(tmp_path / "b", a_store)
-    folder = there.range_reader(STORE)
+    folder = there.place.range_reader(there.sealed_folder(STORE))
     assert folder is not None
     store = ObjectStore(obstore.store.from_url(folder.uri("store.zarr")), read_only=True)
     group = zarr.open_group(store, mode="r", zarr_format=3)
@@ -444,7 +444,7 @@ def test_a_connection_that_breaks_is_taken_up_again(
     cable: Cable, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first answer to each request is cut, or the request itself; one at a time, so that it is the first."""
-    monkeypatch.setattr("storage.remote_files._FILES_AT_ONCE", 1)
+    monkeypatch.setattr("storage.sealed_objects._FILES_AT_ONCE", 1)
     here = on(tmp_path / "a", s3)
     for cut in (-1, 0, 200):
         cable.answer_bytes = itertools.cycle([cut, 10**9])
@@ -493,7 +493,7 @@ def test_a_lost_connection_is_one_clear_error_and_the_upload_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(ObjectStore, "write", lost_after_one)
-        patch.setattr("storage.remote_files._FILES_AT_ONCE", 1)
+        patch.setattr("storage.sealed_objects._FILES_AT_ONCE", 1)
         with pytest.raises(ObjectStoreError) as caught:
             seal(here)
     message = str(caught.value)

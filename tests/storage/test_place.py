@@ -829,17 +829,17 @@ def test_what_is_absent_is_not_quarantined(place: Place) -> None:
 
 def test_a_lock_has_one_holder_who_is_named(place: Place) -> None:
     held = place.here.lock(REF.name)
-    assert place.there.lock_holder(REF.name) is None
+    assert place.there.place.lock_holder(REF.name) is None
     assert held.try_acquire()
     for artifacts in (place.there, place.open("here"), place.open()):
         assert not artifacts.lock(REF.name).try_acquire()
         assert artifacts.lock(OTHER.name).try_acquire() or artifacts is not place.there
-        holder = artifacts.lock_holder(REF.name)
+        holder = artifacts.place.lock_holder(REF.name)
         assert holder is not None
         assert holder.pid == os.getpid()
     held.release()
     for artifacts in (place.there, place.here):
-        assert artifacts.lock_holder(REF.name) is None
+        assert artifacts.place.lock_holder(REF.name) is None
         with artifacts.lock(REF.name) as again:
             assert again.holder().startswith(f"process {os.getpid()} on ")
 
@@ -868,7 +868,7 @@ def test_who_waits_can_be_stopped(place: Place) -> None:
 
 def test_many_share_a_lock_and_nobody_has_it_alone(place: Place) -> None:
     with place.here.lock("run-r", shared=True), place.there.lock("run-r", shared=True):
-        assert place.open().lock_holder("run-r") is None
+        assert place.open().place.lock_holder("run-r") is None
         assert not place.open("here").lock("run-r").try_acquire()
         alone = place.open().lock("run-r")
         assert alone.try_acquire() != place.expected.sharers_keep_machines_out

@@ -17,8 +17,8 @@ from storage.activations import sharded_array
 from storage.activations.format import GROUPS, is_shard, parse_record, record_path, shard_path
 from storage.activations.reader import StoreReader
 from storage.activations.shard import ShardFile
-from storage.checksums import verify_files
 from storage.errors import ArtifactCorruptError, ArtifactError, ArtifactMissingError
+from storage.files import verify_files
 from support.stores import D, Store, T, both_ways, flip, reseal, same_bits, spec_of
 
 

@@ -23,8 +23,8 @@ from stackwise_core.model.stream import ChannelStatistics, Quantised
 from storage.activations.format import shard_path
 from storage.activations.reader import StoreReader
 from storage.activations.writer import ShardRange
-from storage.checksums import verify_files
 from storage.errors import ArtifactUnsealedError, StoreSpaceError
+from storage.files import verify_files
 from support.disk import ROOT
 from support.stores import ATTRIBUTES, content, flip, reseal, same_bits, small_store, store_to_kill
 

@@ -19,7 +19,7 @@ from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.model.stream import STREAM_DTYPES, ChannelStatistics, Quantised
 from storage.activations.format import GroupSpec
 from storage.activations.writer import ShardRange, StoreWriter
-from storage.checksums import checksum_file
+from storage.files import checksum_file
 
 T, D = 3, 5  # positions and channels of the small stores here
 ATTRIBUTES = {"boundary": 2, "mask": {"ratio": 0.15}, "trunk": "abc"}
