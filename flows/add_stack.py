@@ -36,11 +36,7 @@ def add_stack(run: str, artifacts: str = "artifacts", stack: StackOverride = Sta
 def grown(root: str, run: str, stack: StackOverride, who: str) -> StackWiseConfig:
     """Return the configuration of a run with one stack more, or unchanged if its newest attempt is not done.
 
-    Args:
-        root: the artifacts folder.
-        run: name of the run.
-        stack: settings of the new stack.
-        who: identifies the request; a repeated request returns the configuration of the first.
+    `who` identifies the request; a repeated request returns the configuration of the first.
 
     Raises:
         ConfigError: there is no such run, or its unfinished stack has other settings.
@@ -63,10 +59,10 @@ def grown(root: str, run: str, stack: StackOverride, who: str) -> StackWiseConfi
 
 
 def _check_same(config: StackWiseConfig, stack: StackOverride) -> None:
-    """Check that the requested settings are those of the unfinished run's last stack."""
+    """Check that the requested settings are those of the last stack of the unfinished run."""
     growth = config.training.progressive
     given = growth.stacks[growth.target_stacks - 1] if len(growth.stacks) >= growth.target_stacks else StackOverride()
     if stack != given:
         name, allowed = config.run.name, given.model_dump_json()
-        remedy = f"its newest attempt is not done: bring run {name!r} to its end with {allowed}, then add a stack"
+        remedy = f"its newest attempt is not done: complete run {name!r} with {allowed}, then add a stack"
         raise ConfigError([Fault("stack", stack.model_dump_json(), remedy)])

@@ -29,8 +29,7 @@ from flows.run.terminal import PlainLines
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 
-_SECONDS_BETWEEN_UPDATES = 5.0
-"""An update costs tens of milliseconds on the server, so updates go by time and not by step."""
+_SECONDS_BETWEEN_UPDATES = 5.0  # an update costs the server tens of milliseconds
 _SECONDS_TO_FINISH = 5.0
 
 
@@ -51,10 +50,10 @@ def progress_artifact(stage: Stage) -> Generator[None]:
 
 
 class ProgressPage:
-    """A progress artifact. Updates run in threads, because one can take minutes if the server is down."""
+    """A progress artifact. Updates run in threads, because an update can take minutes if the server is down."""
 
     def __init__(self, key: str) -> None:
-        """Set the key; the artifact is created at the first update, so a short task has none."""
+        """Set the key; the artifact is created at the first update, so that a short task has none."""
         self.key = key
         self.artifact: UUID | None = None
         self.update: threading.Thread | None = None
@@ -84,7 +83,7 @@ class ProgressPage:
                 update_progress_artifact(self.artifact, percent, text)
 
     def finish(self) -> None:
-        """Wait for the last update, but only for seconds."""
+        """Wait for the last update, at most some seconds."""
         if self.update is not None:
             self.update.join(_SECONDS_TO_FINISH)
 
@@ -100,14 +99,10 @@ def _never_failing(what: str) -> Generator[None]:
 
 def _progress_of(event: StepTaken | RowsCached) -> tuple[float, str]:
     if isinstance(event, StepTaken):
-        return _percent(event.step, event.steps), f"step {event.step} of {event.steps}, loss {event.loss:.4f}"
-    done = f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
-    return _percent(event.n_bytes, event.of_bytes), done
-
-
-def _percent(done: int, of: int) -> float:
-    """Return a percentage rounded down to tenths, because the page prints every digit."""
-    return 1000 * done // max(1, of) / 10
+        done, of, text = event.step, event.steps, f"step {event.step} of {event.steps}, loss {event.loss:.4f}"
+    else:
+        done, of, text = event.n_bytes, event.of_bytes, f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
+    return 1000 * done // max(1, of) / 10, text  # a percentage in tenths, because the page prints every digit
 
 
 def run_log() -> Subscriber:
@@ -137,7 +132,7 @@ def publish_run(config: StackWiseConfig, root: str) -> Subscriber:
 
 
 def _row(summary: StageSummary) -> dict[str, Any]:
-    """Return a row whose first columns fit the page: a table there is 580 pixels wide, the rest is scrolled to."""
+    """Return a row with the important columns first: the page shows 580 pixels of a table, the rest is scrolled to."""
     names = (name.removeprefix("|") for name in STAGE_COLUMNS)
     return {
         **dict(zip(names, summary.cells, strict=True)),

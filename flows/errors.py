@@ -11,7 +11,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.logging.handlers import PrefectConsoleHandler
 from rich.console import Console
 
-from flows.api import lost_server
+from flows.server import lost_server
 from stackwise_core.errors import ConfigError, StackWiseError
 
 
@@ -25,11 +25,11 @@ class RefusedError(StackWiseError):
 def one_line_errors() -> Generator[None]:
     """Join the faults of a wrong configuration, because the page of a run shows its state message as one line.
 
-    From here on, Prefect's engine logs errors that are explained to the user without a traceback.
+    From here on, Prefect's engine logs explained errors without a traceback.
 
     Raises:
         RefusedError: instead of a ConfigError.
-        ServerError: instead of what Prefect's client raises.
+        ServerError: instead of an error of Prefect's client.
     """
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_drop_traceback)  # adding the same filter again has no effect
@@ -42,10 +42,10 @@ def one_line_errors() -> Generator[None]:
 
 @contextlib.contextmanager
 def explained_server_errors() -> Generator[None]:
-    """Explain a server that fails during a run, and that sealed artifacts are kept.
+    """Explain the failure of a server during a run.
 
     Raises:
-        ServerError: instead of what Prefect's client raises.
+        ServerError: instead of an error of Prefect's client.
     """
     try:
         yield

@@ -14,8 +14,6 @@ from flows.run.verify import verify
 from stackwise_core.errors import StackWiseError
 from storage.artifacts import artifacts_at
 
-NumberOfRuns = Annotated[int, Field(ge=-1, le=1_000_000)]
-
 
 class VerificationError(StackWiseError):
     """The verification found problems."""
@@ -23,11 +21,7 @@ class VerificationError(StackWiseError):
     exit_code = 3
 
 
-def _name_of_validation() -> str:
-    return f"verify {flow_run.parameters['run'] or 'everything'}"
-
-
-@flow(name="validate", flow_run_name=_name_of_validation)
+@flow(name="validate", flow_run_name=lambda: f"verify {flow_run.parameters['run'] or 'everything'}")
 def validate_run(run: str = "", artifacts: str = "artifacts") -> None:
     """Recompute every checksum of a run's artifacts, and recompute sampled rows of its caches from tokens.
 
@@ -40,13 +34,13 @@ def validate_run(run: str = "", artifacts: str = "artifacts") -> None:
         found = verify(artifacts, run or None, on_artifact=log)
     log("\n".join([*found.problems, *found.notes, found.verdict]))
     if found.problems:
-        raise VerificationError(f"{run or artifacts}: not all is as it was sealed; the log of this run says what")
+        raise VerificationError(f"{run or artifacts}: not everything is as it was sealed; see the log of this run")
 
 
 @flow(name="gc", flow_run_name="collect garbage")
 def collect(
     artifacts: str = "artifacts",
-    keep_last: NumberOfRuns = -1,
+    keep_last: Annotated[int, Field(ge=-1, le=1_000_000)] = -1,
     superseded: bool = False,
     dry_run: bool = False,
 ) -> None:

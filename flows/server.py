@@ -1,9 +1,15 @@
-"""An embedded Prefect server: starts while prefect is imported, and ends with this process however that ends."""
+"""Prefect's server, without importing prefect: a client of its REST API, and a server embedded in this process.
+
+The embedded server starts while prefect is imported, and ends with this process even if that is killed.
+"""
 
 from __future__ import annotations
 
 import atexit
+import base64
 import contextlib
+import http.client
+import json
 import os
 import re
 import signal
@@ -15,19 +21,134 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Generator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
-from flows.api import ServerError
 from flows.run.children import ending_with_us
+from stackwise_core.errors import ConfigError, Fault, StackWiseError
 
+_EXAMPLE = "such as http://127.0.0.1:4200/api"
 _STARTUP_SECONDS = 180.0
 """The first start creates the database and registers blocks, which took over a minute on a slow disk."""
 
 
-def quiet_prefect() -> None:
-    """Set variables that prefect reads on import: no console log, because we have our own display, and no telemetry.
+class ServerError(StackWiseError):
+    """Prefect's server did not start, ended early, or failed while a run used it."""
 
-    Its logs still go to its API. Variables that the user has set are kept.
+
+def check_api(url: str, received: str = "") -> None:
+    """Check that PREFECT_API_URL names a compatible Prefect API that answers.
+
+    Raises:
+        ConfigError: it does not; names the value that was `received` (by default the URL) and what to do.
+    """
+    if fault := fault_of(url):
+        raise ConfigError([Fault("PREFECT_API_URL", received or repr(shown(url)), fault)])
+
+
+def lost_server(seen: str) -> ServerError:
+    """Return the error for a server that failed during a run; `seen` explains it if the server works again."""
+    url = os.environ.get("PREFECT_API_URL", "")
+    return ServerError(
+        f"Prefect's server {shown(url)} failed during the run: {fault_of(url) or seen}; what was sealed is kept; "
+        "once the server works, the same command continues the run"
+    )
+
+
+def ask(url: str, path: str, body: dict[str, Any] | None = None, *, timeout: float = 5.0) -> Any:
+    """Send a GET request, or a POST request if there is a body, and return the JSON answer.
+
+    Raises:
+        OSError: no answer, or an HTTP error (`urllib.error.HTTPError`).
+        ValueError: the answer is not JSON, or the URL is invalid.
+    """
+    request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=_headers())
+    if body is not None:
+        request.data = json.dumps(body).encode()
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        return json.load(answer)
+
+
+def _headers() -> dict[str, str]:
+    """Return the headers, with credentials from the environment variables that Prefect itself reads."""
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("PREFECT_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    elif credentials := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {base64.b64encode(credentials.encode()).decode()}"
+    return headers
+
+
+def fault_of(url: str) -> str:
+    """Return what is wrong with an API and what to do, or '' if runs can use it."""
+    if not _is_url(url):
+        return f"the URL of Prefect's API is expected, {_EXAMPLE}"
+    if shown(url) != url:
+        return "give name and password by PREFECT_API_AUTH_STRING=NAME:PASSWORD, not in the URL"
+    code = ""
+    try:
+        if ask(url, "/health") is True:
+            return _fault_of_version(str(ask(url, "/admin/version")))
+    except urllib.error.HTTPError as error:
+        code = f" (HTTP {error.code})"
+        if error.code in (401, 403):
+            return f"it denies access{code}; set PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
+        if error.code >= 500:
+            return f"it is unhealthy{code}; its log says why: a full disk, a database that is gone"
+    except OSError as error:
+        why = getattr(error, "reason", error)
+        return f"it does not answer ({why}); start it with `stackwise server`; without it `stackwise train` embeds one"
+    except (ValueError, http.client.HTTPException):
+        pass  # the answer is not JSON or not HTTP
+    return f"what answers is not Prefect's API{code}; its URL ends in /api, {_EXAMPLE}"
+
+
+def shown(url: str) -> str:
+    """Return a URL without its password, for messages."""
+    return re.sub(r"//[^/]*@", "//***@", url)
+
+
+def _is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an incomplete IPv6 address, or a port that is not a number
+        return False
+    return parts.scheme in ("http", "https") and named and not any(character.isspace() for character in url)
+
+
+def _fault_of_version(theirs: str) -> str:
+    """Return '' if the server has our major version and our minor version or a newer one, as Prefect's clients need."""
+    ours = version("prefect")
+    (major, minor), (our_major, our_minor) = (map(int, release.split(".")[:2]) for release in (theirs, ours))
+    if major == our_major and minor >= our_minor:
+        return ""
+    return f"the server is Prefect {theirs}, this is {ours}; run both with one version: `pip install prefect=={ours}`"
+
+
+def workers_alive(url: str, pool: str) -> list[str] | None:
+    """Return the names of the online workers of a pool, or None if there is no such pool."""
+    try:
+        found = ask(url, f"/work_pools/{pool}/workers/filter", {})
+    except urllib.error.HTTPError as error:
+        if error.code != 404:
+            raise
+        return None
+    return sorted(worker["name"] for worker in found if worker["status"] == "ONLINE")
+
+
+def is_registered(url: str, automation: str) -> bool:
+    """Return whether an automation of that name exists and is enabled."""
+    named = {"automations": {"name": {"any_": [automation]}}}
+    return any(found["enabled"] for found in ask(url, "/automations/filter", named))
+
+
+def quiet_prefect() -> None:
+    """Turn off Prefect's telemetry and its console log, because StackWise shows progress itself.
+
+    Prefect reads these variables on import. Its logs still go to its API; variables that the user has set are kept.
     """
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
@@ -37,12 +158,9 @@ def quiet_prefect() -> None:
 
 @contextlib.contextmanager
 def embedded_server(log: Path) -> Generator[EmbeddedServer]:
-    """Run Prefect's server in the background while the block runs.
+    """Run Prefect's server in the background while the block runs; its output goes to `log`.
 
-    Sets PREFECT_API_URL at once, before prefect is imported; `wait_until_ready` waits until it answers.
-
-    Args:
-        log: where its output goes.
+    Sets PREFECT_API_URL at once, before prefect is imported; `wait_until_ready` waits until the server answers.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -70,7 +188,7 @@ class EmbeddedServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def run(self) -> None:
-        """Start the server and watch it. If this thread ended, the kernel would end the server."""
+        """Start the server and watch it; the thread must stay alive, because the kernel ends the server with it."""
         command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on"]
         environment = {**os.environ, "PREFECT__SERVER_FINAL": "1", "PREFECT_SERVER_UI_ENABLED": "true"}
@@ -90,10 +208,11 @@ class EmbeddedServer:
                 start_new_session=True,
             )
         while self.process.poll() is None and not self.stopping.is_set():
-            if self.ready.is_set() or not is_healthy(self.url, timeout=1.0):
-                time.sleep(0.1)
-            else:
-                self.ready.set()
+            if not self.ready.is_set():
+                with contextlib.suppress(OSError, ValueError, http.client.HTTPException):  # it is still starting
+                    if ask(self.url, "/health", timeout=1.0) is True:
+                        self.ready.set()
+            time.sleep(0.1)
         if not self.stopping.is_set():
             self._ended_early()
 
@@ -101,7 +220,7 @@ class EmbeddedServer:
         """Wait until the server answers.
 
         Raises:
-            ServerError: it ended, or did not answer in time; names its log.
+            ServerError: it ended or did not answer in time; names its log.
         """
         end = time.monotonic() + _STARTUP_SECONDS
         while not self.ready.wait(0.1):
@@ -110,8 +229,8 @@ class EmbeddedServer:
                 why = f"{_last_error(self.log)} (its PREFECT_HOME is {home})"
                 raise ServerError(f"Prefect's embedded server did not start: {why}; see {self.log}")
             if time.monotonic() > end:
-                seconds = f"{_STARTUP_SECONDS:.0f} s"
-                raise ServerError(f"Prefect's embedded server did not start within {seconds}; see {self.log}")
+                within = f"within {_STARTUP_SECONDS:.0f} s"
+                raise ServerError(f"Prefect's embedded server did not start {within}; see {self.log}")
 
     def _ended_early(self) -> None:
         """Stop the run at a safe point, because Prefect would wait for its server for minutes."""
@@ -139,13 +258,4 @@ def _last_error(log: Path) -> str:
     """Return the last exception in a log, or its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
-    return [*(lines or ["it said nothing"]), *errors][-1]
-
-
-def is_healthy(url: str, timeout: float) -> bool:
-    """Return whether an API answers within the timeout that it is healthy."""
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=timeout) as answer:
-            return answer.read() == b"true"
-    except (OSError, ValueError, urllib.error.URLError):
-        return False
+    return [*(lines or ["its log is empty"]), *errors][-1]

@@ -7,9 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from flows.api import check_api
+from flows.server import check_api
 from stackwise_core.errors import StackWiseError
 
 POOL = "stackwise"
@@ -18,7 +17,7 @@ POOL = "stackwise"
 AUTOMATION = "stackwise: no heartbeat, so the run has crashed"
 
 HEARTBEAT_SECONDS = 30
-"""Period of a flow process's heartbeat; one that missed two counts as dead."""
+"""How often a flow process sends a heartbeat; one that missed two counts as dead."""
 
 _API = "http://127.0.0.1:4200/api"
 _CHECKOUT = Path(__file__).parents[1]
@@ -35,11 +34,11 @@ def serve(host: str, port: int) -> None:
     Its database is SQLite in PREFECT_HOME, unless PREFECT_SERVER_DATABASE_CONNECTION_URL names another:
     postgresql+asyncpg://USER:PASSWORD@HOST/NAME.
     """
-    _default("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    _default("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
     here = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     if "PREFECT_API_URL" not in os.environ:
-        _default("PREFECT_UI_API_URL", f"{here}/api")  # otherwise its pages call port 4200
+        os.environ.setdefault("PREFECT_UI_API_URL", f"{here}/api")  # otherwise its pages call port 4200
     variable = "" if f"{here}/api" == _API else f"PREFECT_API_URL={here}/api "
     print(f"Prefect's server: {here}; in other terminals: {variable}stackwise worker", file=sys.stderr)
     _become([*_PREFECT, "server", "start", "--host", host, "--port", str(port)])
@@ -48,17 +47,15 @@ def serve(host: str, port: int) -> None:
 def work(limit: int, name: str, *, healthcheck: bool) -> None:
     """Register pool, deployments and heartbeat automation, then replace this process by a worker of the pool.
 
-    Args:
-        limit: runs at the same time; 1 gives a run the whole accelerator.
-        name: of the worker; empty lets Prefect choose one.
-        healthcheck: serve on PREFECT_WORKER_WEBSERVER_PORT (8080) whether the worker polls.
+    `limit` runs execute at the same time; 1 gives a run the whole accelerator. If `name` is empty, Prefect chooses one.
+    `healthcheck` serves on PREFECT_WORKER_WEBSERVER_PORT (8080) whether the worker polls.
 
     Raises:
         ConfigError: the API does not answer.
         DeploymentError: Prefect rejected prefect.yaml; its output is in the message.
     """
     _find_api()
-    _default("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
     at_once = _register_pool(limit)
     _deploy()
     _register_automation()
@@ -79,17 +76,17 @@ def register_heartbeat() -> bool:
 
 
 def _find_api() -> None:
-    """Set PREFECT_API_URL to where `stackwise server` listens unless it is set, and check that it answers."""
+    """Set PREFECT_API_URL, unless it is set, to where `stackwise server` listens, and check that it answers."""
     given = os.environ.get("PREFECT_API_URL")
-    _default("PREFECT_API_URL", _API)
+    os.environ.setdefault("PREFECT_API_URL", _API)
     check_api(os.environ["PREFECT_API_URL"], received="" if given else f"nothing, so {_API} was asked")
 
 
 def _register_pool(limit: int) -> str:
     """Create the pool with the limit of its first worker, and return its limit in words.
 
-    The pool counts runs by state, so a run that outlived its killed worker still occupies the accelerator.
-    An existing pool keeps its limit, unless this worker alone has a higher one.
+    The pool counts runs by state, so that a run which outlived its killed worker still occupies the accelerator.
+    An existing pool keeps its limit unless that of this worker is higher.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
@@ -101,15 +98,15 @@ def _register_pool(limit: int) -> str:
     with get_client(sync_client=True) as client:
         with contextlib.suppress(ObjectAlreadyExists):
             client.create_work_pool(pool)
-        room = client.read_work_pool(POOL).concurrency_limit
-        if room is not None and room < limit:
+        at_once = client.read_work_pool(POOL).concurrency_limit
+        if at_once is not None and at_once < limit:
             client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=limit))
-            room = limit
-    return "runs without a limit" if room is None else f"{room} run{'s' if room != 1 else ''} at a time"
+            at_once = limit
+    return "runs without a limit" if at_once is None else f"{at_once} run{'s' if at_once != 1 else ''} at a time"
 
 
 def _deploy() -> None:
-    """Apply prefect.yaml; flows will run in its folder."""
+    """Apply prefect.yaml; the flows run in its folder."""
     done = subprocess.run(
         [*_PREFECT, "deploy", "--all", "--prefect-file", str(_CHECKOUT / "prefect.yaml")],
         cwd=_CHECKOUT,
@@ -119,30 +116,23 @@ def _deploy() -> None:
         text=True,
     )
     if done.returncode:
-        raise DeploymentError(
-            f"{_CHECKOUT / 'prefect.yaml'}: Prefect rejected it: {(done.stdout + done.stderr)[-2000:]}"
-        )
+        said = (done.stdout + done.stderr)[-2000:]
+        raise DeploymentError(f"{_CHECKOUT / 'prefect.yaml'}: Prefect rejected it: {said}")
 
 
 def _register_automation() -> bool:
-    """Register the automation unless it exists; return whether it was new."""
+    """Register the automation unless it exists; return whether it was new.
+
+    A run that has not ended, and whose heartbeats stayed away for two periods and ten seconds, has crashed.
+    """
     from prefect.automations import AutomationCore
     from prefect.client.orchestration import get_client
 
-    with get_client(sync_client=True) as client:
-        if client.read_automations_by_name(AUTOMATION):
-            return False
-        client.create_automation(AutomationCore.model_validate(_automation()))
-    return True
-
-
-def _automation() -> dict[str, Any]:
-    """Describe it: a run that has not ended and missed two heartbeats, plus ten seconds, has crashed."""
     ends = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed"]
-    message = "no heartbeat: its machine died, or the server was away"
-    return {
+    message = "no heartbeat: its machine died, or the server was not reachable"
+    automation = {
         "name": AUTOMATION,
-        "description": "A machine that dies leaves its runs Running for ever; this one marks them Crashed.",
+        "description": "Marks the runs of a dead machine as Crashed; without it they stay Running for ever.",
         "trigger": {
             "type": "event",
             "posture": "Proactive",
@@ -155,10 +145,11 @@ def _automation() -> dict[str, Any]:
         },
         "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "message": message}],
     }
-
-
-def _default(name: str, value: str) -> None:
-    os.environ.setdefault(name, value)
+    with get_client(sync_client=True) as client:
+        if client.read_automations_by_name(AUTOMATION):
+            return False
+        client.create_automation(AutomationCore.model_validate(automation))
+    return True
 
 
 def _become(command: list[str]) -> None:

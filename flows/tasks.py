@@ -1,25 +1,34 @@
-"""The flow of one stage and its five tasks: names, cache keys and result records around the steps of `flows.run`."""
+"""One stage on Prefect: its flow, its five tasks, and the task runners whose workers fill a store."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import BrokenExecutor
+from importlib import import_module
 from typing import Any
 
 from prefect import Task, flow, task
-from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.context import TaskRunContext
 from prefect.runtime import flow_run
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.artifacts import progress_artifact
+from flows.run import fill as filling
 from flows.run import steps
 from flows.run.events import StageOpened, emit
+from flows.run.fill import ShardFuture, Submit, begin_worker
 from flows.run.stage import Stage
-from flows.runners import prefect_workers
 from stackwise_core.stages.identity import Ref
+from storage.activations.writer import ShardRange, StoreWriter
 from storage.demand import TASK_KINDS
 
 
-def _policy(name: str) -> CacheKeyFnPolicy:
+def _stage_task(name: str) -> Callable[[Callable[..., Any]], Task[..., Any]]:
     """Key a task by the id of its artifact; a task that makes none (a cache that is never read) has no key."""
 
     def key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
@@ -27,22 +36,19 @@ def _policy(name: str) -> CacheKeyFnPolicy:
         kind = TASK_KINDS[name]
         return None if stage.plan.recipe(kind) is None else f"{name}-{stage.plan.ref(kind).sha256}"
 
-    return CacheKeyFnPolicy(cache_key_fn=key)
-
-
-def _stage_task(name: str) -> Callable[[Callable[..., Any]], Task[..., Any]]:
-    return task(name=name, cache_policy=_policy(name), persist_result=True, result_serializer="json")
+    policy = CacheKeyFnPolicy(cache_key_fn=key)
+    return task(name=name, cache_policy=policy, persist_result=True, result_serializer="json")
 
 
 @_stage_task("build")
 def build_stack(stage: Stage) -> Ref | None:
-    """Describe the new stack: operator, source, seed, digest of its initial tensors."""
+    """Describe the new stack: its growth operator, source, seed, and the digest of its initial tensors."""
     return steps.build_stack(stage)
 
 
 @_stage_task("trunk")
 def configure_trunk(stage: Stage) -> Ref:
-    """Describe the rack as the stage finds it."""
+    """Describe the rack at the start of the stage."""
     return steps.configure_trunk(stage)
 
 
@@ -55,7 +61,7 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
 
 @_stage_task("cache")
 def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
-    """Write the boundary that the next stage reads, or report why there is none."""
+    """Write the boundary that the next stage reads, or report why none is written."""
     with progress_artifact(stage):
         return steps.cache_activations(stage, stack, prefect_workers)
 
@@ -67,16 +73,15 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
 
 
 def prepared(stage: Stage, made_by: Task[..., Any], verb: str) -> Task[..., Any]:
-    """Return a task as this stage calls it: with a readable name, and its result record beside the artifacts.
+    """Return a task with a readable name for this stage, and its result record beside the artifacts.
 
-    Prefect's record only says that the work was done once. Only the disk says whether the artifact exists, so a task
-    whose artifact must be made ignores the record.
+    Prefect's record says that the work was done once; only the disk shows whether the artifact still exists.
+    So a task whose artifact must be made ignores the record.
     """
-    needed = TASK_KINDS[made_by.name] in stage.needed | stage.forced
     return made_by.with_options(
         task_run_name=f"{verb} {stage.what}",
         result_storage=stage.artifacts.root / "prefect",
-        refresh_cache=needed,
+        refresh_cache=TASK_KINDS[made_by.name] in stage.needed | stage.forced,
     )
 
 
@@ -89,3 +94,64 @@ def add_stage(stage: Stage) -> Ref:
     stack = prepared(stage, train, "train")(stage, build, trunk)
     activations = prepared(stage, cache_activations, "cache activations of")(stage, stack)
     return prepared(stage, validate, "validate")(stage, stack, activations)
+
+
+@task(name="fill", cache_policy=NO_CACHE, persist_result=False)
+def fill_shard(stage: Stage, writer: StoreWriter, shard: ShardRange) -> dict[str, Any]:
+    """Compute one shard of a store and write it."""
+    return filling.fill_shard(stage, writer, shard)
+
+
+@contextlib.contextmanager
+def prefect_workers(stage: Stage) -> Generator[Submit]:
+    """Start the configured task runner; every shard is one task run.
+
+    Shards are submitted one by one, because `map` submits all of them at once and a stop could not cancel them.
+    """
+    cache = stage.config.cache
+    runner, died = _RUNNERS[cache.task_runner](cache.fill_workers)
+
+    def submit(writer: StoreWriter, shard: ShardRange) -> ShardFuture:
+        named = fill_shard.with_options(task_run_name=f"fill {shard.group} shard {shard.index} of {stage.what}")
+        return runner.submit(named, {"stage": stage, "writer": writer, "shard": shard})
+
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        with runner:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray installs a handler that ends this process at once
+            yield submit
+    except died as error:
+        raise BrokenExecutor(str(error)) from error
+
+
+_Died = tuple[type[BaseException], ...]
+"""What a task runner raises when a worker is killed."""
+
+
+def _dask(n_workers: int) -> tuple[TaskRunner[Any], _Died]:
+    """Use the cluster that Dask's own configuration names (DASK_SCHEDULER_ADDRESS), or start one here."""
+    from dask import config
+    from distributed import KilledWorker
+    from prefect_dask.task_runners import DaskTaskRunner
+
+    address = config.get("scheduler-address", None)
+    here = {"n_workers": n_workers, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    runner = DaskTaskRunner(address=address) if address else DaskTaskRunner(cluster_kwargs=here)
+    return runner, (KilledWorker,)
+
+
+def _ray(n_workers: int) -> tuple[TaskRunner[Any], _Died]:
+    """Use the cluster that RAY_ADDRESS names, which `ray.init` reads, or start one here."""
+    errors = import_module("ray.exceptions")
+    died = errors.NodeDiedError, errors.OutOfMemoryError, errors.WorkerCrashedError
+    here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": n_workers, "include_dashboard": False}
+    return import_module("prefect_ray").RayTaskRunner(init_kwargs=here), died
+
+
+_RUNNERS: dict[str, Callable[[int], tuple[TaskRunner[Any], _Died]]] = {
+    "threads": lambda n_workers: (ThreadPoolTaskRunner[Any](n_workers), ()),
+    "processes": lambda n_workers: (ProcessPoolTaskRunner(n_workers, initializer=begin_worker), ()),
+    "dask": _dask,
+    "ray": _ray,
+}

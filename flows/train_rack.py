@@ -29,7 +29,7 @@ def train_rack(
     from_stack: StageNumber = -1,
     force: Task = "",
 ) -> None:
-    """Grow a rack: each stage is built on a trunk, trained, cached and validated.
+    """Grow a rack stage by stage: build a stack on the trunk, train it, cache its boundary, validate the result.
 
     Sealed artifacts are reused, interrupted training resumes, missing artifacts are made.
 

@@ -1,20 +1,27 @@
-"""What several commands share: arguments, the configuration they name, and the line about a lock they wait for."""
+"""What commands share: arguments, the configuration that they name, and the message of a wait for a lock."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import parse_value
 from stackwise_core.errors import ConfigError, Fault
 
+Run = Callable[[argparse.Namespace], int | None]
+"""Runs a command and returns its exit code; None is 0."""
 
-def add_artifacts(parser: argparse.ArgumentParser) -> None:
-    """Add --artifacts."""
+
+def add_common(parser: argparse.ArgumentParser, run: Run, *, json: bool = False) -> None:
+    """Set the function that runs a command, and add --artifacts and perhaps --json."""
+    parser.set_defaults(run=run)
     help_text = "where artifacts are stored: a folder (default: artifacts/) or s3://BUCKET/PREFIX"
     parser.add_argument("--artifacts", default="artifacts", metavar="ROOT", help=help_text)
+    if json:
+        add_json(parser)
 
 
 def add_json(parser: argparse.ArgumentParser | argparse._MutuallyExclusiveGroup) -> None:  # pyright: ignore[reportPrivateUsage]

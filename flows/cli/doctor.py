@@ -12,13 +12,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from flows.api import ask, fault_of, is_registered, shown, workers_alive
-from flows.cli.arguments import add_artifacts, add_json
+from flows.cli.arguments import add_common
 from flows.run.numbers import size
+from flows.server import ask, fault_of, is_registered, shown, workers_alive
 from flows.services import AUTOMATION, POOL
 from storage.artifacts import artifacts_at
 from storage.errors import ArtifactsFolderError
@@ -27,7 +26,7 @@ from storage.locks import FileLock
 
 _LIBRARIES = ("torch", "prefect", "zarr", "safetensors", "numpy", "pydantic", "peft", "bitsandbytes", "torchao")
 _LITTLE_BYTES = 2**30
-"""Less free space than this fails the check: the store of a small model is larger."""
+"""Less free space fails the check, because the store of a small model is larger."""
 _TRY_LOCK = """
 import fcntl, sys
 with open(sys.argv[1]) as file:
@@ -38,30 +37,15 @@ with open(sys.argv[1]) as file:
 """
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Result of one check."""
-
-    what: str
-    ok: bool
-    says: str
-
-
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `doctor`."""
-    add_artifacts(parser)
-    add_json(parser)
-    parser.set_defaults(run=examine)
+    add_common(parser, examine, json=True)
 
 
 def examine(options: argparse.Namespace) -> int:
-    """Run every check and print a line for each.
-
-    Returns:
-        0 if all pass, else 1.
-    """
+    """Run every check and print a line for each; return 0 if all pass, else 1."""
     artifacts = artifacts_at(options.artifacts)
-    folder = _existing(artifacts.root)
+    folder = next(parent for parent in (artifacts.root, *artifacts.root.parents) if parent.is_dir())
     checks: dict[str, Callable[[], tuple[bool, str]]] = {
         "python": lambda: (True, f"{platform.python_version()}, stackwise {version('stackwise')}"),
         "libraries": _check_libraries,
@@ -73,30 +57,24 @@ def examine(options: argparse.Namespace) -> int:
     }
     if artifacts.is_remote:
         checks["object store"] = lambda: _check_objects(artifacts.uri)
-    findings: list[Finding] = []
+    findings: list[dict[str, object]] = []
     for what, check in checks.items():
         try:
             ok, says = check()
         except OSError as error:
             ok, says = False, f"{error.filename or folder}: {error.strerror or error}"
-        findings.append(Finding(what, ok, says))
-    passed = all(finding.ok for finding in findings)
+        findings.append({"what": what, "ok": ok, "says": says})
+    passed = all(finding["ok"] for finding in findings)
     if options.json:
-        print(json.dumps({"ok": passed, "findings": [asdict(finding) for finding in findings]}, indent=1))
+        print(json.dumps({"ok": passed, "findings": findings}, indent=1))
     else:
         for finding in findings:
-            print(f"{'ok  ' if finding.ok else 'BAD '}{finding.what:<13}{finding.says}")
+            print(f"{'ok  ' if finding['ok'] else 'BAD '}{finding['what']:<13}{finding['says']}")
     return 0 if passed else 1
 
 
-def _existing(folder: Path) -> Path:
-    """Return the folder, or its nearest parent that exists."""
-    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-
-
 def _check_libraries() -> tuple[bool, str]:
-    found: list[str] = []
-    missing: list[str] = []
+    found, missing = list[str](), list[str]()
     for name in _LIBRARIES:
         try:
             found.append(f"{name} {version(name)}")
@@ -117,16 +95,13 @@ def _check_device() -> tuple[bool, str]:
 
 
 def _gpus() -> list[str]:
-    """Return the names of the CUDA devices from the driver, because importing torch takes seconds.
-
-    The calls are those of the CUDA driver API (docs.nvidia.com/cuda/cuda-driver-api); 0 is success.
-    """
+    """Ask the CUDA driver (docs.nvidia.com/cuda/cuda-driver-api) for its devices: importing torch takes seconds."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return []
     count, names = ctypes.c_int(0), list[str]()
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):  # 0 is success
         return []
     for index in range(count.value):
         device, name = ctypes.c_int(), ctypes.create_string_buffer(100)
@@ -147,20 +122,15 @@ def _check_file_system(folder: Path) -> tuple[bool, str]:
 
 
 def _check_locks(folder: Path) -> tuple[bool, str]:
-    """Hold a lock and let another process try to take it."""
+    """Let another process try to take a lock while this one holds it, and afterwards."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".stackwise-doctor-") as file:
+        rival = [sys.executable, "-S", "-c", _TRY_LOCK, file.name]
         with FileLock(Path(file.name)):
-            during = _exit_code_of_rival(file.name)
-        after = _exit_code_of_rival(file.name)
+            during = subprocess.run(rival, check=False, stderr=subprocess.DEVNULL).returncode
+        after = subprocess.run(rival, check=False, stderr=subprocess.DEVNULL).returncode
     if during == 7 and after == 0:
-        return True, "one process keeps another out, and lets it in after"
+        return True, "a lock keeps other processes out until it is released"
     return False, f"flock does not work in {folder}: two runs could write one artifact; use a local disk"
-
-
-def _exit_code_of_rival(path: str) -> int:
-    return subprocess.run(
-        [sys.executable, "-S", "-c", _TRY_LOCK, path], check=False, stderr=subprocess.DEVNULL
-    ).returncode
 
 
 def _check_objects(uri: str) -> tuple[bool, str]:
@@ -179,20 +149,16 @@ def _check_prefect() -> tuple[bool, str]:
     if fault := fault_of(url):
         return False, f"PREFECT_API_URL: got {shown(url)!r}; {fault}"
     try:
-        return True, f"{url} answers, version {ask(url, '/admin/version')}; {_workers(url)}; {_heartbeats(url)}"
+        dead = "become Crashed" if is_registered(url, AUTOMATION) else "stay Running: `stackwise heartbeat` mends that"
+        says = f"{url} answers, version {ask(url, '/admin/version')}; {_workers(url)}; runs of dead machines {dead}"
+        return True, says
     except ValueError as error:
-        return False, f"{url} answers, and is healthy, but what it says of its workers is no JSON ({error})"
+        return False, f"{url} answers and is healthy, but its list of workers is no JSON ({error})"
 
 
 def _workers(url: str) -> str:
     workers = workers_alive(url, POOL)
     if workers is None:
         return f"no pool {POOL}: `stackwise worker` makes it"
-    alive = f"workers heard of lately: {', '.join(workers)}" if workers else "no worker: start `stackwise worker`"
-    return f"pool {POOL}, {alive}"
-
-
-def _heartbeats(url: str) -> str:
-    if is_registered(url, AUTOMATION):
-        return "runs of dead machines become Crashed"
-    return "runs of dead machines stay Running: `stackwise heartbeat` mends that"
+    online = f"workers online: {', '.join(workers)}" if workers else "no worker: start `stackwise worker`"
+    return f"pool {POOL}, {online}"

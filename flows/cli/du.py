@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Console
 
-from flows.cli.arguments import add_artifacts, add_json
+from flows.cli.arguments import add_common
 from flows.run.numbers import size
 from flows.run.terminal import plain_table
 from storage.artifacts import Artifacts, artifacts_at
@@ -19,73 +19,53 @@ from storage.reachability import find_reachable
 
 def add_du(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `du`."""
-    add_artifacts(parser)
-    add_json(parser)
-    parser.set_defaults(run=show_usage)
+    add_common(parser, show_usage, json=True)
 
 
-@dataclass(frozen=True)
-class RunBytes:
-    """Disk usage of a run, including its record [bytes]."""
+def measure(artifacts: Artifacts) -> dict[str, Any]:
+    """Return the disk usage in bytes: of each run with its record, and of each place, where every byte counts once.
 
-    name: str
-    total: int
-    shared: int
-    """Artifacts that other runs reach too."""
-    unique: int
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Disk usage of an artifacts folder; the places add up to the total [bytes]."""
-
-    total: int
-    runs: list[RunBytes]
-    places: dict[str, int]
-
-
-def measure(artifacts: Artifacts) -> Usage:
-    """Count every byte once by place, and for each run the bytes that it reaches.
+    `shared` are the artifacts of a run that other runs reach too, `unique` are the others.
 
     Raises:
-        ArtifactCorruptError: a run's record cannot be read.
+        ArtifactCorruptError: the record of a run cannot be read.
     """
-    inventory, reach = Inventory(artifacts), find_reachable(artifacts)
-    held = {found.path.name: found.n_bytes for found in inventory.artifacts()}
-    readers = Counter(name for names in reach.runs.values() for name in names)
-    runs: list[RunBytes] = []
-    for run, names in reach.runs.items():
-        shared = sum(held.get(name, 0) for name in names if readers[name] > 1)
-        alone = sum(held.get(name, 0) for name in names if readers[name] == 1)
-        record = inventory.n_bytes(f"runs/{run}")
-        runs.append(RunBytes(run, shared + alone + record, shared, alone + record))
-    places = {
-        "reached by one run": sum(n_bytes for name, n_bytes in held.items() if readers[name] == 1),
-        "reached by several runs": sum(n_bytes for name, n_bytes in held.items() if readers[name] > 1),
-        "pinned only": sum(n for name, n in held.items() if not readers[name] and name in reach.pinned),
-        "reached by no run": sum(n for name, n in held.items() if not readers[name] and name not in reach.pinned),
-        "records of runs": inventory.n_bytes("runs"),
-        **{room: inventory.n_bytes(room) for room in ("work", "trash", "quarantine")},
-    }
+    inventory, reachable = Inventory(artifacts), find_reachable(artifacts)
+    sizes = {found.path.name: found.n_bytes for found in inventory.artifacts()}
+    readers = Counter(name for names in reachable.runs.values() for name in names)
+    runs: list[dict[str, Any]] = []
+    for run, names in reachable.runs.items():
+        shared = sum(sizes.get(name, 0) for name in names if readers[name] > 1)
+        unique = sum(sizes.get(name, 0) for name in names if readers[name] == 1) + inventory.n_bytes(f"runs/{run}")
+        runs.append({"name": run, "total": shared + unique, "shared": shared, "unique": unique})
+    places: dict[str, int] = dict.fromkeys(
+        ("reached by one run", "reached by several runs", "pinned only", "reached by no run"), 0
+    )
+    for name, n_bytes in sizes.items():
+        if readers[name]:
+            places["reached by one run" if readers[name] == 1 else "reached by several runs"] += n_bytes
+        else:
+            places["pinned only" if name in reachable.pinned else "reached by no run"] += n_bytes
+    places["records of runs"] = inventory.n_bytes("runs")
+    places |= {folder: inventory.n_bytes(folder) for folder in ("work", "trash", "quarantine")}
     total = inventory.n_bytes()
-    return Usage(total, runs, {**places, "other": total - sum(places.values())})
+    places["other"] = total - sum(places.values())
+    return {"artifacts": artifacts.uri, "total": total, "runs": runs, "places": places}
 
 
 def show_usage(options: argparse.Namespace) -> None:
     """Print the disk usage by run and by place."""
-    artifacts = artifacts_at(options.artifacts).existing()
-    usage = measure(artifacts)
+    usage = measure(artifacts_at(options.artifacts).existing())
     if options.json:
-        print(json.dumps({"artifacts": artifacts.uri, **asdict(usage)}, indent=1))
+        print(json.dumps(usage, indent=1))
         return
     runs = plain_table("run", "|total", "|shared", "|unique")
-    for run in usage.runs:
-        runs.add_row(run.name, size(run.total), size(run.shared), size(run.unique))
+    for run in usage["runs"]:
+        runs.add_row(run["name"], *(size(run[column]) for column in ("total", "shared", "unique")))
     places = plain_table("where", "|size")
-    for place, n_bytes in usage.places.items():
+    for place, n_bytes in {**usage["places"], "total": usage["total"]}.items():
         places.add_row(place, size(n_bytes))
-    places.add_row("total", size(usage.total))
     console = Console()
-    if usage.runs:
+    if usage["runs"]:
         console.print(runs, "")
     console.print(places)

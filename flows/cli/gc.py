@@ -1,4 +1,4 @@
-"""`stackwise gc`: remove what no run reaches, and leftovers of killed processes."""
+"""`stackwise gc`: remove artifacts that no run reaches, and leftovers of killed processes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import argparse
 import json
 import sys
 
-from flows.cli.arguments import add_artifacts, add_json, print_waiting
+from flows.cli.arguments import add_common, print_waiting
 from flows.run.garbage import collect_garbage, removal_lines, verdict
 from flows.run.lookup import find_artifact
 from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import Artifacts, artifacts_at
-from storage.collect import Collection, without_gc
+from storage.collect import without_gc
 from storage.manifest import read_manifest
 from storage.reachability import pin, pins, unpin
 
 
 def add_gc(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `gc`."""
-    add_artifacts(parser)
+    add_common(parser, _run, json=True)
     help_text = "list what would be removed and its bytes; remove nothing"
     parser.add_argument("--dry-run", action="store_true", help=help_text)
     help_text = "only the N newest runs count; the records of the others are removed too"
@@ -29,8 +29,6 @@ def add_gc(parser: argparse.ArgumentParser) -> None:
     help_text = "keep an artifact and everything it was made from, until it is unpinned; remove nothing now"
     pinning.add_argument("--pin", metavar="ID", help=help_text)
     pinning.add_argument("--unpin", metavar="ID", help="no longer keep a pinned artifact; remove nothing now")
-    add_json(parser)
-    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -41,7 +39,12 @@ def _run(options: argparse.Namespace) -> None:
     dry_run: bool = options.dry_run
     collection = collect_garbage(artifacts, options.keep_last, superseded=options.superseded, dry_run=dry_run)
     if options.json:
-        print(json.dumps(_document(artifacts, collection, dry_run), indent=1))
+        items = [
+            {"path": artifacts.location(removal.path), "bytes": removal.n_bytes, "why": removal.why}
+            for removal in collection.removals
+        ]
+        found = {"bytes": collection.n_bytes, "items": items, "damaged": collection.damaged, "notes": collection.notes}
+        print(json.dumps({"artifacts": artifacts.uri, "dry_run": dry_run, **found}, indent=1))
         return
     for line in removal_lines(artifacts, collection):
         print(line)
@@ -63,18 +66,3 @@ def _change_pins(artifacts: Artifacts, to_pin: str | None, to_unpin: str | None)
             unpin(artifacts, to_unpin)
     pinned = ", ".join(ref.name for ref in pins(artifacts))
     print(f"pinned: {pinned}; they stay, and all they were made from" if pinned else "nothing is pinned")
-
-
-def _document(artifacts: Artifacts, collection: Collection, dry_run: bool) -> dict[str, object]:
-    items = [
-        {"path": artifacts.location(removal.path), "bytes": removal.n_bytes, "why": removal.why}
-        for removal in collection.removals
-    ]
-    return {
-        "artifacts": artifacts.uri,
-        "dry_run": dry_run,
-        "bytes": collection.n_bytes,
-        "items": items,
-        "damaged": collection.damaged,
-        "notes": collection.notes,
-    }

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.cli.arguments import add_artifacts, add_json
+from flows.cli.arguments import add_common
 from flows.pages.provenance import trace
 from flows.run.lookup import find_artifact
 from flows.run.numbers import size
@@ -22,61 +21,47 @@ if TYPE_CHECKING:
 
 _ROWS = 64
 _PAGES = ("activations", "stack")
-"""Kinds that have a page."""
+"""Kinds of artifact that have a page."""
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `inspect`."""
-    add_artifacts(parser)
+    add_common(parser, show_artifact, json=True)
     help_text = "folder or name of an artifact; a unique prefix of its name is enough"
     parser.add_argument("uri", metavar="URI", help=help_text)
-    add_json(parser)
     parser.add_argument("--html", default="", metavar="FILE", help="write a web page about a store or a stack")
     help_text = "measure the drift of a store from URI2 instead of from the boundary below"
     parser.add_argument("--against", default="", metavar="URI2", help=help_text)
     help_text = f"how many rows of a store to read for its statistics ({_ROWS})"
     parser.add_argument("--rows", type=int, metavar="N", help=help_text)
-    parser.set_defaults(run=_run)
 
 
-def _run(options: argparse.Namespace) -> int:
-    wanted = _Wanted(options.json, options.html, options.against, options.rows)
-    return show_artifact(options.artifacts, options.uri, wanted)
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    as_json: bool
-    html: str
-    """File to write a page to; '' writes none."""
-    against: str
-    """Another store to measure the drift from; '' takes the boundary below."""
-    rows: int | None
-    """How many rows of a store to read for its statistics."""
-
-
-def show_artifact(root: str, uri: str, wanted: _Wanted) -> int:
+def show_artifact(options: argparse.Namespace) -> int:
     """Show one artifact: what it is, what it was made from, and for a store its statistics and sample rows.
 
     Returns:
         3 if it is damaged, else 0.
 
     Raises:
-        ArtifactError: it does not exist, a file of it is damaged, or a page needs data that was dropped.
+        ArtifactError: it does not exist, one of its files is damaged, or a page needs data that was dropped.
         ConfigError: an option does not apply to this kind, or the page cannot be written.
     """
-    named = artifacts_at(root).existing()
-    folder = find_artifact(named, uri)
+    named = artifacts_at(options.artifacts).existing()
+    folder = find_artifact(named, options.uri)
     manifest = read_manifest(folder)
-    _check_wanted(manifest, wanted)
+    _check_options(options, manifest)
     artifacts = _home(named, folder, manifest)
     state = artifacts.state(manifest.ref)
-    if wanted.html or wanted.against:
+    if options.html or options.against:
         artifacts.manifest(manifest.ref)  # raises unless it is sealed
-    document = _describe(artifacts, folder, manifest, state, wanted)
-    if wanted.html:
-        _write_page(wanted.html, document)
-    if wanted.as_json:
+    where = artifacts.where(manifest.ref) if artifacts.folder(manifest.ref) == folder else str(folder)
+    document: dict[str, Any] = {"folder": where, "state": state.value, **manifest.model_dump(mode="json")}
+    document["provenance"] = trace(artifacts, manifest)
+    if state is State.SEALED:
+        document |= _describe(options, artifacts, folder, manifest)
+    if options.html:
+        _write_page(options.html, document)
+    if options.json:
         print(json.dumps(document, indent=1))
     else:
         _print_artifact(document, manifest)
@@ -84,78 +69,72 @@ def show_artifact(root: str, uri: str, wanted: _Wanted) -> int:
 
 
 def _home(named: Artifacts, folder: Path, manifest: Manifest) -> Artifacts:
-    """Return the artifacts folder that holds an artifact, which can differ from --artifacts if a path was given."""
+    """Return the artifacts folder that holds an artifact: if a path was given, it can differ from --artifacts."""
     if named.folder(manifest.ref) == folder:
         return named
     around = Artifacts(folder.parent.parent)
     return around if around.folder(manifest.ref) == folder else named
 
 
-def _check_wanted(manifest: Manifest, wanted: _Wanted) -> None:
-    """Reject options that do not apply to this kind, before anything is read."""
-    faults: list[Fault] = []
+def _check_options(options: argparse.Namespace, manifest: Manifest) -> None:
+    """Reject options that do not apply to this kind, before any data is read."""
+    html, against, rows = options.html, options.against, options.rows
     kind, name = manifest.ref.kind, manifest.ref.name
-    if wanted.html and kind not in _PAGES:
-        faults.append(Fault("--html", repr(wanted.html), f"{name} has no page; stores and stacks have"))
-    if wanted.html and not Path(wanted.html).absolute().parent.is_dir():
-        faults.append(Fault("--html", repr(wanted.html), "its folder does not exist; make it, or choose another"))
-    if wanted.against and kind != "activations":
-        faults.append(Fault("--against", repr(wanted.against), f"{name} is no store; two stores can be compared"))
-    if wanted.rows is not None and kind != "activations":
-        faults.append(Fault("--rows", str(wanted.rows), f"{name} is no store, and has no rows"))
-    elif wanted.rows is not None and wanted.rows < 1:
-        faults.append(Fault("--rows", str(wanted.rows), "read one row at least"))
+    no_folder = html and not Path(html).absolute().parent.is_dir()
+    no_store = kind != "activations"
+    checks = (
+        (html and kind not in _PAGES, "--html", html, f"{name} has no page; stores and stacks have"),
+        (no_folder, "--html", html, "its folder does not exist; make it, or choose another"),
+        (against and no_store, "--against", against, f"{name} is no store; two stores can be compared"),
+        (rows is not None and no_store, "--rows", rows, f"{name} is no store, and has no rows"),
+        (rows is not None and rows < 1 and not no_store, "--rows", rows, "read one row at least"),
+    )
+    faults = [Fault(option, repr(value), allowed) for wrong, option, value, allowed in checks if wrong]
     if faults:
         raise ConfigError(faults)
 
 
-def _describe(artifacts: Artifacts, folder: Path, manifest: Manifest, state: State, wanted: _Wanted) -> dict[str, Any]:
-    where = artifacts.where(manifest.ref) if artifacts.folder(manifest.ref) == folder else str(folder)
-    document: dict[str, Any] = {"folder": where, "state": state.value, **manifest.model_dump(mode="json")}
-    document["provenance"] = trace(artifacts, manifest)
-    if state is not State.SEALED:
-        return document
+def _describe(options: argparse.Namespace, artifacts: Artifacts, folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Return the sections of a sealed store or stack; the import of torch is left to the moment of need."""
     if manifest.ref.kind == "activations":
         from flows.pages.store import describe_store
 
-        other = _other_store(artifacts, wanted.against)
-        document |= describe_store(artifacts, folder, manifest, other, wanted.rows or _ROWS)
-    elif manifest.ref.kind == "stack" and (wanted.as_json or wanted.html):
+        other = _other_store(artifacts, options.against) if options.against else None
+        n_rows = _ROWS if options.rows is None else options.rows
+        return describe_store(artifacts, folder, manifest, other, n_rows)
+    if manifest.ref.kind == "stack" and (options.json or options.html):
         from flows.pages.stack import describe_stack
 
-        document |= describe_stack(artifacts.checked(manifest.ref), manifest)
-    return document
+        return describe_stack(artifacts.checked(manifest.ref), manifest)
+    return {}
 
 
-def _other_store(artifacts: Artifacts, uri: str) -> Boundary | None:
-    """Return the store of --against, if it is given."""
-    if not uri:
-        return None
+def _other_store(artifacts: Artifacts, uri: str) -> Boundary:
+    from flows.pages.drift import Boundary
+
     folder = find_artifact(artifacts, uri)
     manifest = read_manifest(folder)
     if manifest.ref.kind != "activations":
         raise ConfigError([Fault("--against", repr(uri), f"{manifest.ref.name} is no store; name one")])
-    from flows.pages.drift import Boundary
-
     home = _home(artifacts, folder, manifest)
     home.manifest(manifest.ref)  # raises unless it is sealed
     return Boundary.of(home, folder, manifest)
 
 
 def _write_page(path: str, document: dict[str, Any]) -> None:
-    from flows.pages.stack import stack_page
-    from flows.pages.store_page import store_page
-
-    text = store_page(document) if document["ref"]["kind"] == "activations" else stack_page(document)
+    if document["ref"]["kind"] == "activations":
+        from flows.pages.store import store_page as make_page
+    else:
+        from flows.pages.stack import stack_page as make_page
     try:
-        write_text(Path(path).absolute(), text)
+        write_text(Path(path).absolute(), make_page(document))
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError([Fault("--html", repr(path), f"it cannot be written ({reason})")]) from None
 
 
 def _print_artifact(document: dict[str, Any], manifest: Manifest) -> None:
-    """Print a line per fact, unwrapped, so that ids and folders can be copied; then the tables of a store."""
+    """Print one unwrapped line per fact, so that ids and folders can be copied; then the tables of a store."""
     lines: list[tuple[str, object]] = [
         ("artifact", manifest.ref.name),
         ("folder", document["folder"]),

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from flows.cli.arguments import add_artifacts, add_config, add_json, load_config
+from flows.cli.arguments import add_common, add_config, load_config
 from flows.run.numbers import parameters, size
 from flows.run.prepare import pack_corpus
 from stackwise_core.config import StackWiseConfig
@@ -25,10 +25,8 @@ from storage.demand import TASK_KINDS, Demand, compute_demand
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan`."""
-    add_artifacts(parser)
+    add_common(parser, show_plan, json=True)
     add_config(parser)
-    add_json(parser)
-    parser.set_defaults(run=show_plan)
 
 
 def show_plan(options: argparse.Namespace) -> None:
@@ -38,24 +36,26 @@ def show_plan(options: argparse.Namespace) -> None:
     plan = plan_config(config)
     demand = compute_demand(plan, artifacts, config.cache.keep)
     n_train, n_validation = _count_sequences(config, artifacts, plan)
-    stages = [_stage(config, plan, stage, demand, artifacts, n_train, n_validation) for stage in plan.stages]
+    document = {
+        "run": config.run.name,
+        "artifacts": artifacts.uri,
+        "data": {"state": artifacts.state(plan.data_ref).value, "artifact": plan.data_ref.name},
+        "train_sequences": n_train,
+        "validation_sequences": n_validation,
+        "complete": demand.complete,
+        "notes": notes(config),
+        "stages": [
+            _stage(config, plan, at, demand, artifacts, n_train, n_validation) for at in range(len(plan.stages))
+        ],
+    }
     if options.json:
-        document = {
-            "run": config.run.name,
-            "artifacts": artifacts.uri,
-            "data": {"state": artifacts.state(plan.data_ref).value, "artifact": plan.data_ref.name},
-            "train_sequences": n_train,
-            "validation_sequences": n_validation,
-            "complete": demand.complete,
-            "notes": notes(config),
-            "stages": stages,
-        }
         print(json.dumps(document, indent=1))
-        return
-    _print_plan(config, artifacts, stages, n_train, n_validation)
+    else:
+        _print_plan(document, config.data.seq_len)
 
 
 def _count_sequences(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> tuple[int, int]:
+    """Return the number of training and validation sequences: of the sealed data, or of the packed corpus."""
     if artifacts.state(plan.data_ref) is State.SEALED:
         facts = artifacts.manifest(plan.data_ref).facts
         return facts["train_sequences"], facts["validation_sequences"]
@@ -66,12 +66,13 @@ def _count_sequences(config: StackWiseConfig, artifacts: Artifacts, plan: RunPla
 def _stage(
     config: StackWiseConfig,
     plan: RunPlan,
-    stage: StagePlan,
+    index: int,
     demand: Demand,
     artifacts: Artifacts,
     n_train: int,
     n_validation: int,
 ) -> dict[str, Any]:
+    stage = plan.stages[index]
     spec, shape, seq_len = stage.spec, stage.shape, config.data.seq_len
     ratio = stage.stack.mask.mean_ratio if stage.stack.mask else None
     live, below = stage_flops(shape, spec, seq_len, ratio or 1.0)
@@ -80,10 +81,10 @@ def _stage(
         rows = resolve_order(config, n_train).count_visited(stage.activations.steps)
         rows += min(stage.activations.validation_sequences, n_validation)
         cache = store_bytes(rows, seq_len, shape.d_model, stage.activations.dtype)
-    cached_below = stage.index > 0 and plan.stages[stage.index - 1].activations is not None
+    cached_below = index > 0 and plan.stages[index - 1].activations is not None
     kinds: dict[str, Kind] = {task: kind for task, kind in TASK_KINDS.items() if stage.recipe(kind) is not None}
     return {
-        "stage": stage.index,
+        "stage": index,
         "name": spec.name,
         "mode": spec.mode,
         "trunk": spec.strategy,
@@ -116,7 +117,7 @@ def _stage(
 
 
 def _measured(stage: StagePlan, artifacts: Artifacts) -> dict[str, float]:
-    """Return the speeds of finished work: tokens trained per second, bytes cached per second."""
+    """Return the speeds of finished work: trained tokens and cached bytes per second."""
     speeds: dict[str, float] = {}
     if stack := artifacts.sealed(stage.ref("stack")):
         speeds["tokens_per_second"] = stack.facts["tokens_per_second"]
@@ -126,18 +127,15 @@ def _measured(stage: StagePlan, artifacts: Artifacts) -> dict[str, float]:
     return speeds
 
 
-def _print_plan(
-    config: StackWiseConfig, artifacts: Artifacts, stages: list[dict[str, Any]], n_train: int, n_validation: int
-) -> None:
-    console = Console()
-    sequences = f"{n_train:,} training and {n_validation:,} validation sequences of {config.data.seq_len} tokens"
-    console.print(
-        f"[bold]{config.run.name}[/] in {escape(artifacts.uri)}\n{sequences}", highlight=False, soft_wrap=True
-    )
-    for note in notes(config):
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
-    for row in stages:
-        console.print(_paragraph(row), highlight=False, markup=False)
+def _print_plan(document: dict[str, Any], seq_len: int) -> None:
+    console = Console(highlight=False)
+    n_train, n_validation = document["train_sequences"], document["validation_sequences"]
+    sequences = f"{n_train:,} training and {n_validation:,} validation sequences of {seq_len} tokens"
+    console.print(f"[bold]{document['run']}[/] in {escape(document['artifacts'])}\n{sequences}", soft_wrap=True)
+    for note in document["notes"]:
+        console.print(note, markup=False, soft_wrap=True)
+    for row in document["stages"]:
+        console.print(_paragraph(row), markup=False)
 
 
 def _paragraph(row: dict[str, Any]) -> str:
@@ -147,33 +145,23 @@ def _paragraph(row: dict[str, Any]) -> str:
     time = "" if row["time_step"] is None else f" (time step {row['time_step']})"
     saved = row["flops_saved_by_cache"]
     saving = f", {saved / 1e12:.3g} saved by the cache below" if saved else ""
-    cache = row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"])
     plural = "block" if row["blocks"] == 1 else "blocks"
     how = "all stacks together" if row["mode"] == "joint" else f"{row['blocks']} {plural}, {row['operator']}"
-    return (
-        f"\nstage {row['stage']}: {row['name']}\n"
-        f"  stack   {how}; {row['steps']} steps, {masks}{time}\n"
-        f"{_adapters(row)}"
-        f"  trains  {parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters\n"
-        f"  costs   {row['flops'] / 1e12:.3g} TFLOP{saving}; about {size(row['memory_bytes'])} of memory\n"
-        f"  cache   {cache}\n"
-        f"{_speeds(row['measured'])}"
-        f"  to run  {', '.join(row['to_run']) or 'nothing, all is there'}"
-    )
-
-
-def _speeds(measured: dict[str, float]) -> str:
-    """Return the line of the speeds that were measured."""
-    parts = [f"trained at {measured['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in measured else []
-    if "cache_bytes_per_second" in measured:
-        parts.append(f"cached at {size(measured['cache_bytes_per_second'])}/s")
-    return f"  was     {', '.join(parts)}\n" if parts else ""
-
-
-def _adapters(row: dict[str, Any]) -> str:
-    """Return the line of the adapters' ranks by stack."""
-    by_stack: dict[int, list[str]] = {}
+    ranks: dict[int, list[str]] = {}
     for adapter in row["adapters"]:
-        by_stack.setdefault(adapter["stack"], []).append(f"{adapter['name']} {adapter['rank']}")
-    ranks = "; ".join(f"stack {stack}: {', '.join(names)}" for stack, names in by_stack.items())
-    return f"  LoRA    {ranks}\n" if ranks else ""
+        ranks.setdefault(adapter["stack"], []).append(f"{adapter['name']} {adapter['rank']}")
+    measured = row["measured"]
+    speeds = [f"trained at {measured['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in measured else []
+    if "cache_bytes_per_second" in measured:
+        speeds.append(f"cached at {size(measured['cache_bytes_per_second'])}/s")
+    lines = {
+        "stack": f"{how}; {row['steps']} steps, {masks}{time}",
+        "LoRA": "; ".join(f"stack {stack}: {', '.join(names)}" for stack, names in ranks.items()),
+        "trains": f"{parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters",
+        "costs": f"{row['flops'] / 1e12:.3g} TFLOP{saving}; about {size(row['memory_bytes'])} of memory",
+        "cache": row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"]),
+        "was": ", ".join(speeds),
+        "to run": ", ".join(row["to_run"]) or "nothing, all is there",
+    }
+    title = f"\nstage {row['stage']}: {row['name']}"
+    return "\n".join([title, *(f"  {what:<8}{text}" for what, text in lines.items() if text)])

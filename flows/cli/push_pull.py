@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 
-from flows.cli.arguments import add_artifacts, print_waiting
+from flows.cli.arguments import Run, add_common, print_waiting
 from flows.run.lookup import find_artifact
 from flows.run.numbers import size
 from stackwise_core.errors import ConfigError, Fault
@@ -22,18 +21,16 @@ from storage.runs import run_names
 
 def add_push(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `push`."""
-    _add_arguments(parser, "the folder or bucket to copy to; a folder is created if needed")
-    parser.set_defaults(run=_push)
+    _add_arguments(parser, _push, "the folder or bucket to copy to; a folder is created if needed")
 
 
 def add_pull(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `pull`."""
-    _add_arguments(parser, "the folder or bucket to copy from")
-    parser.set_defaults(run=_pull)
+    _add_arguments(parser, _pull, "the folder or bucket to copy from")
 
 
-def _add_arguments(parser: argparse.ArgumentParser, uri: str) -> None:
-    add_artifacts(parser)
+def _add_arguments(parser: argparse.ArgumentParser, run: Run, uri: str) -> None:
+    add_common(parser, run)
     parser.add_argument("uri", metavar="URI", help=uri)
     names = "artifacts, with everything they were made from, and runs; default: everything"
     parser.add_argument("names", nargs="*", metavar="ID|RUN", help=names)
@@ -47,25 +44,11 @@ def _pull(options: argparse.Namespace) -> None:
     copy(options.uri, options.artifacts, options.names)
 
 
-@dataclass
-class _Load:
-    """What to copy."""
-
-    runs: list[str] = field(default_factory=list)
-    named: list[Ref] = field(default_factory=list)
-    refs: list[Ref] = field(default_factory=list)
-    """Everything, including the artifacts of the runs and the inputs of the named artifacts."""
-
-
 def copy(from_root: str, to_root: str, names: list[str]) -> None:
     """Copy artifacts with everything they were made from, and runs with everything they planned.
 
-    An artifact given by name is pinned at the target, because no run reaches it there.
-
-    Args:
-        from_root: the artifacts folder to copy from.
-        to_root: the artifacts folder to copy to; created if needed.
-        names: artifacts (unique prefixes are enough) and runs; an empty list copies everything.
+    An artifact given by name (a unique prefix is enough) is pinned at the target, because no run reaches it there.
+    Without names, everything is copied. The target is created if needed.
 
     Raises:
         ArtifactError: one is missing or damaged, or exists at the target with other bytes; the target is not changed.
@@ -77,44 +60,32 @@ def copy(from_root: str, to_root: str, names: list[str]) -> None:
     with ExitStack() as stack:
         with suppress(ArtifactsFolderError):  # a read-only source: no process can remove anything there
             stack.enter_context(without_gc(source, print_waiting))
-        load = _find(source, names)
+        known = run_names(source)
+        runs = [name for name in names if name in known] if names else known
+        named = [read_manifest(find_artifact(source, name)).ref for name in names if name not in known]
+        refs = [] if names else [read_manifest(folder).ref for folder in source.everything()]
+        refs += [*made_from(source, named), *(ref for run in runs for ref in planned(source, run))]
         target = artifacts_at(to_root).open()
         stack.enter_context(without_gc(target, print_waiting))
-        _copy(source, target, load)
+        _copy(source, target, refs, frozenset(named), runs)
 
 
-def _find(source: Artifacts, names: list[str]) -> _Load:
-    load, known = _Load(), run_names(source)
-    if not names:
-        load.runs = known
-        load.refs = [read_manifest(folder).ref for folder in source.everything()]
-    for name in names:
-        if name in known:
-            load.runs.append(name)
-        else:
-            load.named.append(read_manifest(find_artifact(source, name)).ref)
-    load.refs += made_from(source, load.named)
-    for run in load.runs:
-        load.refs += planned(source, run)
-    return load
-
-
-def _copy(source: Artifacts, target: Artifacts, load: _Load) -> None:
-    lacking = to_copy(source, target, load.refs, frozenset(load.named))
-    for run in load.runs:
+def _copy(source: Artifacts, target: Artifacts, refs: list[Ref], named: frozenset[Ref], runs: list[str]) -> None:
+    lacking = to_copy(source, target, refs, named)
+    for run in runs:
         attempts_to_copy(source, target, run)  # raises before the first byte
     check_room(source, target, lacking)
     n_bytes = _copy_artifacts(source, target, lacking)
-    for ref in load.named:
+    for ref in named:
         pin(target, ref)
-    for run in load.runs:
+    for run in runs:
         copy_run(source, target, run)
-    # Copy again what vanished meanwhile: until the records arrived, another machine's gc saw it as garbage.
-    n_bytes += _copy_artifacts(source, target, to_copy(source, target, load.refs, frozenset(load.named)))
-    there = len(set(load.refs)) - len(lacking)
-    runs = f", runs {', '.join(load.runs)}" if load.runs else ""
+    # Copy again what vanished meanwhile: until the records arrived, the gc of another machine saw it as garbage.
+    n_bytes += _copy_artifacts(source, target, to_copy(source, target, refs, named))
+    there = len(set(refs)) - len(lacking)
     skipped = f", {there} there already or never made" if there else ""
-    print(f"copied {len(lacking)} artifacts, {size(n_bytes)}{skipped}{runs}: {source.uri} -> {target.uri}")
+    of_runs = f", runs {', '.join(runs)}" if runs else ""
+    print(f"copied {len(lacking)} artifacts, {size(n_bytes)}{skipped}{of_runs}: {source.uri} -> {target.uri}")
 
 
 def _copy_artifacts(source: Artifacts, target: Artifacts, refs: list[Ref]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from rich.console import Console
 
-from flows.cli.arguments import add_artifacts, add_json, print_waiting
+from flows.cli.arguments import add_common, add_json, print_waiting
 from flows.run.numbers import size
 from flows.run.terminal import plain_table
 from storage.artifacts import Artifacts, artifacts_at
@@ -18,12 +18,11 @@ from storage.quarantine import drop, find_quarantined, quarantined, release
 
 def add_quarantine(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `quarantine`."""
-    add_artifacts(parser)
+    add_common(parser, _run)
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument("--release", metavar="ID", help="put it back if every byte is as sealed")
     actions.add_argument("--drop", metavar="ID", help="delete it")
     add_json(actions)
-    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:

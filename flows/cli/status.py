@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.cli.arguments import add_artifacts, add_json
+from flows.cli.arguments import add_common
 from flows.run.numbers import size
 from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import plain_table, stage_tables
@@ -22,10 +22,8 @@ from storage.runs import Attempt, attempts, find_run, holder_of_run, is_live, ru
 
 def add_status(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `status`."""
-    add_artifacts(parser)
+    add_common(parser, _run, json=True)
     parser.add_argument("name", nargs="?", metavar="RUN", help="name of a run; default: all runs")
-    add_json(parser)
-    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -38,7 +36,7 @@ def _run(options: argparse.Namespace) -> None:
 def show_runs(root: str, *, as_json: bool) -> None:
     """Print the state, progress and newest validation loss of every run."""
     artifacts = artifacts_at(root).existing()
-    runs = [_document_or_damage(artifacts, name) for name in run_names(artifacts)]
+    runs = [_document(artifacts, name) for name in run_names(artifacts)]
     if as_json:
         print(json.dumps({"artifacts": artifacts.uri, "runs": runs}, indent=1))
         return
@@ -62,26 +60,23 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     """
     artifacts = artifacts_at(root).existing()
     attempt = find_run(artifacts, name)
-    run, stages = _document(artifacts, attempt), summarise(artifacts, attempt.plan)
+    stages = summarise(artifacts, attempt.plan)
+    run = _describe(artifacts, attempt, stages)
     if as_json:
         print(json.dumps({**run, "stage_list": [stage.model_dump() for stage in stages]}, indent=1))
         return
-    console = Console()
+    console = Console(highlight=False)
     where = escape(str(attempt.folder))
-    console.print(
-        f"[bold]{name}[/]: {run['state']}, attempt {attempt.number}, {where}", highlight=False, soft_wrap=True
-    )
-    if run["message"]:
-        console.print(run["message"], highlight=False, markup=False)
-    for line in _holders(run):
-        console.print(line, highlight=False, markup=False)
+    console.print(f"[bold]{name}[/]: {run['state']}, attempt {attempt.number}, {where}", soft_wrap=True)
+    for line in ([run["message"]] if run["message"] else []) + _holders(run):
+        console.print(line, markup=False)
     console.print(stage_tables(stages))
     console.print()
     console.print(_artifact_table(stages))
 
 
 def _holders(run: dict[str, Any]) -> list[str]:
-    """Return which process runs a run, and which processes make its artifacts."""
+    """Return a line for the process that executes the run, and one for each process that makes an artifact of it."""
     held = {"started": run["holder"], **run["locks"]}
     return [f"{what}: {Holder(**holder)}" for what, holder in held.items() if holder is not None]
 
@@ -105,13 +100,30 @@ def _state_of(stage: StageSummary, kind: str) -> str:
     return stage.states[kind]
 
 
-def _document(artifacts: Artifacts, attempt: Attempt) -> dict[str, Any]:
-    stages = summarise(artifacts, attempt.plan)
+def _document(artifacts: Artifacts, name: str) -> dict[str, Any]:
+    """Return the document of a run; a damaged run must not hide the others."""
+    try:
+        attempt = find_run(artifacts, name)
+        return _describe(artifacts, attempt, summarise(artifacts, attempt.plan))
+    except ArtifactError as error:
+        unknown = {"stages": 0, "stages_done": 0, "validation_loss": None, "attempts": 0, "started": "-"}
+        damage = {"name": name, "state": "damaged", "message": str(error)}
+        return {**damage, **unknown, "holder": None, "locks": {}}
+
+
+def _describe(artifacts: Artifacts, attempt: Attempt, stages: list[StageSummary]) -> dict[str, Any]:
     done = [stage for stage in stages if stage.states["stack"] == stage.states["validation"] == "sealed"]
     outcome = attempt.outcome
     live = is_live(artifacts, attempt.name)
     holders = {ref.name: artifacts.place.lock_holder(ref.name) for ref in attempt.plan.recipes}
-    state = "running" if live else _state_at_rest(outcome, complete=len(done) == len(stages))
+    if live:
+        state = "running"
+    elif len(done) == len(stages):  # the artifacts on disk count more than how the last attempt ended
+        state = "done"
+    elif outcome is None:
+        state = "killed"
+    else:
+        state = "incomplete" if outcome["state"] == "done" else outcome["state"]
     return {
         "name": attempt.name,
         "state": state,
@@ -124,29 +136,3 @@ def _document(artifacts: Artifacts, attempt: Attempt) -> dict[str, Any]:
         "holder": holder_of_run(attempt)._asdict() if live else None,
         "locks": {name: holder._asdict() for name, holder in holders.items() if holder is not None},
     }
-
-
-def _document_or_damage(artifacts: Artifacts, name: str) -> dict[str, Any]:
-    """Return the document of a run; a damaged run must not hide the others."""
-    try:
-        return _document(artifacts, find_run(artifacts, name))
-    except ArtifactError as error:
-        nothing: dict[str, Any] = {
-            "stages": 0,
-            "stages_done": 0,
-            "validation_loss": None,
-            "attempts": 0,
-            "started": "-",
-            "holder": None,
-            "locks": {},
-        }
-        return {"name": name, "state": "damaged", "message": str(error), **nothing}
-
-
-def _state_at_rest(outcome: dict[str, Any] | None, *, complete: bool) -> str:
-    """Return the state of a run that is not running: the artifacts on disk count more than how it last ended."""
-    if complete:
-        return "done"
-    if outcome is None:
-        return "killed"
-    return "incomplete" if outcome["state"] == "done" else outcome["state"]

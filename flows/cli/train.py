@@ -11,13 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows.api import check_api
-from flows.cli.arguments import add_artifacts, add_config, load_config, print_waiting
+from flows.cli.arguments import add_common, add_config, load_config, print_waiting
 from flows.run.events import subscribed
 from flows.run.numbers import parameters
 from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import showing, stage_tables
-from flows.server import embedded_server, quiet_prefect
+from flows.server import check_api, embedded_server, quiet_prefect
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault
@@ -30,11 +29,10 @@ from storage.runs import register_complete
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `train`."""
-    add_artifacts(parser)
+    add_common(parser, _run)
     add_config(parser)
     parser.add_argument("--from-stack", type=int, default=-1, metavar="K", help="redo the stages from K on (0-based)")
     parser.add_argument("--force", default="", metavar="TASK", help="redo build, trunk, train, cache or validate")
-    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -47,12 +45,8 @@ def _run(options: argparse.Namespace) -> None:
 def train(config: StackWiseConfig, command: list[str], root: str, from_stack: int, force: str) -> None:
     """Grow the rack of a configuration to its target, and print the result.
 
-    Args:
-        config: the run.
-        command: the command line, for the hint that shows how to add a stack.
-        root: the artifacts folder.
-        from_stack: redo the stages from this one on; -1 redoes none.
-        force: redo this task in those stages, or in all.
+    `from_stack` and `force` name the first stage and the task to redo (-1 and '' redo nothing); the printed hint how
+    to add a stack repeats `command`.
 
     Raises:
         StackWiseError: one clear message; the same command resumes from the sealed artifacts.
@@ -64,7 +58,8 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
         complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
         if complete:
             register_complete(artifacts, config, plan)
-            print("".join(f"{note}\n" for note in notes(config)), end="", file=sys.stderr)  # else the run says it
+            for note in notes(config):  # a run prints them itself
+                print(note, file=sys.stderr)
     if not complete:
         _run_flow(config, artifacts, from_stack, force)
     _print_result(config, command, artifacts, summarise(artifacts, plan), reused=complete)

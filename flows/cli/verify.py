@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from flows.cli.arguments import add_artifacts
+from flows.cli.arguments import add_common
 from flows.run.verify import verify
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `verify`."""
-    add_artifacts(parser)
+    add_common(parser, _run)
     parser.add_argument("what", nargs="?", metavar="URI|RUN", help="an artifact or a run; default: everything")
-    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:

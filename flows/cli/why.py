@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flows.cli.arguments import add_artifacts, add_config, add_json, load_config
+from flows.cli.arguments import add_common, add_config, load_config
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.plan import plan_config
 from storage.artifacts import Artifacts, artifacts_at
@@ -18,16 +18,14 @@ from storage.errors import ArtifactMissingError
 
 def add_why(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `why`."""
-    add_artifacts(parser)
+    add_common(parser, explain, json=True)
     help_text = "an artifact that exists or is planned; a unique prefix of its name is enough"
     parser.add_argument("id", metavar="ID", help=help_text)
     add_config(parser, optional=True)
-    add_json(parser)
-    parser.set_defaults(run=explain)
 
 
 def explain(options: argparse.Namespace) -> None:
-    """Compare an artifact with the most similar one of its kind and stage, and print the first causes.
+    """Print the recipe fields in which an artifact differs from the most similar one of its kind and stage.
 
     Raises:
         ArtifactMissingError: no run made or planned it.
@@ -49,7 +47,8 @@ def explain(options: argparse.Namespace) -> None:
         print(json.dumps(_document(artifacts, here, nearest), indent=1))
         return
     if nearest is None:
-        print(f"{_titled(artifacts, here)}: there is no other {_kind(here)} to compare it with")
+        kind = here.ref.kind if here.ref.stage < 0 else f"{here.ref.kind} of stage {here.ref.stage}"
+        print(f"{_titled(artifacts, here)}: there is no other {kind} to compare it with")
         return
     there, differences = nearest
     print(f"{_titled(artifacts, here)}\ndiffers from the nearest, {_titled(artifacts, there)}, in")
@@ -69,10 +68,6 @@ def _one(found: list[Known], name: str, artifacts: Artifacts) -> Known:
 
 def _titled(artifacts: Artifacts, known: Known) -> str:
     return f"{known.ref.name} ({artifacts.state(known.ref).value})"
-
-
-def _kind(known: Known) -> str:
-    return known.ref.kind if known.ref.stage < 0 else f"{known.ref.kind} of stage {known.ref.stage}"
 
 
 def _line(difference: Difference) -> str:

@@ -1,1 +1,1 @@
-"""One artifact, looked at: gathered once as a JSON document, then shown as tables, as JSON or as a page."""
+"""The description of an artifact: gathered once as a JSON document, then shown as tables, as JSON or as a page."""

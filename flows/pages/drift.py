@@ -1,4 +1,4 @@
-"""How far the boundary in a store is from other boundaries."""
+"""The drift of a store: how similar its activations are to those at other boundaries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.pages.text import listed
+from flows.pages.page import listed
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Ref
 from storage.activations.drift import measure_drift, shared_places
@@ -50,24 +50,24 @@ def drift_of(artifacts: Artifacts, here: Boundary, against: Boundary | None, n_r
     """Compare a store with the given one and with all sealed boundaries of its run.
 
     Returns:
-        names and depths of the stores, `cka` and `cosine` between all of them, and `here` and `against` as indices
-        into these; `against` is the given store, else the boundary below. None if there is no other boundary.
+        names and depths of the stores, `cka` and `cosine` between all of them, and the indices `here` and `against`,
+        which is the given store or the boundary below. None if there is no other boundary.
 
     Raises:
-        ConfigError: the given store has other data, or shares no row.
+        ConfigError: the given store is of other data, or has no row in common.
     """
     if against is not None:
         _check_comparable(here, against)
     chosen = [here] if against is None else [here, against]
     for other in _boundaries_of_run(artifacts, here.ref):
         known = any(other.ref == boundary.ref for boundary in chosen)
-        if not known and len(shared_places([boundary.rows for boundary in [*chosen, other]], 1)[0]):
+        if not known and _share_rows([*chosen, other]):
             chosen.append(other)
+    if len(chosen) == 1:
+        return None
     chosen.sort(key=lambda boundary: (boundary.depth, boundary.ref.stage))
     at = chosen.index(here)
     base = chosen.index(against) if against is not None else at - 1
-    if len(chosen) == 1:
-        return None
     return {
         "stores": [boundary.ref.name for boundary in chosen],
         "boundaries": [boundary.depth for boundary in chosen],
@@ -77,6 +77,10 @@ def drift_of(artifacts: Artifacts, here: Boundary, against: Boundary | None, n_r
     }
 
 
+def _share_rows(boundaries: list[Boundary]) -> bool:
+    return len(shared_places([boundary.rows for boundary in boundaries], 1)[0]) > 0
+
+
 def _measure(chosen: list[Boundary], n_rows: int) -> dict[str, Any]:
     places = shared_places([boundary.rows for boundary in chosen], n_rows)
     with contextlib.ExitStack() as stack:
@@ -84,26 +88,20 @@ def _measure(chosen: list[Boundary], n_rows: int) -> dict[str, Any]:
             stack.enter_context(open_at(boundary.artifacts, boundary.folder, boundary.manifest)) for boundary in chosen
         ]
         found = measure_drift([functools.partial(reader.read, "train") for reader in readers], places)
-    return {
-        "rows": found.n_rows,
-        "tokens": found.n_tokens,
-        "cka": listed(found.cka),
-        "cosine": listed(found.cosine),
-    }
+    measured = {"cka": listed(found.cka), "cosine": listed(found.cosine)}
+    return {"rows": found.n_rows, "tokens": found.n_tokens, **measured}
 
 
 def _check_comparable(here: Boundary, against: Boundary) -> None:
-    name = against.ref.name
+    fault = ""
     if against.ref == here.ref:
-        raise _refused(name, "it is the store itself; name another")
-    if against.manifest.recipe["data"] != here.manifest.recipe["data"]:
-        raise _refused(name, f"it holds other sequences than {here.ref.name}: name a store of the same data")
-    if not len(shared_places([here.rows, against.rows], 1)[0]):
-        raise _refused(name, f"it shares no row (sequence, view) with {here.ref.name}")
-
-
-def _refused(name: str, reason: str) -> ConfigError:
-    return ConfigError([Fault("--against", repr(name), reason)])
+        fault = "it is the store itself; name another"
+    elif against.manifest.recipe["data"] != here.manifest.recipe["data"]:
+        fault = f"it holds other sequences than {here.ref.name}: name a store of the same data"
+    elif not _share_rows([here, against]):
+        fault = f"it has no row (sequence, view) in common with {here.ref.name}"
+    if fault:
+        raise ConfigError([Fault("--against", repr(against.ref.name), fault)])
 
 
 def _boundaries_of_run(artifacts: Artifacts, ref: Ref) -> list[Boundary]:

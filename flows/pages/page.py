@@ -1,24 +1,70 @@
-"""Pages as Jinja templates with autoescape: names and corpus text cannot become markup."""
+"""How documents are written: numbers and text of the corpus, and pages as Jinja templates.
+
+The templates escape what is inserted, so that names and corpus text cannot become markup.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from flows.pages.provenance import phrase
-from flows.pages.text import minute, number, printable, shape
 from flows.run.numbers import parameters, size
 from stackwise_core.stages.identity import Ref
 
+_SIGNS = {"\n": "↵", "\t": "→", "\r": "␍"}
+
+
+def printable(text: str) -> str:
+    """Replace characters that move a cursor, change the direction of writing, or are not assigned."""
+    unsafe = ("Cc", "Cf", "Cs", "Co", "Cn")
+    return "".join(
+        "\ufffd" if character not in "\n\t" and unicodedata.category(character) in unsafe else character
+        for character in text
+    )
+
+
+def visible(text: str, *, one_line: bool = False) -> str:
+    """Return text with a visible sign for each line end and tab, which is kept behind its sign except on one line."""
+    signs = _SIGNS if one_line else _SIGNS | {"\n": "↵\n", "\t": "→\t"}
+    return "".join(signs.get(character) or printable(character) for character in text)
+
+
+def number(value: float | None) -> str:
+    """Return a number with four digits and a true minus sign, or - if it is None."""
+    return "-" if value is None else f"{value:.4g}".replace("-", "\u2212")
+
+
+def minute(created: str) -> str:
+    """Return a recorded time (UTC) to the minute, or - if it is empty."""
+    return created.replace("T", " ")[:16] or "-"
+
+
+def shape(lengths: Sequence[int], by: str = "\u00d7") -> str:
+    """Return the shape of an array."""
+    return f" {by} ".join(f"{length:,}" for length in lengths)
+
+
+def rounded(value: float) -> float | None:
+    """Return a number for a JSON document: six significant digits, None if it is not finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def listed(values: NDArray[Any]) -> list[Any]:
+    """Return an array for a JSON document: nested lists of rounded numbers."""
+    return [listed(row) if row.ndim else rounded(float(row)) for row in values]
+
 
 def _finalize(value: object) -> object:
-    """Make every inserted text printable, so that no template can forget it."""
+    """Make all inserted text printable, so that a template cannot forget it."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -44,12 +90,12 @@ _ENVIRONMENT.filters.update(_FILTERS)
 
 
 def render(template: str, **values: Any) -> Markup:
-    """Return a template of this folder, filled in; the result is safe to insert into another."""
+    """Fill in a template of this folder; the result is safe to insert into another."""
     return Markup(_ENVIRONMENT.get_template(template).render(values))  # escaped by the environment
 
 
 def artifact_page(template: str, document: dict[str, Any], **values: Any) -> str:
-    """Return the page of an artifact, which needs no other file."""
+    """Return the page of an artifact as one self-contained file."""
     name = Ref.model_validate(document["ref"]).name
     recipe = json.dumps({key: document[key] for key in ("recipe", "facts", "fingerprint")}, indent=2)
     return str(render(template, name=name, document=document, recipe_json=recipe, **values))

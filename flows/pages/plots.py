@@ -2,17 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from markupsafe import Markup
 
 from flows.pages.page import render
-from flows.pages.scales import Scale, tick_text
 
 WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 30, 44
 Numbers = Sequence[float | None]
+_SMALLEST_SHOWN = 1e-5
+"""A log axis begins at this fraction of its largest value; smaller values are rounding errors, drawn on the axis."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps the values of an axis to [0, 1], and places its ticks."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+    """Ticks are whole numbers."""
+
+    def __call__(self, value: float) -> float:
+        """Return the place of a value, 0 at the low end; values outside the axis are clipped."""
+        value = min(max(value, self.low), self.high)
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[float]:
+        """Return about five round values."""
+        if self.log:
+            return self._decades()
+        rough = (self.high - self.low) / 5
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = power * min((1, 2, 5, 10), key=lambda factor: abs(factor * power - rough))
+        step = max(step, 1.0) if self.whole else step
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [number * step for number in range(first, last + 1)]
+
+    def _decades(self) -> list[float]:
+        first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+        factors = (1,) if last - first >= 2 else (1, 2, 5)
+        every = max(1, (last - first) // 5)
+        powers = range(first - 1, last + 1) if len(factors) > 1 else range(first, last + 1, every)
+        values = [factor * 10.0**power for power in powers for factor in factors]
+        return [value for value in values if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
+
+
+def places(first: int, last: int) -> Scale:
+    """Return an axis of whole numbers, such as channels."""
+    return Scale(first, max(last, first + 1), whole=True)
+
+
+def scale_of(values: Iterable[float | None], *, log: bool = False, zero: bool = False) -> Scale:
+    """Return an axis with a little room around some values; a log axis ignores values that are not above 0.
+
+    With `zero`, a linear axis begins at 0.
+    """
+    known = [value for value in values if value is not None and (value > 0 or not log)]
+    low, high = (min(known), max(known)) if known else (1.0, 1.0)
+    if log:
+        low = max(low, high * _SMALLEST_SHOWN)
+        return Scale(low / 1.15, high * 1.15, log=True)
+    low = 0.0 if zero else low
+    room = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    return Scale(low if zero else low - room, high + room)
+
+
+def tick_text(value: float) -> str:
+    """Return the number at a tick, with a true minus sign: 0.5, 12,000, 1e-6."""
+    text = f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+    if value == 0 or 1e-4 <= abs(value) < 1e6:
+        text = f"{value:,.6g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return text.replace("-", "\u2212")
 
 
 class Mark(NamedTuple):
@@ -74,7 +142,7 @@ class Plot:
         self._write(self.x(x) + (-8 if left else 8), self.y(y) + 4, text, "note", "end" if left else "start")
 
     def bars(self, edges: Sequence[float], heights: Sequence[float], floor: float) -> None:
-        """Draw a histogram from a floor up, without empty bars."""
+        """Draw a histogram whose bars stand on a floor; empty bins have none."""
         for low, high, height in zip(edges[:-1], edges[1:], heights, strict=True):
             if height > 0:
                 top, width = self.y(height), max(self.x(high) - self.x(low) - 0.5, 0.5)
@@ -96,7 +164,7 @@ class Plot:
         self._write(at + (-6 if right else 6), TOP + 12, text, "note", "end" if right else "start")
 
     def svg(self) -> Markup:
-        """Return the plot as an element of a page, whose style it takes."""
+        """Return the plot as an element of a page, in the style of that page."""
         return _svg(WIDTH, HEIGHT, self.label, self.marks)
 
     def image(self, style: str, margin: int) -> Markup:

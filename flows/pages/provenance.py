@@ -6,57 +6,46 @@ from collections.abc import Callable
 from typing import Any
 
 from flows.run.numbers import parameters, size
-from stackwise_core.stages.identity import Kind
+from stackwise_core.stages.identity import Kind, Ref
 from storage.artifacts import Artifacts, State
 from storage.errors import ArtifactError
 from storage.manifest import InputEntry, Manifest, read_manifest
 
-_TELLING_FACTS: dict[Kind, tuple[str, ...]] = {
-    "data": ("documents", "train_sequences", "validation_sequences"),
-    "build": ("operator", "blocks"),
-    "trunk": ("strategy", "stacks"),
-    "stack": ("train_loss", "steps", "rack_parameters"),
-    "activations": ("boundary", "train_rows", "store_bytes"),
-    "validation": ("validation_loss", "cache"),
+_FACTS: dict[Kind, dict[str, Callable[[Any], str]]] = {
+    "data": {
+        "documents": "{:,} documents".format,
+        "train_sequences": "{:,} sequences".format,
+        "validation_sequences": "{:,} for validation".format,
+    },
+    "build": {"operator": str, "blocks": "{} blocks".format},
+    "trunk": {"strategy": str, "stacks": "{} below".format},
+    "stack": {
+        "train_loss": "loss {:.4f}".format,
+        "steps": "{:,} steps".format,
+        "rack_parameters": lambda count: f"rack of {parameters(count)}",
+    },
+    "activations": {"boundary": "boundary {}".format, "train_rows": "{:,} rows".format, "store_bytes": size},
+    "validation": {"validation_loss": "loss {:.4f}".format, "cache": "cache {}".format},
 }
-REPLACED = "replaced"
-"""State of an input that is sealed, but with other bytes than were read, because it was made again since."""
+"""The facts to show of each kind of artifact, and how they are written."""
 
 
-_PHRASES: dict[str, Callable[[Any], str]] = {
-    "documents": lambda count: f"{count:,} documents",
-    "train_sequences": lambda count: f"{count:,} sequences",
-    "validation_sequences": lambda count: f"{count:,} for validation",
-    "operator": str,
-    "blocks": lambda count: f"{count} blocks",
-    "strategy": str,
-    "stacks": lambda count: f"{count} below",
-    "train_loss": lambda loss: f"loss {loss:.4f}",
-    "steps": lambda count: f"{count:,} steps",
-    "rack_parameters": lambda count: f"rack of {parameters(count)}",
-    "boundary": lambda depth: f"boundary {depth}",
-    "train_rows": lambda count: f"{count:,} rows",
-    "store_bytes": size,
-    "validation_loss": lambda loss: f"loss {loss:.4f}",
-    "cache": lambda verdict: f"cache {verdict}",
-}
-"""How the facts of `_TELLING_FACTS` are written."""
-
-
-def phrase(facts: dict[str, Any]) -> str:
+def phrase(entry: dict[str, Any]) -> str:
     """Return the facts of an entry in one line."""
-    return ", ".join(_PHRASES[name](value) for name, value in facts.items())
+    return ", ".join(_FACTS[entry["kind"]][name](value) for name, value in entry["facts"].items())
 
 
 def trace(artifacts: Artifacts, manifest: Manifest) -> list[dict[str, Any]]:
-    """Return one entry per artifact that this one comes from, in the order of their making, itself last.
+    """Return one entry for each artifact that this one comes from, in the order of their making, itself last.
 
-    `state` is sealed, retired, absent, corrupt or replaced; the other fields of an unreadable artifact are empty.
+    `state` is sealed, retired, absent, corrupt or replaced: sealed again since with other bytes than were read.
+    The other fields of an unreadable artifact are empty.
     """
     entries: dict[str, dict[str, Any]] = {}
     for entry in manifest.inputs:
         _follow(artifacts, entry, entries)
-    entries[manifest.ref.sha256] = _entry(manifest, manifest.digest, artifacts.state(manifest.ref).value)
+    ref = manifest.ref
+    entries[ref.sha256] = _entry(ref, manifest.digest, artifacts.state(ref).value, manifest)
     return list(entries.values())
 
 
@@ -69,29 +58,22 @@ def _follow(artifacts: Artifacts, read: InputEntry, entries: dict[str, dict[str,
     try:
         manifest = read_manifest(artifacts.folder(ref), ref)
     except ArtifactError:
-        nothing = {"created": "", "facts": {}, "made_from": []}
-        entries[ref.sha256] = {
-            "name": ref.name,
-            "kind": ref.kind,
-            "digest": read.digest,
-            "state": state.value,
-            **nothing,
-        }
+        entries[ref.sha256] = _entry(ref, read.digest, state.value, None)
         return
     for entry in manifest.inputs:
         _follow(artifacts, entry, entries)
     replaced = state is State.SEALED and manifest.digest != read.digest
-    entries[ref.sha256] = _entry(manifest, read.digest, REPLACED if replaced else state.value)
+    entries[ref.sha256] = _entry(ref, read.digest, "replaced" if replaced else state.value, manifest)
 
 
-def _entry(manifest: Manifest, digest: str, state: str) -> dict[str, Any]:
-    ref, facts = manifest.ref, manifest.facts
+def _entry(ref: Ref, digest: str, state: str, manifest: Manifest | None) -> dict[str, Any]:
+    facts = manifest.facts if manifest else {}
     return {
         "name": ref.name,
         "kind": ref.kind,
         "digest": digest,
         "state": state,
-        "created": manifest.created,
-        "facts": {name: facts[name] for name in _TELLING_FACTS[ref.kind] if name in facts},
-        "made_from": [entry.ref.name for entry in manifest.inputs],
+        "created": manifest.created if manifest else "",
+        "facts": {name: facts[name] for name in _FACTS[ref.kind] if name in facts},
+        "made_from": [entry.ref.name for entry in manifest.inputs] if manifest else [],
     }

@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 
-from flows.pages.plots import Plot
-from flows.pages.scales import places, scale_of
+from flows.pages.plots import Plot, places, scale_of
 from flows.run.summary import STAGE_COLUMNS, StageSummary
 
 _STYLE = """
@@ -16,26 +15,13 @@ text { font: 12.5px system-ui, sans-serif; fill: #555b64; } .label, .note { fill
 """
 """Fixed colours on white, because an image cannot follow the light or dark theme of its page."""
 
-_MARGIN = 10
-"""White border around the plot [px]."""
+_MARGIN = 10  # px
 
 
 def report(
-    name: str,
-    root: str,
-    stages: Sequence[StageSummary],
-    flow_runs: Mapping[int, str],
-    notes: Sequence[str],
+    name: str, root: str, stages: Sequence[StageSummary], flow_runs: Mapping[int, str], notes: Sequence[str]
 ) -> str:
-    """Return the run as markdown.
-
-    Args:
-        name: name of the run.
-        root: the artifacts folder.
-        stages: the finished stages.
-        flow_runs: ids of the flow runs that added stages.
-        notes: on the configuration.
-    """
+    """Return the finished stages of a run as markdown; `flow_runs` holds the id of a stage's flow run."""
     count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
     lines = [f"# {name}", "", f"{count} so far. Artifacts are in `{root}`.", ""]
     lines += [line for note in notes for line in (note[0].upper() + note[1:] + ".", "")]
@@ -52,10 +38,12 @@ def report(
 def loss_plot(stages: Sequence[StageSummary]) -> str:
     """Return a plot of validation loss by stage as a markdown image with embedded data.
 
-    If the mask ratios of the stages differ, so that their own losses do not compare, it has a line for each shared
-    ratio.
+    If the stages have different mask ratios, their own losses are not comparable: then it has a line for each ratio
+    at which all were measured.
     """
-    lines = _lines(stages)
+    lines = {"": [stage.validation_loss for stage in stages]}
+    if ratios := stages[-1].by_mask_ratio:
+        lines = {f"{float(ratio):.0%} masked": [stage.by_mask_ratio.get(ratio) for stage in stages] for ratio in ratios}
     numbers = [stage.stage for stage in stages]
     everything = [loss for losses in lines.values() for loss in losses]
     plot = Plot(places(0, numbers[-1]), scale_of(everything), "stage", "validation loss [nats]")
@@ -68,19 +56,10 @@ def loss_plot(stages: Sequence[StageSummary]) -> str:
     return f"![Validation loss by stage](data:image/svg+xml;base64,{base64.b64encode(drawn).decode()})"
 
 
-def _lines(stages: Sequence[StageSummary]) -> dict[str, list[float | None]]:
-    """Return the losses to draw by the label of their line."""
-    ratios = stages[-1].by_mask_ratio
-    if not ratios:
-        return {"": [stage.validation_loss for stage in stages]}
-    return {f"{float(ratio):.0%} masked": [stage.by_mask_ratio.get(ratio) for stage in stages] for ratio in ratios}
-
-
 def _table(stages: Sequence[StageSummary], flow_runs: Mapping[int, str]) -> list[str]:
     """Return the stage table; a stage links to the flow run that added it.
 
-    The links are relative to an artifact's page, so that they work under any host name and in either version of
-    Prefect's pages.
+    Relative to the page of an artifact, the links work under any host name and in both versions of Prefect's pages.
     """
     marks = ["--:" if name.startswith("|") else "---" for name in STAGE_COLUMNS]
     lines = [_row([name.removeprefix("|") for name in STAGE_COLUMNS]), _row(marks)]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from flows.pages.text import listed
-from stackwise_core.data.masks import IntArray, TimeInput
+from flows.pages.page import listed
+from stackwise_core.data.masks import IntArray
 from stackwise_core.data.order import RowOrder
-from stackwise_core.data.packing import PackedSequences
+from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.data.tokenizer import ByteTokenizer, Tokenizer, decode_pieces, load_tokenizer
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.identity import ActivationRecipe, DataRecipe
@@ -35,10 +35,10 @@ _POSITIONS = 256
 def sample_rows(
     artifacts: Artifacts, manifest: Manifest, reader: StoreReader, groups: dict[Group, GroupMetadata]
 ) -> tuple[list[dict[str, Any]], str]:
-    """Return sample rows of a store with their text and token norms, and why there is no text, if there is none.
+    """Return sample rows of a store with their text and token norms, and the reason if there is no text.
 
     Each is {group, row, sequence_id, view, norms, pieces, piece_tokens, changed}: the input of the row in readable
-    pieces, how many tokens each piece has, and which pieces masking changed.
+    pieces, the number of tokens in each piece, and the indices of the pieces that masking changed.
     """
     source, why_not = _text_source(artifacts, manifest)
     samples = list[dict[str, Any]]()
@@ -54,6 +54,26 @@ def sample_rows(
     return samples, why_not
 
 
+def title_of(sample: dict[str, Any]) -> str:
+    """Return the title of a sample row; sequences of the validation split are numbered from 2^40."""
+    sequence = sample["sequence_id"]
+    name = f"{sequence:,}" if sequence < FIRST_VALIDATION_ID else f"2⁴⁰ + {sequence - FIRST_VALIDATION_ID:,}"
+    view = f", view {sample['view']}" if sample["group"] == "train" else ""
+    known = [norm for norm in sample["norms"] if norm is not None]
+    norms = f"; norms {min(known):.3g} to {max(known):.3g}" if known else ""
+    return f"{sample['group']} row {sample['row']:,}, sequence {name}{view}{norms}"
+
+
+def norms_by_piece(sample: dict[str, Any]) -> list[tuple[str, int, list[float]]]:
+    """Return each piece of a sample's text, its first position, and the norms that are finite among its tokens."""
+    found: list[tuple[str, int, list[float]]] = []
+    first = 0
+    for piece, length in zip(sample["pieces"], sample["piece_tokens"], strict=True):
+        found.append((piece, first, [norm for norm in sample["norms"][first : first + length] if norm is not None]))
+        first += length
+    return found
+
+
 class _TextSource:
     """The inputs of a store's rows as text."""
 
@@ -62,11 +82,19 @@ class _TextSource:
     ) -> None:
         train, validation = splits
         time = recipe.mask.time if recipe.mask else None
+        order = RowOrder(
+            seed=recipe.order_seed,
+            n_rows=len(train),
+            batch_size=recipe.batch_size,
+            views=recipe.views,
+            fixed_batches=time is not None and time.by_batch,  # the input of a row depends on its batch
+            block=recipe.shuffle_block,
+        )
         self.splits, self.tokenizer = splits, by
-        self.inputs = InputsFromTokens(train, validation, recipe.mask, _order(recipe, time, len(train)))
+        self.inputs = InputsFromTokens(train, validation, recipe.mask, order)
 
     def text(self, sequence_id: int, view: int) -> dict[str, Any]:
-        """Return one row's input in readable pieces."""
+        """Return the input of one row in readable pieces."""
         ids = np.array([sequence_id], dtype=np.int64)
         split = self.splits[view < 0]
         clean_T = split.take(split.rows_of(ids))[0][0, :_POSITIONS]
@@ -82,21 +110,7 @@ class _TextSource:
         }
 
 
-def _order(recipe: ActivationRecipe, time: TimeInput | None, n_rows: int) -> RowOrder:
-    """Return the order of the rows: if time steps are drawn by batch, the input of a row depends on it."""
-    by_batch = time is not None and time.by_batch
-    return RowOrder(
-        seed=recipe.order_seed,
-        n_rows=n_rows,
-        batch_size=recipe.batch_size,
-        views=recipe.views,
-        fixed_batches=by_batch,
-        block=recipe.shuffle_block,
-    )
-
-
 def _text_source(artifacts: Artifacts, manifest: Manifest) -> tuple[_TextSource | None, str]:
-    """Return the source of the text, or why there is none."""
     ref = next(entry.ref for entry in manifest.inputs if entry.ref.kind == "data")
     try:
         splits, data = load_sequences(artifacts, ref), DataRecipe.model_validate(artifacts.manifest(ref).recipe)
@@ -104,12 +118,12 @@ def _text_source(artifacts: Artifacts, manifest: Manifest) -> tuple[_TextSource 
         return None, f"the tokens cannot be read ({error})"
     tokenizer = _tokenizer(artifacts, data.tokenizer)
     if tokenizer is None:
-        return None, f"no run in {artifacts.root} knows a file with the tokenizer {data.tokenizer[:19]}..."
+        return None, f"no run in {artifacts.root} names a file with the tokenizer {data.tokenizer[:19]}..."
     return _TextSource(splits, ActivationRecipe.model_validate(manifest.recipe), tokenizer), ""
 
 
 def _tokenizer(artifacts: Artifacts, name: str) -> Tokenizer | None:
-    """Return a tokenizer by name, which holds the hash of its file; the runs' configurations hold the path."""
+    """Return a tokenizer by its name, which contains the hash of its file; the configurations of runs give the path."""
     if name == ByteTokenizer.name:
         return ByteTokenizer()
     for run in run_names(artifacts):

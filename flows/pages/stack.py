@@ -10,8 +10,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from flows.pages.page import artifact_page
-from flows.pages.plots import Plot
-from flows.pages.scales import places, scale_of
+from flows.pages.plots import Plot, places, scale_of
 from storage.activations.statistics import evenly_spaced
 from storage.checkpoints import METRICS, load_tensors
 from storage.manifest import Manifest
@@ -20,7 +19,7 @@ _MOST_STEPS = 1000
 
 
 def describe_stack(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Return the sections `tensors` and `metrics` (at most a thousand steps) of the document of a sealed stack.
+    """Return the sections `tensors` and `metrics` (at most 1,000 steps) of the document of a sealed stack.
 
     Raises:
         ArtifactCorruptError: a file is not in the safetensors format.
@@ -57,8 +56,8 @@ def _curves(metrics: list[dict[str, Any]]) -> list[tuple[Markup, str]]:
     steps = [record["step"] for record in metrics]
     curves: list[tuple[Markup, str]] = []
     for name, (label, caption) in captions.items():
-        values = [record.get(name) for record in metrics]
         log = name == "gradient_norm"
+        values = [record.get(name) for record in metrics]
         plot = Plot(places(steps[0], steps[-1]), scale_of(values, log=log, zero=name == "learning_rate"), "step", label)
         plot.line(steps, [value if value is None or value > 0 or not log else None for value in values])
         curves.append((plot.svg(), caption))

@@ -1,4 +1,4 @@
-"""The tables of a store in the terminal, at most 80 columns wide."""
+"""The terminal output of `stackwise inspect` for a store: tables of at most 80 columns."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from flows.pages.page import minute, number, printable, shape, visible
 from flows.pages.provenance import phrase
-from flows.pages.text import minute, number, printable, sequence_name, shape, visible
+from flows.pages.samples import norms_by_piece, title_of
 from flows.run.numbers import size
 from flows.run.terminal import plain_table
 from storage.activations.statistics import OUTLIER_FACTOR
@@ -42,18 +43,16 @@ def print_store(document: dict[str, Any]) -> None:
 
 
 def strip(values: list[float | None], cells: int) -> str:
-    """Return values as a line of bars between the smallest and the largest; a cell shows the mean of its values."""
+    """Return values as a line of bars, scaled from the smallest to the largest; a bar is the mean of its values."""
     if not values:
         return ""
     cells = min(cells, len(values))
     edges = [round(cell * len(values) / cells) for cell in range(cells + 1)]
     groups = [values[first:last] for first, last in itertools.pairwise(edges)]
     means = [_mean([value for value in group if value is not None]) for group in groups]
-    known = [mean for mean in means if mean is not None]
-    if not known:
-        return "?" * cells
-    low, reach = min(known), max(known) - min(known) or 1.0
-    return "".join("?" if mean is None else _BARS[round((mean - low) / reach * (len(_BARS) - 1))] for mean in means)
+    known = [mean for mean in means if mean is not None] or [0.0]
+    low, span = min(known), max(known) - min(known) or 1.0
+    return "".join("?" if mean is None else _BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
 
 
 def _mean(values: list[float]) -> float | None:
@@ -103,7 +102,7 @@ def _statistics(store: dict[str, Any]) -> Table:
 
 
 def _channels(channels: dict[str, Any]) -> Table:
-    """Return the outliers, or else the largest channels, and list the dead ones."""
+    """Return the outliers, or the largest channels if there are none, and list the dead ones."""
     rms, outliers, dead = channels["rms"], channels["outliers"], channels["dead"]
     by_size = sorted(range(len(rms)), key=lambda channel: -(rms[channel] or 0.0))
     names = ("rms", "mean", "std", "smallest", "largest", "kurtosis")
@@ -134,36 +133,28 @@ def _drift(drift: dict[str, Any] | None) -> Table | None:
 def _rows(samples: dict[str, Any]) -> Group:
     lines: list[Text] = []
     for sample in samples["rows"]:
-        view = "" if sample["group"] == "validation" else f", view {sample['view']}"
-        known = [norm for norm in sample["norms"] if norm is not None]
-        along = f"; norms {min(known):.3g} to {max(known):.3g}" if known else ""
-        sequence = sequence_name(sample["sequence_id"])
-        lines.append(Text(f"{sample['group']} row {sample['row']:,}: sequence {sequence}{view}{along}", style="dim"))
+        lines.append(Text(title_of(sample), style="dim"))
         lines += [Text(line, no_wrap=True, overflow="crop") for line in _text_over_strip(sample)]
     return Group(*lines)
 
 
 def _text_over_strip(sample: dict[str, Any]) -> list[str]:
-    """Return the beginning of a row's text with a bar for the norm under each token, or only bars without text."""
+    """Return the beginning of a row's text over a bar for the norm of each token, or only the bars without text."""
     if not sample["pieces"]:
         return [strip(sample["norms"], _COLUMNS)]
-    text, norms, first = "", list[float | None](), 0
-    for piece, length in zip(sample["pieces"], sample["piece_tokens"], strict=True):
+    text, bars = "", list[float | None]()
+    for piece, _, norms in norms_by_piece(sample):
         shown = visible(piece, one_line=True)
-        if len(norms) + cell_len(shown) > _COLUMNS:
+        if len(bars) + cell_len(shown) > _COLUMNS:
             break
         text += shown
-        norm = _mean([norm for norm in sample["norms"][first : first + length] if norm is not None])
-        norms += [norm] * cell_len(shown)
-        first += length
-    return [text, strip(norms, len(norms))]
+        bars += [_mean(norms)] * cell_len(shown)
+    return [text, strip(bars, len(bars))]
 
 
 def _provenance(entries: list[dict[str, Any]]) -> Table:
-    table = plain_table("artifact", "state", "made (UTC)", "what it came to")
+    table = plain_table("artifact", "state", "made (UTC)", "result")
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for entry in entries:
-        table.add_row(
-            escape(printable(entry["name"])), entry["state"], minute(entry["created"]), escape(phrase(entry["facts"]))
-        )
+        table.add_row(escape(printable(entry["name"])), entry["state"], minute(entry["created"]), escape(phrase(entry)))
     return table

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.api import fault_of
+from flows.server import fault_of
 from support.commands import Run
 from support.fake_api import FakeApi, fake_api
 from support.runs import tiny
@@ -106,7 +106,7 @@ def test_a_server_that_wants_a_password(api: FakeApi, monkeypatch: pytest.Monkey
     ],
 )
 def test_a_server_of_another_version(theirs: str, serves: bool, api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.api.version", lambda name: {"prefect": "3.8.8"}[name])
+    monkeypatch.setattr("flows.server.version", lambda name: {"prefect": "3.8.8"}[name])
     api.answers["/admin/version"] = theirs
     expected = f"the server is Prefect {theirs}, this is 3.8.8; run both with one version: `pip install prefect==3.8.8`"
     assert fault_of(api.url) == ("" if serves else expected)

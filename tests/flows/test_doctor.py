@@ -137,9 +137,7 @@ def test_what_runs_at_the_prefect_api(run: Run, api: FakeApi, monkeypatch: pytes
     api.answers["/automations/filter"] = [{"name": AUTOMATION, "enabled": True}]
     found = findings(run)["prefect"]
     assert found["ok"]
-    assert found["says"].endswith(
-        "; pool stackwise, workers heard of lately: ada; runs of dead machines become Crashed"
-    )
+    assert found["says"].endswith("; pool stackwise, workers online: ada; runs of dead machines become Crashed")
     assert ("/automations/filter", {"automations": {"name": {"any_": [AUTOMATION]}}}) in api.asked
 
 

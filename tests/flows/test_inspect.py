@@ -15,11 +15,9 @@ import pytest
 from jinja2 import UndefinedError
 
 from flows.cli.main import main
-from flows.pages.page import render
-from flows.pages.plots import Mark
-from flows.pages.scales import Scale, scale_of, tick_text
+from flows.pages.page import printable, render, visible
+from flows.pages.plots import Mark, Scale, scale_of, tick_text
 from flows.pages.tables import strip
-from flows.pages.text import printable, visible
 from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.stages.identity import BuildRecipe, DataRecipe
@@ -325,7 +323,7 @@ def test_text_of_the_corpus_is_only_text(tmp_path: Path, look: Look) -> None:
 
 
 def test_planted_channels_are_marked_in_the_plots(kept: Path, look: Look) -> None:
-    from flows.pages.store_page import store_page
+    from flows.pages.store import store_page
 
     document = look(kept, "activations-1", "--json").document
     channels = document["store"]["channels"]
@@ -341,8 +339,7 @@ def test_planted_channels_are_marked_in_the_plots(kept: Path, look: Look) -> Non
 def test_a_store_of_nothing_finite_has_a_page_without_plots(kept: Path, look: Look) -> None:
     import torch
 
-    from flows.pages.store import _statistics
-    from flows.pages.store_page import store_page
+    from flows.pages.store import _statistics, store_page
     from flows.pages.tables import print_store
     from storage.activations.statistics import describe_rows
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from flows import services
-from flows.api import ask, fault_of, is_registered, workers_alive
+from flows.server import ask, fault_of, is_registered, workers_alive
 from flows.services import AUTOMATION, POOL, _register_pool
 from support.commands import Run
 

@@ -19,9 +19,8 @@ import pytest
 import yaml
 
 from flows import server
-from flows.api import ServerError, check_api
 from flows.cli.main import main
-from flows.server import EmbeddedServer, embedded_server, quiet_prefect
+from flows.server import EmbeddedServer, ServerError, check_api, embedded_server, quiet_prefect
 from stackwise_core.errors import ConfigError
 from support.fake_api import fake_api
 from support.processes import processes_with, wait_until_gone
