@@ -55,7 +55,6 @@ class Lookup:
 
 
 def _place_at(uri: Path | str) -> Place:
-    """Return the place that a path, or a URI such as s3://bucket/prefix, names."""
     text = str(uri)
     if not text:
         raise ArtifactsFolderError("--artifacts '': give a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
@@ -79,11 +78,7 @@ class Artifacts:
     """
 
     def __init__(self, uri: Path | str) -> None:
-        """Name the place; nothing is touched before `open()`.
-
-        Raises:
-            ArtifactsFolderError: it is neither a path nor a URI such as s3://bucket/prefix.
-        """
+        """Name the place by a path, or a URI such as s3://bucket/prefix; nothing is touched before `open()`."""
         self.place = _place_at(uri)
         self.root, self.uri, self.is_remote = self.place.root, self.place.uri, self.place.is_remote
         self._compared: set[tuple[str, str]] = set()
@@ -177,29 +172,25 @@ class Artifacts:
         """Return a sealed artifact in which every listed file has its size.
 
         Raises:
-            ArtifactMissingError, ArtifactUnsealedError, ArtifactCorruptError: each names the place and the remedy.
+            ArtifactError: it is missing, retired, unsealed or corrupt.
         """
         found = self.lookup(ref)
         if found.error:
             raise found.error
         if found.state is State.RETIRED:
             raise ArtifactMissingError(self.where(ref), "was retired: its data was dropped on purpose", _REMAKE)
-        if found.folder is None and self.is_there(ref):
+        if found.folder:
+            return found.folder
+        if self.is_there(ref):
             raise ArtifactUnsealedError(self.where(ref), "was never sealed (no manifest)", _REMAKE)
-        if found.folder is None:
-            raise ArtifactMissingError(self.where(ref), "there is no such artifact", _REMAKE)
-        return found.folder
+        raise ArtifactMissingError(self.where(ref), "there is no such artifact", _REMAKE)
 
     def sealed(self, ref: Ref) -> Manifest | None:
         """Return the manifest of an artifact that is sealed now; None if it is absent, retired or damaged."""
         return self.lookup(ref).sealed
 
     def known(self, ref: Ref) -> Manifest | None:
-        """Return the manifest of an artifact, sealed or retired, whether or not its files are intact.
-
-        Raises:
-            ArtifactCorruptError: the manifest cannot be trusted.
-        """
+        """Return the manifest of an artifact, sealed or retired, even if its files are damaged; None if it has none."""
         found = self.place.find(key_of(ref), ref)
         return found.manifest if found else None
 
@@ -234,8 +225,7 @@ class Artifacts:
     def verify(self, folder: Path) -> tuple[list[str], int]:
         """Compare every byte of an artifact, here or in any local folder, with its seal.
 
-        Returns:
-            A line for each problem, with the remedy, and the number of bytes that were read.
+        Returns a line for each problem, with the remedy, and the number of bytes that were read.
         """
         place, key = self.place, f"{folder.parent.name}/{folder.name}"
         if folder != self.root / key:
@@ -281,9 +271,8 @@ class Artifacts:
                 n_bytes, checksum = known.get(name) or (path.stat().st_size, checksum_file(path, "sha256"))
                 files[name] = FileEntry(size=n_bytes, checksum=checksum, content=name not in records)
         sync_tree(work)
-        write_text(
-            work / MANIFEST, make_manifest(ref, recipe, inputs, files, facts, fingerprint).model_dump_json(indent=1)
-        )
+        manifest = make_manifest(ref, recipe, inputs, files, facts, fingerprint)
+        write_text(work / MANIFEST, manifest.model_dump_json(indent=1))
         failpoint(f"promote-{ref.kind}", ref.stage)
         self.promote(ref)
         return self.manifest(ref)
@@ -309,9 +298,10 @@ class Artifacts:
     def _is_sealed_equal(self, ref: Ref, ours: Manifest) -> bool:
         """Say whether another attempt sealed the same bytes, and every byte is still as it was sealed."""
         found = self.lookup(ref)
-        if found.folder is None or found.sealed is None or found.sealed.digest != ours.digest:
+        theirs = found.sealed
+        if not found.folder or not theirs or theirs.digest != ours.digest or theirs.seal == ours.seal:
             return False
-        return found.sealed.seal != ours.seal and not self.place.verify(found.folder)
+        return not self.place.verify(found.folder)
 
     def retire(self, ref: Ref) -> None:
         """Drop the data of a sealed artifact on purpose; the manifest stays as a record."""

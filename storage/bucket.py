@@ -26,7 +26,6 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +44,10 @@ from storage.sealed_objects import RemoteFiles, SealedObjects, files_below, is_y
 _REQUESTS_AT_ONCE = 16
 
 
-def scratch_of(uri: str) -> Path:
+def _scratch_of(uri: str) -> Path:
     """Return the scratch folder of a URI: in STACKWISE_SCRATCH, or in the user's cache folder."""
-    given = os.environ.get("STACKWISE_SCRATCH")
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    base = Path(given) if given else Path(cache) / "stackwise"
+    base = Path(os.environ.get("STACKWISE_SCRATCH") or Path(cache, "stackwise"))
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", uri.partition("://")[2]).strip("-.")[:48]
     return base.absolute() / f"{readable}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
 
@@ -58,12 +56,13 @@ class BucketPlace:
     """A prefix in a bucket that keeps conditional writes."""
 
     is_remote = True
+    files_below, is_young, leftovers = staticmethod(files_below), staticmethod(is_young), staticmethod(leftovers)
 
     def __init__(self, uri: str) -> None:
         """Name it; the first operation connects."""
         self.store = ObjectStore(uri)
         self.uri = self.store.uri
-        self.root = scratch_of(self.uri)
+        self.root = _scratch_of(self.uri)
         self._sealed = SealedObjects(self.store)
 
     def open(self) -> None:
@@ -147,9 +146,6 @@ class BucketPlace:
     def listed_manifest(self, key: str, entry: Entry) -> Manifest:
         return self._sealed.manifest(key, entry)[1]
 
-    def files_below(self, key: str, manifest: Manifest) -> str:
-        return files_below(key, manifest)
-
     # ------------------------------------------------------------ reading
 
     def fetch(self, found: SealedFolder, names: Iterable[str] | None = None) -> Path:
@@ -215,29 +211,20 @@ class BucketPlace:
     # ------------------------------------------------------------ garbage collection
     #
     # No process can lock a whole bucket, so gc goes by the plans of runs, by leases and by age. A run writes its
-    # planned ids before it first looks at an artifact. Of an artifact that no run plans, gc deletes the manifest and
-    # reads the records of runs again; if a run that began meanwhile plans it, the manifest is put back before a byte
-    # of data was touched. A run that begins later finds no manifest, and makes the artifact like any that is absent.
-
-    def is_young(self, modified: datetime) -> bool:
-        return is_young(modified)
+    # planned ids before it first looks up an artifact. Of an artifact that no run plans, gc deletes the manifest and
+    # reads the records of runs again; if a run that began meanwhile plans it, the manifest is put back before any
+    # data was touched. A run that begins later finds no manifest, and makes the artifact like any that is absent.
 
     def names_in_use(self, entries: Mapping[str, Entry]) -> set[str]:
-        """Return the names of live leases, exclusive and shared."""
         found = ((key.split("/"), entry) for key, entry in entries.items())
         return {key[1] for key, entry in found if key[0] == leases.FOLDER and not leases.is_stale(entry)}
 
-    def leftovers(self, key: str, manifest: Manifest | None, entries: Mapping[str, Entry]) -> Leftovers:
-        return leftovers(key, manifest, entries)
-
     def litter(self, entries: Mapping[str, Entry]) -> Leftovers:
-        """Yield leases that were last renewed before the grace began."""
         for key, entry in sorted(entries.items()):
             if key.startswith(f"{leases.FOLDER}/") and leases.is_stale(entry) and not is_young(entry.modified):
-                yield key, "a lease of the dead"
+                yield key, "a lease of a dead process"
 
     def collect(self, path: str, is_wanted: Callable[[str], bool]) -> bool:
-        """Remove it under its lock, unless it was sealed, begun or planned since it was listed."""
         room, name, *below = path.split("/")
         if room == leases.FOLDER:
             self.store.delete([path])
@@ -259,7 +246,7 @@ class BucketPlace:
         return removed
 
     def _collect_run(self, key: str) -> bool:
-        """Remove the record of a run that is not live; what makes its attempts exist goes first."""
+        """Remove the record of a run that is not live; start.json goes first, without which no attempt exists."""
         if self.is_held(f"run-{key.split('/')[1]}"):
             return False
         found = [f"{key}/{name}" for name in self.store.list(key)]
@@ -278,17 +265,19 @@ class BucketPlace:
         self.store.delete([path.relative_to(self.root).as_posix()])
 
     def refresh_records(self) -> None:
-        """Download records that differ from those here, and drop those that other machines removed.
-
-        A file gets the time of the object that it was downloaded from, so that it is not downloaded twice.
-        """
+        """Download records that differ from those here, and drop those that other machines removed."""
         for folder in (RUNS, PINS):
-            listed = {f"{folder}/{name}": entry for name, entry in self.store.list(folder).items() if _is_safe(name)}
-            self._download([name for name, entry in listed.items() if not _is_current(self.root / name, entry)])
-            self._drop_removed(folder, listed.keys())
+            here = self._scratch.list(folder)
+            listed = {name: entry for name, entry in self.store.list(folder).items() if _is_safe(name)}
+            stale = [name for name, entry in listed.items() if name not in here or here[name][:2] != entry[:2]]
+            self._download([f"{folder}/{name}" for name in stale])
+            self._drop_removed(folder, here.keys() - listed.keys())
 
     def _download(self, names: list[str]) -> None:
-        """Download some records, start.json last: without it an attempt does not exist."""
+        """Download some records, start.json last: without it an attempt does not exist.
+
+        A file gets the time of its object, so that it is not downloaded twice.
+        """
 
         def download(name: str) -> None:
             try:
@@ -305,25 +294,14 @@ class BucketPlace:
             for some in ([name for name in names if name not in last], last):
                 list(pool.map(download, some))
 
-    def _drop_removed(self, folder: str, listed: Set[str]) -> None:
+    def _drop_removed(self, folder: str, names: Set[str]) -> None:
         """Remove pins and attempts that are not in the bucket, except those of runs that begin or live here."""
         begins = self._scratch.is_held(PLANS_LOCK)
-        for path in (self.root / folder).glob("*.json" if folder == PINS else "*/attempts/*/start.json"):
-            if path.relative_to(self.root).as_posix() in listed:
-                continue
-            if folder == PINS:
+        for path in (self.root / folder / name for name in names):
+            if folder == PINS and path.suffix == ".json":
                 path.unlink(missing_ok=True)
-            elif not begins and not self._scratch.is_held(f"run-{path.parents[2].name}"):
+            elif path.name == "start.json" and not begins and not self._scratch.is_held(f"run-{path.parents[2].name}"):
                 shutil.rmtree(path.parent, ignore_errors=True)
-
-
-def _is_current(path: Path, entry: Entry) -> bool:
-    """Say whether a file was downloaded from an object as it is now."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return False
-    return found.st_size == entry.size and found.st_mtime == entry.modified.timestamp()
 
 
 def _is_safe(name: str) -> bool:

@@ -43,16 +43,12 @@ def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        ArtifactCorruptError: it is no safetensors file.
-    """
+    """Read a safetensors file."""
     try:
         return load_safetensors(path.read_bytes())
     except Exception as error:  # safetensors raises SafetensorError for bad headers, and others for bad shapes
         remedy = f"Remove {path.parent} and run the same command again: it will be remade"
-        raise ArtifactCorruptError(path, f"is no safetensors file ({error})", remedy) from None
+        raise ArtifactCorruptError(path, f"is not a safetensors file ({error})", remedy) from None
 
 
 # ---------------------------------------------------------------- a trained stage
@@ -123,14 +119,14 @@ def load_stack(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) ->
 def load_head(artifacts: Artifacts, stages: Sequence[StagePlan]) -> Head:
     """Return the head as the last of some stages left it; it has a separate tensor even where it is tied."""
     trained = [stage for stage in stages if stage.spec.anatomy.head_trains][-1]
-    return _fill(Head(trained.shape), _load_module, artifacts.checked(trained.ref("stack")) / HEAD)
+    return _fill(Head(trained.shape), nn.Module.load_state_dict, artifacts.checked(trained.ref("stack")) / HEAD)
 
 
 def load_embedding(artifacts: Artifacts, stages: Sequence[StagePlan]) -> TokenEmbedding:
     """Return the embedding as the last of some stages left it."""
     trained = [stage for stage in stages if stage.spec.anatomy.embedding_trains][-1]
     path = artifacts.checked(trained.ref("stack")) / EMBEDDING
-    return _fill(TokenEmbedding(trained.shape), _load_module, path)
+    return _fill(TokenEmbedding(trained.shape), nn.Module.load_state_dict, path)
 
 
 def save_channels(work: Path, channels: Mapping[int, ChannelStatistics]) -> None:
@@ -155,11 +151,7 @@ def _load_adapter(name: AdapterName, stack: Stack, tensors: dict[str, Tensor]) -
     load_adapter_state(stack, name, tensors)
 
 
-def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    module.load_state_dict(tensors, strict=True)
-
-
-def _fill(module: Module, load: Callable[[Module, dict[str, Tensor]], None], path: Path) -> Module:
+def _fill(module: Module, load: Callable[[Module, dict[str, Tensor]], object], path: Path) -> Module:
     try:
         load(module, load_tensors(path))
     except (RuntimeError, ValueError) as error:

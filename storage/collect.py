@@ -1,4 +1,4 @@
-"""Garbage collection: removes what no run reaches, and what dead processes left."""
+"""Garbage collection: removes artifacts that no run reaches, and what dead processes left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stackwise_core.failpoints import failpoint
 from storage.artifacts import Artifacts
 from storage.errors import ArtifactsFolderError, RunBusyError
 from storage.files import TEMPORARY_SUFFIX
-from storage.inventory import Found, Inventory, is_artifact_name
+from storage.inventory import Found, Inventory, by_folder, is_artifact_name
 from storage.local import ROOMS, empty_trash
 from storage.locks import OnWait, no_wait
 from storage.place import QUARANTINE, RUNS
@@ -34,7 +34,7 @@ class Removal:
 
 @dataclass
 class Collection:
-    """What gc removes, in this order, and what it leaves although a person should look at it."""
+    """What gc removes, in this order, and what it leaves for a person to decide on."""
 
     removals: list[Removal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -48,10 +48,9 @@ class Collection:
 
 
 def collect(artifacts: Artifacts, keep_last: int | None = None, *, newest_only: bool = False) -> Collection:
-    """Remove what `plan_collection` finds. Killed at any moment, the next gc or run finishes it.
+    """Remove what `plan_collection` finds, and return what was removed; after a kill the next gc finishes it.
 
-    Returns:
-        What was removed. Bytes that this user may not delete stay in trash/, and a note says so.
+    Bytes that this user may not delete stay in trash/, and a note says so.
 
     Raises:
         RunBusyError: a run or another gc is at work in a folder. Others as `plan_collection`; nothing was removed.
@@ -81,10 +80,10 @@ def collect(artifacts: Artifacts, keep_last: int | None = None, *, newest_only: 
 def plan_collection(artifacts: Artifacts, keep_last: int | None = None, *, newest_only: bool = False) -> Collection:
     """Find what gc would remove now if nothing else were at work; nothing is changed.
 
-    Records of runs go first, then what they reached: a gc that is killed leaves nothing that the next does not find.
+    Records of runs go first, then what they reached, so that the next gc finds everything that a killed one left.
 
     Args:
-        artifacts: where.
+        artifacts: of the place.
         keep_last: only so many runs count, those started last; the records of the others go too.
         newest_only: what only earlier attempts of a run planned goes too.
 
@@ -111,15 +110,10 @@ class _Planner:
         live = {name.removeprefix("run-") for name in self._in_use if name.startswith("run-")}
         kept = runs if keep_last is None else [name for name in runs if name in {*runs[:keep_last], *live}]
         reached = find_reachable(self._artifacts, kept, newest_only=newest_only).names
-        if (
-            not runs
-            and keep_last is None
-            and any(each.path.name not in reached for each in self._found if each.manifest)
-        ):
-            nothing = (
-                "holds artifacts and no run, so only what is pinned would stay; if that is meant, say --keep-last 0"
-            )
-            raise ConfigError([Fault("--artifacts", self._artifacts.uri, nothing)])
+        all_stay = all(each.path.name in reached for each in self._found if each.manifest)
+        if not runs and keep_last is None and not all_stay:
+            problem = "holds artifacts and no run, so only pinned ones would stay; if that is meant, say --keep-last 0"
+            raise ConfigError([Fault("--artifacts", self._artifacts.uri, problem)])
         gone = [name for name in runs if name not in kept]
         self._remove((f"{RUNS}/{name}", f"not among the last {keep_last} runs") for name in gone)
         self._remove(self._broken_records(gone))
@@ -141,22 +135,17 @@ class _Planner:
         for name, entries in self._inventory.folders(RUNS).items():
             if name in gone:
                 continue
-            begun = {path.rpartition("/")[0] for path in entries if path.endswith("/start.json")}
-            attempts = {"/".join(path.split("/")[:2]) for path in entries if path.startswith("attempts/")}
-            never_began = [each for each in sorted(attempts - begun) if each.split("/")[1].isdecimal()]
+            attempts = by_folder({path[9:]: each for path, each in entries.items() if path.startswith("attempts/")})
+            never_began = [each for each in attempts if each.isdecimal() and "start.json" not in attempts[each]]
             for attempt in never_began:
-                newest = max(entry.modified for path, entry in entries.items() if path.startswith(f"{attempt}/"))
-                if not self._place.is_young(newest):
-                    yield f"{RUNS}/{name}/{attempt}", "an attempt that never began"
-            halves = sorted(path for path in entries if path.endswith(TEMPORARY_SUFFIX))
-            yield from (
-                (f"{RUNS}/{name}/{path}", "half-written")
-                for path in halves
-                if "/".join(path.split("/")[:2]) not in never_began
-            )
+                if not self._place.is_young(max(entry.modified for entry in attempts[attempt].values())):
+                    yield f"{RUNS}/{name}/attempts/{attempt}", "an attempt that never began"
+            for path in sorted(path for path in entries if path.endswith(TEMPORARY_SUFFIX)):
+                if not any(path.startswith(f"attempts/{attempt}/") for attempt in never_began):
+                    yield f"{RUNS}/{name}/{path}", "half-written"
 
     def _judge(self, found: Found, reached: bool) -> None:
-        """Decide on what lies in a room of artifacts: what cannot be trusted is not removed on its word."""
+        """Decide on what lies in a room of artifacts; what is damaged may belong to a run, so it stays."""
         where, name = self._artifacts.location(found.path), found.path.name
         if found.standing == "damaged":
             self._collection.damaged.append(f"{where}: {found.problem}; it stays, look at it and remove it yourself")
@@ -182,12 +171,9 @@ class _Planner:
 
 
 def leftovers(artifacts: Artifacts) -> list[str]:
-    """Return a line for everything in a folder that gc would remove, with the remedy; none of it is damage.
+    """Return a line, with the remedy, for everything left over that gc would remove; none of it is damage.
 
     While a process is at work, only what no live process can be using is listed.
-
-    Raises:
-        ArtifactCorruptError: a run's record or a pin cannot be read.
     """
     collection = plan_collection(artifacts, keep_last=len(run_names(artifacts)))
     found = [removal for removal in collection.removals if removal.why != _UNREACHED]
@@ -198,14 +184,12 @@ def leftovers(artifacts: Artifacts) -> list[str]:
 
 def _is_unused(artifacts: Artifacts, removal: Removal) -> bool:
     """Say whether no live process can be using something."""
-    if removal.why == _UNSEALED:
-        return True
     name = removal.path.name
-    at_work = is_artifact_name(name) and removal.path.parent == artifacts.root / "work"
-    return at_work and not artifacts.place.is_held(name)
+    in_work = is_artifact_name(name) and removal.path.parent == artifacts.root / "work"
+    return removal.why == _UNSEALED or (in_work and not artifacts.place.is_held(name))
 
 
-# ---------------------------------------------------------------- who keeps gc out, and whom gc keeps out
+# ---------------------------------------------------------------- the lock between gc and everything else
 
 
 @contextlib.contextmanager
@@ -214,12 +198,12 @@ def exclusive(artifacts: Artifacts) -> Generator[None]:
 
     Raises:
         RunBusyError: one is at work; it is named.
-        ArtifactsFolderError: this is no artifacts folder, or it cannot be written.
+        ArtifactsFolderError: this is not an artifacts folder, or it cannot be written.
     """
     lacking = [name for name in ROOMS if not (artifacts.root / name).is_dir()]
     if lacking:  # a mistyped folder: what lies in its work/ or trash/ is not ours
         raise ArtifactsFolderError(
-            f"--artifacts {artifacts.root}: is no artifacts folder (it has no {lacking[0]}/); nothing was removed"
+            f"--artifacts {artifacts.root}: is not an artifacts folder (it has no {lacking[0]}/); nothing was removed"
         )
     lock = artifacts.lock("gc")
     with _explain_read_only(artifacts):
@@ -250,8 +234,7 @@ def in_use_by(artifacts: Artifacts) -> str:
 
 def _user_of(artifacts: Artifacts) -> str:
     """Name the live runs, else the process that holds the lock exclusively."""
-    live = live_runs(artifacts)
-    if live:
+    if live := live_runs(artifacts):
         return ", ".join(f"run {name} ({holder})" for name, holder in live.items())
     gc = artifacts.place.lock_holder("gc")
     return f"`stackwise gc` ({gc})" if gc else "another process of StackWise"

@@ -134,7 +134,7 @@ def attempts_to_copy(source: Artifacts, target: Artifacts, run: str) -> list[Att
     """Return the attempts of a run that the target lacks.
 
     Raises:
-        ConfigError: the run went on differently there, or another run has this name there.
+        ConfigError: the target has another run of this name, or the run continued differently there.
     """
     there = {attempt.number: attempt.folder for attempt in attempts(target, run)}
     missing: list[Attempt] = []
@@ -152,12 +152,12 @@ def _differ(one: Path, other: Path, name: str) -> bool:
 
 
 def copy_run(source: Artifacts, target: Artifacts, run: str) -> None:
-    """Copy the record of a run, after its artifacts: from then on the target has the run."""
+    """Copy the record of a run, after its artifacts."""
     with target.lock(PLANS_LOCK):
         for attempt in attempts_to_copy(source, target, run):
             for name in _RECORDS:
                 _copy_record(target, run, attempt, name)
-        for attempt in attempts(source, run):  # one that was under way when it was copied before
+        for attempt in attempts(source, run):  # the attempt may still have been running when it was copied before
             _copy_record(target, run, attempt, OUTCOME)
         current = target.root / RUNS / run / "current"
         write_bytes(current, f"{attempts(target, run)[-1].folder.name}\n".encode())

@@ -20,7 +20,7 @@ TASK_KINDS: dict[str, Kind] = {
     "validate": "validation",
 }
 """Name of a task, as `--force` takes it -> what it makes."""
-LookAt = Callable[[Ref], Lookup]
+_Lookups = Callable[[Ref], Lookup]
 
 
 @dataclass
@@ -39,11 +39,7 @@ class Demand:
 
 
 def forced_refs(plan: RunPlan, from_stack: int, force: str) -> frozenset[Ref]:
-    """Return what the user asks to redo.
-
-    Raises:
-        ConfigError: there is no such stage or task.
-    """
+    """Return what the user asks to redo, or raise ConfigError if there is no such stage or task."""
     if from_stack >= len(plan.stages):
         raise ConfigError([Fault("--from-stack", str(from_stack), f"the stages are 0 to {len(plan.stages) - 1}")])
     if force and force not in TASK_KINDS:
@@ -56,39 +52,33 @@ def forced_refs(plan: RunPlan, from_stack: int, force: str) -> frozenset[Ref]:
 
 
 def compute_demand(plan: RunPlan, artifacts: Artifacts, keep: str, forced: frozenset[Ref] = frozenset()) -> Demand:
-    """Find what must be made. Each artifact is looked at once, so that the answers agree with each other.
+    """Find what must be made. Each artifact is looked up once, so that the answers agree with each other.
 
-    An artifact is needed if it is not sealed, and is a goal or is read by something that must be made. Goals are
-    every stack and every validation, and with keep = all every cache. A retired cache is made again only if
-    something that must be made reads it.
-
-    Args:
-        plan: of the run.
-        artifacts: what is stored.
-        keep: `cache.keep`.
-        forced: what is made again although it is sealed.
+    An artifact is needed if it is not sealed, or is `forced`, and is a goal or is read by something that must be made.
+    Goals are every stack and every validation, and with `keep` = all (see `cache.keep`) every store. A retired store
+    is made again only if something that must be made reads it.
 
     Raises:
         ArtifactCorruptError: a goal or something that is needed is damaged, or was made from other inputs.
     """
-    demand, look = Demand(forced=forced), functools.cache(artifacts.lookup)
+    demand, lookup = Demand(forced=forced), functools.cache(artifacts.lookup)
     for stage in plan.stages:
         goals: list[Kind] = ["stack", "validation"]
         if keep == "all" and stage.activations is not None:
             goals.append("activations")
         for kind in goals:
-            _need(stage.ref(kind), plan, look, demand)
+            _need(stage.ref(kind), plan, lookup, demand)
     for ref in forced:
-        _need(ref, plan, look, demand)
-    _check_lineage(demand, artifacts, look)
+        _need(ref, plan, lookup, demand)
+    _check_lineage(demand, artifacts, lookup)
     return demand
 
 
-def _need(ref: Ref, plan: RunPlan, look: LookAt, demand: Demand) -> None:
+def _need(ref: Ref, plan: RunPlan, lookup: _Lookups, demand: Demand) -> None:
     """Mark an artifact as needed, and if it must be made, everything it reads."""
     if ref in demand.needed:
         return
-    found = look(ref)
+    found = lookup(ref)
     demand.states[ref] = found.state
     if ref not in demand.forced:
         if found.error:
@@ -97,7 +87,7 @@ def _need(ref: Ref, plan: RunPlan, look: LookAt, demand: Demand) -> None:
             return
     demand.needed.add(ref)
     for read in reads(ref, plan):
-        _need(read, plan, look, demand)
+        _need(read, plan, lookup, demand)
 
 
 def reads(ref: Ref, plan: RunPlan) -> list[Ref]:
@@ -120,7 +110,7 @@ def reads(ref: Ref, plan: RunPlan) -> list[Ref]:
 
 
 def _boundary(plan: RunPlan, index: int) -> list[Ref]:
-    """Return the cache that a stage trains on, and the validation that vouches for it."""
+    """Return the store that a stage trains on, and its validation."""
     if index == 0 or plan.stages[index - 1].activations is None:
         return []
     before = plan.stages[index - 1]
@@ -130,10 +120,8 @@ def _boundary(plan: RunPlan, index: int) -> list[Ref]:
 def advance_source(stage: StagePlan, plan: RunPlan, artifacts: Artifacts) -> Ref | None:
     """Return the store below, if the stage's boundary can be computed from it by one stack forward.
 
-    It must be sealed and hold the rows that the next stage visits: the same order, and no fewer steps.
-
-    Raises:
-        ArtifactCorruptError: it is damaged; that is reported, not worked around.
+    It must be sealed and hold the rows that the next stage visits: the same order, and no fewer steps. A damaged
+    store raises ArtifactCorruptError.
     """
     if stage.index == 0 or stage.activations is None:
         return None
@@ -147,13 +135,13 @@ def advance_source(stage: StagePlan, plan: RunPlan, artifacts: Artifacts) -> Ref
     return ref if found.state is State.SEALED else None
 
 
-def _check_lineage(demand: Demand, artifacts: Artifacts, look: LookAt) -> None:
-    """Refuse an artifact that was made from other bytes than those that are there now."""
+def _check_lineage(demand: Demand, artifacts: Artifacts, lookup: _Lookups) -> None:
+    """Raise ArtifactCorruptError if an artifact was made from other bytes than its inputs have now."""
     sealed = {ref for ref, state in demand.states.items() if state is State.SEALED}
     for ref in sorted(sealed - demand.needed, key=lambda ref: (ref.stage, ref.kind)):
-        manifest = look(ref).sealed
+        manifest = lookup(ref).sealed
         for entry in manifest.inputs if manifest else ():
-            there = None if entry.ref in demand.forced else look(entry.ref).sealed
+            there = None if entry.ref in demand.forced else lookup(entry.ref).sealed
             if there is not None and there.digest != entry.digest:
                 raise ArtifactCorruptError(
                     artifacts.where(ref),

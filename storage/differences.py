@@ -1,4 +1,4 @@
-"""Why an id differs: the fields of two recipes, followed through their parents down to the first cause."""
+"""Why two ids differ: the fields of their recipes, followed through the parents down to the first causes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _RECIPES: dict[Kind, type[Recipe]] = {
 }
 _PARENT = re.compile(r"([0-9a-f]{64})(?:#\d+)?")
 NOTHING = "nothing"
-"""Stands for the value of a field that only the other recipe has."""
+"""Value of a field that only the other recipe has."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Known:
 
     ref: Ref
     recipe: dict[str, Any]
-    """Plain values, those at their defaults too, and the version of the kind's numbers."""
+    """All fields, with their defaults, and the version of the kind's numerics."""
     created: str = ""
-    """By its manifest; empty if it is only planned."""
+    """From its manifest; empty if it is only planned."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One first cause: a field that differs and names no parent whose recipe is known."""
+    """A first cause: a field that differs and is not the id of a parent whose recipe is known."""
 
     chain: tuple[str, ...]
     """Names of artifacts, from the one asked about down to the one whose field it is."""
@@ -62,39 +62,39 @@ class Difference:
 
 @dataclass
 class Recipes:
-    """Every recipe that an artifacts folder, and perhaps a configuration, knows of."""
+    """Recipes of artifacts that exist, and of those that runs or a configuration plan."""
 
     known: dict[str, Known] = field(default_factory=dict)
-    """By the whole hash."""
+    """By the full hash."""
 
     def add_manifest(self, manifest: Manifest) -> None:
-        """Know an artifact that is there, sealed or retired."""
-        recipe = _whole(manifest.ref.kind, manifest.recipe, manifest.numerics)
+        """Add an artifact that exists, sealed or retired."""
+        recipe = _complete(manifest.ref.kind, manifest.recipe, manifest.numerics)
         self.known[manifest.ref.sha256] = Known(manifest.ref, recipe, manifest.created)
 
     def add_plan(self, plan: RunPlan) -> None:
-        """Know what a run would make."""
+        """Add what a run would make."""
         for ref, recipe in plan.recipes.items():
-            self.known.setdefault(ref.sha256, Known(ref, _whole(ref.kind, recipe.dump(), NUMERICS[ref.kind])))
+            self.known.setdefault(ref.sha256, Known(ref, _complete(ref.kind, recipe.dump(), NUMERICS[ref.kind])))
 
     def named(self, name: str) -> list[Known]:
-        """Return what has a name, or else a name that begins so; 'stack-1' is not the beginning of stack 10."""
+        """Return what has a name, or else a name that starts with it; 'stack-1' does not match stack 10."""
         found = [known for known in self.known.values() if known.ref.name.startswith(name)]
         return [known for known in found if f"{known.ref.name}-".startswith(f"{name}-")] or found
 
     def nearest(self, here: Known) -> tuple[Known, list[Difference]] | None:
-        """Return the artifact of the same kind and stage that differs in the fewest causes, and those.
+        """Return the existing artifact of the same kind and stage that differs in the fewest causes, and those.
 
-        Of several the one with the fewest differing fields of its own, of these the newest. None if there
-        is no other.
+        Ties are broken by the number of fields that differ directly, then by age: the newest first.
         """
+
+        def n_differences(pair: tuple[Known, list[Difference]]) -> tuple[int, int]:
+            return len(pair[1]), len(list(_differing(here.recipe, pair[0].recipe)))
+
         others = [known for known in self.known.values() if known.created and known.ref.sha256 != here.ref.sha256]
         others = [known for known in others if (known.ref.kind, known.ref.stage) == (here.ref.kind, here.ref.stage)]
         others.sort(key=lambda known: (known.created, known.ref.sha256), reverse=True)
-        ranked = [(known, self.differences(here, known)) for known in others]
-        return min(
-            ranked, key=lambda pair: (len(pair[1]), len(list(_differing(here.recipe, pair[0].recipe)))), default=None
-        )
+        return min(((known, self.differences(here, known)) for known in others), key=n_differences, default=None)
 
     def differences(self, here: Known, there: Known) -> list[Difference]:
         """Return the first causes by which two artifacts differ, each by the shortest way down to it."""
@@ -110,7 +110,7 @@ class Recipes:
                 if below and beside and below != beside and below.ref.kind == beside.ref.kind:
                     to_compare.append((below, beside, (*chain, below.ref.name)))
                     continue
-                # One cause that is met in several artifacts, such as the rate of every stage, is listed once.
+                # A cause that occurs in many artifacts, such as the rate of every stage, is listed once.
                 found.setdefault((f"{one.ref.kind} {path}", str(mine), str(its)), Difference(chain, path, mine, its))
         return list(found.values())
 
@@ -120,7 +120,7 @@ class Recipes:
 
 
 def known_recipes(artifacts: Artifacts) -> Recipes:
-    """Return every recipe of an artifacts folder: of what is there, and of what runs planned."""
+    """Return the recipes of all artifacts that exist in a place, and of all that its runs planned."""
     recipes = Recipes()
     for found in survey(artifacts):
         if found.manifest is not None:
@@ -132,7 +132,7 @@ def known_recipes(artifacts: Artifacts) -> Recipes:
 
 
 def _differing(mine: Any, its: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted path, value, other value) of what differs, as far down as both sides have the same shape."""
+    """Yield (dotted path, value, other value) for each difference, down to where the structures part."""
     if isinstance(mine, Mapping) and isinstance(its, Mapping):
         for key in dict.fromkeys([*mine, *its]):
             yield from _differing(mine.get(key, NOTHING), its.get(key, NOTHING), f"{path}.{key}" if path else str(key))
@@ -143,8 +143,8 @@ def _differing(mine: Any, its: Any, path: str = "") -> Iterator[tuple[str, Any, 
         yield path, mine, its
 
 
-def _whole(kind: Kind, recipe: dict[str, Any], numerics: int) -> dict[str, Any]:
-    """Return a recipe with its defaults filled in, so that a field on one side only has a value on the other."""
-    with contextlib.suppress(ValidationError):  # one of another version knows other fields: as it stands, then
+def _complete(kind: Kind, recipe: dict[str, Any], numerics: int) -> dict[str, Any]:
+    """Return a recipe with its defaults filled in, so that a field that one side lacks can be compared."""
+    with contextlib.suppress(ValidationError):  # another version has other fields: it is compared as it is
         recipe = _RECIPES[kind].model_validate(recipe).model_dump(mode="json")
     return {**recipe, "numerics": numerics}

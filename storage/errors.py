@@ -1,4 +1,4 @@
-"""What can be wrong with an artifact. Every message names the path and the remedy."""
+"""Errors of storage. Every message names the path and the remedy."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class ArtifactMissingError(ArtifactError, FileNotFoundError):
 
 
 class ArtifactUnsealedError(ArtifactError):
-    """Something is there, but it was never finished."""
+    """Something is there, but it was never sealed."""
 
 
 class ArtifactCorruptError(ArtifactError, ValueError):
-    """It was finished once, and is not what was sealed."""
+    """It differs from what was sealed."""
 
 
 class ArtifactNewerError(ArtifactCorruptError):
-    """Newer code made it: this version cannot read it, and does not make it over."""
+    """A newer version made it: this one cannot read it, and does not replace it."""
 
 
 class StoreSpaceError(StackWiseError, OSError):
@@ -44,19 +44,19 @@ class StoreSpaceError(StackWiseError, OSError):
 
 
 class RunBusyError(StackWiseError):
-    """Another live process holds the run with another configuration."""
+    """A live process uses the run with another configuration, or the folder that gc needs for itself."""
 
     exit_code = 2
 
 
 class ArtifactsFolderError(StackWiseError, OSError):
-    """The folder of artifacts cannot be used at all."""
+    """The artifacts folder or bucket cannot be used at all."""
 
     exit_code = 2
 
 
 class ObjectStoreError(StackWiseError, ConnectionError):
-    """The object store did not answer, or refused, after all retries."""
+    """The object store did not answer, or denied the request, after all retries."""
 
     def __init__(self, reason: str, kept: str = "What was made is kept") -> None:
         """Compose one message of what went wrong, with the URI, and what is kept."""

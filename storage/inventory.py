@@ -71,13 +71,8 @@ class Inventory:
         return sum(entry.size for key, entry in self.entries.items() if f"{key}/".startswith(start))
 
     def folders(self, room: str) -> dict[str, dict[str, Entry]]:
-        """Return what lies directly in a room, by name, each with its files by path; a plain file has one entry, ''."""
-        found: dict[str, dict[str, Entry]] = defaultdict(dict)
-        for path, entry in self.below(room).items():
-            name, _, rest = path.partition("/")
-            if name != ".":
-                found[name][rest] = entry
-        return dict(sorted(found.items()))
+        """Return what lies directly in a room, each with its files; see `by_folder`."""
+        return by_folder(self.below(room))
 
     def artifacts(self) -> list[Found]:
         """Return what lies in the rooms of artifacts, in the order of rooms and names."""
@@ -88,7 +83,7 @@ class Inventory:
     def _judge(self, key: str, entries: Mapping[str, Entry]) -> Found | None:
         place, path = self._artifacts.place, self._artifacts.root / key
         if not is_artifact_name(path.name) or "" in entries:
-            return Found(path, "foreign", entries, "is no artifact: StackWise did not put it there")
+            return Found(path, "foreign", entries, "is not an artifact: StackWise did not put it there")
         if MANIFEST not in entries:
             return Found(path, "unsealed", entries)
         try:
@@ -103,11 +98,21 @@ class Inventory:
         return Found(path, "retired" if retired else "sealed", entries, manifest=manifest)
 
 
+def by_folder(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """Group files by the first part of their paths, sorted, each by the rest of its path ('' for a plain file)."""
+    found: dict[str, dict[str, Entry]] = defaultdict(dict)
+    for path, entry in entries.items():
+        name, _, rest = path.partition("/")
+        if name != ".":
+            found[name][rest] = entry
+    return dict(sorted(found.items()))
+
+
 def survey(artifacts: Artifacts) -> list[Found]:
     """Return what lies in the rooms of artifacts now."""
     return Inventory(artifacts).artifacts()
 
 
 def is_artifact_name(name: str) -> bool:
-    """Say whether a name is one that artifacts have: kind, stage and 12 hex digits."""
+    """Say whether a name has the form of an artifact's: kind, stage and 12 hex digits."""
     return _NAME.fullmatch(name) is not None

@@ -118,7 +118,7 @@ class LocalPlace:
         return self.root / found.key
 
     def range_reader(self, found: SealedFolder) -> None:
-        """Return None: files are here."""
+        """Return None: all files are on this machine."""
 
     def verify(self, found: SealedFolder) -> list[str]:
         return verify_files(self.root / found.key, found.manifest.checksums())
@@ -183,7 +183,6 @@ class LocalPlace:
         return set()  # gc has the folder to itself
 
     def leftovers(self, key: str, manifest: Manifest | None, entries: Mapping[str, Entry]) -> Leftovers:
-        """Yield unsealed folders, data of retired artifacts, and half-written files in sealed ones."""
         if manifest is None:
             yield key, "never sealed"
         elif RETIRED in entries:
@@ -205,13 +204,12 @@ class LocalPlace:
     # ------------------------------------------------------------ records of runs, and pins
 
     def share(self, path: Path) -> None:
-        """Do nothing: every machine that sees the folder sees the file."""
+        """Do nothing: every machine that sees the folder sees its files."""
 
-    def unshare(self, path: Path) -> None:
-        """Do nothing, as `share`."""
+    unshare = share
 
     def refresh_records(self) -> None:
-        """Do nothing, as `share`."""
+        """Do nothing, as in `share`."""
 
 
 def trash(root: Path, path: Path) -> None:

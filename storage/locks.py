@@ -11,7 +11,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from time import sleep
-from types import TracebackType
 from typing import ClassVar, NamedTuple
 
 from stackwise_core.errors import StageInterruptedError
@@ -78,8 +77,8 @@ def is_held(path: Path, *, exclusively: bool = False) -> bool:
 class FileLock:
     """An advisory lock that the kernel releases when its process ends, however it ends.
 
-    The descriptor is close-on-exec, so a child process started by exec never holds it; do not fork
-    without exec while holding one.
+    The descriptor is close-on-exec, so a child that is started by exec never holds it. Do not fork without exec
+    while holding one.
     """
 
     poll_seconds: ClassVar = 0.2
@@ -92,7 +91,7 @@ class FileLock:
         on_wait: OnWait = no_wait,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Name the lock; it is taken by `with`, or by `try_acquire`."""
+        """Name the lock; `with` or `try_acquire` takes it."""
         self.path, self.shared = path, shared
         self.on_wait, self.should_stop = on_wait, should_stop
         self._fd: int | None = None
@@ -116,7 +115,7 @@ class FileLock:
         return str(read_holder(self.path) or "another process")
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -132,7 +131,5 @@ class FileLock:
             sleep(self.poll_seconds)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()

@@ -109,8 +109,7 @@ def read_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
     """Read and check the manifest of a sealed artifact.
 
     Raises:
-        ArtifactUnsealedError: there is no manifest.
-        ArtifactCorruptError: it cannot be parsed, has a newer format or another id, or was edited.
+        ArtifactError: there is none, or it cannot be parsed, has a newer format or another id, or was edited.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -133,7 +132,8 @@ def parse_manifest(data: bytes, path: Path | str, folder: Path | str, ref: Ref |
     if ref is not None and manifest.ref != ref:
         problem = f"belongs to {manifest.ref.name} ({manifest.ref.sha256}), not to {ref.sha256}"
         raise ArtifactCorruptError(path, problem, remedy)
-    if not _hash_matches(manifest) or digest_of(manifest.files) != manifest.digest:
+    recipe = {"kind": manifest.ref.kind, "numerics": manifest.numerics, "recipe": manifest.recipe}
+    if _hash(recipe) != manifest.ref.sha256 or digest_of(manifest.files) != manifest.digest:
         raise ArtifactCorruptError(path, "was edited: its recipe or file list does not give its hashes", remedy)
     if manifest.seal != manifest.expected_seal():
         raise ArtifactCorruptError(path, "was edited: its facts or inputs are not what was sealed", remedy)
@@ -141,12 +141,6 @@ def parse_manifest(data: bytes, path: Path | str, folder: Path | str, ref: Ref |
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ArtifactCorruptError(path, f"lists {name!r}, which leads out of its folder", "Do not use it")
     return manifest
-
-
-def _hash_matches(manifest: Manifest) -> bool:
-    """Say whether the recorded recipe hashes to the id."""
-    recipe = {"kind": manifest.ref.kind, "numerics": manifest.numerics, "recipe": manifest.recipe}
-    return _hash(recipe) == manifest.ref.sha256
 
 
 def _hash(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""How far a stage came that is not sealed: the header of its checkpoint, the shards of its store. Needs no torch."""
+"""Progress of a stage that is not sealed, without torch: the header of its checkpoint, the shards of its store."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _HEADER = "state.json"
 
 
 def step_reached(artifacts: Artifacts, ref: Ref) -> int | None:
-    """Return how many steps of a stage need not be taken again; None: it has no checkpoint. Writes nothing."""
+    """Return the step at which a stage would resume, or None if it has no checkpoint. Writes nothing."""
     header = read_header(artifacts.root / "work" / ref.name / STATE_FOLDER)
     return None if header is None else header["step"]
 
 
 def bytes_written(artifacts: Artifacts, ref: Ref) -> int:
-    """Return the bytes of a store's shards that are written, and need not be computed again."""
+    """Return the bytes of a store's shards that are written already."""
     shards = (artifacts.root / "work" / ref.name / "store.zarr").rglob("c.*")
     return sum(path.stat().st_size for path in shards if path.is_file())
 
 
 def write_header(folder: Path, header: dict[str, Any]) -> None:
-    """Write the header of a checkpoint, with a hash of itself."""
+    """Write the header of a checkpoint and its hash."""
     (folder / _HEADER).write_text(json.dumps({"header": header, "sha256": _digest(header)}))
 
 
 def read_header(folder: Path) -> dict[str, Any] | None:
-    """Return the header of a checkpoint; None if there is none, or if it is not what was written."""
+    """Return the header of a checkpoint; None if there is none, or if it is damaged."""
     try:
         written = json.loads((folder / _HEADER).read_bytes())
         header: dict[str, Any] = written["header"]

@@ -1,4 +1,4 @@
-"""The client of an object store: the few operations that artifacts need, retries, and errors in plain words.
+"""The client of an object store: the operations that artifacts need, retries, and errors in plain words.
 
 Credentials and the endpoint come from the environment only: obstore reads the variables that the tools of each store
 use (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS and so on).
@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 RETRIES: RetryConfig = {"max_retries": 8, "retry_timeout": timedelta(seconds=60)}
 """Of one request. With obstore's backoff a store may be away for half a minute."""
 FEW_RETRIES: RetryConfig = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
-"""For requests that may fail: a wrong endpoint is reported soon, and a run that failed ends soon."""
+"""For requests that may fail, so that a wrong endpoint is reported soon and a run that failed ends soon."""
 _AGAIN = 3
 _BLOCK_BYTES = 16 * 2**20
 _BLOCKS_AHEAD = 4
@@ -44,11 +44,7 @@ class ObjectStore:
     """A prefix in a bucket. Keys are relative to it. Thread-safe."""
 
     def __init__(self, uri: str, retries: RetryConfig | None = None) -> None:
-        """Name it, such as s3://bucket/prefix; the first operation connects.
-
-        Raises:
-            ArtifactsFolderError: the URI names no supported store, or contains a user or a key.
-        """
+        """Name it by a URI without credentials, such as s3://bucket/prefix; the first operation connects."""
         self.uri, self._retries = uri.rstrip("/"), retries
         scheme, _, rest = self.uri.partition("://")
         name = rest.partition("/")[0]
@@ -98,11 +94,7 @@ class ObjectStore:
         return sorted(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
 
     def read(self, key: str) -> tuple[bytes, Entry]:
-        """Return a small object and what a listing would say of it.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
+        """Return a small object and its entry in a listing; FileNotFoundError if there is none."""
 
         def ask() -> tuple[bytes, Entry]:
             answer = obstore.get(self._store, key)
@@ -112,11 +104,7 @@ class ObjectStore:
             return _again(ask)
 
     def ranges(self, key: str, offsets: Sequence[int], n_bytes: int) -> list[np.ndarray]:
-        """Return ranges of one size, near ones fetched together: uint8 [n_bytes] each, shorter past the end.
-
-        Raises:
-            FileNotFoundError: there is no such object.
-        """
+        """Return ranges of one size, near ones fetched together: uint8 [n_bytes] each, shorter past the end."""
         lengths = [n_bytes] * len(offsets)
         with self._explained(key):
             try:
@@ -128,22 +116,17 @@ class ObjectStore:
         return [np.frombuffer(memoryview(each), np.uint8) for each in found]
 
     def blocks(self, key: str, size: int) -> Generator[np.ndarray]:
-        """Yield a large object in order, uint8 [<= 16 MiB] each, while the next blocks are on their way.
+        """Yield a large object in order, uint8 [<= 16 MiB] each, while the next blocks are being fetched."""
 
-        Raises:
-            FileNotFoundError: there is no such object.
-        """
-        starts = list(range(0, size, _BLOCK_BYTES))
+        def fetch(start: int) -> np.ndarray:
+            return self.ranges(key, [start], min(_BLOCK_BYTES, size - start))[0]
+
+        starts = iter(range(0, size, _BLOCK_BYTES))
         with ThreadPoolExecutor(_BLOCKS_AHEAD) as pool:
-
-            def fetch(start: int) -> np.ndarray:
-                return self.ranges(key, [start], min(_BLOCK_BYTES, size - start))[0]
-
-            coming = [pool.submit(fetch, start) for start in starts[:_BLOCKS_AHEAD]]
-            for number in range(len(starts)):
+            coming = [pool.submit(fetch, start) for start in islice(starts, _BLOCKS_AHEAD)]
+            while coming:
                 block = coming.pop(0).result()
-                if number + _BLOCKS_AHEAD < len(starts):
-                    coming.append(pool.submit(fetch, starts[number + _BLOCKS_AHEAD]))
+                coming += [pool.submit(fetch, start) for start in islice(starts, 1)]
                 yield block
 
     # ------------------------------------------------------------ writing
@@ -156,7 +139,7 @@ class ObjectStore:
     def create(self, key: str, data: bytes) -> bool:
         """Put a small object unless it exists; say whether it was put.
 
-        False may also mean that a first try put it and only its answer was lost: look at what is there.
+        False may also mean that a first try put it and only its answer was lost: read what is there.
         """
         try:
             with self._explained(key), contextlib.suppress(AlreadyExistsError):
@@ -192,11 +175,7 @@ class ObjectStore:
     # ------------------------------------------------------------ at the start
 
     def check(self, *, writes: bool) -> None:
-        """Make sure that the store answers and, for writes, that it accepts them and honours conditions.
-
-        Raises:
-            ArtifactsFolderError: one line that says why not.
-        """
+        """Raise ArtifactsFolderError unless the store answers and, for writes, accepts them and honours conditions."""
         try:
             ObjectStore(self.uri, FEW_RETRIES).folders("")
             if writes:
@@ -238,11 +217,7 @@ def _entry(meta: ObjectMeta) -> Entry:
 
 
 def probe(uri: str) -> str:
-    """Try to read, write and write under a condition; say in a line how long a request takes.
-
-    Raises:
-        ArtifactsFolderError: one of them does not work; one line says why and what to do.
-    """
+    """Return a line on how long requests take; raise ArtifactsFolderError if reads, writes or conditions fail."""
     store = ObjectStore(uri, FEW_RETRIES)
     store.check(writes=True)
     key = f"leases/probe-{uuid.uuid4().hex}"

@@ -85,7 +85,7 @@ def drop(artifacts: Artifacts, path: Path) -> None:
 
 
 def _checked(artifacts: Artifacts, path: Path) -> tuple[Manifest, Path]:
-    """Return the manifest, and the folder on this machine, of an artifact that is as it was sealed."""
+    """Return the manifest and the local folder of an artifact in which every byte is as it was sealed."""
     place, key = artifacts.place, f"{QUARANTINE}/{path.name}"
     try:
         found = place.find(key)

@@ -1,4 +1,4 @@
-"""What the runs of a place planned, and what is pinned, with all it was made from: gc removes everything else."""
+"""What gc keeps: what the runs of a place planned, and what is pinned with all that it was made from."""
 
 from __future__ import annotations
 
@@ -30,12 +30,7 @@ class Reachable:
 
 
 def find_reachable(artifacts: Artifacts, runs: Iterable[str] | None = None, *, newest_only: bool = False) -> Reachable:
-    """Find what must stay.
-
-    Args:
-        artifacts: where.
-        runs: those that count; all, if none are given.
-        newest_only: of each run only the newest attempt counts, and not what earlier ones planned.
+    """Find what some runs (by default all) planned, or only the newest attempt of each, and what is pinned.
 
     Raises:
         ArtifactCorruptError: a record of a run, or the manifest of a pinned artifact, cannot be trusted.
@@ -58,11 +53,7 @@ def newest_first(artifacts: Artifacts) -> list[str]:
 
 
 def made_from(artifacts: Artifacts, refs: Iterable[Ref]) -> list[Ref]:
-    """Return artifacts and, by their manifests, all that is left of what they were made from, in no order.
-
-    Raises:
-        ArtifactCorruptError: the manifest of one of them cannot be trusted.
-    """
+    """Return artifacts and, by the manifests that are there, all that they were made from, in no order."""
     found, to_ask = dict[Ref, None](), list(refs)
     while to_ask:
         ref = to_ask.pop()
@@ -78,11 +69,7 @@ def made_from(artifacts: Artifacts, refs: Iterable[Ref]) -> list[Ref]:
 
 
 def pins(artifacts: Artifacts) -> list[Ref]:
-    """Return what is pinned, sorted by name. A pin is a small file: its name is the artifact's, its text the whole id.
-
-    Raises:
-        ArtifactCorruptError: a pin cannot be read.
-    """
+    """Return what is pinned, sorted by name. A pin is a file with the artifact's name that contains its full id."""
     return [_read_pin(artifacts, path) for path in sorted((artifacts.root / PINS).glob("*.json"))]
 
 
@@ -96,9 +83,8 @@ def _read_pin(artifacts: Artifacts, path: Path) -> Ref:
 
 def pin(artifacts: Artifacts, ref: Ref) -> None:
     """Protect an artifact, and all it was made from, from gc."""
-    folder = artifacts.root / PINS
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{ref.name}.json"
+    path = artifacts.root / PINS / f"{ref.name}.json"
+    path.parent.mkdir(exist_ok=True)
     write_text(path, ref.model_dump_json() + "\n")
     artifacts.place.share(path)
 
@@ -107,7 +93,8 @@ def unpin(artifacts: Artifacts, name: str) -> Ref:
     """Remove a pin, given by the artifact's name or a unique start of it.
 
     Raises:
-        ArtifactMissingError: nothing of that name is pinned. ConfigError: several are.
+        ArtifactMissingError: nothing of that name is pinned.
+        ConfigError: several are.
     """
     found = [ref for ref in pins(artifacts) if ref.name.startswith(name)]
     if not found:

@@ -1,11 +1,9 @@
-"""Runs: a name, its attempts, and who is alive."""
+"""Runs: their names, their attempts, and which of them are live."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 import time
 from collections.abc import Generator
 from contextvars import ContextVar
@@ -23,7 +21,7 @@ from stackwise_core.stages.plan import RunPlan
 from storage.artifacts import Artifacts, State
 from storage.errors import ArtifactCorruptError, RunBusyError
 from storage.files import write_text
-from storage.locks import Holder, OnWait, no_wait
+from storage.locks import Holder, OnWait, no_wait, this_process
 from storage.place import OUTCOME, PLANS_LOCK, RUNS
 
 _asked_by: ContextVar[str] = ContextVar("asked_by", default="")
@@ -37,7 +35,7 @@ class Attempt:
     number: int
     folder: Path
     where: str
-    """What messages call its folder, which in a bucket is not the copy on this machine."""
+    """What messages call its folder: for a bucket a URI, not the copy on this machine."""
 
     @property
     def plan(self) -> RunPlan:
@@ -78,7 +76,7 @@ class Attempt:
 
 
 def _unknown_keys(error: Exception) -> str:
-    """Return the unknown keys of a record, if nothing else is wrong with it: newer code wrote it."""
+    """Return the unknown keys of a record, if only those are wrong with it, because newer code wrote it."""
     faults = error.errors() if isinstance(error, ValidationError) else []
     newer = bool(faults) and all(fault["type"] == "extra_forbidden" for fault in faults)
     return ", ".join(".".join(map(str, fault["loc"])) for fault in faults) if newer else ""
@@ -103,11 +101,7 @@ def run_names(artifacts: Artifacts) -> list[str]:
 
 
 def find_run(artifacts: Artifacts, name: str) -> Attempt:
-    """Return the newest attempt of a run.
-
-    Raises:
-        ConfigError: there is no run of that name; those that exist are listed.
-    """
+    """Return the newest attempt of a run, or raise ConfigError with the names of the runs that exist."""
     found = attempts(artifacts, name)
     if not found:
         there = ", ".join(run_names(artifacts)) or "none yet"
@@ -142,25 +136,22 @@ def asking(who: str) -> Generator[None]:
 
 
 def asked_before(artifacts: Artifacts, name: str, who: str) -> Attempt | None:
-    """Return the newest attempt of a run that `who` asked for; None if it did not begin."""
+    """Return the newest attempt of a run that `who` asked for, if there is one."""
     return next((found for found in reversed(attempts(artifacts, name)) if found.start.get("asked_by") == who), None)
 
 
 @contextlib.contextmanager
 def begin_attempt(
-    artifacts: Artifacts,
-    config: StackWiseConfig,
-    plan: RunPlan,
-    on_wait: OnWait = no_wait,
+    artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan, on_wait: OnWait = no_wait
 ) -> Generator[Attempt]:
     """Register a run for as long as the block lasts, before its first task.
 
-    Two live processes may share a run if their configurations are equal: each artifact is then made by whichever
-    comes first. Stores that a live run plans to read are not retired, and gc removes nothing that it planned.
+    Live processes may share a run if their configurations are equal: each artifact is then made by the first to
+    begin it. Stores that a live run plans to read are not retired, and gc removes nothing that it planned.
 
     Raises:
-        RunBusyError: the run is alive with another configuration.
-        CorpusError: the run's name was used on another text.
+        RunBusyError: the run is live with another configuration.
+        CorpusError: the run's name was used with another text.
     """
     name = config.run.name
     alive = artifacts.lock(f"run-{name}", shared=True)
@@ -170,7 +161,7 @@ def begin_attempt(
             others_live = is_live(artifacts, name)
             _check_previous(artifacts, config, plan, others_live)
             attempt = attempts(artifacts, name)[-1] if others_live else _write_attempt(artifacts, config, plan)
-            while not alive.try_acquire():  # a probe holds it for an instant
+            while not alive.try_acquire():  # a process that tests the lock holds it for an instant
                 time.sleep(0.01)
         try:
             yield attempt
@@ -208,16 +199,19 @@ def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan)
     base = artifacts.root / RUNS / config.run.name
     folder = base / "attempts" / f"{number:04d}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", config.to_yaml())
-    write_text(folder / "plan.json", plan.model_dump_json(indent=1))
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    # start.json comes last: without it the attempt does not exist.
-    start = {"started": now, "pid": os.getpid(), "host": socket.gethostname()}
+    me = this_process()
+    start = {"started": me.since, "pid": me.pid, "host": me.host}
     if who := _asked_by.get():
         start["asked_by"] = who
-    write_text(folder / "start.json", json.dumps(start))
-    write_text(base / "current", f"{number:04d}\n")
-    for path in (folder / "config.yaml", folder / "plan.json", folder / "start.json", base / "current"):
+    texts = {
+        folder / "config.yaml": config.to_yaml(),
+        folder / "plan.json": plan.model_dump_json(indent=1),
+        folder / "start.json": json.dumps(start),  # after the others: without it the attempt does not exist
+        base / "current": f"{number:04d}\n",
+    }
+    for path, text in texts.items():
+        write_text(path, text)
+    for path in texts:
         artifacts.place.share(path)
     return Attempt(config.run.name, number, folder, artifacts.location(folder))
 
@@ -226,25 +220,24 @@ def _write_outcome(artifacts: Artifacts, attempt: Attempt, state: str, message: 
     if attempt.outcome and attempt.outcome["state"] == "done":
         return  # another process of the same run finished it
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    with contextlib.suppress(OSError):  # a full disk, a lost connection must not hide the error that is under way
+    with contextlib.suppress(OSError):  # a full disk or a lost connection must not hide the error that ended the run
         write_text(attempt.folder / OUTCOME, json.dumps({"state": state, "message": message, "ended": now}))
         artifacts.place.share(attempt.folder / OUTCOME)
 
 
 def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name: str) -> Ref | None:
-    """Drop the boundary below stage `index` once the one above it is sealed and validated.
+    """Retire the store below stage `index` once the one above it is sealed and validated.
 
-    Returns:
-        The store, if it stays because another live run plans to read it.
+    Returns the store if it stays because another live run plans to read it.
     """
     if index == 0 or plan.stages[index].activations is None or plan.stages[index - 1].activations is None:
         return None
     stage, below = plan.stages[index], plan.stages[index - 1].ref("activations")
-    above = artifacts.state(stage.ref("activations")), artifacts.state(stage.ref("validation"))
-    superseded = above[0] in (State.SEALED, State.RETIRED) and above[1] is State.SEALED
-    if artifacts.state(below) is State.RETIRED:
+    state, above = artifacts.state(below), artifacts.state(stage.ref("activations"))
+    superseded = above in (State.SEALED, State.RETIRED) and artifacts.state(stage.ref("validation")) is State.SEALED
+    if state is State.RETIRED:
         artifacts.retire(below)  # again: a kill may have left some of its data
-    elif superseded and artifacts.state(below) is State.SEALED and not retire_unless_read(artifacts, below, run_name):
+    elif superseded and state is State.SEALED and not retire_unless_read(artifacts, below, run_name):
         return below
     return None
 
@@ -257,15 +250,12 @@ def retire_unless_read(artifacts: Artifacts, ref: Ref, own_run: str) -> bool:
             if name != own_run and is_live(artifacts, name) and ref in _stores_of(find_run(artifacts, name).plan):
                 return False
         artifacts.mark_retired(ref)
-    artifacts.retire(ref)  # dropping the data takes its time: not under the lock
+    artifacts.retire(ref)  # without the lock, because deleting takes long
     return True
 
 
 def register_complete(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan) -> None:
-    """Register a run whose artifacts all exist already, and retire what it does not keep.
-
-    Nothing is written if its newest attempt was the same.
-    """
+    """Register a run whose artifacts all exist, unless its newest attempt is the same; retire what it does not keep."""
     before = attempts(artifacts, config.run.name)
     if not before or before[-1].plan != plan or before[-1].config != config:
         with begin_attempt(artifacts, config, plan):

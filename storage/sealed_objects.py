@@ -77,11 +77,7 @@ class RemoteFiles:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def fetch(self, folder: Path, files: Files) -> None:
-        """Download the files that a local folder lacks, comparing each with its checksum.
-
-        Raises:
-            ArtifactCorruptError: one is missing, or is not what was sealed.
-        """
+        """Download the files that a local folder lacks, comparing each with its checksum."""
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             fetches = [
                 pool.submit(self._fetch_file, folder, name, *files[name]) for name in names_missing(folder, files)
@@ -187,8 +183,7 @@ class SealedObjects:
     def seal(self, key: str, work: Path, ours: Manifest, replaces: str | None) -> bool:
         """Upload a work folder, then put its manifest under a condition; see `Place.publish`.
 
-        Returns:
-            Whether `ours` is what is sealed at the end; if not, another machine sealed the key meanwhile.
+        Returns whether `ours` is sealed at the end; if not, another machine sealed the key meanwhile.
         """
         before, damaged = self._find_before_sealing(key)
         is_ours = before is not None and before.manifest.seal == ours.seal
@@ -229,7 +224,7 @@ class SealedObjects:
             return None, entry.version if entry else None
 
     def _lost(self, key: str, ours: Manifest, theirs: SealedFolder | None) -> bool:
-        """Warn if another machine made other bytes from the same recipe."""
+        """Return False, and warn if another machine made other bytes from the same recipe."""
         if theirs and theirs.manifest.digest != ours.digest:
             _log.warning(
                 "%s was sealed by another machine with other bytes (digest %s, here %s), and is used as it is there: "
@@ -251,7 +246,7 @@ class SealedObjects:
         self.store.delete([f"{prefix}{name}" for name in found.sizes if name != RETIRED])
 
     def quarantine(self, found: SealedFolder, reason: str) -> str:
-        """Move the objects to quarantine/, the manifest first; return the key there."""
+        """Move the objects to quarantine/, the manifest first, and return the key there."""
         target = f"{QUARANTINE}/{found.manifest.ref.name}.{found.manifest.attempt}"
         self.store.write(f"{target}/{REASON}", (reason + "\n").encode())
         self.store.move(f"{found.key}/{MANIFEST}", f"{target}/{MANIFEST}")
@@ -278,7 +273,7 @@ class SealedObjects:
         return True
 
     def collect_artifact(self, key: str, is_wanted: Callable[[str], bool]) -> bool:
-        """Delete the manifest, ask again, and then either put it back or delete the data."""
+        """Delete the manifest, ask again whether a run plans it, and put the manifest back or delete the data."""
         manifest = f"{key}/{MANIFEST}"
         try:
             data, entry = self.store.read(manifest)

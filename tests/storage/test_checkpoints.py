@@ -377,7 +377,7 @@ def garbage() -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", garbage())
 def test_what_is_no_safetensors_file_is_refused(kind: str, model: StageModel, tmp_path: Path) -> None:
     artifacts = seal_stage(tmp_path, model, head=garbage()[kind])
-    with pytest.raises(ArtifactCorruptError, match="is no safetensors file") as caught:
+    with pytest.raises(ArtifactCorruptError, match="is not a safetensors file") as caught:
         load_head(artifacts, [FIRST])
     assert caught.value.path.name == HEAD
     load_stack(artifacts, [FIRST], 0)
@@ -428,7 +428,7 @@ def test_tensor_files_round_trip(tmp_path: Path) -> None:
     save_tensors(tmp_path / "a", tensors)
     found = load_tensors(tmp_path / "a")
     assert {name: bits(tensor) for name, tensor in found.items()} == {n: bits(t) for n, t in tensors.items()}
-    with pytest.raises(ArtifactCorruptError, match="no safetensors file"):
+    with pytest.raises(ArtifactCorruptError, match="not a safetensors file"):
         load_tensors(tmp_path / "missing")
 
 

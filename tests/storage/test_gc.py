@@ -348,7 +348,7 @@ def test_a_folder_that_is_none_of_ours_is_left_alone(tmp_path: Path) -> None:
     for room in ("work", "trash", "locks"):
         (tmp_path / room).mkdir()
         (tmp_path / room / "thesis.txt").write_text("mine")
-    with pytest.raises(ArtifactsFolderError, match="is no artifacts folder"):
+    with pytest.raises(ArtifactsFolderError, match="is not an artifacts folder"):
         collect(Artifacts(tmp_path), keep_last=0)
     assert len(files_of(tmp_path)) == 2
 
