@@ -21,8 +21,7 @@ from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.stages.resolve import resolve_shape
 from stackwise_core.stages.stages import resolve_stage
 from stackwise_core.training.optimizer import make_optimizer
-from stackwise_core.training.ranks import ALONE, Ranks
-from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import train_step
 
 SEQ_LEN = 256

@@ -1,6 +1,7 @@
 """The torch core of StackWise: grow a rack of transformer stacks, one at a time.
 
-The public names are imported on first use, so that reading a configuration costs no torch.
+The public names are imported on first use, so that reading a configuration costs no torch. The last letters of a
+tensor's name are its dimensions: B sequences, T positions, D channels; modules that use others list them.
 """
 
 from __future__ import annotations

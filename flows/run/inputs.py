@@ -29,8 +29,7 @@ from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.resolve import resolve_order
 from stackwise_core.stages.stages import Anatomy
 from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFromBoundary, RowsFromTokens
-from stackwise_core.training.ranks import ALONE, Ranks
-from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import StageInputs, TrainingState, fits, tensor_digest
 from storage.activations.fill import StoreRows
 from storage.activations.reader import ReusedRows, StoreReader

@@ -32,9 +32,8 @@ from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.costs import rack_parameters, stack_parameters
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.resolve import resolve_loss
-from stackwise_core.training.evaluate import differing_rows, judge_rack
-from stackwise_core.training.ranks import ALONE, Ranks
-from stackwise_core.training.statistics import stored_error
+from stackwise_core.training.evaluate import differing_rows, judge_rack, stored_error
+from stackwise_core.training.stage_model import ALONE, Ranks
 from stackwise_core.training.training import Hooks, TrainingState, end_stage, train_stage
 from storage.activations.fill import fill_store, write_shards
 from storage.activations.reader import StoreReader

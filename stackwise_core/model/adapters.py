@@ -32,22 +32,20 @@ ADAPTERS: tuple[AdapterName, ...] = ("stack", "progressive")
 def add_adapter(stack: Stack, name: AdapterName, rank: int, alpha: float, seed: int) -> None:
     """Add an adapter to every linear layer of a stack, in place; the stack's output keeps its bits.
 
-    Afterwards every adapter is active. The new parameters have `requires_grad`, all others keep what they had.
-
-    Args:
-        stack: of any storage type, with or without the other adapter.
-        name: which of the two.
-        rank: R; the rules of the configuration limit it to the narrowest layer.
-        alpha: the adapter's output is multiplied by alpha / R.
-        seed: of A, uniform within +-1 / sqrt(I); B is zero. The global generator is not used.
-
-    Raises:
-        ConfigError: the stack has this adapter already.
+    A is drawn uniformly within +-1 / sqrt(I) from a generator with the given seed; B is zero. The adapter's output is
+    multiplied by alpha / R. Afterwards every adapter is active, and the new parameters have `requires_grad`.
     """
     if name in adapter_names(stack):
         raise ConfigError([Fault("adapter", repr(name), f"stack {stack.creation_index} has one of this name already")])
     trainable = {id(parameter): parameter.requires_grad for parameter in stack.parameters()}
-    _inject(stack, name, rank, alpha)
+    with silent_import():
+        from peft import LoraConfig, inject_adapter_in_model
+
+    targets = sorted({path.removesuffix(".base_layer").rpartition(".")[2] for path in base_linears(stack)})
+    config = LoraConfig(r=rank, lora_alpha=cast("int", alpha), target_modules=targets)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, stack, name)
     generator = torch.Generator().manual_seed(seed)
     for layer in _adapted_layers(stack).values():
         layer.set_adapter([known for known in ADAPTERS if known in layer.lora_A])
@@ -59,20 +57,6 @@ def add_adapter(stack: Stack, name: AdapterName, rank: int, alpha: float, seed: 
     for parameter in stack.parameters():
         parameter.requires_grad_(trainable.get(id(parameter), True))
     stack.train(stack.training)
-
-
-def _inject(stack: Stack, name: AdapterName, rank: int, alpha: float) -> None:
-    with silent_import():
-        from peft import LoraConfig, inject_adapter_in_model
-
-    targets = sorted({path.removesuffix(".base_layer").rpartition(".")[2] for path in base_linears(stack)})
-    config = LoraConfig(r=rank, lora_alpha=cast("int", alpha), target_modules=targets)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, stack, name)
-
-
-# ---------------------------------------------------------------- names and parameters
 
 
 def adapter_names(stack: Stack) -> list[AdapterName]:
@@ -89,7 +73,6 @@ def adapter_parameters(stack: Stack, name: AdapterName | None = None) -> list[nn
 
 
 def _adapted_layers(stack: Stack) -> dict[str, LoraLayer]:
-    """Return the layers that carry adapters, by their path in the stack."""
     return {path: cast("LoraLayer", module) for path, module in stack.named_modules() if hasattr(module, "lora_A")}
 
 
@@ -97,9 +80,6 @@ def _matrices(layer: LoraLayer, name: AdapterName) -> tuple[nn.Parameter, nn.Par
     """Return A [R, I] and B [O, R] of an adapter in one layer."""
     a, b = layer.lora_A[name], layer.lora_B[name]
     return cast("nn.Parameter", a.weight), cast("nn.Parameter", b.weight)
-
-
-# ---------------------------------------------------------------- saving and loading
 
 
 def adapter_state(stack: Stack, name: AdapterName) -> dict[str, Tensor]:
@@ -112,11 +92,7 @@ def adapter_state(stack: Stack, name: AdapterName) -> dict[str, Tensor]:
 
 
 def load_adapter_state(stack: Stack, name: AdapterName, state: Mapping[str, Tensor]) -> None:
-    """Copy a saved adapter into one of the same rank that was added before.
-
-    Raises:
-        ValueError: a key, shape or dtype differs; nothing was copied.
-    """
+    """Copy a saved adapter into one of the same rank that was added before."""
     _copy_exactly(adapter_state(stack, name), state)
 
 
@@ -127,17 +103,16 @@ def base_state(stack: Stack) -> dict[str, Tensor]:
 
 
 def load_base_state(stack: Stack, state: Mapping[str, Tensor]) -> None:
-    """Copy a saved `base_state` into a stack of the same shape and storage type, with or without adapters.
-
-    Raises:
-        ValueError: a key, shape or dtype differs; nothing was copied.
-    """
+    """Copy a saved `base_state` into a stack of the same shape and storage type, with or without adapters."""
     _copy_exactly(base_state(stack), state)
 
 
 @torch.no_grad()
 def _copy_exactly(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy tensors by key; unlike `load_state_dict` never cast, since casting packed bits would load nonsense."""
+    """Copy all tensors, or none if a key, shape or dtype differs.
+
+    `load_state_dict` would cast instead, and a cast of packed bits is nonsense.
+    """
     wrong = sorted(targets.keys() ^ state.keys())
     if wrong:
         missing = ", ".join(key for key in wrong if key in targets) or "none"
@@ -149,9 +124,6 @@ def _copy_exactly(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
             raise ValueError(f"{key} was saved as {saved} but is {here} here")
     for key, target in targets.items():
         target.copy_(state[key])
-
-
-# ---------------------------------------------------------------- merging
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
-"""Block < Stack < Rack: Llama-shaped (Touvron et al. 2023): RMSNorm, RoPE, GQA, SwiGLU, no biases.
+"""Blocks, stacks and racks in the shape of Llama (Touvron et al. 2023): RMSNorm, RoPE, GQA, SwiGLU, no biases.
 
-Letters: B sequences, T positions, D channels, H heads, K key/value heads, C channels of a head,
-V vocabulary.
+Letters: H heads, K key/value heads, C channels of a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
 
     def forward(self, x_BTD: Tensor, rotary: Tensor) -> Tensor:
-        """Attend; [B, T, D] to [B, T, D]."""
+        """[B, T, D] to [B, T, D]."""
         B, T, D = x_BTD.shape
         width = self.shape.head_dim
         q_BHTC = self.q_proj(x_BTD).view(B, T, -1, width).transpose(1, 2)
@@ -136,11 +135,7 @@ class TimeEmbedding(nn.Module):
         self.scale = wanted / (INIT_STD if time.encoding == "learned" else math.sqrt(0.5))
 
     def forward(self, time_step_B: Tensor) -> Tensor:
-        """Return the vector of each step: [B] to [B, D].
-
-        Raises:
-            ConfigError: a step is not in [0, n_steps).
-        """
+        """Return the vector of each step: [B] to [B, D]."""
         n_steps = self.time.n_steps
         outside = time_step_B[(time_step_B < 0) | (time_step_B >= n_steps)]
         if len(outside):
@@ -164,15 +159,7 @@ class TokenEmbedding(nn.Embedding):
         self.time = TimeEmbedding(shape.time, shape.d_model) if shape.time else None
 
     def forward(self, input: Tensor, time_step: Tensor | None = None) -> Tensor:
-        """Return the stream below the first stack: [B, T, D].
-
-        Args:
-            input: token ids [B, T].
-            time_step: the step of each sequence, where time is an input: [B].
-
-        Raises:
-            ConfigError: steps are missing, or there is no time embedding to read them.
-        """
+        """Return the stream below the first stack [B, T, D]; where time is an input it needs the steps [B]."""
         x_BTD = super().forward(input)
         if self.time is None and time_step is None:
             return x_BTD
@@ -208,13 +195,7 @@ class Rack(nn.Module):
             self.tied = False
 
     def hidden(self, input_ids_BT: Tensor, depth: int | None = None, time_step: Tensor | None = None) -> Tensor:
-        """Return the stream after the first `depth` stacks (all by default): [B, T, D].
-
-        Args:
-            input_ids_BT: tokens.
-            depth: how many stacks.
-            time_step: the step of each sequence, where time is an input: [B].
-        """
+        """Return the stream after the first `depth` stacks (all by default): [B, T, D]."""
         x_BTD = self.embedding(input_ids_BT, time_step)
         for stack in self.stacks[:depth]:
             x_BTD = stack(x_BTD)
@@ -224,8 +205,6 @@ class Rack(nn.Module):
         """Return logits [B, T, V]."""
         return self.head(self.hidden(input_ids_BT, time_step=time_step))
 
-
-# ---------------------------------------------------------------- rotary positions
 
 _rotary_tables: dict[tuple[int, int, float, torch.device], Tensor] = {}
 
@@ -254,17 +233,11 @@ def rotate(x_BHTC: Tensor, rotary: Tensor) -> Tensor:
     return x_BHTC * rotary[0] + x_BHTC.roll(x_BHTC.shape[-1] // 2, dims=-1) * rotary[1]
 
 
-# ---------------------------------------------------------------- time steps
-
-
 def sinusoids(n_steps: int, dim: int, device: torch.device) -> Tensor:
     """Return sines and cosines of every step at wavelengths from 2 pi to 10000 * 2 pi: [n_steps, dim]."""
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device).float() / dim)
     angles = torch.outer(torch.arange(n_steps, device=device).float(), frequencies)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-# ---------------------------------------------------------------- initialisation
 
 
 def initialise(module: nn.Module, seed: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-import torch
 from torch import nn
 
 from stackwise_core.config.stacks import AdapterSpec
@@ -30,15 +29,7 @@ def new_rack(shape: ModelShape, seed: int) -> Rack:
 def new_stack(shape: ModelShape, spec: StackSpec, operator: GrowthOperator, seed: int, source: Stack | None) -> Stack:
     """Return a stack as it is before training, with its adapters.
 
-    Args:
-        shape: of the rack.
-        spec: its creation index, blocks, precision and adapters. With precision qlora and a source it is NF4
-            from the start; otherwise it trains in fp32 and is converted at the end of its stage.
-        operator: `random`; `zero`: random with output projections zeroed; `copy`: the source's blocks, the
-            first n or repeated cyclically; `copy_zero`: a copy with output projections zeroed. Both zero
-            forms leave the function of the rack exactly as it was.
-        seed: of the run.
-        source: the neighbouring stack, for copies; it is dequantised and its adapters are merged.
+    A stack of precision qlora that has a source is NF4 from the start; others are converted at the end of their stage.
     """
     stack = grow_stack(shape, spec.n_blocks, spec.index, operator, seed, source)
     stack.precision = spec.precision
@@ -64,7 +55,11 @@ def give_adapter(stack: Stack, name: AdapterName, adapter: AdapterSpec, seed: in
 def grow_stack(
     shape: ModelShape, n_blocks: int, index: int, operator: GrowthOperator, seed: int, source: Stack | None
 ) -> Stack:
-    """Return the plain fp32 stack that a growth operator gives; see `new_stack`."""
+    """Return the fp32 stack that a growth operator gives, without adapters.
+
+    `copy` takes the source's blocks, the first n or repeated cyclically, dequantised and with adapters merged. `zero`
+    and `copy_zero` zero the output projections, which leaves the function of the rack exactly as it was.
+    """
     stack = Stack(shape, n_blocks, index)
     if operator in ("random", "zero"):
         initialise(stack, _init_seed(seed, index))
@@ -74,15 +69,10 @@ def grow_stack(
         blocks = merged_dense(source).blocks
         stack.blocks = nn.ModuleList(copy.deepcopy(blocks[n % len(blocks)]) for n in range(n_blocks))
     if operator in ("zero", "copy_zero"):
-        _zero_output_projections(stack)
+        for name, parameter in stack.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(parameter)
     return stack
-
-
-@torch.no_grad()
-def _zero_output_projections(stack: Stack) -> None:
-    for name, parameter in stack.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.zero_()
 
 
 def freeze(module: nn.Module) -> None:

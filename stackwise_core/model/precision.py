@@ -73,9 +73,6 @@ def quantise(weight: Tensor, storage: str) -> dict[str, Tensor]:
 
     fp16, bf16: `weight`. NVFP4: `weight` (two E2M1 values a byte), `scale` (E4M3 bits, one per 16), `per_tensor_scale`.
     NF4: `weight` (two codes a byte), `absmax` (8-bit codes, one per 64), `absmax_scale`, `absmax_offset`.
-
-    Raises:
-        ConfigError: NVFP4 of a matrix whose dimensions do not divide by 16.
     """
     if storage == "nvfp4":
         return _quantise_nvfp4(weight)
@@ -161,7 +158,7 @@ class StoredLinear(nn.Linear):
     """
 
     def __init__(self, weight: Tensor, storage: str) -> None:
-        """Store a float32 matrix [out, in]; raises what `quantise` raises."""
+        """Store a float32 matrix [out, in]."""
         nn.Module.__init__(self)  # not that of nn.Linear, which would make a trainable weight
         self.register_parameter("bias", None)
         self.out_features, self.in_features = weight.shape
@@ -248,18 +245,12 @@ def convert_storage(stack: nn.Module, precision: Precision) -> None:
     """Convert the matrices of a stack to the storage type of a precision, in place; norms and adapters stay float32.
 
     A matrix that has the type already keeps its bits. Matrices that become float32 are new parameters with
-    `requires_grad`, as in any new layer: what trains must be set after this.
-
-    Raises:
-        ConfigError: nvfp4 of a matrix whose dimensions do not divide by 16; the stack is then unchanged.
+    `requires_grad`, as in any new layer: what trains must be set after this. After an error the stack is unchanged.
     """
     storage = STORAGE[precision]
+    others = {path: linear for path, linear in base_linears(stack).items() if storage_of(linear) != storage}
     with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be saved for a backward
-        converted = {
-            path: _converted(linear, storage)
-            for path, linear in base_linears(stack).items()
-            if storage_of(linear) != storage
-        }
+        converted = {path: _converted(linear, storage) for path, linear in others.items()}
     for path, linear in converted.items():
         stack.set_submodule(path, linear)
 

@@ -22,6 +22,8 @@ from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.resolve import resolve_shape
 from stackwise_core.stages.stages import Anatomy, StageSpec, resolve_stack, resolve_stage
 
+_Mode = Literal["default", "append", "prepend"]
+
 
 def create_stack_from_config(config: StackWiseConfig, creation_index: int = 0) -> Stack:
     """Return a randomly initialised stack of the configured shape, with its adapter if it has one."""
@@ -41,15 +43,7 @@ class ProgressiveRackBuilder:
     """Grows one rack, stack by stack, at either end."""
 
     def __init__(self, config: StackWiseConfig | None = None, **dimensions: Any) -> None:
-        """Start an empty rack.
-
-        Args:
-            config: the whole configuration; None takes the defaults.
-            **dimensions: keys of `model` (vocab_size, d_model, n_heads, ...), applied on top.
-
-        Raises:
-            ConfigError: an impossible configuration or an unknown dimension.
-        """
+        """Start an empty rack; `dimensions` replace keys of `config.model`, such as d_model."""
         config = StackWiseConfig() if config is None else config
         check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected; from_yaml(path) reads a file")
         config = config.model_copy(deep=True) if dimensions else config
@@ -76,20 +70,16 @@ class ProgressiveRackBuilder:
 
     @property
     def n_stacks(self) -> int:
-        """How many stacks there are."""
+        """The number of stacks."""
         return len(self._rack.stacks)
 
     @property
     def n_trained(self) -> int:
-        """How many stacks, in creation order, have been trained."""
+        """The number of stacks, in creation order, that have been trained."""
         return len(self._trained)
 
     def stack(self, creation_index: int) -> Stack:
-        """Return a stack by its creation index.
-
-        Raises:
-            ConfigError: there is no such stack.
-        """
+        """Return a stack by its creation index."""
         for stack in self.stacks:
             if stack.creation_index == creation_index:
                 return stack
@@ -97,15 +87,7 @@ class ProgressiveRackBuilder:
         raise ConfigError([Fault("index", describe(creation_index), allowed)])
 
     def append_stack(self, n_blocks: int | None = None, precision: Precision | None = None) -> Stack:
-        """Add a stack between the trunk and the head, and return it.
-
-        Args:
-            n_blocks: its number of blocks; None takes the configuration's.
-            precision: its precision; None takes the configuration's.
-
-        Raises:
-            ConfigError: there are `max_stacks` already, or the stack does not fit the configuration.
-        """
+        """Add a stack between the trunk and the head, and return it; None takes the configuration's value."""
         return self._add("append", n_blocks, precision)
 
     def prepend_stack(self, n_blocks: int | None = None, precision: Precision | None = None) -> Stack:
@@ -116,9 +98,7 @@ class ProgressiveRackBuilder:
         """Add the next stack where the configuration says."""
         return self._add("default", None, None)
 
-    def _add(
-        self, mode: Literal["default", "append", "prepend"], n_blocks: int | None, precision: Precision | None
-    ) -> Stack:
+    def _add(self, mode: _Mode, n_blocks: int | None, precision: Precision | None) -> Stack:
         limit, index = self.config.training.progressive.max_stacks, self.n_stacks
         if index >= limit:
             raise ConfigError([Fault(f"{GROWTH}.max_stacks", str(index + 1), f"at most {limit} stacks")])
@@ -147,25 +127,17 @@ class ProgressiveRackBuilder:
         if "progressive" in adapters and "progressive" not in adapter_names(stack):
             give_adapter(stack, "progressive", adapters["progressive"], self.config.run.seed)
 
-    def _override(self, index: int, mode: str, n_blocks: int | None, precision: Precision | None) -> StackOverride:
+    def _override(self, index: int, mode: _Mode, n_blocks: int | None, precision: Precision | None) -> StackOverride:
         """Return how this stack is built, in full, so that later edits of the configuration do not change it."""
         settings = settings_of(self.config, index)
-        return StackOverride.model_validate(
-            {
-                "n_blocks": int(n_blocks or settings.n_blocks),
-                "precision": precision or settings.precision,
-                "mode": settings.mode if mode == "default" else mode,
-                "steps": 0,
-            }
+        return StackOverride(
+            n_blocks=int(n_blocks or settings.n_blocks),
+            precision=precision or settings.precision,
+            mode=settings.mode if mode == "default" else mode,
         )
 
     def as_built(self, config: StackWiseConfig, added: list[StackOverride] | None = None) -> StackWiseConfig:
-        """Return a copy of a configuration with this rack's shape, and its stacks as they were added.
-
-        Args:
-            config: gives everything else, such as steps and objectives.
-            added: how each stack was built; None takes this rack's.
-        """
+        """Return a copy of a configuration with this rack's shape, and with the stacks `added` (None: its own)."""
         added = self._added if added is None else added
         merged = config.model_copy(deep=True)
         merged.model = self.config.model.model_copy()
@@ -192,20 +164,12 @@ class ProgressiveRackBuilder:
         self._trained.update(anatomy.order)
 
     def freeze_trunk(self, indices: list[int] | None = None) -> None:
-        """Freeze some stacks by creation index; all but the newest by default.
-
-        Raises:
-            ConfigError: there is no such stack; nothing is frozen.
-        """
+        """Freeze some stacks by creation index; all but the newest by default."""
         for stack in self._chosen(range(self.n_stacks - 1) if indices is None else indices):
             freeze(stack)
 
     def freeze_all_but_qlora(self, indices: list[int] | None = None) -> None:
-        """Freeze some stacks by creation index, all by default, except their adapters.
-
-        Raises:
-            ConfigError: there is no such stack, or none of them has an adapter.
-        """
+        """Freeze some stacks by creation index, all by default, except their adapters."""
         chosen = self._chosen(range(self.n_stacks) if indices is None else indices)
         adapters = [parameter for stack in chosen for parameter in adapter_parameters(stack)]
         if not adapters:

@@ -9,8 +9,6 @@ A quantised type standardises each channel, then holds a token as 8-bit values t
 
 Without the first line a few channels with large values would set the scale of all others. Every operation is one
 unfused float32 operation per value: a row has the same bits alone and in any batch.
-
-Letters: B sequences, T positions, D channels.
 """
 
 from __future__ import annotations
@@ -35,9 +33,9 @@ STREAM_DTYPES: Final[dict[StreamDtype, torch.dtype]] = {
 """The type of the stored values."""
 
 _LARGEST: Final[dict[StreamDtype, float]] = {"int8": 127.0, "fp8": 448.0}
-"""What the largest value of a token is scaled to."""
+"""The magnitude to which the largest value of a token is scaled."""
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-"""Divides a token that equals its channels' means, whose scale would be zero."""
+"""The scale of a token that equals its channels' means, where it would be zero."""
 
 
 class ChannelStatistics(NamedTuple):
@@ -47,7 +45,7 @@ class ChannelStatistics(NamedTuple):
     std: Tensor
 
     def to(self, device: torch.device) -> ChannelStatistics:
-        """Return them on a device."""
+        """Return the statistics on a device."""
         return ChannelStatistics(self.mean.to(device), self.std.to(device))
 
 
@@ -59,13 +57,7 @@ class Quantised(NamedTuple):
 
 
 def quantise(hidden_BTD: Tensor, dtype: StreamDtype, channels: ChannelStatistics) -> Quantised:
-    """Return a stack's output as it is stored; the scale of a token that is not finite is NaN or infinite.
-
-    Args:
-        hidden_BTD: the output, any float type.
-        dtype: `int8` or `fp8`.
-        channels: of the stack.
-    """
+    """Return a stack's output as int8 or fp8; the scale of a token that is not finite is NaN or infinite."""
     mean, std = channels.to(hidden_BTD.device)
     standard_BTD = (hidden_BTD.float() - mean) / std
     scale_BT1 = (standard_BTD.abs().amax(-1, keepdim=True) / _LARGEST[dtype]).clamp_min(_SMALLEST_SCALE)
@@ -76,13 +68,7 @@ def quantise(hidden_BTD: Tensor, dtype: StreamDtype, channels: ChannelStatistics
 
 
 def dequantise(rows: Quantised, channels: ChannelStatistics, out: Tensor | None = None) -> Tensor:
-    """Return stored rows as float32 [B, T, D].
-
-    Args:
-        rows: as stored.
-        channels: of the stack whose output they are.
-        out: if given, is filled and returned.
-    """
+    """Return stored rows as float32 [B, T, D]; `out`, if given, is filled and returned."""
     mean, std = channels.to(rows.values.device)
     out = torch.empty_like(rows.values, dtype=torch.float32) if out is None else out
     return out.copy_(rows.values).mul_(rows.scale).mul_(std).add_(mean)
@@ -98,31 +84,18 @@ class Stream:
 
     @property
     def given(self) -> torch.dtype:
-        """Type of the rows that are read: float32 where the stored type cannot be computed with."""
+        """The type of the rows that are read: float32 for a quantised type, which cannot be computed with."""
         return torch.float32 if self.dtype in QUANTISED_STREAMS else STREAM_DTYPES[self.dtype]
 
     def cast(self, hidden_BTD: Tensor, stack: int) -> Tensor:
-        """Return a stack's output as a store would return it: [B, T, D].
-
-        Args:
-            hidden_BTD: any float type.
-            stack: creation index.
-
-        Raises:
-            ConfigError: see `channels_of`.
-        """
-        if self.dtype not in QUANTISED_STREAMS:
-            return hidden_BTD.to(self.given)
+        """Return the output of a stack, by its creation index, as a store would return it: [B, T, D]."""
         channels = self.channels_of(stack)
-        assert channels is not None
+        if channels is None:
+            return hidden_BTD.to(self.given)
         return dequantise(quantise(hidden_BTD, self.dtype, channels), channels)
 
     def channels_of(self, stack: int) -> ChannelStatistics | None:
-        """Return the statistics of a stack's output; None unless the type is quantised.
-
-        Raises:
-            ConfigError: the type is quantised and the statistics were never taken.
-        """
+        """Return the statistics of a stack's output; None unless the type is quantised."""
         if self.dtype not in QUANTISED_STREAMS:
             return None
         if stack not in self.channels:

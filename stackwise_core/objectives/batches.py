@@ -1,7 +1,4 @@
-"""The batches of a stage, in the order in which it trains on them.
-
-Letters: B sequences, T positions.
-"""
+"""The batches of a stage, in the order in which it trains on them."""
 
 from __future__ import annotations
 
@@ -34,16 +31,10 @@ def stage_batches(
     record: bool = False,
     ahead: int = 0,
 ) -> Iterable[Batch]:
-    """Return the batches that a stage trains on.
+    """Return the batches that a stage trains on, up to `ahead` of them made ahead in a thread.
 
-    Args:
-        config: of the run.
-        spec: of the stage.
-        base: yields its raw batches from `first_step` on, as `PackedBatches` and `RepeatedLoader` do.
-        boundary: what the live stacks read; None where they begin at the tokens.
-        first_step: step of the first batch.
-        record: with a function as boundary, keep each computed row in memory for later passes.
-        ahead: how many batches are made ahead in a thread.
+    `base` yields the raw batches from `first_step` on, as `PackedBatches` and `RepeatedLoader` do; `boundary` is None
+    where the live stacks begin at the tokens. With `record`, rows that a function computes are kept for later passes.
     """
     masks = stage_masks(config, spec)
     if spec.mode == "joint" and (times := resolve_joint_times(config)):
@@ -89,15 +80,16 @@ class PackedBatches:
     def __init__(
         self, sequences: PackedSequences, order: RowOrder, start: int, stop: int, rank: int = 0, ranks: int = 1
     ) -> None:
-        """Yield the steps start .. stop - 1; of every batch the share of one of several ranks."""
+        """Yield the batches of steps start to stop - 1; of several ranks, each reads its share of every batch."""
         self.sequences, self.order, self.start, self.stop = sequences, order, start, stop
         size = order.batch_size
         self.slots = slice(rank * size // ranks, (rank + 1) * size // ranks)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield input_ids [B, T], sequence_ids [B], the view and, if batches are fixed, where the rows stand in them.
+        """Yield input_ids [B, T], sequence_ids [B] and the view.
 
-        That is the batch's number in the view as `batch`, the places in it as `slots` [B] and its size as `batch_rows`.
+        If the order has fixed batches, also the number of the batch in its view (`batch`), the positions of the rows
+        in the batch (`slots` [B]) and the batch's size (`batch_rows`).
         """
         slots = np.arange(self.order.batch_size, dtype=np.int64)[self.slots]
         for rows, view, number in self.order.batches(self.start, self.stop):
@@ -111,14 +103,10 @@ class RepeatedLoader:
     """The raw batches of a user's loader, pass after pass without end, from one step on."""
 
     def __init__(self, loader: Iterable[Any], views: int, first_step: int = 0, keep_rows: int = 0) -> None:
-        """Number passes and batches; pass e has view e modulo `views`, unless the loader gives its own.
+        """Skip `first_step` batches; pass e has view e modulo `views`, unless the loader gives its own.
 
-        Args:
-            loader: iterated once per pass.
-            views: mask draws per sequence.
-            first_step: how many batches are skipped.
-            keep_rows: the batches with the first so many rows, skipped or not, are kept in `kept`: the loader need
-                not yield them a second time.
+        The batches with the first `keep_rows` rows, skipped or not, are kept in `kept`, since a loader need not yield
+        the same rows twice.
         """
         self.loader, self.views, self.first_step, self.keep_rows = loader, views, first_step, keep_rows
         self.kept: list[Batch] = []

@@ -1,7 +1,4 @@
-"""A user's loader, wrapped: its token batches become what a stage trains on, with masks, targets and boundary.
-
-Letters: B sequences, T positions, D channels.
-"""
+"""A user's loader, wrapped: its token batches become what a stage trains on, with masks, targets and boundary."""
 
 from __future__ import annotations
 
@@ -67,16 +64,20 @@ class ProgressiveDataLoader:
             base_dataloader: yields token batches; iterated once per pass over this loader.
             masking_strategy: how inputs are corrupted (mlm); None corrupts nothing.
             stack_idx: the creation index of the stack that trains.
-            trunk_activations: the boundary below the new stack, see `Boundary`; None where there is no trunk.
+            trunk_activations: the boundary below the new stack; None where there is no trunk.
             cache_activations: with a function as boundary, keep each computed row in RAM for later passes.
             views: mask draws per sequence.
             objective: None is mlm with a masking strategy, else clm.
             time_step: the stack's step with time-as-depth; a `TimeStepMasking` knows it.
-
-        Raises:
-            ConfigError: arguments of a wrong type, or that contradict each other.
         """
-        _check_arguments(base_dataloader, masking_strategy, stack_idx, cache_activations, views, time_step)
+        check_loader("base_dataloader", base_dataloader)
+        strategies = "a MaskSpec, a TimeStepMasking or None is expected"
+        check_type("masking_strategy", masking_strategy, (MaskSpec, TimeStepMasking, NoneType), strategies)
+        check_integer("stack_idx", stack_idx, 0)
+        check_type("cache_activations", cache_activations, bool, "True or False is expected")
+        check_integer("views", views, 1)
+        if time_step is not None:
+            check_integer("time_step", time_step, 0)
         _check_boundary_source(trunk_activations, views)
         is_masked = masking_strategy is not None
         if objective is not None:
@@ -146,14 +147,9 @@ class ProgressiveDataLoader:
 
 
 def unwrapped(loader: Iterable[Any], masks: dict[int, MaskSpec | None]) -> Iterable[Any]:
-    """Return the loader inside a `ProgressiveDataLoader` that was given for a stage.
+    """Return the loader inside a `ProgressiveDataLoader`, which must corrupt inputs as the stage does.
 
-    Args:
-        loader: wrapped or not.
-        masks: how the stage corrupts its inputs, by the stack that a step trains.
-
-    Raises:
-        ConfigError: the wrapper corrupts inputs in another way than the stage, or has the activations of one trunk.
+    `masks` says how the stage corrupts its inputs, by the stack that a step trains.
     """
     while isinstance(loader, ProgressiveDataLoader):
         for stack_idx, mask_spec in masks.items():
@@ -191,15 +187,8 @@ def _run(live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None) -> T
     return _checked_boundary(live(tokens) if steps is None else live(tokens, steps), tokens)
 
 
-# ---------------------------------------------------------------- checks
-
-
 def check_loader(name: str, loader: Any) -> None:
-    """Reject what cannot yield batches before the first one is asked for.
-
-    Raises:
-        ConfigError: names the argument, what it is, and what to do.
-    """
+    """Reject an argument that cannot yield batches before the first batch is requested."""
     allowed = "anything that yields batches is expected: a DataLoader, or a list of tensors [B, T]"
     if isinstance(loader, (str, bytes, dict)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise ConfigError([Fault(name, describe(loader), allowed)])
@@ -208,24 +197,12 @@ def check_loader(name: str, loader: Any) -> None:
         raise ConfigError([Fault(name, describe(loader), allowed)])
 
 
-def _check_arguments(
-    loader: Any, strategy: Any, stack_idx: Any, cache_activations: Any, views: Any, time_step: Any
-) -> None:
-    check_loader("base_dataloader", loader)
-    strategies = "a MaskSpec, a TimeStepMasking or None is expected"
-    check_type("masking_strategy", strategy, (MaskSpec, TimeStepMasking, NoneType), strategies)
-    check_integer("stack_idx", stack_idx, 0)
-    check_type("cache_activations", cache_activations, bool, "True or False is expected")
-    check_integer("views", views, 1)
-    if time_step is not None:
-        check_integer("time_step", time_step, 0)
-
-
 def _check_boundary_source(source: Any, views: int) -> None:
     is_tensor = isinstance(source, Tensor)
-    known = source is None or isinstance(source, RowSource) or callable(source)
     if is_tensor:
         known = source.ndim == 3 and source.is_floating_point()
+    else:
+        known = source is None or isinstance(source, RowSource) or callable(source)
     if not known:
         allowed = "a tensor [N, T, D] of floats, an object with rows(), a callable or None is expected"
         raise ConfigError([Fault("trunk_activations", describe(source), allowed)])
@@ -243,18 +220,14 @@ def _checked_boundary(boundary: Any, tokens: Tensor) -> Tensor:
 
 
 def one_pass(loader: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches of one pass over a loader.
-
-    Raises:
-        ConfigError: it yields none, as a generator that an earlier pass has exhausted.
-    """
+    """Yield the batches of one pass over a loader; a pass without a batch is an error."""
     empty = True
     for raw in loader:
         empty = False
         yield raw
     if empty:
-        exhausted = "an exhausted iterator"
-        received = exhausted if isinstance(loader, Iterator) else f"no batch from {describe(loader)}"
+        exhausted = isinstance(loader, Iterator)
+        received = "an exhausted iterator" if exhausted else f"no batch from {describe(loader)}"
         allowed = (
             "every epoch of every stage iterates over it anew: give a list of batches, a DataLoader, "
             "or an object whose __iter__ starts from the beginning"

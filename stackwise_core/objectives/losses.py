@@ -1,7 +1,4 @@
-"""The loss of a batch, summed over its loss positions.
-
-Letters: B sequences, T positions, D channels, V vocabulary, P loss positions.
-"""
+"""The loss of a batch, summed over its loss positions. Letters: V vocabulary, P loss positions."""
 
 from __future__ import annotations
 
@@ -49,20 +46,10 @@ def loss_normaliser(batch: Batch) -> int:
 def summed_loss(
     hidden_BTD: Tensor, head: Head, batch: Batch, loss_function: LossFunction | None = None
 ) -> tuple[Tensor, int]:
-    """Sum the loss over the loss positions; the head computes no other position.
+    """Return the loss (by default cross-entropy [nats]) summed over the loss positions, and `loss_normaliser(batch)`.
 
-    Args:
-        hidden_BTD: residual stream after the last stack.
-        head: final norm and projection.
-        batch: with targets and masks; `loss_weights` [B], if present, multiply a sequence's losses.
-        loss_function: loss of each position; None is the cross-entropy [nats].
-
-    Returns:
-        The sum, a scalar with gradient, and `loss_normaliser(batch)`. Without a loss position the sum
-        is 0 and its gradient zero.
-
-    Raises:
-        ConfigError: `loss_function` does not return one number per position.
+    `loss_weights` [B] of the batch, if present, multiply a sequence's losses. Without a loss position the sum is 0
+    and its gradient zero.
     """
     normaliser = loss_normaliser(batch)
     positions = loss_positions(batch).to(hidden_BTD.device)

@@ -1,7 +1,4 @@
-"""One batch: tokens as any loader yields them become the inputs, targets and loss positions of an objective.
-
-Letters: B sequences, T positions.
-"""
+"""One batch: tokens as any loader yields them become the inputs, targets and loss positions of an objective."""
 
 from __future__ import annotations
 
@@ -9,9 +6,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from stackwise_core.config.arguments import check_integer
-from stackwise_core.data.masks import VALIDATION_VIEW, BoolArray, IntArray, MaskSpec, content_ids
+from stackwise_core.data.masks import VALIDATION_VIEW, IntArray, MaskSpec, content_ids
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.objectives.losses import Batch
 
@@ -32,9 +30,6 @@ def make_batch(fields: Batch, mask_spec: MaskSpec | None, objective: Objective |
             where the rows stand in their view. For the custom objective `targets` or `labels`, and `masks`.
         mask_spec: how inputs are corrupted (mlm), else None.
         objective: None is mlm with a mask spec, else clm. Custom takes the targets from the fields.
-
-    Raises:
-        ConfigError: a field is missing, has a wrong shape or type, or belongs to another objective.
     """
     tokens, ids = tokens_and_ids(fields)
     if objective == "custom":
@@ -57,13 +52,7 @@ def _clm_fields(tokens: IntArray) -> Batch:
     clm_mask = np.ones(tokens.shape, dtype=bool)
     clm_mask[:, -1] = False
     masks = np.ones(tokens.shape, dtype=bool)
-    return {
-        "input_ids": torch.from_numpy(tokens),
-        "targets": torch.from_numpy(targets),
-        "masks": torch.from_numpy(masks),
-        "clm_mask": torch.from_numpy(clm_mask),
-        "combined_masks": torch.from_numpy(masks & clm_mask),
-    }
+    return _tensors(input_ids=tokens, targets=targets, masks=masks, clm_mask=clm_mask, combined_masks=masks & clm_mask)
 
 
 def _mlm_fields(tokens: IntArray, ids: IntArray, mask_spec: MaskSpec, fields: Batch) -> Batch:
@@ -75,11 +64,7 @@ def _mlm_fields(tokens: IntArray, ids: IntArray, mask_spec: MaskSpec, fields: Ba
         batches = np.full_like(slots, fields["batch"]) if "batch" in fields else None
         steps = time.steps(mask_spec.seed, ids, view, batches, slots, fields.get("batch_rows", len(ids)))
     masks = mask_spec.masks(ids, view, tokens.shape[1], steps)
-    batch: Batch = {
-        "input_ids": torch.from_numpy(mask_spec.corrupt(tokens, masks, ids, view)),
-        "targets": torch.from_numpy(tokens),
-        "masks": torch.from_numpy(masks),
-    }
+    batch = _tensors(input_ids=mask_spec.corrupt(tokens, masks, ids, view), targets=tokens, masks=masks)
     if time is not None and steps is not None:
         batch["time_step"] = torch.from_numpy(steps)
         if time.elbo:
@@ -89,22 +74,25 @@ def _mlm_fields(tokens: IntArray, ids: IntArray, mask_spec: MaskSpec, fields: Ba
 
 def _custom_fields(tokens: IntArray, fields: Batch) -> Batch:
     """Return clean inputs with the targets and loss positions that the loader gives; by default all positions."""
-    targets, masks = _targets_and_masks(fields)
-    masks = np.ones(tokens.shape, dtype=bool) if masks is None else masks
+    name = "targets" if "targets" in fields else "labels"
+    if name not in fields:
+        allowed = "the custom objective needs targets [B, T] in each batch, under 'targets' or 'labels'"
+        raise _bad_batch(f"a batch with {sorted(fields.keys() - {'view', 'batch'})}", allowed)
+    targets, given = _integers(name, fields[name], 2), fields.get("masks")
+    masks = np.ones(tokens.shape, dtype=bool) if given is None else np.asarray(given)
+    if masks.dtype != np.bool_:
+        raise _bad_batch(f"masks of {masks.dtype}", "booleans [B, T] are expected, True at the loss positions")
     for name, shape in (("targets", targets.shape), ("masks", masks.shape)):
         if shape != tokens.shape:
             raise ConfigError([Fault(name, str(shape), f"the shape of input_ids, {tokens.shape}, is expected")])
     if (targets[masks] == _NO_TARGET).any():  # it would count as a position without having a loss
         allowed = "no target at a loss position; give masks, False where there is no target"
         raise ConfigError([Fault("targets", str(_NO_TARGET), allowed)])
-    return {
-        "input_ids": torch.from_numpy(tokens),
-        "targets": torch.from_numpy(targets),
-        "masks": torch.from_numpy(masks),
-    }
+    return _tensors(input_ids=tokens, targets=targets, masks=masks)
 
 
-# ---------------------------------------------------------------- reading what a loader yields
+def _tensors(**arrays: NDArray[Any]) -> Batch:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def raw_fields(raw: Any) -> Batch:
@@ -119,12 +107,7 @@ def raw_fields(raw: Any) -> Batch:
 
 
 def tokens_and_ids(fields: Batch, source: str = "base_dataloader") -> tuple[IntArray, IntArray]:
-    """Return tokens [B, T] and sequence ids [B], by default content hashes of the rows.
-
-    Args:
-        fields: a batch.
-        source: the argument that the batch was given as, for messages.
-    """
+    """Return tokens [B, T] and sequence ids [B], by default content hashes; messages name the argument `source`."""
     if "input_ids" not in fields:
         raise _bad_batch(
             f"a batch with {sorted(fields.keys() - {'view', 'batch'})}", "each batch needs input_ids [B, T]", source
@@ -137,20 +120,6 @@ def tokens_and_ids(fields: Batch, source: str = "base_dataloader") -> tuple[IntA
     if len(sequence_ids) != len(tokens):
         raise _bad_batch(f"{len(sequence_ids)} sequence_ids for {len(tokens)} rows", "one id for every row", source)
     return tokens, sequence_ids
-
-
-def _targets_and_masks(fields: Batch) -> tuple[IntArray, BoolArray | None]:
-    name = "targets" if "targets" in fields else "labels"
-    if name not in fields:
-        allowed = "the custom objective needs targets [B, T] in each batch, under 'targets' or 'labels'"
-        raise _bad_batch(f"a batch with {sorted(fields.keys() - {'view', 'batch'})}", allowed)
-    targets = _integers(name, fields[name], 2)
-    if fields.get("masks") is None:
-        return targets, None
-    masks = np.asarray(fields["masks"])
-    if masks.dtype != np.bool_:
-        raise _bad_batch(f"masks of {masks.dtype}", "booleans [B, T] are expected, True at the loss positions")
-    return targets, masks
 
 
 def _check_no_targets(fields: Batch, objective: Objective) -> None:

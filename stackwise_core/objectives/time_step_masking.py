@@ -19,11 +19,7 @@ class TimeStepMasking:
     """The masks of a configuration with diffusion time, by stack or by step."""
 
     def __init__(self, config: StackWiseConfig) -> None:
-        """Take a configuration whose time is an input or the depth.
-
-        Raises:
-            ConfigError: it has no diffusion time, no masks, or breaks a rule about time.
-        """
+        """Take a configuration whose time is an input or the depth."""
         check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected")
         growth = config.training.progressive
         faults = list(time_faults(config))
@@ -37,11 +33,7 @@ class TimeStepMasking:
         self.config = config
 
     def get_time_step_for_stack(self, stack_idx: int) -> int:
-        """Return the time step of the `stack_idx`-th created stack.
-
-        Raises:
-            ConfigError: there is no such stack, or time is an input.
-        """
+        """Return the time step of the stack with this creation index, where time is the depth."""
         if self.config.training.progressive.time_interpretation != "depth":
             allowed = "a stack has a time step only with depth"
             raise ConfigError([Fault("training.progressive.time_interpretation", "'input'", allowed)])
@@ -64,21 +56,10 @@ class TimeStepMasking:
     def generate_masks_for_time_step(
         self, input_ids: Tensor, time_step: int, sequence_ids: Tensor | IntArray | None = None, view: int = 0
     ) -> Tensor:
-        """Return which positions are masked at a time step.
+        """Return which positions of input_ids [B, T] are masked at a time step: booleans [B, T].
 
-        Masks of a lighter step are contained in those of a heavier one.
-
-        Args:
-            input_ids: [B, T].
-            time_step: 0 .. T - 1.
-            sequence_ids: [B]; None takes content hashes of the rows, as `ProgressiveDataLoader` does.
-            view: which draw.
-
-        Returns:
-            [B, T], True where masked.
-
-        Raises:
-            ConfigError: there is no such time step.
+        Masks of a step with a lower ratio are contained in those of a higher one. Sequence ids [B] default to content
+        hashes of the rows, as in `ProgressiveDataLoader`.
         """
         check_integer("time_step", time_step, 0, n_time_steps(self.config) - 1)
         check_integer("view", view, VALIDATION_VIEW)

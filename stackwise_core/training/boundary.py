@@ -1,7 +1,4 @@
-"""The frozen trunk's stream: the same bytes whether computed live, advanced from a store, or derived from tokens.
-
-Letters: B sequences, T positions, D channels.
-"""
+"""The frozen trunk's stream: the same bytes whether computed live, advanced from a store, or derived from tokens."""
 
 from __future__ import annotations
 
@@ -28,15 +25,7 @@ def advance(stacks: Sequence[Stack], stream_BTD: Tensor, stream: Stream) -> Tens
 
     On a CPU every sequence is computed separately: the bits of a matrix product can depend on its number of rows,
     and a row must have the same bytes in a training batch, in a cache being filled and in a check of sampled rows.
-    See docs/decisions/0001-one-sequence-at-a-time.md.
-
-    Args:
-        stacks: in data-flow order, in eval mode.
-        stream_BTD: the stream before them, any float type.
-        stream: how it is held between them.
-
-    Returns:
-        [B, T, D] in the type that `stream` gives; without stacks, `stream_BTD` itself.
+    See docs/decisions/0001-one-sequence-at-a-time.md. Without stacks, `stream_BTD` itself is returned.
     """
     group = 1 if stream_BTD.device.type == "cpu" else max(1, len(stream_BTD))
     for stack in stacks:
@@ -60,17 +49,12 @@ class LiveTrunk:
 
     @torch.no_grad()
     def __call__(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
-        """Return the boundary of (corrupted) inputs: [B, T, D] in the type that the stream gives.
-
-        Args:
-            input_ids_BT: corrupted tokens.
-            time_step: the step of each sequence, where time is an input: [B].
-        """
+        """Return the boundary of (corrupted) inputs: [B, T, D] in the type that the stream gives."""
         return advance(self.stacks, self._embedded(input_ids_BT, time_step), self.stream)
 
     @torch.no_grad()
     def output(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
-        """Return what the last stack computes of the same inputs, before it is cast: float32 [B, T, D]."""
+        """Return the output of the last stack before it is cast: float32 [B, T, D]."""
         below = advance(self.stacks[:-1], self._embedded(input_ids_BT, time_step), self.stream)
         return advance(self.stacks[-1:], below, EXACT)
 
@@ -80,13 +64,13 @@ class LiveTrunk:
 
 @dataclass(frozen=True)
 class InputsFromTokens:
-    """What the trunk reads: the sequences of both splits, corrupted as for the stage that will read the boundary."""
+    """The inputs of the trunk: sequences of both splits, corrupted as for the stage that reads the boundary."""
 
     train: PackedSequences
     validation: PackedSequences
     mask_spec: MaskSpec | None
     order: RowOrder | None = None
-    """Says which batch a row is in, where time steps are drawn per batch."""
+    """Gives the batch of a row, where time steps are drawn per batch."""
 
     def batch(self, sequence_ids: IntArray, view: int) -> Batch:
         """Return a batch of some sequences; a negative view is the validation split's."""

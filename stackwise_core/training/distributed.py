@@ -16,19 +16,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stackwise_core.objectives.losses import Batch
-from stackwise_core.training.ranks import Ranks
-from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.stage_model import Ranks, StageModel
 
 
 def init_process_group(device: torch.device, *, sharded: bool) -> Ranks:
     """Join the process group that torchrun set up; the process must end by `os._exit`, without destroying the group.
 
-    Destroying DDP and gloo can deadlock: a thread of gloo wants Python's lock to drop a tensor, while the main
+    Destroying DDP and gloo can deadlock: a thread of gloo needs Python's lock to free a tensor, while the main
     thread, which holds it, waits for that thread [seen with torch 2.13.0].
-
-    Args:
-        device: of this process.
-        sharded: each process holds a shard of every block (FSDP2) instead of the whole model (DDP).
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -39,6 +34,9 @@ def init_process_group(device: torch.device, *, sharded: bool) -> Ranks:
 
 class DistributedRanks(Ranks):
     """One process of the default process group."""
+
+    live: nn.Module
+    """The distributed model with its loss."""
 
     def __init__(self, device: torch.device) -> None:
         """Get rank and world size from the process group."""
@@ -52,15 +50,15 @@ class DistributedRanks(Ranks):
         dist.all_reduce(number)
         return number.item()
 
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process."""
-        return self.sum(float(flag)) > 0
-
     def gather(self, ids: list[int]) -> list[int]:
         """Return the ids of every process, by rank."""
         found: list[list[int]] = [[] for _ in range(self.count)]
         dist.all_gather_object(found, ids)
         return [number for of_rank in found for number in of_rank]
+
+    def summed_loss(self, model: StageModel, batch: Batch) -> Tensor:
+        """Return the loss summed over the loss positions of this process's rows [nats]."""
+        return self.live(batch)
 
 
 class _SummedLoss(nn.Module):
@@ -81,7 +79,7 @@ class Replicas(DistributedRanks):
         """Average gradients over the processes during the backward pass."""
         # Summing instead would need a hook in Python, whose thread can deadlock with this one at the end.
         self.gradient_divisor = self.count
-        self.live = DistributedDataParallel(
+        self.live = self.replica = DistributedDataParallel(
             _SummedLoss(model),
             # Where a process has no loss position of a batch, it has no gradient of the head.
             find_unused_parameters=True,
@@ -89,13 +87,9 @@ class Replicas(DistributedRanks):
             gradient_as_bucket_view=True,
         )
 
-    def summed_loss(self, model: StageModel, batch: Batch) -> Tensor:
-        """Return the loss summed over the loss positions of this process's rows [nats]."""
-        return self.live(batch)
-
     def gradient_sync(self, *, enabled: bool) -> contextlib.AbstractContextManager[None]:
         """Return a context in which a backward pass reduces gradients over the processes, if enabled."""
-        return contextlib.nullcontext() if enabled else self.live.no_sync()
+        return contextlib.nullcontext() if enabled else self.replica.no_sync()
 
 
 class Shards(DistributedRanks):
@@ -113,10 +107,6 @@ class Shards(DistributedRanks):
             # Where a process has no loss position of a batch, it has no gradient of the head. Blocks that a step
             # leaves out are left out by all processes and have no gradient in any.
             sharded.set_reduce_scatter_unused_params(module is self.live, recurse=False)
-
-    def summed_loss(self, model: StageModel, batch: Batch) -> Tensor:
-        """Return the loss summed over the loss positions of this process's rows [nats]."""
-        return self.live(batch)
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
         """Return a tensor gathered from all processes; all of them must call this."""

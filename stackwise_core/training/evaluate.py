@@ -1,11 +1,13 @@
-"""Evaluating a rack: its validation loss, and whether cached rows are what the live rack computes.
+"""Judging a rack and its stream: validation loss, stored rows against computed ones, statistics of every channel.
 
-Letters: B sequences, T positions, D channels.
+Channel statistics are taken once, when a stage has ended and its stacks have their final storage type, and are saved
+with the stacks: whether the stream is later cast live or into a store, the same statistics are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from stackwise_core.config.schema import StreamDtype
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
-from stackwise_core.model.stream import EXACT, Stream
+from stackwise_core.model.stream import EXACT, ChannelStatistics, Stream
 from stackwise_core.objectives.dataloader import RowSource
 from stackwise_core.objectives.losses import (
     Batch,
@@ -28,7 +30,15 @@ from stackwise_core.training.boundary import advance
 _SEQUENCES_AT_ONCE = 32
 
 _TOLERANCE: dict[StreamDtype, float] = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2, "int8": 4e-2, "fp8": 0.15}
-"""Some rounding steps, relative to the row's largest value, where kernels may sum in another order (CUDA)."""
+"""Allowed difference relative to the row's largest value, where kernels may sum in another order (CUDA)."""
+
+_FLOOR = 1e-3
+"""Smallest deviation, as a share of the mean: a dead channel that later varies must not set the scale of all."""
+_LEAST_STD = 1e-12
+"""Smallest deviation where no channel varies."""
+_WORST = 5
+_VARIES = 1e-12
+"""A variance below this share of the mean square is rounding."""
 
 
 @torch.no_grad()
@@ -44,18 +54,10 @@ def judge_rack(
 ) -> list[dict[str, float]]:
     """Return the validation losses of a rack [nats per loss position], one entry per batch.
 
-    Args:
-        embedding: of the rack.
-        stacks: in data-flow order; may be loaded one by one, none is kept.
-        head: as the stage that is judged left it.
-        batches: validation sequences, each under one corruption; the first is the stage's own.
-        stream: how the frozen trunk's stream is held after every stack below the boundary.
-        boundary: how many stacks lie below what the stage trained.
-        loss_function: of a custom objective.
-
-    Returns:
-        validation_loss on the rounded stream that the stage trained on, validation_loss_exact on the
-        unrounded one, and the number of loss positions.
+    An entry holds validation_loss on the rounded stream that the stage trained on (of the first batch; the others
+    have only one stream), validation_loss_exact on the unrounded one, and the number of loss positions. The batches
+    are the same sequences, each under one corruption, the first under the stage's own. The stacks are in data-flow
+    order and may be loaded one by one, since none is kept; `stream` holds the output of those below the boundary.
     """
     exact = [embedding(batch["input_ids"].to(embedding.weight.device), input_time_step(batch)) for batch in batches]
     rounded = exact[0]
@@ -86,14 +88,9 @@ def _mean_loss(hidden_BTD: Tensor, head: Head, batch: Batch, loss_function: Loss
 def differing_rows(
     stored: RowSource, live: RowSource, sample: list[tuple[int, int]], dtype: StreamDtype, *, exact: bool
 ) -> list[tuple[int, int]]:
-    """Return the (sequence id, view) pairs of a sample whose stored row is not what tokens give.
+    """Return the (sequence id, view) pairs of a sample whose stored row differs from the row derived from tokens.
 
-    Args:
-        stored: the store.
-        live: the same boundary, derived again.
-        sample: (sequence id, view) pairs.
-        dtype: of the stream.
-        exact: bit for bit (on a CPU), or within the tolerance of the dtype.
+    Rows are compared bit for bit if `exact` (on a CPU), else within a tolerance of the stream's type.
     """
     differing: list[tuple[int, int]] = []
     for sequence_id, view in sample:
@@ -106,3 +103,90 @@ def differing_rows(
         if not same:
             differing.append((sequence_id, view))
     return differing
+
+
+# ---------------------------------------------------------------- statistics of the stream
+
+
+class ChannelMoments:
+    """Sums over positions, in float64; row by row, so that they do not depend on the batch size."""
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        self.count, self.sum, self.squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+
+    def add(self, stream_BTD: Tensor) -> None:
+        """Add some rows."""
+        for row_TD in stream_BTD.double().cpu():
+            self.count += len(row_TD)
+            self.sum = self.sum + row_TD.sum(0)
+            self.squares = self.squares + row_TD.square().sum(0)
+
+    def variance(self) -> Tensor:
+        """Return the variance of every channel; rounding may make it slightly negative."""
+        return self.squares / self.count - (self.sum / self.count).square()
+
+
+@torch.no_grad()
+def output_statistics(stacks: Sequence[Stack], entering: Iterable[Tensor]) -> dict[int, ChannelStatistics]:
+    """Return the channel statistics of every stack's output, by creation index; empty if nothing enters.
+
+    `entering` yields the stream [B, T, D] below the first of the stacks, which are in data-flow order.
+    """
+    moments = {stack.creation_index: ChannelMoments() for stack in stacks}
+    for stream_BTD in entering:
+        for stack in stacks:
+            stream_BTD = advance([stack.eval()], stream_BTD, EXACT)
+            moments[stack.creation_index].add(stream_BTD)
+    return {index: _statistics(found) for index, found in moments.items() if found.count}
+
+
+def _statistics(moments: ChannelMoments) -> ChannelStatistics:
+    std = moments.variance().clamp_min(0.0).sqrt()
+    floor = max(_FLOOR * std.mean().item(), _LEAST_STD)
+    return ChannelStatistics((moments.sum / moments.count).float(), std.clamp_min(floor).float())
+
+
+class StoredError(TypedDict):
+    """Relative root mean square errors; 0.01 is one percent.
+
+    A channel's error is measured against how much that channel varies, because only that is useful to a later stack.
+    The overall error is dominated by the channels with the largest values: it stays small while the others are lost.
+    """
+
+    rows: int
+    """How many rows were compared."""
+    overall: float
+    """The error of all values, relative to their size."""
+    channel_median: float
+    """The error of a channel, relative to its standard deviation; 0 where it does not vary."""
+    channel_p99: float
+    channel_max: float
+    worst_channels: dict[str, float]
+    """The channels with the largest errors."""
+
+
+def stored_error(stored: RowSource, computed: RowSource, sample: list[tuple[int, int]]) -> StoredError:
+    """Compare stored rows with the stack's output before its cast, over a sample of (sequence id, view) pairs."""
+    values, errors = ChannelMoments(), ChannelMoments()
+    for sequence_id, view in sample:
+        ids = np.array([sequence_id], dtype=np.int64)
+        computed_BTD, stored_BTD = (source.rows(ids, view).cpu().double() for source in (computed, stored))
+        values.add(computed_BTD)
+        errors.add(stored_BTD - computed_BTD)
+    error, size, variance = errors.squares, values.squares, values.variance()
+    varies = variance > _VARIES * size / values.count
+    by_channel = torch.where(varies, (error / values.count / variance).sqrt(), 0.0)
+    worst = by_channel.argsort(descending=True)[:_WORST].tolist()
+    return {
+        "rows": len(sample),
+        "overall": _rounded((error.sum() / size.sum().clamp_min(torch.finfo(torch.double).tiny)).sqrt()),
+        "channel_median": _rounded(by_channel.quantile(0.5)),
+        "channel_p99": _rounded(by_channel.quantile(0.99)),
+        "channel_max": _rounded(by_channel.max()),
+        "worst_channels": {str(channel): _rounded(by_channel[channel]) for channel in worst},
+    }
+
+
+def _rounded(value: Tensor) -> float:
+    return float(f"{value.item():.3g}")

@@ -11,12 +11,8 @@ from stackwise_core.errors import ConfigError, Fault
 
 
 def use_hardware(hardware: HardwareConfig) -> torch.device:
-    """Set torch's threads and return the device; in a rank of several processes, its share of both.
-
-    Raises:
-        ConfigError: a CUDA device is asked for that is not there.
-    """
-    rank = os.environ.get("LOCAL_RANK") if hardware.processes > 1 else None  # torchrun says so
+    """Set torch's threads and return the device; a rank of several processes gets its share of both."""
+    rank = os.environ.get("LOCAL_RANK") if hardware.processes > 1 else None  # set by torchrun
     torch.set_num_threads(n_threads(hardware) if rank is None else threads_of_rank(hardware))
     n_devices = torch.cuda.device_count()
     device = torch.device("cuda" if hardware.device == "auto" and n_devices else hardware.device.replace("auto", "cpu"))
@@ -37,5 +33,5 @@ def n_threads(hardware: HardwareConfig) -> int:
 
 
 def threads_of_rank(hardware: HardwareConfig) -> int:
-    """Return the CPU threads of each of several processes that train together: they share out those of one."""
+    """Return the CPU threads of each of the processes that train together: they divide those of one process."""
     return max(1, n_threads(hardware) // hardware.processes)

@@ -22,14 +22,14 @@ def make_optimizer(model: StageModel, spec: OptimSpec) -> torch.optim.AdamW:
     if not trainable:
         received, allowed = repr(model.anatomy.trains), "nothing would train; choose another trunk_strategy"
         raise ConfigError([Fault("training.progressive.trunk_strategy", received, allowed)])
-    kinds = {
-        "decayed": [p for p in trainable if p.dim() > 1 and id(p) not in embeddings | adapters],
-        "others": [p for p in trainable if p.dim() <= 1 or id(p) in embeddings],
-        "adapters": [p for p in trainable if id(p) in adapters],
-    }
-    decay = {"decayed": spec.weight_decay, "others": 0.0, "adapters": 0.0}
-    peak = {"decayed": spec.learning_rate, "others": spec.learning_rate, "adapters": spec.adapter_learning_rate}
-    groups = [{"params": kinds[kind], "weight_decay": decay[kind], "peak": peak[kind]} for kind in kinds if kinds[kind]]
+    decayed = [p for p in trainable if p.dim() > 1 and id(p) not in embeddings | adapters]
+    others = [p for p in trainable if p.dim() <= 1 or id(p) in embeddings]
+    kinds = [
+        (decayed, spec.weight_decay, spec.learning_rate),
+        (others, 0.0, spec.learning_rate),
+        ([p for p in trainable if id(p) in adapters], 0.0, spec.adapter_learning_rate),
+    ]
+    groups = [{"params": params, "weight_decay": decay, "peak": peak} for params, decay, peak in kinds if params]
     return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=True)
 
 

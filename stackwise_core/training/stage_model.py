@@ -1,10 +1,8 @@
-"""What one stage trains, as one module: from the boundary below the first stack that trains up to the head.
-
-Letters: B sequences, T positions, D channels.
-"""
+"""What one stage trains, as one module from the boundary to the head, and the processes that train it together."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -40,9 +38,9 @@ class StageModel(nn.Module):
         Args:
             anatomy: of the stage.
             stacks: the live ones, in data-flow order.
-            head: final norm and projection.
-            embedding: where the live part begins at the tokens; None where it begins at a boundary.
-            loss_function: of a custom objective; None is cross-entropy.
+            head: trained or frozen, as the anatomy says.
+            embedding: None where the live part begins at a boundary.
+            loss_function: None is cross-entropy.
             checkpointing: keep only the stream between stacks for the backward pass, and recompute the rest.
         """
         super().__init__()
@@ -70,13 +68,7 @@ class StageModel(nn.Module):
     ) -> StageModel:
         """Return the live part of a rack on a device, ready to train.
 
-        Args:
-            config: of the run: its loss, activation checkpointing and compilation.
-            anatomy: of the stage.
-            stacks: the live ones among others, by creation index; those whose weights train become float32.
-            head: final norm and projection.
-            embedding: read only where the live part begins at the tokens.
-            device: where to train.
+        `stacks`, by creation index, may hold other stacks too; those whose weights train become float32.
         """
         live = [stacks[index] for index in anatomy.live]
         for stack in live:
@@ -97,10 +89,6 @@ class StageModel(nn.Module):
     def live_stacks(self) -> list[Stack]:
         """Return the stacks in data-flow order."""
         return [stack for stack in self.stacks.values() if isinstance(stack, Stack)]
-
-    def stack(self, creation_index: int) -> Stack:
-        """Return one of the live stacks."""
-        return next(stack for stack in self.live_stacks() if stack.creation_index == creation_index)
 
     def _set_requires_grad(self) -> None:
         self.requires_grad_(False)
@@ -124,14 +112,12 @@ class StageModel(nn.Module):
         for stack in self.live_stacks():
             if stack.creation_index > batch["stack_idx"]:
                 continue
-            stream_BTD = self._through(stack, stream_BTD)
+            run = self.compiled.get(stack.creation_index, stack)
+            if self.checkpointing:
+                stream_BTD = cast("Tensor", checkpoint(run, stream_BTD, use_reentrant=False))
+            else:
+                stream_BTD = run(stream_BTD)
         return stream_BTD
-
-    def _through(self, stack: Stack, stream_BTD: Tensor) -> Tensor:
-        run = self.compiled.get(stack.creation_index, stack)
-        if self.checkpointing:
-            return cast("Tensor", checkpoint(run, stream_BTD, use_reentrant=False))
-        return run(stream_BTD)
 
     def entering(self, batch: Batch) -> Tensor:
         """Return the stream below the first live stack, float32: from the tokens, or the trunk's boundary."""
@@ -154,10 +140,58 @@ class StageModel(nn.Module):
 
 
 def _check_tokens(what: str, tokens: Tensor, vocab_size: int) -> None:
-    """Reject tokens that the embedding or the head has no row for; torch's message names neither."""
+    """Reject tokens that the embedding or the head has no row for; torch's own message would not name the token."""
     if not tokens.numel():
         return
     smallest, largest = int(tokens.min()), int(tokens.max())
     if smallest < 0 or largest >= vocab_size:
         found = largest if largest >= vocab_size else smallest
         raise ConfigError([Fault("model.vocab_size", str(vocab_size), f"the batch holds {what} {found}")])
+
+
+class Ranks:
+    """The processes that train a stage together: here a single one, which reads every row.
+
+    A rank reads its share of every batch; sums over ranks are sums over the batch, so that a step of several
+    processes is the step that one process would take, up to the order in which floats are added.
+    """
+
+    rank, count = 0, 1
+    gradient_divisor = 1
+    """Multiplies the loss, because reducing the gradients over the processes divides them by the same number."""
+    failpoint = "train"
+    """The name of the step's failpoint."""
+
+    def wrap(self, model: StageModel) -> None:
+        """Distribute a model, before an optimizer is made of its parameters."""
+
+    def summed_loss(self, model: StageModel, batch: Batch) -> Tensor:
+        """Return the loss summed over the loss positions of this process's rows [nats]."""
+        return model.summed_loss(batch)[0]
+
+    def gradient_sync(self, *, enabled: bool) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which a backward pass reduces gradients over the processes, if enabled."""
+        return contextlib.nullcontext()
+
+    def sum(self, value: float) -> float:
+        """Return the sum of every process's value."""
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set in any process; all processes get the same answer."""
+        return self.sum(float(flag)) > 0
+
+    def gather(self, ids: list[int]) -> list[int]:
+        """Return the ids of every process, in the order of the batch."""
+        return ids
+
+    def full_tensor(self, tensor: Tensor) -> Tensor:
+        """Return a parameter, gradient norm or optimizer moment gathered from all processes; all must call this."""
+        return tensor
+
+    def local_shard(self, full: Tensor, parameter: Tensor) -> Tensor:
+        """Return the shard of a full tensor that this process holds, laid out like a parameter."""
+        return full
+
+
+ALONE = Ranks()

@@ -17,12 +17,7 @@ from stackwise_core.objectives.batches import RepeatedLoader, first_rows, stage_
 from stackwise_core.objectives.dataloader import RowSource, check_loader, unwrapped
 from stackwise_core.objectives.losses import Batch, loss_normaliser
 from stackwise_core.objectives.make_batch import validation_batch
-from stackwise_core.stages.resolve import (
-    resolve_loss,
-    resolve_mask,
-    resolve_statistics_rows,
-    resolve_views,
-)
+from stackwise_core.stages.resolve import resolve_loss, resolve_mask, resolve_statistics_rows, resolve_views
 from stackwise_core.stages.stages import StageSpec, resolve_joint, resolve_stage
 from stackwise_core.training.boundary import LiveTrunk
 from stackwise_core.training.evaluate import judge_rack
@@ -73,12 +68,7 @@ class ProgressiveTrainer:
     """Grows a rack in memory, with the same functions as the flow."""
 
     def __init__(self, config: StackWiseConfig | None = None, *, hooks: Hooks | None = None) -> None:
-        """Take a configuration, which is validated at every call since it may be edited in between.
-
-        Args:
-            config: None takes the defaults.
-            hooks: progress, checkpoints and stop requests of every call that is not given its own.
-        """
+        """Take a configuration, which is validated at every call since it may be edited, and the default hooks."""
         config = StackWiseConfig() if config is None else config
         check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected; from_yaml(path) reads a file")
         check_type("hooks", hooks, (Hooks, NoneType), "a Hooks or None is expected")
@@ -101,7 +91,7 @@ class ProgressiveTrainer:
         Args:
             rack_builder: the rack so far.
             dataloader: any iterable of token batches, iterated as often as the steps need.
-            target_stacks: how many stacks to reach; None takes the configuration's.
+            target_stacks: None takes the configuration's.
             cache: boundary k -> the activations after the first k stacks, made from the same trunk.
             hooks: progress, checkpoints and stop requests; None takes the trainer's.
             state: a checkpoint of the first stage that trains, to resume from with the same bits; the loader must
@@ -112,7 +102,6 @@ class ProgressiveTrainer:
             One result per stage that was trained here; the last is the joint anneal, if there is one.
 
         Raises:
-            ConfigError: an argument or the configuration is wrong.
             StageInterruptedError: `hooks.should_stop()`; its `state` is what to resume from.
         """
         call = _Call(rack_builder, dataloader, hooks or self.hooks, state, validation, cache or {})
@@ -144,13 +133,7 @@ class ProgressiveTrainer:
         state: TrainingState | None = None,
         validation: Iterable[Any] | None = None,
     ) -> list[StageResult]:
-        """Grow to `target_stacks`; without it, train the rack as it is, all stacks together.
-
-        The arguments are those of `train_progressively`.
-
-        Raises:
-            ConfigError: also if the rack is empty, or a quantised stack of it has no adapter to train.
-        """
+        """Grow to `target_stacks` as `train_progressively` does; without it, train all stacks of the rack together."""
         if target_stacks is not None:
             return self.train_progressively(
                 rack_builder, dataloader, target_stacks, hooks=hooks, state=state, validation=validation
@@ -228,16 +211,7 @@ def stage_inputs(
 ) -> StageInputs:
     """Return the inputs of a stage in memory, as the flow opens them from artifacts.
 
-    Args:
-        builder: with all stacks of the stage; what trains is prepared for it.
-        config: as built by the builder.
-        spec: of the stage.
-        dataloader: token batches.
-        store: the rows of the boundary; None computes them by the live trunk.
-        state: a checkpoint of this stage.
-
-    Raises:
-        ConfigError: the state is that of another stage or rack.
+    `store` gives the rows of the boundary; without it the trunk computes them. `state` is a checkpoint of this stage.
     """
     anatomy, device, rack = spec.anatomy, use_hardware(config.hardware), builder.build_rack()
     builder.prepare_stage(spec)
@@ -267,11 +241,7 @@ def stage_inputs(
 def _validation_loss(
     builder: ProgressiveRackBuilder, config: StackWiseConfig, spec: StageSpec, validation: Iterable[Any]
 ) -> float:
-    """Return the mean loss of a stage over held-out batches, on the stream that the stage trained on [nats].
-
-    Raises:
-        ConfigError: the batches have no loss position.
-    """
+    """Return the mean loss of a stage over held-out batches, on the stream that the stage trained on [nats]."""
     rack, device = builder.build_rack(), use_hardware(config.hardware)
     mask, objective = resolve_mask(config, spec.anatomy.newest), config.training.progressive.training_objective
     total, normaliser = 0.0, 0

@@ -19,10 +19,9 @@ from stackwise_core.model.precision import convert_storage
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.objectives.losses import Batch, batch_rows, loss_normaliser
 from stackwise_core.stages.stages import OptimSpec, StageSpec
+from stackwise_core.training.evaluate import output_statistics
 from stackwise_core.training.optimizer import LossScale, learning_rate, make_optimizer
-from stackwise_core.training.ranks import ALONE, Ranks
-from stackwise_core.training.stage_model import StageModel
-from stackwise_core.training.statistics import output_statistics
+from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 
 Record = dict[str, float]
 """What one step measured: step, loss, learning_rate, gradient_norm."""
@@ -94,12 +93,7 @@ class Trained:
 
 
 def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trained:
-    """Train a stage to its last step.
-
-    Args:
-        inputs: see `StageInputs`.
-        hooks: progress, checkpoints, stop requests.
-        ranks: the processes that train together; each calls this with its share of every batch.
+    """Train a stage to its last step; of several ranks, each calls this with its share of every batch.
 
     Raises:
         StageInterruptedError: `hooks.should_stop()`; a checkpoint was handed over first.
@@ -116,10 +110,9 @@ def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trai
 
 
 def end_stage(model: StageModel, first_batches: Iterable[Batch] = ()) -> dict[int, ChannelStatistics]:
-    """Freeze the live part of a rack, and store what trained as its precision says.
+    """Freeze the live part of a rack and convert what trained to the storage type of its precision.
 
-    Returns:
-        Channel statistics of the stacks' outputs over some batches, by creation index; empty without batches.
+    Returns channel statistics of the stacks' outputs over the batches, by creation index; empty without batches.
     """
     for stack in model.live_stacks():
         if stack.creation_index in model.anatomy.trained:

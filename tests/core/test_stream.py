@@ -28,7 +28,7 @@ from stackwise_core.model.stream import STREAM_DTYPES, ChannelStatistics, Stream
 from stackwise_core.objectives.batches import first_rows
 from stackwise_core.stages.plan import plan_config, plan_run
 from stackwise_core.stages.resolve import resolve_shape
-from stackwise_core.training.statistics import output_statistics, stored_error
+from stackwise_core.training.evaluate import output_statistics, stored_error
 from stackwise_core.training.trainer import ProgressiveTrainer
 from storage.artifacts import Artifacts
 from support.runs import folder_of, grown, manifests, tiny

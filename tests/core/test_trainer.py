@@ -262,7 +262,7 @@ def test_non_finite_loss_stops_before_any_weight_changes() -> None:
 
 def test_non_finite_gradient_of_a_finite_loss_stops_too() -> None:
     model, batches_from = stage_of(tiny(), 0)
-    model.stack(0).register_full_backward_hook(lambda *_: (torch.full((4, T, 16), math.inf),))
+    model.live_stacks()[0].register_full_backward_hook(lambda *_: (torch.full((4, T, 16), math.inf),))
     before = weights(model)
     with pytest.raises(NonFiniteLossError, match="gradient norm"):
         train_step(model, next(iter(batches_from(0))), make_optimizer(model, spec_of()), spec_of(), 0)

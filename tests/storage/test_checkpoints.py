@@ -108,7 +108,7 @@ def trained_a_step() -> tuple[StageModel, torch.optim.Optimizer]:
     rack.stacks.append(stack)
     model = stage_model(rack, 0)
     optimizer = make_optimizer(model, FIRST.spec.optim)
-    model.head(model.stack(0)(rack.embedding(torch.arange(5)[None]))).square().sum().backward()
+    model.head(model.live_stacks()[0](rack.embedding(torch.arange(5)[None]))).square().sum().backward()
     optimizer.step()
     return model, optimizer
 
@@ -278,7 +278,7 @@ def seal_stage(root: Path, model: StageModel, stage: StagePlan = FIRST, **instea
 def test_a_trained_stage_comes_back(model: StageModel, tmp_path: Path) -> None:
     artifacts = seal_stage(tmp_path, model)
     stack, head, embedding = (load(artifacts, [FIRST]) for load in LOADERS)
-    for loaded, module in ((stack, model.stack(0)), (head, model.head), (embedding, model.embedding)):
+    for loaded, module in ((stack, model.live_stacks()[0]), (head, model.head), (embedding, model.embedding)):
         assert module is not None
         expected = module.state_dict()
         assert {name: bits(tensor) for name, tensor in loaded.state_dict().items()} == {
@@ -313,7 +313,7 @@ def test_a_later_stage_saves_no_embedding(model: StageModel, tmp_path: Path) -> 
     stages = [FIRST, SECOND]
     assert load_stack(artifacts, stages, 1).creation_index == 1
     assert tensor_digest(load_stack(artifacts, stages, 1)) == tensor_digest(last.stack(1))
-    assert tensor_digest(load_stack(artifacts, stages, 0)) == tensor_digest(model.stack(0))
+    assert tensor_digest(load_stack(artifacts, stages, 0)) == tensor_digest(model.live_stacks()[0])
     assert tensor_digest(load_embedding(artifacts, stages)) == tensor_digest(load_embedding(first, [FIRST]))
     assert tensor_digest(load_head(artifacts, stages)) == tensor_digest(last.head)
     assert tensor_digest(load_head(artifacts, [FIRST])) == tensor_digest(model.head)
@@ -340,7 +340,7 @@ NORM = "blocks.0.ffn_norm.weight"
 def test_weights_of_another_model_are_refused(
     change: dict[str, Any], problem: str, model: StageModel, tmp_path: Path
 ) -> None:
-    artifacts = seal_stage(tmp_path, model, stack=tensors_of(model.stack(0), **change))
+    artifacts = seal_stage(tmp_path, model, stack=tensors_of(model.live_stacks()[0], **change))
     with pytest.raises(ArtifactCorruptError, match=problem) as caught:
         load_stack(artifacts, [FIRST], 0)
     assert str(artifacts.folder(FIRST.ref("stack")) / STACK) in str(caught.value)
