@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
+from storage.artifacts import Artifacts
 from support.places import KINDS, BucketPlace, FolderPlace, Place
 from support.stores import Store, small_store
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> Artifacts:
+    return Artifacts(tmp_path / "artifacts").open()
 
 
 @pytest.fixture(scope="session")

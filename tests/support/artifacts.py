@@ -30,3 +30,15 @@ def seal(artifacts: Artifacts, files: dict[str, bytes] = CONTENT, logs: dict[str
     fill_work(artifacts, {**files, **logs})
     inputs = (InputEntry(ref=PLAN.data_ref, digest="d" * 64),)
     return artifacts.seal(REF, STAGE.stack, inputs, {"steps": 3}, {"torch": "x"}, records=tuple(logs))
+
+
+def content(folder: Path, *without: str) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    return {name: data for name, data in found.items() if name not in without}
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,11 @@ from storage.artifacts import Artifacts
 from storage.demand import reads
 from storage.locks import no_wait
 from storage.runs import begin_attempt
+from support.disk import ROOT
 
 CORPUS = "00" * 32
+MORE: dict[str, Any] = {"training": {"progressive": {"stacks": [{}, {}, {"n_blocks": 1}]}}}
+"""Another last stage: what lies below it is shared."""
 
 
 def plan_of(name: str = "one", **sections: Any) -> tuple[StackWiseConfig, RunPlan]:
@@ -55,3 +62,35 @@ def files_of(root: Path) -> dict[str, bytes]:
     """Return every file but locks, whose text says who was here last."""
     found = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith("locks/")}
+
+
+def planned(*plans: Any) -> set[str]:
+    return {ref.name for plan in plans for ref in plan.recipes}
+
+
+# ---------------------------------------------------------------- others at work
+
+HOLD = """
+import sys
+from storage.collect import exclusive
+from storage.artifacts import Artifacts
+from storage.locks import no_wait
+from storage.runs import begin_attempt
+sys.path.insert(0, "tests")
+from support.house import plan_of
+
+artifacts = Artifacts(sys.argv[1])
+with exclusive(artifacts) if sys.argv[2] == "gc" else begin_attempt(artifacts, *plan_of("live"), no_wait):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextmanager
+def held_elsewhere(artifacts: Artifacts, by: str) -> Generator[subprocess.Popen[str]]:
+    """Another process that is at work: a live run, or a gc."""
+    command = [sys.executable, "-c", HOLD, str(artifacts.root), by]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
