@@ -1,4 +1,4 @@
-# Everything runs in .venv; a target sets up what it needs and is quick the second time.
+# Everything runs in .venv; a target installs its dependencies, and is quick the second time.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,55 +10,55 @@ CONFIG ?= configs/quickstart.yaml
 train: $(VENV)/run ## grow the quickstart rack: three stacks, about four minutes
 	@$(BIN)/stackwise train $(CONFIG)
 
-server: $(VENV)/run ## Prefect's server with its pages, on http://127.0.0.1:4200
+server: $(VENV)/run ## run Prefect's server with its pages, on http://127.0.0.1:4200
 	@$(BIN)/stackwise server
 
-worker: $(VENV)/run ## register the deployments and run what is started from them
+worker: $(VENV)/run ## register the deployments and execute their runs
 	@$(BIN)/stackwise worker
 
-# Two processes, a thread each: more would share the cores of a small machine, and each starts a Prefect server.
-test: $(VENV)/test ## the tests
+# Two processes with one thread each: each starts a Prefect server, and more would overload a small machine.
+test: $(VENV)/test ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
-test-slow: $(VENV)/test ## the tests that take minutes
+test-slow: $(VENV)/test ## run the tests that take minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST)
 
-check: $(VENV)/check ## style, types, import layers, spelling
+check: $(VENV)/check ## check style, types, import layers and spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright --level error
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/codespell
 
-bench: $(VENV)/bench ## the benchmarks: JSON and a table in benchmarks/results/
+bench: $(VENV)/bench ## run the benchmarks: JSON and a table in benchmarks/results/
 	@$(BIN)/python -m benchmarks
 
 docs: $(VENV)/test ## run every snippet of the docs
 	@$(BIN)/python -m pytest tests/project/test_docs.py
 
-setup: $(VENV)/run $(VENV)/test $(VENV)/check ## all of the above's needs at once
+setup: $(VENV)/run $(VENV)/test $(VENV)/check ## install the dependencies of these targets at once
 
-# One stamp per set of needs, so that `make train` does not wait for what only tests use.
+# One stamp file per set of dependencies, so that `make train` does not install those of the tests.
 $(VENV)/run: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"StackWise needs Python 3.11 or newer; $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing what stackwise needs into $(VENV) (some minutes, once)"
-	@$(INSTALL) --upgrade pip # an old one takes twice as long
+	@echo "installing stackwise into $(VENV) (takes some minutes, once)"
+	@$(INSTALL) --upgrade pip # an old version takes twice as long
 	@$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/test: $(VENV)/run
-	@echo "installing what the tests need"
+	@echo "installing the dependencies of the tests"
 	@$(INSTALL) -e '.[test]'
 	@touch $@
 
 $(VENV)/bench: $(VENV)/test
-	@echo "installing what the benchmarks compare with"
+	@echo "installing the dependencies of the benchmarks"
 	@$(INSTALL) -e '.[test,bench]'
 	@touch $@ $(VENV)/test
 
 $(VENV)/check: $(VENV)/run
-	@echo "installing what the checks need"
+	@echo "installing the dependencies of the checks"
 	@$(INSTALL) -e '.[test,check]'
 	@touch $@ $(VENV)/test
 

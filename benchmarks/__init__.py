@@ -1,1 +1,1 @@
-"""What is fast, measured: `python -m benchmarks` writes results/*.json and results/README.md."""
+"""Benchmarks: `python -m benchmarks` writes results/*.json and results/README.md."""

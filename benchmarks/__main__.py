@@ -32,13 +32,13 @@ LONG = (GROWTH, "queued_runs")
 
 
 def main() -> int:
-    """Run one benchmark here, several in a process each: none inherits another's threads and imports."""
+    """Run one benchmark in this process, or several in a separate one each: they must not share threads or imports."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all without one; {', '.join(LONG)}"
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} (default: all these); {', '.join(LONG)}"
     )
-    parser.add_argument("--quick", action="store_true", help="few and short rounds, to try it out; writes nothing")
-    parser.add_argument("--artifacts", default="", metavar="FOLDER", help="of growth: kept, and gone on from")
+    parser.add_argument("--quick", action="store_true", help="a few short rounds to try it out; writes no results")
+    parser.add_argument("--artifacts", default="", metavar="FOLDER", help="folder that growth keeps, and resumes from")
     options = parser.parse_args()
     names = options.names or list(NAMES)
     if unknown := [name for name in names if name not in NAMES + LONG]:
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def run(name: str, quick: bool, **options: str) -> None:
-    """Run one benchmark and show its table; one that has pages or plots of its own writes them too."""
+    """Run one benchmark, show its table, and write its pages and plots if it has any."""
     signal.signal(signal.SIGTERM, _end)
     module = importlib.import_module(f"benchmarks.{name}")
     where, title = machine(), (module.__doc__ or "").strip()
@@ -67,7 +67,7 @@ def run(name: str, quick: bool, **options: str) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """End as Ctrl-C does, so that servers and folders go that a benchmark made."""
+    """End as after Ctrl-C, so that servers and folders of a benchmark are removed."""
     sys.exit(128 + number)
 
 

@@ -1,8 +1,8 @@
 """Training steps fed by the cache, against the same steps fed by a tensor in memory.
 
-The second stage of a causal rack (d=256, two blocks, batches of 32 x 128), the same weights and batches. "cache": rows
-come from a sealed store, warm, through the prefetching loader of a stage. "memory": one tensor holds the boundary of
-every sequence, and index_select picks rows out of it. Losses of both are compared bit for bit.
+The second stage of a causal rack (d=256, two blocks, batches of 32 x 128), with the same weights and batches. "cache":
+rows come from a sealed store with a warm page cache, through the prefetching loader of a stage. "memory": one tensor
+holds the boundary of every sequence, and index_select takes rows from it. The losses of both must be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _config() -> StackWiseConfig:
     config = StackWiseConfig()
     config.data.seq_len = 128
     config.model.d_model = 256
-    config.training.steps_per_stack = 10_000  # the learning rate's; so many are not taken
+    config.training.steps_per_stack = 10_000  # for the learning rate schedule; fewer are taken
     config.training.progressive.target_stacks = 2
     config.training.progressive.training_objective = "clm"
     return config
@@ -95,7 +95,7 @@ def _time(config: StackWiseConfig, n_rows: int, rounds: int) -> dict[str, list[f
 
 
 class _Run:
-    """The second stage, fed by one source; a call takes some steps."""
+    """The second stage with one source of rows; each call takes some steps."""
 
     def __init__(self, config: StackWiseConfig, train: PackedSequences, source: RowSource, ahead: int) -> None:
         builder = ProgressiveRackBuilder(config)

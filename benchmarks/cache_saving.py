@@ -1,8 +1,8 @@
-"""What caching the frozen trunk saves of a stage's time, against the share of its FLOPs that the trunk takes.
+"""How much of a stage's time a cache of the frozen trunk saves, compared with the trunk's share of the FLOPs.
 
-The last stage of an appended rack, the same batches and weights: its boundary read from a store on disk, every
-checksum compared at every read, or computed by the live trunk. The saving is 1 - cached / live. Filling the store is
-not in it, the store's pages are in memory. Losses of both are compared bit for bit. One thread.
+The last stage of an appended rack, with the same batches and weights. Its boundary is read from a store on disk, with
+every checksum verified at every read, or computed by the live trunk. The saving is 1 - cached / live. It excludes the
+time to fill the store, whose pages are in memory. The losses of both must be equal bit for bit. One thread.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _config(depth: int) -> StackWiseConfig:
     config.model.d_model = 256
     config.model.blocks_per_stack = 2
     config.training.batch_size = 8
-    config.training.steps_per_stack = 1000  # the learning rate's; so many are not taken
+    config.training.steps_per_stack = 1000  # for the learning rate schedule; fewer are taken
     config.training.progressive.target_stacks = depth
     config.training.progressive.training_objective = "clm"
     return config
@@ -97,7 +97,7 @@ def _measure(config: StackWiseConfig, rounds: int) -> list[Measure]:
 
 
 class _Candidate:
-    """The last stage on one source of its boundary; a call takes some steps."""
+    """The last stage with one source of its boundary; each call takes some steps."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class _Candidate:
         train: PackedSequences,
         boundary: RowSource | LiveTrunk,
     ) -> None:
-        """Take stack and head as copies: both candidates start from the same weights."""
+        """Copy stack and head, so that both candidates start from the same weights."""
         stack, head = copy.deepcopy((builder.stack(spec.index), builder.build_rack().head))
         self.model, self.optim = StageModel(spec.anatomy, [stack], head), spec.optim
         self.optimizer = make_optimizer(self.model, spec.optim)
@@ -122,7 +122,7 @@ class _Candidate:
 
 
 def _sequences(config: StackWiseConfig) -> tuple[PackedSequences, PackedSequences]:
-    """Return random tokens: exactly the rows that the steps read, and one for validation, which is not read."""
+    """Return random tokens: exactly the rows that the steps read, and one unused validation row."""
     n_rows = STEPS * config.training.batch_size
     tokens = np.random.default_rng(0).integers(256, size=(n_rows + 1, config.data.seq_len), dtype=np.uint16)
     ids = np.arange(n_rows + 1, dtype=np.int64)
@@ -142,4 +142,4 @@ def _rows(config: StackWiseConfig, train: PackedSequences, validation: PackedSeq
 
 
 def _say_nothing(n_bytes: int, of_bytes: int) -> None:
-    """Take no notice of a filling store's progress."""
+    """Ignore the progress of filling a store."""

@@ -1,4 +1,4 @@
-"""Two processes that train a stage together, a thread each, against one process with one thread: the same batches."""
+"""Two processes with one thread each that train a stage together, against one process with one thread."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _measure(d_model: int, batch_size: int, rounds: int) -> list[Measure]:
 
 
 class _Steps:
-    """Some steps of a first stage, on this process's share of the same batch again and again."""
+    """Steps of a first stage; every step uses this process's share of the same batch."""
 
     def __init__(self, d_model: int, batch_size: int, ranks: Ranks) -> None:
         torch.set_num_threads(1)
@@ -94,7 +94,7 @@ def _share(vocab_size: int, batch_size: int, ranks: Ranks) -> Batch:
 
 @contextmanager
 def _ranks(kind: str, d_model: int, batch_size: int) -> Generator[Callable[[], float]]:
-    """Give what lets new processes take their steps; while they are not asked to, they sleep."""
+    """Start processes that sleep until they are asked to take their steps; yield the function that asks them."""
     spawn = multiprocessing.get_context("spawn")
     pipes: list[Connection] = []
     processes: list[Any] = []

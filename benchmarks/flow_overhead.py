@@ -1,8 +1,8 @@
-"""Growing the quickstart rack as a Prefect flow, over the same stages called as plain functions.
+"""Overhead of growing the quickstart rack as a Prefect flow, compared with plain calls of the same stages.
 
-Difference: flow less plain, by round. What a stage costs is taken from short stages, whose own time hides little; the
-updates of progress come by time, so the share of ten minutes is taken from whole stages, as of a run of as many stages
-that takes so long.
+The difference is flow minus plain in each round. The cost per stage is measured with short stages, whose training time
+hides little of it. Progress updates depend on time, so the share of ten minutes is measured with full-length stages and
+scaled to a run of ten minutes with as many stages.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _SHORT, _WHOLE = f"quickstart, {_SHORT_STEPS} steps a stage", "quickstart"
 def measure(quick: bool) -> list[Measure]:
     quiet_prefect()
     with tempfile.TemporaryDirectory() as scratch:
-        # A database of its own: what other runs wrote, or are writing, must not be in the measurement.
+        # A separate database, so that other runs do not affect the measurement.
         os.environ["PREFECT_HOME"] = str(Path(scratch) / "prefect")
         with embedded_server(Path(scratch) / "server.log") as server:
             server.wait_until_ready()
-            # A folder of its own for every run: nothing may be there already.
+            # A new folder for every run, so that every artifact must be made.
             folders = (f"{scratch}/artifacts-{n}" for n in count())
             _seconds(quickstart(steps=2), folders, rounds=1)  # imports and compiles
             short = _seconds(quickstart(steps=_SHORT_STEPS), folders, rounds=2 if quick else _SHORT_ROUNDS)
@@ -66,11 +66,11 @@ def _both(case: str, seconds: dict[str, list[float]]) -> list[Measure]:
 
 
 def _difference(seconds: dict[str, list[float]], times: float) -> list[float]:
-    """Return what the flow took more than the plain functions in each round, times a factor."""
+    """Return the extra time of the flow over the plain functions in each round, times a factor."""
     return [times * (flow - plain) for flow, plain in zip(seconds["flow"], seconds["plain"], strict=True)]
 
 
 def quickstart(steps: int) -> StackWiseConfig:
-    """Return the quickstart configuration, with so many steps a stage; 0 leaves them."""
+    """Return the quickstart configuration with `steps` steps per stage; 0 keeps its own number."""
     overrides = {"training.steps_per_stack": steps, "training.warmup_steps": 1} if steps else {}
     return StackWiseConfig.from_yaml(ROOT / "configs" / "quickstart.yaml", overrides)

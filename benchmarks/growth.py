@@ -1,7 +1,8 @@
-"""Validation loss by how a rack grew, at equal compute: operators, trunk strategies, anneal, prepend, end to end.
+"""Validation loss at equal compute for ways to grow: operators, trunk strategies, anneal, prepend, end to end.
 
-Text of Python's standard library, bytes, causal objective. Compute is forward and backward FLOPs of every stage,
-frozen trunk forwards among them as if nothing were cached; equal to 2 % unless a case says otherwise.
+Text of Python's standard library, bytes, causal objective. Compute is the forward and backward FLOPs of every stage,
+including forward passes of the frozen trunk, as if nothing were cached. It is equal to within 2 % unless the case says
+otherwise.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "append, frozen, zero": {"training.new_stack_init": "zero"},
     "append, qlora, copy": {f"{PROGRESSIVE}.trunk_strategy": "qlora", f"{PROGRESSIVE}.progressive_qlora": True},
     "append, full, copy": {f"{PROGRESSIVE}.trunk_strategy": "full"},
-    "append, frozen, copy, anneal": {"training.joint_steps": 1},  # how many is decided by the budget
+    "append, frozen, copy, anneal": {"training.joint_steps": 1},  # the budget decides the number
     "prepend, frozen, copy_zero": {f"{PROGRESSIVE}.building_mode": "prepend"},
     REFERENCE: {f"{PROGRESSIVE}.enabled": False},
     "end to end, equal block-steps only": {f"{PROGRESSIVE}.enabled": False},
@@ -50,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def measure(quick: bool, artifacts: str = "") -> list[Measure]:
-    """Grow every case with every seed; what an artifacts folder already holds is not made again."""
+    """Grow every case with every seed; artifacts that the folder already has are reused."""
     steps, seeds = (30, SEEDS[:1]) if quick else (STEPS, SEEDS)
     configs = balanced_configs(steps)
     with tempfile.TemporaryDirectory() as scratch, subscribed(_print_stage):
@@ -95,7 +96,7 @@ def _measures(
 
 
 def balanced_configs(steps: int) -> dict[str, StackWiseConfig]:
-    """Return the configuration of every case, its steps such that all cost what the budget case costs.
+    """Return the configuration of every case, with steps chosen so that all cost as much as the budget case.
 
     Args:
         steps: of every stage of the budget case.
@@ -120,10 +121,10 @@ def _solve(cost: Callable[[int], float], budget: float) -> int:
 
 
 def _config(changes: Mapping[str, Any], first_steps: int, later_steps: int) -> StackWiseConfig:
-    """Return a configuration with so many steps in the first stage and in every later one.
+    """Return a configuration with given numbers of steps for the first stage and for each later one.
 
-    The first stack of all cases is called appended, so that prepending shares it too. Joint training from scratch
-    is one stage, and takes the steps of a later one.
+    In all cases the first stack is appended, so that prepending shares it too. Joint training from scratch is one
+    stage with the steps of a later one.
     """
     values: dict[str, Any] = {
         "data": {"source": "stdlib", "tokenizer": "byte", "seq_len": 128},
@@ -153,7 +154,7 @@ def run_flops(config: StackWiseConfig) -> list[float]:
 
 
 def _adapter_flops(shape: ModelShape, spec: StageSpec, seq_len: int) -> float:
-    """Return what `stage_flops` leaves out: three products of every adapter, at this width no small part."""
+    """Return the FLOPs that `stage_flops` leaves out: three products of every adapter, which matter at this width."""
     live = [spec.stacks[index] for index in spec.anatomy.live]
     parameters = sum(
         n_adapter_parameters(shape, stack.n_blocks, adapter.rank)
@@ -164,7 +165,7 @@ def _adapter_flops(shape: ModelShape, spec: StageSpec, seq_len: int) -> float:
 
 
 def block_steps(config: StackWiseConfig) -> int:
-    """Return how many blocks train, wholly or by their adapters, summed over all steps."""
+    """Return the number of blocks that train, in full or through adapters, summed over all steps."""
     return sum(
         spec.optim.steps * spec.stacks[index].n_blocks
         for spec in resolve_stages(config)
@@ -190,7 +191,7 @@ def publish(measures: Sequence[Measure]) -> None:
 
 
 def chart(measures: Sequence[Measure], configs: Mapping[str, StackWiseConfig]) -> str:
-    """Return an SVG of the mean loss against compute, a point per stage."""
+    """Return an SVG of the mean loss against compute, with one point per stage."""
     series = {
         case: list(zip((f / 1e12 for f in accumulate(run_flops(config))), _mean_losses(measures, case), strict=True))
         for case, config in configs.items()
@@ -199,7 +200,7 @@ def chart(measures: Sequence[Measure], configs: Mapping[str, StackWiseConfig]) -
 
 
 def section(measures: Sequence[Measure], configs: Mapping[str, StackWiseConfig]) -> str:
-    """Return the section on growth: what was done, a table, where growing loses and where it wins."""
+    """Return the section on growth: the setup, a table, and the verdict."""
     gaps = {m.case: m.values for m in measures if m.what.startswith("last loss above")}
     n_seeds = len(next(iter(gaps.values())))
     lines = [
@@ -233,7 +234,7 @@ def _row(measures: Sequence[Measure], case: str, config: StackWiseConfig, gap: S
 
 
 def _verdict(gaps: Mapping[str, Sequence[float]]) -> str:
-    """Say where growing loses, where it wins, and where seeds disagree, by equal compute."""
+    """Name the cases that win or lose at equal compute, and those where seeds disagree."""
     grown = {case: gap for case, gap in gaps.items() if not case.startswith(REFERENCE)}
 
     def named(chosen: Callable[[Sequence[float]], bool]) -> str:

@@ -1,4 +1,4 @@
-"""How a benchmark measures, and how what it measured is written down."""
+"""Measuring candidates in turn, and writing the results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """One quantity, once per round."""
+    """One quantity, with one value per round."""
 
     case: str
     """Under which circumstances."""
@@ -38,12 +38,12 @@ class Measure:
 
     @property
     def median(self) -> float:
-        """The value that counts: half of the rounds were below it."""
+        """The median over the rounds, which goals are compared with."""
         return statistics.median(self.values)
 
     @property
     def met(self) -> bool | None:
-        """Say whether the median meets the goal; None where there is no goal."""
+        """Return whether the median meets the goal; None without a goal."""
         if self.at_least is None and self.at_most is None:
             return None
         return (self.at_least is None or self.median >= self.at_least) and (
@@ -51,7 +51,7 @@ class Measure:
         )
 
     def dump(self) -> dict[str, Any]:
-        """Return it as JSON: the values, and what is read off them."""
+        """Return the values as JSON, with the numbers derived from them."""
         low, high = quartiles(self.values)
         summary = {"median": self.median, "quartiles": [low, high], "range": [min(self.values), max(self.values)]}
         return {**dataclasses.asdict(self), **summary, "met": self.met}
@@ -63,18 +63,18 @@ def interleaved(
     warmup: int = 1,
     before: Callable[[str], object] = lambda _: None,
 ) -> dict[str, list[float]]:
-    """Time candidates in turn, so that what else the machine does meets them all alike.
+    """Time candidates in turn, so that other load on the machine affects all of them equally.
 
-    Each round has another order: none always comes after the same one, which leaves its own in the caches.
+    The order differs between rounds, so that no candidate always finds the same data in the CPU's caches.
 
     Args:
-        candidates: what to call, by name.
-        rounds: how often each is timed.
-        warmup: rounds before those that are not timed.
-        before: called with the name of each before each time, and not timed.
+        candidates: functions to call, by name.
+        rounds: how many times each is timed.
+        warmup: untimed rounds before the others.
+        before: called with the name of a candidate before each of its calls, untimed.
 
     Returns:
-        Seconds per call and round, by name. Round i of one belongs to round i of another: compare them by `ratios`.
+        Seconds per call in each round, by name. Values of the same round can be compared, see `ratios`.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -95,7 +95,7 @@ def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[flo
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """Return the first and the third quartile; of fewer than four values, the smallest and the largest."""
+    """Return the first and third quartiles, or the extremes of fewer than four values."""
     if len(values) < 4:
         return min(values), max(values)
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -106,7 +106,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Name the machine and the moment: a number without them means nothing."""
+    """Describe the machine, the versions and the time of the measurement."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -129,7 +129,7 @@ def _cpu_model() -> str:
 
 
 def _busy_cores() -> float:
-    """Return how many cores others keep busy, over two idle seconds of ours; the load still holds what we just ran."""
+    """Return how many cores other processes use, measured over two idle seconds; the load average would include us."""
 
     def ticks() -> int:
         user, nice, system, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
@@ -141,7 +141,7 @@ def _busy_cores() -> float:
 
 
 def _commit() -> str:
-    """Return the commit, with a plus if code differs from it."""
+    """Return the commit, with a plus if the code differs from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -153,7 +153,7 @@ def _commit() -> str:
 
 
 def write(name: str, title: str, where: Mapping[str, Any], measures: Sequence[Measure]) -> None:
-    """Write results/<name>.json, and the table of all results anew."""
+    """Write results/<name>.json, and rewrite the table of all results."""
     RESULTS.mkdir(exist_ok=True)
     result = {"name": name, "title": title, "machine": dict(where), "measures": [m.dump() for m in measures]}
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -174,9 +174,9 @@ run, and a ratio is taken within each round. Spread: the quartiles, or the extre
 
 
 _BUSY_CORES = 0.2
-"""What others may use at the start without spoiling the numbers; a result without it is judged by its load."""
+"""Cores that other processes may use at the start; a result that lacks this number is judged by its load average."""
 _UNTIMED = frozenset({"nats", "TFLOP", "blocks"})
-"""Units of what is the same however busy a machine is."""
+"""Units of quantities that do not depend on how busy the machine is."""
 _BUSY = ("", "**The machine was busy with other work: these numbers judge no goal. Run it again on a quiet one.**")
 
 
@@ -209,7 +209,7 @@ def page(result: Mapping[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with the digits that mean something."""
+    """Return a number with its significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 

@@ -1,8 +1,8 @@
-"""Peak bytes of tensors while the k-th stage trains, by what of the trunk is in memory.
+"""Peak tensor memory while the k-th stage trains, depending on how much of the trunk is in memory.
 
-The flow's own training task, at two steps. On a CPU every allocation and release of torch's allocator is counted, as
-its profiler hears them: exact, buffers inside operators among them; what numpy holds, such as tokens, is not. On CUDA
-it is `torch.cuda.max_memory_allocated`.
+The flow's training task with two steps. On a CPU, torch's profiler reports every allocation and release: the count is
+exact and includes buffers inside operators, but not memory of numpy, such as tokens. On CUDA it is
+`torch.cuda.max_memory_allocated`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _peaks(changes: Mapping[str, Any], n_stacks: int, d_model: int) -> list[int]
         corpus = Path(scratch) / "corpus.txt"
         corpus.write_text("".join(random.Random(0).choices("stack wise\n", k=20_000)))
         if not changes.get(f"{PROGRESSIVE}.enabled", True):
-            # Joint training has one stage: every depth is a run of its own.
+            # Joint training has one stage, so every depth is a separate run.
             racks = [_grow(_config(corpus, changes, k, d_model), f"{scratch}/{k}") for k in range(1, n_stacks + 1)]
             return [peak for (peak,) in racks]
         return _grow(_config(corpus, changes, n_stacks, d_model), scratch)
@@ -87,7 +87,7 @@ def _config(corpus: Path, changes: Mapping[str, Any], n_stacks: int, d_model: in
         "model": {"d_model": d_model, "blocks_per_stack": 2},
         "training": {
             "batch_size": 8,
-            "steps_per_stack": 2,  # AdamW's moments are there from the second on
+            "steps_per_stack": 2,  # AdamW's moments exist from the second on
             "warmup_steps": 0,
             "progressive": {"target_stacks": n_stacks, "max_stacks": n_stacks, "training_objective": "clm"},
         },
@@ -103,9 +103,9 @@ def _config(corpus: Path, changes: Mapping[str, Any], n_stacks: int, d_model: in
 
 @contextlib.contextmanager
 def peak_bytes(device: torch.device) -> Generator[list[int]]:
-    """Give a list that after the block holds one number: the most bytes that its tensors took at once.
+    """Yield a list that holds one number after the block: the peak bytes of its tensors.
 
-    What was allocated before the block, and is released in it, counts neither way.
+    Tensors that were allocated before the block and are released in it do not count.
     """
     peak: list[int] = []
     if device.type == "cuda":
@@ -125,15 +125,15 @@ def peak_bytes(device: torch.device) -> Generator[list[int]]:
 
 
 def peak_of(allocations: Iterable[tuple[int, int]]) -> int:
-    """Return the most bytes held at once.
+    """Return the peak of the bytes held.
 
     Args:
-        allocations: (address, bytes) in order of time; negative bytes give the address back.
+        allocations: (address, bytes) in order of time; negative bytes release the address.
     """
     held: dict[int, int] = {}
     now = peak = 0
     for address, n_bytes in allocations:
-        # An address that was not taken here was taken before.
+        # An unknown address was allocated before the block.
         now += n_bytes - held.pop(address, 0) if n_bytes > 0 else -held.pop(address, 0)
         if n_bytes > 0:
             held[address] = n_bytes

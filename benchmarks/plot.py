@@ -1,4 +1,4 @@
-"""Line charts as SVG, by hand: a benchmark needs no plotting library."""
+"""Line charts as SVG, without a plotting library."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _COLOURS = (
 
 
 def line_chart(series: Mapping[str, Points], x_label: str, y_label: str, y_from: float | None = None) -> str:
-    """Return an SVG of some lines with a marker at every point.
+    """Return an SVG of lines with a marker at every point.
 
     Args:
-        series: points (x, y) in order of x, by name.
-        x_label: what x is, with its unit.
-        y_label: what y is, with its unit.
-        y_from: where the y axis begins; None begins below the lowest point.
+        series: points (x, y) sorted by x, by name of the line.
+        x_label: with the unit.
+        y_label: with the unit.
+        y_from: start of the y axis; None starts below the lowest point.
     """
     xs, ys = ([point[axis] for points in series.values() for point in points] for axis in (0, 1))
     x_ticks = ticks(min(xs), max(xs))
@@ -75,7 +75,7 @@ def _line(name: str, places: Points, colour: str, legend_y: float) -> list[str]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Return four to eleven round numbers at equal distances, from at most `low` to at least `high`."""
+    """Return four to eleven evenly spaced round numbers that cover `low` to `high`."""
     span = (high - low) or abs(high) or 1.0
     step = 10.0 ** math.floor(math.log10(span))
     step = next(step * part for part in (0.1, 0.2, 0.5, 1.0, 2.0) if span / (step * part) <= 8)

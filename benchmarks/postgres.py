@@ -1,4 +1,4 @@
-"""A Postgres of its own for a benchmark or a test: a new cluster in a temporary folder, on a free port, gone after."""
+"""A temporary Postgres for a benchmark or a test: a new cluster in a temporary folder, on a free port."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pathlib import Path
 
 
 def programs() -> Path | None:
-    """Return the folder of Postgres' programs, of the newest version that is installed; None without one."""
+    """Return the folder with the programs of the newest installed Postgres; None if it is not installed."""
     if found := shutil.which("initdb"):
         return Path(found).resolve().parent
-    debian = Path("/usr/lib/postgresql").glob("*/bin/initdb")  # not on the PATH there
+    debian = Path("/usr/lib/postgresql").glob("*/bin/initdb")  # Debian does not put them on the PATH
     return max((path.parent for path in debian), key=lambda bin: int(bin.parent.name), default=None)
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
+    """Return an unused port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def postgres(user: str, password: str, database: str) -> Generator[int]:
-    """Start Postgres with one user and one database; give its port on 127.0.0.1.
+    """Start Postgres with one user and one database; yield its port on 127.0.0.1.
 
     Raises:
         RuntimeError: it is not installed.
@@ -38,7 +38,7 @@ def postgres(user: str, password: str, database: str) -> Generator[int]:
     folder_of_programs = programs()
     if folder_of_programs is None:
         raise RuntimeError("Postgres is not installed; apt-get install postgresql")
-    owner = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
+    owner = "postgres" if os.geteuid() == 0 else None  # Postgres refuses to run as root
     with tempfile.TemporaryDirectory(prefix="stackwise-postgres-") as name:
         folder = Path(name)
         secret = folder / "password"
@@ -57,7 +57,7 @@ def postgres(user: str, password: str, database: str) -> Generator[int]:
 
 @contextlib.contextmanager
 def _serving(folder_of_programs: Path, folder: Path, port: int, owner: str | None) -> Generator[None]:
-    """Serve the cluster in `folder`, and end it so that no client can hold it up."""
+    """Serve the cluster in `folder`; at the end shut it down without waiting for clients."""
     control = ["pg_ctl", "--pgdata", str(folder / "data"), "--wait"]
     options = f"-p {port} -c listen_addresses=127.0.0.1 -k {folder}"
     _run(folder_of_programs, [*control, "--log", str(folder / "log"), "--options", options, "start"], owner)
@@ -85,7 +85,7 @@ def _run(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that was started in a session of its own, and all of that session."""
+    """End a process that leads a session, and all processes of that session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

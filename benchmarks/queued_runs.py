@@ -1,8 +1,8 @@
-"""Runs of stages that do nothing, since all is sealed, queued on one worker with Postgres: each ends, and runs once.
+"""Runs whose artifacts are all sealed, queued on one worker with Postgres: each must complete, and run exactly once.
 
-Each run is a process of its own that starts, imports Prefect and torch, and finds that there is nothing to do. The
-worker asks for runs every second, by default every ten, and has two at once, as many as this machine has cores. It
-starts Prefect's engine itself, not by a command that imports Prefect first and starts the engine then.
+Each run is a process that starts, imports Prefect and torch, and finds nothing to do. The worker polls every second
+instead of every ten, and executes two runs at a time, one for each core of this machine. It starts Prefect's engine
+directly, instead of through a command that imports Prefect first.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 def measure(quick: bool) -> list[Measure]:
-    """Queue runs before the worker starts, and check what became of them by Prefect's record and by ours.
+    """Queue runs before the worker starts, and compare their outcome in Prefect's records and in ours.
 
     Raises:
         RuntimeError: a run failed or ran twice, or a database was locked.
@@ -76,7 +76,7 @@ def measure(quick: bool) -> list[Measure]:
     ]
 
 
-# ---------------------------------------------------------------- the site
+# ---------------------------------------------------------------- server and worker
 
 
 def _environment(folder: Path, database: str) -> dict[str, str]:
@@ -152,7 +152,7 @@ def _until(ready: Any, process: subprocess.Popen[bytes], log: Path) -> None:
 def _queued(
     api: httpx.Client, config: StackWiseConfig, artifacts: Path, n_runs: int
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Queue runs and wait for all; return the seconds from the first one's creation on, and Prefect's record."""
+    """Queue runs and wait for all; return the seconds since the first was created, and Prefect's records."""
     deployment = api.get(f"/deployments/name/{_DEPLOYMENT}").raise_for_status().json()["id"]
     values = config.model_dump(mode="json")
     body = {"state": {"type": "SCHEDULED"}, "job_variables": {"command": f"{sys.executable} -m prefect.engine"}}
@@ -161,7 +161,7 @@ def _queued(
         named = values | {"run": values["run"] | {"name": name}}
         run = body | {"parameters": {"config": named, "artifacts": str(artifacts)}}
         api.post(f"/deployments/{deployment}/create_flow_run", json=run).raise_for_status()
-    ours = {"deployment_id": {"any_": [deployment]}}  # and no flow that one of them started
+    ours = {"deployment_id": {"any_": [deployment]}}  # without the subflows
     ended = {"flow_runs": {**ours, "state": {"type": {"any_": list(_ENDS)}}}}
     while (n_ended := api.post("/flow_runs/count", json=ended).json()) < n_runs:
         if time.monotonic() - began > _STARTUP_SECONDS + _SECONDS_A_RUN * n_runs:
@@ -173,12 +173,12 @@ def _queued(
 
 
 def _names(n_runs: int) -> list[str]:
-    """Return a name for each run: two that live at once under one name would be one attempt."""
+    """Return a different name for each run, because live runs with the same name would share an attempt."""
     return [f"queued-{number:03d}" for number in range(n_runs)]
 
 
 def _check(runs: list[dict[str, Any]], folder: Path, n_runs: int) -> None:
-    """Compare Prefect's record with the attempts that the runs themselves wrote down."""
+    """Compare Prefect's records with the attempts that the runs recorded."""
     ill = [
         f"{run['name']}, started {run['run_count']} times: {run['state_type']}, {(run['state'] or {}).get('message')}"
         for run in runs

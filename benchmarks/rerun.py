@@ -1,4 +1,4 @@
-"""`stackwise` as a whole process where nothing has to run: it must answer at once, without torch or Prefect."""
+"""Time of `stackwise` commands with nothing to run: they must answer at once, without importing torch or Prefect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.harness import ROOT, Measure, interleaved
 
 SEALED_SECONDS = 3.0
 
-# What `stackwise` runs, and then a look at what that imported.
+# Runs what `stackwise` runs, then checks which modules it imported.
 _LOOK = """
 import sys
 from flows.cli.main import main

@@ -1,8 +1,8 @@
-"""Storage types of a stack: bytes of a weight, what rounding costs, and the time of a product against float32.
+"""Storage types of a stack: bytes per weight, rounding error, and the time of a product compared with float32.
 
-Bytes are those of the tensors of a real stack's matrices. The error is |stored - weight| / |weight| over all
-matrices, of Gaussian weights as at initialisation, and of Student's t with 4 degrees of freedom for heavier tails, as
-trained matrices have. Products dequantise and multiply in float32, as on any CPU here.
+Bytes are measured on the matrices of a real stack. The error is |stored - weight| / |weight| over all matrices, for
+Gaussian weights as at initialisation, and for Student's t with 4 degrees of freedom, whose heavier tails resemble
+trained matrices. Products dequantise and multiply in float32, as everywhere on a CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stackwise_core.stages.resolve import resolve_shape
 D_MODEL = 512
 N_POSITIONS = 1024
 DEGREES_OF_FREEDOM = 4.0
-# NVFP4: 4 bits, and an 8-bit scale for 16 weights. NF4 with double quantisation (Dettmers et al. 2023): 4 bits, an
+# NVFP4: 4 bits, and an 8-bit scale per 16 weights. NF4 with double quantisation (Dettmers et al. 2023): 4 bits, an
 # 8-bit absmax for 64 weights, and an fp32 scale for 256 of those.
 BYTES_PER_WEIGHT = {
     "float32": 4.0,
@@ -78,13 +78,13 @@ def _gaussian(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def _student(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Draw Student's t: a Gaussian over the root of a mean of as many squared ones as it has degrees of freedom."""
+    """Draw from Student's t: a Gaussian divided by the root mean square of DEGREES_OF_FREEDOM others."""
     squares = torch.randn((int(DEGREES_OF_FREEDOM), *shape), generator=generator).square()
     return torch.randn(shape, generator=generator) / squares.mean(0).sqrt()
 
 
 def _product_times(rounds: int) -> list[Measure]:
-    """Time x @ weight.T, and with the gradient of x, as frozen layers do it."""
+    """Time x @ weight.T without and with the gradient of x, as in frozen layers."""
     weight = INIT_STD * _gaussian(torch.Size((D_MODEL, D_MODEL)), torch.Generator().manual_seed(0))
     dense = nn.Linear(D_MODEL, D_MODEL, bias=False).requires_grad_(False)
     dense.weight.copy_(weight)

@@ -1,8 +1,8 @@
-"""Opening a store and reading a first batch as the store grows, to 50 GiB.
+"""Time and memory to open a store and read a first batch, for stores of up to 50 GiB.
 
-Shards are sparse files that hold their true index and one true chunk each: what opening reads is all there, the rest
-takes no disk. "opening" is that of a new process' reader, imports left out; the first batch touches 32 shards. Memory
-is what the reader adds to the process' own (pages of mapped files are the system's). Rows of 256 x 512 bfloat16.
+Shards are sparse files with a real index and one real chunk each: everything that opening reads exists, the rest takes
+no disk space. "opening" is measured in a new process, without imports; the first batch touches 32 shards. Memory is
+what the reader adds to the private memory of the process, without pages of mapped files. Rows of 256 x 512 bfloat16.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def measure(quick: bool) -> list[Measure]:
 
 
 def _sparse_store(folder: Path, spec: GroupSpec) -> dict[str, tuple[int, str]]:
-    """Write a store of which only what opening and one chunk a shard need is there."""
+    """Write a store with only the data that opening it and one chunk per shard need."""
     import torch
 
     from storage.activations.shard import chunk_checksums, encode_shard

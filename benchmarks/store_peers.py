@@ -1,6 +1,6 @@
-"""The same rows in the formats of others, and how each reads a batch of them. Each in the way its documentation shows.
+"""The same rows in other formats, each written and read in the way its documentation shows.
 
-All hold the same bits: `[rows, T, D]` of bfloat16, as two-byte integers where a format knows no bfloat16.
+All hold the same bits: `[rows, T, D]` of bfloat16, as two-byte integers in formats without bfloat16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROW_BYTES = SEQ_LEN * D_MODEL * 2
 
 
 def blocks(n_rows: int) -> Iterator[Rows]:
-    """Random rows, a shard's worth at a time: uint16 `[n, T, D]`. Every call gives the same."""
+    """Yield random rows, one shard at a time: uint16 `[n, T, D]`. Every call yields the same."""
     generator = np.random.default_rng(0)
     for first in range(0, n_rows, 255):
         n = min(255, n_rows - first)
@@ -34,7 +34,7 @@ def blocks(n_rows: int) -> Iterator[Rows]:
 
 
 def flush(path: Path) -> None:
-    """Let what was written reach the disk."""
+    """Flush what was written to the disk."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         fd = os.open(file, os.O_RDONLY)
         os.fsync(fd)
@@ -42,7 +42,7 @@ def flush(path: Path) -> None:
 
 
 def evict(path: Path) -> None:
-    """Take a file, or all below a folder, out of memory: the next read is cold."""
+    """Evict a file, or all files below a folder, from the page cache, so that the next read is cold."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         fd = os.open(file, os.O_RDONLY)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -53,7 +53,7 @@ def evict(path: Path) -> None:
 
 
 def write_raw(folder: Path, data: list[Rows]) -> None:
-    """Whole shards as plain files: what a disk can do."""
+    """Whole shards as plain files: the limit of the disk."""
     folder.mkdir()
     for number, rows in enumerate(data):
         fd = os.open(folder / str(number), os.O_WRONLY | os.O_CREAT)
@@ -74,7 +74,7 @@ def write_memmap(folder: Path, data: list[Rows]) -> None:
 
 
 def write_ours(folder: Path, data: list[Rows]) -> dict[str, tuple[int, str]]:
-    """With checksums, records and flushes, the next shard laid out while one is written, as a stage does."""
+    """With checksums, records and flushes; the next shard is encoded while one is written, as in a stage."""
     from storage.activations.fill import StoreRows, fill_store, write_shards
 
     n_rows = sum(map(len, data))
@@ -94,7 +94,7 @@ def write_ours(folder: Path, data: list[Rows]) -> dict[str, tuple[int, str]]:
 
 
 def write_zarr(folder: Path, data: list[Rows], shard_rows: int = 255) -> None:
-    """zarr-python, the same codecs."""
+    """zarr-python with the same codecs."""
     import zarr
 
     from storage.activations.metadata import codec_chain
@@ -169,7 +169,7 @@ def write_safetensors(folder: Path, data: list[Rows]) -> None:
 
 
 def write_datasets(folder: Path, data: list[Rows]) -> None:
-    """Rows as a column of two-dimensional arrays, as the documentation has it."""
+    """Rows as a column of two-dimensional arrays, as in the documentation."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -180,7 +180,7 @@ def write_datasets(folder: Path, data: list[Rows]) -> None:
 
 
 def write_flat_datasets(folder: Path, data: list[Rows]) -> None:
-    """Rows as flat lists of a fixed size: no documentation shows it, but Arrow reads it without a copy."""
+    """Rows as flat lists of a fixed size: undocumented, but Arrow reads it without a copy."""
     import datasets
     import pyarrow
 
@@ -215,7 +215,7 @@ WRITERS: dict[str, Callable[[Path, list[Rows]], object]] = {
 
 
 def read_memmap(folder: Path) -> tuple[ReadBatch, ReadBatch]:
-    """Plain `np.take`, and into a page-aligned buffer that is used again: the limit."""
+    """Plain `np.take`, and into a reused page-aligned buffer: the limit."""
     rows = np.memmap(folder / "rows", np.uint16, "r").reshape(-1, SEQ_LEN, D_MODEL)
     out = empty_aligned((BATCH, SEQ_LEN, D_MODEL), torch.bfloat16).view(torch.uint16).numpy()
     return lambda ix: np.take(rows, ix, axis=0), lambda ix: np.take(rows, ix, axis=0, out=out, mode="clip")

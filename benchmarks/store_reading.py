@@ -1,10 +1,10 @@
-"""Reading batches of an activation store, beside np.memmap (the limit) and the formats of others.
+"""Reading batches of an activation store, compared with np.memmap (the limit) and other formats.
 
-Batches of 32 rows of 256 x 512 bfloat16 out of 1 GiB, at random or in order; every format holds the same bits, which is
-checked first. A round is eight batches. Warm: all pages in memory, and a batch read just before. Cold: all taken out of
-it before every round. `take` is np.take of a memmap, `take(out=)` into a page-aligned buffer that is used again, as
-ours is. Our checksums are compared when a chunk is first read, so in the cold rounds and not in the warm ones; with
-"always", at every read. One thread, unless said otherwise.
+Batches of 32 rows of 256 x 512 bfloat16 from 1 GiB, at random or in order; a check ensures that every format holds the
+same bits. A round is eight batches. Warm: all pages are in memory, and a batch was just read. Cold: the pages are
+evicted before every round. `take` is np.take on a memmap, `take(out=)` into a reused page-aligned buffer, as in our
+reader. Our checksums are verified when a chunk is first read, so in the cold rounds but not in the warm ones; with
+"always", at every read. One thread unless the case says otherwise.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _candidates(folder: Path, files: dict[str, tuple[int, str]]) -> dict[str, Re
 
 
 def _compare(folder: Path, files: dict[str, tuple[int, str]], data: list[np.ndarray]) -> None:
-    """Make sure that all give what was written."""
+    """Check that all return what was written."""
     ix = np.array([0, 254, 255, 500, 3, 3, 300, 77] * 4)
     expected = np.concatenate(data[:2])[ix] if len(data) > 1 else data[0][ix]
     for name, read in _candidates(folder, files).items():
@@ -124,8 +124,7 @@ def _warm(
 
         return some
 
-    # An epoch reads one batch after the other: the first after all the other candidates would measure how cold the
-    # processor is.
+    # An epoch reads batch after batch; the first one after the other candidates would measure a cold CPU cache.
     seconds = interleaved(
         {name: reading(name) for name in readers}, rounds, before=lambda name: readers[name](nexts[name]())
     )
@@ -146,7 +145,7 @@ def _warm(
 
 
 def _both_cores(folder: Path, files: dict[str, tuple[int, str]], n_rows: int, rounds: int) -> list[Measure]:
-    """Two threads, each with batches of its own out of one reader or memmap."""
+    """Two threads that read different batches through one reader or memmap."""
     reader = StoreReader(folder / "ours", files)
     rows = np.memmap(folder / "memmap" / "rows", np.uint16, "r").reshape(-1, SEQ_LEN, D_MODEL)
     outs = [empty_aligned((BATCH, SEQ_LEN, D_MODEL), torch.bfloat16) for _ in range(2)]
@@ -178,7 +177,7 @@ def _both_cores(folder: Path, files: dict[str, tuple[int, str]], n_rows: int, ro
 
 
 def _cold(folder: Path, files: dict[str, tuple[int, str]], n_rows: int, rounds: int) -> list[Measure]:
-    """Eight batches from the disk, every page of the file out of memory before."""
+    """Eight batches from the disk, after evicting every page of the file."""
     generator = np.random.default_rng(2)
     outs = [empty_aligned((BATCH, SEQ_LEN, D_MODEL), torch.bfloat16) for _ in range(COLD_THREADS)]
 
@@ -212,7 +211,7 @@ def _bits(out: torch.Tensor, ix: np.ndarray) -> np.ndarray:
 
 
 def _spread(batches: list[np.ndarray], n_threads: int, read: Callable[[int, np.ndarray], object]) -> None:
-    """Share the rows of every batch out among threads, as a prefetching loader would."""
+    """Divide the rows of every batch among threads, as a prefetching loader would."""
     if n_threads == 1:
         for ix in batches:
             read(0, ix)

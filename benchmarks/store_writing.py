@@ -1,8 +1,8 @@
-"""Writing an activation store of 1 GiB to the disk, flushed, beside plain files (the limit) and the formats of others.
+"""Writing and flushing an activation store of 1 GiB, compared with plain files (the limit) and other formats.
 
-All write the same rows of 256 x 512 bfloat16 out of memory, and flush. Ours adds a checksum to every chunk, a hash and
-a record to every shard, and puts each in place by a rename: a kill costs one shard at most. Of the others tensorstore
-and zarr-python (the same codecs) and h5py (fletcher32) store checksums too.
+All write the same rows of 256 x 512 bfloat16 from memory, and flush. Our writer adds a checksum to every chunk, a hash
+and a record to every shard, and renames each shard into place, so that a kill loses one shard at most. Of the others,
+tensorstore and zarr-python (the same codecs) and h5py (fletcher32) store checksums too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Types of the frozen trunk's stream: what rounding it costs in loss, and saves in bytes.
+"""Data types of the frozen trunk's stream: the cost in loss and the saving in bytes.
 
-The quickstart's growth with fewer steps: text of Python's standard library, bytes, causal objective, three stacks.
-Loss is on the validation sequences after the last stage, on the stream as it was trained on. The errors are those of
-the last store against what the stack computed, over sampled rows; of a channel, against how much it varies. Rows are
-read in batches of 32, shuffled, from pages in memory, one thread.
+The growth of the quickstart with fewer steps: text of Python's standard library, bytes, causal objective, three stacks.
+Loss is measured on the validation sequences after the last stage, with the stream rounded as in training. The errors
+are differences between the last store and what the stack computed, over sampled rows; those of a channel are relative
+to how much it varies. Rows are read in shuffled batches of 32, from pages in memory, by one thread.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _grow(config: StackWiseConfig, artifacts: str) -> float:
 
 
 def _last_store(config: StackWiseConfig, root: str) -> tuple[StoreReader, dict[str, Any], int]:
-    """Return the last store of a run, what its making found out, and its bytes on the disk."""
+    """Return the last store of a run, the facts in its manifest, and its bytes on the disk."""
     ref = plan_config(config).stages[-2].ref("activations")
     artifacts = Artifacts(root)
     manifest = artifacts.manifest(ref)
@@ -77,7 +77,7 @@ def _last_store(config: StackWiseConfig, root: str) -> tuple[StoreReader, dict[s
 
 
 def _reading(stores: dict[str, tuple[StoreReader, dict[str, Any], int]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds in which each store gave a row, per round."""
+    """Return the seconds per row for each store, per round."""
     with contextlib.ExitStack() as stack:
         readers = {dtype: stack.enter_context(reader) for dtype, (reader, _, _) in stores.items()}
         n_rows = min(reader.train.rows for reader in readers.values()) // BATCH * BATCH

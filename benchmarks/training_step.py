@@ -109,7 +109,7 @@ def _on_trunk(batch: Batch, d_model: int) -> Batch:
 
 
 def llama_like(rack: Rack) -> LlamaForCausalLM:
-    """Return transformers' Llama of the same shape with the same weights, as fast as eager mode lets it be."""
+    """Return transformers' Llama with the same shape and weights, configured to be as fast as eager mode allows."""
     shape = rack.shape
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -150,7 +150,7 @@ def _copy_weights(mine: nn.Module, yours: nn.Module) -> None:
 
 
 def check_same_loss(rack: Rack, llama: LlamaForCausalLM, batch: Batch) -> None:
-    """Make sure that both do the same work: the same loss for the same weights and tokens."""
+    """Check that both do the same work: equal loss for equal weights and tokens."""
     total, positions = summed_loss(rack.hidden(batch["input_ids"]), rack.head, batch)
     ours = total.item() / positions
     ids = batch["input_ids"]
@@ -190,5 +190,5 @@ _FACTORS = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE)
 
 
 def matmul() -> torch.Tensor:
-    """Multiply two matrices: what the cores can do at most."""
+    """Multiply two matrices: the upper limit of the cores."""
     return _FACTORS[0] @ _FACTORS[1]
