@@ -9,8 +9,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows.errors import one_line_errors
-from flows.run import garbage
-from flows.run.verify import verify
+from flows.run.maintenance import bytes_freed, collect_garbage, removal_lines, verify
 from stackwise_core.errors import StackWiseError
 from storage.artifacts import artifacts_at
 
@@ -55,7 +54,7 @@ def collect(
     with one_line_errors():
         place = artifacts_at(artifacts).existing()
         keep = None if keep_last == -1 else keep_last
-        found = garbage.collect_garbage(place, keep, superseded=superseded, dry_run=dry_run)
-    lines = garbage.removal_lines(place, found)
-    verdict = garbage.verdict(found, dry_run=dry_run)
-    get_run_logger().info("\n".join([*lines, *found.damaged, *found.notes, verdict]))
+        found = collect_garbage(place, keep, superseded=superseded, dry_run=dry_run)
+    lines = removal_lines(place, found)
+    freed = bytes_freed(found, dry_run=dry_run)
+    get_run_logger().info("\n".join([*lines, *found.damaged, *found.notes, freed]))

@@ -7,8 +7,7 @@ import json
 import sys
 
 from flows.cli.arguments import add_common, print_waiting
-from flows.run.garbage import collect_garbage, removal_lines, verdict
-from flows.run.lookup import find_artifact
+from flows.run.maintenance import bytes_freed, collect_garbage, find_artifact, removal_lines
 from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import Artifacts, artifacts_at
 from storage.collect import without_gc
@@ -50,7 +49,7 @@ def _run(options: argparse.Namespace) -> None:
         print(line)
     for note in (*collection.damaged, *collection.notes):
         print(note, file=sys.stderr)
-    print(verdict(collection, dry_run=dry_run))
+    print(bytes_freed(collection, dry_run=dry_run))
 
 
 def _change_pins(artifacts: Artifacts, to_pin: str | None, to_unpin: str | None) -> None:

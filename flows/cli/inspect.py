@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.cli.arguments import add_common
 from flows.pages.provenance import trace
-from flows.run.lookup import find_artifact
+from flows.run.maintenance import find_artifact
 from flows.run.numbers import size
 from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import Artifacts, State, artifacts_at

@@ -6,7 +6,7 @@ import argparse
 from contextlib import ExitStack, suppress
 
 from flows.cli.arguments import Run, add_common, print_waiting
-from flows.run.lookup import find_artifact
+from flows.run.maintenance import find_artifact
 from flows.run.numbers import size
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Ref

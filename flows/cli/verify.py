@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from flows.cli.arguments import add_common
-from flows.run.verify import verify
+from flows.run.maintenance import verify
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import signal
 import sys
 
 PARENT = "STACKWISE_PARENT"
-"""Environment variable of a child's children: the process id of the child."""
+"""Environment variable with the process id of the process that `ending_with_us` started."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # The kernel sends the signal when the thread that started the child ends, also after SIGKILL. A wrapper sets it,
@@ -23,12 +23,12 @@ _WITH_PARENT = (
 
 
 def ending_with_us(command: list[str], by: signal.Signals) -> list[str]:
-    """Wrap a command, whose first word is a program's path, so that it gets a signal when this thread ends."""
+    """Wrap a command so that it gets a signal when this thread ends; its first word is the path of a program."""
     return [sys.executable, "-S", "-c", _WITH_PARENT, str(os.getpid()), str(int(by)), *command]
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, which was started through `ending_with_us`."""
+    """Let the kernel kill this process when its parent, started through `ending_with_us`, ends."""
     end_with(int(os.environ[PARENT]))
 
 

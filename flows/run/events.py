@@ -31,24 +31,15 @@ class DataReady:
 
 @dataclass(frozen=True)
 class StageOpened:
-    """A flow run works on a stage; Prefect has a page for it."""
+    """A flow run, given by its id, works on a stage; Prefect has a page for it."""
 
     stage: int
     flow_run: str
-    """Id of the flow run."""
 
 
 @dataclass(frozen=True)
 class TaskStarted:
     """A task starts to make its artifact."""
-
-    stage: int
-    task: str
-
-
-@dataclass(frozen=True)
-class TaskReused:
-    """The artifact of a task existed already."""
 
     stage: int
     task: str
@@ -89,7 +80,7 @@ class Message:
     text: str
 
 
-Event = RunStarted | DataReady | StageOpened | TaskStarted | TaskReused | StepTaken | RowsCached | StageDone | Message
+Event = RunStarted | DataReady | StageOpened | TaskStarted | StepTaken | RowsCached | StageDone | Message
 Subscriber = Callable[[Event], None]
 
 # Module state, because one process runs one run and Prefect calls tasks with plain parameters only.
@@ -104,7 +95,7 @@ def emit(event: Event) -> None:
 
 
 def emit_waiting(holder: str) -> None:
-    """Emit that this process waits for a lock; an `on_wait` callback."""
+    """Emit that this process waits for the holder of a lock."""
     emit(Message(f"waiting for {holder}"))
 
 

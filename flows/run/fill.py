@@ -1,4 +1,4 @@
-"""Filling a store by several workers: each opens what it reads, and computes and writes one shard at a time.
+"""Filling a store by several workers: each opens what it reads, then computes and writes one shard at a time.
 
 The process that holds the artifact's lock submits the shards and counts those that are written.
 """
@@ -17,13 +17,13 @@ from typing import Any, Protocol
 from flows.run.children import end_with
 from flows.run.events import stop_requested
 from flows.run.inputs import boundary_above, rows_to_store
-from flows.run.stage import Stage
+from flows.run.stage import GO_ON, Stage
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import is_used
 from stackwise_core.errors import ConfigError, Fault, StackWiseError, StageInterruptedError
 from stackwise_core.failpoints import failpoint
 from stackwise_core.training.hardware import use_hardware
-from storage.activations.fill import WriteShards, write_shard
+from storage.activations.fill import write_shard
 from storage.activations.writer import ShardRange, StoreWriter
 
 _RUNNER = "cache.task_runner"
@@ -39,11 +39,9 @@ class ShardFuture(Protocol):
 
     def result(self) -> Any:
         """Wait for the worker, and raise what it raised."""
-        ...
 
     def add_done_callback(self, fn: Callable[[Any], None], /) -> None:
         """Call `fn` with this future when it is done."""
-        ...
 
 
 Submit = Callable[[StoreWriter, ShardRange], ShardFuture]
@@ -60,17 +58,25 @@ def fill_shard(stage: Stage, writer: StoreWriter, shard: ShardRange) -> dict[str
     return {"group": shard.group, "index": shard.index, "rows": shard.n_rows}
 
 
-def by_workers(stage: Stage, workers: Workers) -> WriteShards:
-    """Return a function that fills the store of a stage by workers.
+def write_by_workers(
+    stage: Stage, workers: Workers, writer: StoreWriter, wanted: Iterator[ShardRange]
+) -> Generator[ShardRange]:
+    """Fill the store of a stage by workers; see `storage.activations.fill.WriteShards`.
 
-    It raises `WorkerDiedError` when a worker is killed; shards that are written stay.
+    Raises:
+        WorkerDiedError: a worker was killed; the shards that are written stay.
     """
-
-    def write(writer: StoreWriter, wanted: Iterator[ShardRange]) -> Generator[ShardRange]:
-        with _explained(stage), workers(stage) as submit:
-            yield from _submit_all(lambda shard: submit(writer, shard), wanted, stage.config.cache.fill_workers)
-
-    return write
+    n_workers = stage.config.cache.fill_workers
+    try:
+        with workers(stage) as submit:
+            yield from _submit_all(lambda shard: submit(writer, shard), wanted, n_workers)
+    except BrokenExecutor:
+        if stop_requested():  # a signal to the whole process group reached the workers first
+            raise StageInterruptedError(f"stopped on request while caching; {GO_ON}") from None
+        raise WorkerDiedError(
+            f"{stage.plan.ref('activations').name}: a process that filled it was killed, perhaps for want of memory "
+            f"(cache.fill_workers: {n_workers}). The shards that are written are kept; {GO_ON}"
+        ) from None
 
 
 def _submit_all(
@@ -98,22 +104,8 @@ def _submit_all(
         yield written()
 
 
-@contextlib.contextmanager
-def _explained(stage: Stage) -> Generator[None]:
-    try:
-        yield
-    except BrokenExecutor:
-        if stop_requested():  # a signal to the whole process group reached the workers first
-            raise StageInterruptedError("stopped on request while caching; run the same command to go on") from None
-        raise WorkerDiedError(
-            f"{stage.plan.ref('activations').name}: a process that filled it was killed, perhaps for want of memory "
-            f"(cache.fill_workers: {stage.config.cache.fill_workers}). The shards that are written are kept; "
-            "run the same command to go on"
-        ) from None
-
-
 def check_runner(config: StackWiseConfig) -> None:
-    """Raise `ConfigError`, which says what to install, if a task runner would be used but is not installed."""
+    """Raise a `ConfigError` that says what to install, if a task runner would be used but is not installed."""
     runner = config.cache.task_runner
     package = _PACKAGES.get(runner) if is_used(config, _RUNNER) else None
     if package is not None and importlib.util.find_spec(package) is None:
@@ -127,7 +119,6 @@ def check_runner(config: StackWiseConfig) -> None:
 @contextlib.contextmanager
 def plain_workers(stage: Stage) -> Generator[Submit]:
     """Start the workers of a stage in Python's own pools."""
-    check_plain(stage)
     n_workers = stage.config.cache.fill_workers
     if stage.config.cache.task_runner == "processes":
         spawn = multiprocessing.get_context("spawn")
@@ -148,7 +139,7 @@ def check_plain(stage: Stage) -> None:
 
 
 def begin_worker() -> None:
-    """Let this process end when its parent does, which holds the lock; Ctrl-C is left to the parent."""
+    """Make this worker end with its parent, which holds the lock, and leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

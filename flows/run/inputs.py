@@ -1,7 +1,6 @@
 """Opens what a stage reads from artifacts: its model, checkpoint and batches, and the boundaries below and above it.
 
-The rows of a boundary come from a store, the live trunk, the boundary below, or tokens; on a CPU all give the same
-bytes.
+The rows of a boundary come from a store, the live trunk, the boundary below, or tokens: equal bytes on a CPU.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import contextlib
 import json
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -47,8 +45,8 @@ _BATCHES_AHEAD = 2
 def open_stage(stage: Stage, build: Ref | None, folder: Path, ranks: Ranks = ALONE) -> Generator[StageInputs]:
     """Open everything that training a stage reads, or one rank's share of it.
 
-    The checkpoint of an earlier attempt is in the work folder. Raises `ArtifactCorruptError` if the stage would start
-    from other initial tensors than the build describes.
+    An earlier attempt's checkpoint is read from the work folder. Raises `ArtifactCorruptError` if the new stacks do
+    not start from the initial tensors that the build describes.
     """
     model = open_model(stage, build)
     state = _open_checkpoint(stage, folder, model)
@@ -59,7 +57,7 @@ def open_stage(stage: Stage, build: Ref | None, folder: Path, ranks: Ranks = ALO
 
 
 def open_model(stage: Stage, build: Ref | None) -> StageModel:
-    """Return the live part of the rack on the device, ready to train; raises what `open_stage` raises."""
+    """Return the stage's model on the device, ready to train; raises what `open_stage` raises."""
     anatomy, config = stage.plan.spec.anatomy, stage.config
     new = _new_stacks(stage)
     if build is not None:
@@ -111,7 +109,7 @@ def _digest(stacks: list[Stack]) -> str:
 
 
 def _open_checkpoint(stage: Stage, folder: Path, model: StageModel) -> TrainingState | None:
-    """Return the checkpoint that a stage resumes from, and report it unless it is the result of other processes."""
+    """Return the checkpoint that a stage resumes from, if any, and report it unless training is over."""
     state = load_state(folder)
     if state is None:
         return None
@@ -120,15 +118,12 @@ def _open_checkpoint(stage: Stage, folder: Path, model: StageModel) -> TrainingS
         return None
     if state.step < stage.plan.spec.optim.steps:
         emit(Message(f"stage {stage.index} goes on from its checkpoint at step {state.step}"))
-        if differences := _differences(state.fingerprint, fingerprint_of(stage)):
-            changed = f"the checkpoint was made with another {differences}"
-            emit(Message(f"{changed}: bits may differ from an undisturbed run's"))
+        then, now = state.fingerprint, fingerprint_of(stage)
+        changed = [f"{name} ({then[name]}, now {now.get(name)})" for name in then if then[name] != now.get(name)]
+        if changed:
+            made_with = f"the checkpoint was made with another {', '.join(changed)}"
+            emit(Message(f"{made_with}: bits may differ from an undisturbed run's"))
     return state
-
-
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> str:
-    changed = [name for name, value in then.items() if value != now.get(name)]
-    return ", ".join(f"{name} ({then[name]}, now {now.get(name)})" for name in changed)
 
 
 @contextlib.contextmanager
@@ -163,7 +158,7 @@ def _batches(
 
 @contextlib.contextmanager
 def boundary_above(stage: Stage) -> Generator[tuple[RowSource, str]]:
-    """Open the boundary of the next stage, before it is cast to the stored type, and name what it is made from."""
+    """Open the next stage's boundary, before the cast to the stored type, and name what it is made from."""
     below = advance_source(stage.plan, stage.run_plan, stage.artifacts)
     if below is None:
         yield _from_tokens(stage, _trunk_above(stage).output), "tokens"
@@ -175,7 +170,7 @@ def boundary_above(stage: Stage) -> Generator[tuple[RowSource, str]]:
 
 
 def rows_from_tokens(stage: Stage) -> RowsFromTokens:
-    """Return the boundary of the next stage as derived from tokens, in the form that a store holds it."""
+    """Return the next stage's boundary, computed from tokens and in the form that a store holds."""
     return _from_tokens(stage, _trunk_above(stage))
 
 
@@ -199,7 +194,7 @@ def rows_to_store(stage: Stage) -> StoreRows:
 
 
 def stream_of(stage: Stage, plans: tuple[StagePlan, ...], stacks: tuple[int, ...]) -> Stream:
-    """Return how the stream is held above some stacks as the last of some stages left them."""
+    """Return how the stream is held above some stacks, as the last of `plans` left them."""
     dtype = stage.config.cache.dtype
     known = stacks if dtype in QUANTISED_STREAMS else ()
     return Stream(dtype, {stack: load_channels(stage.artifacts, plans, stack) for stack in known})
@@ -222,7 +217,7 @@ def _next_anatomy(stage: Stage) -> Anatomy:
 
 
 def _live_trunk(stage: Stage, plans: tuple[StagePlan, ...], below: tuple[int, ...]) -> LiveTrunk:
-    """Return some stacks as the last of some stages left them."""
+    """Return the stacks below a boundary, as the last of `plans` left them."""
     embedding = load_embedding(stage.artifacts, plans).to(stage.device)
     stacks = [load_stack(stage.artifacts, plans, stack).to(stage.device) for stack in below]
     return LiveTrunk(embedding, stacks, stream_of(stage, plans, below))

@@ -1,4 +1,4 @@
-"""Before the first stage: pack the corpus into sequences, and check validation sequences and disk space."""
+"""Before the first stage: packs the corpus into sequences, and checks validation sequences and disk space."""
 
 from __future__ import annotations
 
@@ -25,12 +25,7 @@ from storage.midstage import bytes_written
 
 
 def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> Ref:
-    """Pack the corpus into sequences, unless they are sealed already.
-
-    Raises:
-        CorpusError: it is too short, or changed since it was hashed.
-        ConfigError: it has fewer sequences than one batch, or tokens outside the model's vocabulary.
-    """
+    """Pack the corpus into sequences, unless they are sealed already; raises if the run cannot train on them."""
     ref = plan.data_ref
     waiting = f"{ref.name}, which another process is making"
     with artifacts.lock(ref.name, on_wait=lambda _: emit_waiting(waiting), should_stop=stop_requested):
@@ -39,13 +34,12 @@ def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -
         if artifacts.state(ref) is not State.SEALED:
             emit(TaskStarted(-1, "prepare data"))
             _pack_into(config, artifacts, plan)
-    facts = artifacts.manifest(ref).facts
+    facts, batch_size = artifacts.manifest(ref).facts, config.training.batch_size
     n_rows = facts["train_sequences"]
     emit(DataReady(n_rows, facts["validation_sequences"]))
-    if n_rows < config.training.batch_size:
-        received = str(config.training.batch_size)
-        fault = Fault("training.batch_size", received, f"the corpus gives only {n_rows} training sequences")
-        raise ConfigError([fault])
+    if n_rows < batch_size:
+        allowed = f"the corpus gives only {n_rows} training sequences"
+        raise ConfigError([Fault("training.batch_size", str(batch_size), allowed)])
     # An artifact that was packed for a larger model has the same id, so the vocabulary is checked again.
     if faults := list(_vocabulary_faults(config, facts)):
         raise ConfigError(faults)
@@ -66,11 +60,7 @@ def _vocabulary_faults(config: StackWiseConfig, facts: dict[str, Any]) -> Iterat
 
 
 def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequences, PackedSequences]:
-    """Return the train and validation sequences of a corpus: from its text, or with objective custom its examples.
-
-    Raises:
-        CorpusError: the text is too short, or an example is malformed.
-    """
+    """Return the train and validation sequences of a corpus; with objective custom they are its examples."""
     data, tokenizer = config.data, load_tokenizer(config.data.tokenizer)
     if corpus.is_tokens:
         _check_tokens(config, corpus)
@@ -99,11 +89,11 @@ def _check_tokens(config: StackWiseConfig, corpus: Corpus) -> None:
 
 
 def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
-    data = config.data
+    data, tokenizer = config.data, load_tokenizer(config.data.tokenizer)
     corpus = read_corpus(data.source, examples=reads_examples(config))
     if corpus.digest != plan.data.corpus:
         raise CorpusError(f"data.source: got {data.source!r}; its text changed while the run was starting; start again")
-    if load_tokenizer(data.tokenizer).name != plan.data.tokenizer:
+    if tokenizer.name != plan.data.tokenizer:
         raise CorpusError(f"data.tokenizer: got {data.tokenizer!r}; it changed while the run was starting; start again")
     train, validation = pack_corpus(config, corpus)
     save_sequences(artifacts.work(plan.data_ref), train, validation)
@@ -113,23 +103,18 @@ def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> 
         "validation_sequences": len(validation),
         "seq_len": data.seq_len,
     }
-    mask_token = load_tokenizer(data.tokenizer).mask_token
     for split in (train, validation):
         if corpus.is_tokens or split.targets is not None:
             facts["largest_token"] = max(facts.get("largest_token", 0), int(split.tokens.max()))
         if corpus.is_tokens:
-            facts["mask_tokens"] = facts.get("mask_tokens", 0) + int((split.tokens == mask_token).sum())
+            facts["mask_tokens"] = facts.get("mask_tokens", 0) + int((split.tokens == tokenizer.mask_token).sum())
         if split.targets is not None and split.masks is not None:
             facts["largest_target"] = max(facts.get("largest_target", 0), int(split.targets[split.masks].max()))
     artifacts.seal(plan.data_ref, plan.data, (), facts, {})
 
 
 def check_validation(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
-    """Check before the first step that every stage has validation positions to be judged by.
-
-    Raises:
-        ConfigError: names the setting that leaves none.
-    """
+    """Raise a `ConfigError` if a stage would have no validation positions; it names the setting to change."""
     _, validation = load_sequences(artifacts, plan.data_ref)
     most = config.validation.max_sequences
     ids = validation.sequence_ids[:most]
@@ -148,36 +133,28 @@ def check_validation(config: StackWiseConfig, artifacts: Artifacts, plan: RunPla
 
 
 def check_space(config: StackWiseConfig, artifacts: Artifacts, stages: list[StagePlan]) -> None:
-    """Check that the stores of some stages, which must be written, will fit.
-
-    Raises:
-        ConfigError: a store exceeds cache.max_gb.
-        StoreSpaceError: together they exceed the free space.
-    """
+    """Check that the stores that these stages will write fit into the budget and on the disk."""
     sizes = [forecast_store(config, artifacts, stage) for stage in stages]
-    remaining = [
-        n_bytes - min(n_bytes, bytes_written(artifacts, stage.ref("activations")))
-        for n_bytes, stage in zip(sizes, stages, strict=True)
-    ]
+    written = [bytes_written(artifacts, stage.ref("activations")) for stage in stages]
+    remaining = [max(0, n_bytes - done) for n_bytes, done in zip(sizes, written, strict=True)]
     free = shutil.disk_usage(artifacts.root).free
-    # Under `last` at most a store and its successor exist at the same time.
+    # With `keep: last`, at most a store and its successor exist at the same time.
     pairs = (sum(remaining[n : n + 2]) for n in range(len(remaining)))
     together = sum(remaining) if config.cache.keep == "all" else max(pairs, default=0)
-    largest = max(sizes, default=0)
-    budget = config.cache.max_gb * 2**30
+    largest, max_gb = max(sizes, default=0), config.cache.max_gb
     needs = (
         f"the largest store of this run needs {size(largest)}, what is still to be written {size(together)}, and "
         f"{size(free)} are free in {artifacts.root}"
     )
     remedy = "lower training.steps_per_stack, or set training.progressive.cache_activations: false"
-    if largest > budget:
-        raise ConfigError([Fault("cache.max_gb", str(config.cache.max_gb), f"{needs}; raise cache.max_gb, {remedy}")])
+    if largest > max_gb * 2**30:
+        raise ConfigError([Fault("cache.max_gb", str(max_gb), f"{needs}; raise cache.max_gb, {remedy}")])
     if together > free:
-        raise StoreSpaceError(f"cache.max_gb is {config.cache.max_gb}; {needs}; free some space, {remedy}")
+        raise StoreSpaceError(f"cache.max_gb is {max_gb}; {needs}; free some space, {remedy}")
 
 
 def forecast_store(config: StackWiseConfig, artifacts: Artifacts, stage: StagePlan) -> int:
-    """Return the bytes of a stage's store, from the rows that its reader visits."""
+    """Return the size of a stage's store [bytes], from the rows that the next stage visits."""
     recipe = stage.activations
     assert recipe is not None
     data = artifacts.manifest(Ref(kind="data", stage=-1, sha256=recipe.data)).facts

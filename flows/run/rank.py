@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -29,7 +30,7 @@ def main(path: str) -> NoReturn:
     ranks, code = None, 1
     try:
         stage = job.stage
-        with subscribed(_print_event if rank == 0 else _ignore_event):
+        with subscribed(_print_event) if rank == 0 else nullcontext():  # the first rank reports for all
             ranks = init_process_group(stage.device, sharded=stage.plan.spec.mode == "joint")
             with open_stage(stage, job.build, job.folder, ranks) as inputs:
                 trained = train_stage(inputs, hooks_of(stage, job.folder, ranks), ranks)
@@ -53,10 +54,6 @@ def _end(job: Job, rank: int, ending: Ending) -> int:
 def _print_event(event: Event) -> None:
     if isinstance(event, (StepTaken, Message)):
         print(encode_event(event), flush=True)
-
-
-def _ignore_event(event: Event) -> None:
-    """The first rank reports for all."""
 
 
 if __name__ == "__main__":

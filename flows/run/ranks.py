@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from flows.run.children import ending_with_us
 from flows.run.events import Message, StepTaken, emit, stop_requested
-from flows.run.stage import Stage
+from flows.run.stage import GO_ON, Stage
 from stackwise_core.errors import StackWiseError, StageInterruptedError
 from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.identity import Ref
@@ -43,7 +43,7 @@ class RankError(StackWiseError):
 
 
 class Ending(BaseModel, frozen=True):
-    """How a rank ended: with a result, or with an error that is explained to the user."""
+    """How a rank ended: with a result, or with an error for the user."""
 
     trained: Trained | None = None
     """Without its records, which are in the checkpoint."""
@@ -63,7 +63,7 @@ class Job(BaseModel, frozen=True):
 
     @property
     def scratch(self) -> Path:
-        """The folder of the job, its log and its results."""
+        """The folder of this job's files."""
         return self.folder / SCRATCH / "ranks"
 
     @property
@@ -89,9 +89,9 @@ def _decode_event(line: str) -> StepTaken | Message | None:
 
 
 def train_by_ranks(stage: Stage, build: Ref | None, folder: Path) -> Trained:
-    """Train a stage by `hardware.processes` processes; the checkpoint of its last step is the result.
+    """Train a stage by `hardware.processes` processes, which end when this thread does, even if it is killed.
 
-    The processes end when this thread does, even if it is killed.
+    The checkpoint of the last step holds the trained tensors.
 
     Raises:
         StageInterruptedError: a stop was requested; a checkpoint was written if training had begun.
@@ -161,10 +161,10 @@ def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
 
 
 def _result(job: Job) -> Trained:
-    """Return the result of the first rank, or raise `StageInterruptedError` or `RankError`."""
+    """Return the result of the first rank, or raise what `train_by_ranks` raises."""
     count = job.stage.config.hardware.processes
-    paths = [path for path in map(job.ending_of, range(count)) if path.exists()]
-    endings = [Ending.model_validate_json(path.read_bytes()) for path in paths]
+    paths = map(job.ending_of, range(count))
+    endings = [Ending.model_validate_json(path.read_bytes()) for path in paths if path.exists()]
     for ending in endings:
         if ending.error and not ending.on_request:
             raise RankError(ending.error, ending.exit_code)
@@ -173,7 +173,7 @@ def _result(job: Job) -> Trained:
     if len(endings) == count and endings[0].trained is not None:
         return endings[0].trained
     if stop_requested():
-        raise StageInterruptedError("stopped on request; run the same command to go on from the last checkpoint")
+        raise StageInterruptedError(f"stopped on request; {GO_ON} from the last checkpoint")
     raise RankError(_how_it_died(job))
 
 
@@ -188,5 +188,4 @@ def _how_it_died(job: Job) -> str:
     said = re.findall(rf"^\[rank{rank}\]: (\S.*)", text, re.M) if number > 0 else text.splitlines()[-1:]
     who = f"rank {rank} of {count} died{how}" if found else f"its {count} processes ended early"
     last = f": {said[-1]}" if said and number >= 0 else ""
-    again = "run the same command to go on from the last checkpoint"
-    return f"stage {job.stage.index}: {who}{last}; {again}. The log is {job.log}"
+    return f"stage {job.stage.index}: {who}{last}; {GO_ON} from the last checkpoint. The log is {job.log}"

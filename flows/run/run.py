@@ -1,4 +1,4 @@
-"""A run: plan by demand, prepare the data, add stage after stage, retire superseded stores, check."""
+"""A run: prepare the data, add stage after stage by demand, retire superseded stores."""
 
 from __future__ import annotations
 
@@ -42,14 +42,11 @@ def grow(
     """Complete a run, making only the artifacts that are missing.
 
     Args:
-        config: the run.
+        config: checked here.
         root: the artifacts folder.
         from_stack: redo the stages from this one on; -1 redoes none.
         force: redo this task (build, trunk, train, cache, validate) in those stages, or in all.
         add: adds one stage; the flow passes its own.
-
-    Returns:
-        A summary of every stage.
 
     Raises:
         StackWiseError: one clear message; the same call resumes from the sealed artifacts.
@@ -95,11 +92,7 @@ def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand
 
 
 def _refuse_newer(artifacts: Artifacts, forced: Iterable[Ref]) -> None:
-    """Refuse to replace artifacts of a newer version; other damaged artifacts may be replaced on purpose.
-
-    Raises:
-        ArtifactNewerError: names the manifest.
-    """
+    """Raise if a newer version of StackWise made a forced artifact; damaged ones may be replaced on purpose."""
     for ref in forced:
         try:
             artifacts.known(ref)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from flows.run.events import TaskReused, TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
+from flows.run.events import TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.errors import StageInterruptedError
@@ -25,6 +25,7 @@ from storage.contents import load_sequences
 from storage.demand import TASK_KINDS, compute_demand
 from storage.manifest import fingerprint
 
+GO_ON = "run the same command to go on"
 Facts = dict[str, Any]
 """What a task measured; it goes into the manifest."""
 
@@ -41,7 +42,7 @@ class Made:
 
 
 class Stage(BaseModel, frozen=True):
-    """The plain values that the tasks of one stage share, and what is derived from them."""
+    """The values that the tasks of one stage share, and what is derived from them."""
 
     config: StackWiseConfig
     root: str
@@ -50,13 +51,12 @@ class Stage(BaseModel, frozen=True):
     """Content hash of the corpus."""
     corpus_bytes: int
     index: int
-    """Creation index of the stack that is added."""
     needed: frozenset[Kind] = frozenset()
     """Kinds that must be made: absent or retired, and read by something that must be made."""
     forced: frozenset[Kind] = frozenset()
     """Kinds that are made again although they are sealed."""
     redo: frozenset[Ref] = frozenset()
-    """Artifacts of this stage and above that the run was told to make again, and has not yet."""
+    """Artifacts of this stage and later ones that the run still has to make again."""
 
     def __getstate__(self) -> dict[Any, Any]:
         """Leave out derived values, such as the corpus: another process derives them again."""
@@ -66,17 +66,17 @@ class Stage(BaseModel, frozen=True):
 
     @functools.cached_property
     def artifacts(self) -> Artifacts:
-        """Where artifacts live."""
+        """The artifacts folder, opened."""
         return artifacts_at(self.root)
 
     @functools.cached_property
     def run_plan(self) -> RunPlan:
-        """The whole run, by recipe."""
+        """The recipes of the run."""
         return plan_run(self.config, self.corpus, self.corpus_bytes)
 
     @property
     def plan(self) -> StagePlan:
-        """This stage, by recipe."""
+        """The recipes of this stage."""
         return self.run_plan.stages[self.index]
 
     @property
@@ -86,7 +86,7 @@ class Stage(BaseModel, frozen=True):
 
     @property
     def title(self) -> str:
-        """A title for people."""
+        """The name of the stage's flow run."""
         spec = self.plan.spec
         return "train all stacks together" if spec.mode == "joint" else f"add stack {self.index} ({spec.name})"
 
@@ -102,7 +102,7 @@ class Stage(BaseModel, frozen=True):
 
     @functools.cached_property
     def device(self) -> torch.device:
-        """The configured device; looking it up also sets torch's threads."""
+        """The configured device; the first access also sets torch's threads."""
         return use_hardware(self.config.hardware)
 
     @functools.cached_property
@@ -118,7 +118,7 @@ def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made
     it. A retired artifact that is not needed stays retired.
 
     Args:
-        stage: of which run.
+        stage: its plan has the recipe.
         task: a key of `storage.demand.TASK_KINDS`.
         inputs: what `work` reads; their digests go into the manifest.
         work: fills the work folder, resuming from what a killed attempt left there.
@@ -135,7 +135,6 @@ def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made
     ):
         forced = kind in stage.forced
         if not forced and _is_there(stage, ref):
-            emit(TaskReused(stage.index, task))
             return ref
         emit(TaskStarted(stage.index, task))
         if forced:
@@ -152,23 +151,17 @@ def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made
         )
         failpoint(f"sealed-{task}", stage.index)
         if stop_requested():
-            raise StageInterruptedError(
-                f"stopped on request after {ref.name} was sealed; run the same command to go on"
-            )
+            raise StageInterruptedError(f"stopped on request after {ref.name} was sealed; {GO_ON}")
     return ref
 
 
 def _is_there(stage: Stage, ref: Ref) -> bool:
-    """Return whether an artifact need not be made: it is sealed, or not needed.
-
-    Raises:
-        ArtifactCorruptError: it was sealed and is damaged; it is not replaced silently.
-    """
+    """Return whether an artifact need not be made: it is sealed, or not needed; raises if it is damaged."""
     if ref.kind not in stage.needed or stage.artifacts.promote(ref):
         return True
     state = stage.artifacts.state(ref)
     if state is State.CORRUPT:
-        stage.artifacts.manifest(ref)
+        stage.artifacts.manifest(ref)  # raises ArtifactCorruptError: it is not replaced silently
     if state is State.RETIRED:  # perhaps by another process meanwhile: is it still needed?
         return ref not in compute_demand(stage.run_plan, stage.artifacts, stage.config.cache.keep, stage.redo).needed
     return state is State.SEALED

@@ -1,7 +1,4 @@
-"""The five steps of a stage: open what they read, compute, seal, return a reference.
-
-Plain functions, without Prefect: `tasks.py` turns them into tasks.
-"""
+"""The five steps of a stage, without Prefect: open what they read, compute, seal, return a reference."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from flows.run.events import Message, RowsCached, StepTaken, emit, stop_requested
-from flows.run.fill import Workers, by_workers, plain_workers
+from flows.run.fill import Workers, plain_workers, write_by_workers
 from flows.run.inputs import (
     boundary_above,
     initial_digest,
@@ -25,7 +22,6 @@ from flows.run.inputs import (
 )
 from flows.run.ranks import train_by_ranks
 from flows.run.stage import Facts, Made, Stage, fingerprint_of, make
-from stackwise_core.data.masks import MaskSpec
 from stackwise_core.errors import StackWiseError
 from stackwise_core.model.rack_builder import count_parameters
 from stackwise_core.objectives.make_batch import validation_batch
@@ -53,7 +49,7 @@ class CacheMismatchError(StackWiseError):
 
 
 def build_stack(stage: Stage) -> Ref | None:
-    """Describe the new stack: operator, source, seed, and the digest of its initial tensors; the anneal adds none."""
+    """Describe the new stack: operator, source, seed, digest of its initial tensors. Returns None for the anneal."""
     recipe = stage.plan.build
     if recipe is None:
         return None
@@ -67,9 +63,9 @@ def build_stack(stage: Stage) -> Ref | None:
 
 
 def configure_trunk(stage: Stage) -> Ref:
-    """Describe the rack as this stage finds it: stacks in order, precision, adapters, what trains.
+    """Describe the trunk: stacks in order, precision, adapters, what trains.
 
-    It holds only what the recipe decides, because stages of other modes share it by its id.
+    The artifact holds only what its recipe decides, because stages of other modes share it.
     """
     spec, recipe = stage.plan.spec, stage.plan.trunk
     trains = recipe.trains or ("nothing",) * len(spec.trunk)
@@ -95,7 +91,7 @@ def configure_trunk(stage: Stage) -> Ref:
 
 
 def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
-    """Train the live part of the rack on its boundary, cached or live, from the last checkpoint if there is one."""
+    """Train the live stacks on their boundary, cached or live, from the last checkpoint if there is one."""
     inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.below)]
     inputs += [*([build] if build else []), trunk, *store_below(stage)]
     spec, shape = stage.plan.spec, stage.plan.shape
@@ -130,7 +126,7 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
 def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
     """Return hooks that report steps as events and write checkpoints to the work folder.
 
-    Of several ranks only the first reports and writes; its checkpoint of the last step is the result.
+    Only the first rank reports and writes; its checkpoint of the last step is the result.
     """
     optim = stage.plan.spec.optim
     n_tokens = optim.batch_size * stage.config.data.seq_len
@@ -155,10 +151,10 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
 
 
 def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers) -> Ref | None:
-    """Write the boundary that the next stage reads; None where it is not read, or must not be cached.
+    """Write the boundary that the next stage reads; returns None if it is not read, or must not be cached.
 
-    The boundary below, if it is stored, moves up by one stack; otherwise everything is derived from tokens. `workers`
-    starts the workers that fill the store where `cache.fill_workers` is above 1.
+    It is computed from the boundary below if that is stored, otherwise from tokens. `workers` starts the workers that
+    fill the store if `cache.fill_workers` is above 1.
     """
     recipe = stage.plan.activations
     if recipe is None:
@@ -174,7 +170,7 @@ def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers
         rows = rows_to_store(stage)
         with boundary_above(stage) as (source, origin):
             parallel = stage.config.cache.fill_workers > 1
-            write = by_workers(stage, workers) if parallel else partial(write_shards, rows, source)
+            write = partial(write_by_workers, stage, workers) if parallel else partial(write_shards, rows, source)
             counts, checksums = fill_store(write, folder, rows, on_progress, stop_requested)
             with StoreReader(folder, checksums) as stored:
                 error = stored_error(stored, source, rows.sample(_ERROR_ROWS))
@@ -189,8 +185,7 @@ def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers
 def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
     """Measure the losses of the rack so far, and compare cached rows with what tokens give.
 
-    Raises:
-        CacheMismatchError: they differ; the store is in quarantine/ and will be remade.
+    Raises `CacheMismatchError` if they differ: the store is in quarantine, and the next run remakes it.
     """
     inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.below), stack]
     inputs += [activations] if activations else []
@@ -205,10 +200,9 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
 
 
 def compare_store(stage: Stage, ref: Ref) -> tuple[int, list[tuple[int, int]]]:
-    """Derive sampled rows of a store again from tokens, through the whole rack.
+    """Recompute sampled rows of a store from tokens, through the whole rack.
 
-    Returns:
-        How many rows were compared, and the (sequence id, view) pairs that differ.
+    Returns the number of rows that were compared, and the (sequence id, view) pairs that differ.
     """
     rows = rows_to_store(stage)
     sample = rows.sample(stage.plan.validation.sampled_rows)
@@ -236,7 +230,9 @@ def _losses(stage: Stage) -> Facts:
     plans, anatomy = stage.so_far, stage.plan.spec.anatomy
     objective = stage.config.training.progressive.training_objective
     rows = np.arange(min(len(sequences), stage.plan.validation.sequences))
-    masks = _validation_masks(stage)
+    mask = stage.plan.stack.mask
+    # The stage's own corruption, then those at which all stages are compared.
+    masks = [mask, *(mask.at_ratio(ratio) for ratio in stage.plan.validation.grid)] if mask else [None]
     own, *grid = judge_rack(
         load_embedding(stage.artifacts, plans).to(stage.device),
         # Loaded one by one, so that memory does not grow with the rack.
@@ -254,9 +250,3 @@ def _losses(stage: Stage) -> Facts:
         if mask and loss["loss_positions"]
     }
     return {"validation_sequences": len(rows), **own, **({"by_mask_ratio": by_ratio} if by_ratio else {})}
-
-
-def _validation_masks(stage: Stage) -> list[MaskSpec | None]:
-    """Return the stage's own corruption, then those at which all stages are compared."""
-    own = stage.plan.stack.mask
-    return [own, *(own.at_ratio(ratio) for ratio in stage.plan.validation.grid)] if own else [own]

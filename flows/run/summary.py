@@ -5,15 +5,15 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from flows.run.numbers import clock, loss, parameters, size
-from stackwise_core.stages.identity import Kind
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from storage.artifacts import Artifacts, State
-from storage.manifest import Manifest, read_manifest
+from storage.demand import TASK_KINDS
+from storage.manifest import read_manifest
 from storage.midstage import bytes_written, step_reached
 
 
 class StageSummary(BaseModel, frozen=True):
-    """The result of one stage. A number that is not known yet is None."""
+    """The result of one stage; a number that is not known yet is None."""
 
     stage: int
     name: str
@@ -23,7 +23,6 @@ class StageSummary(BaseModel, frozen=True):
     artifacts: dict[str, str]
     """Name of each artifact by kind."""
     steps: int
-    """Number of training steps."""
     steps_kept: int | None = None
     """Steps in the checkpoint of an unfinished training; None if there is no checkpoint."""
     bytes_kept: int = 0
@@ -45,7 +44,6 @@ class StageSummary(BaseModel, frozen=True):
     seconds: float | None = None
     """Duration of all five tasks [s]."""
     tokens_per_second: int | None = None
-    """Training speed."""
     cache_bytes: int | None = None
     """Size of the store that this stage wrote, even if it was retired since."""
     cache_note: str = ""
@@ -88,16 +86,17 @@ def summarise(artifacts: Artifacts, plan: RunPlan) -> list[StageSummary]:
 
 
 def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
-    kinds: list[Kind] = [kind for kind in _KINDS if stage.recipe(kind) is not None]
+    kinds = [kind for kind in TASK_KINDS.values() if stage.recipe(kind) is not None]
     states = {kind: artifacts.state(stage.ref(kind)) for kind in kinds}
-    manifests = {kind: found for kind in kinds if (found := _manifest(artifacts, stage, kind, states[kind]))}
+    made = [stage.ref(kind) for kind in kinds if states[kind] in (State.SEALED, State.RETIRED)]
+    manifests = {ref.kind: read_manifest(artifacts.folder(ref), ref) for ref in made}
     facts = {kind: manifest.facts for kind, manifest in manifests.items()}
     stack, cache, validation = (facts.get(kind, {}) for kind in ("stack", "activations", "validation"))
     seconds = [found.get("seconds", 0.0) for found in facts.values()]
     return StageSummary(
         stage=stage.index,
         name=stage.spec.name,
-        states={kind: states[kind].value if kind in states else "none" for kind in _KINDS},
+        states={kind: states[kind].value if kind in states else "none" for kind in TASK_KINDS.values()},
         artifacts={kind: stage.ref(kind).name for kind in kinds},
         steps=stage.stack.optim.steps,
         steps_kept=None if stack else step_reached(artifacts, stage.ref("stack")),
@@ -115,12 +114,3 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         cache_bytes=manifests["activations"].n_bytes if "activations" in manifests else None,
         cache_note=f"from {cache['from']}" if cache else stage.no_cache_reason,
     )
-
-
-def _manifest(artifacts: Artifacts, stage: StagePlan, kind: Kind, state: State) -> Manifest | None:
-    if state not in (State.SEALED, State.RETIRED):
-        return None
-    return read_manifest(artifacts.folder(stage.ref(kind)), stage.ref(kind))
-
-
-_KINDS: tuple[Kind, ...] = ("build", "trunk", "stack", "activations", "validation")

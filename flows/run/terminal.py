@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,25 +24,58 @@ from flows.run.events import (
     StageOpened,
     StepTaken,
     Subscriber,
-    TaskReused,
     TaskStarted,
 )
 from flows.run.numbers import clock, size
 from flows.run.summary import STAGE_COLUMNS, StageSummary
 
 
-class _Speed:
-    """Tokens per second and time left, from the steps since a task began."""
+@dataclass(frozen=True)
+class _Progress:
+    """What an event says about a stage (-1: the corpus), as the text of a line or beside a bar."""
+
+    stage: int
+    task: str
+    text: str
+    completed: float = 1
+    total: float | None = 1
+    """None: a task has started, and its length is not known yet."""
+
+
+class _Describer:
+    """Says in words what an event means; measures the speed since a task began."""
 
     def __init__(self) -> None:
-        self.began = time.monotonic()
-        self.steps = 0
+        self._began, self._n_steps = time.monotonic(), 0
 
-    def update(self, event: StepTaken) -> tuple[float, float]:
-        """Return (tokens/s, seconds left)."""
-        self.steps += 1
-        elapsed = max(time.monotonic() - self.began, 1e-9)
-        return self.steps * event.n_tokens / elapsed, (event.steps - event.step) * elapsed / self.steps
+    def describe(self, event: Event) -> str | _Progress | None:
+        """Return a text about the whole run, the progress of a stage, or None if there is nothing to show."""
+        match event:
+            case RunStarted():
+                return f"run {event.name}: {event.n_stages} stages in {event.folder}"
+            case DataReady():
+                text = f"{event.n_train:,} training and {event.n_validation:,} validation sequences"
+                return _Progress(-1, "ready", text)
+            case StageOpened():
+                return None
+            case TaskStarted():
+                self._began, self._n_steps = time.monotonic(), 0
+                return _Progress(event.stage, event.task, "", 0, None)
+            case StepTaken():
+                return _Progress(event.stage, "train", self._step(event), event.step, event.steps)
+            case RowsCached():
+                text = f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
+                return _Progress(event.stage, "cache", text, event.n_bytes, event.of_bytes)
+            case StageDone():
+                return _Progress(event.stage, "done", event.summary.line)
+            case Message():
+                return event.text
+
+    def _step(self, event: StepTaken) -> str:
+        self._n_steps += 1
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        speed, left = self._n_steps * event.n_tokens / elapsed, (event.steps - event.step) * elapsed / self._n_steps
+        return f"step {event.step}/{event.steps}, loss {event.loss:.4f}, {speed:,.0f} tokens/s, {clock(left)} left"
 
 
 @contextmanager
@@ -61,52 +95,27 @@ class PlainLines:
     def __init__(self, write: Callable[[str], None] | None = None, seconds_between_steps: float = 10.0) -> None:
         """Write lines with `write`; by default they are printed to stderr."""
         self._write = write or _print_line
-        self.seconds = seconds_between_steps
-        self.speed = _Speed()
-        self.last = 0.0
-        self.n_stages = 0
+        self._seconds = seconds_between_steps
+        self._describer = _Describer()
+        self._last = 0.0
+        self._n_stages = 0
 
     def __call__(self, event: Event) -> None:
         """Write a line about the event, if it is due."""
-        match event:
-            case RunStarted():
-                self.n_stages = event.n_stages
-                self._write(f"run {event.name}: {event.n_stages} stages in {event.folder}")
-            case DataReady():
-                self._write(_sequences(event))
-            case TaskStarted():
-                self.speed = _Speed()
-                self._write_of(event.stage, event.task)
-            case StepTaken():
-                speed, left = self.speed.update(event)
-                if event.step == event.steps or self._is_due():
-                    step = f"step {event.step}/{event.steps}, loss {event.loss:.4f}"
-                    self._write_of(event.stage, f"{step}, {speed:,.0f} tokens/s, {clock(left)} left")
-            case RowsCached():
-                if event.n_bytes == event.of_bytes or self._is_due():
-                    self._write_of(event.stage, f"cached {size(event.n_bytes)} of {size(event.of_bytes)}")
-            case StageDone():
-                self._write_of(event.stage, event.summary.line)
-            case Message():
-                self._write(event.text)
-            case StageOpened() | TaskReused():
-                pass
-
-    def _is_due(self) -> bool:
-        return time.monotonic() - self.last >= self.seconds
-
-    def _write_of(self, stage: int, text: str) -> None:
-        self.last = time.monotonic()
-        self._write(f"stage {stage} ({stage + 1} of {self.n_stages}): {text}" if stage >= 0 else text)
+        if isinstance(event, RunStarted):
+            self._n_stages = event.n_stages
+        said = self._describer.describe(event)
+        if isinstance(said, str):
+            self._write(said)
+        elif said and (said.total in (None, said.completed) or time.monotonic() - self._last >= self._seconds):
+            self._last = time.monotonic()
+            stage = f"stage {said.stage} ({said.stage + 1} of {self._n_stages}): " if said.stage >= 0 else ""
+            self._write(f"{stage}{said.text or said.task}")
 
 
 def _print_line(text: str) -> None:
     with suppress(OSError):  # a reader that is gone must not stop the training
         print(text, file=sys.stderr, flush=True)
-
-
-def _sequences(event: DataReady) -> str:
-    return f"{event.n_train:,} training and {event.n_validation:,} validation sequences"
 
 
 class LiveBars:
@@ -123,56 +132,39 @@ class LiveBars:
             console=console,
         )
         self.live = Live(self.progress, console=console, refresh_per_second=8)
-        self.bars: dict[int, TaskID] = {}
-        self.showing: dict[int, str] = {}
-        self.speed = _Speed()
+        self._bars: dict[int, tuple[str, TaskID]] = {}
+        """Per stage: the task that is shown, and its bar."""
+        self._describer = _Describer()
 
     def __call__(self, event: Event) -> None:
         """Show the event."""
-        match event:
-            case RunStarted():
-                self.console.print(f"[bold]{escape(event.name)}[/]: {event.n_stages} stages in {escape(event.folder)}")
-            case DataReady():
-                self._update(-1, "ready", completed=1, total=1, detail=_sequences(event))
-            case TaskStarted():
-                self.speed = _Speed()
-                self._update(event.stage, event.task, completed=0, total=None, detail="")
-            case StepTaken():
-                speed, left = self.speed.update(event)
-                detail = f"{event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s  {clock(left)} left"
-                self._update(event.stage, "train", completed=event.step, total=event.steps, detail=detail)
-            case RowsCached():
-                detail = f"{size(event.n_bytes)} of {size(event.of_bytes)}"
-                self._update(event.stage, "cache", completed=event.n_bytes, total=event.of_bytes, detail=detail)
-            case StageDone():
-                self._update(event.stage, "done", completed=1, total=1, detail=event.summary.line)
-            case Message():
-                self.console.print(escape(event.text))
-            case StageOpened() | TaskReused():
-                pass
+        said = self._describer.describe(event)
+        if isinstance(said, str):
+            self.console.print(escape(said))
+        elif said:
+            bar = self._bar_of(said)
+            self.progress.update(bar, completed=said.completed, total=said.total, detail=said.text)
 
-    def _update(self, stage: int, task: str, *, completed: float, total: float | None, detail: str) -> None:
-        name = f"stage {stage}" if stage >= 0 else "corpus"
-        description = f"{name:<9}{task:<9}"
-        if self.showing.get(stage) != task:  # a new bar for a new task, since rich cannot reset one to unknown length
-            if stage in self.bars:
-                self.progress.remove_task(self.bars[stage])
-            self.bars[stage] = self.progress.add_task(description, total=total, detail=detail)
-            self.showing[stage] = task
-        self.progress.update(self.bars[stage], completed=completed, total=total, detail=detail)
+    def _bar_of(self, said: _Progress) -> TaskID:
+        """Return the bar of a task; each task gets a new one, because rich cannot reset a bar to unknown length."""
+        task, bar = self._bars.get(said.stage, ("", None))
+        if bar is not None and task == said.task:
+            return bar
+        if bar is not None:
+            self.progress.remove_task(bar)
+        name = f"stage {said.stage}" if said.stage >= 0 else "corpus"
+        bar = self.progress.add_task(f"{name:<9}{said.task:<9}", total=said.total, detail=said.text)
+        self._bars[said.stage] = said.task, bar
+        return bar
 
 
 def stage_tables(summaries: list[StageSummary]) -> Group:
     """Return the stage table and, if mask ratios differ, a table of losses at the ratios that all stages share."""
-    by_ratio = _ratio_table(summaries)
-    return Group(_stage_table(summaries), *(["", by_ratio] if by_ratio else []))
-
-
-def _stage_table(summaries: list[StageSummary]) -> Table:
-    table = plain_table(*STAGE_COLUMNS)
+    stages = plain_table(*STAGE_COLUMNS)
     for summary in summaries:
-        table.add_row(*summary.cells)
-    return table
+        stages.add_row(*summary.cells)
+    by_ratio = _ratio_table(summaries)
+    return Group(stages, *(["", by_ratio] if by_ratio else []))
 
 
 def _ratio_table(summaries: list[StageSummary]) -> Table | None:

@@ -1,0 +1,184 @@
+"""Looking after artifacts: find one, verify checksums and cached rows, collect garbage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flows.run.numbers import size
+from stackwise_core.errors import ConfigError, Fault
+from storage.artifacts import Artifacts, State, artifacts_at
+from storage.collect import Collection, collect, in_use_by, leftovers, plan_collection
+from storage.errors import ArtifactError, ArtifactMissingError
+from storage.manifest import RETIRED, read_manifest
+from storage.runs import Attempt, find_run, run_names
+
+
+def find_artifact(artifacts: Artifacts, uri: str) -> Path:
+    """Return the folder of an artifact given by path, by name, or by a unique prefix of its name.
+
+    Raises:
+        ArtifactError: there is no such artifact, or it was never sealed.
+        ConfigError: the prefix is ambiguous.
+    """
+    if (Path(uri) / "manifest.json").exists():
+        return Path(uri).absolute()
+    name = Path(uri).name
+    found = [folder for folder in artifacts.everything() if folder.name.startswith(name)]
+    exact = [folder for folder in found if folder.name == name]
+    if not found:
+        if Path(uri).is_dir():
+            read_manifest(Path(uri))  # raises, because it has no manifest
+        runs = ", ".join(run_names(artifacts)) or "none"
+        remedy = f"See `stackwise status RUN`; runs: {runs}"
+        raise ArtifactMissingError(uri, f"is no artifact in {artifacts.uri}", remedy)
+    if len(exact or found) != 1:
+        names = ", ".join(folder.name for folder in found[:5])
+        raise ConfigError([Fault("URI", repr(uri), f"{len(found)} artifacts begin so in {artifacts.uri}: {names}")])
+    return (exact or found)[0]
+
+
+# ---------------------------------------------------------------- verify
+
+
+@dataclass
+class Verification:
+    """Result of a verification."""
+
+    n_artifacts: int
+    n_bytes: int = 0
+    n_rows: int = 0
+    """Cached rows that were recomputed from tokens."""
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """One line for the user."""
+        verdict = f"{len(self.problems)} problems" if self.problems else "all as sealed"
+        counts = f"{self.n_artifacts} artifacts, {size(self.n_bytes)} read"
+        return f"{verdict}: {counts}, {self.n_rows} cached rows derived again from tokens"
+
+
+def verify(root: str, what: str | None, on_artifact: Callable[[str], None]) -> Verification:
+    """Verify one artifact, the artifacts of a run, or everything: checksums, and sampled cache rows from tokens.
+
+    Args:
+        root: the artifacts folder.
+        what: an artifact or a run; None verifies everything.
+        on_artifact: called with a line for each artifact, as soon as its bytes are read.
+    """
+    artifacts = artifacts_at(root).existing()
+    folders, runs = _chosen(artifacts, what)
+    result = Verification(len(folders))
+    if what is None and not artifacts.is_remote:
+        try:
+            result.notes = leftovers(artifacts)
+        except ArtifactError as error:
+            result.problems.append(str(error))
+    for folder in folders:
+        found, n_bytes = artifacts.verify(folder)
+        result.problems += found
+        result.n_bytes += n_bytes
+        on_artifact(f"{'BAD ' if found else 'ok  '}{folder.name}{' (retired)' if (folder / RETIRED).exists() else ''}")
+    if what is None or what in run_names(artifacts):
+        result.problems += [problem for run in runs for problem in _missing(artifacts, run)]
+    if not result.problems:  # rows of damaged stores or weights would only repeat the problems
+        names = {folder.name for folder in folders}
+        for run in runs:
+            result.n_rows += _recompute_rows(artifacts, run, names, result.problems)
+    return result
+
+
+def _chosen(artifacts: Artifacts, what: str | None) -> tuple[list[Path], list[Attempt]]:
+    """Return the folders to verify, and the runs from which their stores can be recomputed."""
+    every_run = [find_run(artifacts, name) for name in run_names(artifacts)]
+    if what is None:
+        return artifacts.everything(), every_run
+    named = [run for run in every_run if run.name == what]
+    if not named:
+        return [find_artifact(artifacts, what)], every_run
+    return [artifacts.folder(ref) for ref in named[0].plan.recipes if artifacts.is_there(ref)], named
+
+
+def _missing(artifacts: Artifacts, run: Attempt) -> list[str]:
+    """Return which artifacts of a completed run are missing or have lost their manifest."""
+    if run.outcome is None or run.outcome["state"] != "done":
+        return []
+    kept = {"stack", "validation"} | ({"activations"} if run.config.cache.keep == "all" else set())
+    remedy = f"run `stackwise train` with the configuration of {run.name} again: it will be made"
+    problems: list[str] = []
+    for ref in run.plan.recipes:
+        if ref.kind == "data" or artifacts.state(ref) is not State.ABSENT:
+            continue
+        if ref.kind in kept or artifacts.is_there(ref):
+            found = "has no manifest" if artifacts.is_there(ref) else "missing"
+            problems.append(f"{artifacts.where(ref)}: {found}, though run {run.name} was done; {remedy}")
+    return problems
+
+
+def _recompute_rows(artifacts: Artifacts, run: Attempt, chosen: set[str], problems: list[str]) -> int:
+    """Recompute sampled rows of a run's stores from tokens, add what differs to the problems, and count the rows."""
+    from flows.run.stage import Stage  # these import torch
+    from flows.run.steps import compare_store
+
+    n_rows = 0
+    plan = run.plan
+    for ref in plan.recipes:
+        if ref.kind != "activations" or ref.name not in chosen or artifacts.state(ref) is not State.SEALED:
+            continue
+        stage = Stage(
+            config=run.config,
+            root=artifacts.uri,
+            corpus=plan.data.corpus,
+            corpus_bytes=plan.corpus_bytes,
+            index=ref.stage,
+        )
+        checked, differing = compare_store(stage, ref)
+        n_rows += checked
+        if differing:
+            what = f"{len(differing)} of {checked} sampled rows differ from tokens: {differing[:5]}"
+            problems.append(f"{artifacts.where(ref)}: {what}")
+    return n_rows
+
+
+# ---------------------------------------------------------------- garbage
+
+
+def collect_garbage(artifacts: Artifacts, keep_last: int | None, *, superseded: bool, dry_run: bool) -> Collection:
+    """Remove what no run reaches, or with `dry_run` only list it.
+
+    Args:
+        artifacts: the artifacts folder.
+        keep_last: only this many runs count, the newest; the records of the others are removed too.
+        superseded: of each run, only the newest attempt counts.
+        dry_run: remove nothing.
+
+    Raises:
+        RunBusyError: a run or another gc is active.
+        ArtifactCorruptError: a record that says what must be kept is damaged.
+    """
+    if keep_last is not None and keep_last < 0:
+        raise ConfigError([Fault("--keep-last", str(keep_last), "a number of runs, 0 or more")])
+    run = plan_collection if dry_run else collect
+    collection = run(artifacts, keep_last, newest_only=superseded)
+    if dry_run and not artifacts.is_remote and (others := in_use_by(artifacts)):
+        collection.notes.append(f"now it would be refused: {artifacts.uri} is in use by {others}")
+    return collection
+
+
+def removal_lines(artifacts: Artifacts, collection: Collection) -> list[str]:
+    """Return a line for each removal: its size, its path and the reason."""
+    paths = [str(removal.path.relative_to(artifacts.root)) for removal in collection.removals]
+    width = max(map(len, paths), default=0)
+    return [
+        f"{size(removal.n_bytes):>10}  {path:<{width}}  {removal.why}"
+        for path, removal in zip(paths, collection.removals, strict=True)
+    ]
+
+
+def bytes_freed(collection: Collection, *, dry_run: bool) -> str:
+    """Return a sentence that says how much was, or would be, freed."""
+    verb = "would be freed; nothing was removed" if dry_run else "freed"
+    return f"{size(collection.n_bytes)} ({collection.n_bytes:,} bytes) {verb}"
