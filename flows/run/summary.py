@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from flows.run.numbers import clock, loss, parameters, size
+from stackwise_core.stages.identity import Kind
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from storage.artifacts import Artifacts, State
 from storage.demand import TASK_KINDS
@@ -86,7 +87,7 @@ def summarise(artifacts: Artifacts, plan: RunPlan) -> list[StageSummary]:
 
 
 def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
-    kinds = [kind for kind in TASK_KINDS.values() if stage.recipe(kind) is not None]
+    kinds: list[Kind] = [kind for kind in TASK_KINDS.values() if stage.recipe(kind) is not None]
     states = {kind: artifacts.state(stage.ref(kind)) for kind in kinds}
     made = [stage.ref(kind) for kind in kinds if states[kind] in (State.SEALED, State.RETIRED)]
     manifests = {ref.kind: read_manifest(artifacts.folder(ref), ref) for ref in made}
