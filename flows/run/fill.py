@@ -61,11 +61,7 @@ def fill_shard(stage: Stage, writer: StoreWriter, shard: ShardRange) -> dict[str
 def write_by_workers(
     stage: Stage, workers: Workers, writer: StoreWriter, wanted: Iterator[ShardRange]
 ) -> Generator[ShardRange]:
-    """Fill the store of a stage by workers; see `storage.activations.fill.WriteShards`.
-
-    Raises:
-        WorkerDiedError: a worker was killed; the shards that are written stay.
-    """
+    """Fill the store of a stage by workers, as a `WriteShards`; raises `WorkerDiedError` if one is killed."""
     n_workers = stage.config.cache.fill_workers
     try:
         with workers(stage) as submit:
@@ -113,12 +109,9 @@ def check_runner(config: StackWiseConfig) -> None:
         raise ConfigError([Fault(_RUNNER, repr(runner), remedy)])
 
 
-# ---------------------------------------------------------------- workers without Prefect
-
-
 @contextlib.contextmanager
 def plain_workers(stage: Stage) -> Generator[Submit]:
-    """Start the workers of a stage in Python's own pools."""
+    """Start the workers of a stage in Python's own pools, without Prefect."""
     n_workers = stage.config.cache.fill_workers
     if stage.config.cache.task_runner == "processes":
         spawn = multiprocessing.get_context("spawn")

@@ -16,12 +16,7 @@ from storage.runs import Attempt, find_run, run_names
 
 
 def find_artifact(artifacts: Artifacts, uri: str) -> Path:
-    """Return the folder of an artifact given by path, by name, or by a unique prefix of its name.
-
-    Raises:
-        ArtifactError: there is no such artifact, or it was never sealed.
-        ConfigError: the prefix is ambiguous.
-    """
+    """Return the folder of an artifact given by path, by name, or by a unique prefix of its name."""
     if (Path(uri) / "manifest.json").exists():
         return Path(uri).absolute()
     name = Path(uri).name
@@ -62,12 +57,9 @@ class Verification:
 
 
 def verify(root: str, what: str | None, on_artifact: Callable[[str], None]) -> Verification:
-    """Verify one artifact, the artifacts of a run, or everything: checksums, and sampled cache rows from tokens.
+    """Verify checksums, and sampled cache rows from tokens, of an artifact, of a run or (None) of everything.
 
-    Args:
-        root: the artifacts folder.
-        what: an artifact or a run; None verifies everything.
-        on_artifact: called with a line for each artifact, as soon as its bytes are read.
+    `on_artifact` is called with a line for each artifact, as soon as its bytes are read.
     """
     artifacts = artifacts_at(root).existing()
     folders, runs = _chosen(artifacts, what)
@@ -149,15 +141,8 @@ def _recompute_rows(artifacts: Artifacts, run: Attempt, chosen: set[str], proble
 def collect_garbage(artifacts: Artifacts, keep_last: int | None, *, superseded: bool, dry_run: bool) -> Collection:
     """Remove what no run reaches, or with `dry_run` only list it.
 
-    Args:
-        artifacts: the artifacts folder.
-        keep_last: only this many runs count, the newest; the records of the others are removed too.
-        superseded: of each run, only the newest attempt counts.
-        dry_run: remove nothing.
-
-    Raises:
-        RunBusyError: a run or another gc is active.
-        ArtifactCorruptError: a record that says what must be kept is damaged.
+    With `keep_last` only that many runs count, the newest, and the records of the others are removed too; with
+    `superseded` only the newest attempt of each run counts. Raises `RunBusyError` if a run or another gc is active.
     """
     if keep_last is not None and keep_last < 0:
         raise ConfigError([Fault("--keep-last", str(keep_last), "a number of runs, 0 or more")])

@@ -91,11 +91,8 @@ def _decode_event(line: str) -> StepTaken | Message | None:
 def train_by_ranks(stage: Stage, build: Ref | None, folder: Path) -> Trained:
     """Train a stage by `hardware.processes` processes, which end when this thread does, even if it is killed.
 
-    The checkpoint of the last step holds the trained tensors.
-
-    Raises:
-        StageInterruptedError: a stop was requested; a checkpoint was written if training had begun.
-        RankError: a rank failed.
+    The checkpoint of the last step holds the trained tensors. Raises `RankError` if a rank failed, and
+    `StageInterruptedError` if a stop was requested; a checkpoint was written if training had begun.
     """
     job = Job(stage=stage, build=build, folder=folder)
     shutil.rmtree(job.scratch, ignore_errors=True)

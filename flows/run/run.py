@@ -39,17 +39,11 @@ def grow(
     force: str = "",
     add: Callable[[Stage], None] = add_stage,
 ) -> list[StageSummary]:
-    """Complete a run, making only the artifacts that are missing.
+    """Complete a run in the artifacts folder `root`, making only the artifacts that are missing.
 
-    Args:
-        config: checked here.
-        root: the artifacts folder.
-        from_stack: redo the stages from this one on; -1 redoes none.
-        force: redo this task (build, trunk, train, cache, validate) in those stages, or in all.
-        add: adds one stage; the flow passes its own.
-
-    Raises:
-        StackWiseError: one clear message; the same call resumes from the sealed artifacts.
+    `from_stack` redoes the stages from that one on (-1: none), and `force` one task (build, trunk, train, cache,
+    validate) in those stages, or in all. `add` adds one stage; the flow passes its own. Raises `StackWiseError` with
+    one clear message; the same call resumes from the sealed artifacts.
     """
     config.validate()
     use_hardware(config.hardware)  # a missing device fails here, before anything is made

@@ -96,6 +96,11 @@ class Stage(BaseModel, frozen=True):
         return self.run_plan.stages[: self.index]
 
     @property
+    def stacks_below(self) -> list[Ref]:
+        """The stacks that earlier stages made, in order."""
+        return [stage.ref("stack") for stage in self.below]
+
+    @property
     def so_far(self) -> tuple[StagePlan, ...]:
         """The stages up to this one, in order."""
         return self.run_plan.stages[: self.index + 1]
@@ -115,13 +120,8 @@ def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made
     """Make the artifact of a task unless it exists: lock, work, seal.
 
     It may be sealed already: another process was first, or this one died between the seal and Prefect's record of
-    it. A retired artifact that is not needed stays retired.
-
-    Args:
-        stage: its plan has the recipe.
-        task: a key of `storage.demand.TASK_KINDS`.
-        inputs: what `work` reads; their digests go into the manifest.
-        work: fills the work folder, resuming from what a killed attempt left there.
+    it. A retired artifact that is not needed stays retired. `work` fills the work folder, resuming from what a killed
+    attempt left there; the digests of the `inputs` that it reads go into the manifest.
     """
     kind = TASK_KINDS[task]
     ref, artifacts = stage.plan.ref(kind), stage.artifacts

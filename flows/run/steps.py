@@ -45,9 +45,6 @@ class CacheMismatchError(StackWiseError):
     """Cached rows differ from what the live rack computes; the store was quarantined."""
 
 
-# ---------------------------------------------------------------- build, trunk
-
-
 def build_stack(stage: Stage) -> Ref | None:
     """Describe the new stack: operator, source, seed, digest of its initial tensors. Returns None for the anneal."""
     recipe = stage.plan.build
@@ -59,7 +56,7 @@ def build_stack(stage: Stage) -> Ref | None:
         write_text(folder / "build.json", json.dumps(description, indent=1))
         return Made({"operator": recipe.operator, "blocks": recipe.n_blocks})
 
-    return make(stage, "build", [below.ref("stack") for below in stage.below[-1:]], work)
+    return make(stage, "build", stage.stacks_below[-1:], work)
 
 
 def configure_trunk(stage: Stage) -> Ref:
@@ -84,16 +81,12 @@ def configure_trunk(stage: Stage) -> Ref:
         write_text(folder / "trunk.json", json.dumps({"strategy": recipe.strategy, "stacks": entries}, indent=1))
         return Made({"strategy": recipe.strategy, "stacks": len(entries)})
 
-    return make(stage, "trunk", [below.ref("stack") for below in stage.below], work)
-
-
-# ---------------------------------------------------------------- train
+    return make(stage, "trunk", stage.stacks_below, work)
 
 
 def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
     """Train the live stacks on their boundary, cached or live, from the last checkpoint if there is one."""
-    inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.below)]
-    inputs += [*([build] if build else []), trunk, *store_below(stage)]
+    inputs = [stage.run_plan.data_ref, *stage.stacks_below, *([build] if build else []), trunk, *store_below(stage)]
     spec, shape = stage.plan.spec, stage.plan.shape
 
     def work(folder: Path) -> Made:
@@ -147,9 +140,6 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
     )
 
 
-# ---------------------------------------------------------------- cache
-
-
 def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers) -> Ref | None:
     """Write the boundary that the next stage reads; returns None if it is not read, or must not be cached.
 
@@ -161,7 +151,6 @@ def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers
         if stage.index + 1 < len(stage.run_plan.stages):  # the last stage never has a cache
             emit(Message(f"stage {stage.index} caches nothing: {stage.plan.no_cache_reason}"))
         return None
-    stacks = [*(below.ref("stack") for below in stage.below), stack]
 
     def on_progress(n_bytes: int, of_bytes: int) -> None:
         emit(RowsCached(stage.index, n_bytes, of_bytes))
@@ -176,10 +165,7 @@ def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers
                 error = stored_error(stored, source, rows.sample(_ERROR_ROWS))
         return Made({"from": origin, "boundary": recipe.boundary, **counts, "error": error}, checksums)
 
-    return make(stage, "cache", [stage.run_plan.data_ref, *stacks], work)
-
-
-# ---------------------------------------------------------------- validate
+    return make(stage, "cache", [stage.run_plan.data_ref, *stage.stacks_below, stack], work)
 
 
 def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
@@ -187,8 +173,6 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
 
     Raises `CacheMismatchError` if they differ: the store is in quarantine, and the next run remakes it.
     """
-    inputs = [stage.run_plan.data_ref, *(below.ref("stack") for below in stage.below), stack]
-    inputs += [activations] if activations else []
 
     def work(folder: Path) -> Made:
         compared = _check_store(stage, activations) if activations else {"cache": "none"}
@@ -196,6 +180,7 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
         write_text(folder / "report.json", json.dumps(facts, indent=1))
         return Made(facts)
 
+    inputs = [stage.run_plan.data_ref, *stage.stacks_below, stack, *([activations] if activations else [])]
     return make(stage, "validate", inputs, work)
 
 
