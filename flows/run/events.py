@@ -46,6 +46,14 @@ class TaskStarted:
 
 
 @dataclass(frozen=True)
+class TaskReused:
+    """The artifact of a task existed already."""
+
+    stage: int
+    task: str
+
+
+@dataclass(frozen=True)
 class StepTaken:
     """One optimizer step, on `n_tokens` tokens."""
 
@@ -80,7 +88,7 @@ class Message:
     text: str
 
 
-Event = RunStarted | DataReady | StageOpened | TaskStarted | StepTaken | RowsCached | StageDone | Message
+Event = RunStarted | DataReady | StageOpened | TaskStarted | TaskReused | StepTaken | RowsCached | StageDone | Message
 Subscriber = Callable[[Event], None]
 
 # Module state, because one process runs one run and Prefect calls tasks with plain parameters only.

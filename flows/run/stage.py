@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from flows.run.events import TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
+from flows.run.events import TaskReused, TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.errors import StageInterruptedError
@@ -135,6 +135,7 @@ def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made
     ):
         forced = kind in stage.forced
         if not forced and _is_there(stage, ref):
+            emit(TaskReused(stage.index, task))
             return ref
         emit(TaskStarted(stage.index, task))
         if forced:

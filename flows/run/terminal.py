@@ -24,6 +24,7 @@ from flows.run.events import (
     StageOpened,
     StepTaken,
     Subscriber,
+    TaskReused,
     TaskStarted,
 )
 from flows.run.numbers import clock, size
@@ -56,7 +57,7 @@ class _Describer:
             case DataReady():
                 text = f"{event.n_train:,} training and {event.n_validation:,} validation sequences"
                 return _Progress(-1, "ready", text)
-            case StageOpened():
+            case StageOpened() | TaskReused():
                 return None
             case TaskStarted():
                 self._began, self._n_steps = time.monotonic(), 0
