@@ -14,10 +14,10 @@ from stackwise_core.stages.identity import Ref
 from storage.activations.drift import measure_drift, shared_places
 from storage.activations.metadata import RowIndex, read_metadata
 from storage.artifacts import Artifacts
-from storage.contents import fetch_metadata, open_at
 from storage.errors import ArtifactError
 from storage.manifest import Manifest
 from storage.runs import find_run, run_names
+from storage.stores import fetch_metadata, open_at
 
 
 @dataclass(frozen=True, eq=False)

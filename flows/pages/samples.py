@@ -22,10 +22,10 @@ from storage.activations.metadata import GroupMetadata
 from storage.activations.reader import StoreReader
 from storage.activations.statistics import evenly_spaced
 from storage.artifacts import Artifacts
-from storage.contents import load_sequences
 from storage.errors import ArtifactError
 from storage.manifest import Manifest
 from storage.runs import find_run, run_names
+from storage.sequences import load_sequences
 
 _ROWS: dict[Group, int] = {"train": 4, "validation": 2}
 _POSITIONS = 256

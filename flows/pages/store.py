@@ -18,8 +18,8 @@ from storage.activations import statistics
 from storage.activations.format import GROUP_FOLDERS, Group
 from storage.activations.metadata import GroupMetadata, read_metadata
 from storage.artifacts import Artifacts
-from storage.contents import open_at
 from storage.manifest import Manifest
+from storage.stores import open_at
 
 _NAMED_OUTLIERS = 5
 _WIDE = 8.0

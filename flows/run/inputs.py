@@ -32,9 +32,9 @@ from stackwise_core.training.training import StageInputs, TrainingState, fits, t
 from storage.activations.fill import StoreRows
 from storage.activations.reader import ReusedRows, StoreReader
 from storage.checkpoints import load_channels, load_embedding, load_head, load_stack, load_state
-from storage.contents import open_store
 from storage.demand import advance_source
 from storage.errors import ArtifactCorruptError
+from storage.stores import open_store
 
 _BATCHES_AHEAD = 2
 

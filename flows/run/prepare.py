@@ -19,9 +19,9 @@ from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from stackwise_core.stages.resolve import reads_examples, resolve_order
 from storage.artifacts import Artifacts, State
-from storage.contents import load_sequences, save_sequences
 from storage.errors import StoreSpaceError
 from storage.midstage import bytes_written
+from storage.sequences import load_sequences, save_sequences
 
 
 def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> Ref:

@@ -21,9 +21,9 @@ from stackwise_core.stages.identity import Kind, Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan, plan_run
 from stackwise_core.training.hardware import n_threads, use_hardware
 from storage.artifacts import Artifacts, State, artifacts_at
-from storage.contents import load_sequences
 from storage.demand import TASK_KINDS, compute_demand
 from storage.manifest import fingerprint
+from storage.sequences import load_sequences
 
 GO_ON = "run the same command to go on"
 Facts = dict[str, Any]

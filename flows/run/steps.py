@@ -34,8 +34,8 @@ from stackwise_core.training.training import Hooks, TrainingState, end_stage, tr
 from storage.activations.fill import fill_store, write_shards
 from storage.activations.reader import StoreReader
 from storage.checkpoints import METRICS, load_embedding, load_head, load_stack, save_channels, save_state, save_trained
-from storage.contents import open_store
 from storage.files import write_text
+from storage.stores import open_store
 
 _ERROR_ROWS = 64
 """Rows over which the error of the stored type is measured."""

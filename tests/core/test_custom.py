@@ -14,7 +14,7 @@ from stackwise_core.data.packing import PackedSequences
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.plan import RunPlan, plan_config
 from storage.artifacts import Artifacts
-from storage.contents import load_sequences
+from storage.sequences import load_sequences
 from support.runs import folder_of, grown, manifests, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")

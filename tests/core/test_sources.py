@@ -27,7 +27,7 @@ from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.stages.plan import plan_config, plan_run
 from stackwise_core.stages.resolve import reads_examples
 from storage.artifacts import Artifacts
-from storage.contents import load_sequences
+from storage.sequences import load_sequences
 from support.runs import grown, tiny
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20), min_size=1)

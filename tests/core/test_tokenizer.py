@@ -25,7 +25,7 @@ from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.stages.plan import plan_config, plan_run
 from stackwise_core.stages.resolve import resolve_mask
 from storage.artifacts import Artifacts
-from storage.contents import load_sequences
+from storage.sequences import load_sequences
 from support.runs import grown, tiny, write_corpus
 
 BYTES = ByteTokenizer()

@@ -35,8 +35,8 @@ from stackwise_core.training.trainer import ProgressiveTrainer
 from stackwise_core.training.training import capture, end_stage, tensor_digest, train_stack, train_step
 from storage.artifacts import Artifacts
 from storage.checkpoints import load_embedding, load_head, load_stack
-from storage.contents import load_sequences
 from storage.errors import ArtifactCorruptError
+from storage.sequences import load_sequences
 from support.modes import DUAL, LORA, MODES, G, plan_of
 from support.runs import digests, folder_of, grown, manifests, tiny
 

@@ -25,10 +25,10 @@ from storage.activations.format import shard_path
 from storage.activations.metadata import read_metadata
 from storage.activations.reader import StoreReader
 from storage.artifacts import Artifacts
-from storage.contents import load_sequences
 from storage.files import checksum_file
 from storage.manifest import FileEntry, make_manifest, read_manifest
 from storage.runs import find_run
+from storage.sequences import load_sequences
 from support.runs import folder_of, grown, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")

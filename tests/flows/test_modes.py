@@ -19,7 +19,7 @@ from stackwise_core.training.trainer import ProgressiveTrainer
 from stackwise_core.training.training import tensor_digest
 from storage.artifacts import Artifacts
 from storage.checkpoints import load_channels, load_embedding, load_head, load_stack, load_tensors
-from storage.contents import load_sequences
+from storage.sequences import load_sequences
 from support.modes import MODES, QUANTISED_MODES, G, plan_of
 from support.runs import digests, folder_of, grown, manifests, tiny
 

@@ -22,7 +22,7 @@ from stackwise_core.stages.plan import StagePlan, plan_config
 from stackwise_core.training.training import tensor_digest
 from storage.artifacts import Artifacts
 from storage.checkpoints import load_embedding, load_head, load_stack
-from storage.contents import load_sequences
+from storage.sequences import load_sequences
 from support.runs import grown, manifests, write_corpus
 
 pytestmark = pytest.mark.usefixtures("quick_disk")

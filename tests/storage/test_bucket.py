@@ -24,7 +24,6 @@ from stackwise_core.errors import StageInterruptedError
 from storage import leases, object_store
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.bucket import BucketPlace
-from storage.contents import open_store
 from storage.errors import (
     ArtifactCorruptError,
     ArtifactError,
@@ -35,6 +34,7 @@ from storage.errors import (
 )
 from storage.manifest import InputEntry, Manifest
 from storage.object_store import ObjectStore
+from storage.stores import open_store
 from support.artifacts import CONTENT, LOG, OTHER_CONTENT, PLAN, REF, STAGE, fill_work
 from support.s3_server import KEY, SECRET, Cable, copy_bucket, delete, environment, machine, objects, on, put
 from support.stores import same_bits, small_store

@@ -9,9 +9,9 @@ import pytest
 
 from stackwise_core.errors import ConfigError
 from storage.artifacts import State
-from storage.contents import open_store
 from storage.errors import ArtifactCorruptError, ArtifactError, ArtifactMissingError
 from storage.quarantine import drop, find_quarantined, quarantined, release
+from storage.stores import open_store
 from support.artifacts import CONTENT, LOG, OTHER_CONTENT
 from support.places import (
     OTHER,

@@ -14,8 +14,8 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.stages.plan import plan_run
 from storage.artifacts import Artifacts
-from storage.contents import load_sequences, save_sequences
 from storage.errors import ArtifactCorruptError, ArtifactMissingError, ArtifactUnsealedError
+from storage.sequences import load_sequences, save_sequences
 
 PLAN = plan_run(StackWiseConfig(), "00" * 32)
 REF = PLAN.data_ref
