@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from snapshot import made_on
 from stackwise_core.config import StackWiseConfig
 from support.commands import Result, Run
 from support.runs import digests, grown, made_by_stages, manifests
+from support.snapshot import made_on
 
 pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from snapshot import PARTS, SLOW, differences, made_on, read_fixture
+from support.snapshot import PARTS, SLOW, differences, made_on, read_fixture
 
 pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
 
@@ -23,7 +23,7 @@ def test_what_it_does_is_what_it_did(name: str, monkeypatch: pytest.MonkeyPatch)
         listed = "\n".join(found[:12])
         pytest.fail(
             f"{name}: {len(found)} places differ from the snapshot, the first of them\n{listed}\n"
-            "If that is meant, write it anew as tests/snapshot.py says, and commit its diff.",
+            "If that is meant, write it anew as tests/support/snapshot.py says, and commit its diff.",
             pytrace=False,
         )
 

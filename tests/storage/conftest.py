@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from storage.artifacts import Artifacts
+from support import demand
 from support.places import KINDS, BucketPlace, FolderPlace, Place
 from support.stores import Store, small_store
 
@@ -17,6 +18,12 @@ from support.stores import Store, small_store
 @pytest.fixture
 def artifacts(tmp_path: Path) -> Artifacts:
     return Artifacts(tmp_path / "artifacts").open()
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that the plan of support.demand makes, sealed: to be copied, or put back as it was."""
+    return demand.seal_all(tmp_path_factory.mktemp("template") / "artifacts").root
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
 """What StackWise does, as one JSON document: a small run of every way to grow, and what the commands say of it.
 
-`tests/test_snapshot.py` compares it with `tests/fixtures/snapshot.json`, so that moving code about cannot change what
-the code does unseen. Where a change is meant, write the fixture anew, and read its diff before it is committed:
+`tests/project/test_snapshot.py` compares it with `tests/fixtures/snapshot.json`, so that moving code about cannot
+change what the code does unseen. Where a change is meant, write the fixture anew, and read its diff before it is
+committed:
 
-    OMP_NUM_THREADS=1 PYTHONPATH=. python -m tests.snapshot --write
+    OMP_NUM_THREADS=1 PYTHONPATH=.:tests python -m support.snapshot --write
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import StackWiseError
 from storage.manifest import fingerprint
 
-FIXTURE = Path(__file__).parent / "fixtures" / "snapshot.json"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "snapshot.json"
 
 # ---------------------------------------------------------------- the runs
 
@@ -558,5 +559,5 @@ def write_fixture() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
-        sys.exit("usage: python -m tests.snapshot --write")
+        sys.exit("usage: python -m support.snapshot --write")
     write_fixture()
