@@ -73,7 +73,7 @@ def _sparse_store(folder: Path, spec: GroupSpec) -> dict[str, tuple[int, str]]:
     """Write a store with only the data that opening it and one chunk per shard need."""
     import torch
 
-    from storage.activations.shard import chunk_checksums, encode_shard
+    from storage.activations.shard import encode_shard, shard_file_bytes
 
     nothing = GroupSpec(0, SEQ_LEN, D_MODEL, "bfloat16")
     ids = np.arange(spec.rows, dtype=np.int64)
@@ -82,13 +82,18 @@ def _sparse_store(folder: Path, spec: GroupSpec) -> dict[str, tuple[int, str]]:
     write_metadata(folder / "store.zarr", {}, {"train": train, "validation": empty})
     names = [*metadata_paths("train", spec), *metadata_paths("validation", nothing)]
     files = {name: ((folder / name).stat().st_size, checksum_file(folder / name)) for name in names}
-    whole = encode_shard(spec, torch.zeros(spec.rows_per_shard, SEQ_LEN, D_MODEL, dtype=torch.bfloat16))
+
+    def zeros(n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Lay out a shard of zeros, and return its bytes and the checksums of its chunks."""
+        image = np.empty(shard_file_bytes(spec, n_rows), np.uint8)
+        rows = torch.zeros(n_rows, SEQ_LEN, D_MODEL, dtype=torch.bfloat16)
+        return image, encode_shard(spec, rows, image)
+
+    whole = zeros(spec.rows_per_shard)
     stride = spec.chunk_bytes + 4
     for shard in range(spec.n_shards):
         n_chunks = spec.chunks_in_shard(shard)
-        image = whole
-        if n_chunks != spec.chunks_per_shard:
-            image = encode_shard(spec, torch.zeros(n_chunks, SEQ_LEN, D_MODEL, dtype=torch.bfloat16))
+        image, crcs = whole if n_chunks == spec.chunks_per_shard else zeros(n_chunks)
         path = folder / shard_path("train", shard)
         with path.open("wb") as file:
             file.truncate(image.nbytes)
@@ -98,7 +103,7 @@ def _sparse_store(folder: Path, spec: GroupSpec) -> dict[str, tuple[int, str]]:
         rows = spec.shard_range(shard)
         checksum = "sha256:" + 64 * "0"  # not compared at open
         files[shard_path("train", shard)] = (image.nbytes, checksum)
-        record = Record(rows.start, len(rows), image.nbytes, checksum, chunk_checksums(spec, image)).dump()
+        record = Record(rows.start, len(rows), image.nbytes, checksum, crcs).dump()
         name = record_path("train", shard)
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(record)

@@ -7,7 +7,6 @@ from pathlib import Path
 from stackwise_core.stages.identity import Ref
 from storage.activations.format import is_shard
 from storage.activations.reader import StoreReader
-from storage.activations.shard import ShardObjects
 from storage.artifacts import Artifacts
 from storage.manifest import Manifest
 
@@ -17,7 +16,7 @@ def open_store(artifacts: Artifacts, ref: Ref) -> StoreReader:
     found = artifacts.sealed_folder(ref)
     remote = artifacts.place.range_reader(found)
     folder = artifacts.place.fetch(found, _metadata(found.manifest))
-    return StoreReader(folder, found.manifest.checksums(), objects=ShardObjects(remote) if remote else None)
+    return StoreReader(folder, found.manifest.checksums(), remote=remote)
 
 
 def open_at(artifacts: Artifacts, folder: Path, manifest: Manifest) -> StoreReader:

@@ -79,9 +79,12 @@ def measure_drift(reads: Sequence[ReadRows], places: Sequence[IntArray]) -> Drif
             products[i, j] += centred[i].T @ centred[j]
             same_width = means[i].size == means[j].size
             cosines[i, j] += (units[i] * units[j]).sum() if same_width else np.nan
-    squares = {pair: float((product**2).sum()) for pair, product in products.items()}
-    cosine = _symmetric(cosines / (n_tokens or np.nan))
-    return Drift(len(places[0]), n_tokens, _normalised(squares, n_stores), cosine)
+    squares = np.zeros((n_stores, n_stores))
+    for pair, product in products.items():
+        squares[pair] = (product**2).sum()
+    scales = np.sqrt(np.outer(squares.diagonal(), squares.diagonal()))
+    cka = np.divide(squares, scales, out=np.full_like(scales, np.nan), where=scales > 0)
+    return Drift(len(places[0]), n_tokens, _symmetric(cka), _symmetric(cosines / (n_tokens or np.nan)))
 
 
 def _tokens(reads: Sequence[ReadRows], places: Sequence[IntArray]) -> Iterator[list[FloatArray]]:
@@ -97,14 +100,6 @@ def _tokens(reads: Sequence[ReadRows], places: Sequence[IntArray]) -> Iterator[l
 def _units(tokens_ND: FloatArray) -> FloatArray:
     norms = np.sqrt((tokens_ND**2).sum(1, keepdims=True))
     return tokens_ND / np.where(norms > 0, norms, 1.0)
-
-
-def _normalised(squares: dict[tuple[int, int], float], n_stores: int) -> FloatArray:
-    matrix = np.full((n_stores, n_stores), np.nan)
-    for (i, j), value in squares.items():
-        scale = np.sqrt(squares[i, i] * squares[j, j])
-        matrix[i, j] = value / scale if scale > 0 else np.nan
-    return _symmetric(matrix)
 
 
 def _symmetric(upper: FloatArray) -> FloatArray:

@@ -75,14 +75,10 @@ def fill_store(
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool],
 ) -> tuple[dict[str, int], dict[str, tuple[int, str]]]:
-    """Write every missing shard of a store.
+    """Write every missing shard of a store in a work folder.
 
-    Args:
-        write: Writes the shards; it gets no further shard once a stop is requested.
-        folder: The work folder.
-        rows: The rows of the store.
-        on_progress: Called with (bytes on disk, bytes in all) after every shard.
-        should_stop: Called after every shard; shards that are already computed are still written.
+    After every shard, `on_progress` gets (bytes on disk, bytes in all), and `should_stop` is asked. If it returns True,
+    `write` gets no further shard, but still writes those that it has computed.
 
     Returns:
         The counts train_rows, validation_rows and store_bytes; and (size, checksum) of every file.
@@ -107,9 +103,8 @@ def fill_store(
             failpoint("cache", number)
             stopping = stopping or should_stop()
     if done < total:
-        raise StageInterruptedError(
-            f"stopped on request with {done:,} of {total:,} bytes cached; run the same command to go on"
-        )
+        cached = f"{done:,} of {total:,} bytes cached"
+        raise StageInterruptedError(f"stopped on request with {cached}; run the same command to go on")
     counts = {f"{group}_rows": spec.rows for group, spec in specs.items()}
     counts["store_bytes"] = total + sum(statistic.nbytes for statistic in rows.channels or ()) * len(specs)
     return counts, writer.files()
@@ -118,9 +113,22 @@ def fill_store(
 def write_shards(
     rows: StoreRows, source: RowSource, writer: StoreWriter, wanted: Iterator[ShardRange]
 ) -> Generator[ShardRange]:
-    """Compute shards one after another, in buffers that are reused, and write them; see `WriteShards`."""
+    """Compute shards in reused buffers, and write each while the next is computed; see `WriteShards`."""
     memory = cycle([_memory(writer.specs.values()) for _ in range(_WRITTEN_AT_ONCE + 1)])
-    return _write_behind(writer, ((shard, _compute(rows, shard, source, next(memory))) for shard in wanted))
+    with ThreadPoolExecutor(_WRITTEN_AT_ONCE, "disk") as disk:
+        behind: deque[tuple[ShardRange, Future[None]]] = deque()
+        for shard in wanted:
+            computed = _compute(rows, shard, source, next(memory))
+            behind.append((shard, disk.submit(writer.write_shard, shard, computed)))
+            if len(behind) > _WRITTEN_AT_ONCE:
+                yield _written(*behind.popleft())
+        while behind:
+            yield _written(*behind.popleft())
+
+
+def _written(shard: ShardRange, future: Future[None]) -> ShardRange:
+    future.result()  # raises what the writing raised
+    return shard
 
 
 def write_shard(rows: StoreRows, source: RowSource, writer: StoreWriter, shard: ShardRange) -> None:
@@ -128,34 +136,13 @@ def write_shard(rows: StoreRows, source: RowSource, writer: StoreWriter, shard: 
     writer.write_shard(shard, _compute(rows, shard, source, _memory([writer.specs[shard.group]])))
 
 
-def _write_behind(
-    writer: StoreWriter, computed: Iterator[tuple[ShardRange, torch.Tensor | Quantised]]
-) -> Generator[ShardRange]:
-    """Write shards while the next one is computed, and yield each in order once it is on the disk."""
-    with ThreadPoolExecutor(_WRITTEN_AT_ONCE, "disk") as disk:
-        behind: deque[tuple[ShardRange, Future[None]]] = deque()
-        for shard, rows in computed:
-            behind.append((shard, disk.submit(writer.write_shard, shard, rows)))
-            if len(behind) > _WRITTEN_AT_ONCE:
-                yield _arrived(*behind.popleft())
-        while behind:
-            yield _arrived(*behind.popleft())
-
-
-def _arrived(shard: ShardRange, written: Future[None]) -> ShardRange:
-    written.result()  # raises what the writing raised
-    return shard
-
-
 def _memory(specs: Iterable[GroupSpec]) -> list[torch.Tensor]:
     """Allocate a buffer for each array of any shard; allocating one per shard would cost as much as filling it."""
-    return [
-        torch.empty(
-            (max(len(spec.shard_range(0)) for spec in of_groups), of_groups[0].seq_len, of_groups[0].d_model),
-            dtype=of_groups[0].torch_dtype,
-        )
-        for of_groups in zip(*(spec.arrays.values() for spec in specs), strict=True)
-    ]
+    memory: list[torch.Tensor] = []
+    for first, *others in zip(*(spec.arrays.values() for spec in specs), strict=True):
+        n_rows = max(len(spec.shard_range(0)) for spec in (first, *others))
+        memory.append(torch.empty((n_rows, first.seq_len, first.d_model), dtype=first.torch_dtype))
+    return memory
 
 
 def _compute(
@@ -169,9 +156,8 @@ def _compute(
         encoded = (part,) if rows.channels is None else quantise(part, rows.dtype, rows.channels)
         for out, tensor in zip(stored, encoded, strict=True):
             if tensor.shape != (last - first, *out.shape[1:]):  # assignment would broadcast it
-                raise ValueError(
-                    f"{shard}: rows {first}..{last} came as {tuple(tensor.shape)}, not {tuple(out.shape[1:])} each"
-                )
+                found, each = tuple(tensor.shape), tuple(out.shape[1:])
+                raise ValueError(f"{shard}: rows {first}..{last} came as {found}, not {each} each")
             out[first - shard.first_row : last - shard.first_row] = tensor.cpu()
     return stored[0] if rows.channels is None else Quantised(*stored)
 

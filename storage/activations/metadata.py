@@ -194,63 +194,44 @@ def _checked_version(folder: Path, version: object) -> int:
 
 
 def _read_group(folder: Path, name: Group, group: zarr.Group) -> GroupMetadata:
-    def refuse(array: str) -> ArtifactError:
-        found = cast("zarr.Array[Any]", group[array])
-        path, codecs = folder / GROUP_FOLDERS[name] / array / "zarr.json", getattr(found.metadata, "codecs", None)
-        problem = f"{found.dtype}, chunks {found.shards} of {found.chunks} by {codecs} are not this format's"
-        return corrupt(folder, path, problem)
+    def array_of(key: str) -> zarr.Array[Any]:
+        return cast("zarr.Array[Any]", group[key])
 
-    spec = _spec_of(cast("zarr.Array[Any]", group["activations"]))
-    if spec is None:
-        raise refuse("activations")
-    for array, of_array in spec.arrays.items():
-        if not _is_as_written(cast("zarr.Array[Any]", group[array]), array, of_array):
-            raise refuse(array)
-    sequence_id, view = (np.asarray(cast("zarr.Array[Any]", group[key])[:]) for key in ("sequence_id", "view"))
+    path = folder / GROUP_FOLDERS[name]
+    spec = _spec_of(array_of("activations"))
+    for key, of_array in spec.arrays.items():
+        array = array_of(key)
+        codecs = getattr(array.metadata, "codecs", None)
+        found = (array.shape, str(array.dtype), array.shards, codecs)
+        shape, shards = (_shape(of_array, key, rows) for rows in (of_array.rows, of_array.rows_per_shard))
+        if found != (shape, of_array.zarr_name, shards, (codec_chain(of_array, key),)):
+            problem = f"{array.dtype}, chunks {array.shards} of {array.chunks} by {codecs} are not this format's"
+            raise corrupt(folder, path / key / "zarr.json", problem)
+    sequence_id, view = (np.asarray(array_of(key)[:]) for key in ("sequence_id", "view"))
     if len(sequence_id) != spec.rows:
-        path = folder / GROUP_FOLDERS[name] / "activations" / "zarr.json"
-        raise corrupt(folder, path, f"{spec.rows} rows, but {len(sequence_id)} sequence ids")
-    return GroupMetadata(spec, RowIndex(sequence_id, view), _read_channels(group) if spec.is_quantised else None)
+        problem = f"{spec.rows} rows, but {len(sequence_id)} sequence ids"
+        raise corrupt(folder, path / "activations" / "zarr.json", problem)
+    rows, channels = RowIndex(sequence_id, view), None
+    if spec.is_quantised:
+        mean, std = (np.asarray(array_of(key)[:], np.float32) for key in ("channel_mean", "channel_std"))
+        channels = ChannelStatistics(torch.from_numpy(mean), torch.from_numpy(std))
+    return GroupMetadata(spec, rows, channels)
 
 
-def _read_channels(group: zarr.Group) -> ChannelStatistics:
-    arrays = (cast("zarr.Array[Any]", group[name])[:] for name in ("channel_mean", "channel_std"))
-    return ChannelStatistics(*(torch.from_numpy(np.asarray(array, np.float32)) for array in arrays))
-
-
-def _is_as_written(array: zarr.Array[Any], name: Array, spec: GroupSpec) -> bool:
-    return (
-        array.shape == _shape(spec, name, spec.rows)
-        and str(array.dtype) == spec.zarr_name
-        and array.shards == _shape(spec, name, spec.rows_per_shard)
-        and getattr(array.metadata, "codecs", None) == (codec_chain(spec, name),)
-    )
-
-
-def _spec_of(array: zarr.Array[Any]) -> GroupSpec | None:
-    """Derive the spec from an array's shapes, or return None if no spec has them."""
+def _spec_of(array: zarr.Array[Any]) -> GroupSpec:
+    """Derive the spec from an array; it describes the array only if this format has such chunks and shards."""
     rows, seq_len, d_model = array.shape
     row_bytes = seq_len * d_model * array.dtype.itemsize
     shard_rows = (array.shards or array.chunks)[0]
     names = {name: dtype for dtype, name in ZARR_NAMES.items()}
     dtype = cast("StreamDtype", names.get(str(array.dtype), str(array.dtype)))
-    spec = GroupSpec(rows, seq_len, d_model, dtype, array.chunks[0] * row_bytes, shard_rows * row_bytes)
-    shapes = ((spec.rows_per_shard, seq_len, d_model), (spec.rows_per_chunk, seq_len, d_model))
-    return spec if (array.shards, array.chunks) == shapes else None
+    return GroupSpec(rows, seq_len, d_model, dtype, array.chunks[0] * row_bytes, shard_rows * row_bytes)
 
 
 def open_sealed(folder: Path, files: Files, *, complete: bool) -> tuple[dict[str, Any], dict[Group, GroupMetadata]]:
-    """Read the metadata of a sealed store, checking the sizes of all files and the checksums of the metadata.
+    """Read the metadata of a sealed artifact, after checking its checksums and the sizes of all its files.
 
-    Args:
-        folder: The sealed artifact.
-        files: The files of its manifest.
-        complete: Whether all of them are in the folder, or only the metadata, with the shards in an object store.
-
-    Raises:
-        ArtifactMissingError: The folder does not exist.
-        ArtifactError: A newer version of this program wrote the store.
-        ArtifactCorruptError: A file is missing, differs from what was sealed, or is not listed.
+    If the folder is not `complete`, the shards are in an object store and only the metadata is in the folder.
     """
     if not folder.is_dir():
         raise ArtifactMissingError(folder, "no such activation store", "run the command that makes it")

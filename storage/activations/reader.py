@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from math import prod
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import TYPE_CHECKING, Final, Literal, Self
 
 import numpy as np
 import torch
@@ -17,18 +18,22 @@ from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.model.stream import Quantised, dequantise
 from storage.activations.format import GROUPS, Array, Group, corrupt, parse_record, record_path, shard_path
 from storage.activations.metadata import open_sealed
-from storage.activations.shard import ShardDamageError, ShardObjects, bytes_of
+from storage.activations.shard import ShardDamageError, ShardObject, bytes_of
 from storage.activations.sharded_array import Check, ShardedArray
 from storage.errors import ArtifactError
 from storage.files import Files, checksum_bytes, is_local
 
+if TYPE_CHECKING:
+    from storage.place import RangeReader
+
 Access = Literal["auto", "map", "read"]
 Indices = torch.Tensor | np.ndarray | Sequence[int]
 PAGE_BYTES: Final = 4096
+_REQUESTS_AT_ONCE: Final = 32
 
 
 class RowMissingError(ArtifactError, KeyError):
-    """The store holds no such row."""
+    """The store does not have a row that was asked for."""
 
     # KeyError would print the message in quotes.
     __str__ = Exception.__str__
@@ -43,12 +48,8 @@ class StoreReader:
 
     Several threads may read at once. A reader is a context manager; a read after `close` opens files again.
 
-    Attributes:
-        folder: The artifact.
-        attributes: What the writer was given.
-        train: Layout of the training rows.
-        validation: Layout of the validation rows.
-        dtype: Type of the rows that it returns: float32 if the store is quantised.
+    `attributes` are those that the writer was given, `train` and `validation` the layouts of the two groups, and
+    `dtype` is the type of the rows that are returned: float32 if the store is quantised.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class StoreReader:
         files: Files,
         check: Check = "first_touch",
         access: Access = "auto",
-        objects: ShardObjects | None = None,
+        remote: RangeReader | None = None,
     ) -> None:
         """Open a store, comparing the sizes of all its files and the content of the small ones.
 
@@ -66,20 +67,22 @@ class StoreReader:
             files: The files of its manifest.
             check: When to verify the checksums of chunks.
             access: Map the shards, read them by `pread`, or map them if they are on a local disk and fit into memory.
-            objects: Where the shards are, if not in the folder; closed with the reader, which then cannot be used any
-                more. `access` has no effect.
+            remote: Where the shards are, if not in the folder. Then `access` has no effect, and nothing can be read
+                after `close`.
 
         Raises:
             ArtifactMissingError: The folder does not exist.
             ArtifactError: A newer version of this program wrote the store.
             ArtifactCorruptError: A file is missing, differs from what was sealed, or is not listed.
         """
-        self.folder, self._objects = folder, objects
-        self._place = objects.folder.artifact_uri if objects else folder
-        self.attributes, self._groups = open_sealed(folder, files, complete=objects is None)
+        self.folder = folder
+        self._place = remote.artifact_uri if remote else folder
+        self.attributes, self._groups = open_sealed(folder, files, complete=remote is None)
         self.train, self.validation = (self._groups[group].spec for group in GROUPS)
         self.dtype = torch.float32 if self.train.is_quantised else self.train.torch_dtype
-        mapped = objects is None and (access == "map" or (access == "auto" and _can_map(folder, files)))
+        mapped = remote is None and (access == "map" or (access == "auto" and _can_map(folder, files)))
+        self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, "ranges") if remote else None
+        object_of = functools.partial(ShardObject, remote, self._pool) if remote and self._pool else None
         self._arrays: dict[tuple[Group, Array], ShardedArray] = {}
         for group, metadata in self._groups.items():
             for array, spec in metadata.spec.arrays.items():
@@ -87,22 +90,17 @@ class StoreReader:
                 shards = {name: files[name][0] for name in names}
                 checksums_of = functools.partial(_chunk_checksums, folder, files, group, array)
                 self._arrays[group, array] = ShardedArray(
-                    spec, folder, shards, checksums_of, check, mapped=mapped, objects=objects
+                    spec, folder, shards, checksums_of, check, mapped=mapped, object_of=object_of
                 )
-        if objects:
+        if self._pool:
             try:
                 for array in self._arrays.values():
-                    array.read_indices(objects.pool)
+                    array.read_indices(self._pool)
             except (ShardDamageError, FileNotFoundError) as error:
                 raise self._explained(error) from None
 
     def rows(self, sequence_ids: torch.Tensor | np.ndarray, view: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the rows of some sequences in one view: `[B, T, D]` in `dtype`.
-
-        Args:
-            sequence_ids: int64 `[B]`.
-            view: 0 or more for training rows, `VALIDATION_VIEW` for validation rows.
-            out: As for `read`.
+        """Return the rows of some sequences in one view, by `read`; `VALIDATION_VIEW` means validation rows.
 
         Raises:
             RowMissingError: The store does not have such a row.
@@ -117,13 +115,10 @@ class StoreReader:
         return self.read(group, rows, out)
 
     def read(self, group: Group, row_indices: Indices, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Return rows by their index in the store: `[B, T, D]` in `dtype`, dequantised.
+        """Return the rows of these indices, in any order, in a group: `[B, T, D]` in `dtype`, dequantised.
 
-        Args:
-            group: Training or validation rows.
-            row_indices: int64 `[B]`, in any order; may repeat.
-            out: Contiguous CPU tensor to be filled and returned, best page-aligned (`empty_aligned`); by default a new
-                one. Its content is undefined after an error.
+        They are written to `out` if it is given, best a page-aligned tensor (`empty_aligned`); its content is undefined
+        after an error.
 
         Raises:
             IndexError: The group does not have such a row.
@@ -168,15 +163,13 @@ class StoreReader:
         """Close all files."""
         for array in self._arrays.values():
             array.close()
-        if self._objects:
-            self._objects.close()
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Self:
-        """Return the reader."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close all files."""
         self.close()
 
 
@@ -227,11 +220,7 @@ class ReusedRows:
         turn, n_rows = next(self._turn), len(sequence_ids)
         buffer = self._buffers[turn]
         if buffer is None or len(buffer) < n_rows:
-            buffer = self._buffers[turn] = self._new_buffer(n_rows)
+            shape, dtype = (n_rows, self.reader.train.seq_len, self.reader.train.d_model), self.reader.dtype
+            buffer = torch.empty(shape, dtype=dtype, pin_memory=True) if self.pinned else empty_aligned(shape, dtype)
+            self._buffers[turn] = buffer
         return self.reader.rows(sequence_ids, view, out=buffer[:n_rows])
-
-    def _new_buffer(self, n_rows: int) -> torch.Tensor:
-        shape = (n_rows, self.reader.train.seq_len, self.reader.train.d_model)
-        if self.pinned:
-            return torch.empty(shape, dtype=self.reader.dtype, pin_memory=True)
-        return empty_aligned(shape, self.reader.dtype)

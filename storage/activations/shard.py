@@ -15,7 +15,7 @@ import os
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 CRC_BYTES = 4
 _ENTRY_BYTES = 16
 _NO_CHUNK = np.uint64(2**64 - 1)
-_REQUESTS_AT_ONCE = 32
 
 crc32c: Final[Callable[[np.ndarray], int]] = google_crc32c.value  # pyright: ignore
 """Checksum of contiguous uint8 `[size]`; takes an array because google_crc32c refuses a writable memoryview."""
@@ -113,29 +112,16 @@ class ShardFile:
             raise ShardDamageError(self.path, f"cut off: {got} of {wanted} bytes at offset {offset}")
 
 
-class ShardObjects:
-    """The shards of one store in an object store, and the threads that fetch from them."""
-
-    def __init__(self, folder: RangeReader) -> None:
-        """Start no thread yet."""
-        self.folder = folder
-        self.pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, "ranges")
-
-    def close(self) -> None:
-        """End the threads."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
-
 class ShardObject:
     """A shard in an object store, with the same methods as `ShardFile`.
 
     An object is replaced as a whole or not at all, and its size is compared when the store is opened.
     """
 
-    def __init__(self, objects: ShardObjects, name: str) -> None:
-        """Name the shard; nothing is requested yet."""
-        self.path = objects.folder.uri(name)
-        self._objects, self._name = objects, name
+    def __init__(self, remote: RangeReader, pool: Executor, name: str) -> None:
+        """Name the shard, which the threads of `pool` will fetch; nothing is requested yet."""
+        self.path = remote.uri(name)
+        self._remote, self._pool, self._name = remote, pool, name
 
     def check_size(self) -> None:
         """Do nothing: an object that is too short is noticed when it is read."""
@@ -143,8 +129,7 @@ class ShardObject:
     def will_need(self, offsets: list[int], n_bytes: int) -> ShardObject:
         """Begin to fetch some ranges, and return what to read them from."""
         wanted = sorted(set(offsets))
-        fetched = self._objects.pool.submit(self._fetch, wanted, n_bytes)
-        return _PrefetchedShard(self._objects, self._name, wanted, n_bytes, fetched)
+        return _PrefetchedShard(self, wanted, n_bytes, self._pool.submit(self._fetch, wanted, n_bytes))
 
     def read(self, out: np.ndarray, offset: int) -> None:
         """Fill uint8 `out` with the bytes at `offset`; raises ShardDamageError if there are too few."""
@@ -164,7 +149,7 @@ class ShardObject:
 
     def _fetch(self, offsets: list[int], n_bytes: int) -> list[np.ndarray]:
         try:
-            return self._objects.folder.ranges(self._name, offsets, n_bytes)
+            return self._remote.ranges(self._name, offsets, n_bytes)
         except FileNotFoundError:
             raise ShardDamageError(self.path, "is missing from a sealed artifact") from None
 
@@ -177,10 +162,8 @@ class ShardObject:
 class _PrefetchedShard(ShardObject):
     """A shard of which some ranges have been requested."""
 
-    def __init__(
-        self, objects: ShardObjects, name: str, offsets: list[int], n_bytes: int, fetched: Future[list[np.ndarray]]
-    ) -> None:
-        super().__init__(objects, name)
+    def __init__(self, shard: ShardObject, offsets: list[int], n_bytes: int, fetched: Future[list[np.ndarray]]) -> None:
+        super().__init__(shard._remote, shard._pool, shard._name)
         self._offsets, self._n_bytes, self._fetched = offsets, n_bytes, fetched
 
     def _bytes(self, offset: int, n_bytes: int) -> np.ndarray:
@@ -202,20 +185,15 @@ def shard_file_bytes(spec: GroupSpec, n_rows: int) -> int:
     return n_chunks * (spec.chunk_bytes + CRC_BYTES) + spec.chunks_per_shard * _ENTRY_BYTES + CRC_BYTES
 
 
-def encode_shard(spec: GroupSpec, rows: torch.Tensor, out: np.ndarray | None = None) -> np.ndarray:
-    """Lay out the file of one shard, padding the last chunk with the fill value.
+def encode_shard(spec: GroupSpec, rows: torch.Tensor, shard: np.ndarray) -> np.ndarray:
+    """Fill uint8 `[shard_file_bytes]` with the file of one shard, and return the crc32c of its chunks, uint32.
 
-    Args:
-        spec: The group it belongs to.
-        rows: `[n, T, D]`, contiguous, on the CPU; 1 <= n <= rows_per_shard.
-        out: uint8 `[shard_file_bytes]`, to be filled and returned; by default a new array.
+    `rows` are `[n, T, D]`, contiguous, on the CPU, with 1 <= n <= rows_per_shard. Padding is the fill value.
     """
     data = bytes_of(rows)
     whole, rest = divmod(len(data), spec.rows_per_chunk)
     n_chunks = whole + bool(rest)
     stride = spec.chunk_bytes + CRC_BYTES
-    shard = np.empty(shard_file_bytes(spec, len(rows)), np.uint8) if out is None else out
-
     body = shard[: n_chunks * stride].reshape(n_chunks, stride)
     chunks = body[:, : spec.chunk_bytes]
     n_whole_rows = whole * spec.rows_per_chunk
@@ -233,15 +211,7 @@ def encode_shard(spec: GroupSpec, rows: torch.Tensor, out: np.ndarray | None = N
     index = entries.view(np.uint8).reshape(-1)
     shard[body.size : -CRC_BYTES] = index
     shard[-CRC_BYTES:] = np.array([crc32c(index)], "<u4").view(np.uint8)
-    return shard
-
-
-def chunk_checksums(spec: GroupSpec, shard: np.ndarray) -> np.ndarray:
-    """Return the crc32c of every chunk of a shard that `encode_shard` laid out: uint32 `[n_chunks]`."""
-    stride = spec.chunk_bytes + CRC_BYTES
-    n_chunks = (shard.size - (spec.chunks_per_shard * _ENTRY_BYTES + CRC_BYTES)) // stride
-    ends = shard[: n_chunks * stride].reshape(n_chunks, stride)[:, spec.chunk_bytes :]
-    return np.ascontiguousarray(ends).view("<u4").reshape(-1)
+    return crcs
 
 
 def read_offsets(file: ShardFile | ShardObject, size: int, spec: GroupSpec, n_chunks: int) -> np.ndarray:

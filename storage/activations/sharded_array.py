@@ -17,7 +17,6 @@ from storage.activations.shard import (
     ShardDamageError,
     ShardFile,
     ShardObject,
-    ShardObjects,
     crc32c,
     read_offsets,
 )
@@ -41,18 +40,12 @@ class ShardedArray:
         check: Check,
         *,
         mapped: bool,
-        objects: ShardObjects | None,
+        object_of: Callable[[str], ShardObject] | None,
     ) -> None:
-        """Describe the array; a shard is opened when it is first read.
+        """Describe an array of `shards`, in order {path in the folder: sealed size}; each is opened when first read.
 
-        Args:
-            spec: How rows are cut into chunks and shards.
-            folder: The artifact.
-            shards: Path of every shard relative to the folder, in order -> sealed size in bytes.
-            checksums_of: Returns the sealed crc32c of every chunk of a shard, or an empty array if they are unknown.
-            check: When to verify the checksums of chunks.
-            mapped: Whether to read through mappings.
-            objects: Where the shards are, if not in the folder.
+        `checksums_of` returns the sealed crc32c of every chunk of a shard, or an empty array if they are unknown.
+        `object_of`, if given, returns a shard that is in an object store and not in the folder.
         """
         self._spec, self._sizes, self._check, self._mapped = spec, list(shards.values()), check, mapped
         self._checksums_of = checksums_of
@@ -69,8 +62,8 @@ class ShardedArray:
         names, sizes = list(shards), self._sizes
 
         def open_shard(shard: int) -> Shard:
-            if objects:
-                return ShardObject(objects, names[shard])
+            if object_of:
+                return object_of(names[shard])
             file = ShardFile(folder / names[shard], sizes[shard], mapped=mapped)
             if versions.setdefault(shard, file.version) != file.version:  # replaced since its chunks were verified
                 versions[shard] = file.version
@@ -128,7 +121,7 @@ class ShardedArray:
     def _fetch(self, rows: np.ndarray, chunks: np.ndarray, out: np.ndarray) -> None:
         shards: list[int] = (chunks // self._chunks_per_shard).tolist()
         files = self._prefetched(chunks, {shard: self._opened(shard) for shard in set(shards)})
-        due = self._due(chunks)
+        due = ~self._seen[chunks] if self._check == "first_touch" else np.full(len(chunks), self._check == "always")
         places = np.flatnonzero(due)
         if self._rows_per_chunk == 1:
             for place, chunk in zip(places.tolist(), chunks[places].tolist(), strict=True):
@@ -176,12 +169,6 @@ class ShardedArray:
         for chunk, offset in zip(new.tolist(), self._offsets[new].tolist(), strict=True):
             wanted.setdefault(chunk // self._chunks_per_shard, []).append(offset)
         return files | {shard: files[shard].will_need(offsets, n_bytes) for shard, offsets in wanted.items()}
-
-    def _due(self, chunks: np.ndarray) -> np.ndarray:
-        """Which chunks must be verified: bool `[B]`."""
-        if self._check == "first_touch":
-            return ~self._seen[chunks]
-        return np.full(len(chunks), self._check == "always")
 
     def _fetch_from_chunks(
         self, chunks: np.ndarray, within: np.ndarray, places: np.ndarray, files: dict[int, Shard], out: np.ndarray

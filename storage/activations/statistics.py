@@ -139,15 +139,7 @@ def evenly_spaced(n_rows: int, wanted: int) -> IntArray:
 
 
 def blocks(reads: Sequence[ReadRows], places: Sequence[IntArray]) -> Iterator[list[FloatArray]]:
-    """Read rows block by block, at the same time from each store.
-
-    Args:
-        reads: one per store.
-        places: row indices [rows], one array per store.
-
-    Yields:
-        for each store the next rows [b, T, D] in float64.
-    """
+    """Read the rows at `places[i]` by `reads[i]`, and yield them block by block: for each i [b, T, D] in float64."""
     at, per_block = 0, 1
     while at < len(places[0]):
         block = [read(where[at : at + per_block]).double().numpy() for read, where in zip(reads, places, strict=True)]

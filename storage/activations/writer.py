@@ -29,7 +29,7 @@ from storage.activations.format import (
     shard_path,
 )
 from storage.activations.metadata import GroupMetadata, RowIndex, write_metadata
-from storage.activations.shard import chunk_checksums, encode_shard, shard_file_bytes
+from storage.activations.shard import encode_shard, shard_file_bytes
 from storage.errors import ArtifactUnsealedError
 from storage.files import (
     TEMPORARY_SUFFIX,
@@ -125,9 +125,9 @@ class StoreWriter:
         for of_array, tensor in zip(spec.arrays.values(), tensors, strict=True):
             _check_rows(shard, of_array, tensor)
         for (array, of_array), tensor in zip(spec.arrays.items(), tensors, strict=True):
-            with self._memory(shard_file_bytes(of_array, shard.n_rows)) as memory:
-                data = encode_shard(of_array, tensor.detach().contiguous(), memory)
-                self._write_file(shard, array, data, chunk_checksums(of_array, data))
+            with self._memory(shard_file_bytes(of_array, shard.n_rows)) as data:
+                chunks = encode_shard(of_array, tensor.detach().contiguous(), data)
+                self._write_file(shard, array, data, chunks)
 
     @contextlib.contextmanager
     def _memory(self, n_bytes: int) -> Generator[np.ndarray]:

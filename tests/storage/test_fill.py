@@ -170,7 +170,8 @@ def test_killed_and_resumed_it_has_the_same_bytes(uninterrupted: Any, tmp_path: 
     assert done.returncode == -signal.SIGKILL, done.stderr
     source = Source()
     _, checksums, _ = fill(tmp_path, source)
-    assert source.asked == pairs()[12:]
+    assert not set(pairs()[:12]) & set(source.asked)
+    assert set(pairs()[24:]) <= set(source.asked)  # two more shards were being written, and may have been durable
     assert (content(tmp_path), checksums) == uninterrupted
 
 
