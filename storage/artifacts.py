@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -313,7 +315,8 @@ class Artifacts:
         """Hide a sealed artifact from its readers; `retire` then drops the data."""
         found = self.place.find(key_of(ref), ref)
         if found is not None and not found.retired:
-            self.place.mark_retired(found)
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            self.place.mark_retired(found, json.dumps({"retired": since}))
 
     def quarantine(self, ref: Ref, reason: str) -> str:
         """Move a sealed artifact into quarantine, where it is kept for inspection, and return its path or URI."""

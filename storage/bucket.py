@@ -17,6 +17,7 @@ What an operation promises is said in `place.Place`; here is only what is specia
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -123,8 +124,9 @@ class BucketPlace:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / MANIFEST, found.manifest.model_dump_json(indent=1))
         if found.retired and not (folder / RETIRED).exists():
-            self._scratch.mark_retired(found)
-            self._scratch.drop_data(found)
+            with contextlib.suppress(FileNotFoundError):  # it is being made again
+                self._scratch.mark_retired(found, self._sealed.retired_marker(found))
+                self._scratch.drop_data(found)
 
     def sealed_keys(self) -> list[str]:
         def has_manifest(key: str) -> bool:
@@ -175,10 +177,10 @@ class BucketPlace:
         else:
             trash(self.root, work)
 
-    def mark_retired(self, found: SealedFolder) -> None:
-        self._sealed.mark_retired(found)
+    def mark_retired(self, found: SealedFolder, marker: str) -> None:
+        self._sealed.mark_retired(found, marker)
         if (self.root / found.key / MANIFEST).exists():
-            self._scratch.mark_retired(found)
+            self._scratch.mark_retired(found, marker)
 
     def drop_data(self, found: SealedFolder) -> None:
         if (self.root / found.key).exists():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -133,9 +132,8 @@ class LocalPlace:
         sync(folder.parent)
         sync(work.parent)
 
-    def mark_retired(self, found: SealedFolder) -> None:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._mark(found.key, RETIRED, json.dumps({"retired": now}))
+    def mark_retired(self, found: SealedFolder, marker: str) -> None:
+        self._mark(found.key, RETIRED, marker)
 
     def drop_data(self, found: SealedFolder) -> None:
         for path in (self.root / found.key).iterdir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections import defaultdict
@@ -235,10 +234,13 @@ class SealedObjects:
             )
         return False
 
-    def mark_retired(self, found: SealedFolder) -> None:
+    def mark_retired(self, found: SealedFolder, marker: str) -> None:
         """Put the marker inside the attempt, so that an artifact that is made again is not retired by it."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self.store.write(f"{self.files(found).prefix}{RETIRED}", json.dumps({"retired": now}).encode())
+        self.store.write(f"{self.files(found).prefix}{RETIRED}", marker.encode())
+
+    def retired_marker(self, found: SealedFolder) -> str:
+        """Return the marker of a retired artifact."""
+        return self.store.read(f"{self.files(found).prefix}{RETIRED}")[0].decode()
 
     def drop_data(self, found: SealedFolder) -> None:
         """Delete the files, all but the marker."""
