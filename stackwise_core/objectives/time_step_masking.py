@@ -1,4 +1,4 @@
-"""Masks by stack or by time step, for custom training loops."""
+"""Masks by stack or by time step, for custom training loops; the ratio of a step is decided in config/stacks.py."""
 
 from __future__ import annotations
 
