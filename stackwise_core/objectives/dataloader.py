@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import NoneType
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from stackwise_core.config.arguments import check_choice, check_integer, check_type, describe
-from stackwise_core.data.masks import IntArray, MaskSpec, content_ids
+from stackwise_core.data.masks import MaskSpec
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.objectives.losses import Batch, input_time_step
 from stackwise_core.objectives.make_batch import Objective, make_batch, raw_fields
 from stackwise_core.objectives.time_step_masking import TimeStepMasking
-
-
-@runtime_checkable
-class RowSource(Protocol):
-    """Anything that returns the boundary activations of sequences under a view, such as a store."""
-
-    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
-        """Return the boundary activations of some sequences: [B, T, D]."""
-        ...
-
-
-Boundary = Tensor | RowSource | Callable[..., Tensor]
-"""A tensor [N, T, D] in loader order, a source of rows, or a function of the corrupted input_ids [B, T] and, where
-time is an input, the steps [B]."""
+from stackwise_core.objectives.trunk_activations import (
+    Boundary,
+    RowCache,
+    RowSource,
+    checked_boundary,
+    computed_rows,
+)
 
 
 class ProgressiveDataLoader:
@@ -57,6 +49,7 @@ class ProgressiveDataLoader:
         views: int = 1,
         objective: Objective | None = None,
         time_step: int | None = None,
+        max_cache_bytes: int | None = None,
     ) -> None:
         """Wrap a loader.
 
@@ -69,6 +62,8 @@ class ProgressiveDataLoader:
             views: mask draws per sequence.
             objective: None is mlm with a masking strategy, else clm.
             time_step: the stack's step with time-as-depth; a `TimeStepMasking` knows it.
+            max_cache_bytes: where `cache_activations` keeps rows, those beyond this limit are computed again in every
+                pass, after one warning of the logger `stackwise`; None sets no limit.
         """
         check_loader("base_dataloader", base_dataloader)
         strategies = "a MaskSpec, a TimeStepMasking or None is expected"
@@ -78,6 +73,8 @@ class ProgressiveDataLoader:
         check_integer("views", views, 1)
         if time_step is not None:
             check_integer("time_step", time_step, 0)
+        if max_cache_bytes is not None:
+            check_integer("max_cache_bytes", max_cache_bytes, 0)
         _check_boundary_source(trunk_activations, views)
         is_masked = masking_strategy is not None
         if objective is not None:
@@ -94,7 +91,17 @@ class ProgressiveDataLoader:
         self.cache_activations = cache_activations
         self.views = views
         self.passes = 0
-        self._recorded: dict[tuple[int, int, int | None], tuple[int, Tensor]] = {}
+        self._cache = RowCache(max_cache_bytes)
+
+    @property
+    def cached_rows(self) -> int:
+        """Rows that `cache_activations` keeps in RAM."""
+        return len(self._cache)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of these rows."""
+        return self._cache.n_bytes
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one pass."""
@@ -119,31 +126,13 @@ class ProgressiveDataLoader:
             if first_row + len(ids) > len(source):
                 received = f"{len(source)} rows"
                 raise ConfigError([Fault("trunk_activations", received, "one row for every row of the loader")])
-            return _checked_boundary(source[first_row : first_row + len(ids)], tokens)
+            return checked_boundary(source[first_row : first_row + len(ids)], tokens)
         if isinstance(source, RowSource):
-            return _checked_boundary(source.rows(ids, view), tokens)
+            return checked_boundary(source.rows(ids, view), tokens)
         steps = input_time_step(batch)
         if self.cache_activations:
-            return self._recording(source, tokens, steps, ids, view)
-        return _run(source, tokens, steps)
-
-    def _recording(
-        self, live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None, ids: IntArray, view: int
-    ) -> Tensor:
-        """Return the boundary of some sequences, computing only rows that were not computed before."""
-        step_of: list[int | None] = [None] * len(ids) if steps is None else steps.tolist()
-        keys = [(int(sequence_id), view, step) for sequence_id, step in zip(ids, step_of, strict=True)]
-        contents: list[int] = content_ids(tokens.numpy()).tolist()
-        new = [n for n, key in enumerate(keys) if key not in self._recorded]
-        if new:
-            rows = _run(live, tokens[new], None if steps is None else steps[new])
-            for n, row in zip(new, rows, strict=True):
-                self._recorded[keys[n]] = contents[n], row
-        for key, content in zip(keys, contents, strict=True):
-            if self._recorded[key][0] != content:
-                allowed = "a different id for every sequence; two sequences came under this id"
-                raise ConfigError([Fault("sequence_ids", str(key[0]), allowed)])
-        return torch.stack([self._recorded[key][1] for key in keys])
+            return self._cache.rows(source, tokens, steps, ids, view)
+        return computed_rows(source, tokens, steps)
 
 
 def unwrapped(loader: Iterable[Any], masks: dict[int, MaskSpec | None]) -> Iterable[Any]:
@@ -183,10 +172,6 @@ def _corruption(
     return spec, time_step if known_step is None else known_step
 
 
-def _run(live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None) -> Tensor:
-    return _checked_boundary(live(tokens) if steps is None else live(tokens, steps), tokens)
-
-
 def check_loader(name: str, loader: Any) -> None:
     """Reject an argument that cannot yield batches before the first batch is requested."""
     allowed = "anything that yields batches is expected: a DataLoader, or a list of tensors [B, T]"
@@ -209,14 +194,6 @@ def _check_boundary_source(source: Any, views: int) -> None:
     if is_tensor and views > 1:
         allowed = "a tensor holds the activations of one view; give an object with rows() or a callable"
         raise ConfigError([Fault("views", str(views), allowed)])
-
-
-def _checked_boundary(boundary: Any, tokens: Tensor) -> Tensor:
-    """Return the boundary of tokens [B, T] after checking its shape: a stack's own error would be less clear."""
-    if not (isinstance(boundary, Tensor) and boundary.ndim == 3 and boundary.shape[:2] == tokens.shape):
-        allowed = f"a tensor [B, T, D] is expected for each batch, here ({len(tokens)}, {tokens.shape[1]}, D)"
-        raise ConfigError([Fault("trunk_activations", describe(boundary), allowed)])
-    return boundary
 
 
 def one_pass(loader: Iterable[Any]) -> Iterator[Any]:

@@ -87,6 +87,8 @@ CALLS: list[tuple[str, Callable[[], object]]] = [
     ("objective: got 'CLM'; 'mlm' or 'clm' or 'custom'", lambda: loaded(objective="CLM")),
     ("time_step: got '3'; an integer", lambda: loaded(masking_strategy=MASKS, time_step="3")),
     ("cache_activations: got 'no'; True or False", lambda: loaded(cache_activations="no")),
+    ("max_cache_bytes: got -1; an integer of at least 0", lambda: loaded(max_cache_bytes=-1)),
+    ("max_cache_bytes: got 1.5; an integer", lambda: loaded(max_cache_bytes=1.5)),
     (
         r"trunk_activations: got Tensor .*\(24, 12\); a tensor \[N, T, D\]",
         lambda: loaded(trunk_activations=TOKENS.float()),
