@@ -70,7 +70,7 @@ class StackWiseConfig(ConfigSchema):
         }
         if held := [key for key, value in functions.items() if callable(value)]:
             raise ConfigError([Fault(key, "a callable", "a file needs 'module:name' or a list") for key in held])
-        text = dump_yaml(self.model_dump(mode="json"))
+        text = dump_yaml(self.model_dump())
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
-from pydantic.functional_validators import AfterValidator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 GROWTH = "training.progressive"
 Precision = Literal["full", "half", "bfloat16", "nvfp4", "qlora"]
@@ -32,6 +32,16 @@ def _is_function(value: Any) -> bool:
 
 def _is_steps(value: Any) -> bool:
     return isinstance(value, list) and all(type(step) is int and step >= 0 for step in value)
+
+
+def _with_integer_keys(value: Any) -> Any:
+    """Return a mapping with keys such as "0" as integers: JSON has no other keys, so Prefect's parameters have none."""
+    if not isinstance(value, dict):
+        return value
+    keys = [int(key) if isinstance(key, str) and key.removeprefix("-").isdecimal() else key for key in value]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f"{twice.pop()} stands there twice, as a number and as text")
+    return dict(zip(keys, value.values(), strict=True))
 
 
 TimeMapping = Annotated[
@@ -169,7 +179,7 @@ class ProgressiveConfig(Section):
     """Progressive strategy: rank over the creation index."""
     qlora_alpha_pattern: Literal["constant", "increasing", "decreasing", "linear"] = "constant"
     """Progressive strategy: alpha over the creation index."""
-    qlora_configs: dict[int, LoraOverride] = Field(default_factory=dict, strict=False)
+    qlora_configs: Annotated[dict[int, LoraOverride], BeforeValidator(_with_integer_keys)] = Field(default_factory=dict)
     """Variable strategy: {creation index: {rank, alpha}}."""
     progressive_qlora: bool = False
     """At growth, give every trunk stack without one a smaller 'progressive' adapter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -110,6 +111,19 @@ def test_an_attempt_says_what_it_is(artifacts: Artifacts) -> None:
     assert (attempt.outcome["state"], attempt.outcome["message"]) == ("done", "")
     assert attempt.outcome["ended"] >= attempt.start["started"]
     assert not is_live(artifacts, "one")
+
+
+def test_the_ranks_of_single_stacks_are_recorded_as_numbers_and_once_were_text(artifacts: Artifacts) -> None:
+    sizes = {n: {"rank": 1 + n, "alpha": 2.0} for n in range(3)}
+    growth = {"qlora_enabled": True, "qlora_strategy": "variable", "qlora_configs": sizes}
+    config = StackWiseConfig.from_dict({"training": {"progressive": growth}})
+    attempt = run(artifacts, config)
+    assert attempt.config == config
+    record = attempt.folder / "config.yaml"
+    quoted = re.sub(r"^      (\d):$", r"      '\1':", record.read_text(), flags=re.MULTILINE)
+    assert quoted != record.read_text()
+    record.write_text(quoted)
+    assert attempt.config == config
 
 
 @pytest.mark.parametrize(
