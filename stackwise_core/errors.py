@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -39,6 +40,20 @@ class ConfigError(StackWiseError, ValueError):
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Fault]]]:
         return type(self), (self.faults,)
+
+
+class SavedRackError(StackWiseError):
+    """A folder does not hold the saved rack that it should, or holds something that a save would delete."""
+
+    exit_code = 3
+
+    def __init__(self, path: Path, problem: str, remedy: str) -> None:
+        """Compose one message of the path, what is wrong with it, and what to do."""
+        self.path, self.problem, self.remedy = path, problem, remedy
+        super().__init__(f"{path}: {problem}. {remedy}")
+
+    def __reduce__(self) -> tuple[type[SavedRackError], tuple[Path, str, str]]:
+        return type(self), (self.path, self.problem, self.remedy)
 
 
 class CorpusError(StackWiseError, ValueError):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise_core.failpoints import failpoint
+from stackwise_core.files import sync_tree
 from stackwise_core.stages.identity import Recipe, Ref
 from storage.errors import (
     ArtifactCorruptError,
@@ -20,7 +21,7 @@ from storage.errors import (
     ArtifactsFolderError,
     ArtifactUnsealedError,
 )
-from storage.files import NOT_LISTED, Files, checksum_file, remove_temporaries, sync_tree, verify_files, write_text
+from storage.files import NOT_LISTED, Files, checksum_file, remove_temporaries, verify_files, write_text
 from storage.local import LocalPlace, delete_path, trash
 from storage.locks import FileLock, OnWait, no_wait
 from storage.manifest import MANIFEST, FileEntry, InputEntry, Manifest, make_manifest, read_manifest

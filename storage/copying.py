@@ -9,10 +9,11 @@ from pathlib import Path
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.failpoints import failpoint
+from stackwise_core.files import sync, sync_tree
 from stackwise_core.stages.identity import Ref
 from storage.artifacts import Artifacts, State
 from storage.errors import ArtifactCorruptError, ArtifactMissingError, StoreSpaceError
-from storage.files import TEMPORARY_SUFFIX, checksum_file, explain_full_disk, sync, sync_tree, write_bytes
+from storage.files import TEMPORARY_SUFFIX, checksum_file, explain_full_disk, write_bytes
 from storage.locks import OnWait, no_wait
 from storage.manifest import MANIFEST, RETIRED, FileEntry
 from storage.place import FOLDERS, OUTCOME, PLANS_LOCK, RUNS, SealedFolder

@@ -14,6 +14,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from stackwise_core.files import sync
 from storage.errors import StoreSpaceError
 from storage.manifest import MANIFEST
 
@@ -67,23 +68,6 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def sync(path: Path) -> None:
-    """Flush one file, or the names in one folder, to the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_tree(folder: Path) -> None:
-    """Flush everything below a folder, children before parents."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync(Path(parent, name))
-        sync(Path(parent))
-
-
 def remove_temporaries(folder: Path) -> None:
     """Remove what a killed process left half-written below a folder."""
     for path in list(folder.rglob(f"*{TEMPORARY_SUFFIX}")):
@@ -106,29 +90,6 @@ def explain_full_disk(path: Path, n_bytes: int | None = None) -> Generator[None]
             f"{path}{size}: no space left to write it. What was written before is kept: "
             "free some space and run the same command again, and it goes on from there"
         ) from error
-
-
-def replace_folder(fresh: Path, target: Path) -> None:
-    """Flush a folder and put it in the place of another: after a crash either is there, never a mixture.
-
-    The old one is set aside before the new one takes its name; `recover_folder` repairs a kill between the two.
-    """
-    sync_tree(fresh)
-    aside = target.with_name(f"{target.name}.old")
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
-    fresh.rename(target)
-    sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def recover_folder(target: Path) -> None:
-    """Finish or undo a `replace_folder` that was killed."""
-    aside = target.with_name(f"{target.name}.old")
-    if aside.exists() and not target.exists():
-        aside.rename(target)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- checksums

@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from stackwise_core.files import sync
 from stackwise_core.stages.identity import Ref
 from storage.errors import ArtifactsFolderError
-from storage.files import TEMPORARY_SUFFIX, sync, verify_files, write_text
+from storage.files import TEMPORARY_SUFFIX, verify_files, write_text
 from storage.locks import FileLock, Holder, is_held, read_holder
 from storage.manifest import MANIFEST, RETIRED, Manifest, parse_manifest
 from storage.place import FOLDERS, QUARANTINE, REASON, RUNS, Entry, Leftovers, SealedFolder

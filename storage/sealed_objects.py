@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from stackwise_core.failpoints import failpoint
+from stackwise_core.files import sync
 from stackwise_core.stages.identity import Ref
 from storage.errors import ArtifactCorruptError, ArtifactNewerError
-from storage.files import NOT_LISTED, TEMPORARY_SUFFIX, Files, explain_full_disk, sync
+from storage.files import NOT_LISTED, TEMPORARY_SUFFIX, Files, explain_full_disk
 from storage.manifest import MANIFEST, RETIRED, Manifest, parse_manifest
 from storage.object_store import ObjectStore
 from storage.place import QUARANTINE, REASON, Entry, Leftovers, SealedFolder

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from stackwise_core.config.stacks import AdapterSpec
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.precision import base_linears, dense_weight, silent_import
@@ -63,6 +64,12 @@ def adapter_names(stack: Stack) -> list[AdapterName]:
     """Return the adapters a stack has, in the order in which they act."""
     layers = list(_adapted_layers(stack).values())
     return [name for name in ADAPTERS if layers and name in layers[0].lora_A]
+
+
+def adapter_spec(stack: Stack, name: AdapterName) -> AdapterSpec:
+    """Return rank and alpha of an adapter, as it was added."""
+    layers = [layer for layer in _adapted_layers(stack).values() if name in layer.lora_A]
+    return AdapterSpec(rank=max(layer.r[name] for layer in layers), alpha=layers[0].lora_alpha[name])
 
 
 def adapter_parameters(stack: Stack, name: AdapterName | None = None) -> list[nn.Parameter]:

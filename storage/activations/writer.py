@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from stackwise_core.data.masks import VALIDATION_VIEW
+from stackwise_core.files import sync, sync_tree
 from stackwise_core.model.stream import ChannelStatistics, Quantised
 from storage.activations.format import (
     RECORDS,
@@ -37,8 +38,6 @@ from storage.files import (
     checksum_file,
     explain_full_disk,
     remove_temporaries,
-    sync,
-    sync_tree,
     write_bytes,
     write_durably,
 )

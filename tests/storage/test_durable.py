@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage import files
+from stackwise_core import files
+from stackwise_core.files import recover_folder, replace_folder, sync_tree
 from storage.errors import StoreSpaceError
 from storage.files import (
     explain_full_disk,
-    recover_folder,
     remove_temporaries,
-    replace_folder,
-    sync_tree,
     write_bytes,
     write_durably,
     write_text,

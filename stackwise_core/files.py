@@ -1,0 +1,58 @@
+"""Flushing files and folders to the disk, and replacing them: after a crash the old or the new is there, whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Flush one file, or the names in one folder, to the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush everything below a folder, children before parents."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(parent, name))
+        sync(Path(parent))
+
+
+def replace_folder(fresh: Path, target: Path) -> None:
+    """Flush a folder and put it in the place of another: after a crash either is there, never a mixture.
+
+    The old one is set aside before the new one takes its name; `recover_folder` repairs a kill between the two.
+    """
+    sync_tree(fresh)
+    aside = _aside(target)
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    fresh.rename(target)
+    sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Finish or undo a `replace_folder` that was killed."""
+    aside = _aside(target)
+    if aside.exists() and not target.exists():
+        aside.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def standing_folder(target: Path) -> Path:
+    """Return where the content of a folder is; changes nothing, so that a reader does not disturb who replaces it."""
+    aside = _aside(target)
+    return aside if aside.exists() and not target.exists() else target
+
+
+def _aside(target: Path) -> Path:
+    """Return a name that no user gives to a folder: what has it may be deleted."""
+    return target.with_name(f".{target.name}.replaced")

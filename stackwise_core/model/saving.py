@@ -1,0 +1,264 @@
+"""A rack in a folder, and the tensors of a stack's files, which the artifacts of a flow share.
+
+Safetensors and JSON, nothing that runs code when opened; see `stages.saved_rack` for what `rack.json` holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from stackwise_core.config.schema import Precision
+from stackwise_core.errors import ConfigError, Fault, SavedRackError
+from stackwise_core.files import recover_folder, replace_folder
+from stackwise_core.model.adapters import (
+    adapter_names,
+    adapter_spec,
+    adapter_state,
+    add_adapter,
+    base_state,
+    load_adapter_state,
+    load_base_state,
+)
+from stackwise_core.model.blocks import Rack, Stack
+from stackwise_core.model.precision import STORAGE, base_linears, convert_storage, storage_of
+from stackwise_core.model.stream import ChannelStatistics
+from stackwise_core.stages.resolve import ModelShape
+from stackwise_core.stages.saved_rack import CONFIG, RACK, SavedRack, SavedStack, Storage
+from stackwise_core.stages.stages import StackSpec
+
+STACK, HEAD, EMBEDDING, CHANNELS = (f"{part}.safetensors" for part in ("stack", "head", "embedding", "channels"))
+_PRECISIONS: dict[str, Precision] = {storage: precision for precision, storage in STORAGE.items()}
+
+
+# ---------------------------------------------------------------- the tensors of files
+
+
+def adapter_file(name: str) -> str:
+    """Return the file name of an adapter."""
+    return f"adapter-{name}.safetensors"
+
+
+def stack_tensors(stack: Stack, *, base: bool = True, adapters: bool = True) -> dict[str, dict[str, Tensor]]:
+    """Return the live tensors of a stack by file: its base, and each of its adapters."""
+    files = {STACK: base_state(stack)} if base else {}
+    return files | {adapter_file(name): adapter_state(stack, name) for name in adapter_names(stack) if adapters}
+
+
+def channel_tensors(channels: Mapping[int, ChannelStatistics]) -> dict[str, Tensor]:
+    """Return the statistics of the outputs of some stacks, by creation index, as named tensors."""
+    return {f"stack-{stack}.{name}": t for stack, of in channels.items() for name, t in of._asdict().items()}
+
+
+def channels_in(tensors: Mapping[str, Tensor]) -> dict[int, ChannelStatistics]:
+    """Return the statistics that `channel_tensors` named, by creation index; raises ValueError if a tensor lacks."""
+    try:
+        return {
+            int(name.removeprefix("stack-").removesuffix(".mean")): ChannelStatistics(
+                tensor, tensors[name.replace(".mean", ".std")]
+            )
+            for name, tensor in tensors.items()
+            if name.endswith(".mean")
+        }
+    except KeyError as missing:
+        raise ValueError(f"has no {missing}") from None
+
+
+def serialised(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return named tensors as the bytes of a safetensors file."""
+    return save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def deserialised(data: bytes) -> dict[str, Tensor]:
+    """Return the named tensors of a safetensors file; raises ValueError if it is none."""
+    try:
+        return load_safetensors(data)
+    except Exception as error:  # safetensors raises SafetensorError for bad headers, and others for bad shapes
+        raise ValueError(f"is not a safetensors file ({error})") from None
+
+
+def fill(load: Callable[[dict[str, Tensor]], object], tensors: dict[str, Tensor]) -> None:
+    """Load tensors into a module; raises ValueError with one sentence if they do not fit it."""
+    try:
+        load(tensors)
+    except (RuntimeError, ValueError) as error:
+        told = str(error).splitlines()[-1].strip()
+        raise ValueError(f"does not fit the model that it belongs to ({told})") from None
+
+
+# ---------------------------------------------------------------- a rack
+
+
+def save_rack(
+    folder: str | Path,
+    rack: Rack,
+    *,
+    seed: int | None = None,
+    trained: Collection[int] | None = None,
+    channels: Mapping[int, ChannelStatistics] | None = None,
+    config: str = "",
+    no_config: str = "",
+) -> None:
+    """Write a rack into a folder, whole or not at all, in the place of an older one.
+
+    Args:
+        folder: absent, empty, or a saved rack, which is replaced.
+        rack: on any device.
+        seed: of the builder's configuration.
+        trained: creation indices of the stacks whose stage is over; None stands for all.
+        channels: statistics of the stacks' outputs, where the stream is quantised.
+        config: text of `config.yaml`; '' writes none.
+        no_config: why there is none.
+
+    Raises:
+        SavedRackError: the folder holds something that is not a saved rack; it is left as it is.
+    """
+    folder, stacks = _checked_target(folder), [stack for stack in rack.stacks if isinstance(stack, Stack)]
+    described = _described_stacks(stacks, trained)
+    if others := {str(parameter.dtype) for parameter in rack.parameters()} - {"torch.float32"}:
+        allowed = "the rack was cast: save it before, or build stacks of that precision"
+        raise ConfigError([Fault("rack", f"parameters of {', '.join(sorted(others))}", allowed)])
+    fresh = folder.with_name(f".{folder.name}.saving")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    files: dict[str, str] = {}
+    try:
+        for name, data in _files_of(rack, stacks, channels or {}, config):
+            (fresh / name).parent.mkdir(exist_ok=True)
+            (fresh / name).write_bytes(data)
+            files[name] = hashlib.sha256(data).hexdigest()
+        saved = SavedRack(
+            shape=rack.shape,
+            seed=seed,
+            tied=rack.tied,
+            order=tuple(stack.creation_index for stack in stacks),
+            stacks=described,
+            trainable=tuple(name for name, parameter in rack.named_parameters() if parameter.requires_grad),
+            no_config=no_config,
+            files=files,
+        )
+        (fresh / RACK).write_bytes(saved.to_json())
+        replace_folder(fresh, folder)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def load_rack(folder: str | Path) -> tuple[Rack, SavedRack, dict[int, ChannelStatistics]]:
+    """Return a rack as it was saved, on the CPU, with its description and the statistics of its stream.
+
+    Raises:
+        SavedRackError: there is none, a file is missing or damaged, or another version wrote it.
+    """
+    saved = SavedRack.at(folder)
+    with torch.random.fork_rng(devices=[]):  # the modules draw numbers for what is replaced
+        rack = Rack(saved.shape)
+        by_index = [_load_stack(saved, stack) for stack in saved.stacks]
+    if not saved.tied:
+        rack.untie()
+    _fill_from(saved, EMBEDDING, rack.embedding.load_state_dict)
+    _fill_from(saved, HEAD, rack.head.load_state_dict)
+    rack.stacks.extend(by_index[index] for index in saved.order)
+    for name, parameter in rack.named_parameters():
+        parameter.requires_grad_(name in saved.trainable)
+    return rack.eval(), saved, _load_channels(saved)
+
+
+def folder_of(stack: int) -> str:
+    """Return the folder of a stack inside that of its rack."""
+    return f"stack-{stack}"
+
+
+def _files_of(
+    rack: Rack, stacks: Sequence[Stack], channels: Mapping[int, ChannelStatistics], config: str
+) -> Iterator[tuple[str, bytes]]:
+    """Yield every file of a rack but `rack.json`: path and bytes, one at a time."""
+    yield EMBEDDING, serialised(rack.embedding.state_dict())
+    yield HEAD, serialised(rack.head.state_dict())
+    for stack in stacks:
+        for name, tensors in stack_tensors(stack).items():
+            yield f"{folder_of(stack.creation_index)}/{name}", serialised(tensors)
+    if channels:
+        yield CHANNELS, serialised(channel_tensors(channels))
+    if config:
+        yield CONFIG, config.encode()
+
+
+def _described_stacks(stacks: Sequence[Stack], trained: Collection[int] | None) -> tuple[SavedStack, ...]:
+    order = [stack.creation_index for stack in stacks]
+    if sorted(order) != list(range(len(order))):
+        allowed = "each number from 0 on must be there once; a builder's stacks have them"
+        raise ConfigError([Fault("creation_index", repr(order), allowed)])
+    return tuple(
+        SavedStack(
+            index=stack.creation_index,
+            n_blocks=len(stack.blocks),
+            precision=stack.precision,
+            adapters={name: adapter_spec(stack, name) for name in adapter_names(stack)},
+            storage=cast("Storage", storage_of(next(iter(base_linears(stack).values())))),
+            mode="prepend" if order.index(stack.creation_index) < order.index(0) else "append",
+            trained=trained is None or stack.creation_index in trained,
+        )
+        for stack in sorted(stacks, key=lambda stack: stack.creation_index)
+    )
+
+
+def _load_stack(saved: SavedRack, spec: SavedStack) -> Stack:
+    stack, folder = empty_stack(saved.shape, spec, _PRECISIONS[spec.storage]), folder_of(spec.index)
+    _fill_from(saved, f"{folder}/{STACK}", partial(load_base_state, stack))
+    for name, adapter in spec.adapters.items():
+        add_adapter(stack, name, adapter.rank, adapter.alpha, seed=0)
+        _fill_from(saved, f"{folder}/{adapter_file(name)}", partial(load_adapter_state, stack, name))
+    return stack
+
+
+def _load_channels(saved: SavedRack) -> dict[int, ChannelStatistics]:
+    found: dict[int, ChannelStatistics] = {}
+    if CHANNELS in saved.files:
+        _fill_from(saved, CHANNELS, lambda tensors: found.update(channels_in(tensors)))
+    return found
+
+
+def empty_stack(shape: ModelShape, spec: StackSpec, stored: Precision) -> Stack:
+    """Return a stack without adapters whose tensors are to be replaced, with the storage type of a precision."""
+    stack = Stack(shape, spec.n_blocks, spec.index, spec.precision)
+    convert_storage(stack, stored)
+    return stack
+
+
+def _fill_from(saved: SavedRack, name: str, load: Callable[[dict[str, Tensor]], object]) -> None:
+    data = saved.read(name)
+    try:
+        fill(load, deserialised(data))
+    except ValueError as error:
+        raise SavedRackError(saved.folder / name, str(error), "Save the rack again") from None
+
+
+def _checked_target(folder: str | Path) -> Path:
+    """Return a folder that may be replaced by a saved rack: absent, empty, or holding a saved rack and nothing else."""
+    folder = Path(folder).expanduser().resolve()  # a link to a folder stays a link
+    if not folder.exists():
+        recover_folder(folder)
+        return folder
+    remedy = "Nothing was written: give another folder, or remove this one"
+    if not folder.is_dir():
+        raise SavedRackError(folder, "is a file", remedy)
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if not present:
+        return folder
+    try:
+        saved = SavedRack.at(folder)
+    except SavedRackError as error:
+        raise SavedRackError(folder, f"holds something that is not a saved rack ({error.problem})", remedy) from None
+    if strange := sorted(present - saved.files.keys() - {RACK}):
+        raise SavedRackError(folder, f"holds {strange[0]}, which does not belong to the saved rack", remedy)
+    return folder

@@ -1,0 +1,40 @@
+"""Racks that were not trained but are past it: every precision, adapters that do something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from stackwise_core.config.schema import Precision
+from stackwise_core.model.adapters import add_adapter
+from stackwise_core.model.blocks import Rack, Stack, initialise
+from stackwise_core.model.growth_operators import freeze, new_rack
+from stackwise_core.model.precision import convert_storage
+from stackwise_core.stages.resolve import ModelShape
+
+SHAPE = ModelShape(vocab_size=40, d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, causal=True)
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def mixed_rack(precisions: Sequence[Precision], tied: bool = True) -> Rack:
+    """Return a rack of one stack per precision, prepended in turn; all but the first have two adapters and train."""
+    rack = new_rack(SHAPE, seed=1)
+    if not tied:
+        rack.untie()
+        nn.init.normal_(rack.head.projection.weight)
+    for index, precision in enumerate(precisions):
+        stack = Stack(SHAPE, 1 + index % 2, index, precision)
+        initialise(stack, index)
+        convert_storage(stack, precision)
+        freeze(stack)
+        if index:
+            add_adapter(stack, "stack", 2, 3.0, seed=index)
+            add_adapter(stack, "progressive", 4, 1.0, seed=index)
+            generator = torch.Generator().manual_seed(index)
+            for name, parameter in stack.named_parameters():
+                if ".lora_B." in name:
+                    nn.init.normal_(parameter, std=0.1, generator=generator)
+        rack.stacks.insert(0, stack)
+    return rack
