@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
@@ -14,54 +15,95 @@ from stackwise_core.config.rules import growth_faults
 from stackwise_core.config.schema import GROWTH, ModelConfig, Precision, StackOverride
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.model.adapters import adapter_names, adapter_parameters
+from stackwise_core.model.adapters import adapter_names, adapter_parameters, adapter_state
+from stackwise_core.model.agreement import Told, agreed_config, default_faults, shape_faults
 from stackwise_core.model.blocks import Rack, Stack
+from stackwise_core.model.digests import digest_of, part_digests, tensor_digest
 from stackwise_core.model.growth_operators import freeze, give_adapter, new_rack, new_stack
 from stackwise_core.model.precision import stored_bytes
+from stackwise_core.model.snapshot import Annealed, Snapshot, take_contents
 from stackwise_core.model.stream import ChannelStatistics
-from stackwise_core.stages.resolve import resolve_shape
+from stackwise_core.stages.resolve import ModelShape, resolve_shape
 from stackwise_core.stages.stages import Anatomy, StageSpec, resolve_stack, resolve_stage
 
 _Mode = Literal["default", "append", "prepend"]
 
 
-def create_stack_from_config(config: StackWiseConfig, creation_index: int = 0) -> Stack:
-    """Return a randomly initialised stack of the configured shape, with its adapter if it has one."""
+def create_stack_from_config(
+    config: StackWiseConfig, stack_id: int = 0, n_blocks: int | None = None, precision: Precision | None = None
+) -> Stack:
+    """Return a randomly initialised stack of the configured shape, with its adapter if it has one.
+
+    Args:
+        config: the configuration.
+        stack_id: the creation index, on which adapters and the random numbers depend.
+        n_blocks: None takes the configuration's value.
+        precision: None takes the configuration's value.
+    """
     check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected")
     config.validate(corpus=False)
-    check_integer("creation_index", creation_index, 0, config.training.progressive.max_stacks - 1)
-    config = config.model_copy(deep=True)
+    check_integer("stack_id", stack_id, 0, config.training.progressive.max_stacks - 1)
+    _check_stack(n_blocks, precision)
+    config, index = config.model_copy(deep=True), int(stack_id)
     growth = config.training.progressive
-    growth.target_stacks = max(growth.target_stacks, int(creation_index) + 1)
+    growth.target_stacks = max(growth.target_stacks, index + 1)
+    growth.stacks = growth.stacks + [StackOverride()] * (index + 1 - len(growth.stacks))
+    said = {"n_blocks": n_blocks and int(n_blocks), "precision": precision}
+    own = {name: value for name, value in said.items() if value is not None}
+    growth.stacks[index] = growth.stacks[index].model_copy(update=own)
     if faults := list(growth_faults(config)):
         raise ConfigError(faults)
-    spec = resolve_stack(config, creation_index, creation_index)
-    return new_stack(resolve_shape(config), spec, "random", config.run.seed, None)
+    return new_stack(resolve_shape(config), resolve_stack(config, index, index), "random", config.run.seed, None)
 
 
 class ProgressiveRackBuilder:
     """Grows one rack, stack by stack, at either end."""
 
-    def __init__(self, config: StackWiseConfig | None = None, **dimensions: Any) -> None:
-        """Start an empty rack; `dimensions` replace keys of `config.model`, such as d_model."""
-        config = StackWiseConfig() if config is None else config
-        check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected; from_yaml(path) reads a file")
-        config = config.model_copy(deep=True) if dimensions else config
-        for name, value in dimensions.items():
-            if name not in ModelConfig.model_fields:
-                known = ", ".join(ModelConfig.model_fields)
-                raise ConfigError([Fault(name, repr(value), f"there is no such dimension; known: {known}")])
-            try:
-                setattr(config.model, name, value)
-            except ValidationError as error:
-                raise ConfigError([Fault(f"model.{name}", repr(value), error.errors()[0]["msg"])]) from None
-        config.validate(corpus=False)
-        self.config = config
-        self._rack = new_rack(resolve_shape(config), config.run.seed)
-        self._added: list[StackOverride] = []
-        self._trained: set[int] = set()
+    def __init__(
+        self,
+        config: StackWiseConfig | None = None,
+        building_mode: Literal["append", "prepend"] | None = None,
+        default_precision: Precision | None = None,
+        **dimensions: Any,
+    ) -> None:
+        """Start an empty rack.
+
+        Args:
+            config: the configuration, which may be edited later; without it, that of the trainer is followed.
+            building_mode: where stacks are added unless a call says; None leaves it to the configuration.
+            default_precision: their precision unless a call says; None leaves it to the configuration.
+            dimensions: keys of `config.model`, such as d_model, which they take the place of.
+        """
+        whole = StackWiseConfig() if config is None else config
+        check_type("config", whole, StackWiseConfig, "a StackWiseConfig is expected; from_yaml(path) reads a file")
+        if building_mode is not None:
+            check_choice("building_mode", building_mode, ("append", "prepend"))
+        if default_precision is not None:
+            check_choice("default_precision", default_precision, get_args(Precision))
+        self.config = _with_dimensions(whole, dimensions)
+        self.config.validate(corpus=False)
+        self._own = self.config if config is None else config
+        """The configuration that rules what is added by hand; its sizes are as they were written."""
+        self._told = Told(
+            self.config.model.model_copy(),
+            frozenset(dimensions),
+            None if config is None else config.model,
+            {name: getattr(whole.model, name) for name in dimensions},
+            building_mode,
+            default_precision,
+        )
         self.channels: dict[int, ChannelStatistics] = {}
         """Channel statistics of the stacks' outputs, by creation index, where the stream is quantised."""
+        self.annealed: Annealed | None = None
+        """The joint anneal that the rack has had, if any; growth goes on from the rack before it."""
+        self._added: list[StackOverride] = []
+        self._trained: set[int] = set()
+        self._created: dict[int, dict[str, str]] = {}
+        """Digests of every stack as it was created, by creation index."""
+        self._seed = self.config.run.seed
+        self._own_shape = resolve_shape(self.config)
+        self._rack = new_rack(self._own_shape, self._seed)
+        self._created_ends = self._ends()
 
     @property
     def stacks(self) -> list[Stack]:
@@ -94,74 +136,186 @@ class ProgressiveRackBuilder:
         """Add a stack between the embedding and the trunk, and return it; see `append_stack`."""
         return self._add("prepend", n_blocks, precision)
 
-    def add_stack(self) -> Stack:
-        """Add the next stack where the configuration says."""
-        return self._add("default", None, None)
+    def add_stack(self, config: StackWiseConfig | None = None) -> Stack:
+        """Add the next stack as a configuration says, such as a trainer's; None takes the builder's own."""
+        return self._add("default", None, None, config)
 
-    def _add(self, mode: _Mode, n_blocks: int | None, precision: Precision | None) -> Stack:
-        limit, index = self.config.training.progressive.max_stacks, self.n_stacks
+    def _add(
+        self, mode: _Mode, n_blocks: int | None, precision: Precision | None, config: StackWiseConfig | None = None
+    ) -> Stack:
+        if config is None:
+            self._follow_edits()
+        config, index = config or self._own, self.n_stacks
+        limit = config.training.progressive.max_stacks
         if index >= limit:
             raise ConfigError([Fault(f"{GROWTH}.max_stacks", str(index + 1), f"at most {limit} stacks")])
-        if n_blocks is not None:
-            check_integer("n_blocks", n_blocks, 1, 128)
-        if precision is not None:
-            check_choice("precision", precision, get_args(Precision))
-        override = self._override(index, mode, n_blocks, precision)
-        config = self.as_built(self.config, [*self._added, override])
-        if faults := list(growth_faults(config)):
+        _check_stack(n_blocks, precision)
+        override = self._override(config, mode, n_blocks, precision)
+        built = self.as_built(config, [*self._added, override])
+        if faults := list(growth_faults(built)):
             raise ConfigError(faults)
-        spec = resolve_stage(config, index)
-        # Joint training from scratch does not copy.
-        grown = config.training.progressive.enabled
-        source = self.stack(spec.source) if grown and spec.source is not None else None
-        stack = new_stack(self._rack.shape, spec.new, spec.operator if grown else "random", config.run.seed, source)
+        spec = resolve_stage(built, index)
+        stack = self._new_stack(built, spec)
         for index_below in spec.trunk:
-            self._give_progressive(spec, index_below)
+            self._give_progressive(spec, index_below, built.run.seed)
         self._rack.stacks.insert(spec.anatomy.order.index(index), stack)
         self._added.append(override)
+        self._created[index] = part_digests(stack)
         return stack
 
-    def _give_progressive(self, spec: StageSpec, index: int) -> None:
-        """Give a stack of the trunk its 'progressive' adapter; the 'stack' adapter is added at creation only."""
-        stack, adapters = self.stack(index), spec.stacks[index].adapters
-        if "progressive" in adapters and "progressive" not in adapter_names(stack):
-            give_adapter(stack, "progressive", adapters["progressive"], self.config.run.seed)
-
-    def _override(self, index: int, mode: _Mode, n_blocks: int | None, precision: Precision | None) -> StackOverride:
+    def _override(
+        self, config: StackWiseConfig, mode: _Mode, n_blocks: int | None, precision: Precision | None
+    ) -> StackOverride:
         """Return how this stack is built, in full, so that later edits of the configuration do not change it."""
-        settings = settings_of(self.config, index)
+        index = self.n_stacks
+        said = {"building_mode": mode != "default", "new_stack_precision": precision is not None}
+        faults = default_faults(self._told, config, index)
+        if left := [fault for fault in faults if not said[fault.path.removeprefix(f"{GROWTH}.")]]:
+            raise ConfigError(left)
+        settings = settings_of(agreed_config(self._told, config), index)
         return StackOverride(
             n_blocks=int(n_blocks or settings.n_blocks),
             precision=precision or settings.precision,
             mode=settings.mode if mode == "default" else mode,
         )
 
+    def _new_stack(self, built: StackWiseConfig, spec: StageSpec) -> Stack:
+        """Return the stack that a stage adds, as it is before training."""
+        grown = built.training.progressive.enabled  # joint training from scratch does not copy
+        source = self.stack(spec.source) if grown and spec.source is not None else None
+        return new_stack(self._rack.shape, spec.new, spec.operator if grown else "random", built.run.seed, source)
+
+    def _give_progressive(self, spec: StageSpec, index: int, seed: int) -> None:
+        """Give a stack of the trunk its 'progressive' adapter; the 'stack' adapter is added at creation only."""
+        stack, adapters = self.stack(index), spec.stacks[index].adapters
+        if "progressive" in adapters and "progressive" not in adapter_names(stack):
+            give_adapter(stack, "progressive", adapters["progressive"], seed)
+            self._created[index]["progressive"] = digest_of(adapter_state(stack, "progressive"))
+
+    # ------------------------------------------------------------ the configuration that rules
+
     def as_built(self, config: StackWiseConfig, added: list[StackOverride] | None = None) -> StackWiseConfig:
-        """Return a copy of a configuration with this rack's shape, and with the stacks `added` (None: its own)."""
+        """Return a copy of a configuration with this rack's shape, and with the stacks `added` (None: its own).
+
+        Raises:
+            ConfigError: the configuration says another size than the rack was built with.
+        """
         added = self._added if added is None else added
-        merged = config.model_copy(deep=True)
-        merged.model = self.config.model.model_copy()
+        merged = agreed_config(self._told, config)
         growth = merged.training.progressive
         configured = growth.stacks
-        growth.max_stacks = max(growth.max_stacks, self.config.training.progressive.max_stacks, len(added))
+        growth.max_stacks = max(growth.max_stacks, len(added))
         growth.target_stacks = min(max(growth.target_stacks, len(added)), growth.max_stacks)
         steps = [entry.steps for entry in configured[: len(added)]] + [0] * len(added)
         built = [entry.model_copy(update={"steps": n}) for entry, n in zip(added, steps, strict=False)]
         growth.stacks = [*built, *configured[len(added) :]]
         return merged
 
-    def prepare_stage(self, spec: StageSpec) -> None:
+    def check_additions(self, config: StackWiseConfig, target: int) -> None:
+        """Reject what the builder was given for all additions, where a configuration that adds says something else."""
+        stacks = range(self.n_stacks, target)
+        if faults := [fault for stack in stacks for fault in default_faults(self._told, config, stack)]:
+            raise ConfigError(list(dict.fromkeys(faults)))
+
+    def adopt(self, config: StackWiseConfig) -> None:
+        """Have a configuration rule this rack from now on: attention and time embedding become what it says.
+
+        A rack that nobody has trained or edited is made anew where that needs other weights; all objects stay.
+
+        Raises:
+            ConfigError: the rack is trained, or edited by hand, as something else.
+        """
+        built = self.as_built(config)
+        follows = self._told.given is None
+        shape, seed = resolve_shape(built), config.run.seed if follows else self._seed
+        if (shape, seed) != (self._rack.shape, self._seed):
+            if self._is_untouched():
+                self._make_anew(built, shape, seed)
+            elif shape != self._rack.shape:
+                raise ConfigError(shape_faults(built, self._rack.shape, shape))
+        self._told = replace(self._told, model=built.model)
+        if follows:
+            self._own, self.config = config, config.model_copy(update={"model": built.model.model_copy()})
+        self._own_shape = resolve_shape(self.as_built(self._own))
+
+    def _follow_edits(self) -> None:
+        """Adopt the builder's own configuration if it was edited to say another attention or time embedding."""
+        if resolve_shape(self.as_built(self._own)) != self._own_shape:
+            self.adopt(self._own)
+
+    def _is_untouched(self) -> bool:
+        """Return whether the whole rack is as it was created."""
+        if self._trained or self._ends() != self._created_ends:
+            return False
+        return all(self._is_as_created(index) for index in range(self.n_stacks))
+
+    def _is_as_created(self, index: int) -> bool:
+        return index not in self._trained and part_digests(self.stack(index)) == self._created[index]
+
+    def _ends(self) -> tuple[str, str]:
+        return tensor_digest(self._rack.embedding), tensor_digest(self._rack.head)
+
+    def _make_anew(self, built: StackWiseConfig, shape: ModelShape, seed: int) -> None:
+        """Make every part of the rack again, in another shape or from another seed, within the same objects."""
+        rack, fresh = self._rack, new_rack(shape, seed).to(self._rack.embedding.weight.device)
+        take_contents(rack.embedding, fresh.embedding)
+        take_contents(rack.head, fresh.head)
+        rack.shape, rack.tied, self._seed = shape, fresh.tied, seed
+        self._created_ends = self._ends()
+        for index in range(self.n_stacks):
+            spec = resolve_stage(built, index)
+            self.renew(built, spec, always=True)
+            for index_below in spec.trunk:
+                self._give_progressive(spec, index_below, seed)
+
+    def renew(self, built: StackWiseConfig, spec: StageSpec, *, always: bool = False) -> None:
+        """Make the stack of a growth stage again by its operator if it is still as it was created.
+
+        It then is a copy of a trained neighbour, though it was added before that was trained.
+        """
+        index = spec.index
+        if always or self._is_as_created(index):
+            stack, device = self.stack(index), self._rack.embedding.weight.device
+            take_contents(stack, self._new_stack(built, spec).to(device))
+            self._created[index] = part_digests(stack)
+
+    # ------------------------------------------------------------ the stages of a trainer
+
+    def prepare_stage(self, spec: StageSpec, seed: int | None = None) -> None:
         """Freeze the rack and add the adapters that the stage needs; from the second stage on the head is untied."""
         if spec.index > 0:
             self._rack.untie()
         freeze(self._rack)
         for index in spec.anatomy.order:
-            self._give_progressive(spec, index)
+            self._give_progressive(spec, index, self.config.run.seed if seed is None else seed)
 
     def finish_stage(self, anatomy: Anatomy) -> None:
         """Freeze the rack and record that the stacks of a stage are trained; see `end_stage`."""
         freeze(self._rack)
         self._trained.update(anatomy.order)
+
+    def is_trained(self, creation_index: int) -> bool:
+        """Return whether a stack has been trained."""
+        return creation_index in self._trained
+
+    def keep_annealed(self, settings: object, before: Snapshot) -> None:
+        """Record a joint anneal, and the rack before it."""
+        after = {stack.creation_index: part_digests(stack) for stack in self.stacks}
+        self.annealed = Annealed(settings, before, after)
+
+    def is_annealed(self, settings: object) -> bool:
+        """Return whether the rack is as a joint anneal of these settings left it."""
+        return self.annealed is not None and self.annealed.settings == settings and self._is_as_annealed(self.annealed)
+
+    def undo_anneal(self) -> None:
+        """Go back to the rack before its joint anneal, unless it was trained or edited since."""
+        annealed, self.annealed = self.annealed, None
+        if annealed is not None and (annealed.settings is None or self._is_as_annealed(annealed)):
+            annealed.before.restore(self._rack, self.channels)
+
+    def _is_as_annealed(self, annealed: Annealed) -> bool:
+        digests = {index: part_digests(self.stack(index)) for index in annealed.after}
+        return all(left.items() <= digests[index].items() for index, left in annealed.after.items())
 
     def freeze_trunk(self, indices: list[int] | None = None) -> None:
         """Freeze some stacks by creation index; all but the newest by default."""
@@ -208,6 +362,29 @@ class ProgressiveRackBuilder:
             **count_parameters(self._rack),
             "stacks": stacks,
         }
+
+
+def _with_dimensions(config: StackWiseConfig, dimensions: dict[str, Any]) -> StackWiseConfig:
+    """Return a configuration with other sizes; all other sections stay shared, so that edits of them are seen."""
+    if not dimensions:
+        return config
+    model = config.model.model_copy()
+    for name, value in dimensions.items():
+        if name not in ModelConfig.model_fields:
+            known = ", ".join(ModelConfig.model_fields)
+            raise ConfigError([Fault(name, repr(value), f"there is no such dimension; known: {known}")])
+        try:
+            setattr(model, name, value)
+        except ValidationError as error:
+            raise ConfigError([Fault(f"model.{name}", repr(value), error.errors()[0]["msg"])]) from None
+    return config.model_copy(update={"model": model})
+
+
+def _check_stack(n_blocks: Any, precision: Any) -> None:
+    if n_blocks is not None:
+        check_integer("n_blocks", n_blocks, 1, 128)
+    if precision is not None:
+        check_choice("precision", precision, get_args(Precision))
 
 
 def count_parameters(module: nn.Module) -> dict[str, int]:

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any
+from typing import Any, Literal
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_type
-from stackwise_core.config.rules import growth_faults, time_faults
-from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.model.rack_builder import ProgressiveRackBuilder
+from stackwise_core.config.rules import rule_faults
+from stackwise_core.config.schema import GROWTH, Precision, ProgressiveConfig
+from stackwise_core.config.stacks import AdapterSpec
+from stackwise_core.config.unused import notes
+from stackwise_core.errors import ConfigError, Fault, StageInterruptedError
+from stackwise_core.model.adapters import adapter_names
+from stackwise_core.model.rack_builder import ProgressiveRackBuilder, count_parameters
+from stackwise_core.model.snapshot import Annealed, Snapshot
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import RepeatedLoader, first_rows, stage_batches, stage_masks
 from stackwise_core.objectives.dataloader import RowSource, check_loader, unwrapped
 from stackwise_core.objectives.losses import Batch, loss_normaliser
 from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.resolve import resolve_loss, resolve_mask, resolve_statistics_rows, resolve_views
-from stackwise_core.stages.stages import StageSpec, resolve_joint, resolve_stage
+from stackwise_core.stages.stages import AdapterName, StackSpec, StageSpec, resolve_joint, resolve_stage
 from stackwise_core.training.boundary import LiveTrunk
 from stackwise_core.training.evaluate import judge_rack
 from stackwise_core.training.hardware import use_hardware
 from stackwise_core.training.stage_model import StageModel
-from stackwise_core.training.training import Hooks, Record, StageInputs, TrainingState, end_stage, fits, train_stage
+from stackwise_core.training.training import (
+    Hooks,
+    Record,
+    StageInputs,
+    Trained,
+    TrainingState,
+    end_stage,
+    fits,
+    train_stage,
+)
+
+_log = logging.getLogger("stackwise")
 
 
 @dataclass
@@ -31,14 +48,38 @@ class StageResult:
     """The result of one stage."""
 
     index: int
+    mode: Literal["append", "prepend", "joint"] = "append"
+    precision: Precision | None = None
+    """Of the stack that the stage added; None for joint training."""
+    time_step: int | None = None
+    """Of that stack, where depth is time."""
+    mask_ratio: float | None = None
+    """None where inputs are not masked, or not all at one ratio."""
     records: list[Record] = field(default_factory=list)
+    """What every step measured: step, loss, learning_rate, gradient_norm."""
     validation_loss: float | None = None
     """Mean over the loss positions of the validation batches [nats]; None without such batches."""
+    seconds: float = 0.0
+    """Of the training steps of this call."""
+    parameters: dict[str, int] = field(default_factory=dict)
+    """`trained` by the stage, and the `total` of the rack."""
+    cache_bytes: int = 0
+    """Of the activations that the stage kept in RAM."""
 
     @property
     def loss(self) -> float:
         """Training loss of the last step [nats]."""
         return self.records[-1]["loss"]
+
+    @property
+    def losses(self) -> list[float]:
+        """Training loss of every step [nats]."""
+        return [record["loss"] for record in self.records]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.records)
 
 
 @dataclass
@@ -74,6 +115,13 @@ class ProgressiveTrainer:
         check_type("hooks", hooks, (Hooks, NoneType), "a Hooks or None is expected")
         self.config = config
         self.hooks = hooks or Hooks()
+        self.history: list[StageResult] = []
+        """The results of all stages that this trainer has trained."""
+        self._cached: dict[str, Any] = {}
+
+    def cache_info(self) -> dict[str, Any]:
+        """Return boundary, rows, bytes, limit [bytes] and whether full, of the last activations kept in RAM, or {}."""
+        return dict(self._cached)
 
     def train_progressively(
         self,
@@ -105,20 +153,14 @@ class ProgressiveTrainer:
             StageInterruptedError: `hooks.should_stop()`; its `state` is what to resume from.
         """
         call = _Call(rack_builder, dataloader, hooks or self.hooks, state, validation, cache or {})
-        self._validate()
         growth = self.config.training.progressive
         target = growth.target_stacks if target_stacks is None else target_stacks
-        self._check(rack_builder, target)
-        if not growth.enabled:
-            return [self._train_jointly(call, 0, target)]
-        results: list[StageResult] = []
-        for index in range(rack_builder.n_trained, target):
-            if index == rack_builder.n_stacks:
-                rack_builder.add_stack()
-            config = rack_builder.as_built(self.config)
-            results.append(_train(call, config, resolve_stage(config, index)))
-        if self.config.training.joint_steps:
-            results.append(self._train_jointly(call, target, target))
+        self._begin(rack_builder, target)
+        results = self._grow(call, target) if growth.enabled else []
+        if self.config.training.joint_steps and growth.enabled:
+            results += self._anneal(call, target)
+        if not growth.enabled and rack_builder.n_trained < target:
+            results = [self._train_jointly(call, 0, target)]
         if call.state is not None:
             raise ConfigError([Fault("state", "a checkpoint", "no stage is left to train: leave it out")])
         return results
@@ -139,66 +181,178 @@ class ProgressiveTrainer:
                 rack_builder, dataloader, target_stacks, hooks=hooks, state=state, validation=validation
             )
         call = _Call(rack_builder, dataloader, hooks or self.hooks, state, validation)
-        self._validate()
         if not rack_builder.n_stacks:
             allowed = "the rack has no stack yet; give a number, or append one"
             raise ConfigError([Fault("target_stacks", "None", allowed)])
+        self._begin(rack_builder, rack_builder.n_stacks)
         return [self._train_jointly(call, 0, rack_builder.n_stacks)]
 
-    def _validate(self) -> None:
+    def _begin(self, builder: ProgressiveRackBuilder, target: Any) -> None:
+        """Reject before the first step what would fail after the last, and have the configuration rule the rack."""
         self.config.validate(corpus=False)
         if (count := self.config.hardware.processes) > 1:
             allowed = "this trains in the process that calls it; `stackwise train` starts several, else set it to 1"
             raise ConfigError([Fault("hardware.processes", str(count), allowed)])
+        self._check_target(builder, target)
+        builder.check_additions(self.config, target)
+        built = builder.as_built(self.config)
+        built.training.progressive.target_stacks = max(target, builder.n_stacks)
+        if faults := rule_faults(built, corpus=False):
+            raise ConfigError(faults)
+        if (mask := resolve_mask(built, 0)) is not None and mask.mask_token >= built.model.vocab_size:
+            allowed = f"mlm puts token {mask.mask_token} for [MASK]; the rack needs a row for it"
+            raise ConfigError([Fault("model.vocab_size", str(built.model.vocab_size), allowed)])
+        for line in [*notes(built), *_ruled_out(builder.config, self.config)]:
+            _log.info(line)
+        builder.adopt(self.config)
 
-    def _check(self, builder: ProgressiveRackBuilder, target: int) -> None:
-        """Reject before the first step what would fail after the last."""
+    def _check_target(self, builder: ProgressiveRackBuilder, target: Any) -> None:
         growth = self.config.training.progressive
-        limit = builder.config.training.progressive.max_stacks
+        limit = growth.max_stacks
         if type(target) is not int or not 1 <= target <= limit:
-            allowed = f"a number of stacks from 1 to {limit}: the builder's max_stacks is {limit}"
+            allowed = f"a number of stacks from 1 to {limit}: {GROWTH}.max_stacks is {limit}"
             raise ConfigError([Fault("target_stacks", repr(target), allowed)])
+        if builder.n_stacks > limit:
+            allowed = f"the rack has {builder.n_stacks} stacks already"
+            raise ConfigError([Fault(f"{GROWTH}.max_stacks", str(limit), allowed)])
         joint = self.config.training.joint_steps > 0 or not growth.enabled
         if joint and target < builder.n_stacks:
             allowed = f"the rack has {builder.n_stacks} stacks already, and joint training takes all of them"
             raise ConfigError([Fault("target_stacks", str(target), allowed)])
-        built = builder.as_built(self.config)
-        built.training.progressive.target_stacks = max(target, builder.n_stacks)
-        if faults := [*growth_faults(built), *time_faults(built)]:
-            raise ConfigError(faults)
-        mask, shape = resolve_mask(built, 0), builder.build_rack().shape
-        if mask is not None and mask.mask_token >= shape.vocab_size:
-            allowed = f"mlm puts token {mask.mask_token} for [MASK]; the rack needs a row for it"
-            raise ConfigError([Fault("model.vocab_size", str(shape.vocab_size), allowed)])
-        if growth.training_objective == "clm" and not shape.causal:
-            allowed = "the builder's rack is bidirectional: every position would see its own target"
-            raise ConfigError([Fault("training.progressive.training_objective", "'clm'", allowed)])
+
+    def _grow(self, call: _Call, target: int) -> list[StageResult]:
+        """Train the stacks that are not trained yet, and add and train those that are missing."""
+        builder, results = call.builder, list[StageResult]()
+        for index in range(builder.n_trained, target):
+            builder.undo_anneal()
+            is_new = index == builder.n_stacks
+            if is_new:
+                builder.add_stack(self.config)
+            config = builder.as_built(self.config)
+            spec = resolve_stage(config, index)
+            if not is_new:
+                builder.renew(config, spec)
+            results.append(self._train(call, config, spec))
+        return results
+
+    def _anneal(self, call: _Call, n_stacks: int) -> list[StageResult]:
+        """Train the rack jointly, unless it is as these settings annealed it."""
+        config, spec = self._joint(call.builder, n_stacks, n_stacks)
+        growth = config.training.progressive
+        settings = spec, stage_masks(config, spec), growth.training_objective, config.training.custom_loss
+        if call.builder.is_annealed(settings):
+            return []
+        call.builder.undo_anneal()
+        return [self._train(call, config, spec, anneal=settings)]
 
     def _train_jointly(self, call: _Call, index: int, n_stacks: int) -> StageResult:
         while call.builder.n_stacks < n_stacks:
-            call.builder.add_stack()
-        config = call.builder.as_built(self.config)
+            call.builder.add_stack(self.config)
+        return self._train(call, *self._joint(call.builder, index, n_stacks))
+
+    def _joint(self, builder: ProgressiveRackBuilder, index: int, n_stacks: int) -> tuple[StackWiseConfig, StageSpec]:
+        """Return joint training of all stacks; a quantised one that was never trained trains whole, as a first does."""
+        config = builder.as_built(self.config)
         config.training.progressive.target_stacks = n_stacks
         spec = resolve_joint(config, index, n_stacks)
+        anatomy = spec.anatomy
+        pairs = zip(anatomy.order, anatomy.trains, strict=True)
+        trains = tuple(what if builder.is_trained(stack) else "everything" for stack, what in pairs)
+        spec = spec.model_copy(update={"anatomy": anatomy.model_copy(update={"trains": trains})})
         for stack in spec.stacks:
-            if spec.anatomy.trains_of(stack.index) == "adapters" and not stack.adapters:
+            if spec.anatomy.trains_of(stack.index) == "adapters" and not _adapters(builder, stack):
                 allowed = f"stack {stack.index} is quantised and has no adapter: nothing of it could train"
                 raise ConfigError([Fault("precision", repr(stack.precision), allowed)])
-        return _train(call, config, spec)
+        return config, spec
+
+    def _train(self, call: _Call, config: StackWiseConfig, spec: StageSpec, anneal: object = None) -> StageResult:
+        """Train one stage of a call and evaluate it; the call's state is used up by its first stage.
+
+        `anneal` are the settings of a joint anneal. After an error the rack is what it was before the stage.
+        """
+        builder, state, call.state = call.builder, call.state, None
+        spec = _as_adapted(builder, config, spec)
+        _log.info("stage %d (%s) begins: %d steps", spec.index, spec.name, spec.optim.steps)
+        builder.prepare_stage(spec, config.run.seed)
+        before = Snapshot.of(builder.build_rack(), spec.anatomy, builder.channels)
+        try:
+            inputs = stage_inputs(builder, config, spec, call.dataloader, call.cache.get(spec.anatomy.boundary), state)
+            parameters = {"trained": count_parameters(inputs.model)["trainable_parameters"]}
+            trained = train_stage(inputs, call.hooks)
+            builder.channels.update(end_stage(inputs.model, inputs.first_batches))
+        except StageInterruptedError:
+            if anneal is not None:
+                builder.annealed = Annealed(None, before)
+            raise
+        except BaseException:
+            before.restore(builder.build_rack(), builder.channels)
+            builder.build_rack().to("cpu")
+            raise
+        builder.finish_stage(spec.anatomy)
+        if anneal is not None:
+            builder.keep_annealed(anneal, before)
+        result = _result(config, spec, trained, {**parameters, "total": builder.get_rack_info()["parameters"]})
+        self.history.append(result)
+        if call.validation is not None:
+            result.validation_loss = _validation_loss(builder, config, spec, call.validation)
+        builder.build_rack().to("cpu")  # frees the device of what the next stage does not need
+        _log.info("stage %d (%s) ends: %s", spec.index, spec.name, _summary(result))
+        return result
 
 
-def _train(call: _Call, config: StackWiseConfig, spec: StageSpec) -> StageResult:
-    """Train one stage of a call and evaluate it; the call's state is used up by its first stage."""
-    builder, state, call.state = call.builder, call.state, None
-    inputs = stage_inputs(builder, config, spec, call.dataloader, call.cache.get(spec.anatomy.boundary), state)
-    trained = train_stage(inputs, call.hooks)
-    builder.channels.update(end_stage(inputs.model, inputs.first_batches))
-    builder.finish_stage(spec.anatomy)
-    result = StageResult(spec.index, trained.records)
-    if call.validation is not None:
-        result.validation_loss = _validation_loss(builder, config, spec, call.validation)
-    builder.build_rack().to("cpu")  # frees the device of what the next stage does not need
-    return result
+def _ruled_out(own: StackWiseConfig, ruling: StackWiseConfig) -> Iterator[str]:
+    """Yield one line about what the builder's configuration says and the trainer's, which rules, says otherwise."""
+    mine, theirs = own.training.progressive, ruling.training.progressive
+    differ = [key for key in ProgressiveConfig.model_fields if getattr(mine, key) != getattr(theirs, key)]
+    if said := [key for key in differ if key in mine.model_fields_set]:
+        listed = ", ".join(f"{key} {getattr(theirs, key)!r}, not {getattr(mine, key)!r}" for key in said)
+        yield f"the trainer's configuration rules, not the builder's: {listed}"
+
+
+def _adapters(builder: ProgressiveRackBuilder, stack: StackSpec) -> list[AdapterName]:
+    """Return the adapters that a stack has, or will be given: a 'stack' adapter is added at creation only."""
+    return [*adapter_names(builder.stack(stack.index)), *(name for name in stack.adapters if name == "progressive")]
+
+
+def _as_adapted(builder: ProgressiveRackBuilder, config: StackWiseConfig, spec: StageSpec) -> StageSpec:
+    """Return a stage of this rack, whose stacks may have been created under another configuration.
+
+    A stack of the trunk that is to train adapters and has none gets a progressive one, and adapters that the
+    configuration does not know of train at its rate too.
+    """
+    growth, training, stacks = config.training.progressive, config.training, list(spec.stacks)
+    progressive = AdapterSpec(rank=growth.progressive_qlora_rank, alpha=growth.progressive_qlora_alpha)
+    for index in spec.anatomy.trained:
+        if spec.anatomy.trains_of(index) == "adapters" and not _adapters(builder, stacks[index]):
+            adapters = {**stacks[index].adapters, "progressive": progressive}
+            stacks[index] = stacks[index].model_copy(update={"adapters": adapters})
+            _log.info("stack %d has no adapter to train: it gets a progressive one", index)
+    optim = spec.optim
+    if not optim.adapter_learning_rate and any(_adapters(builder, stacks[index]) for index in spec.anatomy.trained):
+        rate = training.adapter_learning_rate * optim.learning_rate / training.learning_rate
+        optim = optim.model_copy(update={"adapter_learning_rate": rate})
+    return spec.model_copy(update={"stacks": tuple(stacks), "optim": optim})
+
+
+def _result(config: StackWiseConfig, spec: StageSpec, trained: Trained, parameters: dict[str, int]) -> StageResult:
+    masks = set(stage_masks(config, spec).values())
+    mask = masks.pop() if len(masks) == 1 else None
+    return StageResult(
+        index=spec.index,
+        mode=spec.mode,
+        precision=None if spec.mode == "joint" else spec.new.precision,
+        time_step=spec.time_step,
+        mask_ratio=None if mask is None or mask.time else mask.ratio,
+        records=trained.records,
+        seconds=trained.seconds,
+        parameters=parameters,
+    )
+
+
+def _summary(result: StageResult) -> str:
+    held_out = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"
+    trained, total = result.parameters["trained"], result.parameters["total"]
+    return f"loss {result.loss:.4f}{held_out}, {trained:,} of {total:,} parameters trained, {result.seconds:.1f} s"
 
 
 def stage_inputs(
@@ -209,12 +363,11 @@ def stage_inputs(
     store: RowSource | None = None,
     state: TrainingState | None = None,
 ) -> StageInputs:
-    """Return the inputs of a stage in memory, as the flow opens them from artifacts.
+    """Return the inputs of a stage that the builder has prepared, in memory, as the flow opens them from artifacts.
 
     `store` gives the rows of the boundary; without it the trunk computes them. `state` is a checkpoint of this stage.
     """
     anatomy, device, rack = spec.anatomy, use_hardware(config.hardware), builder.build_rack()
-    builder.prepare_stage(spec)
     stacks = {stack.creation_index: stack for stack in builder.stacks}
     model = StageModel.assemble(config, anatomy, stacks, rack.head, rack.embedding, device)
     if state is not None and not fits(model, state):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from stackwise_core.errors import ConfigError, Fault, NonFiniteLossError, StackWiseError, StageInterruptedError
 from stackwise_core.failpoints import failpoint
+from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.growth_operators import freeze
 from stackwise_core.model.precision import convert_storage
 from stackwise_core.model.stream import ChannelStatistics
@@ -296,13 +296,3 @@ def _frozen_digests(model: StageModel) -> dict[str, str]:
         parts["embedding"] = model.embedding
     frozen = {name: part for name, part in parts.items() if not any(p.requires_grad for p in part.parameters())}
     return {name: tensor_digest(part) for name, part in frozen.items()}
-
-
-def tensor_digest(module: nn.Module) -> str:
-    """Return the hash of a module's tensors: names, types, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        plain = torch.atleast_1d(tensor.detach().cpu().contiguous())
-        digest.update(plain.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -117,8 +117,12 @@ CALLS: list[tuple[str, Callable[[], object]]] = [
     ("config: got None; a StackWiseConfig", lambda: create_stack_from_config(ANY)),
     ("config: got None; a StackWiseConfig", lambda: TimeStepMasking(ANY)),
     ("configuration: got None; nested mappings", lambda: StackWiseConfig.from_dict(ANY)),
-    ("creation_index: got 12; an integer from 0 to 11", lambda: create_stack_from_config(config_of(), 12)),
-    ("creation_index: got -1; an integer", lambda: create_stack_from_config(config_of(), -1)),
+    ("stack_id: got 12; an integer from 0 to 11", lambda: create_stack_from_config(config_of(), 12)),
+    ("stack_id: got -1; an integer", lambda: create_stack_from_config(config_of(), -1)),
+    ("n_blocks: got 0; an integer from 1", lambda: create_stack_from_config(config_of(), n_blocks=0)),
+    ("precision: got 'int4'; 'full' or", lambda: create_stack_from_config(config_of(), precision=cast(Any, "int4"))),
+    ("building_mode: got 'insert'; 'append' or", lambda: ProgressiveRackBuilder(building_mode=cast(Any, "insert"))),
+    ("default_precision: got 16; 'full' or", lambda: ProgressiveRackBuilder(default_precision=cast(Any, 16))),
     ("model.d_model: got '32'", lambda: ProgressiveRackBuilder(d_model="32")),
     ("width: got 32; there is no such dimension", lambda: ProgressiveRackBuilder(width=32)),
     ("n_blocks: got '2'; an integer from 1 to 128", lambda: builder_of().append_stack(n_blocks="2")),  # pyright: ignore
@@ -169,7 +173,7 @@ def test_a_stack_of_a_librarys_own_vocabulary() -> None:
     """No tokenizer is asked: the caller brings tokens."""
     config = config_of(training_objective="clm")
     config.model.vocab_size = 100
-    assert len(create_stack_from_config(config, creation_index=3).blocks) == 1
+    assert len(create_stack_from_config(config, stack_id=3).blocks) == 1
 
 
 # ---------------------------------------------------------------- loaders

@@ -201,7 +201,7 @@ def test_precisions_that_do_not_fit_are_refused(precision: Any, refused: str) ->
 
 
 def test_plain_dimensions_are_a_configuration() -> None:
-    dimensions = {"d_model": 16, "n_heads": 2, "n_kv_heads": 1, "d_ff": 24, "blocks_per_stack": 2}
+    dimensions: dict[str, Any] = {"d_model": 16, "n_heads": 2, "n_kv_heads": 1, "d_ff": 24, "blocks_per_stack": 2}
     builder, other = ProgressiveRackBuilder(**dimensions), ProgressiveRackBuilder(tiny())
     for grown in (builder, other):
         grown.append_stack()
@@ -241,6 +241,50 @@ def test_builder_validates_on_entry() -> None:
 def test_create_stack_from_config_is_the_random_stack() -> None:
     config = tiny(progressive={"stacks": [{}, {"n_blocks": 3}]})
     assert equal(create_stack_from_config(config, 1), grow_stack(SHAPE, 3, 1, "random", 0, None))
+    stack = create_stack_from_config(stack_id=2, n_blocks=4, config=config, precision="half")
+    assert equal(stack, grow_stack(SHAPE, 4, 2, "random", 0, None))
+    assert (stack.creation_index, stack.precision) == (2, "half")
+    assert len(config.training.progressive.stacks) == 2  # the caller's own is left alone
+
+
+def test_the_builders_own_mode_and_precision_hold_for_whatever_is_added() -> None:
+    builder = ProgressiveRackBuilder(config=tiny(), building_mode="prepend", default_precision="bfloat16")
+    builder.add_stack()
+    builder.append_stack()
+    builder.prepend_stack(precision="half")
+    builder.add_stack()
+    assert [stack.creation_index for stack in builder.stacks] == [3, 2, 0, 1]
+    assert [builder.stack(index).precision for index in range(4)] == ["bfloat16", "bfloat16", "half", "bfloat16"]
+    entry = tiny(progressive={"stacks": [{}, {"precision": "half", "mode": "append"}]})  # says more than a default
+    builder = ProgressiveRackBuilder(entry, building_mode="prepend", default_precision="bfloat16")
+    assert [builder.add_stack().precision for _ in range(2)] == ["bfloat16", "half"]
+    assert [stack.creation_index for stack in builder.stacks] == [0, 1]
+
+
+def test_a_configuration_that_says_another_mode_or_precision_is_refused() -> None:
+    said = tiny(progressive={"building_mode": "append", "new_stack_precision": "full"})
+    builder = ProgressiveRackBuilder(said, building_mode="prepend", default_precision="half")
+    mode, precision = "building_mode: got 'append'; .*'prepend'", "new_stack_precision: got 'full'; .*'half'"
+    with pytest.raises(ConfigError, match=f"{mode}.*make the two equal.*\n.*{precision}"):
+        builder.add_stack()
+    with pytest.raises(ConfigError, match=precision) as refused:
+        builder.append_stack()  # says where, but not of which precision
+    assert len(refused.value.faults) == 1
+    assert builder.append_stack(precision="bfloat16").precision == "bfloat16"
+    said.training.progressive.building_mode, said.training.progressive.new_stack_precision = "prepend", "half"
+    assert builder.add_stack().precision == "half"
+
+
+@pytest.mark.parametrize("dimensions", [{}, {"d_model": 32}])
+def test_later_edits_of_the_configuration_are_seen(dimensions: dict[str, Any]) -> None:
+    config = tiny()
+    builder = ProgressiveRackBuilder(config=config, **dimensions)
+    config.training.progressive.new_stack_precision = "bfloat16"
+    config.training.progressive.qlora_enabled, config.training.progressive.qlora_rank = True, 2
+    stack = builder.append_stack()
+    assert (stack.precision, adapter_names(stack)) == ("bfloat16", ["stack"])
+    assert builder.build_rack().shape.d_model == dimensions.get("d_model", 16)
+    assert config.model.d_model == 16  # the caller's own is left alone
 
 
 # ---------------------------------------------------------------- freezing and counting
@@ -296,7 +340,8 @@ def test_a_stage_thaws_what_it_trains() -> None:
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("blocks", [[2], [2, 1], [1, 3, 2]])
 def test_counts_equal_numel_and_the_closed_forms(blocks: list[int], tie: bool) -> None:
-    dimensions = {"d_model": 24, "n_heads": 4, "n_kv_heads": 2, "d_ff": 37, "vocab_size": 271, "tie_embeddings": tie}
+    sizes = {"d_model": 24, "n_heads": 4, "n_kv_heads": 2, "d_ff": 37, "vocab_size": 271}
+    dimensions: dict[str, Any] = {**sizes, "tie_embeddings": tie}
     builder = ProgressiveRackBuilder(**dimensions)
     rack, shape = builder.build_rack(), resolve_shape(builder.config)
     for index, n_blocks in enumerate(blocks):

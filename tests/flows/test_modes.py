@@ -11,12 +11,12 @@ import torch
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.adapters import adapter_state
+from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.objectives.batches import PackedBatches
 from stackwise_core.stages import resolve
 from stackwise_core.stages.resolve import resolve_order
 from stackwise_core.training.trainer import ProgressiveTrainer
-from stackwise_core.training.training import tensor_digest
 from storage.artifacts import Artifacts
 from storage.checkpoints import load_channels, load_embedding, load_head, load_stack, load_tensors
 from storage.sequences import load_sequences

@@ -17,9 +17,9 @@ import yaml
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.adapters import adapter_names, adapter_state
 from stackwise_core.model.blocks import Stack
+from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.precision import base_linears, storage_of
 from stackwise_core.stages.plan import StagePlan, plan_config
-from stackwise_core.training.training import tensor_digest
 from storage.artifacts import Artifacts
 from storage.checkpoints import load_embedding, load_head, load_stack
 from storage.sequences import load_sequences

@@ -1,0 +1,63 @@
+"""Parts of a rack set aside, to go back to: what a stage trains, as it was before the stage."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from stackwise_core.model.blocks import Rack, Stack
+from stackwise_core.model.stream import ChannelStatistics
+from stackwise_core.stages.stages import Anatomy
+
+
+def take_contents(module: nn.Module, other: nn.Module) -> None:
+    """Have a module hold what another of its class holds; it stays the same object, with the hooks put on it."""
+    for name in [name for name in module.__dict__ if "_hook" not in name]:
+        del module.__dict__[name]
+    module.__dict__.update({name: value for name, value in other.__dict__.items() if "_hook" not in name})
+
+
+@dataclass
+class Snapshot:
+    """What a stage trains, copied as it was before, in its storage types; it can be gone back to once."""
+
+    parts: dict[str, nn.Module]
+    channels: dict[int, ChannelStatistics]
+    tied: bool
+
+    @classmethod
+    def of(cls, rack: Rack, anatomy: Anatomy, channels: dict[int, ChannelStatistics]) -> Snapshot:
+        """Copy what the stage of an anatomy trains, which takes as much memory again."""
+        trained = {f"stack {index}" for index in anatomy.trained}
+        trained |= {"embedding"} if anatomy.embedding_trains else set()
+        trained |= {"head"} if anatomy.head_trains else set()
+        parts = {name: part for name, part in _parts(rack).items() if name in trained}
+        # Copied together, embedding and head still share their matrix if they did.
+        return cls(copy.deepcopy(parts), dict(channels), rack.tied)
+
+    def restore(self, rack: Rack, channels: dict[int, ChannelStatistics]) -> None:
+        """Have a rack and its channel statistics be what they were; all modules stay the same objects."""
+        for name, part in _parts(rack).items():
+            if name in self.parts:
+                take_contents(part, self.parts[name])
+        rack.tied = self.tied
+        channels.clear()
+        channels.update(self.channels)
+
+
+def _parts(rack: Rack) -> dict[str, nn.Module]:
+    stacks = {f"stack {stack.creation_index}": stack for stack in rack.stacks if isinstance(stack, Stack)}
+    return {"embedding": rack.embedding, "head": rack.head, **stacks}
+
+
+@dataclass
+class Annealed:
+    """A joint anneal of a rack; growth goes on from the rack as it was before."""
+
+    settings: object
+    """What it was made with; None while it has not come to its end."""
+    before: Snapshot
+    after: dict[int, dict[str, str]] = field(default_factory=dict)
+    """The digests of the parts of every stack as it left them, by creation index."""
