@@ -9,7 +9,13 @@ from typing import Any
 
 from stackwise_core.config.functions import shown
 from stackwise_core.config.schema import GROWTH, QUANTISED, ConfigSchema
-from stackwise_core.config.stacks import feed_forward_width, n_time_steps, settings_of, stack_time_step
+from stackwise_core.config.stacks import (
+    feed_forward_width,
+    n_time_steps,
+    progressive_adapter_of,
+    settings_of,
+    stack_time_step,
+)
 from stackwise_core.config.unused import is_used
 from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.errors import ConfigError, Fault
@@ -96,19 +102,9 @@ def _limited(config: ConfigSchema, path: str, limit_path: str) -> Iterator[Fault
 
 def growth_faults(config: ConfigSchema) -> Iterator[Fault]:
     """Yield every broken rule about stacks, precisions, adapters and trunk strategies."""
-    growth = config.training.progressive
     yield from _limited(config, f"{GROWTH}.target_stacks", f"{GROWTH}.max_stacks")
-    if growth.trunk_strategy == "qlora" and growth.enabled and not _trunk_has_adapters(config):
-        allowed = f"no trunk stack has an adapter that could train; set {GROWTH}.qlora_enabled or progressive_qlora"
-        yield _fault(config, f"{GROWTH}.trunk_strategy", f"{allowed}, or use frozen")
     yield from _precision_faults(config)
     yield from _adapter_faults(config)
-
-
-def _trunk_has_adapters(config: ConfigSchema) -> bool:
-    growth = config.training.progressive
-    trunk = range(growth.target_stacks - 1)
-    return not trunk or growth.progressive_qlora or any(settings_of(config, stack).adapter for stack in trunk)
 
 
 def _precision_faults(config: ConfigSchema) -> Iterator[Fault]:
@@ -128,8 +124,9 @@ def _precision_faults(config: ConfigSchema) -> Iterator[Fault]:
             if width % 16:
                 what = "it" if _value(config, path) == width else f"the layers of width {width} that it gives"
                 yield _fault(config, path, f"{_named(packed)} NVFP4: 16 must divide {what}; change it, or use bfloat16")
-        if growth.enabled and training.joint_steps and not (growth.qlora_enabled or growth.progressive_qlora):
-            allowed = f"the joint anneal trains only adapters of quantised stacks; {_named(packed)} NVFP4 without any"
+        bare = [n for n in packed if not (settings_of(config, n).adapter or progressive_adapter_of(config, n))]
+        if growth.enabled and training.joint_steps and bare:
+            allowed = f"the joint anneal trains only adapters of quantised stacks; {_named(bare)} NVFP4 without any"
             yield _fault(config, "training.joint_steps", f"{allowed}; set {GROWTH}.qlora_enabled")
 
 

@@ -158,7 +158,8 @@ class ProgressiveConfig(Section):
     building_mode: Literal["append", "prepend"] = "append"
     """Add new stacks at the end (append) or between embeddings and trunk (prepend)."""
     trunk_strategy: Literal["frozen", "qlora", "full"] = "frozen"
-    """What of the existing stacks trains: nothing, their adapters, everything."""
+    """What of the existing stacks trains: nothing, their adapters (which qlora gives to those that have none),
+    everything."""
     trunk_trainable_top: int = Field(default=0, ge=0)
     """With qlora: only the top n trunk stacks' adapters train; 0 means all."""
     new_stack_precision: Precision = "full"
@@ -200,7 +201,8 @@ class ProgressiveConfig(Section):
     time_per_stack: int = Field(default=1, ge=1, le=2**20)
     """Linear mapping: time steps between neighbouring stacks."""
     num_time_steps: int = Field(default=0, ge=0, le=2**20)
-    """Time steps in all; 0 means max_stacks * time_per_stack."""
+    """Time steps in all; 0 means as many as mask_ratio_table has ratios, or else 1,000 with time as an input and
+    max_stacks * time_per_stack with depth."""
     stacks: list[StackOverride] = Field(default_factory=list)
     """Per-stack overrides {n_blocks, precision, mode, steps} in creation order."""
 

@@ -63,6 +63,15 @@ def _adapter(growth: ProgressiveConfig, stack: int) -> AdapterSpec:
     return AdapterSpec(rank=int(rank), alpha=float(alpha))
 
 
+def progressive_adapter_of(config: ConfigSchema, stack: int) -> AdapterSpec | None:
+    """Return the adapter that a stack gets when it becomes trunk: a trunk of adapters gives one to each without."""
+    growth = config.training.progressive
+    needed = growth.trunk_strategy == "qlora" and settings_of(config, stack).adapter is None
+    if not (growth.enabled and (growth.progressive_qlora or needed)):
+        return None
+    return AdapterSpec(rank=growth.progressive_qlora_rank, alpha=growth.progressive_qlora_alpha)
+
+
 def _by_pattern(pattern: str, value: float, stack: int) -> float:
     if pattern == "increasing":
         return value * 2**stack
@@ -76,10 +85,23 @@ def feed_forward_width(config: ConfigSchema) -> int:
     return config.model.d_ff or -(-config.model.d_model * 8 // 3 // 32) * 32
 
 
+_INPUT_STEPS = 1000
+
+
 def n_time_steps(config: ConfigSchema) -> int:
-    """Return T, the number of time steps."""
+    """Return T, the number of time steps; where `num_time_steps` is 0, a table of ratios has one for each."""
     growth = config.training.progressive
-    return growth.num_time_steps or growth.max_stacks * growth.time_per_stack
+    if growth.num_time_steps:
+        return growth.num_time_steps
+    if ratios := _table(config):
+        return len(ratios)
+    return _INPUT_STEPS if growth.time_interpretation == "input" else growth.max_stacks * growth.time_per_stack
+
+
+def _table(config: ConfigSchema) -> tuple[float, ...]:
+    """Return the mask ratios that are given for each time step; () if they are interpolated, or set by the bound."""
+    is_used = corrupts_by_time(config) and config.training.loss_weighting != "elbo"
+    return tuple(config.training.mask_ratio_table) if is_used else ()
 
 
 def corrupts_by_time(config: ConfigSchema) -> bool:
@@ -106,7 +128,7 @@ def _schedule(config: ConfigSchema) -> TimeInput:
     """Return the schedule; values that it does not use are zero, so that they enter no id."""
     training = config.training
     elbo = training.loss_weighting == "elbo"
-    table = () if elbo else tuple(training.mask_ratio_table)
+    table = _table(config)
     interpolated = not (elbo or table)
     return TimeInput(
         n_steps=n_time_steps(config),
@@ -134,7 +156,7 @@ def stack_time_step(config: ConfigSchema, c: int) -> int:
     if kind == "exponential":
         share = math.expm1(c / (n_stacks - 1)) / math.expm1(1.0) if n_stacks > 1 else 0.0
         return round((n_steps - 1) * share)
-    if kind == "linear":  # can only run past the last step if num_time_steps is set
+    if kind == "linear":  # can only run past the last step if the number of steps is given
         step, key = c * growth.time_per_stack, "num_time_steps"
         remedy = f"raise it, or lower {GROWTH}.time_per_stack (now {growth.time_per_stack})"
     else:
@@ -142,6 +164,9 @@ def stack_time_step(config: ConfigSchema, c: int) -> int:
         step, remedy = _mapped_step(config, key, c), f"change it, or {GROWTH}.num_time_steps"
     if not 0 <= step < n_steps:
         allowed = f"stack {c} gets the step {step}, outside 0 to {n_steps - 1}; {remedy}"
+        if key == "num_time_steps" and not growth.num_time_steps:
+            allowed = allowed.replace("raise it", "give more ratios")
+            raise ConfigError([Fault("training.mask_ratio_table", f"{n_steps} ratios", allowed)])
         raise ConfigError([Fault(f"{GROWTH}.{key}", shown(getattr(growth, key)), allowed)])
     return step
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from stackwise_core.config.adjusted import adjustments
 from stackwise_core.config.functions import shown
 from stackwise_core.config.schema import GROWTH, ConfigSchema
 from stackwise_core.config.stacks import settings_of
@@ -22,6 +23,9 @@ _MANY = range(1, 2**63)
 _GROWS: Need = [(f"{GROWTH}.enabled", (True,))]
 _MLM: Need = [(f"{GROWTH}.training_objective", ("mlm",))]
 _INPUT: Need = [(f"{GROWTH}.time_interpretation", ("input",))]
+_DEPTH: Need = [(f"{GROWTH}.time_interpretation", ("depth",))]
+_LINEAR = (f"{GROWTH}.stack_time_mapping", ("linear",))
+_NO_MASKS: Need = [(f"{GROWTH}.training_objective", ("clm", "custom"))]
 _TIMED: Need = [(f"{GROWTH}.time_interpretation", ("input", "depth"))]
 _ADAPTED: Need = [
     (f"{GROWTH}.qlora_enabled", (True,)),
@@ -31,12 +35,17 @@ _ADAPTED: Need = [
 _BY_RULE: Need = [(f"{GROWTH}.qlora_strategy", ("simplified", "progressive"))]
 _PATTERNED: Need = [(f"{GROWTH}.qlora_strategy", ("progressive",))]
 _PROGRESSIVE: Need = [(f"{GROWTH}.progressive_qlora", (True,))]
+_DENSE = ("full", "half", "bfloat16", "nvfp4")
+_FOR_BARE_TRUNKS: list[Need] = [  # also stacks without an adapter of their own get one, in a trunk of adapters
+    [*_PROGRESSIVE, (f"{GROWTH}.trunk_strategy", ("qlora",))],
+    [*_PROGRESSIVE, (f"{GROWTH}.qlora_enabled", (False,))],
+    [*_PROGRESSIVE, (f"{GROWTH}.new_stack_precision", _DENSE), (f"{GROWTH}.stacks.precision", _DENSE)],
+]
 _INTERPOLATED: Need = [("training.mask_ratio_table", ([],))]
 _FEW_ADAPTERS_TRAIN: Need = [(f"{GROWTH}.trunk_strategy", ("frozen",)), (f"{GROWTH}.trunk_trainable_top", _MANY)]
 _FROZEN_BELOW: list[Need] = [  # a stage may read the stream of frozen stacks
     [(f"{GROWTH}.trunk_strategy", ("frozen", "qlora"))],
-    [*_FEW_ADAPTERS_TRAIN, (f"{GROWTH}.qlora_enabled", (False,))],
-    [*_FEW_ADAPTERS_TRAIN, (f"{GROWTH}.progressive_qlora", (False,))],
+    _FEW_ADAPTERS_TRAIN,
     [(f"{GROWTH}.building_mode", ("append",)), (f"{GROWTH}.stacks.mode", ("append",))],
 ]
 _STORED: Need = [(f"{GROWTH}.cache_activations", (True,))]
@@ -54,9 +63,9 @@ BELONGS_TO: dict[str, list[Need]] = {
     f"{GROWTH}.qlora_alpha_pattern": [_PATTERNED],
     f"{GROWTH}.qlora_configs": [[(f"{GROWTH}.qlora_strategy", ("variable",))]],
     f"{GROWTH}.progressive_qlora": [_GROWS],
-    f"{GROWTH}.progressive_qlora_rank": [_PROGRESSIVE],
-    f"{GROWTH}.progressive_qlora_alpha": [_PROGRESSIVE],
-    "training.adapter_learning_rate": [[*_ADAPTED, *_PROGRESSIVE]],
+    f"{GROWTH}.progressive_qlora_rank": _FOR_BARE_TRUNKS,
+    f"{GROWTH}.progressive_qlora_alpha": _FOR_BARE_TRUNKS,
+    "training.adapter_learning_rate": [[*_ADAPTED, *_PROGRESSIVE, (f"{GROWTH}.trunk_strategy", ("qlora",))]],
     "training.custom_loss": [[(f"{GROWTH}.training_objective", ("custom",))]],
     "training.corruption": [_MLM],
     "training.mask_ratio": [_MLM, [(f"{GROWTH}.time_interpretation", ("none",))]],
@@ -66,11 +75,12 @@ BELONGS_TO: dict[str, list[Need]] = {
     "training.time_sampling": [_INPUT],
     f"{GROWTH}.time_embedding_dim": [_INPUT],
     f"{GROWTH}.time_encoding_type": [_INPUT],
-    f"{GROWTH}.stack_time_mapping": [[(f"{GROWTH}.time_interpretation", ("depth",))]],
+    f"{GROWTH}.stack_time_mapping": [_DEPTH],
     f"{GROWTH}.time_mapping": [[(f"{GROWTH}.stack_time_mapping", ("custom",))]],
-    f"{GROWTH}.time_per_stack": [
-        _TIMED,
-        [(f"{GROWTH}.num_time_steps", (0,)), (f"{GROWTH}.stack_time_mapping", ("linear",))],
+    f"{GROWTH}.time_per_stack": [  # linear steps are its multiples; else it may set how many steps there are
+        _DEPTH,
+        [(f"{GROWTH}.num_time_steps", (0,)), _LINEAR],
+        [*_INTERPOLATED, *_NO_MASKS, _LINEAR],
     ],
     f"{GROWTH}.num_time_steps": [_TIMED],
     f"{GROWTH}.cache_activations": _FROZEN_BELOW,
@@ -86,13 +96,13 @@ BELONGS_TO: dict[str, list[Need]] = {
 
 
 def notes(config: ConfigSchema) -> list[str]:
-    """Return at most one line, which names the unused keys of a valid configuration."""
+    """Return a line that names the unused keys of a valid configuration, and one for each value taken for another."""
     groups: dict[str, list[str]] = {}
     for path, because in unused_keys(config).items():
         value = _values(config, because)[0]
         groups.setdefault(f"{_short(because)}: {_spelled(value)}", []).append(_short(path))
     listed = "; ".join(f"{', '.join(keys)} ({because})" for because, keys in groups.items())
-    return [f"not used: {listed}"] if listed else []
+    return [*([f"not used: {listed}"] if listed else []), *adjustments(config)]
 
 
 def unused_keys(config: ConfigSchema) -> dict[str, str]:

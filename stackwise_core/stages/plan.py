@@ -134,11 +134,12 @@ def _plan_stage(
     states = {stack: _stack_state(below, stack) for stack in spec.trunk}
     build = _plan_build(config, shape, spec, states)
     trained = [stack for stack in spec.trunk if anatomy.trains_of(stack) != "nothing"]
+    progressive = (spec.stacks[stack].adapters.get("progressive") for stack in trained)
     trunk = TrunkRecipe(
         strategy=spec.strategy if trained else "frozen",  # if nothing trains, all strategies share their stages
         stacks=tuple(states.values()),
         trains=tuple(anatomy.trains_of(stack) for stack in spec.trunk) if trained else (),
-        progressive=spec.stacks[trained[0]].adapters.get("progressive") if trained else None,
+        progressive=next(filter(None, progressive), None),  # all that have one have the same
     )
     joint = spec.mode == "joint"
     stack = StackRecipe(

@@ -13,7 +13,14 @@ from pydantic import BaseModel
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import QUANTISED, Precision
-from stackwise_core.config.stacks import AdapterSpec, corrupts_by_time, mask_ratio_of, settings_of, stack_time_step
+from stackwise_core.config.stacks import (
+    AdapterSpec,
+    corrupts_by_time,
+    mask_ratio_of,
+    progressive_adapter_of,
+    settings_of,
+    stack_time_step,
+)
 from stackwise_core.stages.resolve import Value
 
 AdapterName = Literal["stack", "progressive"]
@@ -82,7 +89,7 @@ def stage_anatomy(config: StackWiseConfig, stage: int) -> Anatomy:
     first_or_full = stage == 0 or growth.trunk_strategy == "full"
     return Anatomy(
         order=order,
-        trains=tuple(newest if stack == stage else _trunk_trains(config, stack, stack in top) for stack in order),
+        trains=tuple(newest if stack == stage else _trunk_trains(config, stack in top) for stack in order),
         embedding_trains=first_or_full,
         head_trains=first_or_full or settings.mode == "append",
     )
@@ -104,12 +111,11 @@ def _data_flow(config: StackWiseConfig, n_stacks: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def _trunk_trains(config: StackWiseConfig, stack: int, in_top: bool) -> Trains:
-    growth = config.training.progressive
-    if growth.trunk_strategy == "full":
+def _trunk_trains(config: StackWiseConfig, in_top: bool) -> Trains:
+    strategy = config.training.progressive.trunk_strategy
+    if strategy == "full":
         return "everything"
-    has_adapter = growth.progressive_qlora or settings_of(config, stack).adapter is not None
-    return "adapters" if growth.trunk_strategy == "qlora" and in_top and has_adapter else "nothing"
+    return "adapters" if strategy == "qlora" and in_top else "nothing"
 
 
 def last_trained(anatomies: Sequence[Anatomy], stack: int, part: Literal["base", "adapters"]) -> int:
@@ -244,12 +250,11 @@ def resolve_joint(config: StackWiseConfig, index: int, n_stacks: int) -> StageSp
 
 def resolve_stack(config: StackWiseConfig, stack: int, stage: int) -> StackSpec:
     """Return what a stack is while stage `stage` trains."""
-    growth, settings = config.training.progressive, settings_of(config, stack)
+    settings = settings_of(config, stack)
     adapters: dict[AdapterName, AdapterSpec] = {}
     if settings.adapter:
         adapters["stack"] = settings.adapter
-    if growth.enabled and growth.progressive_qlora and stack < stage:
-        progressive = AdapterSpec(rank=growth.progressive_qlora_rank, alpha=growth.progressive_qlora_alpha)
+    if stack < stage and (progressive := progressive_adapter_of(config, stack)):
         adapters["progressive"] = progressive
     return StackSpec(index=stack, n_blocks=settings.n_blocks, precision=settings.precision, adapters=adapters)
 

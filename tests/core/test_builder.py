@@ -229,12 +229,12 @@ def test_a_stack_without_blocks_is_refused() -> None:
 
 def test_builder_validates_on_entry() -> None:
     config = tiny()
-    config.training.progressive.trunk_strategy = "qlora"
-    with pytest.raises(ConfigError, match="trunk_strategy: got 'qlora'; no trunk stack has an adapter"):
+    config.training.loss_weighting = "elbo"
+    with pytest.raises(ConfigError, match="loss_weighting: got 'elbo'; needs"):
         ProgressiveRackBuilder(config)
-    with pytest.raises(ConfigError, match="trunk_strategy"):
+    with pytest.raises(ConfigError, match="loss_weighting"):
         create_stack_from_config(config)
-    config.training.progressive.trunk_strategy = "full"
+    config.training.loss_weighting = "mean"
     assert ProgressiveRackBuilder(config).n_stacks == 0
 
 

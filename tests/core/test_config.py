@@ -131,12 +131,6 @@ def test_every_fault_at_once() -> None:
         ({"data": {"tokenizer": "words.json"}}, "data.tokenizer", "'words.json'"),
         ({"hardware": {"processes": 9}, "training": {"accumulation_steps": 4}}, "hardware.processes", "9"),
         ({"hardware": {"processes": 2, "device": "cuda:1"}}, "hardware.device", "'cuda:1'"),
-        ({"training": {"progressive": {"trunk_strategy": "qlora"}}}, f"{GROWTH}.trunk_strategy", "'qlora'"),
-        (  # the last stack is in no stage's trunk
-            {"training": {"progressive": {"trunk_strategy": "qlora", "stacks": [{}, {}, {"precision": "qlora"}]}}},
-            f"{GROWTH}.trunk_strategy",
-            "'qlora'",
-        ),
         (
             {"training": {"progressive": {"trunk_strategy": "full", "stacks": [{}, {"precision": "nvfp4"}]}}},
             f"{GROWTH}.stacks.1.precision",
@@ -224,11 +218,6 @@ ADAPTERS = {f"{GROWTH}.qlora_enabled": True}
             {f"{GROWTH}.new_stack_precision": "nvfp4", f"{GROWTH}.trunk_strategy": "full"},
             "training.progressive.new_stack_precision: got 'nvfp4'; trunk_strategy full trains these weights, "
             "which would be quantised; use full, half or bfloat16",
-        ),
-        (
-            {f"{GROWTH}.trunk_strategy": "qlora"},
-            "training.progressive.trunk_strategy: got 'qlora'; no trunk stack has an adapter that could train; set "
-            "training.progressive.qlora_enabled or progressive_qlora, or use frozen",
         ),
         (
             {"training.loss_weighting": "elbo"},
@@ -352,11 +341,12 @@ def test_assignment_is_checked() -> None:
 def test_nested_mutation_is_caught_by_validate() -> None:
     config = StackWiseConfig()
     config.training.progressive.max_stacks = 2
-    config.training.progressive.trunk_strategy = "qlora"
+    config.training.progressive.trunk_strategy = "full"
+    config.training.progressive.new_stack_precision = "nvfp4"
     with pytest.raises(ConfigError) as caught:
         config.validate()
     paths = [fault.path for fault in caught.value.faults]
-    assert paths == ["training.progressive.target_stacks", "training.progressive.trunk_strategy"]
+    assert paths == ["training.progressive.target_stacks", "training.progressive.new_stack_precision"]
 
 
 def test_mutated_lists_are_caught_by_validate() -> None:

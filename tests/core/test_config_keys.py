@@ -69,6 +69,14 @@ ROOT = Path(__file__).parents[2]
         ),
         ({"training.custom_loss": "losses:loss"}, "not used: custom_loss (training_objective: mlm)"),
         ({"training.mask_ratio_min": 0.95}, "not used: mask_ratio_min (time_interpretation: none)"),
+        (
+            {
+                f"{GROWTH}.trunk_strategy": "qlora",
+                f"{GROWTH}.qlora_enabled": True,
+                f"{GROWTH}.progressive_qlora_rank": 4,
+            },
+            "not used: progressive_qlora_rank (progressive_qlora: false)",
+        ),
     ],
 )
 def test_a_key_that_has_no_effect_is_noted_with_the_setting_that_makes_it_so(values: dict[str, Any], line: str) -> None:
@@ -78,6 +86,27 @@ def test_a_key_that_has_no_effect_is_noted_with_the_setting_that_makes_it_so(val
 def test_a_configuration_that_uses_all_it_sets_has_no_notes() -> None:
     assert notes(StackWiseConfig()) == []
     assert notes(configuration({f"{GROWTH}.time_interpretation": "depth", f"{GROWTH}.time_per_stack": 3})) == []
+
+
+RANK_8 = "taken: a progressive adapter of rank {} for trunk stacks without an adapter (trunk_strategy: qlora)"
+
+
+@pytest.mark.parametrize(
+    ("values", "lines"),
+    [
+        ({f"{GROWTH}.trunk_strategy": "qlora"}, [RANK_8.format(8)]),
+        ({f"{GROWTH}.trunk_strategy": "qlora", f"{GROWTH}.progressive_qlora_rank": 4}, [RANK_8.format(4)]),
+        ({f"{GROWTH}.trunk_strategy": "qlora", f"{GROWTH}.stacks": [{"precision": "qlora"}]}, [RANK_8.format(8)]),
+        ({f"{GROWTH}.trunk_strategy": "qlora", f"{GROWTH}.progressive_qlora": True}, []),
+        ({f"{GROWTH}.trunk_strategy": "qlora", f"{GROWTH}.new_stack_precision": "qlora"}, []),
+        (
+            {f"{GROWTH}.trunk_strategy": "qlora", f"{GROWTH}.enabled": False},
+            ["not used: trunk_strategy (enabled: false)"],
+        ),
+    ],
+)
+def test_a_value_that_is_taken_for_another_is_noted(values: dict[str, Any], lines: list[str]) -> None:
+    assert notes(configuration(values)) == lines
 
 
 @pytest.mark.parametrize("block", range(3))
@@ -118,7 +147,7 @@ MORE_FOR_VALUE: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(BELONGS_TO.keys() & NEEDS.keys() - {f"{GROWTH}.trunk_strategy"}))
+@pytest.mark.parametrize("path", sorted(BELONGS_TO.keys() & NEEDS.keys()))
 def test_a_key_without_the_setting_it_needs_is_noted_with_that_setting(path: str) -> None:
     config = configuration({path: other_value(path)})
     assert path in unused_keys(config)
@@ -211,7 +240,7 @@ def keys_read_in(function: ast.FunctionDef) -> set[str]:
     }
 
 
-JUDGES = {"schema.py", "config.py", "rules.py", "unused.py"}
+JUDGES = {"schema.py", "config.py", "rules.py", "unused.py", "adjusted.py"}
 """Modules of the configuration that read keys only to judge them."""
 
 

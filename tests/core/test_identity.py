@@ -120,10 +120,6 @@ def test_the_first_stage_is_the_same_whatever_later_ones_do_with_it() -> None:
     assert not first & changed({f"{G}trunk_strategy": "full"})
     assert not first & changed({f"{G}building_mode": "prepend"})
     assert first & changed({f"{G}new_stack_precision": "qlora"}, adapted) == {"stack-0"}  # quantised at its end
-    # Of the second stage on, a strategy is named where something of the trunk trains: here in none.
-    top = {f"{G}trunk_strategy": "qlora", f"{G}stacks": [{}, {}, {"precision": "qlora"}], f"{G}target_stacks": 4}
-    assert changed(top, {**top, f"{G}trunk_strategy": "frozen"}) >= {"trunk-3", "stack-3"}
-    assert not {"trunk-2", "stack-2"} & changed(top, {**top, f"{G}trunk_strategy": "frozen"})
 
 
 def test_a_store_is_corrupted_as_its_reader_asks() -> None:
@@ -239,6 +235,38 @@ def test_the_progressive_adapter_is_in_the_id_where_it_trains() -> None:
         assert "stack-0" not in got
 
 
+QLORA = {f"{G}trunk_strategy": "qlora"}
+OF_PROGRESSIVE = {f"{G}progressive_qlora_rank": 3, f"{G}progressive_qlora_alpha": 5.0}
+
+
+@pytest.mark.parametrize("more", [{}, OF_PROGRESSIVE, {f"{G}building_mode": "prepend"}, {"training.joint_steps": 5}])
+def test_a_trunk_of_adapters_gives_one_to_each_stack_as_if_asked_to(more: dict[str, Any]) -> None:
+    assert changed({f"{G}progressive_qlora": True}, {**QLORA, **more}) == set()
+    assert {"stack-1", "stack-2"} <= changed(QLORA, more)
+
+
+def test_a_stack_with_an_adapter_of_its_own_is_given_no_other() -> None:
+    mixed = {**QLORA, f"{G}stacks": [{}, {"precision": "qlora"}], f"{G}target_stacks": 4}
+    specs = [stage.spec for stage in plan(mixed).stages]
+    assert [[*stack.adapters] for stack in specs[3].stacks] == [["progressive"], ["stack"], ["progressive"], []]
+    assert [spec.anatomy.trains for spec in specs[1:3]] == [
+        ("adapters", "adapters"),
+        ("adapters", "adapters", "everything"),
+    ]
+    assert {"stack-2", "stack-3"} <= changed({f"{G}progressive_qlora_rank": 4}, mixed)  # though stack 1 has none
+    every = {**QLORA, f"{G}qlora_enabled": True}
+    assert all([*stack.adapters] == ["stack"] for stack in plan(every).stages[2].spec.stacks)
+
+
+def test_adapters_of_a_trunk_do_not_depend_on_how_far_it_is_to_grow() -> None:
+    """Also where the stacks that have adapters of their own are still to come."""
+    mixed = {**QLORA, f"{G}stacks": [{}, {}, {}, {"precision": "qlora"}]}
+    assert changed({f"{G}target_stacks": 6}, mixed) <= {f"{kind}-{n}" for kind in KINDS for n in (3, 4, 5)} | {
+        "activations-2",
+        "validation-2",
+    }
+
+
 def test_a_store_is_named_after_the_last_stage_that_trained_what_it_holds() -> None:
     """Stage 1 trains adapters of stack 0, whose output it stores for stage 2."""
     assert "activations-1" in changed({f"{G}stacks": [{}, {"steps": 50}]}, TOP)
@@ -319,14 +347,6 @@ def test_a_store_pays_up_to_the_last_byte_of_its_budget(more: dict[str, Any], ro
     n_gib = rows * 128 * 128 * 2 / 2**30  # positions, channels, bfloat16
     assert reasons(4000, cache__max_gb=n_gib, **more) == ["", ""]
     assert all("exceed" in reason for reason in reasons(4000, cache__max_gb=n_gib * 0.999, **more))
-
-
-def test_a_boundary_that_stays_where_it_was_is_not_advanced() -> None:
-    """Stage 3 trains adapters of stack 2, so it reads what lies below it, as stage 2 does."""
-    growth = {"target_stacks": 4, "trunk_strategy": "qlora", "stacks": [{}, {}, {"precision": "qlora"}]}
-    _, second, third = reasons(0, training__progressive=growth)
-    assert second == ""
-    assert "costs as much as running the trunk" in third
 
 
 def test_a_stage_without_a_cache_says_why() -> None:

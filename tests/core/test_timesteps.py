@@ -55,6 +55,17 @@ def test_number_of_steps() -> None:
     assert n_time_steps(config_of({"max_stacks": 5, "time_per_stack": 3, "num_time_steps": 40})) == 40
 
 
+def test_time_as_an_input_has_a_thousand_steps_and_a_table_one_for_each_of_its_ratios() -> None:
+    assert n_time_steps(config_of({**INPUT, "max_stacks": 5, "time_per_stack": 3})) == 1000
+    for kind in (INPUT, DEPTH):
+        table = config_of({**kind, "max_stacks": 5}, mask_ratio_table=[0.1, 0.4, 0.5, 0.9])
+        assert n_time_steps(table) == 4
+        assert [mask_ratio_of(table, t) for t in range(4)] == [0.1, 0.4, 0.5, 0.9]
+    unused = {"mask_ratio_table": [0.1, 0.4]}
+    assert n_time_steps(config_of(INPUT, **unused, loss_weighting="elbo")) == 1000
+    assert n_time_steps(config_of({**DEPTH, "training_objective": "clm"}, **unused)) == 12
+
+
 def test_linear_steps() -> None:
     config = config_of({**DEPTH, "max_stacks": 5, "time_per_stack": 3})
     assert [stack_time_step(config, c) for c in range(5)] == [0, 3, 6, 9, 12]
@@ -188,7 +199,7 @@ def test_time_is_an_input_only_of_the_masked_objective() -> None:
         assert resolve_time_input(config_of(growth)) is None
     time = resolve_time_input(config_of(INPUT, time_sampling="stratified"))
     assert time is not None
-    assert (time.n_steps, time.sampling, time.ratio_min, time.ratio_max) == (12, "stratified", 0.15, 0.90)
+    assert (time.n_steps, time.sampling, time.ratio_min, time.ratio_max) == (1000, "stratified", 0.15, 0.90)
 
 
 def test_ratios_that_are_not_used_are_not_part_of_the_value() -> None:
@@ -214,6 +225,8 @@ VALID: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (INPUT, {"time_sampling": "stratified"}),
     ({**INPUT, "time_embedding_dim": 7, "time_encoding_type": "learned", "time_per_stack": 4}, {}),
     ({**INPUT, "num_time_steps": 3}, {"mask_ratio_table": [0.5, 0.1, 0.9]}),
+    (INPUT, {"mask_ratio_table": [0.5, 0.1, 0.9]}),
+    (DEPTH, {"mask_ratio_table": [0.1, 0.5, 0.9]}),
     (INPUT, {"loss_weighting": "elbo", "corruption": "mask"}),
 ]
 
@@ -235,10 +248,10 @@ FAULTS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     (
         DEPTH,
         {"mask_ratio_table": [0.1, 0.2]},
-        [f"{R}.mask_ratio_table: got 2 ratios; needs a ratio for each"],
+        [f"{R}.mask_ratio_table: got 2 ratios; stack 2 gets the step 2, outside 0 to 1; give more ratios, or lower"],
     ),
     (
-        INPUT,
+        {**INPUT, "num_time_steps": 12},
         {"mask_ratio_table": [0.1] * 13},
         [f"{R}.mask_ratio_table: got 13 ratios; needs a ratio for each"],
     ),
@@ -313,6 +326,16 @@ UNUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {**INPUT, "num_time_steps": 12, "time_per_stack": 2, "stack_time_mapping": "exponential"},
         {"mask_ratio": 0.3},
         "stack_time_mapping time_per_stack mask_ratio",
+    ),
+    (INPUT, {}, ""),
+    ({**INPUT, "time_per_stack": 2}, {}, "time_per_stack"),
+    ({**CUSTOM, "time_mapping": [0, 0, 0], "time_per_stack": 2}, {}, ""),  # which sets how many there are
+    ({**CUSTOM, "time_mapping": [0, 0, 0], "time_per_stack": 2}, {"mask_ratio_table": [0.5]}, "time_per_stack"),
+    ({**DEPTH, "time_per_stack": 2}, {"mask_ratio_table": [0.5] * 9}, ""),
+    (
+        {**CUSTOM, "time_mapping": [0, 0, 0], "time_per_stack": 2, "training_objective": "clm"},
+        {"mask_ratio_table": [0.5]},
+        "mask_ratio_table",
     ),
     (
         {**DEPTH, "training_objective": "clm"},

@@ -202,9 +202,9 @@ def test_trainer_validates_on_entry() -> None:
     builder, trainer = ProgressiveRackBuilder(config), ProgressiveTrainer(config)
     with pytest.raises(ConfigError, match="target_stacks: got None; the rack has no stack yet"):
         trainer.train_rack(builder, loader_of())
-    config.training.progressive.trunk_strategy = "qlora"
+    config.training.loss_weighting = "elbo"
     for train in (trainer.train_progressively, trainer.train_rack):
-        with pytest.raises(ConfigError, match="trunk_strategy: got 'qlora'; no trunk stack has an adapter"):
+        with pytest.raises(ConfigError, match="loss_weighting: got 'elbo'; needs"):
             train(builder, loader_of(), 2)
     assert builder.n_stacks == 0
 

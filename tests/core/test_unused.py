@@ -58,6 +58,8 @@ MODES: dict[str, dict[str, Any]] = {
     "input of one step": {**INPUT, f"{G}num_time_steps": 1},
     "elbo": {**INPUT, "training.corruption": "mask", "training.loss_weighting": "elbo"},
     "adapted": ADAPTED,
+    "trunk of adapters": {f"{G}trunk_strategy": "qlora"},
+    "trunk of mixed adapters": SECOND_ADAPTED,
     "variable": VARIABLE,
     "patterned": {**PATTERNED, f"{G}qlora_rank_pattern": "increasing"},
     "progressive": {f"{G}progressive_qlora": True, f"{G}trunk_strategy": "qlora"},
@@ -101,6 +103,7 @@ TOP = {f"{G}trunk_trainable_top"}
 NOT_READ: dict[str, set[str]] = {
     "qlora": TOP,
     "progressive": TOP,
+    "trunk of adapters": TOP | {f"{G}progressive_qlora"},  # which is so anyway
     "one stack": {"cache.dtype", "cache.mode", *(f"{G}{key}" for key in ("building_mode", "trunk_strategy", "stacks"))},
     "all their own": {"model.blocks_per_stack", "training.steps_per_stack"}
     | {f"{G}new_stack_precision", f"{G}building_mode"},

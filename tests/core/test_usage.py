@@ -19,7 +19,7 @@ from stackwise_core import (
 )
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.errors import ConfigError
-from stackwise_core.model.adapters import adapter_names, adapter_parameters
+from stackwise_core.model.adapters import adapter_names, adapter_parameters, base_state
 from stackwise_core.training.boundary import LiveTrunk
 
 N, T, BATCH, STEPS = 24, 12, 8, 4
@@ -211,6 +211,20 @@ def test_an_assignment_between_calls_changes_the_next_stage() -> None:
     before_full = [tensors(stack) for stack in trunk]
     trainer.train_progressively(builder, loader_of(), target_stacks=6)
     assert not any(same(before, stack) for before, stack in zip(before_full, trunk, strict=True))
+
+
+def test_a_trunk_of_adapters_is_one_choice() -> None:
+    """No key of adapters: each trunk stack gets a progressive one, which trains, and nothing else of it does."""
+    config = tiny(trunk_strategy="qlora", target_stacks=3)
+    builder, trainer = ProgressiveRackBuilder(config=config), ProgressiveTrainer(config=config)
+    trainer.train_progressively(builder, loader_of(), target_stacks=2)
+    base = {name: tensor.clone() for name, tensor in base_state(builder.stack(1)).items()}
+    trainer.train_progressively(builder, loader_of(), target_stacks=3)
+    assert [adapter_names(stack) for stack in builder.stacks] == [["progressive"], ["progressive"], []]
+    for stack in builder.stacks[:2]:
+        assert all(matrix.any() for matrix in adapter_parameters(stack, "progressive"))
+        assert {matrix.shape[0] for matrix in adapter_parameters(stack)[::2]} == {8}
+    assert all(tensor.equal(base[name]) for name, tensor in base_state(builder.stack(1)).items())
 
 
 # ---------------------------------------------------------------- data

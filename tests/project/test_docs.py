@@ -83,7 +83,7 @@ def _rows(heading: str) -> list[tuple[str, str]]:
     page = (ROOT / "docs" / "modes.md").read_text()
     section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
-    assert len(rows) > 8
+    assert rows
     return [(settings.strip(), says.strip()) for settings, says in rows]
 
 
@@ -111,6 +111,11 @@ def test_what_may_be_cached(settings: str, stored: str) -> None:
 @pytest.mark.parametrize(("settings", "line"), _rows("What is not used"))
 def test_what_is_not_used(settings: str, line: str) -> None:
     assert notes(_configured(settings)) == [f"not used: {line.strip('`')}"]
+
+
+@pytest.mark.parametrize(("settings", "line"), _rows("What is taken instead"))
+def test_what_is_taken_instead(settings: str, line: str) -> None:
+    assert notes(_configured(settings)) == [f"taken: {line.strip('`')}"]
 
 
 @pytest.mark.parametrize(("settings", "because"), _rows("What is refused"))
