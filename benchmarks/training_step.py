@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Measure, interleaved, ratios
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.model.blocks import Rack
 from stackwise_core.model.growth_operators import grow_stack, new_rack
+from stackwise_core.model.rack import Rack
 from stackwise_core.objectives.losses import Batch, summed_loss
 from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.stages.costs import stage_flops

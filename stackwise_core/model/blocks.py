@@ -1,4 +1,4 @@
-"""Blocks, stacks and racks in the shape of Llama (Touvron et al. 2023): RMSNorm, RoPE, GQA, SwiGLU, no biases.
+"""Blocks and stacks in the shape of Llama (Touvron et al. 2023): RMSNorm, RoPE, GQA, SwiGLU, no biases.
 
 Letters: H heads, K key/value heads, C channels of a head, V vocabulary.
 """
@@ -168,42 +168,6 @@ class TokenEmbedding(nn.Embedding):
         if time_step is None:
             raise ConfigError([Fault("time_step", "None", "this rack has time as an input; give a step per sequence")])
         return x_BTD + self.time(time_step.to(x_BTD.device))[:, None, :]
-
-
-class Rack(nn.Module):
-    """Embedding, stacks in data-flow order, head."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        """Create a rack without stacks."""
-        super().__init__()
-        self.shape = shape
-        self.embedding = TokenEmbedding(shape)
-        self.stacks = nn.ModuleList()
-        self.head = Head(shape)
-        self.tied = shape.tie_embeddings
-        if self.tied:
-            self.head.projection.weight = self.embedding.weight
-
-    def untie(self) -> None:
-        """Stop sharing one tensor between embedding and head.
-
-        From the second stage on the embedding is frozen while the head trains; a shared tensor would change
-        the embedding under every cache.
-        """
-        if self.tied:
-            self.head.projection.weight = nn.Parameter(self.embedding.weight.detach().clone())
-            self.tied = False
-
-    def hidden(self, input_ids_BT: Tensor, depth: int | None = None, time_step: Tensor | None = None) -> Tensor:
-        """Return the stream after the first `depth` stacks (all by default): [B, T, D]."""
-        x_BTD = self.embedding(input_ids_BT, time_step)
-        for stack in self.stacks[:depth]:
-            x_BTD = stack(x_BTD)
-        return x_BTD
-
-    def forward(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
-        """Return logits [B, T, V]."""
-        return self.head(self.hidden(input_ids_BT, time_step=time_step))
 
 
 _rotary_tables: dict[tuple[int, int, float, torch.device], Tensor] = {}

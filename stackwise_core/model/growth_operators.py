@@ -11,8 +11,9 @@ from stackwise_core.config.stacks import AdapterSpec
 from stackwise_core.data.masks import hash_bits
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import ADAPTERS, adapter_names, add_adapter, merged_dense
-from stackwise_core.model.blocks import Rack, Stack, initialise
+from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.precision import convert_storage
+from stackwise_core.model.rack import Rack
 from stackwise_core.stages.resolve import ModelShape
 from stackwise_core.stages.stages import AdapterName, GrowthOperator, StackSpec
 

@@ -188,6 +188,19 @@ class StoredLinear(nn.Linear):
         """Return shape and storage type for `repr`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, storage={self.storage}"
 
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], prefix: str, *others: Any
+    ) -> None:
+        """Refuse tensors of another type, which torch would cast: of packed bits nonsense, of others a rounding."""
+        *_, errors = others
+        for name, tensor in self.named_buffers():
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and saved.dtype != tensor.dtype:
+                is_here = f"it is stored as {tensor.dtype} here ({self.storage}); build the stack in that precision"
+                errors.append(f"{prefix}{name} is {saved.dtype} in the state, but {is_here}")
+        if not errors:
+            super()._load_from_state_dict(state_dict, prefix, *others)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
         """Move to a device but never change the type, which would corrupt packed weights and scales."""
         for name, tensor in self.named_buffers():

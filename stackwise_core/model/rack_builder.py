@@ -17,10 +17,11 @@ from stackwise_core.config.stacks import settings_of
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import adapter_names, adapter_parameters, adapter_state
 from stackwise_core.model.agreement import Told, agreed_config, default_faults, shape_faults
-from stackwise_core.model.blocks import Rack, Stack
+from stackwise_core.model.blocks import Stack
 from stackwise_core.model.digests import digest_of, part_digests, tensor_digest
 from stackwise_core.model.growth_operators import freeze, give_adapter, new_rack, new_stack
 from stackwise_core.model.precision import stored_bytes
+from stackwise_core.model.rack import Rack
 from stackwise_core.model.snapshot import Annealed, Snapshot, take_contents
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.resolve import ModelShape, resolve_shape

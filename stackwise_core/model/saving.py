@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import cast
 
-import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -29,11 +28,11 @@ from stackwise_core.model.adapters import (
     load_adapter_state,
     load_base_state,
 )
-from stackwise_core.model.blocks import Rack, Stack
+from stackwise_core.model.blocks import Stack
 from stackwise_core.model.precision import STORAGE, base_linears, convert_storage, storage_of
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.stages.saved_rack import CONFIG, RACK, SavedRack, SavedStack, Storage
+from stackwise_core.stages.saved_rack import RACK, SavedRack, SavedStack, Storage
 from stackwise_core.stages.stages import StackSpec
 
 STACK, HEAD, EMBEDDING, CHANNELS = (f"{part}.safetensors" for part in ("stack", "head", "embedding", "channels"))
@@ -95,82 +94,27 @@ def fill(load: Callable[[dict[str, Tensor]], object], tensors: dict[str, Tensor]
         raise ValueError(f"does not fit the model that it belongs to ({told})") from None
 
 
-# ---------------------------------------------------------------- a rack
+# ---------------------------------------------------------------- the folder of a rack
 
 
-def save_rack(
-    folder: str | Path,
-    rack: Rack,
-    *,
-    seed: int | None = None,
-    trained: Collection[int] | None = None,
-    channels: Mapping[int, ChannelStatistics] | None = None,
-    config: str = "",
-    no_config: str = "",
+def write_whole(
+    folder: Path, files: Iterable[tuple[str, bytes]], describe: Callable[[dict[str, str]], SavedRack]
 ) -> None:
-    """Write a rack into a folder, whole or not at all, in the place of an older one.
-
-    Args:
-        folder: absent, empty, or a saved rack, which is replaced.
-        rack: on any device.
-        seed: of the builder's configuration.
-        trained: creation indices of the stacks whose stage is over; None stands for all.
-        channels: statistics of the stacks' outputs, where the stream is quantised.
-        config: text of `config.yaml`; '' writes none.
-        no_config: why there is none.
-
-    Raises:
-        SavedRackError: the folder holds something that is not a saved rack; it is left as it is.
-    """
-    folder, stacks = _checked_target(folder), [stack for stack in rack.stacks if isinstance(stack, Stack)]
-    described = _described_stacks(stacks, trained)
-    if others := {str(parameter.dtype) for parameter in rack.parameters()} - {"torch.float32"}:
-        allowed = "the rack was cast: save it before, or build stacks of that precision"
-        raise ConfigError([Fault("rack", f"parameters of {', '.join(sorted(others))}", allowed)])
+    """Write named files and the description of them all, whole or not at all, in the place of a folder."""
     fresh = folder.with_name(f".{folder.name}.saving")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    files: dict[str, str] = {}
+    digests: dict[str, str] = {}
     try:
-        for name, data in _files_of(rack, stacks, channels or {}, config):
+        for name, data in files:
             (fresh / name).parent.mkdir(exist_ok=True)
             (fresh / name).write_bytes(data)
-            files[name] = hashlib.sha256(data).hexdigest()
-        saved = SavedRack(
-            shape=rack.shape,
-            seed=seed,
-            tied=rack.tied,
-            order=tuple(stack.creation_index for stack in stacks),
-            stacks=described,
-            trainable=tuple(name for name, parameter in rack.named_parameters() if parameter.requires_grad),
-            no_config=no_config,
-            files=files,
-        )
-        (fresh / RACK).write_bytes(saved.to_json())
+            digests[name] = hashlib.sha256(data).hexdigest()
+        (fresh / RACK).write_bytes(describe(digests).to_json())
         replace_folder(fresh, folder)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-
-
-def load_rack(folder: str | Path) -> tuple[Rack, SavedRack, dict[int, ChannelStatistics]]:
-    """Return a rack as it was saved, on the CPU, with its description and the statistics of its stream.
-
-    Raises:
-        SavedRackError: there is none, a file is missing or damaged, or another version wrote it.
-    """
-    saved = SavedRack.at(folder)
-    with torch.random.fork_rng(devices=[]):  # the modules draw numbers for what is replaced
-        rack = Rack(saved.shape)
-        by_index = [_load_stack(saved, stack) for stack in saved.stacks]
-    if not saved.tied:
-        rack.untie()
-    _fill_from(saved, EMBEDDING, rack.embedding.load_state_dict)
-    _fill_from(saved, HEAD, rack.head.load_state_dict)
-    rack.stacks.extend(by_index[index] for index in saved.order)
-    for name, parameter in rack.named_parameters():
-        parameter.requires_grad_(name in saved.trainable)
-    return rack.eval(), saved, _load_channels(saved)
 
 
 def folder_of(stack: int) -> str:
@@ -178,22 +122,8 @@ def folder_of(stack: int) -> str:
     return f"stack-{stack}"
 
 
-def _files_of(
-    rack: Rack, stacks: Sequence[Stack], channels: Mapping[int, ChannelStatistics], config: str
-) -> Iterator[tuple[str, bytes]]:
-    """Yield every file of a rack but `rack.json`: path and bytes, one at a time."""
-    yield EMBEDDING, serialised(rack.embedding.state_dict())
-    yield HEAD, serialised(rack.head.state_dict())
-    for stack in stacks:
-        for name, tensors in stack_tensors(stack).items():
-            yield f"{folder_of(stack.creation_index)}/{name}", serialised(tensors)
-    if channels:
-        yield CHANNELS, serialised(channel_tensors(channels))
-    if config:
-        yield CONFIG, config.encode()
-
-
-def _described_stacks(stacks: Sequence[Stack], trained: Collection[int] | None) -> tuple[SavedStack, ...]:
+def described_stacks(stacks: Sequence[Stack], trained: Collection[int] | None) -> tuple[SavedStack, ...]:
+    """Describe stacks, given in data-flow order; None stands for all of them being trained."""
     order = [stack.creation_index for stack in stacks]
     if sorted(order) != list(range(len(order))):
         allowed = "each number from 0 on must be there once; a builder's stacks have them"
@@ -212,19 +142,21 @@ def _described_stacks(stacks: Sequence[Stack], trained: Collection[int] | None) 
     )
 
 
-def _load_stack(saved: SavedRack, spec: SavedStack) -> Stack:
+def load_saved_stack(saved: SavedRack, spec: SavedStack) -> Stack:
+    """Return a stack of a saved rack, with its adapters."""
     stack, folder = empty_stack(saved.shape, spec, _PRECISIONS[spec.storage]), folder_of(spec.index)
-    _fill_from(saved, f"{folder}/{STACK}", partial(load_base_state, stack))
+    fill_from(saved, f"{folder}/{STACK}", partial(load_base_state, stack))
     for name, adapter in spec.adapters.items():
         add_adapter(stack, name, adapter.rank, adapter.alpha, seed=0)
-        _fill_from(saved, f"{folder}/{adapter_file(name)}", partial(load_adapter_state, stack, name))
+        fill_from(saved, f"{folder}/{adapter_file(name)}", partial(load_adapter_state, stack, name))
     return stack
 
 
-def _load_channels(saved: SavedRack) -> dict[int, ChannelStatistics]:
+def load_saved_channels(saved: SavedRack) -> dict[int, ChannelStatistics]:
+    """Return the statistics of the stacks' outputs, by creation index; none where the stream is not quantised."""
     found: dict[int, ChannelStatistics] = {}
     if CHANNELS in saved.files:
-        _fill_from(saved, CHANNELS, lambda tensors: found.update(channels_in(tensors)))
+        fill_from(saved, CHANNELS, lambda tensors: found.update(channels_in(tensors)))
     return found
 
 
@@ -235,7 +167,8 @@ def empty_stack(shape: ModelShape, spec: StackSpec, stored: Precision) -> Stack:
     return stack
 
 
-def _fill_from(saved: SavedRack, name: str, load: Callable[[dict[str, Tensor]], object]) -> None:
+def fill_from(saved: SavedRack, name: str, load: Callable[[dict[str, Tensor]], object]) -> None:
+    """Load a file of a saved rack into a module; raises SavedRackError if it is damaged or does not fit."""
     data = saved.read(name)
     try:
         fill(load, deserialised(data))
@@ -243,7 +176,7 @@ def _fill_from(saved: SavedRack, name: str, load: Callable[[dict[str, Tensor]], 
         raise SavedRackError(saved.folder / name, str(error), "Save the rack again") from None
 
 
-def _checked_target(folder: str | Path) -> Path:
+def checked_target(folder: str | Path) -> Path:
     """Return a folder that may be replaced by a saved rack: absent, empty, or holding a saved rack and nothing else."""
     folder = Path(folder).expanduser().resolve()  # a link to a folder stays a link
     if not folder.exists():

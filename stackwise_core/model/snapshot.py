@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from stackwise_core.model.blocks import Rack, Stack
+from stackwise_core.model.blocks import Stack
+from stackwise_core.model.rack import Rack
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.stages import Anatomy
 

@@ -17,7 +17,7 @@ from stackwise_core.config.schema import Precision
 from stackwise_core.errors import ConfigError, SavedRackError
 from stackwise_core.model.adapters import adapter_names, add_adapter
 from stackwise_core.model.precision import convert_storage
-from stackwise_core.model.saving import load_rack, save_rack
+from stackwise_core.model.rack import Rack, load_rack, save_rack
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.saved_rack import SavedRack
 from stackwise_core.training.training import tensor_digest
@@ -198,3 +198,60 @@ def test_an_adapter_added_out_of_order_acts_in_order(tmp_path: Path) -> None:
     add_adapter(rack.stacks[0], "stack", 2, 5.0, seed=2)
     save_rack(tmp_path / "rack", rack)
     assert load_rack(tmp_path / "rack")[0](TOKENS).equal(rack(TOKENS))
+
+
+# ---------------------------------------------------------------- a rack by itself, and its state_dict
+
+
+def test_a_rack_saves_and_loads_itself(tmp_path: Path) -> None:
+    rack = mixed_rack(["half", "qlora"], tied=False)
+    rack.save(tmp_path / "rack")
+    loaded = Rack.load(str(tmp_path / "rack"))
+    assert tensor_digest(loaded) == tensor_digest(rack)
+    assert [stack.trained for stack in SavedRack.at(tmp_path / "rack").stacks] == [True, True]
+
+
+def test_a_state_of_two_matrices_is_refused_by_a_tied_rack() -> None:
+    """torch would load first the embedding and then the head into the one matrix."""
+    source, target = mixed_rack(["full"], tied=False), mixed_rack(["full"])
+    before = tensor_digest(target)
+    with pytest.raises(ConfigError, match=r"two matrices that differ, but this rack ties them: call rack.untie\(\)"):
+        target.load_state_dict(source.state_dict())
+    assert tensor_digest(target) == before
+    target.untie()
+    target.load_state_dict(source.state_dict())
+    assert target(TOKENS).equal(source(TOKENS))
+
+
+def test_a_tied_rack_stays_tied() -> None:
+    source, target = mixed_rack(["full"]), mixed_rack(["full"])
+    torch.nn.init.normal_(source.embedding.weight)
+    target.load_state_dict(source.state_dict(), assign=True)
+    assert target.head.projection.weight is target.embedding.weight
+    apart = mixed_rack(["full"], tied=False)
+    apart.load_state_dict(source.state_dict())
+    assert apart(TOKENS).equal(target(TOKENS))
+
+
+@pytest.mark.parametrize("here", get_args(Precision))
+@pytest.mark.parametrize("there", get_args(Precision))
+def test_a_state_of_another_precision_is_never_rounded_silently(there: Precision, here: Precision) -> None:
+    source, target = mixed_rack([there]), mixed_rack([here])
+    before = tensor_digest(target)
+    if there == here or (here == "full" and there in ("half", "bfloat16")):  # exact in float32
+        target.load_state_dict(source.state_dict())
+        assert target(TOKENS).equal(source(TOKENS))
+        return
+    with pytest.raises(RuntimeError, match=r"in the state, but it is stored as|[Uu]nexpected key"):
+        target.load_state_dict(source.state_dict())
+    assert tensor_digest(target) == before
+
+
+def test_a_state_with_other_adapters_is_refused() -> None:
+    source, target = mixed_rack(["full", "full"]), mixed_rack(["full", "full"])
+    add_adapter(source.stacks[1], "stack", 2, 1.0, seed=0)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*lora_A"):
+        target.load_state_dict(source.state_dict())
+    add_adapter(target.stacks[1], "stack", 3, 1.0, seed=0)
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*lora_A"):
+        target.load_state_dict(source.state_dict())

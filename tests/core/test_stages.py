@@ -23,7 +23,8 @@ from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.data.packing import pack, read_corpus
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.errors import ConfigError, NonFiniteLossError
-from stackwise_core.model.blocks import Rack, Stack
+from stackwise_core.model.blocks import Stack
+from stackwise_core.model.rack import Rack
 from stackwise_core.objectives.batches import PackedBatches
 from stackwise_core.objectives.losses import loss_positions
 from stackwise_core.objectives.make_batch import make_batch, validation_batch

@@ -24,7 +24,8 @@ from stackwise_core.config.stacks import (
 )
 from stackwise_core.config.unused import unused_keys
 from stackwise_core.errors import ConfigError
-from stackwise_core.model.blocks import INIT_STD, Rack, Stack, TokenEmbedding, initialise
+from stackwise_core.model.blocks import INIT_STD, Stack, TokenEmbedding, initialise
+from stackwise_core.model.rack import Rack
 from stackwise_core.stages.resolve import ModelShape, TimeShape
 
 DEPTH, INPUT = {"time_interpretation": "depth"}, {"time_interpretation": "input"}

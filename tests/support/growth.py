@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.model.blocks import Rack
+from stackwise_core.model.rack import Rack
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.objectives.dataloader import ProgressiveDataLoader
 from stackwise_core.stages.resolve import resolve_mask

@@ -9,9 +9,10 @@ from torch import nn
 
 from stackwise_core.config.schema import Precision
 from stackwise_core.model.adapters import add_adapter
-from stackwise_core.model.blocks import Rack, Stack, initialise
+from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.growth_operators import freeze, new_rack
 from stackwise_core.model.precision import convert_storage
+from stackwise_core.model.rack import Rack
 from stackwise_core.stages.resolve import ModelShape
 
 SHAPE = ModelShape(vocab_size=40, d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, causal=True)

@@ -1,0 +1,182 @@
+"""A rack: its parts, and the folder that it is saved in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
+from stackwise_core.model.saving import (
+    CHANNELS,
+    EMBEDDING,
+    HEAD,
+    channel_tensors,
+    checked_target,
+    described_stacks,
+    fill_from,
+    folder_of,
+    load_saved_channels,
+    load_saved_stack,
+    serialised,
+    stack_tensors,
+    write_whole,
+)
+from stackwise_core.model.stream import ChannelStatistics
+from stackwise_core.stages.resolve import ModelShape
+from stackwise_core.stages.saved_rack import CONFIG, SavedRack
+
+
+class Rack(nn.Module):
+    """Embedding, stacks in data-flow order, head."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        """Create a rack without stacks."""
+        super().__init__()
+        self.shape = shape
+        self.embedding = TokenEmbedding(shape)
+        self.stacks = nn.ModuleList()
+        self.head = Head(shape)
+        self.tied = shape.tie_embeddings
+        if self.tied:
+            self.head.projection.weight = self.embedding.weight
+
+    def untie(self) -> None:
+        """Stop sharing one tensor between embedding and head.
+
+        From the second stage on the embedding is frozen while the head trains; a shared tensor would change
+        the embedding under every cache.
+        """
+        if self.tied:
+            self.head.projection.weight = nn.Parameter(self.embedding.weight.detach().clone())
+            self.tied = False
+
+    def hidden(self, input_ids_BT: Tensor, depth: int | None = None, time_step: Tensor | None = None) -> Tensor:
+        """Return the stream after the first `depth` stacks (all by default): [B, T, D]."""
+        x_BTD = self.embedding(input_ids_BT, time_step)
+        for stack in self.stacks[:depth]:
+            x_BTD = stack(x_BTD)
+        return x_BTD
+
+    def forward(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
+        """Return logits [B, T, V]."""
+        return self.head(self.hidden(input_ids_BT, time_step=time_step))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the rack into a folder, whole or not at all, in the place of a rack that was saved there before.
+
+        Raises:
+            SavedRackError: the folder holds something else; it is left as it is.
+        """
+        save_rack(folder, self)
+
+    @staticmethod
+    def load(folder: str | Path) -> Rack:
+        """Return a rack as it was saved, by itself or by its builder, on the CPU.
+
+        Raises:
+            SavedRackError: there is none, a file is missing or damaged, or another version wrote it.
+        """
+        return load_rack(folder)[0]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load tensors as torch does; a tied rack refuses, with a ConfigError, two matrices that differ.
+
+        A state has neither the precisions nor the alphas of its stacks: `save` and `load` keep a rack whole.
+        """
+        ends = [state_dict.get(f"{end}.weight") for end in ("embedding", "head.projection")]
+        if self.tied and ends[0] is not None and ends[1] is not None and not _same(ends[0], ends[1]):
+            allowed = "two matrices that differ, but this rack ties them: call rack.untie() first, or use Rack.load"
+            raise ConfigError([Fault("state_dict", "embedding.weight and head.projection.weight", allowed)])
+        found = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if self.tied:  # `assign` gave each its own
+            self.head.projection.weight = self.embedding.weight
+        return found
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first is second or (first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu()))
+
+
+def save_rack(
+    folder: str | Path,
+    rack: Rack,
+    *,
+    seed: int | None = None,
+    trained: Collection[int] | None = None,
+    channels: Mapping[int, ChannelStatistics] | None = None,
+    config: str = "",
+    no_config: str = "",
+) -> None:
+    """Write a rack into a folder, whole or not at all, in the place of an older one.
+
+    Args:
+        folder: absent, empty, or a saved rack, which is replaced.
+        rack: on any device.
+        seed: of the builder's configuration.
+        trained: creation indices of the stacks whose stage is over; None stands for all.
+        channels: statistics of the stacks' outputs, where the stream is quantised.
+        config: text of `config.yaml`; '' writes none.
+        no_config: why there is none.
+
+    Raises:
+        SavedRackError: the folder holds something that is not a saved rack; it is left as it is.
+    """
+    folder, stacks = checked_target(folder), [stack for stack in rack.stacks if isinstance(stack, Stack)]
+    described = described_stacks(stacks, trained)
+    if others := {str(parameter.dtype) for parameter in rack.parameters()} - {"torch.float32"}:
+        allowed = "the rack was cast: save it before, or build stacks of that precision"
+        raise ConfigError([Fault("rack", f"parameters of {', '.join(sorted(others))}", allowed)])
+    write_whole(
+        folder,
+        _files_of(rack, stacks, channels or {}, config),
+        lambda files: SavedRack(
+            shape=rack.shape,
+            seed=seed,
+            tied=rack.tied,
+            order=tuple(stack.creation_index for stack in stacks),
+            stacks=described,
+            trainable=tuple(name for name, parameter in rack.named_parameters() if parameter.requires_grad),
+            no_config=no_config,
+            files=files,
+        ),
+    )
+
+
+def load_rack(folder: str | Path) -> tuple[Rack, SavedRack, dict[int, ChannelStatistics]]:
+    """Return a rack as it was saved, on the CPU, with its description and the statistics of its stream.
+
+    Raises:
+        SavedRackError: there is none, a file is missing or damaged, or another version wrote it.
+    """
+    saved = SavedRack.at(folder)
+    with torch.random.fork_rng(devices=[]):  # the modules draw numbers for what is replaced
+        rack = Rack(saved.shape)
+        by_index = [load_saved_stack(saved, stack) for stack in saved.stacks]
+    if not saved.tied:
+        rack.untie()
+    fill_from(saved, EMBEDDING, rack.embedding.load_state_dict)
+    fill_from(saved, HEAD, rack.head.load_state_dict)
+    rack.stacks.extend(by_index[index] for index in saved.order)
+    for name, parameter in rack.named_parameters():
+        parameter.requires_grad_(name in saved.trainable)
+    return rack.eval(), saved, load_saved_channels(saved)
+
+
+def _files_of(
+    rack: Rack, stacks: Sequence[Stack], channels: Mapping[int, ChannelStatistics], config: str
+) -> Iterator[tuple[str, bytes]]:
+    """Yield every file of a rack but `rack.json`: path and bytes, one at a time."""
+    yield EMBEDDING, serialised(rack.embedding.state_dict())
+    yield HEAD, serialised(rack.head.state_dict())
+    for stack in stacks:
+        for name, tensors in stack_tensors(stack).items():
+            yield f"{folder_of(stack.creation_index)}/{name}", serialised(tensors)
+    if channels:
+        yield CHANNELS, serialised(channel_tensors(channels))
+    if config:
+        yield CONFIG, config.encode()
