@@ -34,7 +34,8 @@ def stage_batches(
     """Return the batches that a stage trains on, up to `ahead` of them made ahead in a thread.
 
     `base` yields the raw batches from `first_step` on, as `PackedBatches` and `RepeatedLoader` do; `boundary` is None
-    where the live stacks begin at the tokens. With `record`, rows that a function computes are kept for later passes.
+    where the live stacks begin at the tokens. With `record`, rows that a function computes are kept for later passes,
+    as many as `cache.max_gb` allows.
     """
     masks = stage_masks(config, spec)
     if spec.mode == "joint" and (times := resolve_joint_times(config)):
@@ -47,6 +48,7 @@ def stage_batches(
         cache_activations=record,
         objective=config.training.progressive.training_objective,
         time_step=spec.time_step,
+        max_cache_bytes=int(config.cache.max_gb * 2**30),
     )
     return prefetched(loader, ahead) if ahead else loader
 

@@ -103,6 +103,11 @@ class ProgressiveDataLoader:
         """Bytes of these rows."""
         return self._cache.n_bytes
 
+    @property
+    def cache_full(self) -> bool:
+        """Whether `max_cache_bytes` left out a row."""
+        return self._cache.full
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one pass."""
         view = self.passes % self.views

@@ -37,7 +37,8 @@ class RowCache:
         """Start empty; None sets no limit."""
         self.max_bytes, self.n_bytes = max_bytes, 0
         self._kept: dict[tuple[int, int, int | None], tuple[int, Tensor]] = {}
-        self._warned = False
+        self.full = False
+        """Whether a row was left out because of the limit."""
 
     def __len__(self) -> int:
         """Return the number of rows kept."""
@@ -73,7 +74,7 @@ class RowCache:
         self.n_bytes += row.nbytes
 
     def _warn(self) -> None:
-        if not self._warned:
+        if not self.full:
             _log.warning(
                 "the activations of %d rows (%.3g GiB) fill the cache in RAM, whose limit is %.3g GiB; other rows are "
                 "computed again in every pass: raise cache.max_gb (max_cache_bytes of a ProgressiveDataLoader), or "
@@ -82,7 +83,7 @@ class RowCache:
                 self.n_bytes / 2**30,
                 (self.max_bytes or 0) / 2**30,
             )
-        self._warned = True
+        self.full = True
 
 
 def computed_rows(live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None) -> Tensor:

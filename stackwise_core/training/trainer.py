@@ -20,7 +20,7 @@ from stackwise_core.model.rack_builder import ProgressiveRackBuilder, count_para
 from stackwise_core.model.snapshot import Annealed, Snapshot
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import RepeatedLoader, first_rows, stage_batches, stage_masks
-from stackwise_core.objectives.dataloader import RowSource, check_loader, unwrapped
+from stackwise_core.objectives.dataloader import ProgressiveDataLoader, RowSource, check_loader, unwrapped
 from stackwise_core.objectives.losses import Batch, loss_normaliser
 from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.resolve import resolve_loss, resolve_mask, resolve_statistics_rows, resolve_views
@@ -246,9 +246,13 @@ class ProgressiveTrainer:
         return [self._train(call, config, spec, anneal=settings)]
 
     def _train_jointly(self, call: _Call, index: int, n_stacks: int) -> StageResult:
-        while call.builder.n_stacks < n_stacks:
-            call.builder.add_stack(self.config)
-        return self._train(call, *self._joint(call.builder, index, n_stacks))
+        builder = call.builder
+        while builder.n_stacks < n_stacks:
+            builder.add_stack(self.config)
+        config = builder.as_built(self.config)
+        for stack in range(builder.n_trained, n_stacks):
+            builder.renew(config, resolve_stage(config, stack))
+        return self._train(call, *self._joint(builder, index, n_stacks))
 
     def _joint(self, builder: ProgressiveRackBuilder, index: int, n_stacks: int) -> tuple[StackWiseConfig, StageSpec]:
         """Return joint training of all stacks; a quantised one that was never trained trains whole, as a first does."""
@@ -292,12 +296,25 @@ class ProgressiveTrainer:
         if anneal is not None:
             builder.keep_annealed(anneal, before)
         result = _result(config, spec, trained, {**parameters, "total": builder.get_rack_info()["parameters"]})
-        self.history.append(result)
+        self._record(result, config, spec, inputs.batches)
         if call.validation is not None:
             result.validation_loss = _validation_loss(builder, config, spec, call.validation)
         builder.build_rack().to("cpu")  # frees the device of what the next stage does not need
         _log.info("stage %d (%s) ends: %s", spec.index, spec.name, _summary(result))
         return result
+
+    def _record(self, result: StageResult, config: StackWiseConfig, spec: StageSpec, batches: Iterable[Batch]) -> None:
+        """Add a result to the history, with what its stage kept in RAM."""
+        self.history.append(result)
+        if isinstance(batches, ProgressiveDataLoader) and batches.cached_rows + batches.cache_full:
+            result.cache_bytes = batches.cache_bytes
+            self._cached = {
+                "boundary": spec.anatomy.boundary,
+                "rows": batches.cached_rows,
+                "bytes": batches.cache_bytes,
+                "limit": int(config.cache.max_gb * 2**30),
+                "full": batches.cache_full,
+            }
 
 
 def _ruled_out(own: StackWiseConfig, ruling: StackWiseConfig) -> Iterator[str]:
