@@ -23,7 +23,7 @@ from flows.run.inputs import (
 from flows.run.ranks import train_by_ranks
 from flows.run.stage import Facts, Made, Stage, fingerprint_of, make
 from stackwise_core.errors import StackWiseError
-from stackwise_core.model.rack_builder import count_parameters
+from stackwise_core.model.precision import count_parameters
 from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.costs import rack_parameters, stack_parameters
 from stackwise_core.stages.identity import Ref
@@ -88,6 +88,7 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
     """Train the live stacks on their boundary, cached or live, from the last checkpoint if there is one."""
     inputs = [stage.run_plan.data_ref, *stage.stacks_below, *([build] if build else []), trunk, *store_below(stage)]
     spec, shape = stage.plan.spec, stage.plan.shape
+    added = spec.stacks if spec.mode == "joint" else (spec.new,)
 
     def work(folder: Path) -> Made:
         by_ranks = train_by_ranks(stage, build, folder) if stage.config.hardware.processes > 1 else None
@@ -102,7 +103,7 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
         attempt = by_ranks or trained
         n_tokens = (spec.optim.steps - attempt.first_step) * spec.optim.batch_size * stage.config.data.seq_len
         facts = {
-            "stack_parameters": stack_parameters(shape, spec.n_blocks),
+            "stack_parameters": sum(stack_parameters(shape, stack) for stack in added),
             "trainable_parameters": trainable,
             "rack_parameters": rack_parameters(shape, spec),
             "frozen_unchanged": attempt.frozen,

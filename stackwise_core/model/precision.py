@@ -54,6 +54,20 @@ def stored_bytes(stack: nn.Module) -> int:
     return sum(tensor.nbytes for tensors in (stack.parameters(), stack.buffers()) for tensor in tensors)
 
 
+def count_parameters(module: nn.Module) -> dict[str, int]:
+    """Return the numbers of parameters, of those in adapters, and of those that have `requires_grad`.
+
+    A weight is one parameter however it is stored, and one that is shared counts once: `stages.costs` counts the same.
+    """
+    weights = dict(module.named_parameters())
+    stored = (each for each in module.modules() if isinstance(each, StoredLinear))
+    return {
+        "parameters": sum(p.numel() for p in weights.values()) + sum(o.in_features * o.out_features for o in stored),
+        "adapter_parameters": sum(p.numel() for name, p in weights.items() if ".lora_" in name),
+        "trainable_parameters": sum(p.numel() for p in weights.values() if p.requires_grad),
+    }
+
+
 # ---------------------------------------------------------------- from a dense matrix to stored tensors and back
 
 

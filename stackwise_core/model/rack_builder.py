@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
-from torch import nn
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_choice, check_integer, check_type, describe
@@ -20,7 +19,7 @@ from stackwise_core.model.agreement import Told, agreed_config, default_faults, 
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.digests import digest_of, part_digests, tensor_digest
 from stackwise_core.model.growth_operators import freeze, give_adapter, new_rack, new_stack
-from stackwise_core.model.precision import stored_bytes
+from stackwise_core.model.precision import count_parameters, stored_bytes
 from stackwise_core.model.rack import Rack
 from stackwise_core.model.snapshot import Annealed, Snapshot, take_contents
 from stackwise_core.model.stream import ChannelStatistics
@@ -344,7 +343,7 @@ class ProgressiveRackBuilder:
         return self._rack
 
     def get_rack_info(self) -> dict[str, Any]:
-        """Return the numbers of stacks, blocks and parameters (all and trainable), and an entry for each stack."""
+        """Return the numbers of stacks, blocks and parameters, and an entry for each stack; see `count_parameters`."""
         stacks = [
             {
                 "creation_index": stack.creation_index,
@@ -386,12 +385,3 @@ def _check_stack(n_blocks: Any, precision: Any) -> None:
         check_integer("n_blocks", n_blocks, 1, 128)
     if precision is not None:
         check_choice("precision", precision, get_args(Precision))
-
-
-def count_parameters(module: nn.Module) -> dict[str, int]:
-    """Return the numbers of parameters and of trainable ones; shared parameters count once."""
-    parameters = list(module.parameters())
-    return {
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-    }

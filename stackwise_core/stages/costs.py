@@ -1,5 +1,6 @@
 """Parameters, FLOPs and bytes of a stage, counted from shapes. Needs no torch.
 
+A weight is one parameter however it is stored; `model.precision.count_parameters` counts the same from modules.
 A multiply-add is two FLOPs. Norms, rotations and the optimizer are left out: below 1 % at usual sizes.
 """
 
@@ -14,8 +15,8 @@ STREAM_BYTES: dict[StreamDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 
 _TRAINING_BYTES = 16  # per trainable parameter: fp32 weight, gradient and AdamW's two moments
 
 
-def stack_parameters(shape: ModelShape, n_blocks: int) -> int:
-    """Parameters of a stack: attention, SwiGLU and two norms per block."""
+def base_parameters(shape: ModelShape, n_blocks: int) -> int:
+    """Parameters of a stack without adapters: attention, SwiGLU and two norms per block."""
     kv_width = shape.n_kv_heads * shape.head_dim
     attention = 2 * shape.d_model * (shape.d_model + kv_width)
     return n_blocks * (attention + 3 * shape.d_model * shape.d_ff + 2 * shape.d_model)
@@ -37,19 +38,28 @@ def trainable_parameters(shape: ModelShape, spec: StageSpec) -> int:
     for stack in spec.stacks:
         trains = anatomy.trains_of(stack.index)
         if trains == "everything":
-            count += stack_parameters(shape, stack.n_blocks)
+            count += base_parameters(shape, stack.n_blocks)
         if trains != "nothing":
-            count += _adapters_of(shape, stack)
+            count += adapter_parameters(shape, stack)
     return count
 
 
 def rack_parameters(shape: ModelShape, spec: StageSpec) -> int:
     """Parameters of the whole rack at a stage, including adapters."""
-    stacks = sum(stack_parameters(shape, stack.n_blocks) + _adapters_of(shape, stack) for stack in spec.stacks)
-    return stacks + _head_parameters(shape) + _embedding_parameters(shape, spec)
+    return (
+        sum(stack_parameters(shape, stack) for stack in spec.stacks)
+        + _head_parameters(shape)
+        + _embedding_parameters(shape, spec)
+    )
 
 
-def _adapters_of(shape: ModelShape, stack: StackSpec) -> int:
+def stack_parameters(shape: ModelShape, stack: StackSpec) -> int:
+    """Parameters of a stack, including its adapters."""
+    return base_parameters(shape, stack.n_blocks) + adapter_parameters(shape, stack)
+
+
+def adapter_parameters(shape: ModelShape, stack: StackSpec) -> int:
+    """Parameters of the adapters of a stack."""
     return sum(n_adapter_parameters(shape, stack.n_blocks, adapter.rank) for adapter in stack.adapters.values())
 
 
@@ -104,6 +114,6 @@ def training_bytes(shape: ModelShape, spec: StageSpec, seq_len: int) -> int:
     """
     trained = trainable_parameters(shape, spec)
     live = [spec.stacks[index] for index in spec.anatomy.live]
-    frozen = sum(stack_parameters(shape, stack.n_blocks) for stack in live) + shape.vocab_size * shape.d_model - trained
+    frozen = sum(stack_parameters(shape, stack) for stack in live) + shape.vocab_size * shape.d_model - trained
     kept = sum(stack.n_blocks for stack in live) * (10 * shape.d_model + 4 * shape.d_ff) * 4
     return trained * _TRAINING_BYTES + 4 * max(0, frozen) + spec.optim.batch_size * seq_len * kept

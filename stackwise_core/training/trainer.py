@@ -16,7 +16,8 @@ from stackwise_core.config.stacks import progressive_adapter_of
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault, StageInterruptedError
 from stackwise_core.model.adapters import adapter_names
-from stackwise_core.model.rack_builder import ProgressiveRackBuilder, count_parameters
+from stackwise_core.model.precision import count_parameters
+from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.snapshot import Annealed, Snapshot
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import RepeatedLoader, first_rows, stage_batches, stage_masks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import Precision
 from stackwise_core.errors import ConfigError
-from stackwise_core.model.adapters import adapter_names
+from stackwise_core.model.adapters import adapter_names, merged_dense
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.growth_operators import freeze, grow_stack
-from stackwise_core.model.precision import base_linears, storage_of
+from stackwise_core.model.precision import base_linears, convert_storage, count_parameters, storage_of
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder, create_stack_from_config
 from stackwise_core.stages import costs
 from stackwise_core.stages.resolve import ModelShape, resolve_shape
-from stackwise_core.stages.stages import GrowthOperator, StageSpec, resolve_stage
+from stackwise_core.stages.stages import GrowthOperator, StageSpec, resolve_stage, resolve_stages
+from support.growth import model_of
 from support.runs import stage_model
 
 SHAPE = ModelShape(vocab_size=264, d_model=16, n_heads=2, n_kv_heads=1, d_ff=24, causal=False)
@@ -356,13 +357,56 @@ def test_counts_equal_numel_and_the_closed_forms(blocks: list[int], tie: bool) -
     assert (info["n_stacks"], info["n_blocks"]) == (len(blocks), sum(blocks))
     for stack, entry in zip(builder.stacks, info["stacks"], strict=True):
         assert entry["parameters"] == sum(weight.numel() for weight in weights(stack))
-        assert entry["parameters"] == costs.stack_parameters(shape, entry["n_blocks"])
+        assert entry["parameters"] == costs.base_parameters(shape, entry["n_blocks"])
     newest = [entry["trainable_parameters"] for entry in info["stacks"]]
     assert newest == [0] * (len(blocks) - 1) + [info["stacks"][-1]["parameters"]]
     builder.finish_stage(resolve_stage(builder.as_built(builder.config), 0).anatomy)
     info = builder.get_rack_info()
     assert [entry["trained"] for entry in info["stacks"]] == [n == 0 for n in range(len(blocks))]
     assert info["trainable_parameters"] == 0
+
+
+def independent_count(stack: Stack) -> tuple[int, int]:
+    """Count the weights that a stack computes with, from its dense form, and those of its adapters."""
+    dense = sum(weight.numel() for weight in weights(merged_dense(stack)))
+    return dense, sum(weight.numel() for name, weight in stack.named_parameters() if "lora" in name)
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("time", [None, "sinusoidal", "learned"])
+def test_a_weight_counts_once_however_it_is_stored(precision: Precision, tie: bool, time: str | None) -> None:
+    """In every precision, with grouped queries, both adapters, tied matrices and a time embedding."""
+    config = StackWiseConfig()
+    for name, value in {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 48, "vocab_size": 271}.items():
+        setattr(config.model, name, value)
+    config.model.tie_embeddings = tie
+    growth = config.training.progressive
+    growth.qlora_enabled, growth.qlora_rank, growth.progressive_qlora, growth.progressive_qlora_rank = True, 3, True, 2
+    if time:
+        growth.time_interpretation, growth.time_embedding_dim, growth.num_time_steps = "input", 8, 5
+        growth.time_encoding_type = time
+    builder = ProgressiveRackBuilder(config)
+    shape = resolve_shape(config)
+    times = {None: 0, "sinusoidal": 8 * 32, "learned": 8 * 32 + 5 * 8}[time]
+    for index, n_blocks in enumerate([2, 1]):
+        builder.append_stack(n_blocks=n_blocks, precision=precision)
+        built = builder.as_built(config)
+        spec, model = resolve_stages(built)[index], model_of(builder, built, index)
+        counted = count_parameters(model)["trainable_parameters"]
+        assert counted == costs.trainable_parameters(shape, spec) == builder.get_rack_info()["trainable_parameters"]
+        for stack in builder.stacks:
+            convert_storage(stack, precision)
+        info, stacks = builder.get_rack_info(), [independent_count(stack) for stack in builder.stacks]
+        assert info["parameters"] == costs.rack_parameters(shape, spec)
+        matrices = 1 if tie and index == 0 else 2
+        assert info["parameters"] == sum(map(sum, stacks)) + matrices * 271 * 32 + 32 + times
+        assert info["adapter_parameters"] == sum(adapters for _, adapters in stacks)
+        for entry, count, one in zip(info["stacks"], stacks, spec.stacks, strict=True):
+            assert (entry["parameters"], entry["adapter_parameters"]) == (sum(count), count[1])
+            assert entry["parameters"] == costs.stack_parameters(shape, one)
+            assert entry["adapter_parameters"] == costs.adapter_parameters(shape, one)
+    assert info["stacks"][0]["adapter_parameters"] == 2 * (3 + 2) * (7 * 32 + 2 * 32 + 2 * 16 + 3 * 48)
 
 
 def test_a_stack_made_alone_is_checked_as_the_rack_would_check_it() -> None:
