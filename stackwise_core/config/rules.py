@@ -10,8 +10,9 @@ from typing import Any
 from stackwise_core.config.functions import shown
 from stackwise_core.config.schema import GROWTH, QUANTISED, ConfigSchema
 from stackwise_core.config.stacks import (
-    feed_forward_width,
+    layer_widths,
     n_time_steps,
+    named,
     progressive_adapter_of,
     settings_of,
     stack_time_step,
@@ -117,24 +118,21 @@ def _precision_faults(config: ConfigSchema) -> Iterator[Fault]:
             yield _fault(config, path, allowed)
     copies = [stack for stack, precision in precisions.items() if precision == "qlora" and stack]
     if copies and growth.enabled and training.new_stack_init in ("random", "zero"):
-        allowed = f"{_named(copies)} NF4 and train adapters only, so their weights must be copies; use auto or copy"
+        allowed = f"{_are(copies)} NF4 and train adapters only, so their weights must be copies; use auto or copy"
         yield _fault(config, "training.new_stack_init", allowed)
     if packed := [stack for stack, precision in precisions.items() if precision == "nvfp4"]:
-        for path, width in _widths(config).items():
+        for path, width in layer_widths(config).items():
             if width % 16:
                 what = "it" if _value(config, path) == width else f"the layers of width {width} that it gives"
-                yield _fault(config, path, f"{_named(packed)} NVFP4: 16 must divide {what}; change it, or use bfloat16")
+                yield _fault(config, path, f"{_are(packed)} NVFP4: 16 must divide {what}; change it, or use bfloat16")
         bare = [n for n in packed if not (settings_of(config, n).adapter or progressive_adapter_of(config, n))]
         if growth.enabled and training.joint_steps and bare:
-            allowed = f"the joint anneal trains only adapters of quantised stacks; {_named(bare)} NVFP4 without any"
+            allowed = f"the joint anneal trains only adapters of quantised stacks; {_are(bare)} NVFP4 without any"
             yield _fault(config, "training.joint_steps", f"{allowed}; set {GROWTH}.qlora_enabled")
 
 
-def _named(stacks: list[int]) -> str:
-    """Return "stack 3 is", or "stacks 1, 2, 3, 4 and 9 more are": a rack may have a thousand."""
-    first, n_more = ", ".join(map(str, stacks[:4])), len(stacks) - 4
-    more = f" and {n_more} more" if n_more > 0 else ""
-    return f"stack {first} is" if len(stacks) == 1 else f"stacks {first}{more} are"
+def _are(stacks: list[int]) -> str:
+    return f"{named(stacks)} {'is' if len(stacks) == 1 else 'are'}"
 
 
 def _precision_path(config: ConfigSchema, stack: int) -> str:
@@ -150,31 +148,12 @@ def _adapter_faults(config: ConfigSchema) -> Iterator[Fault]:
     adapters = {stack: adapter for stack in stacks if (adapter := settings_of(config, stack).adapter)}
     if variable and (missing := [stack for stack in adapters if stack not in growth.qlora_configs]):
         given = ", ".join(map(str, sorted(growth.qlora_configs))) or "none"
-        allowed = f"{_named(missing)} without an entry, and each adapter needs one (given: {given})"
+        allowed = f"{_are(missing)} without an entry, and each adapter needs one (given: {given})"
         yield Fault(f"{GROWTH}.qlora_configs", f"{len(growth.qlora_configs)} entries", allowed)
         return
-    narrowest, width = min(_widths(config).items(), key=lambda item: item[::-1])
-    faults: dict[str, Fault] = {}
-    for stack, adapter in adapters.items():
-        if adapter.rank > width:
-            path = f"{GROWTH}.qlora_configs.{stack}.rank" if variable else f"{GROWTH}.qlora_rank"
-            allowed = f"of stack {stack} exceeds its narrowest layer ({narrowest}: {width}); lower it"
-            faults.setdefault(path, Fault(path, str(adapter.rank), allowed))
-        if not math.isfinite(adapter.alpha):
-            path = f"{GROWTH}.qlora_alpha_pattern"
-            faults.setdefault(path, _fault(config, path, f"gives stack {stack} an infinite alpha; use another"))
-    yield from faults.values()
-    if growth.enabled and growth.progressive_qlora and growth.progressive_qlora_rank > width:
-        allowed = f"exceeds the narrowest layer of a stack ({narrowest}: {width}); lower it"
-        yield _fault(config, f"{GROWTH}.progressive_qlora_rank", allowed)
-
-
-def _widths(config: ConfigSchema) -> dict[str, int]:
-    """Return the widths of a block's linear layers, by the key that sets each."""
-    model = config.model
-    widths = {"model.d_model": model.d_model, "model.d_ff": feed_forward_width(config)}
-    grouped = model.n_kv_heads not in (0, model.n_heads) and model.d_model % model.n_heads == 0
-    return widths | ({"model.n_kv_heads": model.d_model // model.n_heads * model.n_kv_heads} if grouped else {})
+    if infinite := [stack for stack, adapter in adapters.items() if not math.isfinite(adapter.alpha)]:
+        allowed = f"gives stack {infinite[0]} an infinite alpha; use another"
+        yield _fault(config, f"{GROWTH}.qlora_alpha_pattern", allowed)
 
 
 def time_faults(config: ConfigSchema) -> Iterator[Fault]:

@@ -20,6 +20,7 @@ class AdapterSpec(BaseModel, frozen=True, extra="forbid"):
     """A LoRA adapter, whose output is multiplied by alpha / rank. Enters ids unchanged."""
 
     rank: int
+    """At most d_model, the widest that a layer can use; a narrower layer has the rank of its narrowest side."""
     alpha: float
 
 
@@ -35,6 +36,12 @@ class StackSettings:
     """Its 'stack' adapter. A stack of precision qlora always has one, since NF4 alone could not train."""
 
 
+def named(stacks: list[int]) -> str:
+    """Return "stack 3", or "stacks 1, 2, 3, 4 and 9 more": a rack may have a thousand."""
+    first, n_more = ", ".join(map(str, stacks[:4])), len(stacks) - 4
+    return f"stack{'s' if len(stacks) > 1 else ''} {first}" + (f" and {n_more} more" if n_more > 0 else "")
+
+
 _COMMON = StackOverride()
 
 
@@ -48,11 +55,16 @@ def settings_of(config: ConfigSchema, stack: int) -> StackSettings:
         precision=precision,
         mode=growth.building_mode if own.mode == "default" else own.mode,
         steps=own.steps or config.training.steps_per_stack,
-        adapter=_adapter(growth, stack) if growth.qlora_enabled or precision == "qlora" else None,
+        adapter=_capped(config, given_adapter(growth, stack)) if growth.qlora_enabled or precision == "qlora" else None,
     )
 
 
-def _adapter(growth: ProgressiveConfig, stack: int) -> AdapterSpec:
+def _capped(config: ConfigSchema, adapter: AdapterSpec) -> AdapterSpec:
+    return AdapterSpec(rank=min(adapter.rank, config.model.d_model), alpha=adapter.alpha)
+
+
+def given_adapter(growth: ProgressiveConfig, stack: int) -> AdapterSpec:
+    """Return the 'stack' adapter of a stack as its strategy gives it, however narrow the layers are."""
     own = growth.qlora_configs.get(stack)
     if growth.qlora_strategy == "variable" and own:  # a stack without an entry is rejected by the rules
         return AdapterSpec(rank=own.rank, alpha=own.alpha)
@@ -67,9 +79,13 @@ def progressive_adapter_of(config: ConfigSchema, stack: int) -> AdapterSpec | No
     """Return the adapter that a stack gets when it becomes trunk: a trunk of adapters gives one to each without."""
     growth = config.training.progressive
     needed = growth.trunk_strategy == "qlora" and settings_of(config, stack).adapter is None
-    if not (growth.enabled and (growth.progressive_qlora or needed)):
-        return None
-    return AdapterSpec(rank=growth.progressive_qlora_rank, alpha=growth.progressive_qlora_alpha)
+    return progressive_adapter(config) if growth.enabled and (growth.progressive_qlora or needed) else None
+
+
+def progressive_adapter(config: ConfigSchema) -> AdapterSpec:
+    """Return the 'progressive' adapter that stacks of the trunk get."""
+    growth = config.training.progressive
+    return _capped(config, AdapterSpec(rank=growth.progressive_qlora_rank, alpha=growth.progressive_qlora_alpha))
 
 
 def _by_pattern(pattern: str, value: float, stack: int) -> float:
@@ -83,6 +99,14 @@ def _by_pattern(pattern: str, value: float, stack: int) -> float:
 def feed_forward_width(config: ConfigSchema) -> int:
     """Return the inner width of the feed-forward: d_ff, or 8/3 of d_model rounded up to a multiple of 32."""
     return config.model.d_ff or -(-config.model.d_model * 8 // 3 // 32) * 32
+
+
+def layer_widths(config: ConfigSchema) -> dict[str, int]:
+    """Return the widths of a block's linear layers, by the key that sets each."""
+    model = config.model
+    widths = {"model.d_model": model.d_model, "model.d_ff": feed_forward_width(config)}
+    grouped = model.n_kv_heads not in (0, model.n_heads) and model.d_model % model.n_heads == 0
+    return widths | ({"model.n_kv_heads": model.d_model // model.n_heads * model.n_kv_heads} if grouped else {})
 
 
 _INPUT_STEPS = 1000

@@ -34,7 +34,8 @@ def add_adapter(stack: Stack, name: AdapterName, rank: int, alpha: float, seed: 
     """Add an adapter to every linear layer of a stack, in place; the stack's output keeps its bits.
 
     A is drawn uniformly within +-1 / sqrt(I) from a generator with the given seed; B is zero. The adapter's output is
-    multiplied by alpha / R. Afterwards every adapter is active, and the new parameters have `requires_grad`.
+    multiplied by alpha / R; R is `rank`, or the narrowest side of a layer that is narrower. Afterwards every adapter is
+    active, and the new parameters have `requires_grad`.
     """
     if name in adapter_names(stack):
         raise ConfigError([Fault("adapter", repr(name), f"stack {stack.creation_index} has one of this name already")])
@@ -42,8 +43,11 @@ def add_adapter(stack: Stack, name: AdapterName, rank: int, alpha: float, seed: 
     with silent_import():
         from peft import LoraConfig, inject_adapter_in_model
 
-    targets = sorted({path.removesuffix(".base_layer").rpartition(".")[2] for path in base_linears(stack)})
-    config = LoraConfig(r=rank, lora_alpha=cast("int", alpha), target_modules=targets)
+    sides: dict[str, int] = {}
+    for path, linear in sorted(base_linears(stack).items()):
+        sides[path.removesuffix(".base_layer").rpartition(".")[2]] = min(linear.in_features, linear.out_features)
+    narrow = {name: side for name, side in sides.items() if side < rank}
+    config = LoraConfig(r=rank, lora_alpha=cast("int", alpha), target_modules=sorted(sides), rank_pattern=narrow)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, stack, name)

@@ -13,6 +13,7 @@ from stackwise_core.config.arguments import check_choice, check_integer, check_t
 from stackwise_core.config.rules import growth_faults
 from stackwise_core.config.schema import GROWTH, ModelConfig, Precision, StackOverride
 from stackwise_core.config.stacks import settings_of
+from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import adapter_names, adapter_parameters, adapter_state
 from stackwise_core.model.agreement import Told, agreed_config, default_faults, shape_faults
@@ -343,7 +344,13 @@ class ProgressiveRackBuilder:
         return self._rack
 
     def get_rack_info(self) -> dict[str, Any]:
-        """Return the numbers of stacks, blocks and parameters, and an entry for each stack; see `count_parameters`."""
+        """Return the numbers of stacks, blocks and parameters, and an entry for each stack; see `count_parameters`.
+
+        `notes` says what of the configuration is not used, and which of its values another one was taken for.
+        """
+        described = self.config.model_copy(deep=True)
+        described.training.progressive.stacks = self._added
+        described.training.progressive.target_stacks = max(1, self.n_stacks)
         stacks = [
             {
                 "creation_index": stack.creation_index,
@@ -361,6 +368,7 @@ class ProgressiveRackBuilder:
             "n_blocks": sum(len(stack.blocks) for stack in self.stacks),
             **count_parameters(self._rack),
             "stacks": stacks,
+            "notes": notes(described),
         }
 
 

@@ -23,10 +23,13 @@ def base_parameters(shape: ModelShape, n_blocks: int) -> int:
 
 
 def n_adapter_parameters(shape: ModelShape, n_blocks: int, rank: int) -> int:
-    """Parameters of one LoRA adapter on every matrix of a stack: the sum of rank * (in + out)."""
-    kv_width = shape.n_kv_heads * shape.head_dim
-    attention = 2 * (shape.d_model + shape.d_model) + 2 * (shape.d_model + kv_width)
-    return n_blocks * rank * (attention + 3 * (shape.d_model + shape.d_ff))
+    """Parameters of one LoRA adapter on every matrix of a stack: the sum of rank * (in + out).
+
+    A matrix has no higher rank than its narrowest side.
+    """
+    width, kv_width = shape.d_model, shape.n_kv_heads * shape.head_dim
+    matrices = [(width, width)] * 2 + [(width, kv_width)] * 2 + [(width, shape.d_ff)] * 3
+    return n_blocks * sum(min(rank, *sides) * sum(sides) for sides in matrices)
 
 
 def trainable_parameters(shape: ModelShape, spec: StageSpec) -> int:

@@ -12,7 +12,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_type
 from stackwise_core.config.rules import rule_faults
 from stackwise_core.config.schema import GROWTH, Precision, ProgressiveConfig
-from stackwise_core.config.stacks import progressive_adapter_of
+from stackwise_core.config.stacks import progressive_adapter
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault, StageInterruptedError
 from stackwise_core.model.adapters import adapter_names
@@ -338,11 +338,10 @@ def _as_adapted(builder: ProgressiveRackBuilder, config: StackWiseConfig, spec: 
     A stack of the trunk that is to train adapters and has none gets a progressive one, and adapters that the
     configuration does not know of train at its rate too.
     """
-    training, stacks, giving = config.training, list(spec.stacks), config.model_copy(deep=True)
-    giving.training.progressive.progressive_qlora = True
+    training, stacks, progressive = config.training, list(spec.stacks), progressive_adapter(config)
     for index in spec.anatomy.trained:
         if spec.anatomy.trains_of(index) == "adapters" and not _adapters(builder, stacks[index]):
-            given = {**stacks[index].adapters, "progressive": progressive_adapter_of(giving, index)}
+            given = {**stacks[index].adapters, "progressive": progressive}
             stacks[index] = stacks[index].model_copy(update={"adapters": given})
             _log.info("stack %d has no adapter to train: it gets a progressive one", index)
     optim = spec.optim

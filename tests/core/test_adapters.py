@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from stackwise_core.config.schema import Precision
+from stackwise_core.config.stacks import AdapterSpec
 from stackwise_core.errors import ConfigError
 from stackwise_core.model.adapters import (
     ADAPTERS,
     AdapterName,
     adapter_names,
     adapter_parameters,
+    adapter_spec,
     adapter_state,
     add_adapter,
     base_state,
@@ -182,6 +184,46 @@ def test_the_count_is_rank_times_in_plus_out() -> None:
         assert count == rank * sum(sizes) == n_adapter_parameters(SHAPE, 2, rank)
     assert len(adapter_parameters(stack)) == 2 * 2 * 14
     assert len(base_parameters(stack)) == 2 * (7 + 2)
+
+
+SIDES = dict(zip(LAYERS, [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)], strict=True))
+
+
+@pytest.mark.parametrize("rank", [16, 24, 32, 512])
+def test_a_layer_narrower_than_the_rank_has_the_rank_of_its_narrowest_side(rank: int) -> None:
+    """Keys and values are 16 wide; alpha is divided by the rank that a layer has. Against dense weights."""
+    stack = new_stack("nvfp4")
+    for name in ADAPTERS:
+        before_BTD = stack(stream())
+        add_adapter(stack, name, rank=rank, alpha=8.0, seed=3)
+        assert torch.equal(stack(stream()), before_BTD)
+        as_if_trained(stack, name)
+    merged, state = merged_dense(stack), adapter_state(stack, "progressive")
+    for path, linear in base_linears(merged).items():
+        n_inputs, n_outputs = SIDES[path.split(".", 2)[2]]
+        own = min(rank, n_inputs, n_outputs)
+        a_RI, b_OR = (state[f"{path}.lora_{letter}.weight"] for letter in "AB")
+        assert (a_RI.shape, b_OR.shape) == ((own, n_inputs), (n_outputs, own))
+        stored_OI = dense_weight(stack.get_submodule(f"{path}.base_layer"))  # pyright: ignore[reportArgumentType]
+        added_OI = sum(b @ a for a, b in pairs_of(stack, path))
+        torch.testing.assert_close(linear.weight, stored_OI + 8.0 / own * added_OI)
+        x_NI = torch.randn(5, n_inputs, generator=torch.Generator().manual_seed(2))
+        torch.testing.assert_close(stack.get_submodule(path)(x_NI), linear(x_NI), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged(stream()), stack(stream()), rtol=1e-3, atol=1e-3)
+    count = sum(parameter.numel() for parameter in adapter_parameters(stack, "stack"))
+    assert count == n_adapter_parameters(SHAPE, 2, rank)
+    assert count == 2 * sum(min(rank, *sides) * sum(sides) for sides in SIDES.values())
+    other = new_stack("nvfp4")
+    add_adapter(other, "progressive", rank=min(rank, 32), alpha=8.0, seed=0)  # as recipes name it
+    load_adapter_state(other, "progressive", state)
+    assert equal(adapter_state(other, "progressive"), state)
+    assert adapter_spec(stack, "stack") == AdapterSpec(rank=min(rank, 32), alpha=8.0)
+
+
+def pairs_of(stack: Stack, path: str) -> list[tuple[Tensor, Tensor]]:
+    """A and B of every adapter of a layer."""
+    states = [adapter_state(stack, name) for name in ADAPTERS]
+    return [(state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]) for state in states]
 
 
 def test_a_second_adapter_of_the_same_name_is_refused_and_the_first_kept() -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.config.schema import Precision
+from stackwise_core.config.schema import LoraOverride, Precision
 from stackwise_core.errors import ConfigError
-from stackwise_core.model.adapters import adapter_names, merged_dense
+from stackwise_core.model.adapters import adapter_names, adapter_spec, merged_dense
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.growth_operators import freeze, grow_stack
 from stackwise_core.model.precision import base_linears, convert_storage, count_parameters, storage_of
@@ -189,7 +189,6 @@ def test_a_stack_has_the_precision_it_was_added_with(precision: Precision) -> No
     ("precision", "refused"),
     [
         ("nvfp4", r"model\.d_ff: got 24; stack 0 is NVFP4: 16 must divide it"),
-        ("qlora", r"qlora_rank: got 16; of stack 0 exceeds its narrowest layer \(model\.n_kv_heads: 8\)"),
         ("int4", "precision: got 'int4'; 'full' or 'half' or 'bfloat16' or 'nvfp4' or 'qlora' is expected"),
     ],
 )
@@ -413,6 +412,24 @@ def test_a_stack_made_alone_is_checked_as_the_rack_would_check_it() -> None:
     """Also past the target: its rank grows with its creation index."""
     ranks = {"qlora_strategy": "progressive", "qlora_rank_pattern": "increasing", "qlora_rank": 4}
     config = StackWiseConfig.from_dict({"training": {"progressive": {"qlora_enabled": True, **ranks}}})
-    create_stack_from_config(config, 1)
-    with pytest.raises(ConfigError, match=r"qlora_rank: got 256; of stack 6 exceeds its narrowest layer"):
+    ranks = [adapter_spec(create_stack_from_config(config, index), "stack").rank for index in (1, 5, 6, 10)]
+    assert ranks == [8, 128, 128, 128]
+    growth = config.training.progressive
+    growth.qlora_strategy = "variable"
+    growth.qlora_configs = {index: LoraOverride(rank=1, alpha=1.0) for index in range(3)}
+    with pytest.raises(ConfigError, match="stacks 3, 4, 5, 6 and 4 more are without an entry"):
         create_stack_from_config(config, 10)
+
+
+def test_what_the_rack_took_instead_is_in_its_description() -> None:
+    """Of the stacks that it has: more were configured, and one of them was given an adapter by hand."""
+    growth = {"qlora_rank": 24, "qlora_strategy": "progressive", "qlora_rank_pattern": "increasing", "max_stacks": 9}
+    model = {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 48}
+    builder = ProgressiveRackBuilder(StackWiseConfig.from_dict({"model": model, "training": {"progressive": growth}}))
+    unused = "not used: qlora_strategy, qlora_rank, qlora_rank_pattern (qlora_enabled: false)"
+    assert builder.get_rack_info()["notes"] == [unused]
+    builder.append_stack()
+    builder.append_stack(precision="qlora")
+    kv = "taken: qlora_rank 16 instead of 48 for stack 1 in layers of width 16 (model.n_kv_heads: 1)"
+    whole = "taken: qlora_rank 32 instead of 48 for stack 1 in layers of width 32 (model.d_model: 32)"
+    assert builder.get_rack_info()["notes"] == [whole, kv]

@@ -156,11 +156,6 @@ def test_every_fault_at_once() -> None:
             f"{GROWTH}.qlora_configs",
             "0 entries",
         ),
-        (
-            {"training": {"progressive": {"progressive_qlora": True, "progressive_qlora_rank": 129}}},
-            f"{GROWTH}.progressive_qlora_rank",
-            "129",
-        ),
     ],
 )
 def test_each_rule_across_fields(values: dict[str, Any], path: str, received: str) -> None:
@@ -223,21 +218,6 @@ ADAPTERS = {f"{GROWTH}.qlora_enabled": True}
             {"training.loss_weighting": "elbo"},
             "training.loss_weighting: got 'elbo'; needs training.progressive.time_interpretation: input (now none), "
             "training.corruption: mask (now bert); set what is missing, or use mean",
-        ),
-        (
-            {**ADAPTERS, f"{GROWTH}.qlora_rank": 512},
-            "training.progressive.qlora_rank: got 512; of stack 0 exceeds its narrowest layer (model.d_model: "
-            "128); lower it",
-        ),
-        (
-            {
-                **ADAPTERS,
-                f"{GROWTH}.qlora_rank": 64,
-                f"{GROWTH}.qlora_strategy": "progressive",
-                f"{GROWTH}.qlora_rank_pattern": "increasing",
-            },
-            "training.progressive.qlora_rank: got 256; of stack 2 exceeds its narrowest layer (model.d_model: "
-            "128); lower it",
         ),
         (
             {

@@ -97,6 +97,43 @@ RANK_8 = "taken: a progressive adapter of rank {} for trunk stacks without an ad
         ({f"{GROWTH}.trunk_strategy": "qlora"}, [RANK_8.format(8)]),
         ({f"{GROWTH}.trunk_strategy": "qlora", f"{GROWTH}.progressive_qlora_rank": 4}, [RANK_8.format(4)]),
         ({f"{GROWTH}.trunk_strategy": "qlora", f"{GROWTH}.stacks": [{"precision": "qlora"}]}, [RANK_8.format(8)]),
+        (
+            {f"{GROWTH}.trunk_strategy": "qlora", f"{GROWTH}.progressive_qlora_rank": 200},
+            [
+                RANK_8.format(128),
+                "taken: progressive_qlora_rank 128 instead of 200 in layers of width 128 (model.d_model: 128)",
+            ],
+        ),
+        (
+            {f"{GROWTH}.qlora_enabled": True, f"{GROWTH}.qlora_rank": 512},
+            ["taken: qlora_rank 128 instead of 512 for stacks 0, 1, 2 in layers of width 128 (model.d_model: 128)"],
+        ),
+        (
+            {
+                **(PATTERNED := {f"{GROWTH}.qlora_enabled": True, f"{GROWTH}.qlora_strategy": "progressive"}),
+                f"{GROWTH}.qlora_rank_pattern": "increasing",
+                f"{GROWTH}.target_stacks": 12,
+            },
+            [
+                "taken: qlora_rank 128 instead of 256 to 32768 for stacks 4, 5, 6, 7 and 4 more in layers of width 128 "
+                "(model.d_model: 128)"
+            ],
+        ),
+        ({**PATTERNED, f"{GROWTH}.qlora_rank_pattern": "increasing"}, []),  # 64 is the largest of three stacks
+        (
+            {
+                f"{GROWTH}.qlora_strategy": "variable",
+                f"{GROWTH}.qlora_enabled": True,
+                f"{GROWTH}.qlora_configs": {n: {"rank": 60 * (n + 1), "alpha": 1.0} for n in range(3)},
+                "model.n_kv_heads": 2,
+                "model.d_ff": 96,
+            },
+            [
+                "taken: rank 128 instead of 180 for stack 2 in layers of width 128 (model.d_model: 128)",
+                "taken: rank 96 instead of 120 to 180 for stacks 1, 2 in layers of width 96 (model.d_ff: 96)",
+                "taken: rank 64 instead of 120 to 180 for stacks 1, 2 in layers of width 64 (model.n_kv_heads: 2)",
+            ],
+        ),
         ({f"{GROWTH}.trunk_strategy": "qlora", f"{GROWTH}.progressive_qlora": True}, []),
         ({f"{GROWTH}.trunk_strategy": "qlora", f"{GROWTH}.new_stack_precision": "qlora"}, []),
         (

@@ -267,6 +267,16 @@ def test_adapters_of_a_trunk_do_not_depend_on_how_far_it_is_to_grow() -> None:
     }
 
 
+def test_ranks_that_no_layer_can_use_are_one() -> None:
+    """A rank is capped at d_model in ids; what narrower layers have follows from the shape, which is in them too."""
+    for key, more in (("qlora_rank", {f"{G}qlora_enabled": True}), ("progressive_qlora_rank", QLORA)):
+        for sizes in ({}, {"model.n_kv_heads": 1}):
+            assert changed({f"{G}{key}": 4096}, {**more, **sizes, f"{G}{key}": 128}) == set()
+            assert {"stack-1", "stack-2"} <= changed({f"{G}{key}": 128}, {**more, **sizes, f"{G}{key}": 127})
+    rank = {f"{G}qlora_enabled": True, f"{G}qlora_rank": 4096}
+    assert plan(rank).stages[0].spec.stacks[0].adapters["stack"].rank == 128
+
+
 def test_a_store_is_named_after_the_last_stage_that_trained_what_it_holds() -> None:
     """Stage 1 trains adapters of stack 0, whose output it stores for stage 2."""
     assert "activations-1" in changed({f"{G}stacks": [{}, {"steps": 50}]}, TOP)

@@ -91,6 +91,24 @@ def test_a_copy_has_merged_what_the_adapters_of_its_source_learned(tmp_path: Pat
         assert (builder.add_stack()(x) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_ranks_wider_than_layers_are_stored_and_come_back(tmp_path: Path) -> None:
+    """Keys and values have 8 channels, the others 16 or more; the rank asked for is 40."""
+    ranks = {f"{G}qlora_rank": 40, f"{G}progressive_qlora_rank": 12, f"{G}new_stack_precision": "qlora"}
+    more = {f"{G}trunk_strategy": "qlora", f"{G}progressive_qlora": True, f"{G}target_stacks": 2}
+    config = tiny(tmp_path, {**ranks, **more, "model.n_kv_heads": 1, "training.steps_per_stack": 2})
+    grown(config, root := tmp_path / "root")
+    stack = part(root, config, 1, 0)
+    for name, rank in (("stack", 40), ("progressive", 12)):
+        state = adapter_state(stack, name)
+        saved = load_file(folder_of(root, "stack", 1) / "stack-0" / f"adapter-{name}.safetensors")
+        assert all(saved[key].equal(tensor) for key, tensor in state.items())
+        found = {key.split(".")[3]: len(tensor) for key, tensor in state.items() if "lora_A" in key}
+        assert found == {"q_proj": min(rank, 16), "o_proj": min(rank, 16), "k_proj": 8, "v_proj": 8} | {
+            f"{layer}_proj": min(rank, 16) for layer in ("gate", "up", "down")
+        }
+        assert all(tensor.any() for tensor in state.values())
+
+
 def test_a_new_stack_is_a_copy_of_the_one_it_is_put_next_to(tmp_path: Path) -> None:
     modes = ["append", "prepend", "prepend", "append", "append"]
     changes = {f"{G}stacks": [{"mode": mode} for mode in modes], f"{G}target_stacks": 5}
