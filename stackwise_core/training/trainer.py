@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_type
+from stackwise_core.config.functions import shown
 from stackwise_core.config.rules import rule_faults
 from stackwise_core.config.schema import GROWTH, Precision, ProgressiveConfig
 from stackwise_core.config.stacks import progressive_adapter
@@ -278,6 +279,7 @@ class ProgressiveTrainer:
         builder, state, call.state = call.builder, call.state, None
         spec = _as_adapted(builder, config, spec)
         _log.info("stage %d (%s) begins: %d steps", spec.index, spec.name, spec.optim.steps)
+        builder.build_rack().to("cpu")  # where the copy is kept
         builder.prepare_stage(spec, config.run.seed)
         before = Snapshot.of(builder.build_rack(), spec.anatomy, builder.channels)
         try:
@@ -319,12 +321,21 @@ class ProgressiveTrainer:
 
 
 def _ruled_out(own: StackWiseConfig, ruling: StackWiseConfig) -> Iterator[str]:
-    """Yield one line about what the builder's configuration says and the trainer's, which rules, says otherwise."""
-    mine, theirs = own.training.progressive, ruling.training.progressive
-    differ = [key for key in ProgressiveConfig.model_fields if getattr(mine, key) != getattr(theirs, key)]
-    if said := [key for key in differ if key in mine.model_fields_set]:
-        listed = ", ".join(f"{key} {getattr(theirs, key)!r}, not {getattr(mine, key)!r}" for key in said)
-        yield f"the trainer's configuration rules, not the builder's: {listed}"
+    """Yield one line about what the builder's configuration sets and the trainer's, which rules, says otherwise."""
+    sections = [
+        (own.run, ruling.run, ["seed"]),
+        (own.model, ruling.model, ["blocks_per_stack"]),
+        (own.training, ruling.training, ["new_stack_init"]),
+        (own.training.progressive, ruling.training.progressive, list(ProgressiveConfig.model_fields)),
+    ]
+    differ = [
+        f"{key} {shown(getattr(theirs, key))}, not {shown(getattr(mine, key))}"
+        for mine, theirs, keys in sections
+        for key in keys
+        if key in mine.model_fields_set and getattr(mine, key) != getattr(theirs, key)
+    ]
+    if differ:
+        yield f"the trainer's configuration rules, not the builder's: {', '.join(differ)}"
 
 
 def _adapters(builder: ProgressiveRackBuilder, stack: StackSpec) -> list[AdapterName]:

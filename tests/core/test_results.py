@@ -132,10 +132,10 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyboardInterrupt()])
 @pytest.mark.parametrize("way", WAYS)
-def test_after_an_error_the_same_call_begins_the_stage_cleanly(way: str, error: BaseException) -> None:
+def test_after_an_error_the_same_call_begins_the_stage_cleanly(way: str) -> None:
     after, training = WAYS[way]
+    error = KeyboardInterrupt() if way == "frozen" else OSError("the disk is gone")
     config = tiny(**training)
     expected = ProgressiveRackBuilder(config)
     losses = [r.losses for r in ProgressiveTrainer(config).train_progressively(expected, LOADER)]

@@ -98,11 +98,13 @@ def test_the_trainers_growth_settings_hold(caplog: pytest.LogCaptureFixture) -> 
     assert all(matrix.count_nonzero() for matrix in adapter_parameters(trunk))  # B is zero until it trains
 
 
-def test_a_trunk_grown_without_adapters_gets_them_when_they_are_to_train() -> None:
+@pytest.mark.parametrize("own", [{}, {"qlora_enabled": True, "qlora_rank": 2}])
+def test_a_trunk_grown_without_adapters_gets_them_when_they_are_to_train(own: dict[str, Any]) -> None:
+    """Also if the trainer gives every new stack one at its creation, which this trunk is past."""
     builder = trained(tiny())
     trunk = builder.stack(0)
     before = weights(trunk)
-    growth = {"trunk_strategy": "qlora", "qlora_enabled": True, "qlora_rank": 2, "progressive_qlora_rank": 3}
+    growth = {"trunk_strategy": "qlora", "progressive_qlora_rank": 3, **own}
     ProgressiveTrainer(tiny(progressive=growth)).train_progressively(builder, LOADER, 2)
     assert adapter_names(trunk) == ["progressive"]
     matrices = adapter_parameters(trunk)
@@ -170,6 +172,12 @@ def test_another_size_is_refused_with_both_values(key: str, value: Any, built: A
     setattr(edited.model, key, value)
     with pytest.raises(ConfigError, match=rf"model\.{key}: got {value}; the rack was built with {built}"):
         builder.append_stack()
+
+
+def test_a_size_that_a_builder_was_given_is_refused_too() -> None:
+    builder = ProgressiveRackBuilder(**{**SIZES, "d_model": 32})
+    with pytest.raises(ConfigError, match=r"model\.d_model: got 16; the rack was built with 32"):
+        ProgressiveTrainer(tiny()).train_progressively(builder, LOADER, 1)
 
 
 def test_a_size_that_nobody_said_is_that_of_the_rack() -> None:
