@@ -283,6 +283,7 @@ def test_later_edits_of_the_configuration_are_seen(dimensions: dict[str, Any]) -
     config.training.progressive.qlora_enabled, config.training.progressive.qlora_rank = True, 2
     stack = builder.append_stack()
     assert (stack.precision, adapter_names(stack)) == ("bfloat16", ["stack"])
+    assert builder.config.training is config.training
     assert builder.build_rack().shape.d_model == dimensions.get("d_model", 16)
     assert config.model.d_model == 16  # the caller's own is left alone
 

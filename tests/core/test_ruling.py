@@ -133,6 +133,10 @@ def test_what_the_builder_was_given_for_all_additions_holds_in_a_trainer() -> No
     with pytest.raises(ConfigError, match="building_mode: got 'append'; the builder was given building_mode='prepend'"):
         ProgressiveTrainer(says).train_progressively(builder, LOADER, 3)
     assert ProgressiveTrainer(says).train_progressively(builder, LOADER, 2) == []  # nothing is added
+    builder.append_stack()
+    with pytest.raises(ConfigError, match="building_mode"):
+        ProgressiveTrainer(says).train_progressively(builder, LOADER, 4)
+    assert builder.n_trained == 2  # refused before the first step, though the third stack was there to train
 
 
 def test_a_builder_of_sizes_follows_the_trainers_configuration_by_hand_too() -> None:
