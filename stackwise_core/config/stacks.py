@@ -139,17 +139,17 @@ def mask_ratio_of(config: ConfigSchema, t: int) -> float:
     n_steps = n_time_steps(config)
     if not 0 <= t < n_steps:
         raise ConfigError([Fault("time_step", str(t), f"there are {n_steps} time steps: 0 to {n_steps - 1}")])
-    return float(_schedule(config).ratios(np.asarray([t], dtype=np.int64))[0])
+    return float(time_schedule(config).ratios(np.asarray([t], dtype=np.int64))[0])
 
 
 def resolve_time_input(config: ConfigSchema) -> TimeInput | None:
     """Return how steps are drawn and the mask ratio of each; None unless time is an input of the masked objective."""
     is_input = config.training.progressive.time_interpretation == "input"
-    return _schedule(config) if is_input and corrupts_by_time(config) else None
+    return time_schedule(config) if is_input and corrupts_by_time(config) else None
 
 
-def _schedule(config: ConfigSchema) -> TimeInput:
-    """Return the schedule; values that it does not use are zero, so that they enter no id."""
+def time_schedule(config: ConfigSchema) -> TimeInput:
+    """Return how steps are drawn and the mask ratio of each; values that are not used are zero, to enter no id."""
     training = config.training
     elbo = training.loss_weighting == "elbo"
     table = _table(config)

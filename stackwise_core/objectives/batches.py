@@ -16,7 +16,7 @@ from stackwise_core.data.order import RowOrder
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.objectives.dataloader import Boundary, ProgressiveDataLoader, one_pass
 from stackwise_core.objectives.losses import Batch, batch_rows
-from stackwise_core.objectives.make_batch import raw_fields
+from stackwise_core.objectives.raw_batch import raw_fields
 from stackwise_core.stages.resolve import resolve_mask
 from stackwise_core.stages.stages import StageSpec, resolve_joint_times
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 from torch import Tensor
@@ -13,29 +13,33 @@ from stackwise_core.config.arguments import check_choice, check_integer, check_t
 from stackwise_core.data.masks import MaskSpec
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.objectives.losses import Batch, input_time_step
-from stackwise_core.objectives.make_batch import Objective, make_batch, raw_fields
+from stackwise_core.objectives.make_batch import Objective, make_batch
+from stackwise_core.objectives.raw_batch import check_padding, raw_fields
 from stackwise_core.objectives.time_step_masking import TimeStepMasking
 from stackwise_core.objectives.trunk_activations import (
     Boundary,
     RowCache,
     RowSource,
+    TensorRows,
     checked_boundary,
     computed_rows,
+    never_has_ids,
 )
 
 
 class ProgressiveDataLoader:
     """Wraps any iterable of token batches and yields what a stage trains on.
 
-    A batch may be a tensor [B, T], a tuple whose first item is one, or a dict with `input_ids` and, optionally, the
+    A batch may be a tensor [B, T], a tuple whose first item is one, or a mapping with `input_ids` and, optionally, the
     fields that `make_batch` reads. Sequence ids default to a content hash of the row, never its index; the view
     defaults to the number of passes made so far, modulo `views`, and `batch` to its place in the pass.
 
     A `ProgressiveDataLoader` as base, which a trainer may be given, stands for the loader it wraps: the stage that
     reads it has its own index, trunk and time step.
 
-    Yields what `make_batch` returns and time_step, stack_idx, trunk_activations and training_objective. `time_step`
-    is a tensor [B] where time is an input, the stack's step where it is the depth, else None.
+    Yields what `make_batch` returns and view, time_step, stack_idx, trunk_activations and training_objective.
+    `time_step` is a tensor [B] where time is an input, the stack's step where it is the depth, else None. Edits of a
+    `TimeStepMasking`'s configuration take effect at the next pass. `len()` is that of the base.
     """
 
     def __init__(
@@ -55,12 +59,15 @@ class ProgressiveDataLoader:
 
         Args:
             base_dataloader: yields token batches; iterated once per pass over this loader.
-            masking_strategy: how inputs are corrupted (mlm); None corrupts nothing.
+            masking_strategy: how inputs are corrupted (mlm), or a `TimeStepMasking`, whose configuration names the
+                objective; None corrupts nothing.
             stack_idx: the creation index of the stack that trains.
-            trunk_activations: the boundary below the new stack; None where there is no trunk.
+            trunk_activations: the boundary below the new stack; None where there is no trunk. Row i of a tensor belongs
+                to sequence id i where the batches have `sequence_ids`, else to row i of the loader, which must then
+                yield the same rows in every pass.
             cache_activations: with a function as boundary, keep each computed row in RAM for later passes.
             views: mask draws per sequence.
-            objective: None is mlm with a masking strategy, else clm.
+            objective: None is the strategy's: mlm with a `MaskSpec`, clm without a strategy.
             time_step: the stack's step with time-as-depth; a `TimeStepMasking` knows it.
             max_cache_bytes: where `cache_activations` keeps rows, those beyond this limit are computed again in every
                 pass, after one warning of the logger `stackwise`; None sets no limit.
@@ -76,22 +83,40 @@ class ProgressiveDataLoader:
         if max_cache_bytes is not None:
             check_integer("max_cache_bytes", max_cache_bytes, 0)
         _check_boundary_source(trunk_activations, views)
-        is_masked = masking_strategy is not None
         if objective is not None:
             check_choice("objective", objective, get_args(Objective))
-            if (objective == "mlm") != is_masked:
-                allowed = "a masking_strategy goes with mlm, and only with mlm"
-                raise ConfigError([Fault("objective", repr(objective), allowed)])
-        self.objective: Objective = objective or ("mlm" if is_masked else "clm")
-        self.stack_idx = stack_idx
-        self.masking_strategy = masking_strategy
-        self.mask_spec, self.time_step = _corruption(masking_strategy, stack_idx, time_step)
-        self.base_dataloader = unwrapped(base_dataloader, {stack_idx: self.mask_spec})
+        self.stack_idx, self.masking_strategy = stack_idx, masking_strategy
+        self.given_objective: Objective | None = objective
+        self._time_step = time_step
+        now = self._corruption()
+        self.base_dataloader = unwrapped(base_dataloader, {stack_idx: now.mask_spec}, now.objective)
         self.trunk_activations = trunk_activations
+        self._tensor = TensorRows(trunk_activations) if isinstance(trunk_activations, Tensor) else None
+        if self._tensor is not None and never_has_ids(self.base_dataloader):
+            self._tensor.check_order(self.base_dataloader)
         self.cache_activations = cache_activations
         self.views = views
         self.passes = 0
-        self._cache = RowCache(max_cache_bytes)
+        self._cache, self._cached_for = RowCache(max_cache_bytes), now
+
+    @property
+    def objective(self) -> Objective:
+        """The training objective."""
+        return self._corruption().objective
+
+    @property
+    def mask_spec(self) -> MaskSpec | None:
+        """How inputs are corrupted; None with clm and custom."""
+        return self._corruption().mask_spec
+
+    @property
+    def time_step(self) -> int | None:
+        """The step of the stack, where time is the depth."""
+        return self._corruption().time_step
+
+    def __len__(self) -> int:
+        """Return the number of batches of one pass; TypeError where the base has no length."""
+        return len(cast("Sized", self.base_dataloader))
 
     @property
     def cached_rows(self) -> int:
@@ -112,45 +137,66 @@ class ProgressiveDataLoader:
         """Yield the batches of one pass."""
         view = self.passes % self.views
         self.passes += 1
-        first_row = 0
+        first_row, now = 0, self._corruption()
+        if now != self._cached_for:
+            self._cache.clear()
+            self._cached_for = now
         for number, raw in enumerate(one_pass(self.base_dataloader)):
             fields = {"view": view, "batch": number, **raw_fields(raw)}
-            batch = make_batch(fields, self.mask_spec, self.objective)
-            batch.setdefault("time_step", self.time_step)
-            batch["stack_idx"] = self.stack_idx
-            batch["training_objective"] = self.objective
-            batch["trunk_activations"] = self._boundary(batch, fields["view"], first_row)
+            batch = make_batch(fields, now.mask_spec, now.objective)
+            if now.causal is not None and "attention_mask" in batch:
+                check_padding(batch["attention_mask"], causal=now.causal)
+            batch.setdefault("time_step", now.time_step)
+            batch |= {"view": fields["view"], "stack_idx": self.stack_idx, "training_objective": now.objective}
+            first = None if fields.get("sequence_ids") is not None else first_row
+            batch["trunk_activations"] = self._boundary(batch, first)
             first_row += len(batch["sequence_ids"])
             yield batch
 
-    def _boundary(self, batch: Batch, view: int, first_row: int) -> Tensor | None:
+    def _boundary(self, batch: Batch, first_row: int | None) -> Tensor | None:
+        """Return the boundary of a batch; `first_row` is its place in the pass if its loader gives no ids."""
         source, tokens, ids = self.trunk_activations, batch["input_ids"], batch["sequence_ids"].numpy()
         if source is None:
             return None
-        if isinstance(source, Tensor):
-            if first_row + len(ids) > len(source):
-                received = f"{len(source)} rows"
-                raise ConfigError([Fault("trunk_activations", received, "one row for every row of the loader")])
-            return checked_boundary(source[first_row : first_row + len(ids)], tokens)
+        if self._tensor is not None:
+            if first_row is not None:
+                self._tensor.check_order(self.base_dataloader)
+            return checked_boundary(self._tensor.rows(ids, first_row), tokens)
         if isinstance(source, RowSource):
-            return checked_boundary(source.rows(ids, view), tokens)
-        steps = input_time_step(batch)
+            return checked_boundary(source.rows(ids, batch["view"]), tokens)
+        live, steps = cast("Callable[..., Tensor]", source), input_time_step(batch)
         if self.cache_activations:
-            return self._cache.rows(source, tokens, steps, ids, view)
-        return computed_rows(source, tokens, steps)
+            return self._cache.rows(live, tokens, steps, ids, batch["view"])
+        return computed_rows(live, tokens, steps)
+
+    def _corruption(self) -> _Corruption:
+        """Return how inputs are corrupted, as the strategy's configuration says now."""
+        found, step = _corruption(self.masking_strategy, self.given_objective, self.stack_idx), self._time_step
+        if step is not None and found.mask_spec and found.mask_spec.time:
+            allowed = "with time as an input each sequence has its own step; leave it out"
+            raise ConfigError([Fault("time_step", str(step), allowed)])
+        if found.time_step is not None and step not in (None, found.time_step):
+            allowed = f"the masking strategy gives stack {self.stack_idx} the step {found.time_step}; leave it out"
+            raise ConfigError([Fault("time_step", str(step), allowed)])
+        return found if step is None else found._replace(time_step=step)
 
 
-def unwrapped(loader: Iterable[Any], masks: dict[int, MaskSpec | None]) -> Iterable[Any]:
-    """Return the loader inside a `ProgressiveDataLoader`, which must corrupt inputs as the stage does.
+def unwrapped(loader: Iterable[Any], masks: dict[int, MaskSpec | None], objective: Objective) -> Iterable[Any]:
+    """Return the loader inside a `ProgressiveDataLoader`, which must train as the stage does.
 
-    `masks` says how the stage corrupts its inputs, by the stack that a step trains.
+    `masks` says how the stage corrupts its inputs, by the stack that a step trains. A loader that names neither a
+    strategy nor an objective fits every stage.
     """
     while isinstance(loader, ProgressiveDataLoader):
-        for stack_idx, mask_spec in masks.items():
-            given, _ = _corruption(loader.masking_strategy, stack_idx, None)
-            if given is not None and given != mask_spec:
+        says = loader.masking_strategy is not None or loader.given_objective is not None
+        for stack_idx, mask_spec in masks.items() if says else ():
+            given = _corruption(loader.masking_strategy, loader.given_objective, stack_idx)
+            if given.mask_spec is not None and given.mask_spec != mask_spec:
                 allowed = f"stack {stack_idx} is to train on {mask_spec or 'inputs as they are'}; make the two equal"
-                raise ConfigError([Fault("masking_strategy", repr(given), allowed)])
+                raise ConfigError([Fault("masking_strategy", repr(given.mask_spec), allowed)])
+            if given.objective != objective:
+                allowed = f"the stage trains {objective}: make the two equal"
+                raise ConfigError([Fault("objective", repr(given.objective), allowed)])
         if loader.trunk_activations is not None:
             allowed = "every stage has its own trunk: leave them out, or give the trainer a cache"
             raise ConfigError([Fault("trunk_activations", "those of one stage", allowed)])
@@ -158,23 +204,30 @@ def unwrapped(loader: Iterable[Any], masks: dict[int, MaskSpec | None]) -> Itera
     return loader
 
 
+class _Corruption(NamedTuple):
+    """How the inputs of a stack are corrupted."""
+
+    objective: Objective
+    mask_spec: MaskSpec | None
+    time_step: int | None
+    causal: bool | None
+    """Whether positions attend to earlier ones only; None where the loader cannot know."""
+
+
 def _corruption(
-    strategy: MaskSpec | TimeStepMasking | None, stack_idx: int, time_step: int | None
-) -> tuple[MaskSpec | None, int | None]:
-    """Return the corruption of the stack that trains, and its time step where depth is time."""
-    known_step = None
+    strategy: MaskSpec | TimeStepMasking | None, objective: Objective | None, stack_idx: int
+) -> _Corruption:
     if isinstance(strategy, TimeStepMasking):
-        spec = strategy.spec_for_stack(stack_idx)
-        known_step = None if spec.time else strategy.get_time_step_for_stack(stack_idx)
-    else:
-        spec = strategy
-    if time_step is not None and spec is not None and spec.time is not None:
-        allowed = "with time as an input each sequence has its own step; leave it out"
-        raise ConfigError([Fault("time_step", str(time_step), allowed)])
-    if known_step is not None and time_step not in (None, known_step):
-        allowed = f"the masking strategy gives stack {stack_idx} the step {known_step}; leave it out"
-        raise ConfigError([Fault("time_step", str(time_step), allowed)])
-    return spec, time_step if known_step is None else known_step
+        if objective not in (None, strategy.objective):
+            allowed = f"the masking strategy's configuration says {strategy.objective}; leave it out"
+            raise ConfigError([Fault("objective", repr(objective), allowed)])
+        mask_spec, step = strategy.spec_for_stack(stack_idx), strategy.time_step_of(stack_idx)
+        return _Corruption(strategy.objective, mask_spec, step, strategy.causal)
+    objective = objective or ("clm" if strategy is None else "mlm")
+    if (objective == "mlm") != (strategy is not None):
+        allowed = "a masking_strategy goes with mlm, and only with mlm"
+        raise ConfigError([Fault("objective", repr(objective), allowed)])
+    return _Corruption(objective, strategy, None, True if objective == "clm" else None)
 
 
 def check_loader(name: str, loader: Any) -> None:

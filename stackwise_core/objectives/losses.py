@@ -38,9 +38,12 @@ def loss_positions(batch: Batch) -> Tensor:
 def loss_normaliser(batch: Batch) -> int:
     """Return what a batch's summed loss is divided by: its loss positions P, or for the diffusion bound B * T.
 
-    In the bound a masked position stands, by its weight, for the 1 / ratio positions it was drawn from.
+    In the bound a masked position stands, by its weight, for the 1 / ratio positions it was drawn from; where some
+    are never masked, only the `maskable` [B, T] count.
     """
-    return batch["masks"].numel() if "loss_weights" in batch else int(loss_positions(batch).sum())
+    if "loss_weights" not in batch:
+        return int(loss_positions(batch).sum())
+    return int(batch["maskable"].sum()) if "maskable" in batch else batch["masks"].numel()
 
 
 def summed_loss(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, default_collate
 
 from stackwise_core.config.arguments import describe
 from stackwise_core.data.masks import IntArray, content_ids
@@ -26,8 +27,80 @@ class RowSource(Protocol):
 
 
 Boundary = Tensor | RowSource | Callable[..., Tensor]
-"""A tensor [N, T, D] in loader order, a source of rows, or a function of the corrupted input_ids [B, T] and, where
-time is an input, the steps [B]."""
+"""A tensor [N, T, D], a source of rows, or a function of the corrupted input_ids [B, T] and, where time is an input,
+the steps [B]."""
+
+
+class TensorRows:
+    """A tensor of activations, and the sequences that its rows belong to."""
+
+    def __init__(self, activations: Tensor) -> None:
+        """Take activations [N, T, D]."""
+        self.activations = activations
+        self._contents: list[int] = []
+        """Content ids of the loader's rows in its first pass, as far as it went."""
+
+    def rows(self, ids: IntArray, first_row: int | None) -> Tensor:
+        """Return the rows of sequence ids [B]; where a loader has none, those from `first_row` on: [B, T, D].
+
+        Without ids of the loader's own, `ids` are content hashes: they must come in the same order in every pass.
+        """
+        n_rows = len(self.activations)
+        if first_row is not None:
+            self._check_same_order(ids, first_row)
+            if first_row + len(ids) > n_rows:
+                allowed = "one row for every row of the loader"
+                raise ConfigError([Fault("trunk_activations", f"{n_rows} rows", allowed)])
+            return self.activations[first_row : first_row + len(ids)]
+        outside = ids[(ids < 0) | (ids >= n_rows)]
+        if len(outside):
+            allowed = (
+                f"row i of trunk_activations belongs to sequence id i: number the sequences from 0 to {n_rows - 1}, "
+                "or give an object with rows(sequence_ids, view)"
+            )
+            raise ConfigError([Fault("sequence_ids", str(outside[0]), allowed)])
+        return self.activations[torch.from_numpy(ids)]
+
+    def check_order(self, loader: Any) -> None:
+        """Reject a loader without sequence ids whose order changes."""
+        if _shuffles(loader):
+            raise _misaligned("a tensor, with a loader that shuffles")
+
+    def _check_same_order(self, contents: IntArray, first_row: int) -> None:
+        for row, content in enumerate(contents.tolist(), first_row):
+            if row == len(self._contents):
+                self._contents.append(content)
+            elif self._contents[row] != content:
+                raise _misaligned(f"a tensor, with a loader whose row {row} is another than in its first pass")
+
+
+def _misaligned(received: str) -> ConfigError:
+    allowed = (
+        "its rows would go to other sequences: do not shuffle, or give each batch sequence_ids, which number the rows "
+        "of the tensor from 0, or give an object with rows(sequence_ids, view)"
+    )
+    return ConfigError([Fault("trunk_activations", received, allowed)])
+
+
+def _shuffles(loader: Any) -> bool:
+    """Return whether a loader of torch draws its rows by another sampler than a sequential one or a fixed list."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    while hasattr(sampler, "sampler"):
+        sampler = sampler.sampler
+    return not isinstance(sampler, (SequentialSampler, list, tuple, range))
+
+
+def never_has_ids(loader: Any) -> bool:
+    """Return whether a loader's batches cannot have sequence ids; a collator of the user's may add them."""
+    if not isinstance(loader, DataLoader) or loader.collate_fn is not default_collate or not _shuffles(loader):
+        return False  # of other loaders the first batch tells
+    try:
+        first: Any = loader.dataset[0]
+    except Exception:  # a user's dataset may have other keys, and raise anything
+        return False
+    return not isinstance(first, Mapping) or "sequence_ids" not in first
 
 
 class RowCache:
@@ -43,6 +116,11 @@ class RowCache:
     def __len__(self) -> int:
         """Return the number of rows kept."""
         return len(self._kept)
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.n_bytes = 0
+        self._kept.clear()
 
     def rows(
         self, live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None, ids: IntArray, view: int

@@ -25,6 +25,7 @@ from stackwise_core.config.unused import is_used
 from stackwise_core.data.masks import MaskSpec
 from stackwise_core.data.order import RowOrder
 from stackwise_core.data.tokenizer import load_tokenizer
+from stackwise_core.errors import ConfigError, Fault
 
 
 class Value(BaseModel, frozen=True, extra="forbid"):
@@ -85,7 +86,9 @@ def resolve_mask(config: StackWiseConfig, stage: int) -> MaskSpec | None:
     if config.training.progressive.training_objective != "mlm":
         return None
     tokenizer = load_tokenizer(config.data.tokenizer)
-    assert tokenizer.mask_token is not None  # validate() rejects a tokenizer without one
+    if tokenizer.mask_token is None:
+        allowed = "it has neither [MASK] nor <mask>, which mlm needs"
+        raise ConfigError([Fault("data.tokenizer", repr(config.data.tokenizer), allowed)])
     interpretation = config.training.progressive.time_interpretation
     ratio = config.training.mask_ratio if interpretation == "none" else 0.0
     if interpretation == "depth":

@@ -25,6 +25,7 @@ from stackwise_core.objectives.losses import (
     loss_positions,
     summed_loss,
 )
+from stackwise_core.objectives.raw_batch import check_padding
 from stackwise_core.training.boundary import advance
 
 _SEQUENCES_AT_ONCE = 32
@@ -63,6 +64,9 @@ def judge_rack(
     rounded = exact[0]
     for n, stack in enumerate(stacks):
         stack.eval()
+        for batch in batches if n == 0 else ():
+            if "attention_mask" in batch:
+                check_padding(batch["attention_mask"], causal=stack.shape.causal)
         if boundary:
             rounded = advance([stack], rounded, stream if n < boundary else EXACT)
         exact = [advance([stack], hidden, EXACT) for hidden in exact]

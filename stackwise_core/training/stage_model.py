@@ -16,6 +16,7 @@ from stackwise_core.model.adapters import adapter_parameters
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
 from stackwise_core.model.precision import convert_storage
 from stackwise_core.objectives.losses import Batch, LossFunction, input_time_step, loss_positions, summed_loss
+from stackwise_core.objectives.raw_batch import check_padding
 from stackwise_core.stages.resolve import resolve_loss
 from stackwise_core.stages.stages import Anatomy
 
@@ -121,6 +122,8 @@ class StageModel(nn.Module):
 
     def entering(self, batch: Batch) -> Tensor:
         """Return the stream below the first live stack, float32: from the tokens, or the trunk's boundary."""
+        if "attention_mask" in batch:
+            check_padding(batch["attention_mask"], causal=self.live_stacks()[0].shape.causal)
         device = self.head.projection.weight.device
         if self.embedding is not None:
             _check_tokens("token", batch["input_ids"], self.embedding.num_embeddings)

@@ -407,7 +407,7 @@ def stage_inputs(
         stream = Stream(config.cache.dtype, builder.channels)
         boundary = LiveTrunk(rack.embedding.to(device), below, stream)
     first_step, n_rows, views = state.step if state else 0, resolve_statistics_rows(config), resolve_views(config)
-    loader = unwrapped(dataloader, stage_masks(config, spec))
+    loader = unwrapped(dataloader, stage_masks(config, spec), config.training.progressive.training_objective)
     raw = RepeatedLoader(loader, views, first_step, n_rows)
     record = config.training.progressive.cache_activations
 
@@ -426,7 +426,7 @@ def _validation_loss(
     rack, device = builder.build_rack(), use_hardware(config.hardware)
     mask, objective = resolve_mask(config, spec.anatomy.newest), config.training.progressive.training_objective
     total, normaliser = 0.0, 0
-    for raw in unwrapped(validation, stage_masks(config, spec)):
+    for raw in unwrapped(validation, stage_masks(config, spec), objective):
         batch = validation_batch(raw, mask, objective)
         (found,) = judge_rack(
             rack.embedding.to(device),

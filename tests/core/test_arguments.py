@@ -138,7 +138,7 @@ CALLS: list[tuple[str, Callable[[], object]]] = [
     ("time_step: got 1.0; an integer", lambda: masking().generate_masks_for_time_step(TOKENS, 1.0)),  # pyright: ignore
     ("time_step: got 99; an integer from 0 to 11", lambda: masking().generate_masks_for_time_step(TOKENS, 99)),
     ("view: got 'x'; an integer", lambda: masking().generate_masks_for_stack(TOKENS, 1, view="x")),  # pyright: ignore
-    ("input_ids: got input_ids of int64 and shape .12,.", lambda: masking().generate_masks_for_stack(TOKENS[0], 1)),
+    ("batch: got input_ids of int64 and shape .12,.", lambda: masking().generate_masks_for_stack(TOKENS[0], 1)),
     (
         "got 3 sequence_ids for 24 rows",
         lambda: masking().generate_masks_for_stack(TOKENS, 1, torch.arange(3)),

@@ -276,11 +276,12 @@ def test_custom_fields_of_wrong_shapes_and_ignored_targets() -> None:
         custom(tokens, tokens, np.ones((2, T), dtype=bool))
     ignored = tokens.copy()
     ignored[1, 2] = -100
-    with pytest.raises(ConfigError, match="targets: got -100; no target at a loss position; give masks"):
-        custom(tokens, ignored)
-    loss, count = summed_loss(torch.randn(B, T, D), new_head(), custom(tokens, ignored, ignored >= 0))
-    assert count == B * T - 1
-    assert loss.isfinite()
+    with pytest.raises(ConfigError, match="targets: got -100; masks says that there is a loss where"):
+        custom(tokens, ignored, np.ones((B, T), dtype=bool))
+    for masks in (None, ignored >= 0):
+        loss, count = summed_loss(torch.randn(B, T, D), new_head(), custom(tokens, ignored, masks))
+        assert count == B * T - 1
+        assert loss.isfinite()
 
 
 def test_a_custom_loss_sees_logits_and_targets_of_the_loss_positions() -> None:
