@@ -47,14 +47,14 @@ def build_stack(stage: Stage) -> Ref | None:
 
 
 @_stage_task("trunk")
-def configure_trunk(stage: Stage) -> Ref:
+def configure_trunk(stage: Stage) -> Ref | None:
     """Describe the rack at the start of the stage."""
     return steps.configure_trunk(stage)
 
 
 @_stage_task("train")
-def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
-    """Train the new stack, from its last checkpoint if there is one."""
+def train(stage: Stage, build: Ref | None, trunk: Ref | None) -> Ref:
+    """Train the new stack, from its last checkpoint if there is one; an adopted one is taken from its rack."""
     with progress_artifact(stage):
         return steps.train(stage, build, trunk)
 
@@ -87,11 +87,16 @@ def prepared(stage: Stage, made_by: Task[..., Any], verb: str) -> Task[..., Any]
 
 @flow(name="stage", flow_run_name="{stage.title}")
 def add_stage(stage: Stage) -> Ref:
-    """Build a stack on a trunk, train it, cache its boundary for the next stage, validate the result."""
+    """Build a stack on a trunk, train it, cache its boundary for the next stage, validate the result.
+
+    An adopted stack is only copied; the last one is cached and validated too.
+    """
     emit(StageOpened(stage.index, str(flow_run.id)))
     build = prepared(stage, build_stack, "build")(stage) if stage.plan.build else None
-    trunk = prepared(stage, configure_trunk, "configure trunk of")(stage)
-    stack = prepared(stage, train, "train")(stage, build, trunk)
+    trunk = prepared(stage, configure_trunk, "configure trunk of")(stage) if stage.plan.trunk else None
+    stack = prepared(stage, train, "train" if trunk else "adopt")(stage, build, trunk)
+    if stage.plan.validation is None:
+        return stack
     activations = prepared(stage, cache_activations, "cache activations of")(stage, stack)
     return prepared(stage, validate, "validate")(stage, stack, activations)
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.files import recover_folder, replace_folder
 from stackwise_core.model.adapters import load_adapter_state, load_base_state
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
@@ -30,6 +31,7 @@ from stackwise_core.model.saving import (
     stack_tensors,
 )
 from stackwise_core.model.stream import ChannelStatistics
+from stackwise_core.stages.identity import AdoptedRecipe
 from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.stages import StageSpec, last_trained
 from stackwise_core.training.stage_model import StageModel
@@ -108,7 +110,7 @@ def load_stack(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) ->
     trained = stages[last_trained(anatomies, stack, "adapters")]
     there = trained.spec.stacks[stack].adapters
     for name, adapter in spec.adapters.items():
-        give_adapter(loaded, name, adapter, base.stack.order_seed)
+        give_adapter(loaded, name, adapter, stages[-1].stack.order_seed)
         if name in there:
             path = checked(trained.ref("stack")) / _folder_of(trained.spec, stack) / adapter_file(name)
             _fill(loaded, functools.partial(load_adapter_state, loaded, name), path)
@@ -117,16 +119,24 @@ def load_stack(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) ->
 
 def load_head(artifacts: Artifacts, stages: Sequence[StagePlan]) -> Head:
     """Return the head as the last of some stages left it; it has a separate tensor even where it is tied."""
-    trained = [stage for stage in stages if stage.spec.anatomy.head_trains][-1]
+    trained = _last_with([stage for stage in stages if stage.spec.anatomy.head_trains], stages)
     head = Head(trained.shape)
     return _fill(head, head.load_state_dict, artifacts.checked(trained.ref("stack")) / HEAD)
 
 
 def load_embedding(artifacts: Artifacts, stages: Sequence[StagePlan]) -> TokenEmbedding:
     """Return the embedding as the last of some stages left it."""
-    trained = [stage for stage in stages if stage.spec.anatomy.embedding_trains][-1]
+    trained = _last_with([stage for stage in stages if stage.spec.anatomy.embedding_trains], stages)
     embedding = TokenEmbedding(trained.shape)
     return _fill(embedding, embedding.load_state_dict, artifacts.checked(trained.ref("stack")) / EMBEDDING)
+
+
+def _last_with(found: list[StagePlan], stages: Sequence[StagePlan]) -> StagePlan:
+    """Return the last of the stages that left a head or an embedding, which of adopted stages only the last does."""
+    if found:
+        return found[-1]
+    allowed = "the rack was adopted, and only the whole of it has a head; give at least the number of adopted stacks"
+    raise ConfigError([Fault("depth", str(len(stages)), allowed)])
 
 
 def save_channels(work: Path, channels: Mapping[int, ChannelStatistics]) -> None:
@@ -136,7 +146,7 @@ def save_channels(work: Path, channels: Mapping[int, ChannelStatistics]) -> None
 
 def load_channels(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) -> ChannelStatistics:
     """Return the statistics of a stack's output from the last of some stages that could change it."""
-    changed = [stage for stage in stages if stage.stack.statistics_rows and stack in stage.spec.anatomy.live][-1]
+    changed = [stage for stage in stages if _has_channels(stage) and stack in stage.spec.anatomy.live][-1]
     path = artifacts.checked(changed.ref("stack")) / CHANNELS
     tensors = load_tensors(path)
     try:
@@ -144,6 +154,11 @@ def load_channels(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int)
     except (KeyError, ValueError) as missing:
         problem = f"has no statistics of stack {stack} ({missing})"
         raise ArtifactCorruptError(path, problem, _REMADE.format(path.parent)) from None
+
+
+def _has_channels(stage: StagePlan) -> bool:
+    recipe = stage.stack
+    return CHANNELS in recipe.files if isinstance(recipe, AdoptedRecipe) else recipe.statistics_rows > 0
 
 
 def _fill(module: Module, load: Callable[[dict[str, Tensor]], object], path: Path) -> Module:

@@ -63,11 +63,10 @@ def compute_demand(plan: RunPlan, artifacts: Artifacts, keep: str, forced: froze
     """
     demand, lookup = Demand(forced=forced), functools.cache(artifacts.lookup)
     for stage in plan.stages:
-        goals: list[Kind] = ["stack", "validation"]
-        if keep == "all" and stage.activations is not None:
-            goals.append("activations")
+        goals: list[Kind] = ["stack", "validation", *(["activations"] if keep == "all" else [])]
         for kind in goals:
-            _need(stage.ref(kind), plan, lookup, demand)
+            if stage.recipe(kind) is not None:
+                _need(stage.ref(kind), plan, lookup, demand)
     for ref in forced:
         _need(ref, plan, lookup, demand)
     _check_lineage(demand, artifacts, lookup)
@@ -92,7 +91,7 @@ def _need(ref: Ref, plan: RunPlan, lookup: _Lookups, demand: Demand) -> None:
 
 def reads(ref: Ref, plan: RunPlan) -> list[Ref]:
     """Return what making an artifact reads, in the order it must exist."""
-    if ref.kind == "data":
+    if ref.kind == "data" or (ref.kind == "stack" and plan.stages[ref.stage].spec.adopted):
         return []
     stage = plan.stages[ref.stage]
     below = [other.ref("stack") for other in plan.stages[: ref.stage]]

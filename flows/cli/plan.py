@@ -17,8 +17,9 @@ from stackwise_core.config.unused import notes
 from stackwise_core.data.packing import read_corpus
 from stackwise_core.stages.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
 from stackwise_core.stages.identity import Kind
-from stackwise_core.stages.plan import RunPlan, StagePlan, plan_config
+from stackwise_core.stages.plan import RunPlan, StagePlan
 from stackwise_core.stages.resolve import reads_examples, resolve_order
+from storage.adopt import plan_in
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.demand import TASK_KINDS, Demand, compute_demand
 
@@ -33,7 +34,7 @@ def show_plan(options: argparse.Namespace) -> None:
     """Print the plan of a configuration; nothing is written."""
     config = load_config(options)
     artifacts = artifacts_at(options.artifacts).reachable()
-    plan = plan_config(config)
+    config, plan = plan_in(artifacts, config)
     demand = compute_demand(plan, artifacts, config.cache.keep)
     n_train, n_validation = _count_sequences(config, artifacts, plan)
     document = {
@@ -74,7 +75,7 @@ def _stage(
 ) -> dict[str, Any]:
     stage = plan.stages[index]
     spec, shape, seq_len = stage.spec, stage.shape, config.data.seq_len
-    ratio = stage.stack.mask.mean_ratio if stage.stack.mask else None
+    ratio = stage.mask.mean_ratio if stage.mask else None
     live, below = stage_flops(shape, spec, seq_len, ratio or 1.0)
     cache = None
     if stage.activations is not None:
@@ -88,6 +89,7 @@ def _stage(
         "name": spec.name,
         "mode": spec.mode,
         "trunk": spec.strategy,
+        "adopted_from": config.model.from_ if spec.adopted else None,
         "order": list(spec.anatomy.order),
         "trains": {str(stack): spec.anatomy.trains_of(stack) for stack in spec.anatomy.order},
         "operator": spec.operator,
@@ -106,7 +108,7 @@ def _stage(
         "rack_parameters": rack_parameters(shape, spec),
         "flops": live + (0.0 if cached_below else below),
         "flops_saved_by_cache": below if cached_below else 0.0,
-        "memory_bytes": training_bytes(shape, spec, seq_len),
+        "memory_bytes": 0 if spec.adopted else training_bytes(shape, spec, seq_len),
         "cache_bytes": cache,
         "cache_note": stage.no_cache_reason,
         "measured": _measured(stage, artifacts),
@@ -120,7 +122,7 @@ def _measured(stage: StagePlan, artifacts: Artifacts) -> dict[str, float]:
     """Return the speeds of finished work: trained tokens and cached bytes per second."""
     speeds: dict[str, float] = {}
     if stack := artifacts.sealed(stage.ref("stack")):
-        speeds["tokens_per_second"] = stack.facts["tokens_per_second"]
+        speeds |= {key: stack.facts[key] for key in ("tokens_per_second",) if key in stack.facts}  # not if adopted
     store = artifacts.sealed(stage.ref("activations")) if stage.activations else None
     if store and store.facts["seconds"]:
         speeds["cache_bytes_per_second"] = round(store.n_bytes / store.facts["seconds"])
@@ -163,5 +165,8 @@ def _paragraph(row: dict[str, Any]) -> str:
         "was": ", ".join(speeds),
         "to run": ", ".join(row["to_run"]) or "nothing, all is there",
     }
+    if folder := row["adopted_from"]:
+        lines |= {"stack": f"{row['blocks']} {plural}, adopted from {folder}", "trains": "", "costs": ""}
+        lines["to run"] = lines["to run"].replace("train", "adopt")
     title = f"\nstage {row['stage']}: {row['name']}"
     return "\n".join([title, *(f"  {what:<8}{text}" for what, text in lines.items() if text)])

@@ -112,7 +112,7 @@ def _document(artifacts: Artifacts, name: str) -> dict[str, Any]:
 
 
 def _describe(artifacts: Artifacts, attempt: Attempt, stages: list[StageSummary]) -> dict[str, Any]:
-    done = [stage for stage in stages if stage.states["stack"] == stage.states["validation"] == "sealed"]
+    done = [stage for stage in stages if not stage.unfinished]
     outcome = attempt.outcome
     live = is_live(artifacts, attempt.name)
     holders = {ref.name: artifacts.place.lock_holder(ref.name) for ref in attempt.plan.recipes}

@@ -20,7 +20,7 @@ from flows.server import check_api, embedded_server, quiet_prefect
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.stages.plan import plan_config
+from storage.adopt import plan_in
 from storage.artifacts import Artifacts, artifacts_at
 from storage.collect import without_gc
 from storage.demand import compute_demand, forced_refs
@@ -52,13 +52,13 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
         StackWiseError: one clear message; the same command resumes from the sealed artifacts.
     """
     artifacts = artifacts_at(root).open()
-    plan = plan_config(config)
+    filled, plan = plan_in(artifacts, config)
     forced = forced_refs(plan, from_stack, force)
     with without_gc(artifacts, print_waiting):  # keeps gc from removing what is about to be reported as complete
         complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
         if complete:
             register_complete(artifacts, config, plan)
-            for note in notes(config):  # a run prints them itself
+            for note in notes(filled):  # a run prints them itself
                 print(note, file=sys.stderr)
     if not complete:
         _run_flow(config, artifacts, from_stack, force)

@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.cli.arguments import add_common, add_config, load_config
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.stages.plan import plan_config
+from storage.adopt import plan_in
 from storage.artifacts import Artifacts, artifacts_at
 from storage.differences import Difference, Known, known_recipes
 from storage.errors import ArtifactMissingError
@@ -37,7 +37,7 @@ def explain(options: argparse.Namespace) -> None:
     wanted = Path(options.id).name
     found = recipes.named(wanted)
     if config is not None:
-        plan = plan_config(config)
+        _, plan = plan_in(artifacts, config)
         recipes.add_plan(plan)
         planned = {ref.name for ref in plan.recipes}
         found = [known for known in recipes.named(wanted) if known.ref.name in planned]

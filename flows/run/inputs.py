@@ -22,7 +22,7 @@ from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import PackedBatches, first_rows, stage_batches
 from stackwise_core.objectives.dataloader import RowSource
 from stackwise_core.objectives.losses import Batch
-from stackwise_core.stages.identity import Ref
+from stackwise_core.stages.identity import Ref, StackRecipe
 from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.resolve import resolve_order
 from stackwise_core.stages.stages import Anatomy
@@ -51,7 +51,9 @@ def open_stage(stage: Stage, build: Ref | None, folder: Path, ranks: Ranks = ALO
     model = open_model(stage, build)
     state = _open_checkpoint(stage, folder, model)
     with _boundary_below(stage) as boundary:
-        first = first_rows(_batches(stage, boundary, 0), stage.plan.stack.statistics_rows)
+        recipe = stage.plan.stack
+        assert isinstance(recipe, StackRecipe)
+        first = first_rows(_batches(stage, boundary, 0), recipe.statistics_rows)
         batches = _batches(stage, boundary, state.step if state else 0, ranks)
         yield StageInputs(stage.plan.spec, model, batches, state, first)
 

@@ -121,6 +121,7 @@ def _recompute_rows(artifacts: Artifacts, run: Attempt, chosen: set[str], proble
         if ref.kind != "activations" or ref.name not in chosen or artifacts.state(ref) is not State.SEALED:
             continue
         stage = Stage(
+            adopted=plan.adopted,
             config=run.config,
             root=artifacts.uri,
             corpus=plan.data.corpus,

@@ -121,7 +121,7 @@ def check_validation(config: StackWiseConfig, artifacts: Artifacts, plan: RunPla
     found = f"none of the {len(ids)} validation sequences has a loss position"
     if validation.masks is not None and not validation.masks[:most].any():
         raise ConfigError([Fault("validation.max_sequences", str(most), f"{found}; raise it")])
-    for mask in {stage.stack.mask: None for stage in plan.stages if stage.stack.mask is not None}:
+    for mask in {stage.mask: None for stage in plan.stages if stage.mask is not None}:
         own = mask.for_validation()
         steps = own.time.steps(own.seed, ids, VALIDATION_VIEW) if own.time else None
         if own.masks(ids, VALIDATION_VIEW, config.data.seq_len, steps).any():

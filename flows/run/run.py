@@ -13,8 +13,9 @@ from flows.run.summary import StageSummary, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.stages.identity import Ref
-from stackwise_core.stages.plan import RunPlan, plan_config
+from stackwise_core.stages.plan import RunPlan
 from stackwise_core.training.hardware import use_hardware
+from storage.adopt import plan_in
 from storage.artifacts import Artifacts, artifacts_at
 from storage.demand import Demand, compute_demand, forced_refs
 from storage.errors import ArtifactError, ArtifactNewerError
@@ -28,7 +29,8 @@ def add_stage(stage: Stage) -> None:
     trunk = configure_trunk(stage)
     stack = train(stage, build, trunk)
     activations = cache_activations(stage, stack)
-    validate(stage, stack, activations)
+    if stage.plan.validation:
+        validate(stage, stack, activations)
 
 
 def grow(
@@ -49,22 +51,22 @@ def grow(
     use_hardware(config.hardware)  # a missing device fails here, before anything is made
     check_runner(config)  # so does a missing task runner
     artifacts = artifacts_at(root).open()
-    plan = plan_config(config)
+    filled, plan = plan_in(artifacts, config)
     forced = forced_refs(plan, from_stack, force)
     _refuse_newer(artifacts, forced)
     with begin_attempt(artifacts, config, plan, emit_waiting):
         emit(RunStarted(config.run.name, len(plan.stages), artifacts.uri))
-        for note in notes(config):
+        for note in notes(filled):
             emit(Message(note))
-        prepare_data(config, artifacts, plan)
-        check_validation(config, artifacts, plan)
+        prepare_data(filled, artifacts, plan)
+        check_validation(filled, artifacts, plan)
         needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed
-        check_space(config, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in needed])
+        check_space(filled, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in needed])
         for index in range(len(plan.stages)):
             # Computed at every stage, because another process may have made or retired artifacts meanwhile.
             still_forced = frozenset(ref for ref in forced if ref.stage >= index)
             demand = compute_demand(plan, artifacts, config.cache.keep, still_forced)
-            add(_stage(config, root, plan, index, demand))
+            add(_stage(filled, root, plan, index, demand))
             if config.cache.keep == "last" and (kept := retire_superseded(artifacts, plan, index, config.run.name)):
                 emit(Message(f"{kept.name} is kept: another run that is alive plans to read it"))
             emit(StageDone(index, summarise(artifacts, plan)[index]))
@@ -74,6 +76,7 @@ def grow(
 
 def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand: Demand) -> Stage:
     return Stage(
+        adopted=plan.adopted,
         config=config,
         root=root,
         corpus=plan.data.corpus,

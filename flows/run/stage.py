@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationInfo, field_validator
 
 from flows.run.events import TaskReused, TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.failpoints import failpoint
-from stackwise_core.stages.identity import Kind, Ref
+from stackwise_core.stages.adopt import adopting
+from stackwise_core.stages.identity import AdoptedRecipe, Kind, Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan, plan_run
 from stackwise_core.training.hardware import n_threads, use_hardware
 from storage.artifacts import Artifacts, State, artifacts_at
@@ -44,7 +45,10 @@ class Made:
 class Stage(BaseModel, frozen=True):
     """The values that the tasks of one stage share, and what is derived from them."""
 
+    adopted: tuple[AdoptedRecipe, ...] = ()
+    """Recipes of the adopted stacks."""
     config: StackWiseConfig
+    """With the shape and stacks of the adopted rack, if there is one."""
     root: str
     """The artifacts folder, or the URI of one in an object store."""
     corpus: str
@@ -57,6 +61,15 @@ class Stage(BaseModel, frozen=True):
     """Kinds that are made again although they are sealed."""
     redo: frozenset[Ref] = frozenset()
     """Artifacts of this stage and later ones that the run still has to make again."""
+
+    @field_validator("config")
+    @classmethod
+    def _with_adopted(cls, config: StackWiseConfig, info: ValidationInfo) -> StackWiseConfig:
+        """Fill in what JSON leaves out of a configuration: the adopted stacks."""
+        adopted = info.data["adopted"]
+        if bool(adopted) != bool(config.model.from_):
+            raise ValueError("model.from names a rack, and its stacks are not given")
+        return adopting(config, adopted) if adopted else config
 
     def __getstate__(self) -> dict[Any, Any]:
         """Leave out derived values, such as the corpus: another process derives them again."""
@@ -72,7 +85,7 @@ class Stage(BaseModel, frozen=True):
     @functools.cached_property
     def run_plan(self) -> RunPlan:
         """The recipes of the run."""
-        return plan_run(self.config, self.corpus, self.corpus_bytes)
+        return plan_run(self.config, self.corpus, self.corpus_bytes, self.adopted)
 
     @property
     def plan(self) -> StagePlan:
@@ -88,6 +101,8 @@ class Stage(BaseModel, frozen=True):
     def title(self) -> str:
         """The name of the stage's flow run."""
         spec = self.plan.spec
+        if spec.adopted:
+            return f"adopt stack {self.index} ({spec.name})"
         return "train all stacks together" if spec.mode == "joint" else f"add stack {self.index} ({spec.name})"
 
     @property
@@ -137,7 +152,8 @@ def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made
         if not forced and _is_there(stage, ref):
             emit(TaskReused(stage.index, task))
             return ref
-        emit(TaskStarted(stage.index, task))
+        adopts = task == "train" and stage.plan.spec.adopted
+        emit(TaskStarted(stage.index, "adopt" if adopts else task))
         if forced:
             artifacts.discard_work(ref)
         began = time.monotonic()

@@ -22,19 +22,21 @@ from flows.run.inputs import (
 )
 from flows.run.ranks import train_by_ranks
 from flows.run.stage import Facts, Made, Stage, fingerprint_of, make
-from stackwise_core.errors import StackWiseError
+from stackwise_core.errors import SavedRackError, StackWiseError
 from stackwise_core.model.precision import count_parameters
 from stackwise_core.objectives.make_batch import validation_batch
+from stackwise_core.stages.adopt import adopted_recipes, rack_files
 from stackwise_core.stages.costs import rack_parameters, stack_parameters
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.resolve import resolve_loss
+from stackwise_core.stages.saved_rack import SavedRack
 from stackwise_core.training.evaluate import differing_rows, judge_rack, stored_error
 from stackwise_core.training.stage_model import ALONE, Ranks
 from stackwise_core.training.training import Hooks, TrainingState, end_stage, train_stage
 from storage.activations.fill import fill_store, write_shards
 from storage.activations.reader import StoreReader
 from storage.checkpoints import METRICS, load_embedding, load_head, load_stack, save_channels, save_state, save_trained
-from storage.files import write_text
+from storage.files import write_bytes, write_text
 from storage.stores import open_store
 
 _ERROR_ROWS = 64
@@ -59,12 +61,15 @@ def build_stack(stage: Stage) -> Ref | None:
     return make(stage, "build", stage.stacks_below[-1:], work)
 
 
-def configure_trunk(stage: Stage) -> Ref:
+def configure_trunk(stage: Stage) -> Ref | None:
     """Describe the trunk: stacks in order, precision, adapters, what trains.
 
-    The artifact holds only what its recipe decides, because stages of other modes share it.
+    The artifact holds only what its recipe decides, because stages of other modes share it. Returns None for an
+    adopted stack.
     """
     spec, recipe = stage.plan.spec, stage.plan.trunk
+    if recipe is None:
+        return None
     trains = recipe.trains or ("nothing",) * len(spec.trunk)
 
     def work(folder: Path) -> Made:
@@ -73,7 +78,11 @@ def configure_trunk(stage: Stage) -> Ref:
                 "stack": stack,
                 "state": state,
                 "precision": spec.stacks[stack].precision,
-                "adapters": [name for name in spec.stacks[stack].adapters if name == "stack" or recipe.progressive],
+                "adapters": [
+                    name
+                    for name in spec.stacks[stack].adapters
+                    if recipe.progressive or name in stage.below[stack].spec.new.adapters
+                ],
                 "trains": part,
             }
             for stack, state, part in zip(spec.trunk, recipe.stacks, trains, strict=True)
@@ -84,8 +93,13 @@ def configure_trunk(stage: Stage) -> Ref:
     return make(stage, "trunk", stage.stacks_below, work)
 
 
-def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
-    """Train the live stacks on their boundary, cached or live, from the last checkpoint if there is one."""
+def train(stage: Stage, build: Ref | None, trunk: Ref | None) -> Ref:
+    """Train the live stacks on their boundary, cached or live, from the last checkpoint if there is one.
+
+    An adopted stack is taken from its rack instead.
+    """
+    if trunk is None:
+        return _adopt(stage)
     inputs = [stage.run_plan.data_ref, *stage.stacks_below, *([build] if build else []), trunk, *store_below(stage)]
     spec, shape = stage.plan.spec, stage.plan.shape
     added = spec.stacks if spec.mode == "joint" else (spec.new,)
@@ -115,6 +129,26 @@ def train(stage: Stage, build: Ref | None, trunk: Ref) -> Ref:
         return Made(facts, records=(METRICS,))
 
     return make(stage, "train", inputs, work)
+
+
+def _adopt(stage: Stage) -> Ref:
+    """Copy the files of an adopted stack; raises SavedRackError if they are not those that were planned."""
+    spec, shape = stage.plan.spec, stage.plan.shape
+
+    def work(folder: Path) -> Made:
+        saved = SavedRack.at(stage.config.model.from_)
+        if adopted_recipes(saved) != stage.adopted:
+            raise SavedRackError(saved.folder, "the rack changed while the run was starting", "Start again")
+        for path, name in rack_files(saved, stage.index).items():
+            write_bytes(folder / name, saved.read(path))
+        facts = {
+            "adopted": True,
+            "stack_parameters": stack_parameters(shape, spec.new),
+            "rack_parameters": rack_parameters(shape, spec),
+        }
+        return Made(facts)
+
+    return make(stage, "train", [], work)
 
 
 def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
@@ -149,7 +183,7 @@ def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers
     """
     recipe = stage.plan.activations
     if recipe is None:
-        if stage.index + 1 < len(stage.run_plan.stages):  # the last stage never has a cache
+        if stage.plan.validation and stage.index + 1 < len(stage.run_plan.stages):  # the last one never has a cache
             emit(Message(f"stage {stage.index} caches nothing: {stage.plan.no_cache_reason}"))
         return None
 
@@ -191,6 +225,7 @@ def compare_store(stage: Stage, ref: Ref) -> tuple[int, list[tuple[int, int]]]:
     Returns the number of rows that were compared, and the (sequence id, view) pairs that differ.
     """
     rows = rows_to_store(stage)
+    assert stage.plan.validation
     sample = rows.sample(stage.plan.validation.sampled_rows)
     exact = stage.device.type == "cpu"  # CUDA kernels may sum in another order
     with open_store(stage.artifacts, ref) as reader:
@@ -213,12 +248,13 @@ def _check_store(stage: Stage, ref: Ref) -> Facts:
 def _losses(stage: Stage) -> Facts:
     """Return the validation losses of the rack up to this stage, with the rounded and the exact stream."""
     _, sequences = stage.sequences
-    plans, anatomy = stage.so_far, stage.plan.spec.anatomy
+    plans, anatomy, recipe = stage.so_far, stage.plan.spec.anatomy, stage.plan.validation
+    assert recipe
     objective = stage.config.training.progressive.training_objective
-    rows = np.arange(min(len(sequences), stage.plan.validation.sequences))
-    mask = stage.plan.stack.mask
+    rows = np.arange(min(len(sequences), recipe.sequences))
+    mask = stage.plan.mask
     # The stage's own corruption, then those at which all stages are compared.
-    masks = [mask, *(mask.at_ratio(ratio) for ratio in stage.plan.validation.grid)] if mask else [None]
+    masks = [mask, *(mask.at_ratio(ratio) for ratio in recipe.grid)] if mask else [None]
     own, *grid = judge_rack(
         load_embedding(stage.artifacts, plans).to(stage.device),
         # Loaded one by one, so that memory does not grow with the rack.

@@ -51,6 +51,11 @@ class StageSummary(BaseModel, frozen=True):
     """Why there is no store, or where it came from."""
 
     @property
+    def unfinished(self) -> bool:
+        """Whether the stack or its validation is still to be made; adopted stacks have no validation but the last."""
+        return self.states["stack"] != "sealed" or self.states["validation"] not in ("sealed", "none")
+
+    @property
     def cells(self) -> list[str]:
         """The row of this stage under `STAGE_COLUMNS`."""
         state = self.states["activations"]
@@ -67,7 +72,9 @@ class StageSummary(BaseModel, frozen=True):
     @property
     def line(self) -> str:
         """The result in one line."""
-        parts = ["unfinished" if self.validation_loss is None else f"validation loss {loss(self.validation_loss)}"]
+        parts = [f"validation loss {loss(self.validation_loss)}"]
+        if self.validation_loss is None:
+            parts = ["unfinished" if self.unfinished else "adopted"]
         if self.by_mask_ratio and self.mask_ratio is not None:  # losses of other stages are at other ratios
             parts[0] += f" at {self.mask_ratio:.0%} masked"
         if self.seconds is not None:
@@ -99,7 +106,7 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         name=stage.spec.name,
         states={kind: states[kind].value if kind in states else "none" for kind in TASK_KINDS.values()},
         artifacts={kind: stage.ref(kind).name for kind in kinds},
-        steps=stage.stack.optim.steps,
+        steps=stage.spec.optim.steps,
         steps_kept=None if stack else step_reached(artifacts, stage.ref("stack")),
         bytes_kept=bytes_written(artifacts, stage.ref("activations")) if "activations" in kinds else 0,
         stacks=len(stage.spec.stacks),
@@ -108,7 +115,7 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         trainable_parameters=stack.get("trainable_parameters"),
         train_loss=stack.get("train_loss"),
         validation_loss=validation.get("validation_loss"),
-        mask_ratio=stage.stack.mask.mean_ratio if stage.stack.mask else None,
+        mask_ratio=stage.mask.mean_ratio if stage.mask else None,
         by_mask_ratio=validation.get("by_mask_ratio", {}),
         seconds=round(sum(seconds), 1) if stack else None,
         tokens_per_second=stack.get("tokens_per_second"),

@@ -16,7 +16,8 @@ def adjustments(config: ConfigSchema) -> Iterator[str]:
 
 def _trunk_adapters(config: ConfigSchema) -> Iterator[str]:
     growth = config.training.progressive
-    given = (progressive_adapter_of(config, stack) for stack in range(growth.max_stacks))
+    bare = (stack for stack in range(growth.max_stacks) if not settings_of(config, stack).progressive)
+    given = (progressive_adapter_of(config, stack) for stack in bare)
     if not growth.progressive_qlora and (adapter := next(filter(None, given), None)):
         what = f"a progressive adapter of rank {adapter.rank} for trunk stacks without an adapter"
         yield f"taken: {what} (trunk_strategy: qlora)"
@@ -25,7 +26,8 @@ def _trunk_adapters(config: ConfigSchema) -> Iterator[str]:
 def _ranks(config: ConfigSchema) -> Iterator[str]:
     """Yield a line for every width of layers that is below the rank of an adapter on them."""
     growth, stacks = config.training.progressive, range(config.training.progressive.target_stacks)
-    ranks = {n: given_adapter(growth, n).rank for n in stacks if settings_of(config, n).adapter}
+    new = stacks[len(config.adopted) :]
+    ranks = {n: given_adapter(growth, n).rank for n in new if settings_of(config, n).adapter}
     progressive = growth.progressive_qlora_rank if any(progressive_adapter_of(config, n) for n in stacks[:-1]) else 0
     # Every layer has d_model on one of its sides.
     narrow = {path: width for path, width in layer_widths(config).items() if width <= config.model.d_model}

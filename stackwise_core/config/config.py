@@ -107,8 +107,9 @@ def _unknown_key(schema: type[BaseModel], location: tuple[int | str, ...]) -> st
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return "there is no such key"
         section = annotation
-    close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(section.model_fields)}"
+    keys = [field.alias or name for name, field in section.model_fields.items()]
+    close = difflib.get_close_matches(str(location[-1]), keys, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(keys)}"
     return f"there is no such key; {hint}"
 
 

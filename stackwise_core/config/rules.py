@@ -23,7 +23,12 @@ from stackwise_core.errors import ConfigError, Fault
 
 
 def rule_faults(config: ConfigSchema, *, corpus: bool = True) -> list[Fault]:
-    """Return every broken rule of a configuration of right types and ranges; `corpus` tells whether it uses `data`."""
+    """Return every broken rule of a configuration of right types and ranges; `corpus` tells whether it uses `data`.
+
+    What depends on a rack that is still to be adopted is checked when it has been read.
+    """
+    if config.model.from_ and not config.adopted:
+        return [*_adoption_faults(config, corpus=corpus), *_hardware_faults(config)]
     return [
         *_model_faults(config),
         *(_tokenizer_faults(config) if corpus else ()),
@@ -35,7 +40,7 @@ def rule_faults(config: ConfigSchema, *, corpus: bool = True) -> list[Fault]:
 
 
 def _fault(config: ConfigSchema, path: str, allowed: str) -> Fault:
-    return Fault(path, shown(_value(config, path)), allowed)
+    return Fault(path.removesuffix("_"), shown(_value(config, path)), allowed)
 
 
 def _value(config: ConfigSchema, path: str) -> Any:
@@ -43,6 +48,16 @@ def _value(config: ConfigSchema, path: str) -> Any:
     for name in path.split("."):
         value = value[int(name)] if isinstance(value, (list, dict)) else getattr(value, name)
     return value
+
+
+def _adoption_faults(config: ConfigSchema, *, corpus: bool) -> Iterator[Fault]:
+    growth, folder = config.training.progressive, repr(config.model.from_)
+    if not corpus:
+        allowed = "a run adopts a rack; in the library, ProgressiveRackBuilder.load(folder) opens it"
+        yield Fault("model.from", folder, allowed)
+    if not growth.enabled:
+        allowed = "a rack is adopted to grow; use true, and training.joint_steps to train all stacks together"
+        yield _fault(config, f"{GROWTH}.enabled", allowed)
 
 
 def _model_faults(config: ConfigSchema) -> Iterator[Fault]:
@@ -54,7 +69,8 @@ def _model_faults(config: ConfigSchema) -> Iterator[Fault]:
     if model.n_kv_heads and model.n_heads % model.n_kv_heads:
         yield _fault(config, "model.n_kv_heads", f"must divide model.n_heads = {model.n_heads}")
     if config.training.progressive.training_objective == "clm" and model.attention == "bidirectional":
-        yield _fault(config, "model.attention", "with clm every position would see its own target; use auto")
+        remedy = f"the rack in {model.from_} has it; use mlm" if model.from_ else "use auto"
+        yield _fault(config, "model.attention", f"with clm every position would see its own target; {remedy}")
 
 
 def _tokenizer_faults(config: ConfigSchema) -> Iterator[Fault]:
@@ -136,6 +152,8 @@ def _are(stacks: list[int]) -> str:
 
 
 def _precision_path(config: ConfigSchema, stack: int) -> str:
+    if stack < len(config.adopted):
+        return "model.from_"
     overrides = config.training.progressive.stacks
     own = stack < len(overrides) and overrides[stack].precision != "default"
     return f"{GROWTH}.stacks.{stack}.precision" if own else f"{GROWTH}.new_stack_precision"
@@ -144,7 +162,7 @@ def _precision_path(config: ConfigSchema, stack: int) -> str:
 def _adapter_faults(config: ConfigSchema) -> Iterator[Fault]:
     growth = config.training.progressive
     variable = growth.qlora_strategy == "variable"
-    stacks = range(growth.target_stacks)
+    stacks = range(len(config.adopted), growth.target_stacks)
     adapters = {stack: adapter for stack in stacks if (adapter := settings_of(config, stack).adapter)}
     if variable and (missing := [stack for stack in adapters if stack not in growth.qlora_configs]):
         given = ", ".join(map(str, sorted(growth.qlora_configs))) or "none"

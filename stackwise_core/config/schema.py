@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 GROWTH = "training.progressive"
@@ -71,7 +72,14 @@ class Section(BaseModel):
     """A section of the configuration. Unknown keys and wrong types are errors, also on assignment."""
 
     model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+        extra="forbid",
+        validate_assignment=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
     )
 
 
@@ -122,6 +130,8 @@ class ModelConfig(Section):
     """Epsilon inside RMSNorm."""
     attention: Literal["auto", "causal", "bidirectional"] = "auto"
     """Who sees whom; auto is bidirectional for mlm and causal otherwise."""
+    from_: str = Field(default="", alias="from")
+    """Folder of a saved rack that the run grows on; its shape then need not be given. Empty starts from nothing."""
 
 
 class LoraOverride(Section):
@@ -306,6 +316,28 @@ class ValidationConfig(Section):
     """Rows of a cache that are derived again from tokens and compared."""
 
 
+class AdapterSpec(BaseModel, frozen=True, extra="forbid"):
+    """A LoRA adapter, whose output is multiplied by alpha / rank. Enters ids unchanged."""
+
+    rank: int
+    """At most d_model, the widest that a layer can use; a narrower layer has the rank of its narrowest side."""
+    alpha: float
+
+
+@dataclass(frozen=True)
+class StackSettings:
+    """How one stack is built, and how long its stage trains."""
+
+    n_blocks: int
+    precision: Precision
+    mode: Literal["append", "prepend"]
+    steps: int
+    adapter: AdapterSpec | None
+    """Its 'stack' adapter. A stack of precision qlora always has one, since NF4 alone could not train."""
+    progressive: AdapterSpec | None = None
+    """Its 'progressive' adapter, if it was adopted with one; others get theirs at growth."""
+
+
 class ConfigSchema(Section):
     """All sections, with types and ranges but without the rules between fields: see `StackWiseConfig`."""
 
@@ -323,3 +355,15 @@ class ConfigSchema(Section):
     """Device, threads, processes."""
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     """Validation loss and cache checks."""
+    _adopted: tuple[StackSettings, ...] = PrivateAttr(())
+
+    @property
+    def adopted(self) -> tuple[StackSettings, ...]:
+        """The stacks of the rack that `model.from` names, once it has been read: the keys do not describe them."""
+        return self._adopted
+
+    def adopting(self, stacks: tuple[StackSettings, ...]) -> Self:
+        """Return a copy whose first stacks are these."""
+        copied = self.model_copy(deep=True)
+        copied._adopted = stacks
+        return copied

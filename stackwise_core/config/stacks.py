@@ -4,36 +4,21 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
 from stackwise_core.config.functions import load_function, shown
-from stackwise_core.config.schema import GROWTH, ConfigSchema, Precision, ProgressiveConfig, StackOverride
+from stackwise_core.config.schema import (
+    GROWTH,
+    AdapterSpec,
+    ConfigSchema,
+    ProgressiveConfig,
+    StackOverride,
+    StackSettings,
+)
 from stackwise_core.data.masks import TimeInput
 from stackwise_core.errors import ConfigError, Fault
-
-
-class AdapterSpec(BaseModel, frozen=True, extra="forbid"):
-    """A LoRA adapter, whose output is multiplied by alpha / rank. Enters ids unchanged."""
-
-    rank: int
-    """At most d_model, the widest that a layer can use; a narrower layer has the rank of its narrowest side."""
-    alpha: float
-
-
-@dataclass(frozen=True)
-class StackSettings:
-    """How one stack is built, and how long its stage trains."""
-
-    n_blocks: int
-    precision: Precision
-    mode: Literal["append", "prepend"]
-    steps: int
-    adapter: AdapterSpec | None
-    """Its 'stack' adapter. A stack of precision qlora always has one, since NF4 alone could not train."""
 
 
 def named(stacks: list[int]) -> str:
@@ -47,6 +32,8 @@ _COMMON = StackOverride()
 
 def settings_of(config: ConfigSchema, stack: int) -> StackSettings:
     """Return the settings of a stack, by creation index: the common ones, unless an override names others."""
+    if stack < len(config.adopted):
+        return config.adopted[stack]
     growth = config.training.progressive
     own = growth.stacks[stack] if stack < len(growth.stacks) else _COMMON
     precision = growth.new_stack_precision if own.precision == "default" else own.precision
@@ -77,8 +64,10 @@ def given_adapter(growth: ProgressiveConfig, stack: int) -> AdapterSpec:
 
 def progressive_adapter_of(config: ConfigSchema, stack: int) -> AdapterSpec | None:
     """Return the adapter that a stack gets when it becomes trunk: a trunk of adapters gives one to each without."""
-    growth = config.training.progressive
-    needed = growth.trunk_strategy == "qlora" and settings_of(config, stack).adapter is None
+    growth, settings = config.training.progressive, settings_of(config, stack)
+    if settings.progressive:
+        return settings.progressive
+    needed = growth.trunk_strategy == "qlora" and settings.adapter is None
     return progressive_adapter(config) if growth.enabled and (growth.progressive_qlora or needed) else None
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from stackwise_core.config.adjusted import adjustments
 from stackwise_core.config.functions import shown
-from stackwise_core.config.schema import GROWTH, ConfigSchema
+from stackwise_core.config.schema import GROWTH, ConfigSchema, StackOverride
 from stackwise_core.config.stacks import settings_of
 
 Need = list[tuple[str, Collection[Any]]]
@@ -144,20 +144,24 @@ def _unused_entries(config: ConfigSchema) -> Iterator[tuple[str, str]]:
     """Yield the entries of `stacks` and `qlora_configs` that no stack reads, each with the key that makes it so."""
     growth = config.training.progressive
     for stack, own in enumerate(growth.stacks):
-        if stack >= growth.max_stacks:
+        if stack < len(config.adopted) and own != StackOverride():
+            yield f"{GROWTH}.stacks.{stack}", "model.from_"
+        elif stack >= growth.max_stacks:
             yield f"{GROWTH}.stacks.{stack}", f"{GROWTH}.max_stacks"
         elif own.steps and not growth.enabled:
             yield f"{GROWTH}.stacks.{stack}.steps", f"{GROWTH}.enabled"
     if growth.qlora_strategy == "variable" and is_used(config, f"{GROWTH}.qlora_configs"):
         for stack in sorted(growth.qlora_configs):
-            if stack < 0 or stack >= growth.max_stacks:
+            if 0 <= stack < len(config.adopted):
+                yield f"{GROWTH}.qlora_configs.{stack}", "model.from_"
+            elif stack < 0 or stack >= growth.max_stacks:
                 yield f"{GROWTH}.qlora_configs.{stack}", f"{GROWTH}.max_stacks"
             elif settings_of(config, stack).adapter is None:
                 yield f"{GROWTH}.qlora_configs.{stack}", f"{GROWTH}.qlora_enabled"
 
 
 def _short(path: str) -> str:
-    return path.removeprefix(f"{GROWTH}.").removeprefix("training.")
+    return path.removeprefix(f"{GROWTH}.").removeprefix("training.").removesuffix("_")
 
 
 def _spelled(value: Any) -> str:

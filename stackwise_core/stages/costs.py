@@ -35,6 +35,8 @@ def n_adapter_parameters(shape: ModelShape, n_blocks: int, rank: int) -> int:
 def trainable_parameters(shape: ModelShape, spec: StageSpec) -> int:
     """Parameters that a stage trains; tied embedding and head count once."""
     anatomy = spec.anatomy
+    if spec.adopted:
+        return 0
     count = _head_parameters(shape) if anatomy.head_trains else 0
     if anatomy.embedding_trains:
         count += _embedding_parameters(shape, spec)

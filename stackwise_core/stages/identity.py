@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from stackwise_core.config.schema import Precision, StreamDtype
 from stackwise_core.config.stacks import AdapterSpec
 from stackwise_core.data.masks import MaskSpec
-from stackwise_core.stages.resolve import ModelShape, Value
+from stackwise_core.stages.resolve import ModelShape, Value, WhereAdopted
 from stackwise_core.stages.stages import GrowthOperator, OptimSpec, StackSpec, Strategy, Trains
 
 Kind = Literal["data", "build", "trunk", "stack", "activations", "validation"]
@@ -136,6 +136,22 @@ class StackRecipe(Recipe, frozen=True):
     """Number of first rows over which channel statistics are taken; 0 if no stream needs them."""
 
 
+class AdoptedRecipe(Recipe, frozen=True):
+    """A stack that was trained elsewhere and is adopted as it is; the last one with embedding and head."""
+
+    kind = "stack"
+    shape: ModelShape
+    mode: Literal["append", "prepend"]
+    stack: StackSpec
+    """With all adapters that it has."""
+    files: dict[str, str]
+    """Name in the artifact -> sha256 of the file's bytes."""
+    rack: str
+    """Hash of all files of the rack: a stack's stream depends on the embedding and the stacks below it."""
+    order_seed: ClassVar[int] = 0  # its adapters are read, none is drawn
+    joint_times: ClassVar[tuple[()]] = ()
+
+
 class ActivationRecipe(Recipe, frozen=True):
     """A store: the stream after the first `boundary` stacks, for the rows that the next stage visits."""
 
@@ -163,3 +179,7 @@ class ValidationRecipe(Recipe, frozen=True):
     sampled_rows: int
     grid: tuple[float, ...] = ()
     """Mask ratios at which all stages are compared, if their own differ."""
+    data: WhereAdopted[str] = ""
+    """This and the next two only if the stack is adopted, since its recipe does not name them."""
+    mask: WhereAdopted[MaskSpec | None] = None
+    objective: WhereAdopted[str] = ""

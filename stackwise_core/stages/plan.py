@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import ValidationConfig
 from stackwise_core.config.stacks import corrupts_by_time, settings_of
+from stackwise_core.data.masks import MaskSpec
 from stackwise_core.data.packing import corpus_facts
 from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.stages.costs import stack_flops, store_bytes
 from stackwise_core.stages.identity import (
     ActivationRecipe,
+    AdoptedRecipe,
     BuildRecipe,
     DataRecipe,
     Kind,
@@ -43,12 +45,21 @@ class StagePlan(Value, frozen=True):
     spec: StageSpec
     shape: ModelShape
     build: BuildRecipe | None
-    """None for the joint anneal, which adds no stack."""
-    trunk: TrunkRecipe
-    stack: StackRecipe
+    """None for the joint anneal, which adds no stack, and for an adopted stack."""
+    trunk: TrunkRecipe | None
+    """None for an adopted stack."""
+    stack: StackRecipe | AdoptedRecipe
     activations: ActivationRecipe | None
     no_cache_reason: str
-    validation: ValidationRecipe
+    validation: ValidationRecipe | None
+    """None for an adopted stack without a head, which is any but the last."""
+
+    @property
+    def mask(self) -> MaskSpec | None:
+        """How the inputs are corrupted for training or validation; None if they are not."""
+        if isinstance(self.stack, StackRecipe):
+            return self.stack.mask
+        return self.validation.mask if self.validation else None
 
     @property
     def index(self) -> int:
@@ -80,6 +91,11 @@ class RunPlan(Value, frozen=True):
         return self.data.ref(-1)
 
     @property
+    def adopted(self) -> tuple[AdoptedRecipe, ...]:
+        """The recipes of the adopted stacks, which are the first."""
+        return tuple(stage.stack for stage in self.stages if isinstance(stage.stack, AdoptedRecipe))
+
+    @property
     def recipes(self) -> dict[Ref, Recipe]:
         """The recipe of every artifact of the run, each after those of the artifacts that it is made from."""
         found: dict[Ref, Recipe] = {self.data_ref: self.data}
@@ -89,15 +105,18 @@ class RunPlan(Value, frozen=True):
         return found
 
 
-def plan_config(config: StackWiseConfig) -> RunPlan:
+def plan_config(config: StackWiseConfig, adopted: Sequence[AdoptedRecipe] = ()) -> RunPlan:
     """Read the corpus of a valid configuration and plan its run; raises CorpusError if it cannot be read."""
-    return plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)))
+    return plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)), adopted)
 
 
-def plan_run(config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0) -> RunPlan:
+def plan_run(
+    config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0, adopted: Sequence[AdoptedRecipe] = ()
+) -> RunPlan:
     """Plan the run of a valid configuration whose corpus is known by its content hash.
 
-    From the size of its text, `cache.mode: auto` estimates how many rows there are; 0 means that it is unknown.
+    From the size of its text, `cache.mode: auto` estimates how many rows there are; 0 means that it is unknown. With
+    `model.from`, the configuration is what `adopting` returns for the recipes of the adopted stacks.
     """
     data = DataRecipe(
         corpus=corpus_digest,
@@ -110,7 +129,8 @@ def plan_run(config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0)
     specs, stages = resolve_stages(config), list[StagePlan]()
     for spec, reader in zip(specs, [*specs[1:], None], strict=True):
         no_cache = _why_not_cached(config, spec, reader, corpus_bytes)
-        stages.append(_plan_stage(config, spec, reader, no_cache, data.ref(-1).sha256, tuple(stages)))
+        taken = adopted[spec.index] if spec.adopted else None
+        stages.append(_plan_stage(config, spec, reader, no_cache, data.ref(-1).sha256, tuple(stages), taken))
     return RunPlan(data=data, corpus_bytes=corpus_bytes, stages=tuple(stages))
 
 
@@ -129,20 +149,48 @@ def _plan_stage(
     no_cache: str,
     data: str,
     below: tuple[StagePlan, ...],
+    adopted: AdoptedRecipe | None,
 ) -> StagePlan:
-    index, anatomy, shape = spec.index, spec.anatomy, resolve_shape(config)
+    index, anatomy = spec.index, spec.anatomy
     states = {stack: _stack_state(below, stack) for stack in spec.trunk}
-    build = _plan_build(config, shape, spec, states)
+    build = None if adopted else _plan_build(config, resolve_shape(config), spec, states)
+    trunk = None if adopted else _plan_trunk(spec, states, below)
+    stack = adopted or _plan_stack(config, spec, build, trunk, data)
+    sha256 = stack.ref(index).sha256
+    states |= {c: sha256 if c == anatomy.newest else f"{sha256}#{c}" for c in (anatomy.trained or (index,))}
+    activations = _plan_activations(config, reader, states, data) if reader and not no_cache else None
+    return StagePlan(
+        spec=spec,
+        shape=resolve_shape(config),
+        build=build,
+        trunk=trunk,
+        stack=stack,
+        activations=activations,
+        no_cache_reason=no_cache,
+        validation=_plan_validation(config, spec, stack, activations, data) if anatomy.head_trains or trunk else None,
+    )
+
+
+def _plan_trunk(spec: StageSpec, states: dict[int, str], below: Sequence[StagePlan]) -> TrunkRecipe:
+    anatomy = spec.anatomy
     trained = [stack for stack in spec.trunk if anatomy.trains_of(stack) != "nothing"]
-    progressive = (spec.stacks[stack].adapters.get("progressive") for stack in trained)
-    trunk = TrunkRecipe(
+    # An adapter with which a stack was adopted belongs to its state; all others are the same.
+    given = [stack for stack in trained if "progressive" not in below[stack].spec.new.adapters]
+    progressive = (spec.stacks[stack].adapters.get("progressive") for stack in given)
+    return TrunkRecipe(
         strategy=spec.strategy if trained else "frozen",  # if nothing trains, all strategies share their stages
         stacks=tuple(states.values()),
         trains=tuple(anatomy.trains_of(stack) for stack in spec.trunk) if trained else (),
-        progressive=next(filter(None, progressive), None),  # all that have one have the same
+        progressive=next(filter(None, progressive), None),
     )
-    joint = spec.mode == "joint"
-    stack = StackRecipe(
+
+
+def _plan_stack(
+    config: StackWiseConfig, spec: StageSpec, build: BuildRecipe | None, trunk: TrunkRecipe | None, data: str
+) -> StackRecipe:
+    assert trunk is not None
+    index, anatomy, joint = spec.index, spec.anatomy, spec.mode == "joint"
+    return StackRecipe(
         build=build.ref(index).sha256 if build else "",
         trunk=trunk.ref(index).sha256,
         data=data,
@@ -160,26 +208,25 @@ def _plan_stage(
         weighting=config.training.loss_weighting,
         statistics_rows=0 if joint else resolve_statistics_rows(config),  # no stage reads the output of a joint one
     )
-    sha256 = stack.ref(index).sha256
-    states |= {c: sha256 if c == anatomy.newest else f"{sha256}#{c}" for c in anatomy.trained}
-    activations = _plan_activations(config, reader, states, data) if reader and not no_cache else None
-    validation = ValidationRecipe(
-        stack=sha256,
-        activations=activations.ref(index).sha256 if activations else None,
+
+
+def _plan_validation(
+    config: StackWiseConfig,
+    spec: StageSpec,
+    stack: StackRecipe | AdoptedRecipe,
+    activations: ActivationRecipe | None,
+    data: str,
+) -> ValidationRecipe:
+    return ValidationRecipe(
+        stack=stack.ref(spec.index).sha256,
+        activations=activations.ref(spec.index).sha256 if activations else None,
         sequences=config.validation.max_sequences,
         # Without a store this key is not used, so its default enters the id.
         sampled_rows=config.validation.sampled_rows if activations else ValidationConfig().sampled_rows,
         grid=_GRID if corrupts_by_time(config) else (),  # otherwise all stages share one ratio
-    )
-    return StagePlan(
-        spec=spec,
-        shape=shape,
-        build=build,
-        trunk=trunk,
-        stack=stack,
-        activations=activations,
-        no_cache_reason=no_cache,
-        validation=validation,
+        data=data if spec.adopted else "",
+        mask=resolve_mask(config, spec.index) if spec.adopted else None,
+        objective=resolve_objective(config) if spec.adopted else "",
     )
 
 
@@ -230,6 +277,8 @@ def _why_not_cached(config: StackWiseConfig, writer: StageSpec, reader: StageSpe
     """
     if reader is None:
         return "last stage: no stage reads it" + ("" if writer.mode == "joint" else "; raising target_stacks fills it")
+    if reader.adopted:
+        return f"stage {reader.index} is adopted: it reads none"
     if reader.anatomy.boundary == 0:
         return f"stage {reader.index} streams from tokens: {_why_live(reader)}"
     if not config.training.progressive.cache_activations:

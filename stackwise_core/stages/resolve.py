@@ -7,9 +7,9 @@ artifacts. Needs no torch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.functions import load_function, source_digest
@@ -27,9 +27,19 @@ from stackwise_core.data.order import RowOrder
 from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.errors import ConfigError, Fault
 
+T = TypeVar("T")
+
 
 class Value(BaseModel, frozen=True, extra="forbid"):
     """A frozen value that enters ids unchanged."""
+
+
+def _is_empty(value: object) -> bool:
+    return not value
+
+
+WhereAdopted = Annotated[T, Field(exclude_if=_is_empty)]
+"""A value that only a run with an adopted rack has; elsewhere its record does not mention it."""
 
 
 class TimeShape(Value, frozen=True):

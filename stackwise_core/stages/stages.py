@@ -21,7 +21,7 @@ from stackwise_core.config.stacks import (
     settings_of,
     stack_time_step,
 )
-from stackwise_core.stages.resolve import Value
+from stackwise_core.stages.resolve import Value, WhereAdopted
 
 AdapterName = Literal["stack", "progressive"]
 GrowthOperator = Literal["copy", "copy_zero", "random", "zero"]
@@ -52,7 +52,7 @@ class Anatomy(BaseModel, frozen=True):
         """The number of stacks below the first one that trains, whose output may be cached."""
         if self.embedding_trains:
             return 0
-        return next(n for n, trains in enumerate(self.trains) if trains != "nothing")
+        return next((n for n, trains in enumerate(self.trains) if trains != "nothing"), len(self.trains))
 
     @property
     def below(self) -> tuple[int, ...]:
@@ -78,10 +78,14 @@ def stage_anatomy(config: StackWiseConfig, stage: int) -> Anatomy:
     """Return the anatomy of a growth stage.
 
     The first stage trains embedding, stack and head. Later, an appended stack trains together with the head, and a
-    prepended one below a frozen head. `trunk_strategy` decides what of the trunk trains.
+    prepended one below a frozen head. `trunk_strategy` decides what of the trunk trains. Of adopted stages the last
+    brings embedding and head, as if they had trained there.
     """
     growth = config.training.progressive
     order, settings = _data_flow(config, stage + 1), settings_of(config, stage)
+    if stage < (n_adopted := len(config.adopted)):
+        last = stage == n_adopted - 1
+        return Anatomy(order=order, trains=("nothing",) * len(order), embedding_trains=last, head_trains=last)
     trunk = [stack for stack in order if stack != stage]
     top = set(trunk[-growth.trunk_trainable_top :] if growth.trunk_trainable_top else trunk)
     # The very first stack has nothing to copy: it trains in full and is quantised afterwards.
@@ -168,6 +172,8 @@ class StageSpec(Value, frozen=True):
     time_step: int | None
     """Time step of the new stack, where depth is time."""
     optim: OptimSpec
+    adopted: WhereAdopted[bool] = False
+    """Whether the stack is taken from a saved rack: nothing trains."""
 
     @property
     def trunk(self) -> tuple[int, ...]:
@@ -196,7 +202,8 @@ class StageSpec(Value, frozen=True):
     @property
     def name(self) -> str:
         """A readable name, such as 'append, frozen, full'."""
-        return "joint" if self.mode == "joint" else f"{self.mode}, {self.strategy}, {self.new.precision}"
+        trunk = "adopted" if self.adopted else self.strategy
+        return "joint" if self.mode == "joint" else f"{self.mode}, {trunk}, {self.new.precision}"
 
 
 def resolve_stages(config: StackWiseConfig) -> list[StageSpec]:
@@ -210,7 +217,7 @@ def resolve_stages(config: StackWiseConfig) -> list[StageSpec]:
 
 def resolve_stage(config: StackWiseConfig, stage: int) -> StageSpec:
     """Return the stage that adds the stack of creation index `stage`."""
-    training, settings = config.training, settings_of(config, stage)
+    training, settings, adopted = config.training, settings_of(config, stage), stage < len(config.adopted)
     by_mode: GrowthOperator = "copy_zero" if settings.mode == "prepend" else "copy"
     operator = by_mode if training.new_stack_init == "auto" else training.new_stack_init
     by_depth = training.progressive.time_interpretation == "depth"
@@ -225,6 +232,7 @@ def resolve_stage(config: StackWiseConfig, stage: int) -> StageSpec:
         stacks=stacks,
         time_step=stack_time_step(config, stage) if by_depth else None,
         optim=_resolve_optim(config, anatomy, stacks, settings.steps, training.learning_rate),
+        adopted=adopted,
     )
 
 
@@ -254,7 +262,9 @@ def resolve_stack(config: StackWiseConfig, stack: int, stage: int) -> StackSpec:
     adapters: dict[AdapterName, AdapterSpec] = {}
     if settings.adapter:
         adapters["stack"] = settings.adapter
-    if stack < stage and (progressive := progressive_adapter_of(config, stack)):
+    is_adopted = stage < len(config.adopted)  # then it has what it was adopted with, and nothing more
+    progressive = settings.progressive if is_adopted else progressive_adapter_of(config, stack)
+    if progressive and (is_adopted or stack < stage):
         adapters["progressive"] = progressive
     return StackSpec(index=stack, n_blocks=settings.n_blocks, precision=settings.precision, adapters=adapters)
 

@@ -18,6 +18,7 @@ from flows.run.numbers import size
 from flows.run.summary import summarise
 from storage.artifacts import Artifacts
 from storage.runs import find_run
+from support.adopting import library_rack, run_batches, save
 from support.children import Child
 from support.runs import Recorder, digests, folder_of, grown, made_by_stages, manifests, subset, tiny
 
@@ -104,6 +105,17 @@ def test_killed_with_masks_and_epochs(tmp_path: Path, reference: Reference) -> N
     assert again.messages == ["stage 1 goes on from its checkpoint at step 6"]
     expected = digests(reference({"training.progressive.training_objective": "mlm"}))
     assert {name: digests(root)[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("failpoint", ["promote-stack:0", "train:5"])
+def test_killed_while_a_rack_is_adopted_or_grown_on(failpoint: str, tmp_path: Path, reference: Reference) -> None:
+    config = tiny(tmp_path)
+    save(library_rack(config, run_batches(config, reference()), 2), tmp_path / "rack")
+    changes, root = {"model.from": str(tmp_path / "rack")}, tmp_path / "a"
+    assert Child(tmp_path, root, changes, f"{failpoint}:KILL").go().ended() == -signal.SIGKILL
+    grown(tiny(tmp_path, changes), root)
+    grown(tiny(tmp_path, changes), tmp_path / "undisturbed")
+    assert digests(root) == digests(tmp_path / "undisturbed")
 
 
 def _kept(root: Path) -> list[int | None]:

@@ -26,7 +26,8 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 
 def leaf_fields(section: type[BaseModel] = StackWiseConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key of the schema that holds a value, with its field."""
-    for name, field in section.model_fields.items():
+    for attribute, field in section.model_fields.items():
+        name = field.alias or attribute
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from leaf_fields(field.annotation, f"{prefix}{name}.")
         else:
@@ -48,6 +49,7 @@ OTHERS: dict[str, Any] = {
     "data.source": "texts/*.txt",
     "model.d_model": 64,
     "model.n_heads": 2,
+    "model.from": "rack",
     f"{GROWTH}.num_time_steps": 20,
     "training.new_stack_init": "random",
     f"{GROWTH}.time_embedding_dim": 32,
@@ -110,7 +112,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "training.custom_loss": {f"{GROWTH}.training_objective": "custom"},
     "cache.task_runner": {"cache.fill_workers": 2},
 }
-NOT_BUILT = {"data.tokenizer"}
+NOT_BUILT = {"data.tokenizer", "model.from"}
 
 
 def configuration(changes: dict[str, Any]) -> StackWiseConfig:
