@@ -13,7 +13,7 @@ from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.training.trainer import ProgressiveTrainer
 from stackwise_core.training.training import Hooks
-from support.training import STEPS, loader_of, tiny
+from support.training import loader_of, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread_per_module")
 
@@ -26,8 +26,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def annealing(kind: str = "full", joint_steps: int = 3, dtype: Any = "bfloat16") -> StackWiseConfig:
-    config = tiny(steps_per_stack=3, joint_steps=joint_steps, progressive=KINDS[kind])
+def annealing(kind: str = "full", joint_steps: int = 2, dtype: Any = "bfloat16") -> StackWiseConfig:
+    config = tiny(steps_per_stack=2, joint_steps=joint_steps, progressive=KINDS[kind])
     config.cache.dtype = dtype
     return config
 
@@ -116,7 +116,7 @@ def test_what_is_done_to_an_annealed_rack_is_kept(way: str) -> None:
 
 def test_an_interrupted_anneal_begins_again_from_the_rack_before_it() -> None:
     config, seen = annealing(), list[float]()
-    hooks = Hooks(on_step=lambda record: seen.append(record["loss"]), should_stop=lambda: len(seen) == 8)
+    hooks = Hooks(on_step=lambda record: seen.append(record["loss"]), should_stop=lambda: len(seen) == 5)
     builder = ProgressiveRackBuilder(config)
     with pytest.raises(StageInterruptedError):
         ProgressiveTrainer(config).train_progressively(builder, LOADER, 2, hooks=hooks)
@@ -125,10 +125,10 @@ def test_an_interrupted_anneal_begins_again_from_the_rack_before_it() -> None:
 
 
 def test_joint_training_from_scratch_trains_once_and_an_explicit_call_each_time() -> None:
-    config = tiny(progressive={"enabled": False})
+    config = tiny(steps_per_stack=2, progressive={"enabled": False})
     builder, trainer = ProgressiveRackBuilder(config), ProgressiveTrainer(config)
     (result,) = trainer.train_progressively(builder, LOADER, 2)
-    assert (result.mode, result.steps) == ("joint", STEPS)
+    assert (result.mode, result.steps) == ("joint", 2)
     trained = digest(builder)
     assert trainer.train_progressively(builder, LOADER, 2) == trainer.train_rack(builder, LOADER, 2) == []
     assert digest(builder) == trained
@@ -139,7 +139,7 @@ def test_joint_training_from_scratch_trains_once_and_an_explicit_call_each_time(
 
 def test_quantised_stacks_that_were_never_trained_train_whole_at_first() -> None:
     """NF4 of random numbers, of which only adapters train, would be no model."""
-    config = tiny(progressive={"new_stack_precision": "qlora", "qlora_rank": 2})
+    config = tiny(steps_per_stack=2, progressive={"new_stack_precision": "qlora", "qlora_rank": 2})
     builder, trainer = ProgressiveRackBuilder(config), ProgressiveTrainer(config)
     builder.append_stack()
     builder.append_stack()

@@ -14,7 +14,8 @@ from stackwise_core.errors import ConfigError
 from stackwise_core.model.adapters import adapter_names, adapter_parameters
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.training.trainer import ProgressiveTrainer
-from support.training import loader_of, same_bits, tiny, weights
+from support.training import loader_of, same_bits, weights
+from support.training import tiny as tiny_of
 
 pytestmark = pytest.mark.usefixtures("one_thread_per_module")
 
@@ -22,6 +23,10 @@ SIZES: dict[str, Any] = {"vocab_size": 264, "d_model": 16, "n_heads": 2, "d_ff":
 """What the document gives a builder; `tiny` has one key and value head besides."""
 LOADER = loader_of()
 CUSTOM = [{"input_ids": tokens, "targets": tokens.roll(-1, 1)} for tokens in LOADER]
+
+
+def tiny(objective: str = "mlm", **training: Any) -> StackWiseConfig:
+    return tiny_of(objective, **{"steps_per_stack": 2, **training})
 
 
 def sees_ahead(builder: ProgressiveRackBuilder) -> bool:
@@ -54,10 +59,9 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("by_hand", [0, 2])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "by_hand"), [*((mode, 2) for mode in MODES), ("clm, another seed and base", 0)])
 def test_a_builder_of_sizes_grows_as_one_of_the_configuration(mode: str, by_hand: int) -> None:
-    config = tiny(**MODES[mode], steps_per_stack=3)
+    config = tiny(**MODES[mode])
     config.run.seed, config.model.rope_theta = 5, 500.0
     expected = trained(config, 2)
     builder = ProgressiveRackBuilder(**SIZES)
