@@ -10,12 +10,18 @@ from flows.train_rack import train_rack
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import StackOverride
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.stages.resolve import named_functions
 from storage.artifacts import artifacts_at
 from storage.runs import asked_before, asking, find_run
 
 
 @flow(name="add-stack", flow_run_name="grow {run} by one stack")
-def add_stack(run: str, artifacts: str = "artifacts", stack: StackOverride = StackOverride()) -> None:  # noqa: B008 -- so that the form shows its fields
+def add_stack(
+    run: str,
+    artifacts: str = "artifacts",
+    stack: StackOverride = StackOverride(),  # noqa: B008 -- so that the form shows its fields
+    trust_functions: bool = False,
+) -> None:
     """Add one stack to a run.
 
     If the newest attempt of the run did not reach its target, this flow completes it instead; so a retry adds one
@@ -25,10 +31,13 @@ def add_stack(run: str, artifacts: str = "artifacts", stack: StackOverride = Sta
         run: name of the run; `stackwise status` lists them.
         artifacts: folder that holds it, or s3://BUCKET/PREFIX.
         stack: settings of the new stack that differ from the others.
+        trust_functions: import the functions that the run's configuration names; only if you know who wrote it.
     """
     who = f"flow run {flow_run.id}"  # the same in every retry
     with one_line_errors():
         config = grown(artifacts, run, stack, who)
+        if not trust_functions:
+            _check_no_code(config)
     with asking(who):
         train_rack(config, artifacts)
 
@@ -56,6 +65,13 @@ def grown(root: str, run: str, stack: StackOverride, who: str) -> StackWiseConfi
         others = [StackOverride()] * (new - len(growth.stacks))
         growth.stacks = [*growth.stacks[:new], *others, stack, *growth.stacks[new + 1 :]]
     return config
+
+
+def _check_no_code(config: StackWiseConfig) -> None:
+    """Check that a configuration, which came with the artifacts, names no function to import."""
+    if named := named_functions(config):
+        allowed = f"run {config.run.name!r} names {', '.join(named.values())}: set it if you trust who wrote that"
+        raise ConfigError([Fault("trust_functions", "false", allowed)])
 
 
 def _check_same(config: StackWiseConfig, stack: StackOverride) -> None:

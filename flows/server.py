@@ -189,7 +189,7 @@ class EmbeddedServer:
 
     def run(self) -> None:
         """Start the server and watch it; the thread must stay alive, because the kernel ends the server with it."""
-        command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+        command = [sys.executable, "-P", "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on"]
         environment = {**os.environ, "PREFECT__SERVER_FINAL": "1", "PREFECT_SERVER_UI_ENABLED": "true"}
         environment["PREFECT_UI_API_URL"] = self.url  # otherwise its pages call port 4200

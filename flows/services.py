@@ -21,7 +21,7 @@ HEARTBEAT_SECONDS = 30
 
 _API = "http://127.0.0.1:4200/api"
 _CHECKOUT = Path(__file__).parents[1]
-_PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
+_PREFECT = [sys.executable, "-P", "-m", "prefect", "--no-prompt"]
 
 
 class DeploymentError(StackWiseError):

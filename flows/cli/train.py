@@ -20,6 +20,7 @@ from flows.server import check_api, embedded_server, quiet_prefect
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.stages.resolve import imports
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts, artifacts_at
 from storage.collect import without_gc
@@ -58,8 +59,8 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
         complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
         if complete:
             register_complete(artifacts, config, plan)
-            for note in notes(filled):  # a run prints them itself
-                print(note, file=sys.stderr)
+            for line in (*imports(filled), *notes(filled)):  # a run prints them itself
+                print(line, file=sys.stderr)
     if not complete:
         _run_flow(config, artifacts, from_stack, force)
     _print_result(config, command, artifacts, summarise(artifacts, plan), reused=complete)

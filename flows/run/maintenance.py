@@ -127,6 +127,7 @@ def _recompute_rows(artifacts: Artifacts, run: Attempt, chosen: set[str], proble
             corpus=plan.data.corpus,
             corpus_bytes=plan.corpus_bytes,
             index=ref.stage,
+            recorded=plan,
         )
         checked, differing = compare_store(stage, ref)
         n_rows += checked

@@ -119,6 +119,7 @@ def _running(stage: Stage, job: Path) -> Generator[subprocess.Popen[bytes]]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # where a custom loss is imported from
+        "PYTHONSAFEPATH": "1",  # and from nowhere else: `python -m` would put the working folder first
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     }

@@ -14,6 +14,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan
+from stackwise_core.stages.resolve import imports
 from stackwise_core.training.hardware import use_hardware
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts, artifacts_at
@@ -56,8 +57,8 @@ def grow(
     _refuse_newer(artifacts, forced)
     with begin_attempt(artifacts, config, plan, emit_waiting):
         emit(RunStarted(config.run.name, len(plan.stages), artifacts.uri))
-        for note in notes(filled):
-            emit(Message(note))
+        for line in (*imports(filled), *notes(filled)):
+            emit(Message(line))
         prepare_data(filled, artifacts, plan)
         check_validation(filled, artifacts, plan)
         needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from flows.run.events import TaskReused, TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
 from stackwise_core.config import StackWiseConfig
@@ -61,6 +61,9 @@ class Stage(BaseModel, frozen=True):
     """Kinds that are made again although they are sealed."""
     redo: frozenset[Ref] = frozenset()
     """Artifacts of this stage and later ones that the run still has to make again."""
+    recorded: RunPlan | None = Field(default=None, exclude=True)
+    """The plan of a run that is only read: planning it again would import the functions that its configuration names.
+    """
 
     @field_validator("config")
     @classmethod
@@ -85,7 +88,7 @@ class Stage(BaseModel, frozen=True):
     @functools.cached_property
     def run_plan(self) -> RunPlan:
         """The recipes of the run."""
-        return plan_run(self.config, self.corpus, self.corpus_bytes, self.adopted)
+        return self.recorded or plan_run(self.config, self.corpus, self.corpus_bytes, self.adopted)
 
     @property
     def plan(self) -> StagePlan:

@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import inspect
-import os
-import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 from stackwise_core.errors import ConfigError, Fault
 
 
 def load_function(function: str | Callable[..., Any], key: str) -> Callable[..., Any]:
-    """Return the function that a key holds or names; modules are also searched in the working folder.
+    """Return the function that a key holds or names.
 
-    Raises ConfigError if the module cannot be imported or has no such function.
+    The working folder is not searched: it may be someone else's. Raises ConfigError if the module cannot be imported or has no such function.
     """
     if not isinstance(function, str):
         return function
     module_name, _, name = function.partition(":")
     try:
-        with _working_folder_importable():
-            module = importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except Exception as error:  # the user's module may raise anything
-        allowed = f"cannot be imported ({type(error).__name__}: {error}); run where the module can be found"
+        allowed = f"cannot be imported ({type(error).__name__}: {error}); say where the module is, such as PYTHONPATH=."
         raise ConfigError([Fault(key, repr(function), allowed)]) from error
     found = getattr(module, name, None)
     if not callable(found):
         problem = "no function" if hasattr(module, name) else "nothing"
         raise ConfigError([Fault(key, repr(function), f"module {module_name} has {problem} called {name!r}")])
     return found
-
-
-@contextlib.contextmanager
-def _working_folder_importable() -> Generator[None]:
-    """Search the working folder last, so that its files do not shadow libraries."""
-    before = list(sys.path)
-    sys.path.append(os.getcwd())
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 def source_digest(function: Callable[..., Any], key: str) -> str:

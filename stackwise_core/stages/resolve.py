@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.functions import load_function, source_digest
-from stackwise_core.config.schema import QUANTISED_STREAMS
+from stackwise_core.config.schema import GROWTH, QUANTISED_STREAMS
 from stackwise_core.config.stacks import (
     feed_forward_width,
     mask_ratio_of,
@@ -149,6 +149,18 @@ def resolve_loss(config: StackWiseConfig) -> Callable[..., Any] | None:
     """Return the loss function of a custom objective; None means cross-entropy."""
     key, name = "training.custom_loss", config.training.custom_loss
     return load_function(name, key) if name and is_used(config, key) else None
+
+
+def named_functions(config: StackWiseConfig) -> dict[str, str]:
+    """Return the functions that the configuration names and uses, by key: making its run imports them."""
+    given = {"training.custom_loss": config.training.custom_loss}
+    given[f"{GROWTH}.time_mapping"] = config.training.progressive.time_mapping
+    return {key: name for key, name in given.items() if isinstance(name, str) and name and is_used(config, key)}
+
+
+def imports(config: StackWiseConfig) -> list[str]:
+    """Return a line for each function that a run of the configuration imports."""
+    return [f"{key}: {name} is imported and run" for key, name in named_functions(config).items()]
 
 
 STATISTICS_ROWS = 1024

@@ -87,7 +87,7 @@ def test_a_loss_that_is_cross_entropy_gives_its_losses(
 ) -> None:
     """To 1e-6: the built-in one is fused with the projection, and sums in another order."""
     reference, same = causal
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "losses_of_a_run.py").write_text(LOSSES)
     found: dict[str, list[float]] = {}
     for name in ("cross_entropy", "smoothed"):
@@ -109,7 +109,7 @@ def losses_of(root: Path) -> list[float]:
 
 
 def test_ids_hold_the_loss_and_that_the_corpus_is_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "losses_in_ids.py").write_text(LOSSES.replace("F.cross", "f.cross").replace("as F", "as f"))
     plans = [plan_of(tiny(tmp_path, changes)) for changes in ({}, CUSTOM)]
     for name in ("cross_entropy", "smoothed"):
@@ -142,30 +142,29 @@ def test_validation_without_a_loss_is_told_before_training(tmp_path: Path) -> No
 # ---------------------------------------------------------------- functions by name
 
 
-def test_functions_are_found_in_the_working_folder_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
+def test_functions_are_found_on_the_path_and_never_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "of_a_stranger.py").write_text("def f():\n    return 1\n")
+    with pytest.raises(ConfigError, match=r"of_a_stranger:f.*No module named.*such as PYTHONPATH=\."):
+        load_function("of_a_stranger:f", "key")
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_functions.py").write_text("def double(x):\n    return 2 * x\n\n\nnumber = 3\n")
-    (tmp_path / "colorsys.py").write_text("raise RuntimeError('shadows the standard library')\n")
-    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
-    before = list(sys.path)
     double = load_function("my_functions:double", "key")
     assert double(4) == 8
     assert load_function(double, "key") is double
-    assert load_function("colorsys:rgb_to_hsv", "key")(0, 0, 0) == (0.0, 0.0, 0)
-    assert sys.path == before
     for name, says in (
         ("my_functions:triple", "key: got 'my_functions:triple'; module my_functions has nothing called 'triple'"),
         ("my_functions:number", "key: got 'my_functions:number'; module my_functions has no function called 'number'"),
-        ("no_functions:f", r"key: got 'no_functions:f'; cannot be imported \(ModuleNotFoundError: .*; run where"),
+        ("no_functions:f", r"key: got 'no_functions:f'; cannot be imported \(ModuleNotFoundError: .*; say where"),
     ):
         with pytest.raises(ConfigError, match=says):
             load_function(name, "key")
 
 
 def test_the_digest_is_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     for name, body in (("first", "return x"), ("second", "return x"), ("third", "return -x")):
         (tmp_path / f"{name}_source.py").write_text(f"# {name}\ndef f(x):\n    {body}\n")
     first, second, third = (

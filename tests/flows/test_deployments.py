@@ -201,3 +201,20 @@ def test_a_run_that_is_not_there(tmp_path: Path) -> None:
         grown(str(tmp_path), "nobody", StackOverride(), "somebody")
     with pytest.raises(StackWiseError, match="gone"):  # the folder itself
         grown(str(tmp_path / "gone"), "nobody", StackOverride(), "somebody")
+
+
+def test_a_run_is_not_grown_by_code_that_came_with_it(
+    begun: Callable[..., StackWiseConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[StackWiseConfig] = []
+    monkeypatch.setattr("flows.add_stack.train_rack", lambda config, artifacts: asked.append(config))
+    config = begun(tiny(tmp_path))
+    (path,) = tmp_path.glob("runs/*/attempts/*/config.yaml")
+    config.training.progressive.training_objective = "custom"
+    config.training.custom_loss = "of_a_stranger:loss"
+    config.to_yaml(path)
+    with pytest.raises(StackWiseError, match=r"trust_functions: got false; run 'tiny' names of_a_stranger:loss"):
+        add_stack.fn(config.run.name, str(tmp_path))
+    assert not asked
+    add_stack.fn(config.run.name, str(tmp_path), trust_functions=True)
+    assert [each.training.custom_loss for each in asked] == ["of_a_stranger:loss"]
