@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import describe
@@ -32,7 +32,7 @@ class Told:
     """The section of the configuration that it was given; None: it was made from dimensions alone."""
     replaced: dict[str, Any] = field(default_factory=dict)
     """The values in that section which dimensions took the place of."""
-    building_mode: str | None = None
+    building_mode: Literal["append", "prepend"] | None = None
     default_precision: Precision | None = None
 
     def binds(self, key: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import hashlib
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from stackwise_core.model.saving import (
     EMBEDDING,
     HEAD,
     channel_tensors,
-    checked_target,
     described_stacks,
     fill_from,
     folder_of,
@@ -28,7 +29,7 @@ from stackwise_core.model.saving import (
 )
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.stages.saved_rack import CONFIG, SavedRack
+from stackwise_core.stages.saved_rack import RACK, Mode, SavedRack
 
 
 class Rack(nn.Module):
@@ -41,9 +42,14 @@ class Rack(nn.Module):
         self.embedding = TokenEmbedding(shape)
         self.stacks = nn.ModuleList()
         self.head = Head(shape)
-        self.tied = shape.tie_embeddings
-        if self.tied:
-            self.head.projection.weight = self.embedding.weight
+        self.tied = False
+        if shape.tie_embeddings:
+            self.tie()
+
+    def tie(self) -> None:
+        """Have embedding and head share one matrix: that of the embedding."""
+        self.head.projection.weight = self.embedding.weight
+        self.tied = True
 
     def untie(self) -> None:
         """Stop sharing one tensor between embedding and head.
@@ -94,7 +100,7 @@ class Rack(nn.Module):
             raise ConfigError([Fault("state_dict", "embedding.weight and head.projection.weight", allowed)])
         found = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if self.tied:  # `assign` gave each its own
-            self.head.projection.weight = self.embedding.weight
+            self.tie()
         return found
 
 
@@ -102,49 +108,9 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first is second or (first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu()))
 
 
-def save_rack(
-    folder: str | Path,
-    rack: Rack,
-    *,
-    seed: int | None = None,
-    trained: Collection[int] | None = None,
-    channels: Mapping[int, ChannelStatistics] | None = None,
-    config: str = "",
-    no_config: str = "",
-) -> None:
-    """Write a rack into a folder, whole or not at all, in the place of an older one.
-
-    Args:
-        folder: absent, empty, or a saved rack, which is replaced.
-        rack: on any device.
-        seed: of the builder's configuration.
-        trained: creation indices of the stacks whose stage is over; None stands for all.
-        channels: statistics of the stacks' outputs, where the stream is quantised.
-        config: text of `config.yaml`; '' writes none.
-        no_config: why there is none.
-
-    Raises:
-        SavedRackError: the folder holds something that is not a saved rack; it is left as it is.
-    """
-    folder, stacks = checked_target(folder), [stack for stack in rack.stacks if isinstance(stack, Stack)]
-    described = described_stacks(stacks, trained)
-    if others := {str(parameter.dtype) for parameter in rack.parameters()} - {"torch.float32"}:
-        allowed = "the rack was cast: save it before, or build stacks of that precision"
-        raise ConfigError([Fault("rack", f"parameters of {', '.join(sorted(others))}", allowed)])
-    write_whole(
-        folder,
-        _files_of(rack, stacks, channels or {}, config),
-        lambda files: SavedRack(
-            shape=rack.shape,
-            seed=seed,
-            tied=rack.tied,
-            order=tuple(stack.creation_index for stack in stacks),
-            stacks=described,
-            trainable=tuple(name for name, parameter in rack.named_parameters() if parameter.requires_grad),
-            no_config=no_config,
-            files=files,
-        ),
-    )
+def save_rack(folder: str | Path, rack: Rack, **how: Any) -> None:
+    """Write a rack, on any device, into a folder; see `Rack.save`, and `rack_files` for what else can be said."""
+    write_whole(folder, rack_files(rack, **how))
 
 
 def load_rack(folder: str | Path) -> tuple[Rack, SavedRack, dict[int, ChannelStatistics]]:
@@ -167,10 +133,51 @@ def load_rack(folder: str | Path) -> tuple[Rack, SavedRack, dict[int, ChannelSta
     return rack.eval(), saved, load_saved_channels(saved)
 
 
-def _files_of(
-    rack: Rack, stacks: Sequence[Stack], channels: Mapping[int, ChannelStatistics], config: str
+def rack_files(
+    rack: Rack,
+    *,
+    seed: int | None = None,
+    trained: Collection[int] | None = None,
+    channels: Mapping[int, ChannelStatistics] | None = None,
+    first: Mode = "append",
+    no_config: str = "",
+    others: Iterable[tuple[str, bytes]] = (),
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield every file of a rack but `rack.json`: path and bytes, one at a time."""
+    """Yield the files of a saved rack, path and bytes, one at a time; its description is the last.
+
+    Args:
+        rack: on any device.
+        seed: of the builder's configuration.
+        trained: creation indices of the stacks whose stage is over; None stands for all.
+        channels: statistics of the stacks' outputs, where the stream is quantised.
+        first: how the builder would have added the first stack, where there was nothing to add it to.
+        no_config: why there is no `config.yaml`.
+        others: more files, such as that.
+    """
+    stacks = [stack for stack in rack.stacks if isinstance(stack, Stack)]
+    described, digests = described_stacks(stacks, trained, first), dict[str, str]()
+    if types := {str(parameter.dtype) for parameter in rack.parameters()} - {"torch.float32"}:
+        allowed = "the rack was cast: save it before, or build stacks of that precision"
+        raise ConfigError([Fault("rack", f"parameters of {', '.join(sorted(types))}", allowed)])
+    for name, data in itertools.chain(_tensor_files(rack, stacks, channels or {}), others):
+        digests[name] = hashlib.sha256(data).hexdigest()
+        yield name, data
+    saved = SavedRack(
+        shape=rack.shape,
+        seed=seed,
+        tied=rack.tied,
+        order=tuple(stack.creation_index for stack in stacks),
+        stacks=described,
+        trainable=tuple(name for name, parameter in rack.named_parameters() if parameter.requires_grad),
+        no_config=no_config,
+        files=digests,
+    )
+    yield RACK, saved.to_json()
+
+
+def _tensor_files(
+    rack: Rack, stacks: Sequence[Stack], channels: Mapping[int, ChannelStatistics]
+) -> Iterator[tuple[str, bytes]]:
     yield EMBEDDING, serialised(rack.embedding.state_dict())
     yield HEAD, serialised(rack.head.state_dict())
     for stack in stacks:
@@ -178,5 +185,3 @@ def _files_of(
             yield f"{folder_of(stack.creation_index)}/{name}", serialised(tensors)
     if channels:
         yield CHANNELS, serialised(channel_tensors(channels))
-    if config:
-        yield CONFIG, config.encode()

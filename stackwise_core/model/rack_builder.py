@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
 
 from pydantic import ValidationError
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_choice, check_integer, check_type, describe
 from stackwise_core.config.rules import growth_faults
+from stackwise_core.config.said import said_keys
 from stackwise_core.config.schema import GROWTH, ModelConfig, Precision, StackOverride
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.config.unused import notes
@@ -21,10 +24,12 @@ from stackwise_core.model.blocks import Stack
 from stackwise_core.model.digests import digest_of, part_digests, tensor_digest
 from stackwise_core.model.growth_operators import freeze, give_adapter, new_rack, new_stack
 from stackwise_core.model.precision import count_parameters, stored_bytes
-from stackwise_core.model.rack import Rack
+from stackwise_core.model.rack import Rack, load_rack, rack_files
+from stackwise_core.model.saving import described_stacks, saved_builder, saved_config, write_whole
 from stackwise_core.model.snapshot import Annealed, Snapshot, take_contents
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.resolve import ModelShape, resolve_shape
+from stackwise_core.stages.saved_rack import BEFORE_JOINT, BUILDER, CONFIG, Mode, SavedAnneal, SavedBuilder, SavedRack
 from stackwise_core.stages.stages import Anatomy, StageSpec, resolve_stack, resolve_stage
 
 _Mode = Literal["default", "append", "prepend"]
@@ -191,7 +196,7 @@ class ProgressiveRackBuilder:
         stack, adapters = self.stack(index), spec.stacks[index].adapters
         if "progressive" in adapters and "progressive" not in adapter_names(stack):
             give_adapter(stack, "progressive", adapters["progressive"], seed)
-            self._created[index]["progressive"] = digest_of(adapter_state(stack, "progressive"))
+            self._created.setdefault(index, {})["progressive"] = digest_of(adapter_state(stack, "progressive"))
 
     # ------------------------------------------------------------ the configuration that rules
 
@@ -251,7 +256,7 @@ class ProgressiveRackBuilder:
         return all(self._is_as_created(index) for index in range(self.n_stacks))
 
     def _is_as_created(self, index: int) -> bool:
-        return index not in self._trained and part_digests(self.stack(index)) == self._created[index]
+        return index not in self._trained and part_digests(self.stack(index)) == self._created.get(index)
 
     def _ends(self) -> tuple[str, str]:
         return tensor_digest(self._rack.embedding), tensor_digest(self._rack.head)
@@ -299,12 +304,12 @@ class ProgressiveRackBuilder:
         """Return whether a stack has been trained."""
         return creation_index in self._trained
 
-    def keep_annealed(self, settings: object, before: Snapshot) -> None:
+    def keep_annealed(self, settings: str, before: Snapshot) -> None:
         """Record a joint anneal, and the rack before it."""
         after = {stack.creation_index: part_digests(stack) for stack in self.stacks}
         self.annealed = Annealed(settings, before, after)
 
-    def is_annealed(self, settings: object) -> bool:
+    def is_annealed(self, settings: str) -> bool:
         """Return whether the rack is as a joint anneal of these settings left it."""
         return self.annealed is not None and self.annealed.settings == settings and self._is_as_annealed(self.annealed)
 
@@ -342,6 +347,121 @@ class ProgressiveRackBuilder:
     def build_rack(self) -> Rack:
         """Return the rack itself, not a copy."""
         return self._rack
+
+    # ------------------------------------------------------------ folders
+
+    def save(self, folder: str | Path) -> None:
+        """Write rack, configuration and what is trained into a folder, whole or not at all.
+
+        Growth goes on from there with the same bits, see `load`. A rack that was saved there before is replaced.
+
+        Raises:
+            SavedRackError: the folder holds something else; it is left as it is.
+        """
+        write_whole(folder, self.files())
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the files that `save` writes, path and bytes, one at a time."""
+        annealed, others, no_config = self.annealed, [(BUILDER, self._known().model_dump_json(indent=1).encode())], ""
+        try:
+            others.append((CONFIG, self._own.to_yaml().encode()))
+        except ConfigError as error:  # it holds function objects
+            no_config = str(error)
+        before: Iterable[tuple[str, bytes]] = ()
+        if annealed:
+            whole, channels = annealed.before.as_rack(self._rack), annealed.before.channels
+            files = rack_files(whole, seed=self._seed, trained=self._trained, channels=channels)
+            before = ((f"{BEFORE_JOINT}/{name}", data) for name, data in files)
+        yield from rack_files(
+            self._rack,
+            seed=self._seed,
+            trained=self._trained,
+            channels=self.channels,
+            first="prepend" if self._added and self._added[0].mode == "prepend" else "append",
+            no_config=no_config,
+            others=itertools.chain(others, before),
+        )
+
+    def _known(self) -> SavedBuilder:
+        told, annealed = self._told, self.annealed
+        return SavedBuilder(
+            given=told.given is not None,
+            dimensions={name: getattr(told.model, name) for name in sorted(told.dimensions)},
+            building_mode=told.building_mode,
+            default_precision=told.default_precision,
+            model=told.model.model_dump(),
+            said=tuple(said_keys(self._own)),
+            created=self._created,
+            created_ends=self._created_ends,
+            annealed=SavedAnneal(settings=annealed.settings or "", after=annealed.after) if annealed else None,
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path, config: StackWiseConfig | None = None) -> Self:
+        """Return a builder as it was saved, its rack on the CPU.
+
+        Args:
+            folder: what `save` wrote; of a rack that was saved without its builder all stacks count as trained.
+            config: takes the place of the configuration that was saved, if there was one.
+
+        Raises:
+            SavedRackError: there is none, a file is missing or damaged, or another version wrote it.
+            ConfigError: the configuration is missing, or says another shape than the rack has.
+        """
+        rack, saved, channels = load_rack(folder)
+        known = saved_builder(saved)
+        if config is None and CONFIG not in saved.files:
+            why = saved.no_config or "the rack was saved without its builder"
+            raise ConfigError([Fault("config", "None", f"none was saved ({why}): give load() one")])
+        config = config or saved_config(saved, known.said if known else ())
+        builder = cls._as_told(known, config) if known else cls(config)
+        first = saved.stacks[0].mode if saved.stacks else "append"
+        builder.take_rack(rack, [stack.index for stack in saved.stacks if stack.trained], channels, first)
+        if known:
+            builder._remember(known, saved)
+        return builder
+
+    @classmethod
+    def _as_told(cls, known: SavedBuilder, config: StackWiseConfig) -> Self:
+        """Return an empty builder that was given the same arguments."""
+        ways: dict[str, Any] = {"building_mode": known.building_mode, "default_precision": known.default_precision}
+        builder = cls(config if known.given else None, **ways, **known.dimensions)
+        builder._told = replace(builder._told, model=builder._told.model.model_copy(update=known.model))
+        if not known.given:
+            builder._own = config
+            builder.config = config.model_copy(update={"model": builder._told.model.model_copy()})
+        return builder
+
+    def _remember(self, known: SavedBuilder, saved: SavedRack) -> None:
+        self._created, self._created_ends = known.created, known.created_ends
+        self._seed = self._seed if saved.seed is None else saved.seed
+        if known.annealed:
+            before, _, channels = load_rack(saved.folder / BEFORE_JOINT)
+            kept = known.annealed
+            self.annealed = Annealed(kept.settings, Snapshot.all_of(before, channels), kept.after)
+
+    def take_rack(
+        self, rack: Rack, trained: Iterable[int], channels: Mapping[int, ChannelStatistics], first: Mode
+    ) -> None:
+        """Have a finished rack take the place of the builder's own.
+
+        `trained` are creation indices; `first` is how the first stack would have been added.
+
+        Raises:
+            ConfigError: the configuration says another shape, or the order of the stacks is none of growth.
+        """
+        wanted = resolve_shape(self.as_built(self._own, []))
+        if wanted != rack.shape:
+            raise ConfigError(shape_faults(self._own, rack.shape, wanted))
+        stacks = [stack for stack in rack.stacks if isinstance(stack, Stack)]
+        described = described_stacks(stacks, set(trained), first)
+        self._added = [
+            StackOverride(n_blocks=stack.n_blocks, precision=stack.precision, mode=stack.mode) for stack in described
+        ]
+        self._rack, self._trained = rack, {stack.index for stack in described if stack.trained}
+        self._created, self._created_ends, self.annealed = {}, ("", ""), None
+        self.channels = dict(channels)
+        self._own_shape = resolve_shape(self.as_built(self._own))
 
     def get_rack_info(self) -> dict[str, Any]:
         """Return the numbers of stacks, blocks and parameters, and an entry for each stack; see `count_parameters`.

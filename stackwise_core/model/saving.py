@@ -5,17 +5,19 @@ Safetensors and JSON, nothing that runs code when opened; see `stages.saved_rack
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import cast
 
+from pydantic import ValidationError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.said import keep_said
 from stackwise_core.config.schema import Precision
 from stackwise_core.errors import ConfigError, Fault, SavedRackError
 from stackwise_core.files import recover_folder, replace_folder
@@ -32,7 +34,7 @@ from stackwise_core.model.blocks import Stack
 from stackwise_core.model.precision import STORAGE, base_linears, convert_storage, storage_of
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.stages.saved_rack import RACK, SavedRack, SavedStack, Storage
+from stackwise_core.stages.saved_rack import BUILDER, CONFIG, RACK, Mode, SavedBuilder, SavedRack, SavedStack, Storage
 from stackwise_core.stages.stages import StackSpec
 
 STACK, HEAD, EMBEDDING, CHANNELS = (f"{part}.safetensors" for part in ("stack", "head", "embedding", "channels"))
@@ -97,20 +99,20 @@ def fill(load: Callable[[dict[str, Tensor]], object], tensors: dict[str, Tensor]
 # ---------------------------------------------------------------- the folder of a rack
 
 
-def write_whole(
-    folder: Path, files: Iterable[tuple[str, bytes]], describe: Callable[[dict[str, str]], SavedRack]
-) -> None:
-    """Write named files and the description of them all, whole or not at all, in the place of a folder."""
+def write_whole(folder: str | Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write the named files of a rack, whole or not at all, in the place of an older one.
+
+    Raises:
+        SavedRackError: the folder holds something that is not a saved rack; it is left as it is.
+    """
+    folder = _checked_target(folder)
     fresh = folder.with_name(f".{folder.name}.saving")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    digests: dict[str, str] = {}
     try:
         for name, data in files:
-            (fresh / name).parent.mkdir(exist_ok=True)
+            (fresh / name).parent.mkdir(exist_ok=True, parents=True)
             (fresh / name).write_bytes(data)
-            digests[name] = hashlib.sha256(data).hexdigest()
-        (fresh / RACK).write_bytes(describe(digests).to_json())
         replace_folder(fresh, folder)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -122,8 +124,13 @@ def folder_of(stack: int) -> str:
     return f"stack-{stack}"
 
 
-def described_stacks(stacks: Sequence[Stack], trained: Collection[int] | None) -> tuple[SavedStack, ...]:
-    """Describe stacks, given in data-flow order; None stands for all of them being trained."""
+def described_stacks(
+    stacks: Sequence[Stack], trained: Collection[int] | None, first: Mode = "append"
+) -> tuple[SavedStack, ...]:
+    """Describe stacks, given in data-flow order; None stands for all of them being trained.
+
+    Their order says how each was added, except the first, which was added to nothing.
+    """
     order = [stack.creation_index for stack in stacks]
     if sorted(order) != list(range(len(order))):
         allowed = "each number from 0 on must be there once; a builder's stacks have them"
@@ -135,11 +142,15 @@ def described_stacks(stacks: Sequence[Stack], trained: Collection[int] | None) -
             precision=stack.precision,
             adapters={name: adapter_spec(stack, name) for name in adapter_names(stack)},
             storage=cast("Storage", storage_of(next(iter(base_linears(stack).values())))),
-            mode="prepend" if order.index(stack.creation_index) < order.index(0) else "append",
+            mode=_mode(order, stack.creation_index) if stack.creation_index else first,
             trained=trained is None or stack.creation_index in trained,
         )
         for stack in sorted(stacks, key=lambda stack: stack.creation_index)
     )
+
+
+def _mode(order: Sequence[int], stack: int) -> Mode:
+    return "prepend" if order.index(stack) < order.index(0) else "append"
 
 
 def load_saved_stack(saved: SavedRack, spec: SavedStack) -> Stack:
@@ -160,6 +171,30 @@ def load_saved_channels(saved: SavedRack) -> dict[int, ChannelStatistics]:
     return found
 
 
+def saved_builder(saved: SavedRack) -> SavedBuilder | None:
+    """Return what the builder of a saved rack knew; None if the rack was saved without it."""
+    if BUILDER not in saved.files:
+        return None
+    try:
+        return SavedBuilder.model_validate_json(saved.read(BUILDER))
+    except ValidationError as error:
+        problem = f"cannot be read by this version ({str(error).splitlines()[0]})"
+        remedy = "Open it with the version of StackWise that wrote it"
+        raise SavedRackError(saved.folder / BUILDER, problem, remedy) from None
+
+
+def saved_config(saved: SavedRack, said: Collection[str]) -> StackWiseConfig:
+    """Return the configuration that was saved with a rack, and of which somebody set the keys `said`."""
+    saved.read(CONFIG)  # checks it
+    try:
+        config = StackWiseConfig.read_unchecked(saved.folder / CONFIG)
+    except ValueError as error:
+        problem = f"cannot be read by this version ({str(error).splitlines()[0]})"
+        raise SavedRackError(saved.folder / CONFIG, problem, "Give load() a configuration") from None
+    keep_said(config, said)
+    return config
+
+
 def empty_stack(shape: ModelShape, spec: StackSpec, stored: Precision) -> Stack:
     """Return a stack without adapters whose tensors are to be replaced, with the storage type of a precision."""
     stack = Stack(shape, spec.n_blocks, spec.index, spec.precision)
@@ -176,7 +211,7 @@ def fill_from(saved: SavedRack, name: str, load: Callable[[dict[str, Tensor]], o
         raise SavedRackError(saved.folder / name, str(error), "Save the rack again") from None
 
 
-def checked_target(folder: str | Path) -> Path:
+def _checked_target(folder: str | Path) -> Path:
     """Return a folder that may be replaced by a saved rack: absent, empty, or holding a saved rack and nothing else."""
     folder = Path(folder).expanduser().resolve()  # a link to a folder stays a link
     if not folder.exists():

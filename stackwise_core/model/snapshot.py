@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from stackwise_core.model.blocks import Stack
@@ -38,6 +39,22 @@ class Snapshot:
         # Copied together, embedding and head still share their matrix if they did.
         return cls(copy.deepcopy(parts), dict(channels), rack.tied)
 
+    @classmethod
+    def all_of(cls, rack: Rack, channels: dict[int, ChannelStatistics]) -> Snapshot:
+        """Take the parts of a whole rack, not copied."""
+        return cls(_parts(rack), channels, rack.tied)
+
+    def as_rack(self, rack: Rack) -> Rack:
+        """Return the rack as it was, made of these parts and the others of the rack itself."""
+        with torch.device("meta"):  # all parts are replaced
+            whole = Rack(rack.shape)
+        parts = {**_parts(rack), **self.parts}
+        whole.stacks.extend(parts.pop(f"stack {stack.creation_index}") for stack in _stacks(rack))
+        for name, part in parts.items():
+            whole.add_module(name, part)
+        whole.tied = self.tied
+        return whole
+
     def restore(self, rack: Rack, channels: dict[int, ChannelStatistics]) -> None:
         """Have a rack and its channel statistics be what they were; all modules stay the same objects."""
         for name, part in _parts(rack).items():
@@ -49,16 +66,20 @@ class Snapshot:
 
 
 def _parts(rack: Rack) -> dict[str, nn.Module]:
-    stacks = {f"stack {stack.creation_index}": stack for stack in rack.stacks if isinstance(stack, Stack)}
+    stacks = {f"stack {stack.creation_index}": stack for stack in _stacks(rack)}
     return {"embedding": rack.embedding, "head": rack.head, **stacks}
+
+
+def _stacks(rack: Rack) -> list[Stack]:
+    return [stack for stack in rack.stacks if isinstance(stack, Stack)]
 
 
 @dataclass
 class Annealed:
     """A joint anneal of a rack; growth goes on from the rack as it was before."""
 
-    settings: object
-    """What it was made with; None while it has not come to its end."""
+    settings: str | None
+    """The hash of what it was made with; None while it has not come to its end."""
     before: Snapshot
     after: dict[int, dict[str, str]] = field(default_factory=dict)
     """The digests of the parts of every stack as it left them, by creation index."""

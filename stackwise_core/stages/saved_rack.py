@@ -9,16 +9,47 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from stackwise_core.config.schema import Precision
 from stackwise_core.errors import SavedRackError
 from stackwise_core.files import standing_folder
 from stackwise_core.stages.identity import canonical_json
 from stackwise_core.stages.resolve import ModelShape, Value
 from stackwise_core.stages.stages import StackSpec
 
-RACK, CONFIG = "rack.json", "config.yaml"
+RACK, CONFIG, BUILDER, BEFORE_JOINT = "rack.json", "config.yaml", "builder.json", "before-joint"
+Mode = Literal["append", "prepend"]
 Storage = Literal["float32", "float16", "bfloat16", "nvfp4", "nf4"]
 _FORMAT, _VERSION = "stackwise-rack", 1
 _DIGEST = "sha256"
+
+
+class SavedAnneal(Value, frozen=True):
+    """A joint anneal of a saved rack; the rack before it is in `before-joint`."""
+
+    settings: str
+    """The hash of what it was made with; '' where that cannot be told in another process."""
+    after: dict[int, dict[str, str]]
+    """The digests of the parts of every stack as it left them, by creation index."""
+
+
+class SavedBuilder(Value, frozen=True):
+    """`builder.json`: what a builder knows beside its rack, to go on as if it had not been saved."""
+
+    given: bool
+    """Whether it was made from a configuration, and not from dimensions alone."""
+    dimensions: dict[str, Any]
+    """The sizes that it was given as arguments."""
+    building_mode: Mode | None
+    default_precision: Precision | None
+    model: dict[str, Any]
+    """The section `model` of its rack."""
+    said: tuple[str, ...]
+    """The keys of its configuration that somebody set; the others say nothing, though the file holds their defaults."""
+    created: dict[int, dict[str, str]]
+    """The digests of the parts of every stack as it was created, by creation index."""
+    created_ends: tuple[str, str]
+    """The digests of embedding and head as they were created."""
+    annealed: SavedAnneal | None = None
 
 
 _AGAIN = "Save the rack again, or take another copy of the folder"
@@ -29,7 +60,7 @@ class SavedStack(StackSpec, frozen=True):
 
     storage: Storage
     """How its matrices are stored: float32 as long as it has not been trained, and then as its precision says."""
-    mode: Literal["append", "prepend"]
+    mode: Mode
     trained: bool
     """Whether its stage is over; of a rack that was saved without its builder, always true: it is taken as it is."""
 

@@ -30,6 +30,7 @@ from stackwise_core.stages.stages import AdapterName, StackSpec, StageSpec, reso
 from stackwise_core.training.boundary import LiveTrunk
 from stackwise_core.training.evaluate import judge_rack
 from stackwise_core.training.hardware import use_hardware
+from stackwise_core.training.settings import settings_digest
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import (
     Hooks,
@@ -240,8 +241,7 @@ class ProgressiveTrainer:
     def _anneal(self, call: _Call, n_stacks: int) -> list[StageResult]:
         """Train the rack jointly, unless it is as these settings annealed it."""
         config, spec = self._joint(call.builder, n_stacks, n_stacks)
-        growth = config.training.progressive
-        settings = spec, stage_masks(config, spec), growth.training_objective, config.training.custom_loss
+        settings = settings_digest(config, spec)
         if call.builder.is_annealed(settings):
             return []
         call.builder.undo_anneal()
@@ -271,7 +271,7 @@ class ProgressiveTrainer:
                 raise ConfigError([Fault("precision", repr(stack.precision), allowed)])
         return config, spec
 
-    def _train(self, call: _Call, config: StackWiseConfig, spec: StageSpec, anneal: object = None) -> StageResult:
+    def _train(self, call: _Call, config: StackWiseConfig, spec: StageSpec, anneal: str | None = None) -> StageResult:
         """Train one stage of a call and evaluate it; the call's state is used up by its first stage.
 
         `anneal` are the settings of a joint anneal. After an error the rack is what it was before the stage.

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.adapters import adapter_state
 from stackwise_core.model.digests import tensor_digest
-from stackwise_core.model.rack_builder import ProgressiveRackBuilder
-from stackwise_core.objectives.batches import PackedBatches
 from stackwise_core.stages import resolve
 from stackwise_core.stages.resolve import resolve_order
-from stackwise_core.training.trainer import ProgressiveTrainer
 from storage.artifacts import Artifacts
-from storage.checkpoints import load_channels, load_embedding, load_head, load_stack, load_tensors
+from storage.checkpoints import load_channels, load_embedding, load_stack, load_tensors
+from storage.racks import load_builder, load_rack
 from storage.sequences import load_sequences
-from support.modes import MODES, QUANTISED_MODES, G, plan_of
+from support.modes import MODES, QUANTISED_MODES, G, grown_in_memory, plan_of
 from support.runs import digests, folder_of, grown, manifests, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -43,36 +39,9 @@ CACHED = [
 Reference = Callable[..., Path]
 
 
-def final_parts(config: StackWiseConfig, root: Path) -> dict[str, str]:
-    """Return the digest of every part of the rack as the run left it on disk."""
-    artifacts, stages = Artifacts(root), plan_of(config).stages
-    parts = {f"stack {c}": load_stack(artifacts, stages, c) for c in stages[-1].spec.anatomy.order}
-    whole = {**parts, "head": load_head(artifacts, stages), "embedding": load_embedding(artifacts, stages)}
-    return {name: tensor_digest(part) for name, part in whole.items()}
-
-
-def grown_in_memory(config: StackWiseConfig, root: Path) -> ProgressiveRackBuilder:
-    """Grow with the trainer of the library, on the sequences of a run that is there."""
-    train, _ = load_sequences(Artifacts(root), plan_of(config).data_ref)
-    order = resolve_order(config, len(train))
-    steps = order.steps_per_epoch * 16
-
-    class Loader:
-        """The batches of every stage, from its first step on: each pass of a stage begins with step 0."""
-
-        def __iter__(self) -> Any:
-            yield from PackedBatches(train, order, 0, steps)
-
-    builder = ProgressiveRackBuilder(config)
-    ProgressiveTrainer(config).train_progressively(builder, Loader())
-    return builder
-
-
-def parts_in_memory(builder: ProgressiveRackBuilder) -> dict[str, str]:
-    rack = builder.build_rack()
-    parts = {f"stack {stack.creation_index}": stack for stack in builder.stacks}
-    digests_of = {name: tensor_digest(part) for name, part in parts.items()}
-    return digests_of | {"head": tensor_digest(rack.head), "embedding": tensor_digest(rack.embedding)}
+def final_digest(root: Path) -> str:
+    """Return the digest of the rack as the run left it on disk."""
+    return tensor_digest(load_rack(root, "tiny"))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -81,8 +50,11 @@ def test_a_rack_grown_in_memory_has_the_same_bits(mode: str, tmp_path: Path, ref
     root = reference(MODES[mode])
     config = tiny(root.parent, MODES[mode])
     builder = grown_in_memory(config, root)
-    assert parts_in_memory(builder) == final_parts(config, root)
+    loaded = load_builder(root, "tiny")
+    assert final_digest(root) == tensor_digest(builder.build_rack()) == tensor_digest(loaded.build_rack())
     assert [stack.creation_index for stack in builder.stacks] == list(plan_of(config).stages[-1].spec.anatomy.order)
+    assert loaded.get_rack_info() == builder.get_rack_info()
+    assert loaded.build_rack().tied == builder.build_rack().tied
 
 
 def test_statistics_are_of_the_first_rows_and_kept_with_the_stack(
@@ -93,7 +65,7 @@ def test_statistics_are_of_the_first_rows_and_kept_with_the_stack(
     config, root = tiny(tmp_path, MODES["int8"]), tmp_path / "a"
     grown(config, root)
     builder = grown_in_memory(config, root)
-    assert parts_in_memory(builder) == final_parts(config, root)
+    assert tensor_digest(builder.build_rack()) == final_digest(root)
     artifacts, stages = Artifacts(root), plan_of(config).stages
     for stack in range(3):
         on_disk, in_memory = load_channels(artifacts, stages, stack), builder.channels[stack]
@@ -113,8 +85,7 @@ def test_a_cache_changes_time_and_not_results(mode: str, tmp_path: Path, referen
     cached, live = reference(MODES[mode]), reference({**MODES[mode], f"{G}cache_activations": False})
     assert any(name.startswith("activations") for name in digests(cached))
     assert not any(name.startswith("activations") for name in digests(live))
-    with_cache, without = tiny(cached.parent, MODES[mode]), tiny(live.parent, MODES[mode])
-    assert final_parts(with_cache, cached) == final_parts(without, live)
+    assert final_digest(cached) == final_digest(live)
 
 
 @pytest.mark.parametrize("mode", MODES)

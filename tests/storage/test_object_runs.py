@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from flows.cli.main import main
+from stackwise_core.model.digests import tensor_digest
 from storage.artifacts import artifacts_at
 from storage.errors import ArtifactCorruptError, RunBusyError
 from storage.object_store import ObjectStore
+from storage.racks import load_rack
 from support.runs import digests, grown, made_by_stages, tiny
 from support.s3_server import KEY, SECRET, copy_bucket, delete, machine, objects, put, scratch_root
 
@@ -53,6 +55,13 @@ def copy(first: tuple[str, Path], s3: str) -> str:
 
 def test_the_bytes_are_those_of_a_local_run(first: tuple[str, Path], s3: str, reference: Reference) -> None:
     assert sealed_digests(first[0]) == digests(reference(TWO))
+
+
+def test_the_library_opens_its_rack(first: tuple[str, Path], tmp_path: Path, reference: Reference) -> None:
+    with machine(tmp_path):
+        for depth in (1, 2):
+            found, local = load_rack(first[0], "tiny", depth), load_rack(reference(TWO), "tiny", depth)
+            assert tensor_digest(found) == tensor_digest(local)
 
 
 def test_a_second_machine_makes_nothing_again(copy: str, first: tuple[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from stackwise_core.config import StackWiseConfig
@@ -73,3 +74,27 @@ MODES |= QUANTISED_MODES
 
 def plan_of(config: StackWiseConfig) -> RunPlan:
     return plan_config(config)
+
+
+def grown_in_memory(config: StackWiseConfig, root: Path, builder: Any = None, target: int | None = None) -> Any:
+    """Return a builder, by default a new one, grown by the library's trainer on the sequences of a run."""
+    from stackwise_core.model.rack_builder import ProgressiveRackBuilder
+    from stackwise_core.objectives.batches import PackedBatches
+    from stackwise_core.stages.resolve import resolve_order
+    from stackwise_core.training.trainer import ProgressiveTrainer
+    from storage.artifacts import Artifacts
+    from storage.sequences import load_sequences
+
+    train, _ = load_sequences(Artifacts(root), plan_of(config).data_ref)
+    order = resolve_order(config, len(train))
+    steps = order.steps_per_epoch * 16
+
+    class Loader:
+        """The batches of every stage, from its first step on: each pass of a stage begins with step 0."""
+
+        def __iter__(self) -> Any:
+            yield from PackedBatches(train, order, 0, steps)
+
+    builder = builder or ProgressiveRackBuilder(config)
+    ProgressiveTrainer(config).train_progressively(builder, Loader(), target)
+    return builder

@@ -1,0 +1,88 @@
+"""A rack that a run has grown, at any depth, opened in the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from stackwise_core.config.schema import QUANTISED_STREAMS
+from stackwise_core.config.stacks import settings_of
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.model.rack import Rack
+from stackwise_core.model.rack_builder import ProgressiveRackBuilder
+from stackwise_core.model.snapshot import Snapshot
+from stackwise_core.model.stream import ChannelStatistics
+from stackwise_core.stages.plan import StagePlan
+from storage.artifacts import Artifacts, State, artifacts_at
+from storage.checkpoints import load_channels, load_embedding, load_head, load_stack
+from storage.runs import Attempt, find_run
+
+
+def load_rack(uri: str | Path, run: str, depth: int | None = None) -> Rack:
+    """Return the rack of a run on the CPU, every stack in its storage type, nothing of it training.
+
+    Args:
+        uri: what `--artifacts` takes: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX.
+        run: name of the run; its newest attempt counts.
+        depth: the number of stacks, as the stage that added the last of them left the rack; None is the rack as far
+            as it is trained, after the joint anneal if there is one.
+
+    Raises:
+        ConfigError: there is no such run, or no rack of this depth; it lists what there is.
+        ArtifactError: a file is missing or damaged.
+    """
+    artifacts = artifacts_at(uri).existing()
+    return _rack(artifacts, _stages(artifacts, find_run(artifacts, run), depth))
+
+
+def load_builder(uri: str | Path, run: str, depth: int | None = None) -> ProgressiveRackBuilder:
+    """Return the rack of a run in a builder with the run's configuration, to grow on; see `load_rack`.
+
+    Growth goes on from the rack before its joint anneal, if there is one, as it does in a run.
+    """
+    artifacts = artifacts_at(uri).existing()
+    attempt = find_run(artifacts, run)
+    stages = _stages(artifacts, attempt, depth)
+    first = settings_of(attempt.config, 0).mode
+    builder, last = ProgressiveRackBuilder(attempt.config), stages[-1].spec
+    builder.take_rack(_rack(artifacts, stages), last.anatomy.order, _channels(artifacts, stages, attempt), first)
+    if last.mode == "joint" and len(stages) > 1:
+        before = Snapshot.all_of(_rack(artifacts, stages[:-1]), dict(builder.channels))
+        builder.keep_annealed("", before)  # what settings it was made with matters only to a trainer of the library
+    return builder
+
+
+def _channels(artifacts: Artifacts, stages: tuple[StagePlan, ...], attempt: Attempt) -> dict[int, ChannelStatistics]:
+    """Return the statistics of the stacks' outputs that the stages took: none unless the stream is quantised."""
+    if attempt.config.cache.dtype not in QUANTISED_STREAMS:
+        return {}
+    taken = {stack for stage in stages if stage.stack.statistics_rows for stack in stage.spec.anatomy.live}
+    return {stack: load_channels(artifacts, stages, stack) for stack in sorted(taken)}
+
+
+def _stages(artifacts: Artifacts, attempt: Attempt, depth: int | None) -> tuple[StagePlan, ...]:
+    """Return the stages of a run up to the one that left the rack of a depth."""
+    stages = attempt.plan.stages
+    sealed = [artifacts.state(stage.ref("stack")) is State.SEALED for stage in stages]
+    trained = stages[: sealed.index(False)] if False in sealed else stages
+    by_depth = {len(stage.spec.stacks): stage for stage in reversed(trained)}  # the first of equal depth: not annealed
+    if depth is None and trained:
+        return trained
+    if depth not in by_depth:
+        there = ", ".join(map(str, sorted(by_depth))) or "none yet: its first stage is not trained"
+        allowed = f"the run {attempt.name} has racks of these depths: {there}"
+        raise ConfigError([Fault("depth", repr(depth), allowed)])
+    return stages[: by_depth[depth].index + 1]
+
+
+def _rack(artifacts: Artifacts, stages: tuple[StagePlan, ...]) -> Rack:
+    last = stages[-1]
+    with torch.random.fork_rng(devices=[]):  # modules draw numbers, which are then replaced
+        rack = Rack(last.shape)
+        rack.untie()
+        rack.embedding, rack.head = load_embedding(artifacts, stages), load_head(artifacts, stages)
+        rack.stacks.extend(load_stack(artifacts, stages, stack) for stack in last.spec.anatomy.order)
+    if last.shape.tie_embeddings and len(stages) == 1:  # only the first stage trains both as one matrix
+        rack.tie()
+    return rack.requires_grad_(False).eval()
