@@ -148,12 +148,25 @@ def load_channels(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int)
     """Return the statistics of a stack's output from the last of some stages that could change it."""
     changed = [stage for stage in stages if _has_channels(stage) and stack in stage.spec.anatomy.live][-1]
     path = artifacts.checked(changed.ref("stack")) / CHANNELS
+    if stack not in (found := _channels_of(path)):
+        raise ArtifactCorruptError(path, f"has no statistics of stack {stack}", _REMADE.format(path.parent))
+    return found[stack]
+
+
+def load_all_channels(artifacts: Artifacts, stages: Sequence[StagePlan]) -> dict[int, ChannelStatistics]:
+    """Return the newest statistics of every stack's output that some stages took, by creation index."""
+    found: dict[int, ChannelStatistics] = {}
+    for stage in filter(_has_channels, stages):
+        found |= _channels_of(artifacts.checked(stage.ref("stack")) / CHANNELS)
+    return found
+
+
+def _channels_of(path: Path) -> dict[int, ChannelStatistics]:
     tensors = load_tensors(path)
     try:
-        return channels_in(tensors)[stack]
-    except (KeyError, ValueError) as missing:
-        problem = f"has no statistics of stack {stack} ({missing})"
-        raise ArtifactCorruptError(path, problem, _REMADE.format(path.parent)) from None
+        return channels_in(tensors)
+    except ValueError as error:
+        raise ArtifactCorruptError(path, str(error), _REMADE.format(path.parent)) from None
 
 
 def _has_channels(stage: StagePlan) -> bool:

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from stackwise_core.config.schema import QUANTISED_STREAMS
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.rack import Rack
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.snapshot import Snapshot
-from stackwise_core.model.stream import ChannelStatistics
+from stackwise_core.stages.adopt import adopting
 from stackwise_core.stages.plan import StagePlan
 from storage.artifacts import Artifacts, State, artifacts_at
-from storage.checkpoints import load_channels, load_embedding, load_head, load_stack
+from storage.checkpoints import load_all_channels, load_embedding, load_head, load_stack
 from storage.runs import Attempt, find_run
 
 
@@ -44,21 +44,22 @@ def load_builder(uri: str | Path, run: str, depth: int | None = None) -> Progres
     artifacts = artifacts_at(uri).existing()
     attempt = find_run(artifacts, run)
     stages = _stages(artifacts, attempt, depth)
-    first = settings_of(attempt.config, 0).mode
-    builder, last = ProgressiveRackBuilder(attempt.config), stages[-1].spec
-    builder.take_rack(_rack(artifacts, stages), last.anatomy.order, _channels(artifacts, stages, attempt), first)
+    config, last = _config(attempt), stages[-1].spec
+    builder, channels = ProgressiveRackBuilder(config), load_all_channels(artifacts, stages)
+    builder.take_rack(_rack(artifacts, stages), last.anatomy.order, channels, settings_of(config, 0).mode)
     if last.mode == "joint" and len(stages) > 1:
         before = Snapshot.all_of(_rack(artifacts, stages[:-1]), dict(builder.channels))
         builder.keep_annealed("", before)  # what settings it was made with matters only to a trainer of the library
     return builder
 
 
-def _channels(artifacts: Artifacts, stages: tuple[StagePlan, ...], attempt: Attempt) -> dict[int, ChannelStatistics]:
-    """Return the statistics of the stacks' outputs that the stages took: none unless the stream is quantised."""
-    if attempt.config.cache.dtype not in QUANTISED_STREAMS:
-        return {}
-    taken = {stack for stage in stages if stage.stack.statistics_rows for stack in stage.spec.anatomy.live}
-    return {stack: load_channels(artifacts, stages, stack) for stack in sorted(taken)}
+def _config(attempt: Attempt) -> StackWiseConfig:
+    """Return the configuration of a run, as one that the library could have grown the rack with."""
+    if not (adopted := attempt.plan.adopted):
+        return attempt.config
+    filled = adopting(attempt.config, adopted)
+    filled.model.from_ = ""
+    return StackWiseConfig.model_validate(filled.model_dump())  # the library does not adopt: it has the rack
 
 
 def _stages(artifacts: Artifacts, attempt: Attempt, depth: int | None) -> tuple[StagePlan, ...]:
@@ -66,8 +67,9 @@ def _stages(artifacts: Artifacts, attempt: Attempt, depth: int | None) -> tuple[
     stages = attempt.plan.stages
     sealed = [artifacts.state(stage.ref("stack")) is State.SEALED for stage in stages]
     trained = stages[: sealed.index(False)] if False in sealed else stages
-    by_depth = {len(stage.spec.stacks): stage for stage in reversed(trained)}  # the first of equal depth: not annealed
-    if depth is None and trained:
+    # Of equal depths the first: the other is annealed. Of an adopted rack only the last stack has a head.
+    by_depth = {len(stage.spec.stacks): stage for stage in reversed(trained) if stage.validation}
+    if depth is None and by_depth:
         return trained
     if depth not in by_depth:
         there = ", ".join(map(str, sorted(by_depth))) or "none yet: its first stage is not trained"
@@ -83,6 +85,7 @@ def _rack(artifacts: Artifacts, stages: tuple[StagePlan, ...]) -> Rack:
         rack.untie()
         rack.embedding, rack.head = load_embedding(artifacts, stages), load_head(artifacts, stages)
         rack.stacks.extend(load_stack(artifacts, stages, stack) for stack in last.spec.anatomy.order)
-    if last.shape.tie_embeddings and len(stages) == 1:  # only the first stage trains both as one matrix
+    ends = rack.embedding.weight, rack.head.projection.weight
+    if last.shape.tie_embeddings and len(stages) == 1 and torch.equal(*ends):  # one matrix, until a second stage
         rack.tie()
     return rack.requires_grad_(False).eval()

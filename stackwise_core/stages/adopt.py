@@ -17,7 +17,7 @@ from stackwise_core.config.unused import is_used
 from stackwise_core.errors import ConfigError, Fault, SavedRackError
 from stackwise_core.stages.identity import AdoptedRecipe, canonical_json
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.stages.saved_rack import CONFIG, SavedRack
+from stackwise_core.stages.saved_rack import SavedRack
 from stackwise_core.stages.stages import StackSpec
 
 CHANNELS = "channels.safetensors"
@@ -36,7 +36,7 @@ def adopted_recipes(saved: SavedRack) -> tuple[AdoptedRecipe, ...]:
     for stack in saved.stacks:
         if not stack.trained or stack.storage != _STORAGE[stack.precision]:
             raise SavedRackError(saved.folder, f"stack {stack.index} of the rack is not trained yet", remedy)
-    content = {path: digest for path, digest in saved.files.items() if path != CONFIG}
+    content = {path: saved.files[path] for path in saved.tensor_files}
     rack = hashlib.sha256(canonical_json(content).encode()).hexdigest()
     return tuple(
         AdoptedRecipe(
@@ -55,8 +55,8 @@ def rack_files(saved: SavedRack, stack: int) -> dict[str, str]:
     own, is_last = f"stack-{stack}/", stack == len(saved.stacks) - 1
     return {
         path: path.removeprefix(own)
-        for path in saved.files
-        if path.startswith(own) or (is_last and "/" not in path and path != CONFIG)
+        for path in saved.tensor_files
+        if path.startswith(own) or (is_last and "/" not in path)
     }
 
 

@@ -118,6 +118,13 @@ class SavedRack(Value, frozen=True):
             raise SavedRackError(folder / RACK, f"is damaged ({error})", _AGAIN) from None
         return _parsed(folder / RACK, written).model_copy(update={"folder": folder})
 
+    @property
+    def tensor_files(self) -> list[str]:
+        """The files of the rack itself, without what its builder needs beside it."""
+        return [
+            name for name in self.files if name not in (CONFIG, BUILDER) and not name.startswith(f"{BEFORE_JOINT}/")
+        ]
+
     def read(self, name: str) -> bytes:
         """Return the bytes of one of its files; raises SavedRackError if they are not what was saved."""
         path = self.folder / name

@@ -14,6 +14,7 @@ from storage.artifacts import Artifacts
 from storage.errors import ArtifactCorruptError, ArtifactsFolderError
 from storage.racks import load_builder, load_rack
 from storage.runs import begin_attempt
+from support.adopting import adopted, library_rack, run_batches
 from support.modes import MODES, G, grown_in_memory, plan_of
 from support.runs import folder_of, grown, tiny
 
@@ -53,6 +54,22 @@ def test_before_and_after_the_joint_anneal(reference: Reference) -> None:
     assert len(annealed.stacks) == len(before.stacks) == 3
     assert tensor_digest(before) == tensor_digest(load_rack(reference(MODES["append"]), "tiny"))
     assert tensor_digest(annealed) != tensor_digest(before)
+
+
+def test_a_rack_that_was_adopted_and_grown_on(tmp_path: Path, reference: Reference) -> None:
+    """There and back again: from the library to a run, and from the run to the library."""
+    config = tiny(reference().parent)
+    builder = library_rack(config, run_batches(config, reference()), 2)
+    builder.save(tmp_path / "rack")
+    root = tmp_path / "a"
+    adopted(reference().parent, {}, tmp_path / "rack", root)
+    assert tensor_digest(load_rack(root, "tiny", 2)) == tensor_digest(builder.build_rack())
+    with pytest.raises(ConfigError, match=r"depth: got 1; the run tiny has racks of these depths: 2, 3"):
+        load_rack(root, "tiny", 1)  # the head belongs to the whole rack that was adopted
+    loaded = load_builder(root, "tiny")
+    assert loaded.n_trained == 3
+    grown_in_memory(config, reference(), loaded, 4)
+    assert loaded.n_trained == 4
 
 
 def test_what_there_is_not_is_one_sentence(tmp_path: Path) -> None:

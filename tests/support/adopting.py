@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
-from stackwise_core.model.rack import save_rack
 from stackwise_core.objectives.batches import PackedBatches
 from stackwise_core.objectives.losses import Batch
 from stackwise_core.stages.plan import plan_config
@@ -32,7 +31,7 @@ def library_rack(config: Any, batches: list[Batch], n_stacks: int) -> Progressiv
 
 
 def save(builder: ProgressiveRackBuilder, folder: Path) -> None:
-    save_rack(folder, builder.build_rack(), trained=range(builder.n_trained), channels=builder.channels)
+    builder.save(folder)
 
 
 def adopted(folder: Path, changes: dict[str, Any], rack: Path, root: Path) -> Any:
