@@ -496,10 +496,10 @@ def _with_dimensions(config: StackWiseConfig, dimensions: dict[str, Any]) -> Sta
     """Return a configuration with other sizes; all other sections stay shared, so that edits of them are seen."""
     if not dimensions:
         return config
-    model = config.model.model_copy()
+    model, sizes = config.model.model_copy(), [name for name in ModelConfig.model_fields if name != "from_"]
     for name, value in dimensions.items():
-        if name not in ModelConfig.model_fields:
-            known = ", ".join(ModelConfig.model_fields)
+        if name not in sizes:
+            known = ", ".join(sizes)
             raise ConfigError([Fault(name, repr(value), f"there is no such dimension; known: {known}")])
         try:
             setattr(model, name, value)

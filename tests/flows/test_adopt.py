@@ -13,12 +13,15 @@ import torch
 
 from flows.run.run import grow
 from flows.run.stage import Stage
+from flows.run.steps import train
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, SavedRackError, StackWiseError
-from stackwise_core.model.rack import Rack
+from stackwise_core.model.rack import Rack, save_rack
 from stackwise_core.model.stream import Stream
+from stackwise_core.stages.adopt import adopted_recipes
 from stackwise_core.stages.resolve import TimeShape
+from stackwise_core.stages.saved_rack import SavedRack
 from stackwise_core.training.boundary import LiveTrunk
 from stackwise_core.training.training import tensor_digest
 from storage.adopt import plan_in
@@ -49,6 +52,14 @@ def grown_rack(folder: Path, changes: dict[str, Any], reference: Reference) -> t
     builder = library_rack(config, run_batches(config, reference()), 2)
     save(builder, folder / "rack")
     return builder, folder / "rack"
+
+
+def as_good_as_trained(config: StackWiseConfig, n_stacks: int) -> ProgressiveRackBuilder:
+    builder = ProgressiveRackBuilder(config)
+    for _ in range(n_stacks):
+        builder.append_stack()
+    builder._trained.update(range(n_stacks))  # pyright: ignore[reportPrivateUsage]
+    return builder
 
 
 def adopting(rack: Path, reference: Reference, changes: dict[str, Any] | None = None) -> StackWiseConfig:
@@ -142,8 +153,9 @@ def test_a_run_that_only_adopts_validates_and_can_be_raised(rack: Path, tmp_path
 
 
 def test_the_folder_may_move_or_go_once_it_is_adopted(tmp_path: Path, reference: Reference) -> None:
-    _, rack = grown_rack(tmp_path, {}, reference)
-    config, root = adopting(rack, reference, {f"{G}target_stacks": 2}), tmp_path / "artifacts"
+    rack, root = tmp_path / "rack", tmp_path / "artifacts"
+    save(as_good_as_trained(tiny(reference().parent), 2), rack)
+    config = adopting(rack, reference, {f"{G}target_stacks": 2})
     before = ids(plan_in(Artifacts(root), config)[1])
     grown(config, root)
     moved = rack.rename(tmp_path / "moved")
@@ -161,14 +173,18 @@ def test_the_folder_may_move_or_go_once_it_is_adopted(tmp_path: Path, reference:
 
 
 def test_another_rack_in_the_folder_is_refused_under_the_same_name(tmp_path: Path, reference: Reference) -> None:
-    builder, rack = grown_rack(tmp_path, {}, reference)
-    grown(adopting(rack, reference, {f"{G}target_stacks": 2}), tmp_path / "artifacts")
+    builder, rack = as_good_as_trained(tiny(reference().parent), 1), tmp_path / "rack"
+    save(builder, rack)
+    grown(adopting(rack, reference, {f"{G}target_stacks": 1}), tmp_path / "artifacts")
     with torch.no_grad():
         builder.stack(0).blocks[0].attention.q_proj.weight.add_(1.0)
     save(builder, rack)
     with pytest.raises(ConfigError, match="its rack is not what run 'tiny' adopted"):
         grow(adopting(rack, reference), str(tmp_path / "artifacts"))
-    assert grown(adopting(rack, reference, {"run.name": "other"}), tmp_path / "artifacts").made[0] == "adopt 0"
+    assert (
+        grown(adopting(rack, reference, {"run.name": "other", f"{G}target_stacks": 1}), tmp_path / "artifacts").made[0]
+        == "adopt 0"
+    )
 
 
 def test_what_processes_and_workers_get_plans_the_same(rack: Path, tmp_path: Path, reference: Reference) -> None:
@@ -255,15 +271,45 @@ BAD: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_a_bad_rack_is_one_sentence(message: str, tmp_path: Path, reference: Reference) -> None:
-    builder = ProgressiveRackBuilder(tiny(reference().parent))
-    builder.append_stack(), builder.append_stack()
-    builder._trained.update((0, 1))  # pyright: ignore[reportPrivateUsage] -- as good as trained
-    save(builder, tmp_path / "rack")
+    save(as_good_as_trained(tiny(reference().parent), 2), tmp_path / "rack")
     BAD[message](tmp_path / "rack")
     with pytest.raises(StackWiseError) as caught:
         grow(adopting(tmp_path / "rack", reference), str(tmp_path / "artifacts"))
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_rack_that_changes_while_the_run_starts_is_not_adopted(tmp_path: Path, reference: Reference) -> None:
+    builder, artifacts = as_good_as_trained(tiny(reference().parent), 1), Artifacts(tmp_path / "artifacts").open()
+    save(builder, tmp_path / "rack")
+    config, plan = plan_in(artifacts, adopting(tmp_path / "rack", reference))
+    with torch.no_grad():
+        builder.build_rack().embedding.weight.add_(1.0)
+    save(builder, tmp_path / "rack")
+    rest = {"config": config, "root": artifacts.uri, "corpus": plan.data.corpus, "corpus_bytes": 0, "index": 0}
+    with pytest.raises(SavedRackError, match="changed while the run was starting"):
+        train(Stage(adopted=plan.adopted, needed=frozenset(("stack",)), **rest), None, None)
+
+
+def test_an_id_names_the_adapters_of_both_origins(tmp_path: Path, reference: Reference) -> None:
+    """Of two adopted stacks the first has its progressive adapter, and the second gets that of the run."""
+    dual = {f"{G}trunk_strategy": "qlora", f"{G}qlora_enabled": True, f"{G}progressive_qlora": True}
+    save(as_good_as_trained(tiny(reference().parent, {**dual, f"{G}progressive_qlora_rank": 2}), 2), tmp_path / "rack")
+    found = {}
+    for rank in (2, 3):
+        config = adopting(tmp_path / "rack", reference, {**dual, f"{G}progressive_qlora_rank": rank})
+        stage = plan_in(Artifacts(tmp_path), config)[1].stages[2]
+        found[rank] = stage.ref("trunk")
+        assert [stack.adapters["progressive"].rank for stack in stage.spec.stacks[:2]] == [2, rank]
+    assert found[2] != found[3]
+
+
+def test_the_file_of_a_configuration_in_the_folder_changes_no_id(tmp_path: Path, reference: Reference) -> None:
+    rack = as_good_as_trained(tiny(reference().parent), 1).build_rack()
+    for name, text in (("one", "run: {name: one}"), ("two", "run: {name: two}")):
+        save_rack(tmp_path / name, rack, config=text)
+    one, two = (adopted_recipes(SavedRack.at(tmp_path / name)) for name in ("one", "two"))
+    assert one == two
 
 
 def test_an_untrained_rack_and_the_library_are_refused(tmp_path: Path, reference: Reference) -> None:
