@@ -9,6 +9,7 @@ from typing import Any
 from flows.run.events import DataReady, TaskStarted, emit, emit_waiting, stop_requested
 from flows.run.numbers import size
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.sizes import batch_size_of, vocab_size_of
 from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.data.packing import Corpus, ExampleFormat, PackedSequences, pack, pack_examples, read_corpus
 from stackwise_core.data.sources import check_tokens
@@ -34,7 +35,7 @@ def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -
         if artifacts.state(ref) is not State.SEALED:
             emit(TaskStarted(-1, "prepare data"))
             _pack_into(config, artifacts, plan)
-    facts, batch_size = artifacts.manifest(ref).facts, config.training.batch_size
+    facts, batch_size = artifacts.manifest(ref).facts, batch_size_of(config)
     n_rows = facts["train_sequences"]
     emit(DataReady(n_rows, facts["validation_sequences"]))
     if n_rows < batch_size:
@@ -47,13 +48,13 @@ def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -
 
 
 def _vocabulary_faults(config: StackWiseConfig, facts: dict[str, Any]) -> Iterator[Fault]:
-    largest = {"token": facts.get("largest_token", 0)}
+    largest, vocab_size = {"token": facts.get("largest_token", 0)}, vocab_size_of(config)
     if not config.training.custom_loss:
         largest["target"] = facts.get("largest_target", 0)
     for what, value in largest.items():
-        if value >= config.model.vocab_size:
+        if value >= vocab_size:
             needed = f"the corpus holds the {what} {value}: at least {value + 1} is needed"
-            yield Fault("model.vocab_size", str(config.model.vocab_size), needed)
+            yield Fault("model.vocab_size", str(vocab_size), needed)
     masked = "mask_tokens" in facts and config.training.progressive.training_objective == "mlm"
     if masked and (facts["mask_tokens"] or facts["largest_token"] >= load_tokenizer(config.data.tokenizer).vocab_size):
         yield Fault("data.tokenizer", repr(config.data.tokenizer), f"the corpus was not made by it; {_MADE_BY}")
@@ -68,7 +69,7 @@ def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequence
         return pack(corpus, tokenizer, data.seq_len, data.max_sequences, data.validation_fraction)
     form = ExampleFormat(
         seq_len=data.seq_len,
-        vocab_size=config.model.vocab_size,
+        vocab_size=vocab_size_of(config),
         pad_token=tokenizer.pad_token,
         targets_are_tokens=not config.training.custom_loss,
     )
@@ -80,7 +81,7 @@ _MADE_BY = "mlm needs the tokenizer.json that made the tokens, with a [MASK] tha
 
 def _check_tokens(config: StackWiseConfig, corpus: Corpus) -> None:
     """Reject tokens outside the model's vocabulary; with mlm also outside the tokenizer's, and its [MASK]."""
-    tokenizer, n_rows = load_tokenizer(config.data.tokenizer), config.model.vocab_size
+    tokenizer, n_rows = load_tokenizer(config.data.tokenizer), vocab_size_of(config)
     for document in corpus.documents:
         check_tokens(document, n_rows, "raise model.vocab_size, or give the file of this vocabulary")
         if config.training.progressive.training_objective == "mlm":

@@ -9,8 +9,8 @@ from typing import Any
 
 from stackwise_core.config.functions import shown
 from stackwise_core.config.schema import GROWTH, QUANTISED, ConfigSchema
+from stackwise_core.config.sizes import batch_size_of, layer_widths
 from stackwise_core.config.stacks import (
-    layer_widths,
     n_time_steps,
     named,
     progressive_adapter_of,
@@ -80,35 +80,19 @@ def _tokenizer_faults(config: ConfigSchema) -> Iterator[Fault]:
     except ConfigError as error:
         yield from error.faults
         return
-    if config.model.vocab_size < tokenizer.vocab_size:
+    if 0 < config.model.vocab_size < tokenizer.vocab_size:
         which = "the byte tokenizer" if name == "byte" else f"data.tokenizer = {name!r}"
-        yield _fault(config, "model.vocab_size", f"{which} needs at least {tokenizer.vocab_size}")
+        yield _fault(
+            config, "model.vocab_size", f"{which} needs at least {tokenizer.vocab_size}; 0 takes what it needs"
+        )
     if tokenizer.mask_token is None and config.training.progressive.training_objective == "mlm":
         allowed = "it has neither [MASK] nor <mask>, which mlm needs; add one to it, or use training_objective: clm"
         yield _fault(config, "data.tokenizer", allowed)
 
 
 def _training_faults(config: ConfigSchema) -> Iterator[Fault]:
-    training, growth = config.training, config.training.progressive
-    if training.batch_size % training.accumulation_steps:
-        yield _fault(config, "training.accumulation_steps", f"must divide training.batch_size = {training.batch_size}")
-    yield from _limited(config, "training.min_learning_rate", "training.learning_rate")
-    yield from _limited(config, "training.warmup_steps", _shortest_stage(config))
     if is_used(config, "training.mask_ratio_max"):
         yield from _limited(config, "training.mask_ratio_min", "training.mask_ratio_max")
-    if (objective := growth.training_objective) != "mlm" and config.cache.views > 1:
-        yield _fault(config, "cache.views", f"{objective} has no masks: its views would be identical copies; use 0")
-
-
-def _shortest_stage(config: ConfigSchema) -> str:
-    """Return the key that sets the smallest number of steps."""
-    growth = config.training.progressive
-    n_stages = growth.target_stacks if growth.enabled else 0
-    entries = enumerate(growth.stacks[:n_stages])
-    lengths = {f"{GROWTH}.stacks.{stack}.steps": own.steps for stack, own in entries if own.steps}
-    if len(lengths) < max(1, n_stages):
-        lengths["training.steps_per_stack"] = config.training.steps_per_stack
-    return min(lengths, key=lengths.__getitem__)
 
 
 def _limited(config: ConfigSchema, path: str, limit_path: str) -> Iterator[Fault]:
@@ -196,7 +180,8 @@ def _depth_faults(config: ConfigSchema) -> Iterator[Fault]:
     for c, (step, following) in enumerate(itertools.pairwise(steps)):
         pair = f"stacks {c} and {c + 1}"
         if exponential and step == following:
-            allowed = f"gives {pair} the same step {step}; raise {GROWTH}.num_time_steps (now {n_time_steps(config)})"
+            remedy = f"raise {GROWTH}.num_time_steps" if growth.num_time_steps else "give mask_ratio_table more ratios"
+            allowed = f"gives {pair} the same step {step}; {remedy} (now {n_time_steps(config)})"
             yield _fault(config, f"{GROWTH}.stack_time_mapping", allowed)
             return
         if not (linear or exponential) and following < step:
@@ -241,12 +226,10 @@ def _elbo_faults(config: ConfigSchema) -> Iterator[Fault]:
 
 
 def _hardware_faults(config: ConfigSchema) -> Iterator[Fault]:
-    hardware, training = config.hardware, config.training
+    hardware, most = config.hardware, batch_size_of(config)
     if hardware.processes > 1 and hardware.device.startswith("cuda:"):
         yield _fault(
             config, "hardware.device", f"hardware.processes = {hardware.processes} need a device each; use cuda"
         )
-    most = training.batch_size // training.accumulation_steps
     if hardware.processes > most:
-        allowed = f"each process needs a row of every part of a batch: at most batch_size / accumulation_steps = {most}"
-        yield _fault(config, "hardware.processes", allowed)
+        yield _fault(config, "hardware.processes", f"each process needs a row of every batch: at most {most}")

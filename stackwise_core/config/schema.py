@@ -110,8 +110,10 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The shape of a block, shared by every stack (Llama: RMSNorm, RoPE, GQA, SwiGLU)."""
 
-    vocab_size: int = Field(default=264, ge=2, le=2**24)
-    """Rows of the embedding [tokens]; at least what the tokenizer has (byte: 259)."""
+    vocab_size: Annotated[int, _checked(lambda value: value != 1, "0, or at least 2, is expected")] = Field(
+        default=0, ge=0, le=2**24
+    )
+    """Rows of the embedding [tokens]; 0 means what the tokenizer has, rounded up to 64 (byte: 264)."""
     d_model: int = Field(default=128, ge=8, le=2**17)
     """Width of the residual stream [channels]."""
     n_heads: int = Field(default=4, ge=1)
@@ -211,8 +213,8 @@ class ProgressiveConfig(Section):
     time_per_stack: int = Field(default=1, ge=1, le=2**20)
     """Linear mapping: time steps between neighbouring stacks."""
     num_time_steps: int = Field(default=0, ge=0, le=2**20)
-    """Time steps in all; 0 means as many as mask_ratio_table has ratios, or else 1,000 with time as an input and
-    max_stacks * time_per_stack with depth."""
+    """Time steps in all; 0 means as many as mask_ratio_table has ratios, or else 1,000 with time as an input, and with
+    depth max_stacks * time_per_stack, or what exponential steps need."""
     stacks: list[StackOverride] = Field(default_factory=list)
     """Per-stack overrides {n_blocks, precision, mode, steps} in creation order."""
 
@@ -221,19 +223,19 @@ class TrainingConfig(Section):
     """Optimisation of one stage."""
 
     batch_size: int = Field(default=32, ge=1, le=2**24)
-    """Sequences in one optimizer step."""
+    """Sequences in one optimizer step; at most data.max_sequences."""
     accumulation_steps: int = Field(default=1, ge=1)
-    """Parts a batch is computed in, one after the other; must divide batch_size."""
+    """Parts a batch is computed in, one after the other; at most batch_size."""
     steps_per_stack: int = Field(default=200, ge=1, le=2**32)
     """Optimizer steps of a stage."""
     learning_rate: float = Field(default=2e-3, gt=0.0)
     """Peak learning rate of AdamW."""
     min_learning_rate: float = Field(default=2e-4, ge=0.0)
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine; at most the peak."""
     adapter_learning_rate: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate of LoRA adapters."""
     warmup_steps: int = Field(default=20, ge=0)
-    """Steps of linear warm-up at the start of every stage."""
+    """Steps of linear warm-up at the start of every stage; at most those of the stage."""
     weight_decay: float = Field(default=0.1, ge=0.0)
     """AdamW weight decay of matrices; none on norms and embeddings."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
@@ -280,7 +282,7 @@ class CacheConfig(Section):
     dtype: StreamDtype = "bfloat16"
     """Type of the stored stream, and of the frozen trunk's stream when it is live."""
     views: int = Field(default=0, ge=0, le=1024)
-    """Mask draws per sequence; 0 is automatic (1 for clm, else 8)."""
+    """mlm: mask draws per sequence; 0 means 8. Without masks there is one."""
     max_gb: float = Field(default=50.0, gt=0.0)
     """Most bytes of one store [GiB]; more is refused before anything is written."""
     keep: Literal["last", "all"] = "last"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from typing import Any
@@ -85,30 +86,40 @@ def _by_pattern(pattern: str, value: float, stack: int) -> float:
     return value * (stack + 1) if pattern == "linear" else value
 
 
-def feed_forward_width(config: ConfigSchema) -> int:
-    """Return the inner width of the feed-forward: d_ff, or 8/3 of d_model rounded up to a multiple of 32."""
-    return config.model.d_ff or -(-config.model.d_model * 8 // 3 // 32) * 32
-
-
-def layer_widths(config: ConfigSchema) -> dict[str, int]:
-    """Return the widths of a block's linear layers, by the key that sets each."""
-    model = config.model
-    widths = {"model.d_model": model.d_model, "model.d_ff": feed_forward_width(config)}
-    grouped = model.n_kv_heads not in (0, model.n_heads) and model.d_model % model.n_heads == 0
-    return widths | ({"model.n_kv_heads": model.d_model // model.n_heads * model.n_kv_heads} if grouped else {})
-
-
 _INPUT_STEPS = 1000
 
 
 def n_time_steps(config: ConfigSchema) -> int:
-    """Return T, the number of time steps; where `num_time_steps` is 0, a table of ratios has one for each."""
+    """Return T, the number of time steps.
+
+    Where `num_time_steps` is 0, a table of ratios has one for each, time as an input 1,000, and depth `time_per_stack`
+    for each of `max_stacks`, or more if exponential steps would coincide.
+    """
     growth = config.training.progressive
     if growth.num_time_steps:
         return growth.num_time_steps
     if ratios := _table(config):
         return len(ratios)
-    return _INPUT_STEPS if growth.time_interpretation == "input" else growth.max_stacks * growth.time_per_stack
+    if growth.time_interpretation == "input":
+        return _INPUT_STEPS
+    n_steps = growth.max_stacks * growth.time_per_stack
+    return n_distinct_steps(growth.max_stacks, n_steps) if growth.stack_time_mapping == "exponential" else n_steps
+
+
+@functools.lru_cache
+def n_distinct_steps(n_stacks: int, n_steps: int) -> int:
+    """Return how many time steps give every stack another exponential one: `n_steps` if these do, or else more.
+
+    Steps lie closest at the beginning, so that it is enough if the second stack has step 1 before rounding.
+    """
+    if len({_exponential_step(c, n_stacks, n_steps) for c in range(n_stacks)}) == n_stacks:
+        return n_steps
+    return 1 + math.ceil(math.expm1(1.0) / math.expm1(1 / (n_stacks - 1)))
+
+
+def _exponential_step(c: int, n_stacks: int, n_steps: int) -> int:
+    share = math.expm1(c / (n_stacks - 1)) / math.expm1(1.0) if n_stacks > 1 else 0.0
+    return round((n_steps - 1) * share)
 
 
 def _table(config: ConfigSchema) -> tuple[float, ...]:
@@ -167,8 +178,7 @@ def stack_time_step(config: ConfigSchema, c: int) -> int:
         raise ConfigError([Fault("stack_idx", str(c), f"{GROWTH}.max_stacks allows stacks 0 to {n_stacks - 1}")])
     kind: Any = growth.stack_time_mapping
     if kind == "exponential":
-        share = math.expm1(c / (n_stacks - 1)) / math.expm1(1.0) if n_stacks > 1 else 0.0
-        return round((n_steps - 1) * share)
+        return _exponential_step(c, n_stacks, n_steps)
     if kind == "linear":  # can only run past the last step if the number of steps is given
         step, key = c * growth.time_per_stack, "num_time_steps"
         remedy = f"raise it, or lower {GROWTH}.time_per_stack (now {growth.time_per_stack})"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import describe
 from stackwise_core.config.schema import GROWTH, ConfigSchema, ModelConfig, Precision, StackOverride
-from stackwise_core.config.stacks import feed_forward_width
+from stackwise_core.config.sizes import feed_forward_width, vocab_size_of
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.resolve import ModelShape, TimeShape
 
@@ -44,39 +44,45 @@ class Told:
         return model is self.given and key in self.replaced and self.replaced[key] == getattr(model, key)
 
 
-def agreed_model(told: Told, model: ModelConfig) -> ModelConfig:
-    """Return the section of a rack: what the builder was told, and else what this section says.
+def agreed_model(told: Told, config: ConfigSchema) -> ModelConfig:
+    """Return the section of a rack: what the builder was told, and else what this configuration says.
 
     Raises:
         ConfigError: lists every key that the two say differently, with both values.
     """
-    agreed, faults = told.model.model_copy(), list[Fault]()
+    model, agreed, faults = config.model, told.model.model_copy(), list[Fault]()
     for key in ModelConfig.model_fields:
         free = key == "blocks_per_stack" and key not in told.dimensions
-        said = free or key in model.model_fields_set
-        if not said or told.overrides(model, key) or _value(model, key) == _value(told.model, key):
+        said = free or (_says_vocabulary(told, model) if key == "vocab_size" else key in model.model_fields_set)
+        if not said or told.overrides(model, key) or _value(config, key) == _value(ConfigSchema(model=told.model), key):
             continue
         if told.binds(key):
             allowed = f"the rack was built with {getattr(told.model, key)}; make the two equal, or make a new builder"
             faults.append(Fault(f"model.{key}", describe(getattr(model, key)), allowed))
         else:
-            setattr(agreed, key, getattr(model, key))
+            setattr(agreed, key, vocab_size_of(config) if key == "vocab_size" else getattr(model, key))
     if faults:
         raise ConfigError(faults)
     return agreed
 
 
-def _value(model: ModelConfig, key: str) -> Any:
+def _says_vocabulary(told: Told, model: ModelConfig) -> bool:
+    """Return whether the size of a vocabulary is said; 0, that of the tokenizer, gives way to a size that is bound."""
+    return model.vocab_size != 0 if told.binds("vocab_size") else True
+
+
+def _value(config: ConfigSchema, key: str) -> Any:
     """Return the value of a key, with what 0 stands for."""
-    if key == "d_ff":
-        return feed_forward_width(ConfigSchema(model=model))
+    model = config.model
+    if key in (sizes := {"d_ff": feed_forward_width, "vocab_size": vocab_size_of}):
+        return sizes[key](config)
     return (model.n_kv_heads or model.n_heads) if key == "n_kv_heads" else getattr(model, key)
 
 
 def agreed_config(told: Told, config: StackWiseConfig) -> StackWiseConfig:
     """Return a copy of a configuration with the sizes of a rack and the builder's own ways of adding to it."""
     agreed = config.model_copy(deep=True)
-    agreed.model = agreed_model(told, config.model)
+    agreed.model = agreed_model(told, config)
     growth: Any = agreed.training.progressive
     for key, value, _ in _defaults(told):
         setattr(growth, key, value)

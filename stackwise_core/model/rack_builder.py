@@ -15,6 +15,7 @@ from stackwise_core.config.arguments import check_choice, check_integer, check_t
 from stackwise_core.config.rules import growth_faults
 from stackwise_core.config.said import said_keys
 from stackwise_core.config.schema import GROWTH, ModelConfig, Precision, StackOverride
+from stackwise_core.config.sizes import vocab_size_of
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault
@@ -91,8 +92,8 @@ class ProgressiveRackBuilder:
         self._own = self.config if config is None else config
         """The configuration that rules what is added by hand; its sizes are as they were written."""
         self._told = Told(
-            self.config.model.model_copy(),
-            frozenset(dimensions),
+            self.config.model.model_copy(update={"vocab_size": vocab_size_of(self.config)}),
+            frozenset(name for name in dimensions if (name, dimensions[name]) != ("vocab_size", 0)),
             None if config is None else config.model,
             {name: getattr(whole.model, name) for name in dimensions},
             building_mode,

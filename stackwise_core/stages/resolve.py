@@ -14,8 +14,8 @@ from pydantic import BaseModel, Field
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.functions import load_function, source_digest
 from stackwise_core.config.schema import GROWTH, QUANTISED_STREAMS
+from stackwise_core.config.sizes import batch_size_of, feed_forward_width, vocab_size_of
 from stackwise_core.config.stacks import (
-    feed_forward_width,
     mask_ratio_of,
     n_time_steps,
     resolve_time_input,
@@ -78,7 +78,7 @@ def resolve_shape(config: StackWiseConfig) -> ModelShape:
     model, growth = config.model, config.training.progressive
     time = TimeShape(n_steps=n_time_steps(config), dim=growth.time_embedding_dim, encoding=growth.time_encoding_type)
     return ModelShape(
-        vocab_size=model.vocab_size,
+        vocab_size=vocab_size_of(config),
         d_model=model.d_model,
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads or model.n_heads,
@@ -115,8 +115,8 @@ def resolve_mask(config: StackWiseConfig, stage: int) -> MaskSpec | None:
 
 
 def resolve_views(config: StackWiseConfig) -> int:
-    """Return the number of mask draws per sequence: as configured, or 8 for mlm and 1 otherwise."""
-    return config.cache.views or (8 if config.training.progressive.training_objective == "mlm" else 1)
+    """Return the number of mask draws per sequence: as configured, or 8; 1 where there are no masks."""
+    return (config.cache.views or 8) if config.training.progressive.training_objective == "mlm" else 1
 
 
 def resolve_order(config: StackWiseConfig, n_rows: int) -> RowOrder:
@@ -125,7 +125,7 @@ def resolve_order(config: StackWiseConfig, n_rows: int) -> RowOrder:
     return RowOrder(
         seed=config.run.seed,
         n_rows=n_rows,
-        batch_size=config.training.batch_size,
+        batch_size=batch_size_of(config),
         views=resolve_views(config),
         block=config.training.shuffle_block,
         fixed_batches=by_batch and config.training.progressive.time_interpretation == "input",

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import QUANTISED, Precision
+from stackwise_core.config.sizes import accumulation_steps_of, batch_size_of
 from stackwise_core.config.stacks import (
     AdapterSpec,
     corrupts_by_time,
@@ -276,7 +277,7 @@ def _resolve_optim(
     adapters_train = any(stacks[stack].adapters for stack in anatomy.trained)
     return OptimSpec(
         steps=steps,
-        batch_size=training.batch_size,
+        batch_size=batch_size_of(config),
         learning_rate=rate,
         min_learning_rate=min(training.min_learning_rate, rate),
         warmup_steps=min(training.warmup_steps, steps),
@@ -284,7 +285,7 @@ def _resolve_optim(
         beta1=training.beta1,
         beta2=training.beta2,
         gradient_clip=training.gradient_clip,
-        accumulation_steps=training.accumulation_steps,
+        accumulation_steps=accumulation_steps_of(config),
         adapter_learning_rate=training.adapter_learning_rate * rate / training.learning_rate if adapters_train else 0.0,
     )
 

@@ -13,6 +13,7 @@ from stackwise_core.config.arguments import check_type
 from stackwise_core.config.functions import shown
 from stackwise_core.config.rules import rule_faults
 from stackwise_core.config.schema import GROWTH, Precision, ProgressiveConfig
+from stackwise_core.config.sizes import vocab_size_of
 from stackwise_core.config.stacks import progressive_adapter
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault, StageInterruptedError
@@ -202,9 +203,9 @@ class ProgressiveTrainer:
         built.training.progressive.target_stacks = max(target, builder.n_stacks)
         if faults := rule_faults(built, corpus=False):
             raise ConfigError(faults)
-        if (mask := resolve_mask(built, 0)) is not None and mask.mask_token >= built.model.vocab_size:
+        if (mask := resolve_mask(built, 0)) is not None and mask.mask_token >= vocab_size_of(built):
             allowed = f"mlm puts token {mask.mask_token} for [MASK]; the rack needs a row for it"
-            raise ConfigError([Fault("model.vocab_size", str(built.model.vocab_size), allowed)])
+            raise ConfigError([Fault("model.vocab_size", str(vocab_size_of(built)), allowed)])
         for line in [*notes(built), *_ruled_out(builder.config, self.config)]:
             _log.info(line)
         builder.adopt(self.config)

@@ -189,7 +189,8 @@ def train_step(
         group["lr"] = rate * group["peak"] / spec.learning_rate
     optimizer.zero_grad(set_to_none=True)
     factor = scale.value if scale else 1.0
-    loss = _backward(model, batch, spec.accumulation_steps, factor, ranks)
+    n_parts = min(spec.accumulation_steps, max(1, spec.batch_size // ranks.count))  # the same in every rank
+    loss = _backward(model, batch, n_parts, factor, ranks)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = _clip(trained, factor, spec.gradient_clip or math.inf, ranks)
     record = {"step": step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}

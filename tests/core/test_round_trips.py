@@ -27,6 +27,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "run.name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
     "data.source": TEXT,
     "data.tokenizer": TEXT,
+    "model.vocab_size": st.just(0) | st.integers(2, 2**24),
     "hardware.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:0", "cuda:12"]),
     "training.custom_loss": FUNCTIONS | st.just(""),
     "training.mask_ratio_table": st.lists(st.floats(0, 1, exclude_min=True), max_size=3),

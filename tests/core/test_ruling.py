@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import nn
 
 from stackwise_core.config import StackWiseConfig
@@ -186,6 +188,28 @@ def test_a_size_that_a_builder_was_given_is_refused_too() -> None:
     builder = ProgressiveRackBuilder(**{**SIZES, "d_model": 32})
     with pytest.raises(ConfigError, match=r"model\.d_model: got 16; the rack was built with 32"):
         ProgressiveTrainer(tiny()).train_progressively(builder, LOADER, 1)
+
+
+def test_a_vocabulary_of_0_is_what_the_tokenizer_has_and_gives_way_to_a_size(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"[MASK]": 0, **{f"w{n}": n for n in range(1, 70)}}, unk_token="w1"))
+    words.save(str(tmp_path / "words.json"))
+    config = tiny("clm")
+    config.data.tokenizer, config.model.vocab_size = str(tmp_path / "words.json"), 0
+    loader = [tokens % 70 for tokens in LOADER]
+    plain = {key: size for key, size in SIZES.items() if key != "vocab_size"}
+    for sizes, n_rows in (
+        (plain, 128),
+        ({**SIZES, "vocab_size": 90}, 90),
+        ({**SIZES, "vocab_size": config.model.vocab_size}, 128),
+    ):
+        builder = ProgressiveRackBuilder(**sizes)
+        ProgressiveTrainer(config).train_progressively(builder, loader, 1)
+        assert builder.build_rack().shape.vocab_size == n_rows
+    assert ProgressiveRackBuilder(config).build_rack().shape.vocab_size == 128
+    said = tiny("clm")
+    said.model.vocab_size = 300
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: got 300; the rack was built with 128"):
+        ProgressiveTrainer(said).train_progressively(ProgressiveRackBuilder(config), loader, 1)
 
 
 def test_a_size_that_nobody_said_is_that_of_the_rack() -> None:

@@ -95,6 +95,22 @@ def test_exponential_steps(n_stacks: int, n_steps: int) -> None:
         assert abs(step - exact) <= 0.5 + 1e-9
 
 
+@pytest.mark.parametrize("n_stacks", [*range(1, 40), 100, 1024])
+@pytest.mark.parametrize("per_stack", [1, 2, 9])
+def test_exponential_steps_are_as_many_as_stacks_need(n_stacks: int, per_stack: int) -> None:
+    """Where nothing says how many: those of `time_per_stack` if all stacks differ, or else more of them."""
+    growth = {**DEPTH, "stack_time_mapping": "exponential", "max_stacks": n_stacks, "time_per_stack": per_stack}
+    config, usual = config_of(growth), n_stacks * per_stack
+    steps = [stack_time_step(config, c) for c in range(n_stacks)]
+    assert len(set(steps)) == n_stacks
+    assert steps[-1] == (n_time_steps(config) - 1 if n_stacks > 1 else 0)
+    given = config_of({**growth, "num_time_steps": usual})
+    distinct = len({stack_time_step(given, c) for c in range(n_stacks)}) == n_stacks
+    assert n_time_steps(config) == (
+        usual if distinct else 1 + math.ceil((math.e - 1) / (math.exp(1 / (n_stacks - 1)) - 1))
+    )
+
+
 def test_exponential_of_a_single_stack_is_the_first_step() -> None:
     config = config_of({**DEPTH, "stack_time_mapping": "exponential", "max_stacks": 1, "num_time_steps": 9})
     assert stack_time_step(config, 0) == 0
@@ -242,9 +258,14 @@ def test_no_fault(growth: dict[str, Any], training: dict[str, Any]) -> None:
 G, R = "training.progressive", "training"
 FAULTS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     (
-        {**DEPTH, "stack_time_mapping": "exponential"},
+        {**DEPTH, "stack_time_mapping": "exponential", "num_time_steps": 12},
         {},
-        [f"{G}.stack_time_mapping: got 'exponential'; gives stacks 1 and 2 the same step 1; raise"],
+        [f"{G}.stack_time_mapping: got 'exponential'; gives stacks 1 and 2 the same step 1; raise {G}.num_time_steps"],
+    ),
+    (
+        {**DEPTH, "stack_time_mapping": "exponential"},
+        {"mask_ratio_table": [0.1] * 12},
+        [f"{G}.stack_time_mapping: got 'exponential'; gives stacks 1 and 2 the same step 1; give mask_ratio_table"],
     ),
     (
         DEPTH,

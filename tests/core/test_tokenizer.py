@@ -23,7 +23,7 @@ from stackwise_core.data.packing import Corpus, Document, pack
 from stackwise_core.data.tokenizer import ByteTokenizer, decode_pieces, load_tokenizer
 from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.stages.plan import plan_config, plan_run
-from stackwise_core.stages.resolve import resolve_mask
+from stackwise_core.stages.resolve import resolve_mask, resolve_shape
 from storage.artifacts import Artifacts
 from storage.sequences import load_sequences
 from support.runs import grown, tiny, write_corpus
@@ -222,13 +222,25 @@ def test_masks_need_a_mask_token_and_tokens_need_rows(tmp_path: Path) -> None:
     path = word_level(tmp_path, {"a": 1, "b": 700})
     assert faults_of(config_of(path, "clm", 701)) == faults_of(config_of(path, "custom", 701)) == []
     assert faults_of(config_of(path, "mlm", 700)) == [
-        f"model.vocab_size: got 700; data.tokenizer = {path!r} needs at least 701",
+        f"model.vocab_size: got 700; data.tokenizer = {path!r} needs at least 701; 0 takes what it needs",
         f"data.tokenizer: got {path!r}; it has neither [MASK] nor <mask>, which mlm needs; "
         "add one to it, or use training_objective: clm",
     ]
     assert faults_of(config_of("byte", "mlm", 258)) == [
-        "model.vocab_size: got 258; the byte tokenizer needs at least 259"
+        "model.vocab_size: got 258; the byte tokenizer needs at least 259; 0 takes what it needs"
     ]
+
+
+@pytest.mark.parametrize(("largest", "n_rows"), [(3, 64), (63, 64), (64, 128), (700, 704)])
+def test_a_vocabulary_has_the_rows_that_its_tokenizer_needs(tmp_path: Path, largest: int, n_rows: int) -> None:
+    """Rounded up to a multiple of 64; the byte tokenizer has 264, which ids of earlier runs hold."""
+    config = config_of(word_level(tmp_path, {"[MASK]": 1, "b": largest}, "[MASK]"), vocab_size=0)
+    assert faults_of(config) == []
+    assert resolve_shape(config).vocab_size == n_rows
+    assert plan_run(config, "00" * 32).stages[0].shape.vocab_size == n_rows
+    assert resolve_shape(StackWiseConfig()).vocab_size == 264
+    config.model.vocab_size = 2000
+    assert resolve_shape(config).vocab_size == 2000
 
 
 def test_bytes_cost_no_library(tmp_path: Path) -> None:
@@ -279,7 +291,6 @@ def test_a_run_of_words(tmp_path: Path) -> None:
     ids = {word: n for n, word in enumerate(sorted(set(text)), 2)}
     changes: dict[str, Any] = {
         "data.tokenizer": word_level(tmp_path, {"[MASK]": 1, **ids}, "[MASK]"),
-        "model.vocab_size": len(ids) + 2,
         "training.progressive.training_objective": "mlm",
         "training.progressive.target_stacks": 2,
     }
@@ -289,7 +300,7 @@ def test_a_run_of_words(tmp_path: Path) -> None:
     train, _ = load_sequences(artifacts, plan.data_ref)
     assert train.tokens.ravel().tolist() == [ids[word] for word in text][: train.tokens.size]
     loss = artifacts.manifest(plan.stages[1].ref("validation")).facts["validation_loss"]
-    assert 0 < loss < 1.2 * np.log(len(ids))
+    assert 0 < loss < np.log(plan.stages[0].shape.vocab_size)
 
 
 def test_a_tokenizer_that_changes_while_a_run_starts_is_told(tmp_path: Path) -> None:

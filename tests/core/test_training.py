@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -21,7 +22,7 @@ from stackwise_core.objectives.losses import Batch, loss_positions
 from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.stages.stages import OptimSpec
 from stackwise_core.training.optimizer import learning_rate, make_optimizer
-from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.stage_model import Ranks, StageModel
 from stackwise_core.training.training import Hooks, TrainingState, capture, restore, train_stack, train_step
 from support.training import STEPS, T, same_bits, sequences, spec_of, stage_of, tiny, weights
 
@@ -135,7 +136,7 @@ def test_norms_and_embeddings_do_not_decay() -> None:
         assert len(decay) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 def test_accumulation_gives_the_same_weights(objective: str, parts: int) -> None:
     """To 1e-6, in float64: parts hold unequal numbers of loss positions, whose mean is over the whole batch."""
@@ -161,6 +162,27 @@ def test_accumulation_takes_every_row() -> None:
     expected = dense_mean_loss(model, batch).item()
     record = train_step(model, batch, make_optimizer(model, spec), spec, 0)
     assert record["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("n_rows", [2, 3])
+def test_every_rank_cuts_its_share_into_as_many_parts(n_rows: int) -> None:
+    """Of five rows one rank has two and the other three: another number of backward passes would be waited for."""
+    model, _ = stage_of(tiny("clm"), 0)
+    fields = {"input_ids": sequences(5).tokens.astype(np.int64)[:n_rows], "sequence_ids": np.arange(n_rows), "view": 0}
+    batch = make_batch(fields, None)
+    batch["stack_idx"] = 0
+    synced: list[bool] = []
+
+    class OneOfTwo(Ranks):
+        count = 2
+
+        def gradient_sync(self, *, enabled: bool) -> contextlib.AbstractContextManager[None]:
+            synced.append(enabled)
+            return contextlib.nullcontext()
+
+    spec = spec_of(batch_size=5, accumulation_steps=3)
+    train_step(model, batch, make_optimizer(model, spec), spec, 0, ranks=OneOfTwo())
+    assert synced == [False, True]
 
 
 def test_non_finite_loss_stops_before_any_weight_changes() -> None:

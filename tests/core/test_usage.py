@@ -367,12 +367,11 @@ def test_a_last_batch_may_have_fewer_rows_than_parts() -> None:
         (
             {
                 f"{GROWTH}qlora_enabled": True,
-                f"{GROWTH}qlora_rank": 2,
-                f"{GROWTH}qlora_strategy": "progressive",
-                f"{GROWTH}qlora_rank_pattern": "increasing",
+                f"{GROWTH}qlora_strategy": "variable",
+                f"{GROWTH}qlora_configs": {n: {"rank": 2, "alpha": 1.0} for n in range(3)},
             },
             8,
-            "exceeds its narrowest layer",
+            "stacks 3, 4, 5, 6 and 1 more are without an entry",
         ),
         (
             {

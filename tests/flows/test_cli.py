@@ -126,14 +126,14 @@ def test_a_fault_is_one_line_with_path_value_and_remedy(
 
 
 def test_every_fault_is_told_at_once(run: Run, config: Path) -> None:
-    overrides = ("training.batch_size=none", "model.n_heads=3", "cache.colour=red", "training.warmup_steps=13")
+    overrides = ("training.batch_size=none", "model.n_heads=3", "cache.colour=red", "model.attention=bidirectional")
     result = run("train", config, *(part for override in overrides for part in ("--set", override)))
     assert result.code == 2
     assert {line.partition(":")[0] for line in result.faults} == {
         "training.batch_size",
         "model.n_heads",
         "cache.colour",
-        "training.warmup_steps",
+        "model.attention",
     }
 
 

@@ -57,14 +57,18 @@ MLM = {f"{G}training_objective": "mlm", "cache.views": 2}
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "first": ({}, 0),
     "from a cache": ({"cache.keep": "all"}, 1),
-    "live trunk, in parts": ({**MLM, f"{G}cache_activations": False, "training.accumulation_steps": 2}, 1),
+    # Each process has two rows of four, and so two parts: what one process has cut into three.
+    "live trunk, in parts": ({**MLM, f"{G}cache_activations": False, "training.accumulation_steps": 3}, 1),
     "few positions": ({**MLM, "training.mask_ratio": 0.02}, 0),
     "nf4 dual": ({**MODES["nf4 dual"]}, 2),
     "prepend half": ({**MODES["full prepend half"]}, 1),
     "elbo": ({**MODES["elbo"]}, 0),
     "joint": ({"training.joint_steps": 8, **MODES["nf4"]}, 3),
     "whole": ({f"{G}enabled": False, "training.activation_checkpointing": True}, 0),
-    "joint in time": ({**DEPTH, "training.joint_steps": 8, "training.accumulation_steps": 2}, 3),
+    "joint in time": (  # shares of two rows and of three, in two parts each
+        {**DEPTH, "training.joint_steps": 8, "training.accumulation_steps": 3, "training.batch_size": 5},
+        3,
+    ),
 }
 
 

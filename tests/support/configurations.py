@@ -47,6 +47,7 @@ def faults_of(values: dict[str, Any]) -> list[Fault]:
 OTHERS: dict[str, Any] = {
     "run.name": "another",
     "data.source": "texts/*.txt",
+    "model.vocab_size": 512,
     "model.d_model": 64,
     "model.n_heads": 2,
     "model.from": "rack",
