@@ -14,7 +14,8 @@ from stackwise_core.errors import ConfigError, Fault
 def load_function(function: str | Callable[..., Any], key: str) -> Callable[..., Any]:
     """Return the function that a key holds or names.
 
-    The working folder is not searched: it may be someone else's. Raises ConfigError if the module cannot be imported or has no such function.
+    The working folder is not searched: it may be someone else's. Raises ConfigError if the module cannot be imported or
+    has no such function.
     """
     if not isinstance(function, str):
         return function
