@@ -17,7 +17,7 @@ from flows.run.steps import train
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, SavedRackError, StackWiseError
-from stackwise_core.model.rack import Rack, save_rack
+from stackwise_core.model.rack import Rack
 from stackwise_core.model.stream import Stream
 from stackwise_core.stages.adopt import adopted_recipes
 from stackwise_core.stages.resolve import TimeShape
@@ -28,7 +28,7 @@ from storage.adopt import plan_in
 from storage.artifacts import Artifacts
 from storage.checkpoints import load_embedding, load_head, load_stack
 from storage.stores import open_store
-from support.adopting import library_rack, run_batches, save
+from support.adopting import library_rack, run_batches
 from support.commands import Run
 from support.configurations import ids
 from support.modes import DEPTH, MODES, G
@@ -50,7 +50,7 @@ def grown_rack(folder: Path, changes: dict[str, Any], reference: Reference) -> t
     """Grow two stacks in memory, as the run of the reference does, and save them."""
     config = tiny(reference().parent, changes)
     builder = library_rack(config, run_batches(config, reference()), 2)
-    save(builder, folder / "rack")
+    builder.save(folder / "rack")
     return builder, folder / "rack"
 
 
@@ -98,7 +98,7 @@ def test_boundary_and_logits_are_those_of_the_library(tmp_path: Path, reference:
     builder.append_stack(precision="nvfp4")
     builder.append_stack(precision="qlora")
     ProgressiveTrainer(library).train_progressively(builder, batches, 4)
-    save(builder, tmp_path / "rack")
+    builder.save(tmp_path / "rack")
 
     own = {f"{G}target_stacks": 5, f"{G}new_stack_precision": "bfloat16", f"{G}stacks": [{"n_blocks": 7}]}
     config, artifacts = adopting(tmp_path / "rack", reference, {**quick, **own}), Artifacts(tmp_path / "artifacts")
@@ -154,7 +154,7 @@ def test_a_run_that_only_adopts_validates_and_can_be_raised(rack: Path, tmp_path
 
 def test_the_folder_may_move_or_go_once_it_is_adopted(tmp_path: Path, reference: Reference) -> None:
     rack, root = tmp_path / "rack", tmp_path / "artifacts"
-    save(as_good_as_trained(tiny(reference().parent), 2), rack)
+    as_good_as_trained(tiny(reference().parent), 2).save(rack)
     config = adopting(rack, reference, {f"{G}target_stacks": 2})
     before = ids(plan_in(Artifacts(root), config)[1])
     grown(config, root)
@@ -174,11 +174,11 @@ def test_the_folder_may_move_or_go_once_it_is_adopted(tmp_path: Path, reference:
 
 def test_another_rack_in_the_folder_is_refused_under_the_same_name(tmp_path: Path, reference: Reference) -> None:
     builder, rack = as_good_as_trained(tiny(reference().parent), 1), tmp_path / "rack"
-    save(builder, rack)
+    builder.save(rack)
     grown(adopting(rack, reference, {f"{G}target_stacks": 1}), tmp_path / "artifacts")
     with torch.no_grad():
         builder.stack(0).blocks[0].attention.q_proj.weight.add_(1.0)
-    save(builder, rack)
+    builder.save(rack)
     with pytest.raises(ConfigError, match="its rack is not what run 'tiny' adopted"):
         grow(adopting(rack, reference), str(tmp_path / "artifacts"))
     assert (
@@ -271,7 +271,7 @@ BAD: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_a_bad_rack_is_one_sentence(message: str, tmp_path: Path, reference: Reference) -> None:
-    save(as_good_as_trained(tiny(reference().parent), 2), tmp_path / "rack")
+    as_good_as_trained(tiny(reference().parent), 2).save(tmp_path / "rack")
     BAD[message](tmp_path / "rack")
     with pytest.raises(StackWiseError) as caught:
         grow(adopting(tmp_path / "rack", reference), str(tmp_path / "artifacts"))
@@ -281,11 +281,11 @@ def test_a_bad_rack_is_one_sentence(message: str, tmp_path: Path, reference: Ref
 
 def test_a_rack_that_changes_while_the_run_starts_is_not_adopted(tmp_path: Path, reference: Reference) -> None:
     builder, artifacts = as_good_as_trained(tiny(reference().parent), 1), Artifacts(tmp_path / "artifacts").open()
-    save(builder, tmp_path / "rack")
+    builder.save(tmp_path / "rack")
     config, plan = plan_in(artifacts, adopting(tmp_path / "rack", reference))
     with torch.no_grad():
         builder.build_rack().embedding.weight.add_(1.0)
-    save(builder, tmp_path / "rack")
+    builder.save(tmp_path / "rack")
     rest = {"config": config, "root": artifacts.uri, "corpus": plan.data.corpus, "corpus_bytes": 0, "index": 0}
     with pytest.raises(SavedRackError, match="changed while the run was starting"):
         train(Stage(adopted=plan.adopted, needed=frozenset(("stack",)), **rest), None, None)
@@ -294,7 +294,7 @@ def test_a_rack_that_changes_while_the_run_starts_is_not_adopted(tmp_path: Path,
 def test_an_id_names_the_adapters_of_both_origins(tmp_path: Path, reference: Reference) -> None:
     """Of two adopted stacks the first has its progressive adapter, and the second gets that of the run."""
     dual = {f"{G}trunk_strategy": "qlora", f"{G}qlora_enabled": True, f"{G}progressive_qlora": True}
-    save(as_good_as_trained(tiny(reference().parent, {**dual, f"{G}progressive_qlora_rank": 2}), 2), tmp_path / "rack")
+    as_good_as_trained(tiny(reference().parent, {**dual, f"{G}progressive_qlora_rank": 2}), 2).save(tmp_path / "rack")
     found = {}
     for rank in (2, 3):
         config = adopting(tmp_path / "rack", reference, {**dual, f"{G}progressive_qlora_rank": rank})
@@ -305,20 +305,19 @@ def test_an_id_names_the_adapters_of_both_origins(tmp_path: Path, reference: Ref
 
 
 def test_the_file_of_a_configuration_in_the_folder_changes_no_id(tmp_path: Path, reference: Reference) -> None:
-    rack = as_good_as_trained(tiny(reference().parent), 1).build_rack()
-    for name, text in (("one", "run: {name: one}"), ("two", "run: {name: two}")):
-        save_rack(tmp_path / name, rack, config=text)
+    for name in ("one", "two"):
+        as_good_as_trained(tiny(reference().parent, {"run.name": name}), 1).save(tmp_path / name)
     one, two = (adopted_recipes(SavedRack.at(tmp_path / name)) for name in ("one", "two"))
     assert one == two
 
 
 def test_an_untrained_rack_and_the_library_are_refused(tmp_path: Path, reference: Reference) -> None:
     builder = ProgressiveRackBuilder(tiny(reference().parent))
-    save(builder, tmp_path / "rack")
+    builder.save(tmp_path / "rack")
     with pytest.raises(SavedRackError, match="has no stack yet"):
         plan_in(Artifacts(tmp_path), adopting(tmp_path / "rack", reference))
     builder.append_stack()
-    save(builder, tmp_path / "rack")
+    builder.save(tmp_path / "rack")
     with pytest.raises(SavedRackError, match="stack 0 of the rack is not trained yet"):
         plan_in(Artifacts(tmp_path), adopting(tmp_path / "rack", reference))
     with pytest.raises(ConfigError, match=r"model\.from: .*in the library"):

@@ -22,7 +22,7 @@ from stackwise_core.config.schema import StackOverride
 from stackwise_core.errors import NonFiniteLossError
 from stackwise_core.training import training
 from storage.errors import ArtifactCorruptError
-from support.adopting import library_rack, run_batches, save
+from support.adopting import library_rack, run_batches
 from support.flow_runs import FlowRun, run_flow
 from support.runs import Recorder, digests, files_below, folder_of, grown, manifests, tiny
 
@@ -249,7 +249,7 @@ def test_parameters_may_come_as_plain_json(first: tuple[Path, FlowRun], tmp_path
 
 def test_an_adopted_rack_is_validated_by_the_flow(first: tuple[Path, FlowRun], tmp_path: Path) -> None:
     config = _config(first[0].parent, {"training.progressive.target_stacks": 1})
-    save(library_rack(config, run_batches(config, first[0]), 1), tmp_path / "rack")
+    library_rack(config, run_batches(config, first[0]), 1).save(tmp_path / "rack")
     config.model.from_ = str(tmp_path / "rack")
     run = run_flow(config.model_dump(), tmp_path / "a")
     assert run.state.is_completed(), run.state

@@ -18,7 +18,7 @@ from flows.run.numbers import size
 from flows.run.summary import summarise
 from storage.artifacts import Artifacts
 from storage.runs import find_run
-from support.adopting import library_rack, run_batches, save
+from support.adopting import library_rack, run_batches
 from support.children import Child
 from support.runs import Recorder, digests, folder_of, grown, made_by_stages, manifests, subset, tiny
 
@@ -110,7 +110,7 @@ def test_killed_with_masks_and_epochs(tmp_path: Path, reference: Reference) -> N
 @pytest.mark.parametrize("failpoint", ["promote-stack:0", "train:5"])
 def test_killed_while_a_rack_is_adopted_or_grown_on(failpoint: str, tmp_path: Path, reference: Reference) -> None:
     config = tiny(tmp_path)
-    save(library_rack(config, run_batches(config, reference()), 2), tmp_path / "rack")
+    library_rack(config, run_batches(config, reference()), 2).save(tmp_path / "rack")
     changes, root = {"model.from": str(tmp_path / "rack")}, tmp_path / "a"
     assert Child(tmp_path, root, changes, f"{failpoint}:KILL").go().ended() == -signal.SIGKILL
     grown(tiny(tmp_path, changes), root)
