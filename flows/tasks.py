@@ -9,12 +9,16 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import BrokenExecutor
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from prefect import Task, flow, task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.context import TaskRunContext
+from prefect.filesystems import LocalFileSystem
+from prefect.results import ResultStore
 from prefect.runtime import flow_run
+from prefect.serializers import JSONSerializer
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.artifacts import progress_artifact
@@ -26,15 +30,20 @@ from flows.run.stage import Stage
 from stackwise_core.stages.identity import Ref
 from storage.activations.writer import ShardRange, StoreWriter
 from storage.demand import TASK_KINDS
+from storage.local import delete_path
+
+
+def _key_of(stage: Stage, name: str) -> str | None:
+    """Return the key of a task: the id of its artifact; None if it makes none (a cache that is never read)."""
+    kind = TASK_KINDS[name]
+    return None if stage.plan.recipe(kind) is None else f"{name}-{stage.plan.ref(kind).sha256}"
 
 
 def _stage_task(name: str) -> Callable[[Callable[..., Any]], Task[..., Any]]:
-    """Key a task by the id of its artifact; a task that makes none (a cache that is never read) has no key."""
+    """Key a task by the id of its artifact."""
 
     def key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
-        stage: Stage = parameters["stage"]
-        kind = TASK_KINDS[name]
-        return None if stage.plan.recipe(kind) is None else f"{name}-{stage.plan.ref(kind).sha256}"
+        return _key_of(parameters["stage"], name)
 
     policy = CacheKeyFnPolicy(cache_key_fn=key)
     return task(name=name, cache_policy=policy, persist_result=True, result_serializer="json")
@@ -78,11 +87,26 @@ def prepared(stage: Stage, made_by: Task[..., Any], verb: str) -> Task[..., Any]
     Prefect's record says that the work was done once; only the disk shows whether the artifact still exists.
     So a task whose artifact must be made ignores the record.
     """
+    records = stage.artifacts.root / "prefect"
+    _distrust_record(records, stage, made_by.name)
     return made_by.with_options(
         task_run_name=f"{verb} {stage.what}",
-        result_storage=stage.artifacts.root / "prefect",
+        result_storage=records,
         refresh_cache=TASK_KINDS[made_by.name] in stage.needed | stage.forced,
     )
+
+
+def _distrust_record(records: Path, stage: Stage, name: str) -> None:
+    """Write a task's record again, if it has one, before Prefect reads it.
+
+    Prefect unpickles a record that says so, and imports the class that it names, whatever `result_serializer` is; the
+    folder may be a stranger's. What the record says follows from the plan.
+    """
+    if (key := _key_of(stage, name)) is None or not os.path.lexists(records / key):
+        return
+    delete_path(records / key)
+    storage = ResultStore(result_storage=LocalFileSystem(basepath=str(records)), serializer=JSONSerializer())
+    storage.write(stage.plan.ref(TASK_KINDS[name]), key=key)
 
 
 @flow(name="stage", flow_run_name="{stage.title}")

@@ -5,6 +5,7 @@ All on the one server of the session (conftest.py). A subflow takes a second to 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import logging
@@ -145,9 +146,12 @@ def test_records_lie_beside_the_artifacts(first: tuple[Path, FlowRun]) -> None:
 # ---------------------------------------------------------------- again
 
 
-def test_a_rerun_is_cached_also_after_a_move(first: tuple[Path, FlowRun], tmp_path: Path) -> None:
+def test_a_rerun_is_cached_also_after_a_move_and_believes_no_record(
+    first: tuple[Path, FlowRun], tmp_path: Path
+) -> None:
+    """Prefect would unpickle a record that says so, and import the class that a record names."""
     root = _copy(first[0], tmp_path)
-    before = digests(root)
+    before, intact = digests(root), _damage_records(root, tmp_path)
     run = run_flow(_config(tmp_path), root)
     assert run.state.is_completed()
     tasks = run.tasks(count=10)
@@ -155,6 +159,38 @@ def test_a_rerun_is_cached_also_after_a_move(first: tuple[Path, FlowRun], tmp_pa
     assert len(tasks) == 9
     assert set(tasks.values()) == {"Cached"}
     assert digests(root) == before
+    assert not (tmp_path / "ran").exists()
+    assert {path: path.read_bytes() for path in intact} == intact
+
+
+def _ref(root: Path, kind: str, stage: int) -> dict[str, Any]:
+    return manifests(root)[folder_of(root, kind, stage).name]["ref"]
+
+
+def _damage_records(root: Path, outside: Path) -> dict[Path, bytes]:
+    """Let records run code, name another artifact, be cut off, and lead out; return what must not change."""
+    code = f"import pathlib; pathlib.Path({str(outside / 'ran')!r}).touch()"
+    (outside / "of_a_stranger.py").write_text(code)
+    pickled = base64.b64encode(b"cbuiltins\nexec\n(V" + code.encode() + b"\ntR.").decode()
+
+    def record(task: str, stage: int) -> Path:
+        kind = {"train": "stack", "validate": "validation", "cache": "activations"}.get(task, task)
+        return root / "prefect" / f"{task}-{_ref(root, kind, stage)['sha256']}"
+
+    whole = json.loads(record("train", 0).read_text())
+    for path, serializer, result in (
+        (record("build", 0), {"type": "pickle", "picklelib": "pickle"}, pickled),
+        (record("trunk", 0), {"type": "json"}, json.dumps({"__class__": "of_a_stranger.Code", "data": {}})),
+        (record("train", 1), {"type": "json"}, whole["result"]),
+    ):
+        metadata = {**whole["metadata"], "serializer": serializer, "storage_key": str(path)}
+        path.write_text(json.dumps({"metadata": metadata, "result": result}))
+    record("build", 1).write_bytes(record("train", 0).read_bytes()[:50])
+    mine = outside / "mine.txt"
+    mine.write_text("mine")
+    record("validate", 0).unlink()
+    record("validate", 0).symlink_to(mine)
+    return {mine: mine.read_bytes()}
 
 
 def test_only_what_is_gone_runs_again(first: tuple[Path, FlowRun], tmp_path: Path) -> None:
@@ -173,12 +209,15 @@ def test_only_what_is_gone_runs_again(first: tuple[Path, FlowRun], tmp_path: Pat
 def test_redone_on_purpose_through_the_flow(first: tuple[Path, FlowRun], tmp_path: Path) -> None:
     root = _copy(first[0], tmp_path)
     before = digests(root)
+    read = manifests(root)[folder_of(root, "validation", 1).name]["inputs"]
+    _damage_records(root, tmp_path)  # one of them says that the stack of this stage is another
     tasks = run_flow(_config(tmp_path), root, from_stack=1, force="validate").tasks(count=10)
     assert {name for name, state in tasks.items() if state == "Completed"} == {
         "validate stack 1",
         "cache activations of stack 1",
     }
     assert digests(root) == before
+    assert manifests(root)[folder_of(root, "validation", 1).name]["inputs"] == read
 
 
 # ---------------------------------------------------------------- failures
