@@ -12,6 +12,7 @@ from stackwise_core.stages.plan import plan_config
 from stackwise_core.stages.resolve import resolve_order
 from storage.artifacts import Artifacts
 from storage.sequences import load_sequences
+from support.runs import grown, tiny
 
 
 def run_batches(config: Any, root: Path) -> list[Batch]:
@@ -27,3 +28,10 @@ def library_rack(config: Any, batches: list[Batch], n_stacks: int) -> Progressiv
     builder = ProgressiveRackBuilder(config)
     ProgressiveTrainer(config).train_progressively(builder, batches, n_stacks)
     return builder
+
+
+def adopted(folder: Path, changes: dict[str, Any], rack: Path, root: Path) -> Any:
+    """Return the configuration of a run that adopts a rack, and run it."""
+    config = tiny(folder, {**changes, "model.from": str(rack)})
+    grown(config, root)
+    return config
