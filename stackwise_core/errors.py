@@ -6,6 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_MOST = 200
+"""Characters of a value that a message shows."""
+
+
+def cut(text: str, most: int = _MOST) -> str:
+    """Return a text as a message shows it: at most its first characters."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def shortened(value: Any, most: int = _MOST) -> str:
+    """Return the repr of a value, cut for a message."""
+    return cut(repr(value), most)
+
 
 class StackWiseError(Exception):
     """A fault that is explained to the user in one message, without a traceback.
@@ -25,7 +38,7 @@ class Fault:
     allowed: str
 
     def __str__(self) -> str:
-        return f"{self.path}: got {self.received}; {self.allowed}"
+        return f"{cut(self.path)}: got {cut(self.received)}; {self.allowed}"
 
 
 class ConfigError(StackWiseError, ValueError):

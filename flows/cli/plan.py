@@ -60,7 +60,9 @@ def _count_sequences(config: StackWiseConfig, artifacts: Artifacts, plan: RunPla
     if artifacts.state(plan.data_ref) is State.SEALED:
         facts = artifacts.manifest(plan.data_ref).facts
         return facts["train_sequences"], facts["validation_sequences"]
-    train, validation = pack_corpus(config, read_corpus(config.data.source, examples=reads_examples(config)))
+    data = config.data
+    corpus = read_corpus(data.source, examples=reads_examples(config), token_type=data.token_type)
+    train, validation = pack_corpus(config, corpus)
     return len(train), len(validation)
 
 

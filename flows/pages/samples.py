@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from flows.pages.page import listed
+from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.data.masks import IntArray
 from stackwise_core.data.order import RowOrder
 from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
-from stackwise_core.data.tokenizer import ByteTokenizer, Tokenizer, decode_pieces, load_tokenizer
+from stackwise_core.data.tokenizer import ByteTokenizer, Tokenizer, decode_pieces
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.identity import ActivationRecipe, DataRecipe
 from stackwise_core.training.boundary import InputsFromTokens
@@ -128,7 +128,7 @@ def _tokenizer(artifacts: Artifacts, name: str) -> Tokenizer | None:
         return ByteTokenizer()
     for run in run_names(artifacts):
         with contextlib.suppress(ArtifactError, ConfigError):  # damaged or missing: try the next run
-            path = find_run(artifacts, run).config.data.tokenizer
-            if path != ByteTokenizer.name and Path(path).is_file() and load_tokenizer(path).name == name:
-                return load_tokenizer(path)
+            config = find_run(artifacts, run).config
+            if config.data.tokenizer != ByteTokenizer.name and tokenizer_of(config).name == name:
+                return tokenizer_of(config)
     return None

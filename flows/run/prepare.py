@@ -9,11 +9,11 @@ from typing import Any
 from flows.run.events import DataReady, TaskStarted, emit, emit_waiting, stop_requested
 from flows.run.numbers import size
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.sizes import batch_size_of, vocab_size_of
 from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.data.packing import Corpus, ExampleFormat, PackedSequences, pack, pack_examples, read_corpus
 from stackwise_core.data.sources import check_tokens
-from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.errors import ConfigError, CorpusError, Fault
 from stackwise_core.stages.costs import store_bytes
 from stackwise_core.stages.identity import Ref
@@ -56,13 +56,13 @@ def _vocabulary_faults(config: StackWiseConfig, facts: dict[str, Any]) -> Iterat
             needed = f"the corpus holds the {what} {value}: at least {value + 1} is needed"
             yield Fault("model.vocab_size", str(vocab_size), needed)
     masked = "mask_tokens" in facts and config.training.progressive.training_objective == "mlm"
-    if masked and (facts["mask_tokens"] or facts["largest_token"] >= load_tokenizer(config.data.tokenizer).vocab_size):
+    if masked and (facts["mask_tokens"] or facts["largest_token"] >= tokenizer_of(config).vocab_size):
         yield Fault("data.tokenizer", repr(config.data.tokenizer), f"the corpus was not made by it; {_MADE_BY}")
 
 
 def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequences, PackedSequences]:
     """Return the train and validation sequences of a corpus; with objective custom they are its examples."""
-    data, tokenizer = config.data, load_tokenizer(config.data.tokenizer)
+    data, tokenizer = config.data, tokenizer_of(config)
     if corpus.is_tokens:
         _check_tokens(config, corpus)
     if not reads_examples(config):
@@ -81,7 +81,7 @@ _MADE_BY = "mlm needs the tokenizer.json that made the tokens, with a [MASK] tha
 
 def _check_tokens(config: StackWiseConfig, corpus: Corpus) -> None:
     """Reject tokens outside the model's vocabulary; with mlm also outside the tokenizer's, and its [MASK]."""
-    tokenizer, n_rows = load_tokenizer(config.data.tokenizer), vocab_size_of(config)
+    tokenizer, n_rows = tokenizer_of(config), vocab_size_of(config)
     for document in corpus.documents:
         check_tokens(document, n_rows, "raise model.vocab_size, or give the file of this vocabulary")
         if config.training.progressive.training_objective == "mlm":
@@ -90,8 +90,8 @@ def _check_tokens(config: StackWiseConfig, corpus: Corpus) -> None:
 
 
 def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
-    data, tokenizer = config.data, load_tokenizer(config.data.tokenizer)
-    corpus = read_corpus(data.source, examples=reads_examples(config))
+    data, tokenizer = config.data, tokenizer_of(config)
+    corpus = read_corpus(data.source, examples=reads_examples(config), token_type=data.token_type)
     if corpus.digest != plan.data.corpus:
         raise CorpusError(f"data.source: got {data.source!r}; its text changed while the run was starting; start again")
     if tokenizer.name != plan.data.tokenizer:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from numbers import Integral
 from typing import Any
 
-from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.errors import ConfigError, Fault, shortened
 
 
 def check_type(name: str, value: Any, kind: type | tuple[type, ...], allowed: str) -> None:
@@ -35,6 +35,5 @@ def describe(value: Any) -> str:
     if shape is not None:
         return f"{kind} of {getattr(value, 'dtype', 'no dtype')} and shape {tuple(shape)}"
     if value is None or isinstance(value, (bool, int, float, str)):
-        text = repr(value)
-        return text if len(text) <= 40 else f"{text[:40]}..."
+        return shortened(value, 40)
     return kind

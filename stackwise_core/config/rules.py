@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.functions import shown
 from stackwise_core.config.schema import GROWTH, QUANTISED, ConfigSchema
 from stackwise_core.config.sizes import batch_size_of, layer_widths
@@ -18,7 +19,6 @@ from stackwise_core.config.stacks import (
     stack_time_step,
 )
 from stackwise_core.config.unused import is_used
-from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.errors import ConfigError, Fault
 
 
@@ -76,7 +76,7 @@ def _model_faults(config: ConfigSchema) -> Iterator[Fault]:
 def _tokenizer_faults(config: ConfigSchema) -> Iterator[Fault]:
     name = config.data.tokenizer
     try:
-        tokenizer = load_tokenizer(name)
+        tokenizer = tokenizer_of(config)
     except ConfigError as error:
         yield from error.faults
         return

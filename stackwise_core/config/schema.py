@@ -99,6 +99,11 @@ class DataConfig(Section):
     """'stdlib' (the running Python's library), path or glob of text, jsonl, parquet, .bin files, or 'hf:owner/name'."""
     tokenizer: str = Field(default="byte", min_length=1)
     """'byte' (256 bytes, [MASK], [PAD], [END]), or the path of a tokenizer.json."""
+    end_token: str = ""
+    """The token of the tokenizer.json that ends a document, such as <|end_of_text|>; empty takes the eos_token of the
+    tokenizer_config.json beside it, else a known name."""
+    token_type: Literal["auto", "uint16", "uint32"] = "auto"
+    """Integers of a .bin; auto is what its header says, else uint16."""
     seq_len: int = Field(default=128, ge=8, le=131072)
     """Length of a sequence [tokens]."""
     max_sequences: int = Field(default=0, ge=0)

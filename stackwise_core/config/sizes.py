@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.schema import ConfigSchema
-from stackwise_core.data.tokenizer import load_tokenizer
 
 
 def vocab_size_of(config: ConfigSchema) -> int:
@@ -14,7 +14,7 @@ def vocab_size_of(config: ConfigSchema) -> int:
     """
     if config.model.vocab_size:
         return config.model.vocab_size
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer_of(config)
     multiple = 8 if tokenizer.name == "byte" else 64
     return -(-tokenizer.vocab_size // multiple) * multiple
 

@@ -12,9 +12,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from stackwise_core.config.adjusted import adjustments
+from stackwise_core.config.corpus import corpus_notes
 from stackwise_core.config.functions import shown
 from stackwise_core.config.schema import GROWTH, ConfigSchema, StackOverride
 from stackwise_core.config.stacks import settings_of
+from stackwise_core.data.files import holds_tokens
 
 Need = list[tuple[str, Collection[Any]]]
 """Pairs of a key and values, at least one of which must hold. A key that is itself unused does not count."""
@@ -103,7 +105,7 @@ def notes(config: ConfigSchema) -> list[str]:
         value = _values(config, because)[0]
         groups.setdefault(f"{_short(because)}: {_spelled(value)}", []).append(_short(path))
     listed = "; ".join(f"{', '.join(keys)} ({because})" for because, keys in groups.items())
-    return [*([f"not used: {listed}"] if listed else []), *adjustments(config)]
+    return [*([f"not used: {listed}"] if listed else []), *adjustments(config), *corpus_notes(config)]
 
 
 def unused_keys(config: ConfigSchema) -> dict[str, str]:
@@ -111,6 +113,8 @@ def unused_keys(config: ConfigSchema) -> dict[str, str]:
     defaults = ConfigSchema()
     changed = [path for path in BELONGS_TO if _values(config, path) != _values(defaults, path)]
     found = {path: because for path in changed if (because := _blocker(config, path))}
+    if config.data.token_type != "auto" and not holds_tokens(config.data.source):
+        found["data.token_type"] = "data.source"
     return found | dict(_unused_entries(config))
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stackwise_core.data.masks import BoolArray, IntArray
-from stackwise_core.data.sources import Content, Document, Row, documents_of, parse_object, shortened, tokens_in
+from stackwise_core.data.sources import Content, Document, Row, documents_of, parse_object, tokens_in
 from stackwise_core.data.tokenizer import TokenArray, Tokenizer, token_dtype
-from stackwise_core.errors import CorpusError
+from stackwise_core.errors import CorpusError, shortened
 
 FIRST_VALIDATION_ID = 1 << 40
 """Validation sequences are numbered from here, so that an id shows its split."""
@@ -33,6 +33,11 @@ class Corpus:
     def n_bytes(self) -> int:
         """Bytes of all texts, or number of all tokens."""
         return sum(document.n_bytes for document in self.documents)
+
+    @property
+    def token_width(self) -> int:
+        """Bytes of a token; 0 if the documents are text."""
+        return self.documents[0].token_width
 
     @property
     def is_tokens(self) -> bool:
@@ -71,23 +76,24 @@ class PackedSequences:
         return sequence_ids - self.sequence_ids[0]
 
 
-def read_corpus(source: str, *, examples: bool = False) -> Corpus:
+def read_corpus(source: str, *, examples: bool = False, token_type: str = "auto") -> Corpus:
     """Read every document of a source (see `documents_of`); files of tokens are memory-mapped."""
-    found = (document for document in documents_of(source, examples=examples) if document.content)
+    read = documents_of(source, examples=examples, token_type=token_type)
+    found = (document for document in read if document.content)
     documents = tuple(sorted(found, key=lambda document: document.digest))
     return Corpus(source, documents, _digest(source, [document.digest for document in documents]))
 
 
-def corpus_facts(source: str, *, examples: bool = False) -> tuple[str, int]:
+def corpus_facts(source: str, *, examples: bool = False, token_type: str = "auto") -> tuple[str, int]:
     """Return the content hash of a source and its size, holding one document in memory at a time."""
-    found = documents_of(source, examples=examples)
+    found = documents_of(source, examples=examples, token_type=token_type)
     facts = sorted((document.digest, document.n_bytes) for document in found if document.content)
     return _digest(source, [digest for digest, _ in facts]), sum(n_bytes for _, n_bytes in facts)
 
 
 def _digest(source: str, digests: list[str]) -> str:
     if not digests:
-        raise CorpusError(f"data.source: got {source!r}; every file it names is empty")
+        raise CorpusError(f"data.source: got {shortened(source)}; every file it names is empty")
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
@@ -99,7 +105,8 @@ def pack(
     Each text is followed by the tokenizer's end token, if it has one. Tokens that do not fill the last sequence are
     dropped. `max_sequences` limits the training sequences; 0 takes all. Raises CorpusError if a split is empty.
     """
-    cut = _cut_tokens if corpus.is_tokens else functools.partial(_cut_text, tokenizer)
+    width = corpus.token_width
+    cut = functools.partial(_cut_tokens, width) if width else functools.partial(_cut_text, tokenizer)
     train_parts, validation_parts = _split(corpus, validation_fraction)
     train = cut(train_parts, seq_len, max_sequences)
     validation = cut(validation_parts, seq_len, 0)
@@ -107,8 +114,8 @@ def pack(
         if not len(tokens):
             what = "tokens" if corpus.is_tokens else "bytes"
             raise CorpusError(
-                f"data.source: got {corpus.source!r}; its {corpus.n_bytes:,} {what} fill no {name} sequence of "
-                f"data.seq_len = {seq_len} tokens; give more text, a smaller seq_len or another "
+                f"data.source: got {shortened(corpus.source)}; its {corpus.n_bytes:,} {what} fill no {name} sequence "
+                f"of data.seq_len = {seq_len} tokens; give more text, a smaller seq_len or another "
                 "data.validation_fraction"
             )
     validation_ids = FIRST_VALIDATION_ID + np.arange(len(validation), dtype=np.int64)
@@ -128,15 +135,15 @@ def _split(corpus: Corpus, fraction: float) -> tuple[list[Content], list[Content
         held += 1
     if size <= 1.25 * wanted:
         return contents[held:], contents[:held]
-    cuts = [(content, _cut_before(content, 1 - fraction, corpus.is_tokens)) for content in contents]
+    cuts = [(content, _cut_before(content, 1 - fraction, corpus.token_width)) for content in contents]
     return [content[:cut] for content, cut in cuts], [content[cut:] for content, cut in cuts]
 
 
-def _cut_before(content: Content, share: float, is_tokens: bool) -> int:
-    """Return where about a share of the bytes ends: at the start of a token of two bytes, or of a UTF-8 character."""
+def _cut_before(content: Content, share: float, token_width: int) -> int:
+    """Return where about a share of the bytes ends: at the start of a token, or of a UTF-8 character."""
     cut = round(len(content) * share)
-    if is_tokens:
-        return cut - cut % 2
+    if token_width:
+        return cut - cut % token_width
     while 0 < cut < len(content) and content[cut] & 0xC0 == 0x80:
         cut -= 1
     return cut
@@ -155,12 +162,12 @@ def _cut_text(tokenizer: Tokenizer, texts: list[Content], seq_len: int, most: in
     return _rows(np.frombuffer(buffer, dtype), seq_len, most)
 
 
-def _cut_tokens(parts: list[Content], seq_len: int, most: int) -> TokenArray:
-    """Return at most `most` sequences of .bin files [N, T]; a single file is not copied."""
-    pieces = [tokens_in(part) for part in parts if len(part)]
+def _cut_tokens(width: int, parts: list[Content], seq_len: int, most: int) -> TokenArray:
+    """Return at most `most` sequences of files of tokens [N, T]; a single file is not copied."""
+    pieces = [tokens_in(part, width) for part in parts if len(part)]
     if len(pieces) == 1:
         return _rows(pieces[0], seq_len, most)
-    return _rows(np.concatenate([np.empty(0, np.uint16), *pieces]), seq_len, most)
+    return _rows(np.concatenate([np.empty(0, f"<u{width}"), *pieces]), seq_len, most)
 
 
 def _rows(tokens: TokenArray, seq_len: int, most: int) -> TokenArray:
@@ -206,8 +213,8 @@ def pack_examples(
     for name, split in (("training", train), ("validation", validation)):
         if split.masks is None or not split.masks.any():
             raise CorpusError(
-                f"data.source: got {corpus.source!r}; none of its {len(split)} {name} examples (of {len(examples)}) "
-                "has a loss position; give more examples, or masks that are true somewhere"
+                f"data.source: got {shortened(corpus.source)}; none of its {len(split)} {name} examples "
+                f"(of {len(examples)}) has a loss position; give more examples, or masks that are true somewhere"
             )
     return train, validation
 
@@ -243,7 +250,9 @@ def _read_example(line: bytes, form: ExampleFormat) -> _Example:
         expected = "one JSON object a line, with input_ids, targets and, where not every position has a loss, masks"
         raise ValueError(f"{error}; the custom objective reads {expected}") from None
     if unknown := [name for name in columns if name not in _EXAMPLE_COLUMNS]:
-        raise ValueError(f"got the column {unknown[0]!r}; only {', '.join(_EXAMPLE_COLUMNS)} are read, leave it out")
+        raise ValueError(
+            f"got the column {shortened(unknown[0])}; only {', '.join(_EXAMPLE_COLUMNS)} are read, leave it out"
+        )
     tokens, targets = _column(columns, "input_ids", int), _column(columns, "targets", int)
     masks = _column(columns, "masks", bool) if "masks" in columns else np.ones(len(tokens), dtype=np.bool_)
     for name, column in (("targets", targets), ("masks", masks)):
@@ -259,12 +268,14 @@ def _read_example(line: bytes, form: ExampleFormat) -> _Example:
 
 def _column(columns: Row, name: str, kind: type) -> NDArray[Any]:
     if name not in columns:
-        raise ValueError(f"the column {name!r} is missing (it has {list(columns)}); the custom objective needs it")
+        raise ValueError(
+            f"the column {name!r} is missing (it has {shortened(list(columns))}); the custom objective needs it"
+        )
     values = columns[name]
     # By exact type, since a bool is an int to isinstance.
     if not isinstance(values, list) or any(type(value) is not kind for value in values):
         what = "integers" if kind is int else "true and false"
-        raise ValueError(f"{name} is {shortened(values)}; a list of {what} is expected")
+        raise ValueError(f"{name} is {shortened(values, 40)}; a list of {what} is expected")
     try:
         return np.array(values, dtype=np.int64 if kind is int else np.bool_)
     except OverflowError:

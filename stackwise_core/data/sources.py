@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import codecs
-import glob
+import contextlib
 import hashlib
 import json
 import re
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stackwise_core.errors import CorpusError
+from stackwise_core.data.files import READ_ERRORS, common_kind, ending, opened, paths_of, unreadable
+from stackwise_core.data.tokens import read_tokens
+from stackwise_core.errors import CorpusError, shortened
 
 _TEXT = "text"
 """The column of documents in a table."""
 _HUB = "hf:"
 _HUB_NAME = re.compile(r"hf:(?P<name>[^/:]+/[^/:]+)(/(?P<config>[^/:]+))?(:(?P<split>.+))?")
-_KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".bin": "uint16 token"}
-"""The kind of a file by its suffix; all others are text."""
 _CHUNK = 1 << 20
+_MOST_TOKENS = 2**24
+"""The largest `model.vocab_size`."""
 
 Content = bytes | memoryview
 Row = dict[str, Any]
@@ -39,23 +40,32 @@ class Document:
     name: str
     """The file, or the file and the row, for messages."""
     content: Content
-    """UTF-8 text, or memory-mapped tokens, uint16 little-endian."""
+    """UTF-8 text, or memory-mapped tokens."""
     digest: str
-    is_tokens: bool = False
+    token_width: int = 0
+    """Bytes of a token, little-endian; 0 if it is a text."""
+    start: int = 0
+    """Bytes of the file before the content."""
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether it holds tokens rather than text."""
+        return self.token_width > 0
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the text, or number of tokens: in either case the most tokens it can give."""
-        return len(self.content) // (2 if self.is_tokens else 1)
+        return len(self.content) // (self.token_width or 1)
 
 
-def documents_of(source: str, *, examples: bool) -> Iterator[Document]:
+def documents_of(source: str, *, examples: bool, token_type: str = "auto") -> Iterator[Document]:
     """Yield every document of a source, in no particular order.
 
     Args:
-        source: 'stdlib', the path or glob of text, jsonl, parquet or uint16 .bin files, or 'hf:owner/name'.
+        source: 'stdlib', the path or glob of text, jsonl, parquet or .bin files, or 'hf:owner/name'.
         examples: whether tables hold examples for a custom objective, so that each table is one document of jsonl;
             otherwise each row is one text.
+        token_type: of .bin files, see `read_tokens`.
 
     Raises:
         CorpusError: no file matches, their kinds are mixed, or a file or row cannot be read as its kind.
@@ -63,22 +73,26 @@ def documents_of(source: str, *, examples: bool) -> Iterator[Document]:
     if source.startswith(_HUB):
         yield from _of_rows(source, _hub_rows(source, examples), examples)
         return
-    paths = _paths(source)
-    kind = _common_kind(source, paths)
+    paths = paths_of(source)
+    kind = common_kind(source, paths)
+    if kind == "token":
+        if examples:
+            allowed = "the custom objective reads jsonl or parquet, with targets"
+            raise CorpusError(f"data.source: {paths[0]} holds tokens and no targets; {allowed}")
+        yield from _token_documents(source, paths, token_type)
+        return
     for path in paths:
         if kind == "parquet":
             yield from _of_rows(str(path), _parquet_rows(path, examples), examples)
-        elif kind == "jsonl" and not examples:
+        elif kind == "jsonl" and (not examples or _is_array(path)):
             yield from _of_rows(str(path), _jsonl_rows(path), examples)
-        elif kind == "uint16 token":
-            yield _token_document(path, examples)
         else:
-            yield _document(str(path), _read_text(path))
+            yield _document(str(path), _read_text(path)) if kind == "jsonl" else _text_document(path)
 
 
 def _of_rows(name: str, rows: Iterable[NumberedRow], examples: bool) -> Iterator[Document]:
     if examples:
-        yield _document(name, _jsonl_of(rows))
+        yield _document(name, _jsonl_of(name, rows))
         return
     for number, row in rows:
         try:
@@ -95,50 +109,36 @@ def _document(name: str, text: bytes) -> Document:
 # ---------------------------------------------------------------- files
 
 
-def _paths(source: str) -> list[Path]:
-    if source == "stdlib":
-        return _standard_library()
-    try:
-        if Path(source).is_file():
-            return [Path(source)]
-        files = [path for path in map(Path, sorted(glob.glob(source, recursive=True))) if path.is_file()]
-    except (OSError, ValueError) as error:
-        raise CorpusError(f"data.source: got {source[:80]!r}; it cannot be looked up ({error})") from None
-    if not files:
-        what = "it is a folder; add /**/*.txt" if Path(source).is_dir() else "no file matches"
-        raise CorpusError(f"data.source: got {source!r}; {what} (seen from {Path.cwd()})")
-    return files
-
-
-def _standard_library() -> list[Path]:
-    """Return the source files of the running Python's library, without its tests: some of them are not UTF-8."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
-    paths = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
-    if not paths:
-        raise CorpusError(f"data.source: got 'stdlib'; {root} holds no sources, give data.source a text file")
-    return sorted(paths)
-
-
-def _common_kind(source: str, paths: list[Path]) -> str:
-    first = {_KINDS.get(path.suffix.lower(), "text"): path for path in reversed(paths)}
-    if len(first) > 1:
-        found = " and ".join(f"{kind} files ({path})" for kind, path in sorted(first.items()))
-        raise CorpusError(f"data.source: got {source!r}; it names {found}; name files of one kind, as by *.txt")
-    return next(iter(first))
-
-
 def _read_text(path: Path) -> bytes:
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise CorpusError(f"data.source: {path} cannot be read ({error.strerror})") from None
+        with opened(path) as file:
+            text = file.read()
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from None
     wrong = _first_non_utf8(text)
     if wrong is not None:
         raise CorpusError(f"data.source: {path} is not UTF-8 text (byte {wrong}); give text files")
     if b"\0" in text:
         raise CorpusError(f"data.source: {path} is binary (byte {text.index(0)} is NUL); give text files")
     return text
+
+
+def _text_document(path: Path) -> Document:
+    text = _read_text(path)
+    if ending(path) != ".txt" and _is_jsonl(text):
+        remedy = "name it .jsonl to train on its texts, or .txt to train on it as it stands"
+        raise CorpusError(f"data.source: {path} holds a JSON object on each line; {remedy}")
+    return _document(str(path), text)
+
+
+def _is_jsonl(text: bytes) -> bool:
+    """Return whether the first two lines are JSON objects."""
+    if not text.startswith(b"{"):
+        return False
+    lines = text[:_CHUNK].split(b"\n")[:2]
+    with contextlib.suppress(ValueError):
+        return len([parse_object(line) for line in lines]) == 2
+    return False
 
 
 def _first_non_utf8(text: bytes) -> int | None:
@@ -156,27 +156,22 @@ def _first_non_utf8(text: bytes) -> int | None:
 # ---------------------------------------------------------------- tokens
 
 
-def _token_document(path: Path, examples: bool) -> Document:
-    if examples:
-        allowed = "the custom objective reads jsonl or parquet, with targets"
-        raise CorpusError(f"data.source: {path} holds tokens and no targets; {allowed}")
-    try:
-        size = path.stat().st_size
-        content = np.memmap(path, np.uint8, mode="r").data if size else b""
-    except OSError as error:
-        raise CorpusError(f"data.source: {path} cannot be read ({error.strerror})") from None
-    if size % 2:
-        allowed = "a .bin holds uint16 tokens, two bytes each, and no header"
-        raise CorpusError(f"data.source: {path} has {size:,} bytes, an odd number; {allowed}")
-    # The prefix tells the digest from that of a text of the same bytes.
-    digest = hashlib.sha256(b"uint16 tokens\0")
-    digest.update(content)
-    return Document(str(path), content, digest.hexdigest(), is_tokens=True)
+def _token_documents(source: str, paths: list[Path], token_type: str) -> Iterator[Document]:
+    first: tuple[int, Path] | None = None
+    for path in paths:
+        read = read_tokens(path, token_type)
+        if not read.content:
+            continue
+        if first and read.width != first[0]:
+            found = f"tokens of {8 * first[0]} bits ({first[1]}) and of {8 * read.width} ({path})"
+            raise CorpusError(f"data.source: got {shortened(source)}; it names {found}; name files of one kind")
+        first = first or (read.width, path)
+        yield Document(str(path), read.content, read.digest, read.width, read.start)
 
 
-def tokens_in(content: Content) -> NDArray[np.uint16]:
-    """Return a view of the content of a .bin as token ids: [n]."""
-    return np.frombuffer(content, "<u2")
+def tokens_in(content: Content, width: int) -> NDArray[np.uint16] | NDArray[np.uint32]:
+    """Return a view of the content of a file of tokens as token ids: [n]."""
+    return np.frombuffer(content, f"<u{width}")
 
 
 def check_tokens(document: Document, n_tokens: int, remedy: str, forbidden: int | None = None) -> None:
@@ -184,7 +179,7 @@ def check_tokens(document: Document, n_tokens: int, remedy: str, forbidden: int 
 
     Raises CorpusError, which names the first wrong token with its file and position, and the remedy.
     """
-    tokens = tokens_in(document.content)
+    tokens, width = tokens_in(document.content, document.token_width), document.token_width
     for start in range(0, len(tokens), _CHUNK):
         chunk = tokens[start : start + _CHUNK]
         wrong = chunk >= n_tokens
@@ -194,7 +189,9 @@ def check_tokens(document: Document, n_tokens: int, remedy: str, forbidden: int 
             at = start + int(wrong.argmax())
             token = int(tokens[at])
             what = "is [MASK], a hole in the text" if token == forbidden else f"is outside 0 to {n_tokens - 1}"
-            where = f"{document.name}: token {at:,} (at byte {2 * at:,}) is {token}"
+            where = f"{document.name}: token {at:,} (at byte {document.start + width * at:,}) is {token}"
+            if token >= _MOST_TOKENS and width > 2:
+                remedy = "no vocabulary is so large; if these are uint16 tokens, set data.token_type: uint16"
             raise CorpusError(f"data.source: {where}, which {what}; {remedy}")
 
 
@@ -202,16 +199,42 @@ def check_tokens(document: Document, n_tokens: int, remedy: str, forbidden: int 
 
 
 def _jsonl_rows(path: Path) -> Iterator[NumberedRow]:
-    number = 0
+    if _is_array(path):
+        yield from _array_rows(path)
+        return
+    number, expected = 0, "one JSON object a line is expected"
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, parse_object(line)
-    except OSError as error:
-        raise CorpusError(f"data.source: {path} cannot be read ({error.strerror})") from None
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from None
     except ValueError as error:
-        raise CorpusError(f"data.source: {path}:{number}: {error}; one JSON object a line is expected") from None
+        also = ", or a file that is one list of them" if ending(path) == ".json" else ""
+        raise CorpusError(f"data.source: {path}:{number}: {error}; {expected}{also}") from None
+
+
+def _is_array(path: Path) -> bool:
+    """Return whether a .json file is one JSON list, rather than an object a line."""
+    if ending(path) != ".json":
+        return False
+    try:
+        with opened(path) as file:
+            return file.read(_CHUNK).lstrip().startswith(b"[")
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from None
+
+
+def _array_rows(path: Path) -> Iterator[NumberedRow]:
+    try:
+        rows: Any = json.loads(_read_text(path), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f"data.source: {path} is not JSON ({_first_line(error)})") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise CorpusError(f"data.source: {path}:{number}: {shortened(row, 40)} is not a JSON object")
+        yield number, row
 
 
 def parse_object(line: bytes) -> Row:
@@ -230,43 +253,70 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         doubled = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"has the key {doubled!r} twice; leave one out")
+        raise ValueError(f"has the key {shortened(doubled)} twice; leave one out")
     return row
 
 
 def _parquet_rows(path: Path, examples: bool) -> Iterator[NumberedRow]:
     """Yield the rows of a parquet file, a thousand in memory at a time."""
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise CorpusError(f"data.source: {path} needs pyarrow to be read: pip install 'stackwise[parquet]'") from None
+    first = 1
     try:
         with parquet.ParquetFile(path) as file:
             names = _columns_to_read(str(path), file.schema_arrow.names, examples)
-            batches = file.iter_batches(batch_size=1000, columns=names)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise CorpusError(f"data.source: {path} cannot be read as parquet ({_first_line(error)})") from None
+            for batch in file.iter_batches(batch_size=1000, columns=names):
+                yield from enumerate(_decoded(str(path), batch, first), first)
+                first += len(batch)
+    except CorpusError:
+        raise
+    except Exception as error:  # of a damaged file the library may raise anything
+        where = f" after row {first - 1:,}" if first > 1 else ""
+        raise CorpusError(f"data.source: {path} cannot be read as parquet{where} ({_first_line(error)})") from None
+
+
+def _decoded(name: str, batch: Any, first: int) -> list[Row]:
+    """Return the rows of a batch whose first one has the number `first`."""
+    try:
+        return batch.to_pylist()
+    except Exception as error:  # the library and its conversions raise many kinds
+        for number in range(len(batch)):
+            for column in batch.schema.names:
+                try:
+                    batch.column(column)[number].as_py()
+                except Exception as wrong:
+                    raise _undecodable(name, first + number, column, wrong) from None
+        raise _undecodable(name, first, "", error) from None
+
+
+def _undecodable(name: str, number: int, column: str, error: Exception) -> CorpusError:
+    what = f"{shortened(column, 40)} cannot be decoded" if column else "cannot be decoded"
+    return CorpusError(f"data.source: {name}:{number}: {what} ({_first_line(error)}); correct or drop this row")
 
 
 def _hub_rows(source: str, examples: bool) -> Iterator[NumberedRow]:
     """Yield the rows of a Hugging Face dataset, which the library `datasets` downloads once into its own cache."""
-    named = _HUB_NAME.fullmatch(source)
+    got, named = shortened(source), _HUB_NAME.fullmatch(source)
     if named is None:
         allowed = "write hf:owner/name or hf:owner/name/configuration, and :split after it if it is not train"
-        raise CorpusError(f"data.source: got {source!r}; {allowed}")
+        raise CorpusError(f"data.source: got {got}; {allowed}")
     try:
         import datasets
     except ImportError:
-        raise CorpusError(f"data.source: got {source!r}; it needs datasets: pip install 'stackwise[hub]'") from None
+        raise CorpusError(f"data.source: got {got}; it needs datasets: pip install 'stackwise[hub]'") from None
     try:
         dataset: Any = datasets.load_dataset(named["name"], named["config"], split=named["split"] or "train")
     except Exception as error:  # the library may raise anything
         remedy = "check owner, name, configuration and split, and the connection to the hub"
-        raise CorpusError(f"data.source: got {source!r}; cannot be loaded ({_first_line(error)}); {remedy}") from None
-    names = _columns_to_read(source, dataset.column_names, examples)
-    yield from enumerate(dataset.select_columns(names), 1)
+        raise CorpusError(f"data.source: got {got}; cannot be loaded ({_first_line(error)}); {remedy}") from None
+    names, number = _columns_to_read(source, dataset.column_names, examples), 0
+    try:
+        for number, row in enumerate(dataset.select_columns(names), 1):
+            yield number, row
+    except Exception as error:  # the library may raise anything
+        raise _undecodable(source, number + 1, ", ".join(names), error) from None
 
 
 def _columns_to_read(where: str, names: list[str], examples: bool) -> list[str]:
@@ -281,26 +331,26 @@ def _text_of(row: Row) -> bytes:
         raise ValueError(_no_text(list(row)))
     text = row[_TEXT]
     if not isinstance(text, str):
-        raise ValueError(f"{_TEXT} is {shortened(text)}; a string is expected")
+        raise ValueError(f"{_TEXT} is {shortened(text, 40)}; a string is expected")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{_TEXT} holds half a surrogate pair at character {error.start}, which is not text") from None
 
 
-def _jsonl_of(rows: Iterable[NumberedRow]) -> bytes:
+def _jsonl_of(name: str, rows: Iterable[NumberedRow]) -> bytes:
     """Return rows as jsonl; a value that JSON cannot hold becomes the string of its Python repr."""
-    return b"".join(json.dumps(row, default=repr).encode() + b"\n" for _, row in rows)
-
-
-def shortened(value: Any) -> str:
-    """Return the repr of a value, cut for a message."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    lines = list[bytes]()
+    for number, row in rows:
+        try:
+            lines.append(json.dumps(row, default=repr).encode() + b"\n")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _undecodable(name, number, "", error) from None
+    return b"".join(lines)
 
 
 def _no_text(names: list[str]) -> str:
-    return f"the column {_TEXT!r} is missing (it has {names}); documents are read from it"
+    return f"the column {_TEXT!r} is missing (it has {shortened(names)}); documents are read from it"
 
 
 def _first_line(error: Exception) -> str:

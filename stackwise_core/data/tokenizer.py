@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stackwise_core.data.coverage import Coverage
+from stackwise_core.data.files import not_a_file
 from stackwise_core.data.masks import IntArray
-from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.errors import ConfigError, Fault, shortened
 
 TokenArray = NDArray[np.uint16 | np.uint32]
 
 _MOST_TOKENS = 2**24
 """The largest `model.vocab_size`."""
+_MOST_BYTES = 2**29
+"""Of a tokenizer.json; those of the largest vocabularies are a tenth of it."""
+_END_TOKENS = ("[END]", "<|endoftext|>", "</s>", "[SEP]")
+_MORE_END_TOKENS = (
+    *(
+        "<|end_of_text|>",
+        "<eos>",
+        "[EOS]",
+        "<EOS>",
+        "<|eos|>",
+        "<EOS_TOKEN>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    ),
+    *("<|im_end|>", "<|eot_id|>", "<|eod|>", "<eod>"),
+)
+"""Names of the end tokens of others: Llama 3, Gemma, and so on. They are part of the tokenizer's name in ids."""
+_KNOWS_ALL = "give a tokenizer that knows every text, such as a byte-level one"
 _MOST_TOKENS_PER_CHARACTER = 4  # where a token is a byte of UTF-8
+
+
+class _NoSuchTokenError(ValueError):
+    """The end token is not in the vocabulary."""
 
 
 class Tokenizer(ABC):
     """What packing, masking and ids need from a tokenizer."""
 
     name: str
-    """'byte', or 'sha256:' and the hash of the file; enters ids."""
+    """'byte', or 'sha256:' and the hash of the file, and an end token that it does not imply; enters ids."""
     vocab_size: int
     """One more than the largest id."""
     n_regular_tokens: int
@@ -69,12 +96,12 @@ class ByteTokenizer(Tokenizer):
 class FileTokenizer(Tokenizer):
     """A tokenizer of the Hugging Face library `tokenizers`, described by a tokenizer.json.
 
-    The mask token is [MASK] or <mask>; the end token the first of [END], <|endoftext|>, </s>, [SEP] that exists; the
+    The mask token is [MASK] or <mask>; the end token the given one, else the first of the known names that exists; the
     pad token [PAD] or <pad>, else the end token, else 0.
     """
 
-    def __init__(self, description: str) -> None:
-        """Parse the text of a tokenizer.json; raises ValueError if it is not one or has no regular token."""
+    def __init__(self, description: str, end_token: str = "") -> None:
+        """Parse the text of a tokenizer.json; raises ValueError if it is not one or lacks a token that it needs."""
         from tokenizers import Tokenizer as Library
 
         try:
@@ -91,7 +118,12 @@ class FileTokenizer(Tokenizer):
         ids = self._library.get_vocab(with_added_tokens=True)
         self.name = f"sha256:{hashlib.sha256(description.encode()).hexdigest()}"
         self.mask_token = _first(ids, "[MASK]", "<mask>")
-        self.end_token = _first(ids, "[END]", "<|endoftext|>", "</s>", "[SEP]")
+        if end_token and end_token not in ids:
+            raise _NoSuchTokenError
+        by_name = _first(ids, *_END_TOKENS)
+        self.end_token = ids[end_token] if end_token else _first(ids, *_END_TOKENS, *_MORE_END_TOKENS)
+        if self.end_token != by_name:
+            self.name += f" end {self.end_token}"
         pad_token = _first(ids, "[PAD]", "<pad>")
         self.pad_token = next(token for token in (pad_token, self.end_token, 0) if token is not None)
         self.vocab_size = max(ids.values(), default=-1) + 1
@@ -105,13 +137,18 @@ class FileTokenizer(Tokenizer):
         self.n_regular_tokens = len(regular)
         # Ids missing from the vocabulary must not be drawn either.
         self.special_tokens = tuple(token for token in range(self.vocab_size) if token not in regular)
+        self._coverage = Coverage(self._library)
 
     def encode(self, text: bytes) -> TokenArray:
         """Return the ids of a UTF-8 text, without the special tokens that a template would add around it."""
+        readable = text.decode("utf-8")
+        if dropped := self._coverage.dropped_from(readable):
+            allowed = f"it has no token for {dropped!r} (U+{ord(dropped):04X}) and would drop it from the corpus"
+            raise ConfigError([Fault("data.tokenizer", self.name, f"{allowed}; {_KNOWS_ALL}")])
         try:
-            ids = self._library.encode(text.decode("utf-8"), add_special_tokens=False).ids
+            ids = self._library.encode(readable, add_special_tokens=False).ids
         except Exception as error:  # the library raises nothing narrower
-            allowed = f"it cannot encode the corpus ({error}); give one that knows every text, such as a byte-level one"
+            allowed = f"it cannot encode the corpus ({error}); {_KNOWS_ALL}"
             raise ConfigError([Fault("data.tokenizer", self.name, allowed)]) from None
         return np.array(ids, dtype=token_dtype(self.vocab_size))
 
@@ -125,27 +162,74 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer that `data.tokenizer` names; raises ConfigError if its file is missing or damaged."""
+def load_tokenizer(name: str, end_token: str = "") -> Tokenizer:
+    """Return the tokenizer that `data.tokenizer` names.
+
+    Args:
+        name: 'byte' or the path of a tokenizer.json.
+        end_token: the name of the token that ends documents; empty takes what the files beside the tokenizer.json
+            say, else a known name.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or has no such token.
+    """
     if name == "byte":
+        if end_token not in ("", "[END]"):
+            raise ConfigError([Fault("data.end_token", repr(end_token), "the byte tokenizer has [END]; leave it out")])
         return ByteTokenizer()
+    beside = end = ""
     try:
-        return _parsed(Path(name).read_bytes().decode("utf-8"))
+        if what := not_a_file(name):
+            raise OSError(errno.EINVAL, f"it is {what}")
+        description = _read(Path(name))
+        beside, end = ("", end_token) if end_token else _end_token_beside(Path(name))
+        return _parsed(description, end)
     except OSError as error:
-        allowed = f"it cannot be read ({error.strerror}, seen from {Path.cwd()}); give a tokenizer.json, or use 'byte'"
+        problem = f"it cannot be read ({error.strerror}, seen from {Path.cwd()})"
+    except _NoSuchTokenError:
+        if end_token:
+            allowed = f"data.tokenizer = {shortened(name)} has no such token; name one that it has"
+            raise ConfigError([Fault("data.end_token", repr(end_token), allowed)]) from None
+        allowed = f"it has no token {shortened(end)}, which {beside} names as eos_token; set data.end_token"
+        raise ConfigError([Fault("data.tokenizer", repr(name), allowed)]) from None
     except ValueError as error:
         allowed = f"it is not a tokenizer.json ({error}); give one that the library tokenizers saved, or use 'byte'"
-    raise ConfigError([Fault("data.tokenizer", repr(name), allowed)])
+        raise ConfigError([Fault("data.tokenizer", repr(name), allowed)]) from None
+    raise ConfigError([Fault("data.tokenizer", repr(name), f"{problem}; give a tokenizer.json, or use 'byte'")])
 
 
-@functools.lru_cache(maxsize=4)
-def _parsed(description: str) -> FileTokenizer:
-    """Parse a tokenizer once; cached by the text of the file, so that a changed file is parsed again."""
-    return FileTokenizer(description)
+def _read(path: Path) -> str:
+    if path.stat().st_size > _MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it is larger than {_MOST_BYTES:,} bytes")
+    return path.read_bytes().decode("utf-8")
+
+
+def _end_token_beside(path: Path) -> tuple[str, str]:
+    """Return a file beside a tokenizer.json that names an end token, as transformers writes it, and the name.
+
+    Both are empty if there is none. Raises OSError if such a file cannot be read.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        beside = path.with_name(name)
+        if path.name != "tokenizer.json" or not beside.is_file():
+            continue
+        with contextlib.suppress(ValueError, RecursionError):  # not JSON: of someone else
+            found: Any = json.loads(_read(beside))
+            token = found.get("eos_token") if isinstance(found, dict) else None
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token:
+                return name, token
+    return "", ""
 
 
 def _first(ids: dict[str, int], *names: str) -> int | None:
     return next((ids[name] for name in names if name in ids), None)
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(description: str, end_token: str) -> FileTokenizer:
+    """Parse a tokenizer once; cached by the text of the file, so that a changed file is parsed again."""
+    return FileTokenizer(description, end_token)
 
 
 def decode_pieces(tokenizer: Tokenizer, tokens: IntArray) -> list[tuple[str, int]]:

@@ -68,7 +68,7 @@ class DataRecipe(Recipe, frozen=True):
     kind = "data"
     corpus: str
     tokenizer: str
-    """'byte', or 'sha256:' and the hash of a tokenizer.json: never its path."""
+    """'byte', or 'sha256:' and the hash of a tokenizer.json, with an end token that it does not imply: never a path."""
     seq_len: int
     max_sequences: int
     validation_fraction: float

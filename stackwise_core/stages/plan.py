@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.schema import ValidationConfig
 from stackwise_core.config.stacks import corrupts_by_time, settings_of
 from stackwise_core.data.masks import MaskSpec
 from stackwise_core.data.packing import corpus_facts
-from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.stages.costs import stack_flops, store_bytes
 from stackwise_core.stages.identity import (
     ActivationRecipe,
@@ -107,7 +107,9 @@ class RunPlan(Value, frozen=True):
 
 def plan_config(config: StackWiseConfig, adopted: Sequence[AdoptedRecipe] = ()) -> RunPlan:
     """Read the corpus of a valid configuration and plan its run; raises CorpusError if it cannot be read."""
-    return plan_run(config, *corpus_facts(config.data.source, examples=reads_examples(config)), adopted)
+    data = config.data
+    facts = corpus_facts(data.source, examples=reads_examples(config), token_type=data.token_type)
+    return plan_run(config, *facts, adopted)
 
 
 def plan_run(
@@ -120,7 +122,7 @@ def plan_run(
     """
     data = DataRecipe(
         corpus=corpus_digest,
-        tokenizer=load_tokenizer(config.data.tokenizer).name,
+        tokenizer=tokenizer_of(config).name,
         seq_len=config.data.seq_len,
         max_sequences=config.data.max_sequences,
         validation_fraction=config.data.validation_fraction,

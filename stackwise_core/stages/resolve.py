@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Field
 
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.functions import load_function, source_digest
 from stackwise_core.config.schema import GROWTH, QUANTISED_STREAMS
 from stackwise_core.config.sizes import batch_size_of, feed_forward_width, vocab_size_of
@@ -24,7 +25,6 @@ from stackwise_core.config.stacks import (
 from stackwise_core.config.unused import is_used
 from stackwise_core.data.masks import MaskSpec
 from stackwise_core.data.order import RowOrder
-from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.errors import ConfigError, Fault
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def resolve_mask(config: StackWiseConfig, stage: int) -> MaskSpec | None:
     """Return how a stage corrupts its inputs; None for clm and custom, which do not corrupt them."""
     if config.training.progressive.training_objective != "mlm":
         return None
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer_of(config)
     if tokenizer.mask_token is None:
         allowed = "it has neither [MASK] nor <mask>, which mlm needs"
         raise ConfigError([Fault("data.tokenizer", repr(config.data.tokenizer), allowed)])

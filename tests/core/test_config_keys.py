@@ -320,6 +320,7 @@ def keys_read() -> set[str]:
 NOT_IN_THE_PLAN = {
     "run.name",
     "data.source",  # its content is
+    "data.token_type",  # as tokens of this type
     "training.checkpoint_every",
     "training.activation_checkpointing",
     f"{GROWTH}.max_stacks",  # it is a limit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -199,10 +200,10 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
 def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "locked.txt").write_text("text")
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path) -> BinaryIO:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("stackwise_core.data.sources.opened", refuse)
     with pytest.raises(CorpusError, match=r"locked\.txt cannot be read \(Permission denied\)"):
         read_corpus(str(tmp_path / "*.txt"))
 

@@ -264,7 +264,7 @@ def test_tokens_that_were_packed_for_another_model_are_asked_again(tmp_path: Pat
         (
             {"a.txt": b"a", "b.bin": b"ab", "c.txt": b"c"},
             "*",
-            r"it names text files \(.*a\.txt\) and uint16 token files \(.*b\.bin\); name files of one kind",
+            r"it names text files \(.*a\.txt\) and token files \(.*b\.bin\); name files of one kind",
         ),
         ({"a.jsonl": b"{}", "b.parquet": b""}, "*", r"jsonl files \(.*\) and parquet files \(.*\)"),
         ({"a.parquet": b"PAR1 no more"}, "a.parquet", r"a\.parquet cannot be read as parquet \(.+\)"),

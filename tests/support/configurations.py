@@ -55,6 +55,7 @@ OTHERS: dict[str, Any] = {
     "training.new_stack_init": "random",
     f"{GROWTH}.time_embedding_dim": 32,
     "data.tokenizer": "words.json",
+    "data.end_token": "[END]",
     f"{GROWTH}.qlora_configs": {n: {"rank": 1, "alpha": 1.0} for n in range(3)},
     f"{GROWTH}.stack_time_mapping": "exponential",
     f"{GROWTH}.time_mapping": [0, 1, 1],
@@ -113,7 +114,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "training.custom_loss": {f"{GROWTH}.training_objective": "custom"},
     "cache.task_runner": {"cache.fill_workers": 2},
 }
-NOT_BUILT = {"data.tokenizer", "model.from"}
+NOT_BUILT = {"data.tokenizer", "data.end_token", "model.from"}
 
 
 def configuration(changes: dict[str, Any]) -> StackWiseConfig:
