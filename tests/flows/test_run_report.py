@@ -18,7 +18,11 @@ def stage(number: int, loss: float | None, by_ratio: dict[str, float] | None = N
     return StageSummary(
         stage=number,
         name="append, frozen, full",
-        states={"stack": "sealed", "activations": "sealed" if number == 0 else "none"},
+        states={
+            "stack": "sealed",
+            "activations": "sealed" if number == 0 else "none",
+            "validation": "absent" if loss is None else "sealed",
+        },
         artifacts={"stack": f"stack-{number}-abc"},
         steps=12,
         stacks=number + 1,
