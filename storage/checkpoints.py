@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.files import recover_folder, replace_folder
 from stackwise_core.model.adapters import load_adapter_state, load_base_state
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
 from stackwise_core.model.growth_operators import give_adapter
@@ -34,12 +32,13 @@ from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.identity import AdoptedRecipe
 from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.stages import StageSpec, last_trained
+from stackwise_core.training.saved_state import read_state, write_state
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import TrainingState
 from storage.artifacts import Artifacts
 from storage.errors import ArtifactCorruptError
 from storage.files import explain_full_disk, write_bytes, write_text
-from storage.midstage import STATE_FOLDER, read_header, write_header
+from storage.midstage import STATE_FOLDER
 
 METRICS = "metrics.jsonl"
 _REMADE = "Remove {} and run the same command again: it will be remade"
@@ -188,28 +187,11 @@ def _fill(module: Module, load: Callable[[dict[str, Tensor]], object], path: Pat
 
 def save_state(work: Path, state: TrainingState) -> None:
     """Replace the mid-stage checkpoint of a work folder; after a kill the old one or the new one is there."""
-    fresh = work / f"{STATE_FOLDER}.tmp"
-    fresh.mkdir(parents=True, exist_ok=True)
-    with explain_full_disk(fresh):
-        payload = serialised(state.tensors)
-        (fresh / "state.safetensors").write_bytes(payload)
-        digest = hashlib.sha256(payload).hexdigest()
-        header: dict[str, Any] = {"step": state.step, "tensors": digest, "records": state.records}
-        if state.fingerprint:
-            header["fingerprint"] = state.fingerprint
-        write_header(fresh, header)
-    replace_folder(fresh, work / STATE_FOLDER)
+    with explain_full_disk(work / STATE_FOLDER):
+        write_state(work / STATE_FOLDER, state)
 
 
 def load_state(work: Path) -> TrainingState | None:
     """Return the mid-stage checkpoint; None if there is none, or if it is damaged: the stage then starts again."""
-    folder = work / STATE_FOLDER
-    recover_folder(folder)
-    try:
-        payload = (folder / "state.safetensors").read_bytes()
-    except OSError:
-        return None
-    header = read_header(folder)
-    if header is None or hashlib.sha256(payload).hexdigest() != header["tensors"]:
-        return None
-    return TrainingState(header["step"], deserialised(payload), header["records"], header.get("fingerprint", {}))
+    found = read_state(work / STATE_FOLDER)
+    return found and found[0]

@@ -10,7 +10,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.rack import Rack
-from stackwise_core.model.rack_builder import ProgressiveRackBuilder
+from stackwise_core.model.rack_builder import ProgressiveRackBuilder, check_no_code
 from stackwise_core.model.snapshot import Snapshot
 from stackwise_core.stages.adopt import adopting
 from stackwise_core.stages.plan import StagePlan
@@ -36,15 +36,20 @@ def load_rack(uri: str | Path, run: str, depth: int | None = None) -> Rack:
     return _rack(artifacts, _stages(artifacts, find_run(artifacts, run), depth))
 
 
-def load_builder(uri: str | Path, run: str, depth: int | None = None) -> ProgressiveRackBuilder:
+def load_builder(
+    uri: str | Path, run: str, depth: int | None = None, *, trust_functions: bool = False
+) -> ProgressiveRackBuilder:
     """Return the rack of a run in a builder with the run's configuration, to grow on; see `load_rack`.
 
-    Growth goes on from the rack before its joint anneal, if there is one, as it does in a run.
+    Growth goes on from the rack before its joint anneal, if there is one, as it does in a run. `trust_functions`
+    imports the functions that the configuration names, which may have come with the artifacts: without it, they are
+    refused with a ConfigError.
     """
     artifacts = artifacts_at(uri).existing()
     attempt = find_run(artifacts, run)
     stages = _stages(artifacts, attempt, depth)
     config, last = _config(attempt), stages[-1].spec
+    check_no_code(config, attempt.where, trusted=trust_functions)
     builder, channels = ProgressiveRackBuilder(config), load_all_channels(artifacts, stages)
     builder.take_rack(_rack(artifacts, stages), last.anatomy.order, channels, settings_of(config, 0).mode)
     if last.mode == "joint" and len(stages) > 1:

@@ -21,7 +21,7 @@ from flows.run.inputs import (
     stream_of,
 )
 from flows.run.ranks import train_by_ranks
-from flows.run.stage import Facts, Made, Stage, fingerprint_of, make
+from flows.run.stage import GO_ON, Facts, Made, Stage, fingerprint_of, make
 from stackwise_core.errors import SavedRackError, StackWiseError
 from stackwise_core.model.precision import count_parameters
 from stackwise_core.objectives.make_batch import validation_batch
@@ -172,6 +172,7 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
         checkpoint_every=stage.config.training.checkpoint_every,
         checkpoint_last=ranks.count > 1,
         should_stop=stop_requested,
+        go_on=GO_ON,
     )
 
 

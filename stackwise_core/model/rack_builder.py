@@ -26,11 +26,29 @@ from stackwise_core.model.digests import digest_of, part_digests, tensor_digest
 from stackwise_core.model.growth_operators import freeze, give_adapter, new_rack, new_stack
 from stackwise_core.model.precision import count_parameters, stored_bytes
 from stackwise_core.model.rack import Rack, load_rack, rack_files
-from stackwise_core.model.saving import described_stacks, saved_builder, saved_config, write_whole
-from stackwise_core.model.snapshot import Annealed, Snapshot, take_contents
+from stackwise_core.model.saving import (
+    described_stacks,
+    saved_builder,
+    saved_config,
+    serialised,
+    tensors_of,
+    write_whole,
+)
+from stackwise_core.model.snapshot import Annealed, Interrupted, Snapshot, take_contents
 from stackwise_core.model.stream import ChannelStatistics
-from stackwise_core.stages.resolve import ModelShape, resolve_shape
-from stackwise_core.stages.saved_rack import BEFORE_JOINT, BUILDER, CONFIG, Mode, SavedAnneal, SavedBuilder, SavedRack
+from stackwise_core.stages.resolve import ModelShape, named_functions, resolve_shape
+from stackwise_core.stages.saved_rack import (
+    BEFORE_JOINT,
+    BEFORE_STOP,
+    BUILDER,
+    CONFIG,
+    STOPPED,
+    Mode,
+    SavedAnneal,
+    SavedBuilder,
+    SavedRack,
+    SavedStop,
+)
 from stackwise_core.stages.stages import Anatomy, StageSpec, resolve_stack, resolve_stage
 
 _Mode = Literal["default", "append", "prepend"]
@@ -103,6 +121,10 @@ class ProgressiveRackBuilder:
         """Channel statistics of the stacks' outputs, by creation index, where the stream is quantised."""
         self.annealed: Annealed | None = None
         """The joint anneal that the rack has had, if any; growth goes on from the rack before it."""
+        self.interrupted: Interrupted | None = None
+        """The stage that a trainer was stopped in, if any; the same call goes on there."""
+        self.progress: Any = None
+        """The folder in which a trainer keeps how far this rack is, if it was given one."""
         self._added: list[StackOverride] = []
         self._trained: set[int] = set()
         self._created: dict[int, dict[str, str]] = {}
@@ -151,6 +173,7 @@ class ProgressiveRackBuilder:
         self, mode: _Mode, n_blocks: int | None, precision: Precision | None, config: StackWiseConfig | None = None
     ) -> Stack:
         if config is None:
+            self._check_not_ahead()
             self._follow_edits()
         config, index = config or self._own, self.n_stacks
         limit = config.training.progressive.max_stacks
@@ -169,6 +192,11 @@ class ProgressiveRackBuilder:
         self._added.append(override)
         self._created[index] = part_digests(stack)
         return stack
+
+    def _check_not_ahead(self) -> None:
+        if self.progress is not None and self.progress.ahead:
+            allowed = f"it is as later calls left it in {self.progress.folder}: give each call a folder of its own"
+            raise ConfigError([Fault("rack_builder", "one more stack, by hand", allowed)])
 
     def _override(
         self, config: StackWiseConfig, mode: _Mode, n_blocks: int | None, precision: Precision | None
@@ -317,8 +345,33 @@ class ProgressiveRackBuilder:
     def undo_anneal(self) -> None:
         """Go back to the rack before its joint anneal, unless it was trained or edited since."""
         annealed, self.annealed = self.annealed, None
-        if annealed is not None and (annealed.settings is None or self._is_as_annealed(annealed)):
+        if annealed is not None and self._is_as_annealed(annealed):
             annealed.before.restore(self._rack, self.channels)
+
+    def undo_interrupted(self) -> None:
+        """Go back to the rack before the stage that was stopped, unless it was edited since: then it is forgotten."""
+        kept = self.interrupted
+        if kept is not None and kept.after != self.digests():
+            self.interrupted = None
+        elif kept is not None and kept.before is not None:
+            kept.before.restore(self._rack, self.channels)
+            kept.before, kept.after = None, self.digests()
+
+    def digests(self, *, trained_only: bool = False) -> dict[str, str]:
+        """Return the hashes of the parts of the rack: embedding, head, and the base and adapters of its stacks."""
+        stacks = [stack for stack in self.stacks if stack.creation_index in self._trained or not trained_only]
+        parts = {
+            f"stack {stack.creation_index} {name}": digest
+            for stack in stacks
+            for name, digest in part_digests(stack).items()
+        }
+        return dict(zip(("embedding", "head"), self._ends(), strict=True)) | parts
+
+    def description(self) -> dict[str, Any]:
+        """Return shape, seed, stacks and digests of the rack as JSON values."""
+        stacks = [override.model_dump(exclude={"steps"}) for override in self._added]
+        shape = self._rack.shape.model_dump(mode="json")
+        return {"shape": shape, "seed": self._seed, "stacks": stacks, "weights": self.digests()}
 
     def _is_as_annealed(self, annealed: Annealed) -> bool:
         digests = {index: part_digests(self.stack(index)) for index in annealed.after}
@@ -361,18 +414,17 @@ class ProgressiveRackBuilder:
         """
         write_whole(folder, self.files())
 
-    def files(self) -> Iterator[tuple[str, bytes]]:
-        """Yield the files that `save` writes, path and bytes, one at a time."""
-        annealed, others, no_config = self.annealed, [(BUILDER, self._known().model_dump_json(indent=1).encode())], ""
+    def files(self, more: Iterable[tuple[str, bytes]] = ()) -> Iterator[tuple[str, bytes]]:
+        """Yield the files that `save` writes, path and bytes, one at a time, and `more` of them."""
+        others, no_config = [(BUILDER, self._known().model_dump_json(indent=1).encode())], ""
         try:
             others.append((CONFIG, self._own.to_yaml().encode()))
         except ConfigError as error:  # it holds function objects
             no_config = str(error)
-        before: Iterable[tuple[str, bytes]] = ()
-        if annealed:
-            whole, channels = annealed.before.as_rack(self._rack), annealed.before.channels
-            files = rack_files(whole, seed=self._seed, trained=self._trained, channels=channels)
-            before = ((f"{BEFORE_JOINT}/{name}", data) for name, data in files)
+        if self.interrupted:
+            others.append((STOPPED, serialised(self.interrupted.tensors)))
+        before_joint = self.annealed and self.annealed.before
+        before_stop = self.interrupted and self.interrupted.before
         yield from rack_files(
             self._rack,
             seed=self._seed,
@@ -380,11 +432,19 @@ class ProgressiveRackBuilder:
             channels=self.channels,
             first="prepend" if self._added and self._added[0].mode == "prepend" else "append",
             no_config=no_config,
-            others=itertools.chain(others, before),
+            others=itertools.chain(
+                others, more, self._files_of(before_joint, BEFORE_JOINT), self._files_of(before_stop, BEFORE_STOP)
+            ),
         )
 
+    def _files_of(self, before: Snapshot | None, folder: str) -> Iterator[tuple[str, bytes]]:
+        if before:
+            whole, channels = before.as_rack(self._rack), before.channels
+            for name, data in rack_files(whole, seed=self._seed, trained=self._trained, channels=channels):
+                yield f"{folder}/{name}", data
+
     def _known(self) -> SavedBuilder:
-        told, annealed = self._told, self.annealed
+        told, annealed, stopped = self._told, self.annealed, self.interrupted
         return SavedBuilder(
             given=told.given is not None,
             dimensions={name: getattr(told.model, name) for name in sorted(told.dimensions)},
@@ -394,27 +454,39 @@ class ProgressiveRackBuilder:
             said=tuple(said_keys(self._own)),
             created=self._created,
             created_ends=self._created_ends,
-            annealed=SavedAnneal(settings=annealed.settings or "", after=annealed.after) if annealed else None,
+            annealed=SavedAnneal(settings=annealed.settings, after=annealed.after) if annealed else None,
+            stopped=SavedStop(
+                settings=stopped.settings,
+                step=stopped.step,
+                records=stopped.records,
+                after=stopped.after,
+                undone=stopped.before is None,
+            )
+            if stopped
+            else None,
         )
 
     @classmethod
-    def load(cls, folder: str | Path, config: StackWiseConfig | None = None) -> Self:
+    def load(cls, folder: str | Path, config: StackWiseConfig | None = None, *, trust_functions: bool = False) -> Self:
         """Return a builder as it was saved, its rack on the CPU.
 
         Args:
             folder: what `save` wrote; of a rack that was saved without its builder all stacks count as trained.
             config: takes the place of the configuration that was saved, if there was one.
+            trust_functions: import the functions that the saved configuration names; only if you know who wrote it.
 
         Raises:
             SavedRackError: there is none, a file is missing or damaged, or another version wrote it.
-            ConfigError: the configuration is missing, or says another shape than the rack has.
+            ConfigError: the configuration is missing, says another shape than the rack has, or names functions.
         """
         rack, saved, channels = load_rack(folder)
         known = saved_builder(saved)
         if config is None and CONFIG not in saved.files:
             why = saved.no_config or "the rack was saved without its builder"
             raise ConfigError([Fault("config", "None", f"none was saved ({why}): give load() one")])
-        config = config or saved_config(saved, known.said if known else ())
+        if config is None:
+            config = saved_config(saved, known.said if known else ())
+            check_no_code(config, str(saved.folder), trusted=trust_functions)
         builder = cls._as_told(known, config) if known else cls(config)
         first = saved.stacks[0].mode if saved.stacks else "append"
         builder.take_rack(rack, [stack.index for stack in saved.stacks if stack.trained], channels, first)
@@ -436,10 +508,22 @@ class ProgressiveRackBuilder:
     def _remember(self, known: SavedBuilder, saved: SavedRack) -> None:
         self._created, self._created_ends = known.created, known.created_ends
         self._seed = self._seed if saved.seed is None else saved.seed
-        if known.annealed:
-            before, _, channels = load_rack(saved.folder / BEFORE_JOINT)
-            kept = known.annealed
-            self.annealed = Annealed(kept.settings, Snapshot.all_of(before, channels), kept.after)
+        if kept := known.annealed:
+            self.annealed = Annealed(kept.settings, _snapshot_in(saved.folder / BEFORE_JOINT), kept.after)
+        if stop := known.stopped:
+            tensors = tensors_of(saved, STOPPED)
+            before = None if stop.undone else _snapshot_in(saved.folder / BEFORE_STOP)
+            self.interrupted = Interrupted(stop.settings, stop.step, tensors, stop.records, before, stop.after)
+
+    def go_on_from(self, folder: str | Path) -> None:
+        """Be as another builder of the same configuration was when it was saved; all objects stay."""
+        other, have = type(self).load(folder, self._own), {stack.creation_index: stack for stack in self.stacks}
+        Snapshot.all_of(other.build_rack(), other.channels).restore(self._rack, self.channels)
+        del self._rack.stacks[:]
+        self._rack.stacks.extend(have.get(stack.creation_index, stack) for stack in other.stacks)
+        self._added, self._trained, self._seed = other._added, other._trained, other._seed
+        self._created, self._created_ends = other._created, other._created_ends
+        self.annealed, self.interrupted = other.annealed, other.interrupted
 
     def take_rack(
         self, rack: Rack, trained: Iterable[int], channels: Mapping[int, ChannelStatistics], first: Mode
@@ -491,6 +575,18 @@ class ProgressiveRackBuilder:
             "stacks": stacks,
             "notes": notes(described),
         }
+
+
+def check_no_code(config: StackWiseConfig, where: str, *, trusted: bool) -> None:
+    """Check that a configuration which came with a rack names no function that would be imported, unless trusted."""
+    if not trusted and (named := named_functions(config)):
+        allowed = f"the configuration in {where} names {', '.join(named.values())}: set it if you trust who wrote that"
+        raise ConfigError([Fault("trust_functions", "False", allowed)])
+
+
+def _snapshot_in(folder: Path) -> Snapshot:
+    rack, _, channels = load_rack(folder)
+    return Snapshot.all_of(rack, channels)
 
 
 def _with_dimensions(config: StackWiseConfig, dimensions: dict[str, Any]) -> StackWiseConfig:

@@ -202,6 +202,13 @@ def empty_stack(shape: ModelShape, spec: StackSpec, stored: Precision) -> Stack:
     return stack
 
 
+def tensors_of(saved: SavedRack, name: str) -> dict[str, Tensor]:
+    """Return the tensors in a file of a saved rack; raises SavedRackError if it is damaged."""
+    found: dict[str, Tensor] = {}
+    fill_from(saved, name, found.update)
+    return found
+
+
 def fill_from(saved: SavedRack, name: str, load: Callable[[dict[str, Tensor]], object]) -> None:
     """Load a file of a saved rack into a module; raises SavedRackError if it is damaged or does not fit."""
     data = saved.read(name)

@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.rack import Rack
@@ -75,11 +75,26 @@ def _stacks(rack: Rack) -> list[Stack]:
 
 
 @dataclass
+class Interrupted:
+    """A stage that was stopped: its training state, and the rack as it was before."""
+
+    settings: str
+    """The hash of what it was trained with."""
+    step: int
+    tensors: dict[str, Tensor]
+    records: list[dict[str, float]]
+    before: Snapshot | None
+    """None once the rack is so again."""
+    after: dict[str, str]
+    """The digests of the rack's parts as the stop, or going back, left them."""
+
+
+@dataclass
 class Annealed:
     """A joint anneal of a rack; growth goes on from the rack as it was before."""
 
-    settings: str | None
-    """The hash of what it was made with; None while it has not come to its end."""
+    settings: str
+    """The hash of what it was made with; '' where that is not known."""
     before: Snapshot
     after: dict[int, dict[str, str]] = field(default_factory=dict)
     """The digests of the parts of every stack as it left them, by creation index."""

@@ -16,7 +16,8 @@ from stackwise_core.stages.identity import canonical_json
 from stackwise_core.stages.resolve import ModelShape, Value
 from stackwise_core.stages.stages import StackSpec
 
-RACK, CONFIG, BUILDER, BEFORE_JOINT = "rack.json", "config.yaml", "builder.json", "before-joint"
+RACK, CONFIG, BUILDER, STOPPED = "rack.json", "config.yaml", "builder.json", "stopped.safetensors"
+BEFORE_JOINT, BEFORE_STOP = "before-joint", "before-stop"
 Mode = Literal["append", "prepend"]
 Storage = Literal["float32", "float16", "bfloat16", "nvfp4", "nf4"]
 _FORMAT, _VERSION = "stackwise-rack", 1
@@ -30,6 +31,19 @@ class SavedAnneal(Value, frozen=True):
     """The hash of what it was made with; '' where that cannot be told in another process."""
     after: dict[int, dict[str, str]]
     """The digests of the parts of every stack as it left them, by creation index."""
+
+
+class SavedStop(Value, frozen=True):
+    """An interrupted stage of a saved rack; its tensors are in `stopped.safetensors`."""
+
+    settings: str
+    """The hash of what it was trained with."""
+    step: int
+    records: list[dict[str, float]]
+    after: dict[str, str]
+    """The digests of the rack's parts as the stop left them; the rack before the stage is in `before-stop`."""
+    undone: bool
+    """Whether the rack is as before the stage already."""
 
 
 class SavedBuilder(Value, frozen=True):
@@ -50,6 +64,7 @@ class SavedBuilder(Value, frozen=True):
     created_ends: tuple[str, str]
     """The digests of embedding and head as they were created."""
     annealed: SavedAnneal | None = None
+    stopped: SavedStop | None = None
 
 
 _AGAIN = "Save the rack again, or take another copy of the folder"
@@ -121,9 +136,8 @@ class SavedRack(Value, frozen=True):
     @property
     def tensor_files(self) -> list[str]:
         """The files of the rack itself, without what its builder needs beside it."""
-        return [
-            name for name in self.files if name not in (CONFIG, BUILDER) and not name.startswith(f"{BEFORE_JOINT}/")
-        ]
+        own = (name for name in self.files if name.partition("/")[0] not in (BEFORE_JOINT, BEFORE_STOP))
+        return [name for name in own if name.endswith(".safetensors") and name != STOPPED]
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one of its files; raises SavedRackError if they are not what was saved."""

@@ -29,10 +29,9 @@ def stage_settings(config: StackWiseConfig, spec: StageSpec) -> dict[str, Any]:
     }
 
 
-def settings_digest(config: StackWiseConfig, spec: StageSpec) -> str:
-    """Return the hash of a stage's settings; two function objects differ, whatever their source."""
-    loss = config.training.custom_loss
-    text = canonical_json({**stage_settings(config, spec), "object": id(loss) if callable(loss) else 0})
+def digest_of(settings: dict[str, Any], function: object = "") -> str:
+    """Return the hash of a stage's settings; with a function object, of that very one, whatever its source."""
+    text = canonical_json({**settings, "object": id(function) if callable(function) else 0})
     return hashlib.sha256(text.encode()).hexdigest()
 
 

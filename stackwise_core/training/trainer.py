@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from stackwise_core.errors import ConfigError, Fault, StageInterruptedError
 from stackwise_core.model.adapters import adapter_names
 from stackwise_core.model.precision import count_parameters
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
-from stackwise_core.model.snapshot import Annealed, Snapshot
+from stackwise_core.model.snapshot import Interrupted, Snapshot
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import RepeatedLoader, first_rows, stage_batches, stage_masks
 from stackwise_core.objectives.dataloader import ProgressiveDataLoader, RowSource, check_loader, unwrapped
@@ -31,7 +32,8 @@ from stackwise_core.stages.stages import AdapterName, StackSpec, StageSpec, reso
 from stackwise_core.training.boundary import LiveTrunk
 from stackwise_core.training.evaluate import judge_rack
 from stackwise_core.training.hardware import use_hardware
-from stackwise_core.training.settings import settings_digest
+from stackwise_core.training.progress import Progress
+from stackwise_core.training.settings import digest_of, stage_settings
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import (
     Hooks,
@@ -96,17 +98,48 @@ class _Call:
     state: TrainingState | None
     validation: Iterable[Any] | None
     cache: Mapping[int, RowSource] = field(default_factory=dict)
+    progress: Progress | None = None
 
     def __post_init__(self) -> None:
         check_type("rack_builder", self.builder, ProgressiveRackBuilder, "a ProgressiveRackBuilder is expected")
         check_loader("dataloader", self.dataloader)
         check_type("hooks", self.hooks, Hooks, "a Hooks or None is expected")
+        folder = self.hooks.checkpoint_folder
+        check_type("hooks.checkpoint_folder", folder, (str, Path, NoneType), "the path of a folder is expected")
         check_type("state", self.state, (TrainingState, NoneType), "a TrainingState or None is expected")
         if self.validation is not None:
             check_loader("validation", self.validation)
         check_type("cache", self.cache, Mapping, "a mapping {boundary: object with rows()} is expected")
         for boundary, rows in self.cache.items():
             check_type(f"cache[{boundary!r}]", rows, RowSource, "an object with rows(sequence_ids, view) is expected")
+
+    def take_state(self, spec: StageSpec, settings: dict[str, Any]) -> TrainingState | None:
+        """Return where a stage goes on: the state of the call, of the builder, or of the folder; used up by this."""
+        given, stopped = self.state, self.builder.interrupted
+        self.state = self.builder.interrupted = None
+        if given is not None:
+            return given
+        if stopped is not None and stopped.settings == digest_of(settings):
+            _log.info("stage %d goes on after step %d, where it was stopped", spec.index, stopped.step)
+            return TrainingState(stopped.step, stopped.tensors, stopped.records)
+        if stopped is not None:
+            _log.info("stage %d starts anew: its settings are not those that it was stopped with", spec.index)
+        found = self.progress.state_of(settings) if self.progress else None
+        if found is not None:
+            _log.info("stage %d goes on after step %d, from its checkpoint", spec.index, found.step)
+        return found
+
+    def hooks_of(self, settings: dict[str, Any]) -> Hooks:
+        """Return the hooks of a stage, with the folder's."""
+        hooks, progress = self.hooks, self.progress
+        if progress is None:
+            return hooks
+
+        def on_checkpoint(state: TrainingState) -> None:
+            hooks.on_checkpoint(state)
+            progress.keep_state(settings, state)
+
+        return replace(hooks, on_checkpoint=on_checkpoint, go_on="the same call goes on there, also in another process")
 
 
 class ProgressiveTrainer:
@@ -154,16 +187,17 @@ class ProgressiveTrainer:
             One result per stage that was trained here; the last is the joint anneal, if there is one.
 
         Raises:
-            StageInterruptedError: `hooks.should_stop()`; its `state` is what to resume from.
+            StageInterruptedError: `hooks.should_stop()`. The same call goes on there with the same bits: on this
+                builder by itself, on another by `state=`, and in another process by `hooks.checkpoint_folder`.
         """
         call = _Call(rack_builder, dataloader, hooks or self.hooks, state, validation, cache or {})
         growth = self.config.training.progressive
         target = growth.target_stacks if target_stacks is None else target_stacks
-        self._begin(rack_builder, target)
-        results = self._grow(call, target) if growth.enabled else []
+        first = self._begin(call, target)
+        results = self._grow(call, first, target) if growth.enabled else []
         if self.config.training.joint_steps and growth.enabled:
             results += self._anneal(call, target)
-        if not growth.enabled and rack_builder.n_trained < target:
+        if not growth.enabled and first < target:
             results = [self._train_jointly(call, 0, target)]
         if call.state is not None:
             raise ConfigError([Fault("state", "a checkpoint", "no stage is left to train: leave it out")])
@@ -188,11 +222,15 @@ class ProgressiveTrainer:
         if not rack_builder.n_stacks:
             allowed = "the rack has no stack yet; give a number, or append one"
             raise ConfigError([Fault("target_stacks", "None", allowed)])
-        self._begin(rack_builder, rack_builder.n_stacks)
+        self._begin(call, rack_builder.n_stacks)
         return [self._train_jointly(call, 0, rack_builder.n_stacks)]
 
-    def _begin(self, builder: ProgressiveRackBuilder, target: Any) -> None:
-        """Reject before the first step what would fail after the last, and have the configuration rule the rack."""
+    def _begin(self, call: _Call, target: Any) -> int:
+        """Reject before the first step what would fail after the last, and have the configuration rule the rack.
+
+        Returns the first growth stage of the call.
+        """
+        builder = call.builder
         self.config.validate(corpus=False)
         if (count := self.config.hardware.processes) > 1:
             allowed = "this trains in the process that calls it; `stackwise train` starts several, else set it to 1"
@@ -208,7 +246,14 @@ class ProgressiveTrainer:
             raise ConfigError([Fault("model.vocab_size", str(vocab_size_of(built)), allowed)])
         for line in [*notes(built), *_ruled_out(builder.config, self.config)]:
             _log.info(line)
+        builder.undo_interrupted()
         builder.adopt(self.config)
+        first = builder.n_trained
+        if call.hooks.checkpoint_folder is None:
+            return first
+        call.progress = Progress.open(call.hooks.checkpoint_folder, builder)
+        self._check_target(builder, target)
+        return call.progress.first_ahead(first)
 
     def _check_target(self, builder: ProgressiveRackBuilder, target: Any) -> None:
         growth = self.config.training.progressive
@@ -224,29 +269,35 @@ class ProgressiveTrainer:
             allowed = f"the rack has {builder.n_stacks} stacks already, and joint training takes all of them"
             raise ConfigError([Fault("target_stacks", str(target), allowed)])
 
-    def _grow(self, call: _Call, target: int) -> list[StageResult]:
+    def _grow(self, call: _Call, first: int, target: int) -> list[StageResult]:
         """Train the stacks that are not trained yet, and add and train those that are missing."""
         builder, results = call.builder, list[StageResult]()
-        for index in range(builder.n_trained, target):
-            builder.undo_anneal()
-            is_new = index == builder.n_stacks
-            if is_new:
+        for index in range(first, target):
+            if not (is_over := builder.is_trained(index)):
+                builder.undo_anneal()
+            if is_new := index == builder.n_stacks:
                 builder.add_stack(self.config)
             config = builder.as_built(self.config)
             spec = resolve_stage(config, index)
+            settings = stage_settings(config, spec)
+            if is_over:
+                results += self._replayed(call, settings)
+                continue
             if not is_new:
                 builder.renew(config, spec)
-            results.append(self._train(call, config, spec))
+            results.append(self._train(call, config, spec, settings))
         return results
 
     def _anneal(self, call: _Call, n_stacks: int) -> list[StageResult]:
         """Train the rack jointly, unless it is as these settings annealed it."""
-        config, spec = self._joint(call.builder, n_stacks, n_stacks)
-        settings = settings_digest(config, spec)
-        if call.builder.is_annealed(settings):
+        config, spec, settings = self._joint(call.builder, n_stacks, n_stacks)
+        digest = digest_of(settings, config.training.custom_loss)
+        if done := self._replayed(call, settings):
+            return done
+        if call.builder.is_annealed(digest):
             return []
         call.builder.undo_anneal()
-        return [self._train(call, config, spec, anneal=settings)]
+        return [self._train(call, config, spec, settings, anneal=digest)]
 
     def _train_jointly(self, call: _Call, index: int, n_stacks: int) -> StageResult:
         builder = call.builder
@@ -255,14 +306,30 @@ class ProgressiveTrainer:
         config = builder.as_built(self.config)
         for stack in range(builder.n_trained, n_stacks):
             builder.renew(config, resolve_stage(config, stack))
-        return self._train(call, *self._joint(builder, index, n_stacks))
+        config, spec, settings = self._joint(builder, index, n_stacks)
+        for done in self._replayed(call, settings):
+            return done
+        return self._train(call, config, spec, settings)
 
-    def _joint(self, builder: ProgressiveRackBuilder, index: int, n_stacks: int) -> tuple[StackWiseConfig, StageSpec]:
-        """Return joint training of all stacks; a quantised one that was never trained trains whole, as a first does."""
+    def _replayed(self, call: _Call, settings: dict[str, Any]) -> list[StageResult]:
+        """Return the result of a stage that was over before this process began, if the call has a folder."""
+        found = call.progress and call.progress.replayed(settings)
+        if not found:
+            return []
+        self.history.append(StageResult(**found))
+        return self.history[-1:]
+
+    def _joint(
+        self, builder: ProgressiveRackBuilder, index: int, n_stacks: int
+    ) -> tuple[StackWiseConfig, StageSpec, dict[str, Any]]:
+        """Return joint training of all stacks and its settings.
+
+        A quantised stack that was never trained trains whole, as a first does.
+        """
         config = builder.as_built(self.config)
         config.training.progressive.target_stacks = n_stacks
         spec = resolve_joint(config, index, n_stacks)
-        anatomy = spec.anatomy
+        anatomy, settings = spec.anatomy, stage_settings(config, spec)
         pairs = zip(anatomy.order, anatomy.trains, strict=True)
         trains = tuple(what if builder.is_trained(stack) else "everything" for stack, what in pairs)
         spec = spec.model_copy(update={"anatomy": anatomy.model_copy(update={"trains": trains})})
@@ -270,14 +337,22 @@ class ProgressiveTrainer:
             if spec.anatomy.trains_of(stack.index) == "adapters" and not _adapters(builder, stack):
                 allowed = f"stack {stack.index} is quantised and has no adapter: nothing of it could train"
                 raise ConfigError([Fault("precision", repr(stack.precision), allowed)])
-        return config, spec
+        return config, spec, settings
 
-    def _train(self, call: _Call, config: StackWiseConfig, spec: StageSpec, anneal: str | None = None) -> StageResult:
+    def _train(
+        self,
+        call: _Call,
+        config: StackWiseConfig,
+        spec: StageSpec,
+        settings: dict[str, Any],
+        anneal: str | None = None,
+    ) -> StageResult:
         """Train one stage of a call and evaluate it; the call's state is used up by its first stage.
 
-        `anneal` are the settings of a joint anneal. After an error the rack is what it was before the stage.
+        `anneal` is the digest of a joint anneal. After an error the rack is what it was before the stage, and after a
+        stop what it was then: the next call goes back, and on from the state.
         """
-        builder, state, call.state = call.builder, call.state, None
+        builder, state = call.builder, call.take_state(spec, settings)
         spec = _as_adapted(builder, config, spec)
         _log.info("stage %d (%s) begins: %d steps", spec.index, spec.name, spec.optim.steps)
         builder.build_rack().to("cpu")  # where the copy is kept
@@ -286,11 +361,12 @@ class ProgressiveTrainer:
         try:
             inputs = stage_inputs(builder, config, spec, call.dataloader, call.cache.get(spec.anatomy.boundary), state)
             parameters = {"trained": count_parameters(inputs.model)["trainable_parameters"]}
-            trained = train_stage(inputs, call.hooks)
+            trained = train_stage(inputs, call.hooks_of(settings))
             builder.channels.update(end_stage(inputs.model, inputs.first_batches))
-        except StageInterruptedError:
-            if anneal is not None:
-                builder.annealed = Annealed(None, before)
+        except StageInterruptedError as stopped:
+            kept: TrainingState = stopped.state.copy()
+            digest, now = digest_of(settings), builder.digests()
+            builder.interrupted = Interrupted(digest, kept.step, kept.tensors, kept.records, before, now)
             raise
         except BaseException:
             before.restore(builder.build_rack(), builder.channels)
@@ -301,9 +377,13 @@ class ProgressiveTrainer:
             builder.keep_annealed(anneal, before)
         result = _result(config, spec, trained, {**parameters, "total": builder.get_rack_info()["parameters"]})
         self._record(result, config, spec, inputs.batches)
-        if call.validation is not None:
-            result.validation_loss = _validation_loss(builder, config, spec, call.validation)
-        builder.build_rack().to("cpu")  # frees the device of what the next stage does not need
+        try:
+            if call.validation is not None:
+                result.validation_loss = _validation_loss(builder, config, spec, call.validation)
+        finally:
+            builder.build_rack().to("cpu")  # frees the device of what the next stage does not need
+            if call.progress:
+                call.progress.finish(builder, settings, asdict(result))
         _log.info("stage %d (%s) ends: %s", spec.index, spec.name, _summary(result))
         return result
 

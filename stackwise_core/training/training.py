@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,11 @@ class Hooks:
     """Whether to make one after the last step too, where another process reads the result from it."""
     should_stop: Callable[[], bool] = lambda: False
     """Asked after every step; training then makes a checkpoint and raises `StageInterruptedError`."""
+    checkpoint_folder: str | Path | None = None
+    """Where a trainer of the library keeps the rack after every stage, and every checkpoint. The same script run again
+    goes on there with the same bits."""
+    go_on: str = "the same call on the same builder goes on there, or give it `state=`"
+    """What the message of a stop says about going on."""
 
 
 @dataclass
@@ -151,7 +157,7 @@ def train_stack(
             state = capture(model, optimizer, records, ranks)
             hooks.on_checkpoint(state)
             if stop and not is_last:
-                stopped = f"stopped on request after step {step + 1} of {spec.steps}; run the same command to go on"
+                stopped = f"stopped on request after step {step + 1} of {spec.steps}; {hooks.go_on}"
                 raise StageInterruptedError(stopped, state)
     if len(records) < spec.steps:
         fault = Fault("dataloader", f"{len(records)} batches", f"training.steps_per_stack = {spec.steps} are needed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,23 @@ def test_a_configuration_with_function_objects_is_given_again(tmp_path: Path) ->
         ProgressiveRackBuilder.load(tmp_path / "rack")
     loaded = ProgressiveRackBuilder.load(tmp_path / "rack", config)
     assert state_of(loaded) == state_of(builder)
+
+
+def test_nothing_that_the_folder_names_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "strange.py").write_text("def steps(stack, stacks, steps): return stack\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = small(
+        objective="mlm", time_interpretation="depth", stack_time_mapping="custom", time_mapping="strange:steps"
+    )
+    ProgressiveRackBuilder(config).save(tmp_path / "rack")
+    sys.modules.pop("strange")
+    with pytest.raises(
+        ConfigError, match=r"trust_functions: got False; .*rack names strange:steps: set it if you trust"
+    ):
+        ProgressiveRackBuilder.load(tmp_path / "rack")
+    assert "strange" not in sys.modules
+    ProgressiveRackBuilder.load(tmp_path / "rack", trust_functions=True)
+    assert sys.modules.pop("strange")
 
 
 def test_a_rack_without_its_builder_needs_a_configuration_that_fits(tmp_path: Path) -> None:

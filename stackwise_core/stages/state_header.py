@@ -1,0 +1,32 @@
+"""The header of a stage's checkpoint on disk: JSON with its hash. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from stackwise_core.stages.identity import canonical_json
+
+_HEADER = "state.json"
+
+
+def write_header(folder: Path, header: dict[str, Any]) -> None:
+    """Write the header of a checkpoint and its hash."""
+    (folder / _HEADER).write_text(json.dumps({"header": header, "sha256": _digest(header)}))
+
+
+def read_header(folder: Path) -> dict[str, Any] | None:
+    """Return the header of a checkpoint; None if there is none, or if it is damaged."""
+    try:
+        written = json.loads((folder / _HEADER).read_bytes())
+        header: dict[str, Any] = written["header"]
+        intact = written["sha256"] == _digest(header)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return header if intact else None
+
+
+def _digest(header: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(header).encode()).hexdigest()
