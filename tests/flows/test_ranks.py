@@ -153,6 +153,7 @@ def test_each_process_has_a_cuda_device_of_its_own(monkeypatch: pytest.MonkeyPat
 def test_the_library_says_that_it_is_one_process(tmp_path: Path) -> None:
     config = tiny(tmp_path, {"hardware.processes": 2})
     builder, batches = ProgressiveRackBuilder(config), [torch.zeros(4, 16, dtype=torch.long)]
+    builder.append_stack()
     for target in (1, None):
         with pytest.raises(ConfigError, match=r"hardware.processes: got 2; .* `stackwise train` starts several"):
             ProgressiveTrainer(config).train_rack(builder, batches, target)
