@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,17 +137,18 @@ def test_custom_steps_from_a_function(key: str) -> None:
     assert faults_of(config) == []
 
 
-def test_custom_steps_by_name_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_custom_steps_by_name_come_from_the_path_and_not_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
     function = "def f(stack_idx, max_stacks, num_time_steps):\n    return 2 * stack_idx\n"
-    (tmp_path / "my_mapping.py").write_text("import my_helper, colorsys\n" + function)
+    (tmp_path / "my_mapping.py").write_text("import my_helper\n" + function)
     (tmp_path / "my_helper.py").touch()
-    (tmp_path / "colorsys.py").write_text("raise RuntimeError('shadows the standard library')\n")
     program = (
         "from stackwise_core.config import StackWiseConfig\n"
         "from stackwise_core.config.rules import time_faults\n"
         "from stackwise_core.config.stacks import stack_time_step\n"
-        "import sys; assert 'colorsys' not in sys.modules\n"
-        "sys.path = [p for p in sys.path if p not in ('', sys.argv[1])]; before = list(sys.path)\n"
+        "import sys; before = list(sys.path)\n"
         "config = StackWiseConfig()\n"
         "growth = config.training.progressive\n"
         "growth.time_interpretation, growth.stack_time_mapping = 'depth', 'custom'\n"
@@ -154,10 +156,14 @@ def test_custom_steps_by_name_from_the_working_directory(tmp_path: Path, monkeyp
         "print([stack_time_step(config, c) for c in range(4)], list(time_faults(config)), sys.path == before)\n"
         "assert 'torch' not in sys.modules\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
-    command = [sys.executable, "-P", "-c", program, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout == "[0, 2, 4, 6] [] True\n", done.stderr
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), *([str(tmp_path)] if told else [])]))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    if told:
+        assert done.stdout == "[0, 2, 4, 6] [] True\n", done.stderr
+    else:
+        assert "No module named 'my_mapping'); say where the module is, such as PYTHONPATH=." in done.stderr
 
 
 @pytest.mark.parametrize(
