@@ -10,6 +10,10 @@ import yaml
 
 from stackwise_core.errors import ConfigError, Fault
 
+_MOST_BYTES = 2**24
+"""Of a configuration."""
+_COMMENT = re.compile(r"(^|\s)#")
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which by itself keeps the last of two equal keys and reads 1e-3 as text."""
@@ -32,6 +36,31 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
     return loader.construct_mapping(node, deep=True)
 
 
+_BASE_8 = re.compile(r"[-+]?0[0-9_]+")
+
+
+def _plain_integer(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    """Return an integer; YAML 1.1 reads 0100 as 64 and 1:30 as 90, which nobody means who writes a configuration."""
+    if ":" in node.value:
+        return node.value
+    if _BASE_8.fullmatch(node.value) and node.value.strip("-+0_"):
+        what = "with a leading 0 is a number to the base 8 in YAML"
+        remedy = f"write {node.value.replace('0', '', 1)}, or quote it if it is text"
+        raise yaml.constructor.ConstructorError(None, None, f"{node.value} {what}; {remedy}", node.start_mark)
+    return loader.construct_yaml_int(node)
+
+
+def _plain_float(loader: _Loader, node: yaml.ScalarNode) -> float | str:
+    return node.value if ":" in node.value else loader.construct_yaml_float(node)
+
+
+# No key takes a date, and names and paths may look like one.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_constructor("tag:yaml.org,2002:int", _plain_integer)
+_Loader.add_constructor("tag:yaml.org,2002:float", _plain_float)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
@@ -48,6 +77,8 @@ def dump_yaml(values: dict[str, Any]) -> str:
 
 def parse_value(text: str) -> Any:
     """Return the YAML value of a command-line string: 8, true, 1e-3, [1, 2], word."""
+    if _COMMENT.search(text) and not text.lstrip().startswith(("'", '"', "[", "{")):
+        return text  # a path, since a comment would have no reader here
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -57,7 +88,7 @@ def parse_value(text: str) -> Any:
 def load_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a file, empty for an empty file; raises ConfigError if it is not readable as one."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml.load(_read(path), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError([Fault(str(path), "no such file", "give the path of a YAML configuration")]) from None
     except (OSError, UnicodeError) as error:
@@ -73,6 +104,14 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError([Fault(str(path), type(values).__name__, "a mapping with run, data, model, ... is expected")])
     # `training:` with all its keys commented out is an empty section.
     return {name: {} if section is None else section for name, section in values.items()}
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as file:
+        text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:  # or endless, as a device
+        raise OSError(f"longer than {_MOST_BYTES:,} bytes")
+    return text.decode("utf-8")
 
 
 def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import bz2
 import functools
 import glob
 import gzip
+import io
 import lzma
 import os
 import stat
@@ -177,7 +178,7 @@ def _opened_zst(path: Path) -> BinaryIO:
         import pyarrow
     except ImportError:
         raise CorpusError(f"data.source: {path} needs pyarrow to be read: pip install 'stackwise[parquet]'") from None
-    return pyarrow.input_stream(str(path), compression="zstd")
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
 def unreadable(path: Path, error: BaseException) -> CorpusError:

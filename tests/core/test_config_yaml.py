@@ -88,6 +88,16 @@ def test_numbers_of_yaml() -> None:
         ("cuda:0", "cuda:0"),
         ("'8'", "8"),
         ("[1, 2", "[1, 2"),
+        ("my file #1.txt", "my file #1.txt"),
+        ("#1.txt", "#1.txt"),
+        ("'a' # b", "a"),
+        ("[1] # two", [1]),
+        ("0100", "0100"),  # not 64
+        ("1:30", "1:30"),  # not 90
+        ("1:30.5", "1:30.5"),
+        ("2024-01-31", "2024-01-31"),
+        ("0x10", 16),
+        ("0", 0),
     ],
 )
 def test_values_on_the_command_line(text: str, value: Any) -> None:
@@ -112,6 +122,7 @@ def test_overrides_are_applied_on_top() -> None:
         ("run: {seed: 1}\nrun: {seed: 2}\n", 2, "the key 'run' stands here twice"),
         ("run:\n  seed: 1\n bad\n", 3, "mend the YAML on this line"),
         ("run: {seed: 1\n\ndata: x}}", 3, "mend the YAML on this line"),
+        ("run:\n  seed: 0100\n", 2, "0100 with a leading 0 is a number to the base 8 in YAML; write 100, or quote it"),
         ("run: !!python/object/apply:os.getcwd []\n", 1, "constructor"),
     ],
 )
@@ -137,6 +148,29 @@ def test_merge_keys_work() -> None:
 def test_no_configuration_at_all(text: str | bytes) -> None:
     with pytest.raises(ConfigError, match=r"run\.yaml"):
         read_yaml(text)
+
+
+def test_what_looks_like_a_date_is_a_name() -> None:
+    assert read_yaml("run: {name: 2024-01-31}").run.name == "2024-01-31"
+    assert read_yaml("data: {source: 1:30}").data.source == "1:30"
+    with pytest.raises(ConfigError, match=r"run\.seed: got '1:30'; input should be a valid integer"):
+        read_yaml("run: {seed: 1:30}")
+
+
+def test_a_device_is_no_configuration() -> None:
+    with pytest.raises(ConfigError, match=r"/dev/zero: got longer than 16,777,216 bytes; give a readable YAML"):
+        StackWiseConfig.from_yaml("/dev/zero")
+
+
+def test_a_huge_value_is_not_echoed_whole() -> None:
+    huge = "x" * 100_000
+    for text in (f"run: {{seed: {huge}}}", f"run: {{{huge[:1000]}: 1}}", f"data: {{tokenizer: {huge}}}", f"{huge}: 1"):
+        with pytest.raises(ConfigError) as caught:
+            read_yaml(text)
+        assert len(str(caught.value)) < 1_000
+    with pytest.raises(ConfigError) as caught:
+        read_yaml("", **{f"run.seed.{huge}": huge})
+    assert len(str(caught.value)) < 1_000
 
 
 def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
