@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 
 from flows.pages.plots import Plot, places, scale_of
-from flows.run.summary import STAGE_COLUMNS, StageSummary
+from flows.run.summary import STAGE_COLUMNS, StageSummary, rise
 
 _STYLE = """
 text { font: 12.5px system-ui, sans-serif; fill: #555b64; } .label, .note { fill: #1d1f23; }
@@ -26,8 +26,10 @@ def report(
     lines = [f"# {name}", "", f"{count} so far. Artifacts are in `{root}`.", ""]
     lines += [line for note in notes for line in (note[0].upper() + note[1:] + ".", "")]
     lines += [loss_plot(stages), "", *_table(stages, flow_runs), ""]
-    for stage in stages:
+    for n, stage in enumerate(stages, 1):
         lines += [f"## Stage {stage.stage}: {stage.name}", "", stage.line + ".", ""]
+        if worse := rise(stages[:n]):
+            lines += [worse[0].upper() + worse[1:] + ".", ""]
         lines += [f"- {kind}: `{artifact}` ({stage.states[kind]})" for kind, artifact in stage.artifacts.items()]
         if "activations" not in stage.artifacts:
             lines.append(f"- activations: none, {stage.cache_note}")

@@ -9,7 +9,7 @@ from flows.run.fill import check_plain, check_runner
 from flows.run.prepare import check_space, check_validation, prepare_data
 from flows.run.stage import Stage
 from flows.run.steps import build_stack, cache_activations, configure_trunk, train, validate
-from flows.run.summary import StageSummary, summarise
+from flows.run.summary import StageSummary, rise, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.stages.identity import Ref
@@ -70,7 +70,10 @@ def grow(
             add(_stage(filled, root, plan, index, demand))
             if config.cache.keep == "last" and (kept := retire_superseded(artifacts, plan, index, config.run.name)):
                 emit(Message(f"{kept.name} is kept: another run that is alive plans to read it"))
-            emit(StageDone(index, summarise(artifacts, plan)[index]))
+            done = summarise(artifacts, plan)[: index + 1]
+            emit(StageDone(index, done[-1]))
+            if worse := rise(done):
+                emit(Message(worse))
         compute_demand(plan, artifacts, config.cache.keep)  # raises if a redone stage has other bytes
     return summarise(artifacts, plan)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from pydantic import BaseModel
 
 from flows.run.numbers import clock, loss, parameters, size
@@ -82,6 +85,31 @@ class StageSummary(BaseModel, frozen=True):
         if self.cache_bytes is not None:
             parts.append(f"cache {size(self.cache_bytes)}")
         return ", ".join(parts)
+
+
+_RISE = 0.01
+"""Smallest rise of a validation loss that is said, as a share of it: less may be noise."""
+
+
+def rise(stages: Sequence[StageSummary]) -> str:
+    """Return a line if the last of some stages is worse in validation than the one measured before it, '' otherwise.
+
+    Stages of different mask ratios are compared at the ratios that both were measured at.
+    """
+    known = [stage for stage in stages if stage.validation_loss is not None]
+    if len(known) < 2 or known[-1] != stages[-1]:
+        return ""
+    before, after = known[-2:]
+    losses = [(before.validation_loss or 0.0, after.validation_loss or 0.0)]
+    if before.mask_ratio != after.mask_ratio:
+        shared = before.by_mask_ratio.keys() & after.by_mask_ratio.keys()
+        losses = [(before.by_mask_ratio[ratio], after.by_mask_ratio[ratio]) for ratio in shared]
+    was, now = (math.fsum(found) / len(losses) for found in zip(*losses, strict=True)) if losses else (0.0, 0.0)
+    if now <= was * (1 + _RISE):
+        return ""
+    means = "mean validation loss at equal mask ratios" if len(losses) > 1 else "validation loss"
+    remedy = "more steps, more text or a lower learning rate may help"
+    return f"stage {after.stage} is worse than stage {before.stage}: {means} {loss(was)}, then {loss(now)}; {remedy}"
 
 
 STAGE_COLUMNS = ("stage", "how", "|params", "|loss", "|val. loss", "|time", "cache")
