@@ -128,7 +128,7 @@ def test_the_server_refuses_wrong_values_with_their_path() -> None:
 def test_what_only_our_rules_refuse_is_told_in_one_line(tmp_path: Path) -> None:
     config = tiny(tmp_path).model_copy(deep=True)
     config.model.n_heads = 3
-    config.training.accumulation_steps = 5
+    config.training.progressive.target_stacks = config.training.progressive.max_stacks + 1
     with pytest.raises(ConfigError) as faults:
         config.validate()
     assert len(faults.value.faults) >= 2
