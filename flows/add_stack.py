@@ -6,6 +6,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.errors import one_line_errors
+from flows.flow_runs import tagged
 from flows.train_rack import train_rack
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import StackOverride
@@ -38,7 +39,7 @@ def add_stack(
         config = grown(artifacts, run, stack, who)
         if not trust_functions:
             _check_no_code(config)
-    with asking(who):
+    with tagged(run), asking(who):
         train_rack(config, artifacts)
 
 

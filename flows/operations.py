@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated
 
 from prefect import flow, get_run_logger
@@ -9,6 +10,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows.errors import one_line_errors
+from flows.flow_runs import tagged
 from flows.run.maintenance import bytes_freed, collect_garbage, removal_lines, verify
 from stackwise_core.errors import StackWiseError
 from storage.artifacts import artifacts_at
@@ -29,7 +31,7 @@ def validate_run(run: str = "", artifacts: str = "artifacts") -> None:
         artifacts: folder that holds it, or s3://BUCKET/PREFIX.
     """
     log = get_run_logger().info
-    with one_line_errors():
+    with one_line_errors(), tagged(run) if run else nullcontext():
         found = verify(artifacts, run or None, on_artifact=log)
     log("\n".join([*found.problems, *found.notes, found.verdict]))
     if found.problems:

@@ -19,6 +19,9 @@ AUTOMATION = "stackwise: no heartbeat, so the run has crashed"
 HEARTBEAT_SECONDS = 30
 """How often a flow process sends a heartbeat; one that missed two counts as dead."""
 
+TAG = "stackwise"
+"""The tag of all our flow runs on Prefect's pages; the automation judges no others."""
+
 _API = "http://127.0.0.1:4200/api"
 _CHECKOUT = Path(__file__).parents[1]
 _PREFECT = [sys.executable, "-P", "-m", "prefect", "--no-prompt"]
@@ -55,7 +58,7 @@ def work(limit: int, name: str, *, healthcheck: bool) -> None:
         DeploymentError: Prefect rejected prefect.yaml; its output is in the message.
     """
     _find_api()
-    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
+    send_heartbeats()
     at_once = _register_pool(limit)
     _deploy()
     _register_automation()
@@ -65,8 +68,16 @@ def work(limit: int, name: str, *, healthcheck: bool) -> None:
     _become([*_PREFECT, *command, *(["--with-healthcheck"] if healthcheck else [])])
 
 
+def send_heartbeats() -> None:
+    """Let flows of this process and its children send heartbeats as often as the automation expects them.
+
+    Prefect reads it on import. A longer interval would make live runs look dead, so it replaces what was set.
+    """
+    os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_SECONDS)
+
+
 def register_heartbeat() -> bool:
-    """Register the automation that marks runs as crashed when their heartbeat stops; return whether it was new.
+    """Register the automation that marks runs as crashed when their heartbeat stops; return whether it changed.
 
     Raises:
         ConfigError: the API does not answer.
@@ -121,34 +132,43 @@ def _deploy() -> None:
 
 
 def _register_automation() -> bool:
-    """Register the automation unless it exists; return whether it was new.
+    """Register the automation, or replace one that an older version registered; return whether anything changed.
 
-    A run that has not ended, and whose heartbeats stayed away for two periods and ten seconds, has crashed.
+    One of our runs that has neither ended nor been paused, and whose heartbeats stayed away for two periods and ten
+    seconds, has crashed.
     """
     from prefect.automations import AutomationCore
     from prefect.client.orchestration import get_client
 
-    ends = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed"]
+    ends = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed", "Suspended", "Paused"]
     message = "no heartbeat: its machine died, or the server was not reachable"
-    automation = {
-        "name": AUTOMATION,
-        "description": "Marks the runs of a dead machine as Crashed; without it they stay Running for ever.",
-        "trigger": {
-            "type": "event",
-            "posture": "Proactive",
-            "after": ["prefect.flow-run.heartbeat"],
-            "expect": [f"prefect.flow-run.{end}" for end in ends],
-            "match": {"prefect.resource.id": "prefect.flow-run.*"},
-            "for_each": ["prefect.resource.id"],
-            "threshold": 1,
-            "within": 2 * HEARTBEAT_SECONDS + 10,
-        },
-        "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "message": message}],
+    trigger = {
+        "type": "event",
+        "posture": "Proactive",
+        "after": ["prefect.flow-run.heartbeat"],
+        "expect": [f"prefect.flow-run.{end}" for end in ends],
+        "match": {"prefect.resource.id": "prefect.flow-run.*"},
+        "match_related": {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"},
+        "for_each": ["prefect.resource.id"],
+        "threshold": 1,
+        "within": 2 * HEARTBEAT_SECONDS + 10,
     }
+    wanted = AutomationCore.model_validate(
+        {
+            "name": AUTOMATION,
+            "description": "Marks the runs of a dead machine as Crashed; without it they stay Running for ever.",
+            "trigger": trigger,
+            "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "message": message}],
+        }
+    )
     with get_client(sync_client=True) as client:
-        if client.read_automations_by_name(AUTOMATION):
-            return False
-        client.create_automation(AutomationCore.model_validate(automation))
+        there = client.read_automations_by_name(AUTOMATION)
+        for found in there:
+            if found.trigger == wanted.trigger and found.actions == wanted.actions:
+                return False
+            client.update_automation(found.id, wanted.model_copy(update={"enabled": found.enabled}))
+        if not there:
+            client.create_automation(wanted)
     return True
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from prefect import Task, flow, task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
-from prefect.context import TaskRunContext
+from prefect.context import TagsContext, TaskRunContext
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 from prefect.runtime import flow_run
@@ -116,6 +116,11 @@ def add_stage(stage: Stage) -> Ref:
     An adopted stack is only copied; the last one is cached and validated too.
     """
     emit(StageOpened(stage.index, str(flow_run.id)))
+    with TagsContext(current_tags=set()):  # for a tag of a task Prefect asks the server, which may be away
+        return _add_stage(stage)
+
+
+def _add_stage(stage: Stage) -> Ref:
     build = prepared(stage, build_stack, "build")(stage) if stage.plan.build else None
     trunk = prepared(stage, configure_trunk, "configure trunk of")(stage) if stage.plan.trunk else None
     stack = prepared(stage, train, "train" if trunk else "adopt")(stage, build, trunk)

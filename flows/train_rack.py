@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, cast
 
-from prefect import flow
+from prefect import flow, tags
 from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import APILogHandler
 from pydantic import Field
 
 from flows.artifacts import publish_run, run_log
 from flows.errors import explained_server_errors, one_line_errors, outlive_the_worker
+from flows.flow_runs import tagged, tags_of
 from flows.run.events import subscribed
 from flows.run.run import grow
 from flows.run.stage import Stage
@@ -40,12 +41,14 @@ def train_rack(
         force: redo this task of those stages, or of all.
     """
     outlive_the_worker()
-    with one_line_errors(), subscribed(run_log()), subscribed(publish_run(config, artifacts)):
+    publish = publish_run(config, artifacts)
+    with one_line_errors(), tagged(config.run.name), subscribed(run_log()), subscribed(publish):
         grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
 
 
 def _add(stage: Stage) -> None:
-    add_stage(stage)
+    with tags(f"stage:{stage.index}"):
+        add_stage(stage)
 
 
 def run_to_the_end(config: StackWiseConfig, root: str, from_stack: int, force: str) -> None:
@@ -55,7 +58,7 @@ def run_to_the_end(config: StackWiseConfig, root: str, from_stack: int, force: s
         StackWiseError: one clear message; the same command resumes from the sealed artifacts.
     """
     try:
-        with explained_server_errors():
+        with explained_server_errors(), tags(*tags_of(config.run.name)):
             train_rack(config, root, from_stack, cast("Task", force))
     except TerminationSignal:
         raise StageInterruptedError("stopped on request between two tasks; run the same command to go on") from None

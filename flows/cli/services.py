@@ -50,8 +50,8 @@ def _worker(options: argparse.Namespace) -> None:
 
 
 def _heartbeat(options: argparse.Namespace) -> None:
-    created = register_heartbeat()
-    print(f"automation {AUTOMATION!r} {'is registered' if created else 'was there already'}")
+    changed = register_heartbeat()
+    print(f"automation {AUTOMATION!r} {'is registered' if changed else 'was there already'}")
 
 
 def _number(what: str, largest: float = math.inf) -> Callable[[str], int]:

@@ -17,6 +17,7 @@ from flows.run.numbers import parameters
 from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import showing, stage_tables
 from flows.server import check_api, embedded_server, quiet_prefect
+from flows.services import send_heartbeats
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault
@@ -69,6 +70,7 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
 def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, force: str) -> None:
     """Run the flow on the server of PREFECT_API_URL, or on an embedded one, which starts while prefect is imported."""
     quiet_prefect()
+    send_heartbeats()
     url = os.environ.get("PREFECT_API_URL")
     if url:
         check_api(url)

@@ -12,6 +12,7 @@ from prefect.utilities.callables import parameter_schema
 
 from flows.add_stack import add_stack, grown
 from flows.operations import collect, validate_run
+from flows.services import HEARTBEAT_SECONDS, TAG
 from flows.train_rack import train_rack
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import StackOverride
@@ -52,6 +53,16 @@ def test_the_deployments_have_their_names() -> None:
 def test_no_run_holds_what_a_server_forgets() -> None:
     """Prefect leases the slots of a deployment's concurrency limit, and ends a run whose lease it does not find."""
     assert [name for name, entry in DEPLOYMENTS.items() if "concurrency_limit" in entry] == []
+
+
+def test_every_run_of_a_deployment_is_found_dead_only_if_it_is() -> None:
+    """Whoever starts the worker: the automation judges what carries the tag, by heartbeats of this interval."""
+    assert {tuple(entry["tags"]) for entry in DEPLOYMENTS.values()} == {(TAG,)}
+    sent = {
+        entry["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]
+        for entry in DEPLOYMENTS.values()
+    }
+    assert sent == {str(HEARTBEAT_SECONDS)}
 
 
 def test_no_schedule_is_active() -> None:

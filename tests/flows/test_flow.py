@@ -100,6 +100,18 @@ def test_names_are_sentences(first: tuple[Path, FlowRun]) -> None:
     assert set(tasks.values()) == {"Completed"}
 
 
+def test_a_run_and_its_stages_are_found_by_their_tags(first: tuple[Path, FlowRun]) -> None:
+    """Tasks have none: for a tag of a task Prefect would ask the server."""
+    from prefect.client.orchestration import get_client
+
+    _, run = first
+    with get_client(sync_client=True) as client:
+        assert set(client.read_flow_run(run.id).tags) == {"stackwise", "run:First_Run"}
+        assert {tag for task in client.read_task_runs() if task.flow_run_id != run.id for tag in task.tags} == set()
+    stages = [{"stackwise", "run:First_Run", f"stage:{n}"} for n in range(2)]
+    assert [set(stage.tags) for stage in run.stages()] == stages
+
+
 def test_the_table_has_a_row_per_stage_with_its_numbers(first: tuple[Path, FlowRun]) -> None:
     root, run = first
     versions = [json.loads(artifact.data) for artifact in artifacts_named("first-run-stages")]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import uuid
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 
 from flows import services
 from flows.server import ask, fault_of, is_registered, workers_alive
-from flows.services import AUTOMATION, POOL, _register_pool
+from flows.services import AUTOMATION, POOL, _register_automation, _register_pool, send_heartbeats
 from support.commands import Run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -121,6 +122,50 @@ def test_a_pool_has_room_for_what_its_workers_run_at_once(prefect_api: str) -> N
     said = [_register_pool(limit) for limit in (1, 3, 2)]
     assert said == ["1 run at a time", "3 runs at a time", "3 runs at a time"]
     assert ask(prefect_api, f"/work_pools/{POOL}")["concurrency_limit"] == 3
+
+
+@pytest.mark.flow
+def test_the_automation_judges_our_runs_alone_also_if_an_older_version_registered_it(prefect_api: str) -> None:
+    from prefect.automations import AutomationCore
+    from prefect.client.orchestration import get_client
+    from prefect.server.events.schemas.automations import EventTrigger
+    from prefect.server.events.schemas.events import ReceivedEvent
+
+    everybody = {
+        "name": AUTOMATION,
+        "enabled": False,
+        "trigger": {"posture": "Proactive", "match": {"prefect.resource.id": "prefect.flow-run.*"}, "within": 70},
+        "actions": [{"type": "change-flow-run-state", "state": "CRASHED"}],
+    }
+    with get_client(sync_client=True) as client:
+        client.create_automation(AutomationCore.model_validate(everybody))
+        assert [_register_automation() for _ in range(2)] == [True, False]
+        (found,) = client.read_automations_by_name(AUTOMATION)
+        client.delete_automation(found.id)
+    assert not found.enabled  # as somebody wanted it
+    trigger = EventTrigger.model_validate(found.trigger.model_dump(mode="json"))
+
+    def judged(tag: str, event: str) -> bool:
+        related = [{"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"}]
+        run = {"prefect.resource.id": "prefect.flow-run.c0ffee"}
+        seen = {"occurred": "2026-01-01T00:00:00Z", "event": f"prefect.flow-run.{event}", "id": uuid.uuid4()}
+        return trigger.covers(ReceivedEvent.model_validate({**seen, "resource": run, "related": related}))
+
+    assert judged("stackwise", "heartbeat")
+    assert not judged("of-a-stranger", "heartbeat")
+    ended = {
+        event
+        for event in ("Suspended", "Paused", "Cancelled", "Running")
+        if trigger.expects(f"prefect.flow-run.{event}")
+    }
+    assert ended == {"Suspended", "Paused", "Cancelled"}
+
+
+def test_a_longer_interval_of_heartbeats_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would make a run that lives look dead."""
+    monkeypatch.setenv("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "180")
+    send_heartbeats()
+    assert os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
 
 
 @pytest.mark.parametrize(

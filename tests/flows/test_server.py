@@ -97,7 +97,9 @@ def test_an_api_that_does_not_answer(
 ) -> None:
     monkeypatch.chdir(config.parent)
     monkeypatch.setenv("PREFECT_API_URL", url)
+    monkeypatch.setenv("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "180")
     assert main(["train", config.name]) == 2
+    assert os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"  # as often as the automation expects them
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"stackwise: PREFECT_API_URL: got '{url}'; {fault}")

@@ -58,6 +58,9 @@ def until(read: Callable[[], Any], arrived: Callable[[Any], bool]) -> Any:
 
 
 def run_flow(config: Any, root: Path, **how: Any) -> FlowRun:
+    from prefect import tags
+
     from flows.train_rack import train_rack
 
-    return FlowRun(train_rack(config, str(root), **how, return_state=True))
+    with tags("stackwise"):  # as `stackwise train` and the deployments do
+        return FlowRun(train_rack(config, str(root), **how, return_state=True))
