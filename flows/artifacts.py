@@ -28,6 +28,7 @@ from flows.run.summary import STAGE_COLUMNS, StageSummary
 from flows.run.terminal import PlainLines
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
+from stackwise_core.errors import shown
 
 _SECONDS_BETWEEN_UPDATES = 5.0  # an update costs the server tens of milliseconds
 _SECONDS_TO_FINISH = 5.0
@@ -135,7 +136,7 @@ def _row(summary: StageSummary) -> dict[str, Any]:
     """Return a row with the important columns first: the page shows 580 pixels of a table, the rest is scrolled to."""
     names = (name.removeprefix("|") for name in STAGE_COLUMNS)
     return {
-        **dict(zip(names, summary.cells, strict=True)),
+        **dict(zip(names, map(shown, summary.cells), strict=True)),
         "trained": summary.trainable_parameters,
         "blocks": summary.blocks,
         **{f"at {float(ratio):.0%} masked": loss(value) for ratio, value in summary.by_mask_ratio.items()},

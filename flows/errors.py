@@ -12,7 +12,10 @@ from prefect.logging.handlers import PrefectConsoleHandler
 from rich.console import Console
 
 from flows.server import lost_server
-from stackwise_core.errors import ConfigError, StackWiseError
+from stackwise_core.errors import ConfigError, StackWiseError, shown
+
+_MOST_OF_A_RECORD = 500_000
+"""Characters. A verification is one record, with a line for each problem."""
 
 
 class RefusedError(StackWiseError):
@@ -25,14 +28,14 @@ class RefusedError(StackWiseError):
 def one_line_errors() -> Generator[None]:
     """Join the faults of a wrong configuration, because the page of a run shows its state message as one line.
 
-    From here on, Prefect's engine logs explained errors without a traceback.
+    From here on, Prefect's engine logs explained errors without a traceback, and its logs hold only what is drawn.
 
     Raises:
         RefusedError: instead of a ConfigError.
         ServerError: instead of an error of Prefect's client.
     """
     for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_drop_traceback)  # adding the same filter again has no effect
+        logging.getLogger(name).addFilter(_explain)  # adding the same filter again has no effect
     try:
         with explained_server_errors():
             yield
@@ -58,12 +61,13 @@ def explained_server_errors() -> Generator[None]:
         raise lost_server(f"the connection to it broke: {error}") from error
 
 
-def _drop_traceback(record: logging.LogRecord) -> bool:
-    """Reduce the log record of an explained error to its message."""
+def _explain(record: logging.LogRecord) -> bool:
+    """Reduce the log record of an explained error to its message, and any message to what a terminal only draws."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, (StackWiseError, httpx.TransportError)):
         text = str(error) if isinstance(error, StackWiseError) else f"Prefect's server cannot be reached: {error}"
         record.msg, record.args, record.exc_info = text, (), None
+    record.msg, record.args = shown(record.getMessage(), _MOST_OF_A_RECORD, keep="\n"), ()
     return True
 
 

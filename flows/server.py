@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from flows.run.children import ending_with_us
+from flows.run.say import complain
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
 
 _EXAMPLE = "such as http://127.0.0.1:4200/api"
@@ -237,7 +238,7 @@ class EmbeddedServer:
         self.ended.set()
         if not self.ready.is_set():
             return  # no run has started; `wait_until_ready` raises
-        print(f"Prefect's embedded server ended unexpectedly; see {self.log}", file=sys.stderr)
+        complain(f"Prefect's embedded server ended unexpectedly; see {self.log}")
         os.kill(os.getpid(), signal.SIGTERM)
         if not self.stopping.wait(20.0):
             os._exit(1)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from flows.run.say import complain
 from flows.server import check_api
 from stackwise_core.errors import StackWiseError
 
@@ -43,7 +44,7 @@ def serve(host: str, port: int) -> None:
     if "PREFECT_API_URL" not in os.environ:
         os.environ.setdefault("PREFECT_UI_API_URL", f"{here}/api")  # otherwise its pages call port 4200
     variable = "" if f"{here}/api" == _API else f"PREFECT_API_URL={here}/api "
-    print(f"Prefect's server: {here}; in other terminals: {variable}stackwise worker", file=sys.stderr)
+    complain(f"Prefect's server: {here}; in other terminals: {variable}stackwise worker")
     _become([*_PREFECT, "server", "start", "--host", host, "--port", str(port)])
 
 
@@ -62,7 +63,7 @@ def work(limit: int, name: str, *, healthcheck: bool) -> None:
     at_once = _register_pool(limit)
     _deploy()
     _register_automation()
-    print(f"registered: pool {POOL}, {at_once}; deployments; heartbeat automation", file=sys.stderr)
+    complain(f"registered: pool {POOL}, {at_once}; deployments; heartbeat automation")
     command = ["worker", "start", "--pool", POOL, "--type", "process", "--limit", str(limit)]
     command += ["--name", name] if name else []
     _become([*_PREFECT, *command, *(["--with-healthcheck"] if healthcheck else [])])

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _MOST = 200
 """Characters of a value that a message shows."""
+_MOST_OF_A_LINE = 5_000
+_MOST_OF_A_MESSAGE = 50_000
+_NO_LETTERS = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Unicode's categories of characters that a terminal obeys or cannot draw, those that turn the direction among them."""
+
+
+def is_drawn(character: str) -> bool:
+    """Say whether a terminal draws a character, instead of obeying it: ESC, C1, a change of direction, a line end."""
+    return unicodedata.category(character) not in _NO_LETTERS
+
+
+def shown(text: object, most: int = _MOST_OF_A_LINE, keep: str = "") -> str:
+    r"""Return a text that others may have written as one line which a terminal only draws, cut if it is long.
+
+    Characters that are not drawn become escapes, such as \x1b, except those to `keep`.
+    """
+    line = cut(str(text), most)
+    if line.isprintable():
+        return line
+    return "".join(
+        character if character in keep or is_drawn(character) else character.encode("unicode_escape").decode()
+        for character in line
+    )
 
 
 def cut(text: str, most: int = _MOST) -> str:
@@ -28,6 +52,10 @@ class StackWiseError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """Return the message, safe to print: it may repeat names and texts of others."""
+        return shown(super().__str__(), _MOST_OF_A_MESSAGE, keep="\n")
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -38,7 +66,7 @@ class Fault:
     allowed: str
 
     def __str__(self) -> str:
-        return f"{cut(self.path)}: got {cut(self.received)}; {self.allowed}"
+        return f"{shown(self.path, _MOST)}: got {shown(self.received, _MOST)}; {shown(self.allowed)}"
 
 
 class ConfigError(StackWiseError, ValueError):
@@ -63,7 +91,7 @@ class SavedRackError(StackWiseError):
     def __init__(self, path: Path, problem: str, remedy: str) -> None:
         """Compose one message of the path, what is wrong with it, and what to do."""
         self.path, self.problem, self.remedy = path, problem, remedy
-        super().__init__(f"{path}: {problem}. {remedy}")
+        super().__init__(f"{shown(path)}: {shown(problem)}. {shown(remedy)}")
 
     def __reduce__(self) -> tuple[type[SavedRackError], tuple[Path, str, str]]:
         return type(self), (self.path, self.problem, self.remedy)

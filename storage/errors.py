@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stackwise_core.errors import StackWiseError
+from stackwise_core.errors import StackWiseError, shown
 
 
 class ArtifactError(StackWiseError):
@@ -17,7 +17,7 @@ class ArtifactError(StackWiseError):
         self.path = path if isinstance(path, str) and "://" in path else Path(path)  # a Path would eat a slash
         self.problem = problem
         self.remedy = remedy
-        super().__init__(f"{path}: {problem}. {remedy}")
+        super().__init__(f"{shown(path)}: {shown(problem)}. {shown(remedy)}")
 
     def __reduce__(self) -> tuple[type[ArtifactError], tuple[Path | str, str, str]]:
         return type(self), (self.path, self.problem, self.remedy)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from flows.run.say import complain
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import parse_value
 from stackwise_core.errors import ConfigError, Fault
@@ -54,4 +54,4 @@ def load_config(options: argparse.Namespace) -> StackWiseConfig:
 
 def print_waiting(holder: str) -> None:
     """Print that this command waits for a lock; an `on_wait` callback."""
-    print(f"waiting for {holder}", file=sys.stderr)
+    complain(f"waiting for {holder}")

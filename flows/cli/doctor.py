@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import platform
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from flows.cli.arguments import add_common
 from flows.run.numbers import size
+from flows.run.say import say, say_json
 from flows.server import ask, fault_of, is_registered, shown, workers_alive
 from flows.services import AUTOMATION, POOL
 from storage.artifacts import artifacts_at
@@ -66,10 +66,10 @@ def examine(options: argparse.Namespace) -> int:
         findings.append({"what": what, "ok": ok, "says": says})
     passed = all(finding["ok"] for finding in findings)
     if options.json:
-        print(json.dumps({"ok": passed, "findings": findings}, indent=1))
+        say_json({"ok": passed, "findings": findings})
     else:
         for finding in findings:
-            print(f"{'ok  ' if finding['ok'] else 'BAD '}{finding['what']:<13}{finding['says']}")
+            say(f"{'ok  ' if finding['ok'] else 'BAD '}{finding['what']:<13}{finding['says']}")
     return 0 if passed else 1
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from typing import Any
 
-from rich.console import Console
-
 from flows.cli.arguments import add_common
 from flows.run.numbers import size
-from flows.run.terminal import plain_table
+from flows.run.say import say_json
+from flows.run.terminal import plain_console, plain_table
 from storage.artifacts import Artifacts, artifacts_at
 from storage.inventory import Inventory
 from storage.reachability import find_reachable
@@ -57,7 +55,7 @@ def show_usage(options: argparse.Namespace) -> None:
     """Print the disk usage by run and by place."""
     usage = measure(artifacts_at(options.artifacts).existing())
     if options.json:
-        print(json.dumps(usage, indent=1))
+        say_json(usage)
         return
     runs = plain_table("run", "|total", "|shared", "|unique")
     for run in usage["runs"]:
@@ -65,7 +63,7 @@ def show_usage(options: argparse.Namespace) -> None:
     places = plain_table("where", "|size")
     for place, n_bytes in {**usage["places"], "total": usage["total"]}.items():
         places.add_row(place, size(n_bytes))
-    console = Console()
+    console = plain_console()
     if usage["runs"]:
         console.print(runs, "")
     console.print(places)

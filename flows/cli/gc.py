@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 
 from flows.cli.arguments import add_common, print_waiting
 from flows.run.maintenance import bytes_freed, collect_garbage, find_artifact, removal_lines
+from flows.run.say import complain, say, say_json
 from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import Artifacts, artifacts_at
 from storage.collect import without_gc
@@ -43,13 +42,11 @@ def _run(options: argparse.Namespace) -> None:
             for removal in collection.removals
         ]
         found = {"bytes": collection.n_bytes, "items": items, "damaged": collection.damaged, "notes": collection.notes}
-        print(json.dumps({"artifacts": artifacts.uri, "dry_run": dry_run, **found}, indent=1))
+        say_json({"artifacts": artifacts.uri, "dry_run": dry_run, **found})
         return
-    for line in removal_lines(artifacts, collection):
-        print(line)
-    for note in (*collection.damaged, *collection.notes):
-        print(note, file=sys.stderr)
-    print(bytes_freed(collection, dry_run=dry_run))
+    say(*removal_lines(artifacts, collection))
+    complain(*collection.damaged, *collection.notes)
+    say(bytes_freed(collection, dry_run=dry_run))
 
 
 def _change_pins(artifacts: Artifacts, to_pin: str | None, to_unpin: str | None) -> None:
@@ -64,4 +61,4 @@ def _change_pins(artifacts: Artifacts, to_pin: str | None, to_unpin: str | None)
         if to_unpin is not None:
             unpin(artifacts, to_unpin)
     pinned = ", ".join(ref.name for ref in pins(artifacts))
-    print(f"pinned: {pinned}; they stay, and all they were made from" if pinned else "nothing is pinned")
+    say(f"pinned: {pinned}; they stay, and all they were made from" if pinned else "nothing is pinned")

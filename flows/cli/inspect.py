@@ -11,6 +11,7 @@ from flows.cli.arguments import add_common
 from flows.pages.provenance import trace
 from flows.run.maintenance import find_artifact
 from flows.run.numbers import size
+from flows.run.say import say, say_json
 from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.files import write_text
@@ -62,7 +63,7 @@ def show_artifact(options: argparse.Namespace) -> int:
     if options.html:
         _write_page(options.html, document)
     if options.json:
-        print(json.dumps(document, indent=1))
+        say_json(document)
     else:
         _print_artifact(document, manifest)
     return 3 if state is State.CORRUPT else 0
@@ -149,8 +150,7 @@ def _print_artifact(document: dict[str, Any], manifest: Manifest) -> None:
         for key, value in document.get(section, {}).items():
             lines.append((f"{section}.{key}", json.dumps(value) if isinstance(value, (dict, list)) else value))
     width = max(len(key) for key, _ in lines) + 2
-    for key, value in lines:
-        print(f"{key:<{width}}{value}")
+    say(*(f"{key:<{width}}{value}" for key, value in lines))
     if "store" in document:
         from flows.pages.tables import print_store
 

@@ -10,9 +10,10 @@ import sys
 import traceback
 from importlib import import_module
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from stackwise_core.errors import StackWiseError
+from flows.run.say import complain
+from stackwise_core.errors import StackWiseError, shown
 
 
 class Command(NamedTuple):
@@ -65,31 +66,38 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except StackWiseError as error:
-        print(f"stackwise: {error}", file=sys.stderr)
+        complain(*f"stackwise: {error}".split("\n"))
         return error.exit_code
     except KeyboardInterrupt:
-        print("stackwise: interrupted; run the same command to continue", file=sys.stderr)
+        complain("stackwise: interrupted; run the same command to continue")
         return 1
     except BrokenPipeError:  # `stackwise status | head`
         sys.stderr.close()
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"stackwise: {where}{error.strerror or error}; sealed artifacts are kept", file=sys.stderr)
+        complain(f"stackwise: {where}{error.strerror or error}; sealed artifacts are kept")
         return 1
     except MemoryError:
-        print("stackwise: not enough memory; lower the sizes of the model or training.batch_size", file=sys.stderr)
+        complain("stackwise: not enough memory; lower the sizes of the model or training.batch_size")
         return 1
     except Exception:  # a bug in StackWise: the traceback helps to fix it
-        traceback.print_exc()
-        print("stackwise: an unexpected error, please report it; sealed artifacts are kept", file=sys.stderr)
+        complain(*traceback.format_exc().splitlines())
+        complain("stackwise: an unexpected error, please report it; sealed artifacts are kept")
         return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors repeat the arguments as `say` prints them."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse a command line; exits with 2 where it is wrong."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="stackwise",
         description="Grow a deep transformer one stack at a time, on cached activations, resumable at every stage.",
         epilog="example: stackwise train configs/quickstart.yaml\n\n"

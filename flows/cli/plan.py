@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from flows.cli.arguments import add_common, add_config, load_config
 from flows.run.numbers import parameters, size
 from flows.run.prepare import pack_corpus
+from flows.run.say import say, say_json
+from flows.run.terminal import plain_console
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.data.packing import read_corpus
+from stackwise_core.errors import shown
 from stackwise_core.stages.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
 from stackwise_core.stages.identity import Kind
 from stackwise_core.stages.plan import RunPlan, StagePlan
@@ -50,7 +51,7 @@ def show_plan(options: argparse.Namespace) -> None:
         ],
     }
     if options.json:
-        print(json.dumps(document, indent=1))
+        say_json(document)
     else:
         _print_plan(document, config.data.seq_len)
 
@@ -132,14 +133,13 @@ def _measured(stage: StagePlan, artifacts: Artifacts) -> dict[str, float]:
 
 
 def _print_plan(document: dict[str, Any], seq_len: int) -> None:
-    console = Console(highlight=False)
+    console = plain_console()
     n_train, n_validation = document["train_sequences"], document["validation_sequences"]
     sequences = f"{n_train:,} training and {n_validation:,} validation sequences of {seq_len} tokens"
-    console.print(f"[bold]{document['run']}[/] in {escape(document['artifacts'])}\n{sequences}", soft_wrap=True)
-    for note in document["notes"]:
-        console.print(note, markup=False, soft_wrap=True)
+    console.print(Text.assemble((document["run"], "bold"), f" in {shown(document['artifacts'])}"), soft_wrap=True)
+    say(sequences, *document["notes"])
     for row in document["stages"]:
-        console.print(_paragraph(row), markup=False)
+        console.print(_paragraph(row))
 
 
 def _paragraph(row: dict[str, Any]) -> str:

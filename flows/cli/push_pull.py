@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 from flows.cli.arguments import Run, add_common, print_waiting
 from flows.run.maintenance import find_artifact
 from flows.run.numbers import size
+from flows.run.say import say
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Ref
 from storage.artifacts import Artifacts, artifacts_at
@@ -85,13 +86,13 @@ def _copy(source: Artifacts, target: Artifacts, refs: list[Ref], named: frozense
     there = len(set(refs)) - len(lacking)
     skipped = f", {there} there already or never made" if there else ""
     of_runs = f", runs {', '.join(runs)}" if runs else ""
-    print(f"copied {len(lacking)} artifacts, {size(n_bytes)}{skipped}{of_runs}: {source.uri} -> {target.uri}")
+    say(f"copied {len(lacking)} artifacts, {size(n_bytes)}{skipped}{of_runs}: {source.uri} -> {target.uri}")
 
 
 def _copy_artifacts(source: Artifacts, target: Artifacts, refs: list[Ref]) -> int:
     n_bytes = 0
     for ref in refs:
         copied = copy_artifact(source, target, ref, print_waiting)
-        print(f"{size(copied):>10}  {ref.name}")
+        say(f"{size(copied):>10}  {ref.name}")
         n_bytes += copied
     return n_bytes

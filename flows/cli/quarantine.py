@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
-
-from rich.console import Console
 
 from flows.cli.arguments import add_common, add_json, print_waiting
 from flows.run.numbers import size
-from flows.run.terminal import plain_table
+from flows.run.say import say, say_json
+from flows.run.terminal import plain_console, plain_table
 from storage.artifacts import Artifacts, artifacts_at
 from storage.collect import without_gc
 from storage.quarantine import drop, find_quarantined, quarantined, release
@@ -33,11 +31,11 @@ def _run(options: argparse.Namespace) -> None:
     with without_gc(artifacts, print_waiting):
         if options.release is not None:
             ref = release(artifacts, find_quarantined(artifacts, options.release)).ref
-            print(f"{ref.name} is back in {artifacts.where(ref)}; the next run validates it again")
+            say(f"{ref.name} is back in {artifacts.where(ref)}; the next run validates it again")
         else:
             path = find_quarantined(artifacts, options.drop)
             drop(artifacts, path)
-            print(f"{path.name} is deleted")
+            say(f"{path.name} is deleted")
 
 
 def _show(artifacts: Artifacts, *, as_json: bool) -> None:
@@ -45,9 +43,9 @@ def _show(artifacts: Artifacts, *, as_json: bool) -> None:
     found = quarantined(artifacts)
     if as_json:
         entries = [{**asdict(entry), "path": artifacts.location(entry.path)} for entry in found]
-        print(json.dumps({"artifacts": artifacts.uri, "quarantine": entries}, indent=1))
+        say_json({"artifacts": artifacts.uri, "quarantine": entries})
         return
     table = plain_table("what", "since", "|size", "why")
     for entry in found:
         table.add_row(entry.path.name, entry.since, size(entry.n_bytes), entry.reason)
-    Console().print(table if found else "nothing is in quarantine")
+    plain_console().print(table if found else "nothing is in quarantine")

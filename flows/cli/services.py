@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 
+from flows.run.say import say
 from flows.services import AUTOMATION, register_heartbeat, serve, work
 
 
@@ -51,7 +52,7 @@ def _worker(options: argparse.Namespace) -> None:
 
 def _heartbeat(options: argparse.Namespace) -> None:
     changed = register_heartbeat()
-    print(f"automation {AUTOMATION!r} {'is registered' if changed else 'was there already'}")
+    say(f"automation {AUTOMATION!r} {'is registered' if changed else 'was there already'}")
 
 
 def _number(what: str, largest: float = math.inf) -> Callable[[str], int]:

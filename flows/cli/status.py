@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from flows.cli.arguments import add_common
 from flows.run.numbers import size
+from flows.run.say import say, say_json
 from flows.run.summary import StageSummary, summarise
-from flows.run.terminal import plain_table, stage_tables
+from flows.run.terminal import plain_console, plain_table, stage_tables
+from stackwise_core.errors import shown
 from storage.artifacts import Artifacts, artifacts_at
 from storage.errors import ArtifactError
 from storage.locks import Holder
@@ -38,18 +38,15 @@ def show_runs(root: str, *, as_json: bool) -> None:
     artifacts = artifacts_at(root).existing()
     runs = [_document(artifacts, name) for name in run_names(artifacts)]
     if as_json:
-        print(json.dumps({"artifacts": artifacts.uri, "runs": runs}, indent=1))
+        say_json({"artifacts": artifacts.uri, "runs": runs})
         return
     table = plain_table("run", "state", "|stages", "|valid. loss", "|attempts", "started")
     for run in runs:
         loss = "-" if run["validation_loss"] is None else f"{run['validation_loss']:.4f}"
         stages = f"{run['stages_done']}/{run['stages']}"
         table.add_row(run["name"], run["state"], stages, loss, str(run["attempts"]), run["started"])
-    console = Console()
-    console.print(table if runs else f"no runs yet in {escape(artifacts.uri)}")
-    for run in runs:
-        for line in _holders(run):
-            console.print(f"{run['name']}: {line}", highlight=False, markup=False, soft_wrap=True)
+    plain_console().print(table if runs else f"no runs yet in {artifacts.uri}")
+    say(*(f"{run['name']}: {line}" for run in runs for line in _holders(run)))
 
 
 def show_stages(root: str, name: str, *, as_json: bool) -> None:
@@ -63,13 +60,13 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     stages = summarise(artifacts, attempt.plan)
     run = _describe(artifacts, attempt, stages)
     if as_json:
-        print(json.dumps({**run, "stage_list": [stage.model_dump() for stage in stages]}, indent=1))
+        say_json({**run, "stage_list": [stage.model_dump() for stage in stages]})
         return
-    console = Console(highlight=False)
-    where = escape(str(attempt.folder))
-    console.print(f"[bold]{name}[/]: {run['state']}, attempt {attempt.number}, {where}", soft_wrap=True)
-    for line in ([run["message"]] if run["message"] else []) + _holders(run):
-        console.print(line, markup=False)
+    console = plain_console()
+    rest = f": {run['state']}, attempt {attempt.number}, {attempt.folder}"
+    console.print(Text.assemble((shown(name), "bold"), shown(rest)), soft_wrap=True)
+    message = "; ".join(run["message"].splitlines())
+    say(*([message] if message else []), *_holders(run))
     console.print(stage_tables(stages))
     console.print()
     console.print(_artifact_table(stages))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
 from contextlib import nullcontext
 from pathlib import Path
-
-from rich.console import Console
 
 from flows.cli.arguments import add_common, add_config, load_config, print_waiting
 from flows.run.events import subscribed
 from flows.run.numbers import parameters
+from flows.run.say import complain, say
 from flows.run.summary import StageSummary, summarise
-from flows.run.terminal import showing, stage_tables
+from flows.run.terminal import plain_console, showing, stage_tables
 from flows.server import check_api, embedded_server, quiet_prefect
 from flows.services import send_heartbeats
 from stackwise_core.config import StackWiseConfig
@@ -60,8 +58,7 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
         complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete
         if complete:
             register_complete(artifacts, config, plan)
-            for line in (*imports(filled), *notes(filled)):  # a run prints them itself
-                print(line, file=sys.stderr)
+            complain(*imports(filled), *notes(filled))  # a run prints them itself
     if not complete:
         _run_flow(config, artifacts, from_stack, force)
     _print_result(config, command, artifacts, summarise(artifacts, plan), reused=complete)
@@ -75,7 +72,7 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
     if url:
         check_api(url)
     server = f"its server is {url}" if url else "on the first run of a machine its server takes up to a minute"
-    print(f"starting Prefect (seconds; {server})", file=sys.stderr)
+    complain(f"starting Prefect (seconds; {server})")
     with nullcontext() if url else embedded_server(artifacts.root / "prefect" / "server.log") as server:
         from flows.train_rack import run_to_the_end
 
@@ -88,8 +85,7 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
 def _print_result(
     config: StackWiseConfig, command: list[str], artifacts: Artifacts, stages: list[StageSummary], *, reused: bool
 ) -> None:
-    console = Console()
-    console.print(stage_tables(stages))
+    plain_console().print(stage_tables(stages))
     name, last = config.run.name, stages[-1]
     made = "was there already" if reused else "is done"
     plural = "stack" if last.stacks == 1 else "stacks"
@@ -98,12 +94,10 @@ def _print_result(
     root = [] if artifacts.uri == str(Path("artifacts").absolute()) else ["--artifacts", artifacts.uri]
     look = shlex.join([name, *root])
     grow = shlex.join([*command, *root, "--set", f"training.progressive.target_stacks={grown}"])
-    console.print(
-        f"\n{name} {made}: {counts}, validation loss {last.validation_loss:.4f}, in {artifacts.uri}\n"
-        f"look: stackwise status {look}\n"
-        f"      stackwise verify {look}\n"
+    say(
+        "",
+        f"{name} {made}: {counts}, validation loss {last.validation_loss:.4f}, in {artifacts.uri}",
+        f"look: stackwise status {look}",
+        f"      stackwise verify {look}",
         f"grow: {grow}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from flows.cli.arguments import add_common
 from flows.run.maintenance import verify
+from flows.run.say import complain, say
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +16,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    found = verify(options.artifacts, options.what, on_artifact=print)
-    for line in (*found.problems, *found.notes):
-        print(line, file=sys.stderr)
-    print(found.verdict)
+    found = verify(options.artifacts, options.what, on_artifact=say)
+    complain(*found.problems, *found.notes)
+    say(found.verdict)
     return 3 if found.problems else 0

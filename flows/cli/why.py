@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.cli.arguments import add_common, add_config, load_config
+from flows.run.say import say, say_json
 from stackwise_core.errors import ConfigError, Fault
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts, artifacts_at
@@ -44,16 +45,15 @@ def explain(options: argparse.Namespace) -> None:
     here = _one(found, wanted, artifacts)
     nearest = recipes.nearest(here)
     if options.json:
-        print(json.dumps(_document(artifacts, here, nearest), indent=1))
+        say_json(_document(artifacts, here, nearest))
         return
     if nearest is None:
         kind = here.ref.kind if here.ref.stage < 0 else f"{here.ref.kind} of stage {here.ref.stage}"
-        print(f"{_titled(artifacts, here)}: there is no other {kind} to compare it with")
+        say(f"{_titled(artifacts, here)}: there is no other {kind} to compare it with")
         return
     there, differences = nearest
-    print(f"{_titled(artifacts, here)}\ndiffers from the nearest, {_titled(artifacts, there)}, in")
-    for difference in differences:
-        print(f"  {_line(difference)}")
+    say(_titled(artifacts, here), f"differs from the nearest, {_titled(artifacts, there)}, in")
+    say(*(f"  {_line(difference)}" for difference in differences))
 
 
 def _one(found: list[Known], name: str, artifacts: Artifacts) -> Known:

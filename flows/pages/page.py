@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from flows.pages.provenance import phrase
 from flows.run.numbers import parameters, size
+from stackwise_core.errors import is_drawn
 from stackwise_core.stages.identity import Ref
 
 _SIGNS = {"\n": "↵", "\t": "→", "\r": "␍"}
@@ -25,11 +25,7 @@ _SIGNS = {"\n": "↵", "\t": "→", "\r": "␍"}
 
 def printable(text: str) -> str:
     """Replace characters that move a cursor, change the direction of writing, or are not assigned."""
-    unsafe = ("Cc", "Cf", "Cs", "Co", "Cn")
-    return "".join(
-        "\ufffd" if character not in "\n\t" and unicodedata.category(character) in unsafe else character
-        for character in text
-    )
+    return "".join(character if character in "\n\t" or is_drawn(character) else "\ufffd" for character in text)
 
 
 def visible(text: str, *, one_line: bool = False) -> str:

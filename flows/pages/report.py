@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 
 from flows.pages.plots import Plot, places, scale_of
 from flows.run.summary import STAGE_COLUMNS, StageSummary, rise
+from stackwise_core.errors import shown
 
 _STYLE = """
 text { font: 12.5px system-ui, sans-serif; fill: #555b64; } .label, .note { fill: #1d1f23; }
@@ -23,16 +25,16 @@ def report(
 ) -> str:
     """Return the finished stages of a run as markdown; `flow_runs` holds the id of a stage's flow run."""
     count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
-    lines = [f"# {name}", "", f"{count} so far. Artifacts are in `{root}`.", ""]
-    lines += [line for note in notes for line in (note[0].upper() + note[1:] + ".", "")]
+    lines = [f"# {escaped(name)}", "", f"{count} so far. Artifacts are in {_code(root)}.", ""]
+    lines += [line for note in notes for line in (escaped(note[0].upper() + note[1:]) + ".", "")]
     lines += [loss_plot(stages), "", *_table(stages, flow_runs), ""]
     for n, stage in enumerate(stages, 1):
-        lines += [f"## Stage {stage.stage}: {stage.name}", "", stage.line + ".", ""]
+        lines += [f"## Stage {stage.stage}: {escaped(stage.name)}", "", stage.line + ".", ""]
         if worse := rise(stages[:n]):
             lines += [worse[0].upper() + worse[1:] + ".", ""]
-        lines += [f"- {kind}: `{artifact}` ({stage.states[kind]})" for kind, artifact in stage.artifacts.items()]
+        lines += [f"- {kind}: {_code(artifact)} ({stage.states[kind]})" for kind, artifact in stage.artifacts.items()]
         if "activations" not in stage.artifacts:
-            lines.append(f"- activations: none, {stage.cache_note}")
+            lines.append(f"- activations: none, {escaped(stage.cache_note)}")
         lines.append("")
     return "\n".join(lines)
 
@@ -68,8 +70,19 @@ def _table(stages: Sequence[StageSummary], flow_runs: Mapping[int, str]) -> list
     for stage in stages:
         run = flow_runs.get(stage.stage)
         number, *others = stage.cells
-        lines.append(_row([f"[{number}](../../runs/flow-run/{run})" if run else number, *others]))
+        linked = f"[{number}](../../runs/flow-run/{run})" if run else number
+        lines.append(_row([linked, *map(escaped, others)]))
     return lines
+
+
+def escaped(text: str) -> str:
+    """Return a text as one line of markdown that shows it: no link, no tag, no cell begins in it."""
+    return re.sub(r"([\\`*<>&|\[\]])", r"\\\1", shown(text))
+
+
+def _code(text: str) -> str:
+    """Return a text in the type of code; a backtick would end it."""
+    return f"`{shown(text).replace('`', chr(39))}`"
 
 
 def _row(cells: list[str]) -> str:

@@ -6,16 +6,16 @@ import itertools
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console, Group
-from rich.markup import escape
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from flows.pages.page import minute, number, printable, shape, visible
+from flows.pages.page import minute, number, shape, visible
 from flows.pages.provenance import phrase
 from flows.pages.samples import norms_by_piece, title_of
 from flows.run.numbers import size
-from flows.run.terminal import plain_table
+from flows.run.say import say
+from flows.run.terminal import plain_console, plain_table
 from storage.activations.statistics import OUTLIER_FACTOR
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -25,7 +25,7 @@ _CHANNELS = 6
 
 def print_store(document: dict[str, Any]) -> None:
     """Print layout, statistics, drift, sample rows and provenance of a sealed store."""
-    console = Console(highlight=False)
+    console = plain_console()
     store = document["store"]
     for title, table in (
         ("Layout", _layout(store)),
@@ -36,10 +36,10 @@ def print_store(document: dict[str, Any]) -> None:
         ("Provenance", _provenance(document["provenance"])),
     ):
         if table is not None:
-            console.print(f"\n[bold]{title}[/]")
+            console.print(f"\n{title}", style="bold")
             console.print(table)
     if document["samples"]["why_no_text"]:
-        console.print(f"No text: {document['samples']['why_no_text']}", markup=False, soft_wrap=True)
+        say(f"No text: {document['samples']['why_no_text']}")
 
 
 def strip(values: list[float | None], cells: int) -> str:
@@ -60,9 +60,9 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _pairs(pairs: list[tuple[str, str]]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table = plain_table("", "")
     for name, value in pairs:
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     return table
 
 
@@ -126,7 +126,7 @@ def _drift(drift: dict[str, Any] | None) -> Table | None:
     depths[drift["here"]] += " *"
     table = plain_table("boundary", *(f"|{depth}" for depth in depths), "store")
     for depth, name, row in zip(depths, drift["stores"], drift["cka"], strict=True):
-        table.add_row(depth, *("-" if value is None else f"{value:.3f}" for value in row), escape(name))
+        table.add_row(depth, *("-" if value is None else f"{value:.3f}" for value in row), name)
     return table
 
 
@@ -156,5 +156,5 @@ def _provenance(entries: list[dict[str, Any]]) -> Table:
     table = plain_table("artifact", "state", "made (UTC)", "result")
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for entry in entries:
-        table.add_row(escape(printable(entry["name"])), entry["state"], minute(entry["created"]), escape(phrase(entry)))
+        table.add_row(entry["name"], entry["state"], minute(entry["created"]), phrase(entry))
     return table

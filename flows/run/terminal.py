@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from flows.run.events import (
     DataReady,
@@ -28,7 +29,9 @@ from flows.run.events import (
     TaskStarted,
 )
 from flows.run.numbers import clock, size
+from flows.run.say import complain
 from flows.run.summary import STAGE_COLUMNS, StageSummary
+from stackwise_core.errors import shown
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def showing() -> Generator[Subscriber]:
     if not sys.stderr.isatty():
         yield PlainLines()
         return
-    bars = LiveBars(Console(stderr=True))
+    bars = LiveBars(plain_console(stderr=True))
     with bars.live:
         yield bars
 
@@ -116,7 +119,7 @@ class PlainLines:
 
 def _print_line(text: str) -> None:
     with suppress(OSError):  # a reader that is gone must not stop the training
-        print(text, file=sys.stderr, flush=True)
+        complain(text)
 
 
 class LiveBars:
@@ -127,9 +130,14 @@ class LiveBars:
         self.console = console
         self.progress = Progress(
             SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(bar_width=10),
-            TextColumn("{task.fields[detail]}", style="dim", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn(
+                "{task.fields[detail]}",
+                style="dim",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis"),
+            ),
             console=console,
         )
         self.live = Live(self.progress, console=console, refresh_per_second=8)
@@ -141,10 +149,10 @@ class LiveBars:
         """Show the event."""
         said = self._describer.describe(event)
         if isinstance(said, str):
-            self.console.print(escape(said))
+            self.console.print(Text(shown(said)))
         elif said:
             bar = self._bar_of(said)
-            self.progress.update(bar, completed=said.completed, total=said.total, detail=said.text)
+            self.progress.update(bar, completed=said.completed, total=said.total, detail=shown(said.text))
 
     def _bar_of(self, said: _Progress) -> TaskID:
         """Return the bar of a task; each task gets a new one, because rich cannot reset a bar to unknown length."""
@@ -154,7 +162,7 @@ class LiveBars:
         if bar is not None:
             self.progress.remove_task(bar)
         name = f"stage {said.stage}" if said.stage >= 0 else "corpus"
-        bar = self.progress.add_task(f"{name:<9}{said.task:<9}", total=said.total, detail=said.text)
+        bar = self.progress.add_task(f"{name:<9}{said.task:<9}", total=said.total, detail=shown(said.text))
         self._bars[said.stage] = said.task, bar
         return bar
 
@@ -183,7 +191,22 @@ def _ratio_table(summaries: list[StageSummary]) -> Table | None:
 
 def plain_table(*columns: str) -> Table:
     """Return an empty table without lines; | before a name aligns the column right."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = _PlainTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(columns))
     for name in columns:
         table.add_column(name.removeprefix("|"), justify="right" if name.startswith("|") else "left")
     return table
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """Return a console on which a text is only drawn: nothing in it is markup, an emoji or a control character."""
+    return _PlainConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+class _PlainConsole(Console):
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(shown(text, keep="\n"), **how)
+
+
+class _PlainTable(Table):
+    def add_row(self, *cells: RenderableType | None, **how: Any) -> None:
+        super().add_row(*(Text(shown(cell)) if isinstance(cell, str) else cell for cell in cells), **how)

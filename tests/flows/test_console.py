@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 
@@ -27,3 +28,18 @@ def test_a_log_whose_reader_died_does_not_end_the_process() -> None:
     finally:
         logging.getLogger().removeHandler(handler)
         os.close(writer)
+
+
+@pytest.mark.flow
+def test_what_others_wrote_is_only_drawn() -> None:
+    from flows.errors import one_line_errors
+
+    stream = io.StringIO()
+    logger, handler = logging.getLogger("prefect.flow_runs"), logging.StreamHandler(stream)
+    logger.addHandler(handler)
+    try:
+        with one_line_errors():
+            logger.warning("%s of %d", "a\x1b[2J\u202eb\nc", 1)
+    finally:
+        logger.removeHandler(handler)
+    assert stream.getvalue() == "a\\x1b[2J\\u202eb\nc of 1\n"

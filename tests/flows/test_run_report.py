@@ -7,6 +7,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
+from markdown_it import MarkdownIt
 
 from flows.pages.report import loss_plot, report
 from flows.run.summary import StageSummary
@@ -97,3 +98,16 @@ def test_a_stage_links_to_its_flow_run() -> None:
     assert "| 1 | append, frozen, full | 2.54 k | 3.2500 | - | 1:01 | none |" in text
     assert "- stack: `stack-1-abc` (sealed)\n- activations: none, last stage" in text
     assert report("r", "/a", [stage(0, 2.9)], {}, []).startswith("# r\n\n1 stage so far. Artifacts are in `/a`.")
+
+
+def test_what_others_wrote_is_no_markdown() -> None:
+    hostile = "a\x1b[31m\r\n# b [c](http://d) ![e](f) | <script>g</script> `h` *i* &lt; \\`"
+    stages = [stage(0, 2.9), stage(1, 2.5).model_copy(update={"name": hostile, "cache_note": hostile})]
+    tokens = MarkdownIt("commonmark").enable("table").parse(report(hostile, hostile, stages, {}, [hostile]))
+    inline = [child for token in tokens for child in token.children or []]
+    assert {child.type for child in inline} == {"text", "code_inline"}  # an image of ours is no link to this parser
+    assert not [token for token in tokens if token.type.startswith("html")]
+    assert len([token for token in tokens if token.type == "td_open"]) == 2 * 7
+    read = "".join(child.content for child in inline)
+    assert read.count(r"a\x1b[31m\r\n# b [c](http://d) ![e](f) | <script>g</script>") == 5
+    assert "\x1b" not in read

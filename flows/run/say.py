@@ -1,0 +1,25 @@
+"""What every command prints goes through here: a line may repeat names and texts of others, which only draw letters."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, TextIO
+
+from stackwise_core.errors import shown
+
+
+def say(*lines: object, file: TextIO | None = None) -> None:
+    """Print lines; what a terminal would obey becomes visible, a line end inside a line too."""
+    for line in lines:
+        print(shown(line), file=file or sys.stdout, flush=file is not None)
+
+
+def complain(*lines: object) -> None:
+    """Print lines to stderr; see `say`."""
+    say(*lines, file=sys.stderr)
+
+
+def say_json(document: Any) -> None:
+    """Print one JSON document, in ASCII, so that nothing in it reaches a terminal."""
+    print(json.dumps(document, indent=1))
