@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
+
+_FREE = "free some space (`stackwise gc` removes what no run needs) and run the same command again"
+_FULL = {
+    errno.ENOSPC: f"no space left to write it; {_FREE}",
+    errno.EDQUOT: f"no space left to write it in the quota of this user; {_FREE}",
+    errno.EFBIG: "files as large may not be written here; raise the limit (`ulimit -f`), or use another file system",
+}
+
+
+def why_full(error: OSError) -> str:
+    """Return what a write met and what to do, if the disk, the quota or the largest file was full; '' otherwise."""
+    return _FULL.get(error.errno or 0, "")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file; an error names it, as those of `write` do not."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from stackwise_core.files import sync
+from stackwise_core.files import sync, why_full
 from storage.errors import StoreSpaceError
 from storage.manifest import MANIFEST
 
@@ -38,7 +37,7 @@ def write_durably(path: Path, data: np.ndarray) -> None:
         data: uint8 `[size]`, contiguous.
 
     Raises:
-        StoreSpaceError: The disk or the quota is full. No part of the new file remains.
+        StoreSpaceError: The disk, the quota or the largest file is full. No part of the new file remains.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with explain_full_disk(path, data.nbytes):
@@ -79,17 +78,14 @@ def remove_temporaries(folder: Path) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(path: Path, n_bytes: int | None = None) -> Generator[None]:
-    """Turn "no space left" and "over quota" into one error that names the file and the remedy."""
+    """Turn a full disk, quota or largest file into one error that names the file and the remedy."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not (why := why_full(error)):
             raise
         size = "" if n_bytes is None else f" ({n_bytes:,} bytes)"
-        raise StoreSpaceError(
-            f"{path}{size}: no space left to write it. What was written before is kept: "
-            "free some space and run the same command again, and it goes on from there"
-        ) from error
+        raise StoreSpaceError(f"{error.filename or path}{size}: {why}. What was written before is kept") from error
 
 
 # ---------------------------------------------------------------- checksums

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stackwise_core.files import sync
+from stackwise_core.files import sync, why_full
 from stackwise_core.stages.identity import Ref
-from storage.errors import ArtifactsFolderError
+from storage.errors import ArtifactsFolderError, StoreSpaceError
 from storage.files import TEMPORARY_SUFFIX, verify_files, write_text
 from storage.locks import FileLock, Holder, is_held, read_holder
 from storage.manifest import MANIFEST, RETIRED, Manifest, parse_manifest
@@ -43,6 +43,8 @@ class LocalPlace:
             probe.touch()
             probe.unlink(missing_ok=True)
         except OSError as error:
+            if why := why_full(error):
+                raise StoreSpaceError(f"{error.filename or self.root}: {why}") from None
             reason = error.strerror or str(error)
             raise ArtifactsFolderError(
                 f"--artifacts {self.root}: cannot be written ({reason}); give a folder this user may write to"

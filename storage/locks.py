@@ -106,8 +106,9 @@ class FileLock:
             return False
         self._fd = fd
         if not self.shared:  # write who holds it, to be shown to people who wait
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps(this_process()._asdict()).encode(), 0)
+            with contextlib.suppress(OSError):  # a full disk, which gc is there to empty
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, json.dumps(this_process()._asdict()).encode(), 0)
         return True
 
     def holder(self) -> str:

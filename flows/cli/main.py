@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from flows.run.say import complain
 from stackwise_core.errors import StackWiseError, shown
+from stackwise_core.files import why_full
 
 
 class Command(NamedTuple):
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        complain(f"stackwise: {where}{error.strerror or error}; sealed artifacts are kept")
+        complain(f"stackwise: {where}{why_full(error) or error.strerror or error}; sealed artifacts are kept")
         return 1
     except MemoryError:
         complain("stackwise: not enough memory; lower the sizes of the model or training.batch_size")

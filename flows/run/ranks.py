@@ -26,6 +26,7 @@ from stackwise_core.stages.identity import Ref
 from stackwise_core.training.hardware import threads_of_rank
 from stackwise_core.training.training import Trained
 from storage.artifacts import SCRATCH
+from storage.files import explain_full_disk, write_text
 
 _POLL_SECONDS = 0.2
 _MARK = "\x1e"
@@ -98,8 +99,8 @@ def train_by_ranks(stage: Stage, build: Ref | None, folder: Path) -> Trained:
     shutil.rmtree(job.scratch, ignore_errors=True)
     job.scratch.mkdir(parents=True)
     path = job.scratch / "job.json"
-    path.write_text(job.model_dump_json())
-    with job.log.open("w") as log, _running(stage, path) as process:
+    write_text(path, job.model_dump_json())
+    with explain_full_disk(job.log), job.log.open("w") as log, _running(stage, path) as process:
         for line in _lines(process):
             if event := _decode_event(line):
                 emit(event)

@@ -20,6 +20,7 @@ from storage.adopt import plan_in
 from storage.artifacts import Artifacts, artifacts_at
 from storage.demand import Demand, compute_demand, forced_refs
 from storage.errors import ArtifactError, ArtifactNewerError
+from storage.files import explain_full_disk
 from storage.runs import begin_attempt, retire_superseded
 
 
@@ -55,7 +56,7 @@ def grow(
     filled, plan = plan_in(artifacts, config)
     forced = forced_refs(plan, from_stack, force)
     _refuse_newer(artifacts, forced)
-    with begin_attempt(artifacts, config, plan, emit_waiting):
+    with begin_attempt(artifacts, config, plan, emit_waiting), explain_full_disk(artifacts.root):
         emit(RunStarted(config.run.name, len(plan.stages), artifacts.uri))
         for line in (*imports(filled), *notes(filled)):
             emit(Message(line))

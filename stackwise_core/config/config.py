@@ -20,6 +20,7 @@ from stackwise_core.config.rules import rule_faults
 from stackwise_core.config.schema import GROWTH, ConfigSchema
 from stackwise_core.config.yaml import apply_overrides, dump_yaml, load_yaml
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.files import write_file
 
 
 class StackWiseConfig(ConfigSchema):
@@ -72,7 +73,7 @@ class StackWiseConfig(ConfigSchema):
             raise ConfigError([Fault(key, "a callable", "a file needs 'module:name' or a list") for key in held])
         text = dump_yaml(self.model_dump())
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_file(Path(path), text.encode())
         return text
 
 

@@ -20,7 +20,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.said import keep_said
 from stackwise_core.config.schema import Precision
 from stackwise_core.errors import ConfigError, Fault, SavedRackError
-from stackwise_core.files import recover_folder, replace_folder
+from stackwise_core.files import recover_folder, replace_folder, write_file
 from stackwise_core.model.adapters import (
     adapter_names,
     adapter_spec,
@@ -112,7 +112,7 @@ def write_whole(folder: str | Path, files: Iterable[tuple[str, bytes]]) -> None:
     try:
         for name, data in files:
             (fresh / name).parent.mkdir(exist_ok=True, parents=True)
-            (fresh / name).write_bytes(data)
+            write_file(fresh / name, data)
         replace_folder(fresh, folder)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stackwise_core.files import write_file
 from stackwise_core.stages.identity import canonical_json
 
 _HEADER = "state.json"
@@ -14,7 +15,7 @@ _HEADER = "state.json"
 
 def write_header(folder: Path, header: dict[str, Any]) -> None:
     """Write the header of a checkpoint and its hash."""
-    (folder / _HEADER).write_text(json.dumps({"header": header, "sha256": _digest(header)}))
+    write_file(folder / _HEADER, json.dumps({"header": header, "sha256": _digest(header)}).encode())
 
 
 def read_header(folder: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from stackwise_core.files import recover_folder, replace_folder
+from stackwise_core.files import recover_folder, replace_folder, write_file
 from stackwise_core.model.saving import deserialised, serialised
 from stackwise_core.stages.state_header import read_header, write_header
 from stackwise_core.training.training import TrainingState
@@ -19,7 +19,7 @@ def write_state(folder: Path, state: TrainingState, made_by: dict[str, Any] | No
     fresh = folder.with_name(f"{folder.name}.tmp")
     fresh.mkdir(parents=True, exist_ok=True)
     payload = serialised(state.tensors)
-    (fresh / _TENSORS).write_bytes(payload)
+    write_file(fresh / _TENSORS, payload)
     header = {"step": state.step, "tensors": hashlib.sha256(payload).hexdigest(), "records": state.records}
     more = {"fingerprint": state.fingerprint, "made_by": made_by}
     write_header(fresh, {**header, **{name: value for name, value in more.items() if value}})
