@@ -137,19 +137,15 @@ def attempts_to_copy(source: Artifacts, target: Artifacts, run: str) -> list[Att
     Raises:
         ConfigError: the target has another run of this name, or the run continued differently there.
     """
-    there = {attempt.number: attempt.folder for attempt in attempts(target, run)}
+    there = {attempt.number: attempt for attempt in attempts(target, run)}
     missing: list[Attempt] = []
     for attempt in attempts(source, run):
         if attempt.number not in there:
             missing.append(attempt)
-        elif any(_differ(attempt.folder, there[attempt.number], name) for name in ("plan.json", "start.json")):
-            other = f"{there[attempt.number]} is of another run of that name; nothing was copied"
+        elif any(attempt.read(name) != there[attempt.number].read(name) for name in ("plan.json", "start.json")):
+            other = f"{there[attempt.number].folder} is of another run of that name; nothing was copied"
             raise ConfigError([Fault("RUN", repr(run), other)])
     return missing
-
-
-def _differ(one: Path, other: Path, name: str) -> bool:
-    return (one / name).read_bytes() != (other / name).read_bytes()
 
 
 def copy_run(source: Artifacts, target: Artifacts, run: str) -> None:
@@ -167,8 +163,8 @@ def copy_run(source: Artifacts, target: Artifacts, run: str) -> None:
 
 def _copy_record(target: Artifacts, run: str, attempt: Attempt, name: str) -> None:
     """Copy a file of an attempt, if there is one and the target has none."""
-    source, path = attempt.folder / name, target.root / RUNS / run / "attempts" / attempt.folder.name / name
-    if source.exists() and not path.exists():
+    path = target.root / RUNS / run / "attempts" / attempt.folder.name / name
+    if os.path.lexists(attempt.folder / name) and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, source.read_bytes())
+        write_bytes(path, attempt.read(name))
         target.place.share(path)

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
+from stackwise_core.strict import parse_object
 from storage.errors import ObjectStoreError
 from storage.locks import FileLock, Holder, parse_holder, this_process
 from storage.object_store import ObjectStore
@@ -133,6 +134,7 @@ def is_held_by_another(store: ObjectStore, name: str, machine: str) -> bool:
 def _machine_of(text: bytes) -> str | None:
     """Return which machine a lease names; None if its text is damaged."""
     try:
-        return json.loads(text)["machine"]
-    except (ValueError, KeyError, TypeError):
+        machine = parse_object(text)["machine"]
+    except (ValueError, KeyError):
         return None
+    return machine if isinstance(machine, str) else None

@@ -16,10 +16,11 @@ from typing import Any
 
 from stackwise_core.files import sync, why_full
 from stackwise_core.stages.identity import Ref
+from stackwise_core.strict import read_bounded
 from storage.errors import ArtifactsFolderError, StoreSpaceError
 from storage.files import TEMPORARY_SUFFIX, verify_files, write_text
 from storage.locks import FileLock, Holder, is_held, read_holder
-from storage.manifest import MANIFEST, RETIRED, Manifest, parse_manifest
+from storage.manifest import MANIFEST, RETIRED, Manifest, load_manifest
 from storage.place import FOLDERS, QUARANTINE, REASON, RUNS, Entry, Leftovers, SealedFolder
 
 ROOMS = (*FOLDERS.values(), RUNS, "work", "locks", "trash", QUARANTINE)
@@ -85,8 +86,7 @@ class LocalPlace:
         return SealedFolder(key, manifest, sizes, retired) if (folder / MANIFEST).exists() else None
 
     def _read_manifest(self, key: str, ref: Ref | None) -> Manifest:
-        path = self.root / key / MANIFEST
-        return parse_manifest(path.read_bytes(), path, path.parent, ref)
+        return load_manifest(self.root / key, ref)
 
     def sealed_keys(self) -> list[str]:
         found = (path.parent for room in FOLDERS.values() for path in (self.root / room).glob(f"*/{MANIFEST}"))
@@ -106,7 +106,7 @@ class LocalPlace:
         return {key.removeprefix("./"): entry for key, entry in found.items()}
 
     def read(self, path: str) -> bytes:
-        return (self.root / path).read_bytes()
+        return read_bounded(self.root / path)
 
     def listed_manifest(self, key: str, entry: Entry) -> Manifest:
         return self._read_manifest(key, None)

@@ -14,6 +14,7 @@ from time import sleep
 from typing import ClassVar, NamedTuple
 
 from stackwise_core.errors import StageInterruptedError
+from stackwise_core.strict import parse_object, read_bounded
 
 OnWait = Callable[[str], None]
 """Called once with the holder of a lock, such as 'process 123 on host since ...', before waiting for it."""
@@ -43,24 +44,25 @@ def this_process() -> Holder:
 def parse_holder(text: bytes) -> Holder | None:
     """Return the process that signed a lock; None if the text is damaged."""
     try:
-        entry = json.loads(text)
-        return Holder(pid=entry["pid"], host=entry["host"], since=entry["since"])
-    except (ValueError, KeyError, TypeError):
+        entry = parse_object(text)
+        found = Holder(pid=entry["pid"], host=entry["host"], since=entry["since"])
+    except (ValueError, KeyError):
         return None
+    return found if tuple(map(type, found)) == (int, str, str) else None
 
 
 def read_holder(path: Path) -> Holder | None:
     """Return the last process that held a lock exclusively."""
     try:
-        return parse_holder(path.read_bytes())
-    except OSError:
+        return parse_holder(read_bounded(path))
+    except (OSError, ValueError):
         return None
 
 
 def is_held(path: Path, *, exclusively: bool = False) -> bool:
     """Say whether some process holds a lock now, or only whether one holds it exclusively. Writes nothing."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:

@@ -4,32 +4,64 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import platform
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from stackwise_core.stages.identity import NUMERICS, Recipe, Ref, canonical_json
+from stackwise_core.strict import MOST_OF_A_LIST, parse_object, read_bounded, told
 from storage.errors import ArtifactCorruptError, ArtifactNewerError, ArtifactUnsealedError
 
 MANIFEST = "manifest.json"
 RETIRED = "retired.json"
 FORMAT_VERSION = 1
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class FileEntry(BaseModel, frozen=True, extra="forbid"):
     """One file of an artifact."""
 
-    size: int
+    size: int = Field(ge=0, lt=2**63)
     """[bytes]"""
     checksum: str
     """'sha256:' and 64 hex digits."""
     content: bool = True
     """False for logs and timings, which may differ between equal artifacts: they are not in the digest."""
+
+
+class _KnownFacts(BaseModel):
+    """What a fact is if an artifact has it, which depends on its kind, and on the version that made it."""
+
+    documents: _Count = 0
+    train_sequences: _Count = 0
+    validation_sequences: _Count = 0
+    seq_len: _Count = 0
+    largest_token: _Count = 0
+    mask_tokens: _Count = 0
+    largest_target: _Count = 0
+    blocks: _Count = 0
+    stacks: _Count = 0
+    steps: _Count = 0
+    first_step: _Count = 0
+    rack_parameters: _Count = 0
+    trainable_parameters: _Count = 0
+    tokens_per_second: _Count = 0
+    boundary: _Count = 0
+    train_rows: _Count = 0
+    store_bytes: _Count = 0
+    train_loss: _Number = 0
+    validation_loss: _Number = 0
+    seconds: _Number = 0
+    by_mask_ratio: dict[Annotated[float, Field(allow_inf_nan=False)], _Number] = {}
+    operator: str = ""
+    strategy: str = ""
+    cache: str = ""
+    source: str = Field("", alias="from")
 
 
 class InputEntry(BaseModel, frozen=True, extra="forbid"):
@@ -72,6 +104,13 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         """Bytes of all files."""
         return sum(entry.size for entry in self.files.values())
 
+    def count(self, fact: str) -> int:
+        """Return a fact that is a count; raises ArtifactCorruptError if the artifact lacks it."""
+        if fact not in self.facts:
+            remedy = "Remove it and run the same command again: it will be remade"
+            raise ArtifactCorruptError(self.ref.name, f"its manifest lacks the fact {fact}", remedy)
+        return self.facts[fact]
+
     def checksums(self) -> dict[str, tuple[int, str]]:
         """Return {path: (size, checksum)}, as the activation reader and `verify` take it."""
         return {path: (entry.size, entry.checksum) for path, entry in self.files.items()}
@@ -111,32 +150,56 @@ def read_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
     Raises:
         ArtifactError: there is none, or it cannot be parsed, has a newer format or another id, or was edited.
     """
-    path = folder / MANIFEST
-    if not path.exists():
+    try:
+        return load_manifest(folder, ref)
+    except FileNotFoundError:
         remedy = "Run `stackwise train` with the configuration that makes it: it will be made"
-        raise ArtifactUnsealedError(folder, "was never sealed (it has no manifest)", remedy)
-    return parse_manifest(path.read_bytes(), path, folder, ref)
+        raise ArtifactUnsealedError(folder, "was never sealed (it has no manifest)", remedy) from None
+
+
+def load_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
+    """Do the same as `read_manifest`, but raise FileNotFoundError if there is none."""
+    path = folder / MANIFEST
+    try:
+        data = read_bounded(path, MOST_OF_A_LIST)
+    except ValueError as error:
+        raise ArtifactCorruptError(path, f"is no manifest ({error})", _remake(folder)) from None
+    except PermissionError:
+        raise ArtifactCorruptError(path, "may not be read by this user", "Let this user read it") from None
+    return parse_manifest(data, path, folder, ref)
+
+
+def _remake(folder: Path | str) -> str:
+    return f"Remove {folder} and run the same command again: it will be remade"
 
 
 def parse_manifest(data: bytes, path: Path | str, folder: Path | str, ref: Ref | None) -> Manifest:
     """Check the bytes of a manifest, which errors call `path`, of a `folder`; see `read_manifest`."""
-    remedy = f"Remove {folder} and run the same command again: it will be remade"
-    version = _version_of(data)
-    if version > FORMAT_VERSION:
-        problem = f"the manifest has format {version}, this version reads up to {FORMAT_VERSION}"
-        raise ArtifactNewerError(path, problem, "Use the version of StackWise that wrote it")
+    remedy = _remake(folder)
     try:
-        manifest = Manifest.model_validate(json.loads(data))
-    except (ValueError, ValidationError) as error:
-        raise ArtifactCorruptError(path, f"is no manifest ({str(error).splitlines()[0]})", remedy) from None
+        found = parse_object(data)
+        version = found.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            problem = f"the manifest has format {version}, this version reads up to {FORMAT_VERSION}"
+            raise ArtifactNewerError(path, problem, "Use the version of StackWise that wrote it")
+        manifest = Manifest.model_validate(found)
+        expected = manifest.expected_seal()
+    except ArtifactNewerError:
+        raise
+    except ValueError as error:
+        raise ArtifactCorruptError(path, f"is no manifest ({told(error)})", remedy) from None
     if ref is not None and manifest.ref != ref:
         problem = f"belongs to {manifest.ref.name} ({manifest.ref.sha256}), not to {ref.sha256}"
         raise ArtifactCorruptError(path, problem, remedy)
     recipe = {"kind": manifest.ref.kind, "numerics": manifest.numerics, "recipe": manifest.recipe}
     if _hash(recipe) != manifest.ref.sha256 or digest_of(manifest.files) != manifest.digest:
         raise ArtifactCorruptError(path, "was edited: its recipe or file list does not give its hashes", remedy)
-    if manifest.seal != manifest.expected_seal():
+    if manifest.seal != expected:
         raise ArtifactCorruptError(path, "was edited: its facts or inputs are not what was sealed", remedy)
+    try:
+        _KnownFacts.model_validate(manifest.facts)  # a seal shows an edit, not who sealed it
+    except ValidationError as error:
+        raise ArtifactCorruptError(path, f"has a fact that cannot be used ({told(error)})", remedy) from None
     for name in manifest.files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ArtifactCorruptError(path, f"lists {name!r}, which leads out of its folder", "Do not use it")
@@ -145,14 +208,6 @@ def parse_manifest(data: bytes, path: Path | str, folder: Path | str, ref: Ref |
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
-
-
-def _version_of(data: bytes) -> int:
-    try:
-        version = json.loads(data).get("format_version", 0)
-    except (ValueError, AttributeError):
-        return 0
-    return version if isinstance(version, int) else 0
 
 
 def fingerprint(threads: int, device: str, compiled: bool, processes: int = 1) -> dict[str, Any]:

@@ -12,7 +12,8 @@ STATE_FOLDER = f"{SCRATCH}/checkpoint"
 def step_reached(artifacts: Artifacts, ref: Ref) -> int | None:
     """Return the step at which a stage would resume, or None if it has no checkpoint. Writes nothing."""
     header = read_header(artifacts.root / "work" / ref.name / STATE_FOLDER)
-    return None if header is None else header["step"]
+    step = None if header is None else header.get("step")
+    return step if isinstance(step, int) else None
 
 
 def bytes_written(artifacts: Artifacts, ref: Ref) -> int:

@@ -131,7 +131,7 @@ class Place(Protocol):
     # Return every stored file below a key, by its path relative to it. An empty folder has one entry, '.'.
     def list(self, below: str = "") -> dict[str, Entry]: ...
 
-    # Return the bytes of a small file; FileNotFoundError if there is none.
+    # Return the bytes of a small file; FileNotFoundError if there is none, ValueError if it is not a small plain one.
     def read(self, path: str) -> bytes: ...
 
     # Return the manifest that a listing shows; FileNotFoundError if it was removed since.

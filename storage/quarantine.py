@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,10 @@ def quarantined(artifacts: Artifacts) -> list[Quarantined]:
     for name, entries in Inventory(artifacts).folders(QUARANTINE).items():
         reason, since = "unknown", max(entry.modified for entry in entries.values())
         if REASON in entries:
-            text = artifacts.place.read(f"{QUARANTINE}/{name}/{REASON}")
-            reason, since = text.decode(errors="replace").strip(), entries[REASON].modified
+            since = entries[REASON].modified
+            with contextlib.suppress(OSError, ValueError):
+                text = artifacts.place.read(f"{QUARANTINE}/{name}/{REASON}")
+                reason = text.decode(errors="replace").strip()
         n_bytes = sum(entry.size for entry in entries.values())
         path = artifacts.root / QUARANTINE / name
         found.append(Quarantined(path, reason, since.isoformat(timespec="seconds"), n_bytes))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Ref
+from stackwise_core.strict import parse_object, read_bounded
 from storage.artifacts import Artifacts
 from storage.errors import ArtifactCorruptError, ArtifactMissingError
 from storage.files import write_text
@@ -75,8 +76,8 @@ def pins(artifacts: Artifacts) -> list[Ref]:
 
 def _read_pin(artifacts: Artifacts, path: Path) -> Ref:
     try:
-        return Ref.model_validate_json(path.read_bytes())
-    except ValueError:
+        return Ref.model_validate(parse_object(read_bounded(path)))
+    except (OSError, ValueError):
         remedy = "Remove it, and pin again the artifact it is named after"
         raise ArtifactCorruptError(artifacts.location(path), "is not a pin", remedy) from None
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, CorpusError, Fault, StageInterruptedError
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan
+from stackwise_core.strict import MOST_OF_A_LIST, parse_object, read_bounded, told
 from storage.artifacts import Artifacts, State
 from storage.errors import ArtifactCorruptError, RunBusyError
 from storage.files import write_text
@@ -25,6 +27,25 @@ from storage.locks import Holder, OnWait, no_wait, this_process
 from storage.place import OUTCOME, PLANS_LOCK, RUNS
 
 _asked_by: ContextVar[str] = ContextVar("asked_by", default="")
+
+
+class Start(BaseModel, strict=True):
+    """When, where and by which process an attempt was started, as start.json says it."""
+
+    started: str
+    """ISO 8601, UTC."""
+    pid: int = Field(ge=0, lt=2**31)
+    host: str
+    asked_by: str = ""
+
+
+class Outcome(BaseModel, strict=True):
+    """How an attempt ended, as outcome.json says it."""
+
+    state: Literal["done", "stopped", "failed"]
+    message: str
+    ended: str
+    """ISO 8601, UTC."""
 
 
 @dataclass(frozen=True)
@@ -41,38 +62,50 @@ class Attempt:
     def plan(self) -> RunPlan:
         """What it planned."""
         with self._explained("plan.json") as path:
-            return RunPlan.model_validate_json(path.read_bytes())
+            return RunPlan.model_validate_json(read_bounded(path, MOST_OF_A_LIST))
 
     @property
     def config(self) -> StackWiseConfig:
         """The configuration as it was written, not checked against today's rules and files."""
         with self._explained("config.yaml") as path:
-            return StackWiseConfig.read_unchecked(path)
+            return StackWiseConfig.read_unchecked(path, read_bounded(path))
 
     @property
     def start(self) -> dict[str, Any]:
         """When, where and by which process it was started."""
         with self._explained("start.json") as path:
-            return json.loads(path.read_text())
+            return Start.model_validate(parse_object(read_bounded(path))).model_dump()
 
     @property
     def outcome(self) -> dict[str, Any] | None:
         """How it ended; None while it lives, or if it was killed."""
         with self._explained(OUTCOME) as path:
-            return json.loads(path.read_text()) if path.exists() else None
+            if not os.path.lexists(path):
+                return None
+            return Outcome.model_validate(parse_object(read_bounded(path))).model_dump()
+
+    def read(self, file: str) -> bytes:
+        """Return the bytes of one of its files."""
+        with self._explained(file) as path:
+            return read_bounded(path, MOST_OF_A_LIST)
 
     @contextlib.contextmanager
     def _explained(self, file: str) -> Generator[Path]:
         """Turn a missing or damaged file into one error that names it."""
         try:
             yield self.folder / file
-        except (ValueError, FileNotFoundError, ConfigError) as error:
+        except PermissionError:
+            path = f"{self.where}/{file}"
+            raise ArtifactCorruptError(path, "may not be read by this user", "Let this user read it") from None
+        except (ValueError, FileNotFoundError) as error:  # a ConfigError is a ValueError
             path = f"{self.where}/{file}"
             if unknown := _unknown_keys(error):
                 problem = f"has keys that this version does not know ({unknown})"
                 raise ArtifactCorruptError(path, problem, "Use the version of StackWise that wrote it") from None
             remedy = f"Remove {self.where}: artifacts stay, and `stackwise train` registers the run anew"
-            raise ArtifactCorruptError(path, f"is damaged ({str(error).splitlines()[0]})", remedy) from None
+            missing = isinstance(error, FileNotFoundError)
+            problem = "is missing" if missing else f"is damaged ({told(error)})"
+            raise ArtifactCorruptError(path, problem, remedy) from None
 
 
 def _unknown_keys(error: Exception) -> str:
@@ -220,6 +253,7 @@ def _write_outcome(artifacts: Artifacts, attempt: Attempt, state: str, message: 
     if attempt.outcome and attempt.outcome["state"] == "done":
         return  # another process of the same run finished it
     now = datetime.now(UTC).isoformat(timespec="seconds")
+    message = message.encode(errors="backslashreplace").decode()  # a name of a file may be no text
     with contextlib.suppress(OSError):  # a full disk or a lost connection must not hide the error that ended the run
         write_text(attempt.folder / OUTCOME, json.dumps({"state": state, "message": message, "ended": now}))
         artifacts.place.share(attempt.folder / OUTCOME)

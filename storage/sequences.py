@@ -11,6 +11,7 @@ import numpy as np
 from stackwise_core.data.packing import PackedSequences
 from stackwise_core.stages.identity import Ref
 from storage.artifacts import Artifacts
+from storage.errors import ArtifactCorruptError
 from storage.files import write_bytes
 
 
@@ -28,7 +29,11 @@ def save_sequences(work: Path, train: PackedSequences, validation: PackedSequenc
 def load_sequences(artifacts: Artifacts, ref: Ref) -> tuple[PackedSequences, PackedSequences]:
     """Return the train and validation sequences of a sealed data artifact; raises as `Artifacts.checked`."""
     folder = artifacts.checked(ref)
-    return _load_split(folder, "train"), _load_split(folder, "validation")
+    try:
+        return _load_split(folder, "train"), _load_split(folder, "validation")
+    except (EOFError, OSError, TypeError, ValueError):  # sealed so, by a stranger
+        remedy = f"Remove {folder} and run the same command again: it will be remade"
+        raise ArtifactCorruptError(folder, "holds no sequences that can be read", remedy) from None
 
 
 def _load_split(folder: Path, split: str) -> PackedSequences:

@@ -59,10 +59,10 @@ def show_plan(options: argparse.Namespace) -> None:
 def _count_sequences(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> tuple[int, int]:
     """Return the number of training and validation sequences: of the sealed data, or of the packed corpus."""
     if artifacts.state(plan.data_ref) is State.SEALED:
-        facts = artifacts.manifest(plan.data_ref).facts
-        return facts["train_sequences"], facts["validation_sequences"]
-    data = config.data
-    corpus = read_corpus(data.source, examples=reads_examples(config), token_type=data.token_type)
+        data = artifacts.manifest(plan.data_ref)
+        return data.count("train_sequences"), data.count("validation_sequences")
+    given = config.data
+    corpus = read_corpus(given.source, examples=reads_examples(config), token_type=given.token_type)
     train, validation = pack_corpus(config, corpus)
     return len(train), len(validation)
 
@@ -127,7 +127,7 @@ def _measured(stage: StagePlan, artifacts: Artifacts) -> dict[str, float]:
     if stack := artifacts.sealed(stage.ref("stack")):
         speeds |= {key: stack.facts[key] for key in ("tokens_per_second",) if key in stack.facts}  # not if adopted
     store = artifacts.sealed(stage.ref("activations")) if stage.activations else None
-    if store and store.facts["seconds"]:
+    if store and store.facts.get("seconds"):
         speeds["cache_bytes_per_second"] = round(store.n_bytes / store.facts["seconds"])
     return speeds
 

@@ -46,7 +46,7 @@ def show_runs(root: str, *, as_json: bool) -> None:
         stages = f"{run['stages_done']}/{run['stages']}"
         table.add_row(run["name"], run["state"], stages, loss, str(run["attempts"]), run["started"])
     plain_console().print(table if runs else f"no runs yet in {artifacts.uri}")
-    say(*(f"{run['name']}: {line}" for run in runs for line in _holders(run)))
+    say(*(f"{run['name']}: {line}" for run in runs for line in _told(run)))
 
 
 def show_stages(root: str, name: str, *, as_json: bool) -> None:
@@ -70,6 +70,10 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     console.print(stage_tables(stages))
     console.print()
     console.print(_artifact_table(stages))
+
+
+def _told(run: dict[str, Any]) -> list[str]:
+    return [*([run["message"]] if run["state"] == "damaged" else []), *_holders(run)]
 
 
 def _holders(run: dict[str, Any]) -> list[str]:

@@ -41,29 +41,32 @@ def trace(artifacts: Artifacts, manifest: Manifest) -> list[dict[str, Any]]:
     `state` is sealed, retired, absent, corrupt or replaced: sealed again since with other bytes than were read.
     The other fields of an unreadable artifact are empty.
     """
-    entries: dict[str, dict[str, Any]] = {}
-    for entry in manifest.inputs:
-        _follow(artifacts, entry, entries)
     ref = manifest.ref
-    entries[ref.sha256] = _entry(ref, manifest.digest, artifacts.state(ref).value, manifest)
+    own = _entry(ref, manifest.digest, artifacts.state(ref).value, manifest)
+    entries: dict[str, dict[str, Any]] = {}
+    met = {ref.sha256}
+    # What is left to list: an input, or an entry whose inputs come before it. No recursion, which 1000 stages exceed.
+    left: list[InputEntry | dict[str, Any]] = [own, *reversed(manifest.inputs)]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            entries[each["name"]] = each
+        elif each.ref.sha256 not in met:
+            met.add(each.ref.sha256)
+            entry, inputs = _read(artifacts, each)
+            left += [entry, *reversed(inputs)]
     return list(entries.values())
 
 
-def _follow(artifacts: Artifacts, read: InputEntry, entries: dict[str, dict[str, Any]]) -> None:
-    """Add what an input was made from, then the input, unless it is listed already."""
-    ref = read.ref
-    if ref.sha256 in entries:
-        return
-    state = artifacts.state(ref)
+def _read(artifacts: Artifacts, read: InputEntry) -> tuple[dict[str, Any], tuple[InputEntry, ...]]:
+    """Return the entry of an input, and what it was made from."""
+    ref, state = read.ref, artifacts.state(read.ref)
     try:
         manifest = read_manifest(artifacts.folder(ref), ref)
     except ArtifactError:
-        entries[ref.sha256] = _entry(ref, read.digest, state.value, None)
-        return
-    for entry in manifest.inputs:
-        _follow(artifacts, entry, entries)
+        return _entry(ref, read.digest, state.value, None), ()
     replaced = state is State.SEALED and manifest.digest != read.digest
-    entries[ref.sha256] = _entry(ref, read.digest, "replaced" if replaced else state.value, manifest)
+    return _entry(ref, read.digest, "replaced" if replaced else state.value, manifest), manifest.inputs
 
 
 def _entry(ref: Ref, digest: str, state: str, manifest: Manifest | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from flows.pages.page import listed
 from stackwise_core.config.corpus import tokenizer_of
@@ -111,15 +112,20 @@ class _TextSource:
 
 
 def _text_source(artifacts: Artifacts, manifest: Manifest) -> tuple[_TextSource | None, str]:
-    ref = next(entry.ref for entry in manifest.inputs if entry.ref.kind == "data")
+    ref = next((entry.ref for entry in manifest.inputs if entry.ref.kind == "data"), None)
+    if ref is None:
+        return None, "its manifest names no tokens"
     try:
+        recipe = ActivationRecipe.model_validate(manifest.recipe)
         splits, data = load_sequences(artifacts, ref), DataRecipe.model_validate(artifacts.manifest(ref).recipe)
     except ArtifactError as error:
         return None, f"the tokens cannot be read ({error})"
+    except ValidationError:
+        return None, "another version of StackWise made the recipes of the store or of its tokens"
     tokenizer = _tokenizer(artifacts, data.tokenizer)
     if tokenizer is None:
         return None, f"no run in {artifacts.root} names a file with the tokenizer {data.tokenizer[:19]}..."
-    return _TextSource(splits, ActivationRecipe.model_validate(manifest.recipe), tokenizer), ""
+    return _TextSource(splits, recipe, tokenizer), ""
 
 
 def _tokenizer(artifacts: Artifacts, name: str) -> Tokenizer | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,10 @@ from torch import Tensor
 
 from flows.pages.page import artifact_page
 from flows.pages.plots import Plot, places, scale_of
+from stackwise_core.strict import parse_object
 from storage.activations.statistics import evenly_spaced
 from storage.checkpoints import METRICS, load_tensors
+from storage.errors import ArtifactCorruptError
 from storage.manifest import Manifest
 
 _MOST_STEPS = 1000
@@ -27,13 +28,20 @@ def describe_stack(folder: Path, manifest: Manifest) -> dict[str, Any]:
     files = sorted(name for name in manifest.files if name.endswith(".safetensors"))
     held = {file: load_tensors(folder / file) for file in files}
     tensors = [_tensor(file, name, held[file][name]) for file in files for name in sorted(held[file], key=_by_number)]
-    lines = (folder / METRICS).read_text().splitlines() if METRICS in manifest.files else []
-    return {"tensors": tensors, "metrics": [json.loads(lines[at]) for at in evenly_spaced(len(lines), _MOST_STEPS)]}
+    return {"tensors": tensors, "metrics": _metrics(folder / METRICS) if METRICS in manifest.files else []}
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_bytes().splitlines()
+    try:
+        return [parse_object(lines[at]) for at in evenly_spaced(len(lines), _MOST_STEPS)]
+    except ValueError as error:
+        raise ArtifactCorruptError(path, f"has a line that is no record of a step ({error})", "Do not use it") from None
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
     """Return a sort key that puts blocks.2 before blocks.10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
 
 
 def _tensor(file: str, name: str, tensor: Tensor) -> dict[str, Any]:

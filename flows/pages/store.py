@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from flows.pages.drift import Boundary, drift_of
 from flows.pages.page import artifact_page, listed, rounded, visible
 from flows.pages.plots import Plot, Scale, matrix, places, scale_of
 from flows.pages.samples import norms_by_piece, sample_rows, title_of
+from stackwise_core.strict import parse_object
 from storage.activations import statistics
 from storage.activations.format import GROUP_FOLDERS, Group
 from storage.activations.metadata import GroupMetadata, read_metadata
@@ -57,7 +57,7 @@ def describe_store(
 
 def _layout(folder: Path, groups: dict[Group, GroupMetadata]) -> dict[str, Any]:
     spec, rows = groups["train"].spec, groups["train"].rows
-    array = json.loads((folder / GROUP_FOLDERS["train"] / "activations" / "zarr.json").read_bytes())
+    array = parse_object((folder / GROUP_FOLDERS["train"] / "activations" / "zarr.json").read_bytes())
     return {
         "shape": [spec.rows, spec.seq_len, spec.d_model],
         "validation_rows": groups["validation"].spec.rows,

@@ -6,7 +6,6 @@ The rows of a boundary come from a store, the live trunk, the boundary below, or
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from stackwise_core.stages.identity import Ref, StackRecipe
 from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.resolve import resolve_order
 from stackwise_core.stages.stages import Anatomy
+from stackwise_core.strict import parse_object, read_bounded
 from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFromBoundary, RowsFromTokens
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import StageInputs, TrainingState, fits, tensor_digest
@@ -101,7 +101,11 @@ def _new_stacks(stage: Stage) -> list[Stack]:
 
 def _check_initial_tensors(stage: Stage, build: Ref, new: list[Stack]) -> None:
     described = stage.artifacts.checked(build) / "build.json"
-    if _digest(new) != json.loads(described.read_text())["initial_tensors"]:
+    try:
+        said = parse_object(read_bounded(described)).get("initial_tensors")
+    except ValueError:
+        said = None
+    if _digest(new) != said:
         remedy = f"Was it made by another version of torch? Remove {described.parent} and run the same command again"
         raise ArtifactCorruptError(described, "describes other initial tensors than this stage starts from", remedy)
 

@@ -35,14 +35,14 @@ def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -
         if artifacts.state(ref) is not State.SEALED:
             emit(TaskStarted(-1, "prepare data"))
             _pack_into(config, artifacts, plan)
-    facts, batch_size = artifacts.manifest(ref).facts, batch_size_of(config)
-    n_rows = facts["train_sequences"]
-    emit(DataReady(n_rows, facts["validation_sequences"]))
+    data, batch_size = artifacts.manifest(ref), batch_size_of(config)
+    n_rows = data.count("train_sequences")
+    emit(DataReady(n_rows, data.count("validation_sequences")))
     if n_rows < batch_size:
         allowed = f"the corpus gives only {n_rows} training sequences"
         raise ConfigError([Fault("training.batch_size", str(batch_size), allowed)])
     # An artifact that was packed for a larger model has the same id, so the vocabulary is checked again.
-    if faults := list(_vocabulary_faults(config, facts)):
+    if faults := list(_vocabulary_faults(config, data.facts)):
         raise ConfigError(faults)
     return ref
 
@@ -56,7 +56,8 @@ def _vocabulary_faults(config: StackWiseConfig, facts: dict[str, Any]) -> Iterat
             needed = f"the corpus holds the {what} {value}: at least {value + 1} is needed"
             yield Fault("model.vocab_size", str(vocab_size), needed)
     masked = "mask_tokens" in facts and config.training.progressive.training_objective == "mlm"
-    if masked and (facts["mask_tokens"] or facts["largest_token"] >= tokenizer_of(config).vocab_size):
+    n_tokens = tokenizer_of(config).vocab_size if masked else 0
+    if masked and (facts["mask_tokens"] or facts.get("largest_token", 0) >= n_tokens):
         yield Fault("data.tokenizer", repr(config.data.tokenizer), f"the corpus was not made by it; {_MADE_BY}")
 
 
@@ -158,7 +159,7 @@ def forecast_store(config: StackWiseConfig, artifacts: Artifacts, stage: StagePl
     """Return the size of a stage's store [bytes], from the rows that the next stage visits."""
     recipe = stage.activations
     assert recipe is not None
-    data = artifacts.manifest(Ref(kind="data", stage=-1, sha256=recipe.data)).facts
-    order = resolve_order(config, data["train_sequences"])
-    rows = order.count_visited(recipe.steps) + min(recipe.validation_sequences, data["validation_sequences"])
-    return store_bytes(rows, data["seq_len"], stage.shape.d_model, recipe.dtype)
+    data = artifacts.manifest(Ref(kind="data", stage=-1, sha256=recipe.data))
+    order = resolve_order(config, data.count("train_sequences"))
+    rows = order.count_visited(recipe.steps) + min(recipe.validation_sequences, data.count("validation_sequences"))
+    return store_bytes(rows, data.count("seq_len"), stage.shape.d_model, recipe.dtype)

@@ -148,5 +148,5 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         seconds=round(sum(seconds), 1) if stack else None,
         tokens_per_second=stack.get("tokens_per_second"),
         cache_bytes=manifests["activations"].n_bytes if "activations" in manifests else None,
-        cache_note=f"from {cache['from']}" if cache else stage.no_cache_reason,
+        cache_note=f"from {cache['from']}" if "from" in cache else stage.no_cache_reason,
     )

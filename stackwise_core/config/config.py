@@ -54,9 +54,9 @@ class StackWiseConfig(ConfigSchema):
         return cls.from_dict(values)
 
     @classmethod
-    def read_unchecked(cls, path: Path) -> StackWiseConfig:
-        """Read a file that `to_yaml` wrote, checking types and ranges but no rules; raises ValueError."""
-        return cls.model_validate(load_yaml(path))
+    def read_unchecked(cls, path: Path, data: bytes | None = None) -> StackWiseConfig:
+        """Read a file that `to_yaml` wrote, or its bytes, checking types and ranges but no rules; raises ValueError."""
+        return cls.model_validate(load_yaml(path, path.read_bytes() if data is None else data))
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """Return the whole configuration as YAML, and write it to `path` if given.

@@ -19,6 +19,16 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which by itself keeps the last of two equal keys and reads 1e-3 as text."""
 
 
+class _RecordLoader(_Loader):
+    """Reads what `dump_yaml` wrote: an alias, by which a few lines become billions of values, is not among it."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "an alias has no place in a record", mark)
+        return super().compose_node(parent, index)
+
+
 class _Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper, which by itself leaves the string 1e3 unquoted."""
 
@@ -85,10 +95,16 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a file, empty for an empty file; raises ConfigError if it is not readable as one."""
+def load_yaml(path: Path, record: bytes | None = None) -> dict[str, Any]:
+    """Return the mapping in a file, empty for an empty file; raises ConfigError if it is not readable as one.
+
+    With `record`, what a program wrote into the file, read already.
+    """
     try:
-        values = yaml.load(_read(path), Loader=_Loader)
+        if record is None:
+            values = yaml.load(_read(path), Loader=_Loader)
+        else:
+            values = yaml.load(record.decode(), Loader=_RecordLoader)
     except FileNotFoundError:
         raise ConfigError([Fault(str(path), "no such file", "give the path of a YAML configuration")]) from None
     except (OSError, UnicodeError) as error:

@@ -27,7 +27,7 @@ class Ref(BaseModel, frozen=True):
     """The name of an artifact, which tasks exchange. It is independent of where the artifact is."""
 
     kind: Kind
-    stage: int
+    stage: int = Field(ge=-1, lt=2**31)
     """Index of the stage that makes it; -1 for data."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Full hash of the recipe."""

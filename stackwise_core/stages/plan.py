@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import Field, field_validator
+
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.schema import ValidationConfig
@@ -83,7 +85,15 @@ class RunPlan(Value, frozen=True):
     data: DataRecipe
     corpus_bytes: int
     """Size of the text; enters no id."""
-    stages: tuple[StagePlan, ...]
+    stages: tuple[StagePlan, ...] = Field(min_length=1)
+
+    @field_validator("stages")
+    @classmethod
+    def _numbered(cls, stages: tuple[StagePlan, ...]) -> tuple[StagePlan, ...]:
+        """A plan may be read from a file: see that each stage stands in its place."""
+        if [stage.index for stage in stages] != list(range(len(stages))):
+            raise ValueError("the stages are not numbered from 0 on")
+        return stages
 
     @property
     def data_ref(self) -> Ref:

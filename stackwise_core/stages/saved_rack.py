@@ -15,6 +15,7 @@ from stackwise_core.files import standing_folder
 from stackwise_core.stages.identity import canonical_json
 from stackwise_core.stages.resolve import ModelShape, Value
 from stackwise_core.stages.stages import StackSpec
+from stackwise_core.strict import parse_json, told
 
 RACK, CONFIG, BUILDER, STOPPED = "rack.json", "config.yaml", "builder.json", "stopped.safetensors"
 BEFORE_JOINT, BEFORE_STOP = "before-joint", "before-stop"
@@ -125,12 +126,12 @@ class SavedRack(Value, frozen=True):
         named = Path(folder).expanduser()
         folder = standing_folder(named)
         try:
-            written = json.loads((folder / RACK).read_bytes())
+            written = parse_json((folder / RACK).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             found = f"no {RACK} in this folder" if folder.is_dir() else "no such folder"
             raise SavedRackError(named, f"is not a saved rack ({found})", "Give a folder that save() wrote") from None
-        except (ValueError, RecursionError) as error:
-            raise SavedRackError(folder / RACK, f"is damaged ({error})", _AGAIN) from None
+        except ValueError as error:
+            raise SavedRackError(folder / RACK, f"is damaged ({told(error)})", _AGAIN) from None
         return _parsed(folder / RACK, written).model_copy(update={"folder": folder})
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 from stackwise_core.files import write_file
 from stackwise_core.stages.identity import canonical_json
+from stackwise_core.strict import MOST_OF_A_LIST, parse_object, read_bounded
 
 _HEADER = "state.json"
 
@@ -21,10 +22,10 @@ def write_header(folder: Path, header: dict[str, Any]) -> None:
 def read_header(folder: Path) -> dict[str, Any] | None:
     """Return the header of a checkpoint; None if there is none, or if it is damaged."""
     try:
-        written = json.loads((folder / _HEADER).read_bytes())
-        header: dict[str, Any] = written["header"]
-        intact = written["sha256"] == _digest(header)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        written = parse_object(read_bounded(folder / _HEADER, MOST_OF_A_LIST))
+        header = written["header"]
+        intact = isinstance(header, dict) and written["sha256"] == _digest(header)
+    except (OSError, ValueError, KeyError):
         return None
     return header if intact else None
 

@@ -26,13 +26,14 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
 import torch
 
 from stackwise_core.config.schema import QUANTISED_STREAMS, StreamDtype
 from stackwise_core.model.stream import STREAM_DTYPES
+from stackwise_core.strict import parse_object
 from storage.errors import ArtifactCorruptError
 
 FORMAT_VERSION: Final = 2
@@ -238,7 +239,7 @@ class Record:
 def parse_record(data: bytes) -> Record:
     """Read what `dump` wrote; raises ValueError for anything else."""
     try:
-        found: dict[str, Any] = json.loads(data)
+        found = parse_object(data)
         first_row, n_rows = found["rows"]
         chunks = np.frombuffer(base64.b64decode(found.get("crc32c", ""), validate=True), "<u4")
         return Record(int(first_row), int(n_rows), int(found["size"]), str(found["checksum"]), chunks)

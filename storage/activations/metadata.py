@@ -177,7 +177,7 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[Group, GroupMetada
         return attributes, groups
     except ArtifactError:
         raise
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OSError) as error:
         raise corrupt(folder, root_path, f"not an activation store: {error}") from error
 
 

@@ -185,7 +185,10 @@ def _chunk_checksums(folder: Path, files: Files, group: Group, array: Array, sha
     data = np.fromfile(folder / name, np.uint8)
     if checksum_bytes(data) != files[name][1]:
         raise corrupt(folder, folder / name, "the record of a shard differs from what was sealed")
-    return parse_record(data.tobytes()).chunks
+    try:
+        return parse_record(data.tobytes()).chunks
+    except ValueError as error:
+        raise corrupt(folder, folder / name, str(error)) from None
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

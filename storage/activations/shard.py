@@ -59,6 +59,8 @@ class ShardFile:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._fd)
         self.check_size()
+        if size == 0:
+            raise ShardDamageError(path, "is empty")
         found = os.fstat(self._fd)
         self.version = found.st_dev, found.st_ino, found.st_mtime_ns
         """Differs if the file was replaced or written to."""

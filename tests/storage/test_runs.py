@@ -131,6 +131,7 @@ def test_the_ranks_of_single_stacks_are_recorded_as_numbers_and_once_were_text(a
     [
         (StoreSpaceError("the disk is full"), "failed"),
         (ZeroDivisionError("a fault of ours"), "failed"),
+        (CorpusError("a name that is no text: \udce9"), "failed"),
         (StageInterruptedError("stopped on request"), "stopped"),
         (KeyboardInterrupt("^C"), "stopped"),
         (SystemExit(0), "stopped"),
@@ -140,7 +141,7 @@ def test_how_it_ended_is_recorded(error: BaseException, state: str, artifacts: A
     with pytest.raises(type(error)), begun(artifacts) as attempt:
         raise error
     assert attempt.outcome is not None
-    assert (attempt.outcome["state"], attempt.outcome["message"]) == (state, str(error))
+    assert (attempt.outcome["state"], attempt.outcome["message"]) == (state, str(error).replace("\udce9", "\\udce9"))
     assert not is_live(artifacts, "one")
     assert run(artifacts).number == 2
 
