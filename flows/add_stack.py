@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.exceptions import CancelledRun
 from prefect.runtime import flow_run
+from prefect.states import Cancelled
 
 from flows.errors import one_line_errors
 from flows.flow_runs import tagged
@@ -22,7 +27,7 @@ def add_stack(
     artifacts: str = "artifacts",
     stack: StackOverride = StackOverride(),  # noqa: B008 -- so that the form shows its fields
     trust_functions: bool = False,
-) -> None:
+) -> State[Any] | None:
     """Add one stack to a run.
 
     If the newest attempt of the run did not reach its target, this flow completes it instead; so a retry adds one
@@ -39,8 +44,11 @@ def add_stack(
         config = grown(artifacts, run, stack, who)
         if not trust_functions:
             _check_no_code(config)
-    with tagged(run), asking(who):
-        train_rack(config, artifacts)
+    try:
+        with tagged(run), asking(who):
+            train_rack(config, artifacts)
+    except CancelledRun as stop:
+        return Cancelled(message=str(stop))
 
 
 def grown(root: str, run: str, stack: StackOverride, who: str) -> StackWiseConfig:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Generator
 
 import httpx
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import CancelledRun, ObjectNotFound, PrefectHTTPStatusError
 from prefect.logging.handlers import PrefectConsoleHandler
 from rich.console import Console
 
@@ -34,7 +34,7 @@ def one_line_errors() -> Generator[None]:
         RefusedError: instead of a ConfigError.
         ServerError: instead of an error of Prefect's client.
     """
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
+    for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
         logging.getLogger(name).addFilter(_explain)  # adding the same filter again has no effect
     try:
         with explained_server_errors():
@@ -62,8 +62,15 @@ def explained_server_errors() -> Generator[None]:
 
 
 def _explain(record: logging.LogRecord) -> bool:
-    """Reduce the log record of an explained error to its message, and any message to what a terminal only draws."""
+    """Reduce the log record of an explained error to its message, and any message to what a terminal only draws.
+
+    A stop on request is no error.
+    """
     error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, CancelledRun):
+        return False
+    if str(record.msg).startswith("Finished in state Cancelled"):
+        record.levelno, record.levelname = logging.INFO, "INFO"
     if isinstance(error, (StackWiseError, httpx.TransportError)):
         text = str(error) if isinstance(error, StackWiseError) else f"Prefect's server cannot be reached: {error}"
         record.msg, record.args, record.exc_info = text, (), None

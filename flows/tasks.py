@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -14,19 +15,23 @@ from typing import Any
 
 from prefect import Task, flow, task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
+from prefect.client.schemas.objects import State
 from prefect.context import TagsContext, TaskRunContext
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 from prefect.runtime import flow_run
 from prefect.serializers import JSONSerializer
+from prefect.states import Cancelled
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
+from prefect.transactions import get_transaction
 
 from flows.artifacts import progress_artifact
 from flows.run import fill as filling
 from flows.run import steps
-from flows.run.events import StageOpened, emit
+from flows.run.events import StageOpened, emit, stopping_on_signals
 from flows.run.fill import ShardFuture, Submit, begin_worker
 from flows.run.stage import Stage
+from stackwise_core.errors import StageInterruptedError
 from stackwise_core.stages.identity import Ref
 from storage.activations.writer import ShardRange, StoreWriter
 from storage.demand import TASK_KINDS
@@ -46,7 +51,20 @@ def _stage_task(name: str) -> Callable[[Callable[..., Any]], Task[..., Any]]:
         return _key_of(parameters["stage"], name)
 
     policy = CacheKeyFnPolicy(cache_key_fn=key)
-    return task(name=name, cache_policy=policy, persist_result=True, result_serializer="json")
+
+    def as_task(work: Callable[..., Ref | None]) -> Task[..., Any]:
+        @functools.wraps(work)
+        def stoppable(*inputs: Any) -> Ref | State[Any] | None:
+            try:
+                return work(*inputs)
+            except StageInterruptedError as stop:
+                if (transaction := get_transaction()) is not None:
+                    transaction.write_on_commit = False  # it made nothing that could be recorded
+                return Cancelled(message=str(stop))
+
+        return task(name=name, cache_policy=policy, persist_result=True, result_serializer="json")(stoppable)
+
+    return as_task
 
 
 @_stage_task("build")
@@ -110,24 +128,36 @@ def _distrust_record(records: Path, stage: Stage, name: str) -> None:
 
 
 @flow(name="stage", flow_run_name="{stage.title}")
-def add_stage(stage: Stage) -> Ref:
+def add_stage(stage: Stage) -> Ref | State[Any]:
     """Build a stack on a trunk, train it, cache its boundary for the next stage, validate the result.
 
     An adopted stack is only copied; the last one is cached and validated too.
     """
     emit(StageOpened(stage.index, str(flow_run.id)))
-    with TagsContext(current_tags=set()):  # for a tag of a task Prefect asks the server, which may be away
-        return _add_stage(stage)
+    # Tasks have no tags: for them Prefect asks the server, which may be away.
+    with TagsContext(current_tags=set()), stopping_on_signals():
+        try:
+            return _add_stage(stage)
+        except StageInterruptedError as stop:
+            return Cancelled(message=str(stop))
 
 
 def _add_stage(stage: Stage) -> Ref:
-    build = prepared(stage, build_stack, "build")(stage) if stage.plan.build else None
-    trunk = prepared(stage, configure_trunk, "configure trunk of")(stage) if stage.plan.trunk else None
-    stack = prepared(stage, train, "train" if trunk else "adopt")(stage, build, trunk)
+    build = _made(stage, build_stack, "build") if stage.plan.build else None
+    trunk = _made(stage, configure_trunk, "configure trunk of") if stage.plan.trunk else None
+    stack = _made(stage, train, "train" if trunk else "adopt", build, trunk)
     if stage.plan.validation is None:
         return stack
-    activations = prepared(stage, cache_activations, "cache activations of")(stage, stack)
-    return prepared(stage, validate, "validate")(stage, stack, activations)
+    activations = _made(stage, cache_activations, "cache activations of", stack)
+    return _made(stage, validate, "validate", stack, activations)
+
+
+def _made(stage: Stage, made_by: Task[..., Any], verb: str, *inputs: Ref | None) -> Any:
+    """Run a task and return its result; raise if it was stopped, so that the stage and the run end too."""
+    result = prepared(stage, made_by, verb)(stage, *inputs)
+    if isinstance(result, State):
+        raise StageInterruptedError(str(result.message))
+    return result
 
 
 @task(name="fill", cache_policy=NO_CACHE, persist_result=False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from prefect import flow, tags
-from prefect.exceptions import TerminationSignal
+from prefect.client.schemas.objects import State
+from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.logging.handlers import APILogHandler
+from prefect.states import Cancelled
 from pydantic import Field
 
 from flows.artifacts import publish_run, run_log
@@ -14,7 +16,7 @@ from flows.errors import explained_server_errors, one_line_errors, outlive_the_w
 from flows.flow_runs import tagged, tags_of
 from flows.run.events import subscribed
 from flows.run.run import grow
-from flows.run.stage import Stage
+from flows.run.stage import GO_ON, Stage
 from flows.tasks import add_stage
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import StageInterruptedError
@@ -29,7 +31,7 @@ def train_rack(
     artifacts: str = "artifacts",
     from_stack: StageNumber = -1,
     force: Task = "",
-) -> None:
+) -> State[Any] | None:
     """Grow a rack stage by stage: build a stack on the trunk, train it, cache its boundary, validate the result.
 
     Sealed artifacts are reused, interrupted training resumes, missing artifacts are made.
@@ -42,13 +44,21 @@ def train_rack(
     """
     outlive_the_worker()
     publish = publish_run(config, artifacts)
-    with one_line_errors(), tagged(config.run.name), subscribed(run_log()), subscribed(publish):
-        grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
+    try:
+        with one_line_errors(), tagged(config.run.name), subscribed(run_log()), subscribed(publish):
+            grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
+    except StageInterruptedError as stop:
+        return Cancelled(message=str(stop))
+    except (KeyboardInterrupt, TerminationSignal):
+        return Cancelled(message=f"stopped on request; {GO_ON}")
 
 
 def _add(stage: Stage) -> None:
-    with tags(f"stage:{stage.index}"):
-        add_stage(stage)
+    try:
+        with tags(f"stage:{stage.index}"):
+            add_stage(stage)
+    except CancelledRun as stop:
+        raise StageInterruptedError(str(stop)) from None
 
 
 def run_to_the_end(config: StackWiseConfig, root: str, from_stack: int, force: str) -> None:
@@ -60,7 +70,7 @@ def run_to_the_end(config: StackWiseConfig, root: str, from_stack: int, force: s
     try:
         with explained_server_errors(), tags(*tags_of(config.run.name)):
             train_rack(config, root, from_stack, cast("Task", force))
-    except TerminationSignal:
-        raise StageInterruptedError("stopped on request between two tasks; run the same command to go on") from None
+    except CancelledRun as stop:
+        raise StageInterruptedError(str(stop)) from None
     finally:
         APILogHandler().flush()

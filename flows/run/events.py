@@ -131,24 +131,25 @@ def request_stop() -> None:
 def stopping_on_signals() -> Generator[None]:
     """Turn the first SIGTERM or SIGINT into a request to stop; a second one ends the process at once.
 
-    Every task enters it, because Prefect installs its own SIGTERM handler at the start of every flow, which would
-    raise in the middle of a step.
+    The outermost block forgets earlier requests. The stages of a run enter it, and every task again, because Prefect
+    installs its own SIGTERM handler at the start of every flow, which would raise in the middle of a step.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _stop.clear()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if _stop.is_set():
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        _stop.set()
-        emit(Message("stopping at the next safe point; once more to stop at once"))
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    if signal.getsignal(signal.SIGINT) is not _ask_to_stop:
+        _stop.clear()
+    before = {number: signal.signal(number, _ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _ask_to_stop(number: int, frame: FrameType | None) -> None:
+    if _stop.is_set():
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    _stop.set()
+    emit(Message("stopping at the next safe point; once more to stop at once"))

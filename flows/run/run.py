@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from flows.run.events import Message, RunStarted, StageDone, emit, emit_waiting
+from flows.run.events import Message, RunStarted, StageDone, emit, emit_waiting, stop_requested, stopping_on_signals
 from flows.run.fill import check_plain, check_runner
 from flows.run.prepare import check_space, check_validation, prepare_data
-from flows.run.stage import Stage
+from flows.run.stage import GO_ON, Stage
 from flows.run.steps import build_stack, cache_activations, configure_trunk, train, validate
 from flows.run.summary import StageSummary, rise, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
+from stackwise_core.errors import StageInterruptedError
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan
 from stackwise_core.stages.resolve import imports
@@ -64,17 +65,20 @@ def grow(
         check_validation(filled, artifacts, plan)
         needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed
         check_space(filled, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in needed])
-        for index in range(len(plan.stages)):
-            # Computed at every stage, because another process may have made or retired artifacts meanwhile.
-            still_forced = frozenset(ref for ref in forced if ref.stage >= index)
-            demand = compute_demand(plan, artifacts, config.cache.keep, still_forced)
-            add(_stage(filled, root, plan, index, demand))
-            if config.cache.keep == "last" and (kept := retire_superseded(artifacts, plan, index, config.run.name)):
-                emit(Message(f"{kept.name} is kept: another run that is alive plans to read it"))
-            done = summarise(artifacts, plan)[: index + 1]
-            emit(StageDone(index, done[-1]))
-            if worse := rise(done):
-                emit(Message(worse))
+        with stopping_on_signals():
+            for index in range(len(plan.stages)):
+                if stop_requested():
+                    raise StageInterruptedError(f"stopped on request before stage {index}; {GO_ON}")
+                # Computed at every stage, because another process may have made or retired artifacts meanwhile.
+                still_forced = frozenset(ref for ref in forced if ref.stage >= index)
+                demand = compute_demand(plan, artifacts, config.cache.keep, still_forced)
+                add(_stage(filled, root, plan, index, demand))
+                if config.cache.keep == "last" and (kept := retire_superseded(artifacts, plan, index, config.run.name)):
+                    emit(Message(f"{kept.name} is kept: another run that is alive plans to read it"))
+                done = summarise(artifacts, plan)[: index + 1]
+                emit(StageDone(index, done[-1]))
+                if worse := rise(done):
+                    emit(Message(worse))
         compute_demand(plan, artifacts, config.cache.keep)  # raises if a redone stage has other bytes
     return summarise(artifacts, plan)
 

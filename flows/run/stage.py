@@ -155,6 +155,8 @@ def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made
         if not forced and _is_there(stage, ref):
             emit(TaskReused(stage.index, task))
             return ref
+        if stop_requested():
+            raise StageInterruptedError(f"stopped on request before {ref.name}; {GO_ON}")
         adopts = task == "train" and stage.plan.spec.adopted
         emit(TaskStarted(stage.index, "adopt" if adopts else task))
         if forced:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.exceptions import CancelledRun
 from prefect.utilities.callables import parameter_schema
 
 from flows.add_stack import add_stack, grown
@@ -212,6 +213,17 @@ def test_a_run_that_is_not_there(tmp_path: Path) -> None:
         grown(str(tmp_path), "nobody", StackOverride(), "somebody")
     with pytest.raises(StackWiseError, match="gone"):  # the folder itself
         grown(str(tmp_path / "gone"), "nobody", StackOverride(), "somebody")
+
+
+def test_a_run_that_is_stopped_stops_the_flow_that_grew_it(
+    begun: Callable[..., StackWiseConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise CancelledRun("stopped on request after step 5 of 12")
+
+    monkeypatch.setattr("flows.add_stack.train_rack", stopped)
+    state: Any = add_stack.fn(begun(tiny(tmp_path)).run.name, str(tmp_path))
+    assert (state.name, state.message) == ("Cancelled", "stopped on request after step 5 of 12")
 
 
 def test_a_run_is_not_grown_by_code_that_came_with_it(

@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows.run.events import subscribed
+from flows.run.events import StepTaken, TaskStarted, subscribed
 from flows.run.numbers import parameters, size
 from stackwise_core.config.schema import StackOverride
 from stackwise_core.errors import NonFiniteLossError
@@ -265,6 +266,52 @@ def test_a_failure_reaches_the_caller_as_it_is_and_the_next_run_goes_on(
     assert tasks["train stack 1"] == "Completed"
     assert tasks["train stack 0"] == "Cached"
     assert digests(root) == before
+
+
+@pytest.mark.parametrize("asked", ["in a step", "while the data is prepared"])
+def test_a_stop_on_request_is_shown_as_one(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the run, its stage nor its task is red, and no log has a traceback; nothing was recorded as made."""
+
+    def ask(event: Any) -> None:
+        if isinstance(event, StepTaken) and event.step == 6 and asked == "in a step":
+            signal.raise_signal(signal.SIGTERM)
+        if isinstance(event, TaskStarted) and event.task == "prepare data" and asked != "in a step":
+            raise KeyboardInterrupt
+
+    with subscribed(ask), logged() as lines:
+        run = run_flow(tiny(tmp_path, TWO), tmp_path / "a")
+    assert run.state.is_cancelled()
+    where = " after step 6 of 12" if asked == "in a step" else ""
+    expected = f"stopped on request{where}; run the same command to go on"
+    assert run.state.message == expected
+    if asked == "in a step":
+        (stage,) = run.stages()
+        assert (stage.state_name, stage.state.message) == ("Cancelled", expected)
+        assert run.tasks(count=3)["train stack 0"] == "Cancelled"
+        assert not list((tmp_path / "a/prefect").glob("train-*"))
+    assert not [line for line in lines if "Traceback" in line]
+    outcome = json.loads((tmp_path / "a/runs/tiny/attempts/0001/outcome.json").read_text())
+    assert outcome["state"] == "stopped"
+
+
+def test_errors_that_are_explained_and_stops_are_no_traceback_in_a_log() -> None:
+    from prefect.exceptions import CancelledRun
+
+    from flows.errors import one_line_errors
+
+    with one_line_errors():
+        pass
+
+    def told(name: str, error: Exception, text: str = "exited with unexpected exception") -> list[str]:
+        logger = logging.getLogger(name)
+        record = logger.makeRecord(name, logging.ERROR, __file__, 1, text, (), (type(error), error, None))
+        return [f"{record.levelname} {logging.Formatter().format(record)}"] if logger.filter(record) else []
+
+    for name in ("prefect.engine", "prefect.flow_runs", "prefect.task_runs"):  # the first is a worker's
+        assert told(name, CancelledRun("stopped on request")) == []
+        assert told(name, NonFiniteLossError("step 6: made up")) == ["ERROR step 6: made up"]
+    (line,) = told("prefect.task_runs", ValueError(), "Finished in state Cancelled('stopped on request')")
+    assert line.startswith("INFO Finished")
 
 
 def test_wrong_parameters_are_refused_by_path(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ from flows.run.events import (
 )
 from flows.run.numbers import clock, parameters, size
 from flows.run.run import add_stage
+from flows.run.stage import Stage
 from flows.run.terminal import LiveBars, PlainLines, showing
+from stackwise_core.errors import StageInterruptedError
 from support.runs import grown, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -101,7 +103,25 @@ def test_the_first_signal_asks_and_handlers_come_back() -> None:
             assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert heard == [Message("stopping at the next safe point; once more to stop at once")] * 2
     with stopping_on_signals():
-        assert not stop_requested()  # the request of an earlier task is not this one's
+        assert not stop_requested()  # the request of an earlier run is not this one's
+        signal.raise_signal(signal.SIGTERM)
+        with stopping_on_signals():
+            assert stop_requested()  # but it is one of every task of this run
+
+
+def test_a_run_that_is_asked_between_two_tasks_stops_there(tmp_path: Path) -> None:
+    def asked(event: Any) -> None:
+        if isinstance(event, StageDone):
+            signal.raise_signal(signal.SIGINT)
+
+    def asked_first(stage: Stage) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        add_stage(stage)
+
+    with pytest.raises(StageInterruptedError, match="on request before stage 1; "), subscribed(asked):
+        grown(tiny(tmp_path), tmp_path / "a")
+    with pytest.raises(StageInterruptedError, match=r"on request before build-1-\w+; "):
+        grown(tiny(tmp_path), tmp_path / "a", add=lambda stage: asked_first(stage) if stage.index else add_stage(stage))
 
 
 def test_a_thread_leaves_signals_alone() -> None:

@@ -262,8 +262,7 @@ def test_killed_with_its_own_server_stopped_on_another_done_on_a_third_try(
     assert "tiny is done: 2 stacks" in out
     assert digests(tmp_path / "artifacts") == digests(reference(TWO))
     states = _states_of_runs("grow tiny to 2 stacks", str(tmp_path))
-    assert len(states) == 2
-    assert "Completed" in states
+    assert sorted(map(str, states)) == ["Cancelled", "Completed"]
 
 
 def _home_with_tables(home: Path) -> Path:

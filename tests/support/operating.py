@@ -151,12 +151,13 @@ class Site:
         self.wait_for_worker()
 
     def n_reports(self) -> int:
-        """Return how many processes that ended badly the workers are done with.
+        """Return how many processes that ended badly, or were cancelled, the workers are done with.
 
-        A worker reports such an end twice, and its second report undoes a retry that came between the two.
+        A worker reports a bad end twice, and its second report undoes a retry that came between the two.
         """
         log = self.folder / "worker.log"
-        return log.read_text().count("prefect.flow_runs.worker - Check") if log.exists() else 0
+        words = ("prefect.flow_runs.worker - Check", "cancellation_manager - Cancelled flow run")
+        return sum(log.read_text().count(word) for word in words) if log.exists() else 0
 
     def kill_server(self) -> None:
         """End the server and its children as a power cut would."""
