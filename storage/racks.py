@@ -10,7 +10,8 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.rack import Rack
-from stackwise_core.model.rack_builder import ProgressiveRackBuilder, check_no_code
+from stackwise_core.model.rack_builder import ProgressiveRackBuilder
+from stackwise_core.model.saved_builder import check_no_code
 from stackwise_core.model.snapshot import Snapshot
 from stackwise_core.stages.adopt import adopting
 from stackwise_core.stages.plan import StagePlan

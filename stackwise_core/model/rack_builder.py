@@ -1,8 +1,7 @@
-"""Building a rack: adding stacks by a growth operator, freezing the trunk, counting parameters."""
+"""Building a rack: adding stacks by a growth operator, as a configuration says."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,45 +10,28 @@ from typing import Any, Literal, Self, get_args
 from pydantic import ValidationError
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.config.arguments import check_choice, check_integer, check_type, describe
+from stackwise_core.config.arguments import check_choice, check_integer, check_type
 from stackwise_core.config.rules import growth_faults
-from stackwise_core.config.said import said_keys
 from stackwise_core.config.schema import GROWTH, ModelConfig, Precision, StackOverride
 from stackwise_core.config.sizes import vocab_size_of
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.model.adapters import adapter_names, adapter_parameters, adapter_state
+from stackwise_core.model.adapters import adapter_names, adapter_state
 from stackwise_core.model.agreement import Told, agreed_config, default_faults, shape_faults
 from stackwise_core.model.blocks import Stack
-from stackwise_core.model.digests import digest_of, part_digests, tensor_digest
+from stackwise_core.model.digests import digest_of, part_digests
+from stackwise_core.model.grown_rack import GrownRack
 from stackwise_core.model.growth_operators import freeze, give_adapter, new_rack, new_stack
 from stackwise_core.model.precision import count_parameters, stored_bytes
-from stackwise_core.model.rack import Rack, load_rack, rack_files
-from stackwise_core.model.saving import (
-    described_stacks,
-    saved_builder,
-    saved_config,
-    serialised,
-    tensors_of,
-    write_whole,
-)
-from stackwise_core.model.snapshot import Annealed, Interrupted, Snapshot, take_contents
+from stackwise_core.model.rack import Rack, load_rack
+from stackwise_core.model.saved_builder import builder_files, check_no_code, config_in, record_in, take_record
+from stackwise_core.model.saving import described_stacks, write_whole
+from stackwise_core.model.snapshot import Snapshot, take_contents
 from stackwise_core.model.stream import ChannelStatistics
-from stackwise_core.stages.resolve import ModelShape, named_functions, resolve_shape
-from stackwise_core.stages.saved_rack import (
-    BEFORE_JOINT,
-    BEFORE_STOP,
-    BUILDER,
-    CONFIG,
-    STOPPED,
-    Mode,
-    SavedAnneal,
-    SavedBuilder,
-    SavedRack,
-    SavedStop,
-)
-from stackwise_core.stages.stages import Anatomy, StageSpec, resolve_stack, resolve_stage
+from stackwise_core.stages.resolve import ModelShape, resolve_shape
+from stackwise_core.stages.saved_rack import CONFIG, Mode, SavedBuilder
+from stackwise_core.stages.stages import StageSpec, resolve_stack, resolve_stage
 
 _Mode = Literal["default", "append", "prepend"]
 
@@ -81,7 +63,7 @@ def create_stack_from_config(
     return new_stack(resolve_shape(config), resolve_stack(config, index, index), "random", config.run.seed, None)
 
 
-class ProgressiveRackBuilder:
+class ProgressiveRackBuilder(GrownRack):
     """Grows one rack, stack by stack, at either end."""
 
     def __init__(
@@ -117,45 +99,10 @@ class ProgressiveRackBuilder:
             building_mode,
             default_precision,
         )
-        self.channels: dict[int, ChannelStatistics] = {}
-        """Channel statistics of the stacks' outputs, by creation index, where the stream is quantised."""
-        self.annealed: Annealed | None = None
-        """The joint anneal that the rack has had, if any; growth goes on from the rack before it."""
-        self.interrupted: Interrupted | None = None
-        """The stage that a trainer was stopped in, if any; the same call goes on there."""
         self.progress: Any = None
         """The folder in which a trainer keeps how far this rack is, if it was given one."""
-        self._added: list[StackOverride] = []
-        self._trained: set[int] = set()
-        self._created: dict[int, dict[str, str]] = {}
-        """Digests of every stack as it was created, by creation index."""
-        self._seed = self.config.run.seed
         self._own_shape = resolve_shape(self.config)
-        self._rack = new_rack(self._own_shape, self._seed)
-        self._created_ends = self._ends()
-
-    @property
-    def stacks(self) -> list[Stack]:
-        """The stacks in data-flow order."""
-        return [stack for stack in self._rack.stacks if isinstance(stack, Stack)]
-
-    @property
-    def n_stacks(self) -> int:
-        """The number of stacks."""
-        return len(self._rack.stacks)
-
-    @property
-    def n_trained(self) -> int:
-        """The number of stacks, in creation order, that have been trained."""
-        return len(self._trained)
-
-    def stack(self, creation_index: int) -> Stack:
-        """Return a stack by its creation index."""
-        for stack in self.stacks:
-            if stack.creation_index == creation_index:
-                return stack
-        allowed = f"the rack has stacks 0 to {self.n_stacks - 1}" if self.stacks else "the rack has no stack yet"
-        raise ConfigError([Fault("index", describe(creation_index), allowed)])
+        super().__init__(self._own_shape, self.config.run.seed)
 
     def append_stack(self, n_blocks: int | None = None, precision: Precision | None = None) -> Stack:
         """Add a stack between the trunk and the head, and return it; None takes the configuration's value."""
@@ -181,16 +128,16 @@ class ProgressiveRackBuilder:
             raise ConfigError([Fault(f"{GROWTH}.max_stacks", str(index + 1), f"at most {limit} stacks")])
         _check_stack(n_blocks, precision)
         override = self._override(config, mode, n_blocks, precision)
-        built = self.as_built(config, [*self._added, override])
+        built = self.as_built(config, [*self.added, override])
         if faults := list(growth_faults(built)):
             raise ConfigError(faults)
         spec = resolve_stage(built, index)
         stack = self._new_stack(built, spec)
         for index_below in spec.trunk:
             self._give_progressive(spec, index_below, built.run.seed)
-        self._rack.stacks.insert(spec.anatomy.order.index(index), stack)
-        self._added.append(override)
-        self._created[index] = part_digests(stack)
+        self.rack.stacks.insert(spec.anatomy.order.index(index), stack)
+        self.added.append(override)
+        self.created[index] = part_digests(stack)
         return stack
 
     def _check_not_ahead(self) -> None:
@@ -218,14 +165,14 @@ class ProgressiveRackBuilder:
         """Return the stack that a stage adds, as it is before training."""
         grown = built.training.progressive.enabled  # joint training from scratch does not copy
         source = self.stack(spec.source) if grown and spec.source is not None else None
-        return new_stack(self._rack.shape, spec.new, spec.operator if grown else "random", built.run.seed, source)
+        return new_stack(self.rack.shape, spec.new, spec.operator if grown else "random", built.run.seed, source)
 
     def _give_progressive(self, spec: StageSpec, index: int, seed: int) -> None:
         """Give a stack of the trunk its 'progressive' adapter; the 'stack' adapter is added at creation only."""
         stack, adapters = self.stack(index), spec.stacks[index].adapters
         if "progressive" in adapters and "progressive" not in adapter_names(stack):
             give_adapter(stack, "progressive", adapters["progressive"], seed)
-            self._created.setdefault(index, {})["progressive"] = digest_of(adapter_state(stack, "progressive"))
+            self.created.setdefault(index, {})["progressive"] = digest_of(adapter_state(stack, "progressive"))
 
     # ------------------------------------------------------------ the configuration that rules
 
@@ -235,7 +182,7 @@ class ProgressiveRackBuilder:
         Raises:
             ConfigError: the configuration says another size than the rack was built with.
         """
-        added = self._added if added is None else added
+        added = self.added if added is None else added
         merged = agreed_config(self._told, config)
         growth = merged.training.progressive
         configured = growth.stacks
@@ -262,12 +209,12 @@ class ProgressiveRackBuilder:
         """
         built = self.as_built(config)
         follows = self._told.given is None
-        shape, seed = resolve_shape(built), config.run.seed if follows else self._seed
-        if (shape, seed) != (self._rack.shape, self._seed):
-            if self._is_untouched():
+        shape, seed = resolve_shape(built), config.run.seed if follows else self.seed
+        if (shape, seed) != (self.rack.shape, self.seed):
+            if self.is_untouched():
                 self._make_anew(built, shape, seed)
-            elif shape != self._rack.shape:
-                raise ConfigError(shape_faults(built, self._rack.shape, shape))
+            elif shape != self.rack.shape:
+                raise ConfigError(shape_faults(built, self.rack.shape, shape))
         self._told = replace(self._told, model=built.model)
         if follows:
             self._own, self.config = config, config.model_copy(update={"model": built.model.model_copy()})
@@ -278,25 +225,13 @@ class ProgressiveRackBuilder:
         if resolve_shape(self.as_built(self._own)) != self._own_shape:
             self.adopt(self._own)
 
-    def _is_untouched(self) -> bool:
-        """Return whether the whole rack is as it was created."""
-        if self._trained or self._ends() != self._created_ends:
-            return False
-        return all(self._is_as_created(index) for index in range(self.n_stacks))
-
-    def _is_as_created(self, index: int) -> bool:
-        return index not in self._trained and part_digests(self.stack(index)) == self._created.get(index)
-
-    def _ends(self) -> tuple[str, str]:
-        return tensor_digest(self._rack.embedding), tensor_digest(self._rack.head)
-
     def _make_anew(self, built: StackWiseConfig, shape: ModelShape, seed: int) -> None:
         """Make every part of the rack again, in another shape or from another seed, within the same objects."""
-        rack, fresh = self._rack, new_rack(shape, seed).to(self._rack.embedding.weight.device)
+        rack, fresh = self.rack, new_rack(shape, seed).to(self.rack.embedding.weight.device)
         take_contents(rack.embedding, fresh.embedding)
         take_contents(rack.head, fresh.head)
-        rack.shape, rack.tied, self._seed = shape, fresh.tied, seed
-        self._created_ends = self._ends()
+        rack.shape, rack.tied, self.seed = shape, fresh.tied, seed
+        self.created_ends = self.ends()
         for index in range(self.n_stacks):
             spec = resolve_stage(built, index)
             self.renew(built, spec, always=True)
@@ -309,98 +244,20 @@ class ProgressiveRackBuilder:
         It then is a copy of a trained neighbour, though it was added before that was trained.
         """
         index = spec.index
-        if always or self._is_as_created(index):
-            stack, device = self.stack(index), self._rack.embedding.weight.device
+        if always or self.is_as_created(index):
+            stack, device = self.stack(index), self.rack.embedding.weight.device
             take_contents(stack, self._new_stack(built, spec).to(device))
-            self._created[index] = part_digests(stack)
+            self.created[index] = part_digests(stack)
 
     # ------------------------------------------------------------ the stages of a trainer
 
     def prepare_stage(self, spec: StageSpec, seed: int | None = None) -> None:
         """Freeze the rack and add the adapters that the stage needs; from the second stage on the head is untied."""
         if spec.index > 0:
-            self._rack.untie()
-        freeze(self._rack)
+            self.rack.untie()
+        freeze(self.rack)
         for index in spec.anatomy.order:
             self._give_progressive(spec, index, self.config.run.seed if seed is None else seed)
-
-    def finish_stage(self, anatomy: Anatomy) -> None:
-        """Freeze the rack and record that the stacks of a stage are trained; see `end_stage`."""
-        freeze(self._rack)
-        self._trained.update(anatomy.order)
-
-    def is_trained(self, creation_index: int) -> bool:
-        """Return whether a stack has been trained."""
-        return creation_index in self._trained
-
-    def keep_annealed(self, settings: str, before: Snapshot) -> None:
-        """Record a joint anneal, and the rack before it."""
-        after = {stack.creation_index: part_digests(stack) for stack in self.stacks}
-        self.annealed = Annealed(settings, before, after)
-
-    def is_annealed(self, settings: str) -> bool:
-        """Return whether the rack is as a joint anneal of these settings left it."""
-        return self.annealed is not None and self.annealed.settings == settings and self._is_as_annealed(self.annealed)
-
-    def undo_anneal(self) -> None:
-        """Go back to the rack before its joint anneal, unless it was trained or edited since."""
-        annealed, self.annealed = self.annealed, None
-        if annealed is not None and self._is_as_annealed(annealed):
-            annealed.before.restore(self._rack, self.channels)
-
-    def undo_interrupted(self) -> None:
-        """Go back to the rack before the stage that was stopped, unless it was edited since: then it is forgotten."""
-        kept = self.interrupted
-        if kept is not None and kept.after != self.digests():
-            self.interrupted = None
-        elif kept is not None and kept.before is not None:
-            kept.before.restore(self._rack, self.channels)
-            kept.before, kept.after = None, self.digests()
-
-    def digests(self, *, trained_only: bool = False) -> dict[str, str]:
-        """Return the hashes of the parts of the rack: embedding, head, and the base and adapters of its stacks."""
-        stacks = [stack for stack in self.stacks if stack.creation_index in self._trained or not trained_only]
-        parts = {
-            f"stack {stack.creation_index} {name}": digest
-            for stack in stacks
-            for name, digest in part_digests(stack).items()
-        }
-        return dict(zip(("embedding", "head"), self._ends(), strict=True)) | parts
-
-    def description(self) -> dict[str, Any]:
-        """Return shape, seed, stacks and digests of the rack as JSON values."""
-        stacks = [override.model_dump(exclude={"steps"}) for override in self._added]
-        shape = self._rack.shape.model_dump(mode="json")
-        return {"shape": shape, "seed": self._seed, "stacks": stacks, "weights": self.digests()}
-
-    def _is_as_annealed(self, annealed: Annealed) -> bool:
-        digests = {index: part_digests(self.stack(index)) for index in annealed.after}
-        return all(left.items() <= digests[index].items() for index, left in annealed.after.items())
-
-    def freeze_trunk(self, indices: list[int] | None = None) -> None:
-        """Freeze some stacks by creation index; all but the newest by default."""
-        for stack in self._chosen(range(self.n_stacks - 1) if indices is None else indices):
-            freeze(stack)
-
-    def freeze_all_but_qlora(self, indices: list[int] | None = None) -> None:
-        """Freeze some stacks by creation index, all by default, except their adapters."""
-        chosen = self._chosen(range(self.n_stacks) if indices is None else indices)
-        adapters = [parameter for stack in chosen for parameter in adapter_parameters(stack)]
-        if not adapters:
-            allowed = f"none of these stacks has an adapter; set {GROWTH}.qlora_enabled before they are built"
-            raise ConfigError([Fault("indices", repr([stack.creation_index for stack in chosen]), allowed)])
-        for stack in chosen:
-            freeze(stack)
-        for parameter in adapters:
-            parameter.requires_grad_(True)
-
-    def _chosen(self, indices: Iterable[int]) -> list[Stack]:
-        check_type("indices", indices, (list, tuple, range, set), "a list of creation indices is expected")
-        return [self.stack(index) for index in indices]
-
-    def build_rack(self) -> Rack:
-        """Return the rack itself, not a copy."""
-        return self._rack
 
     # ------------------------------------------------------------ folders
 
@@ -416,55 +273,7 @@ class ProgressiveRackBuilder:
 
     def files(self, more: Iterable[tuple[str, bytes]] = ()) -> Iterator[tuple[str, bytes]]:
         """Yield the files that `save` writes, path and bytes, one at a time, and `more` of them."""
-        others, no_config = [(BUILDER, self._known().model_dump_json(indent=1).encode())], ""
-        try:
-            others.append((CONFIG, self._own.to_yaml().encode()))
-        except ConfigError as error:  # it holds function objects
-            no_config = str(error)
-        if self.interrupted:
-            others.append((STOPPED, serialised(self.interrupted.tensors)))
-        before_joint = self.annealed and self.annealed.before
-        before_stop = self.interrupted and self.interrupted.before
-        yield from rack_files(
-            self._rack,
-            seed=self._seed,
-            trained=self._trained,
-            channels=self.channels,
-            first="prepend" if self._added and self._added[0].mode == "prepend" else "append",
-            no_config=no_config,
-            others=itertools.chain(
-                others, more, self._files_of(before_joint, BEFORE_JOINT), self._files_of(before_stop, BEFORE_STOP)
-            ),
-        )
-
-    def _files_of(self, before: Snapshot | None, folder: str) -> Iterator[tuple[str, bytes]]:
-        if before:
-            whole, channels = before.as_rack(self._rack), before.channels
-            for name, data in rack_files(whole, seed=self._seed, trained=self._trained, channels=channels):
-                yield f"{folder}/{name}", data
-
-    def _known(self) -> SavedBuilder:
-        told, annealed, stopped = self._told, self.annealed, self.interrupted
-        return SavedBuilder(
-            given=told.given is not None,
-            dimensions={name: getattr(told.model, name) for name in sorted(told.dimensions)},
-            building_mode=told.building_mode,
-            default_precision=told.default_precision,
-            model=told.model.model_dump(),
-            said=tuple(said_keys(self._own)),
-            created=self._created,
-            created_ends=self._created_ends,
-            annealed=SavedAnneal(settings=annealed.settings, after=annealed.after) if annealed else None,
-            stopped=SavedStop(
-                settings=stopped.settings,
-                step=stopped.step,
-                records=stopped.records,
-                after=stopped.after,
-                undone=stopped.before is None,
-            )
-            if stopped
-            else None,
-        )
+        return builder_files(self, self._told, self._own, more)
 
     @classmethod
     def load(cls, folder: str | Path, config: StackWiseConfig | None = None, *, trust_functions: bool = False) -> Self:
@@ -480,18 +289,18 @@ class ProgressiveRackBuilder:
             ConfigError: the configuration is missing, says another shape than the rack has, or names functions.
         """
         rack, saved, channels = load_rack(folder)
-        known = saved_builder(saved)
+        known = record_in(saved)
         if config is None and CONFIG not in saved.files:
             why = saved.no_config or "the rack was saved without its builder"
             raise ConfigError([Fault("config", "None", f"none was saved ({why}): give load() one")])
         if config is None:
-            config = saved_config(saved, known.said if known else ())
+            config = config_in(saved, known.said if known else ())
             check_no_code(config, str(saved.folder), trusted=trust_functions)
         builder = cls._as_told(known, config) if known else cls(config)
         first = saved.stacks[0].mode if saved.stacks else "append"
         builder.take_rack(rack, [stack.index for stack in saved.stacks if stack.trained], channels, first)
         if known:
-            builder._remember(known, saved)
+            take_record(builder, known, saved)
         return builder
 
     @classmethod
@@ -505,24 +314,14 @@ class ProgressiveRackBuilder:
             builder.config = config.model_copy(update={"model": builder._told.model.model_copy()})
         return builder
 
-    def _remember(self, known: SavedBuilder, saved: SavedRack) -> None:
-        self._created, self._created_ends = known.created, known.created_ends
-        self._seed = self._seed if saved.seed is None else saved.seed
-        if kept := known.annealed:
-            self.annealed = Annealed(kept.settings, _snapshot_in(saved.folder / BEFORE_JOINT), kept.after)
-        if stop := known.stopped:
-            tensors = tensors_of(saved, STOPPED)
-            before = None if stop.undone else _snapshot_in(saved.folder / BEFORE_STOP)
-            self.interrupted = Interrupted(stop.settings, stop.step, tensors, stop.records, before, stop.after)
-
     def go_on_from(self, folder: str | Path) -> None:
         """Be as another builder of the same configuration was when it was saved; all objects stay."""
         other, have = type(self).load(folder, self._own), {stack.creation_index: stack for stack in self.stacks}
-        Snapshot.all_of(other.build_rack(), other.channels).restore(self._rack, self.channels)
-        del self._rack.stacks[:]
-        self._rack.stacks.extend(have.get(stack.creation_index, stack) for stack in other.stacks)
-        self._added, self._trained, self._seed = other._added, other._trained, other._seed
-        self._created, self._created_ends = other._created, other._created_ends
+        Snapshot.all_of(other.build_rack(), other.channels).restore(self.rack, self.channels)
+        del self.rack.stacks[:]
+        self.rack.stacks.extend(have.get(stack.creation_index, stack) for stack in other.stacks)
+        self.added, self.trained, self.seed = other.added, other.trained, other.seed
+        self.created, self.created_ends = other.created, other.created_ends
         self.annealed, self.interrupted = other.annealed, other.interrupted
 
     def take_rack(
@@ -540,11 +339,11 @@ class ProgressiveRackBuilder:
             raise ConfigError(shape_faults(self._own, rack.shape, wanted))
         stacks = [stack for stack in rack.stacks if isinstance(stack, Stack)]
         described = described_stacks(stacks, set(trained), first)
-        self._added = [
+        self.added = [
             StackOverride(n_blocks=stack.n_blocks, precision=stack.precision, mode=stack.mode) for stack in described
         ]
-        self._rack, self._trained = rack, {stack.index for stack in described if stack.trained}
-        self._created, self._created_ends, self.annealed = {}, ("", ""), None
+        self.rack, self.trained = rack, {stack.index for stack in described if stack.trained}
+        self.created, self.created_ends, self.annealed = {}, ("", ""), None
         self.channels = dict(channels)
         self._own_shape = resolve_shape(self.as_built(self._own))
 
@@ -554,7 +353,7 @@ class ProgressiveRackBuilder:
         `notes` says what of the configuration is not used, and which of its values another one was taken for.
         """
         described = self.config.model_copy(deep=True)
-        described.training.progressive.stacks = self._added
+        described.training.progressive.stacks = self.added
         described.training.progressive.target_stacks = max(1, self.n_stacks)
         stacks = [
             {
@@ -562,7 +361,7 @@ class ProgressiveRackBuilder:
                 "n_blocks": len(stack.blocks),
                 "precision": stack.precision,
                 "adapters": adapter_names(stack),
-                "trained": stack.creation_index in self._trained,
+                "trained": stack.creation_index in self.trained,
                 "bytes": stored_bytes(stack),
                 **count_parameters(stack),
             }
@@ -571,22 +370,10 @@ class ProgressiveRackBuilder:
         return {
             "n_stacks": self.n_stacks,
             "n_blocks": sum(len(stack.blocks) for stack in self.stacks),
-            **count_parameters(self._rack),
+            **count_parameters(self.rack),
             "stacks": stacks,
             "notes": notes(described),
         }
-
-
-def check_no_code(config: StackWiseConfig, where: str, *, trusted: bool) -> None:
-    """Check that a configuration which came with a rack names no function that would be imported, unless trusted."""
-    if not trusted and (named := named_functions(config)):
-        allowed = f"the configuration in {where} names {', '.join(named.values())}: set it if you trust who wrote that"
-        raise ConfigError([Fault("trust_functions", "False", allowed)])
-
-
-def _snapshot_in(folder: Path) -> Snapshot:
-    rack, _, channels = load_rack(folder)
-    return Snapshot.all_of(rack, channels)
 
 
 def _with_dimensions(config: StackWiseConfig, dimensions: dict[str, Any]) -> StackWiseConfig:

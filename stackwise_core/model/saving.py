@@ -11,13 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from pydantic import ValidationError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from stackwise_core.config import StackWiseConfig
-from stackwise_core.config.said import keep_said
 from stackwise_core.config.schema import Precision
 from stackwise_core.errors import ConfigError, Fault, SavedRackError
 from stackwise_core.files import recover_folder, replace_folder, write_file
@@ -34,7 +31,7 @@ from stackwise_core.model.blocks import Stack
 from stackwise_core.model.precision import STORAGE, base_linears, convert_storage, storage_of
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.stages.saved_rack import BUILDER, CONFIG, RACK, Mode, SavedBuilder, SavedRack, SavedStack, Storage
+from stackwise_core.stages.saved_rack import RACK, Mode, SavedRack, SavedStack, Storage
 from stackwise_core.stages.stages import StackSpec
 
 STACK, HEAD, EMBEDDING, CHANNELS = (f"{part}.safetensors" for part in ("stack", "head", "embedding", "channels"))
@@ -169,30 +166,6 @@ def load_saved_channels(saved: SavedRack) -> dict[int, ChannelStatistics]:
     if CHANNELS in saved.files:
         fill_from(saved, CHANNELS, lambda tensors: found.update(channels_in(tensors)))
     return found
-
-
-def saved_builder(saved: SavedRack) -> SavedBuilder | None:
-    """Return what the builder of a saved rack knew; None if the rack was saved without it."""
-    if BUILDER not in saved.files:
-        return None
-    try:
-        return SavedBuilder.model_validate_json(saved.read(BUILDER))
-    except ValidationError as error:
-        problem = f"cannot be read by this version ({str(error).splitlines()[0]})"
-        remedy = "Open it with the version of StackWise that wrote it"
-        raise SavedRackError(saved.folder / BUILDER, problem, remedy) from None
-
-
-def saved_config(saved: SavedRack, said: Collection[str]) -> StackWiseConfig:
-    """Return the configuration that was saved with a rack, and of which somebody set the keys `said`."""
-    saved.read(CONFIG)  # checks it
-    try:
-        config = StackWiseConfig.read_unchecked(saved.folder / CONFIG)
-    except ValueError as error:
-        problem = f"cannot be read by this version ({str(error).splitlines()[0]})"
-        raise SavedRackError(saved.folder / CONFIG, problem, "Give load() a configuration") from None
-    keep_said(config, said)
-    return config
 
 
 def empty_stack(shape: ModelShape, spec: StackSpec, stored: Precision) -> Stack:

@@ -13,7 +13,8 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, SavedRackError, StageInterruptedError
 from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
-from stackwise_core.training.trainer import ProgressiveTrainer, StageResult
+from stackwise_core.training.results import StageResult
+from stackwise_core.training.trainer import ProgressiveTrainer
 from stackwise_core.training.training import Hooks, Record
 from support.training import loader_of, tiny
 

@@ -58,7 +58,7 @@ def as_good_as_trained(config: StackWiseConfig, n_stacks: int) -> ProgressiveRac
     builder = ProgressiveRackBuilder(config)
     for _ in range(n_stacks):
         builder.append_stack()
-    builder._trained.update(range(n_stacks))  # pyright: ignore[reportPrivateUsage]
+    builder.trained.update(range(n_stacks))
     return builder
 
 

@@ -83,7 +83,8 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
 CHANGES = st.sets(st.sampled_from(sorted(CHOICES)), max_size=9).flatmap(
     lambda keys: st.fixed_dictionaries({key: CHOICES[key] for key in sorted(keys)})
 )
-_EXAMPLES = int(os.environ.get("STACKWISE_EXAMPLES", "40"))
+_EXAMPLES = int(os.environ.get("STACKWISE_EXAMPLES", "400"))
+"""Of the slow test."""
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +107,21 @@ def accepted(values: dict[str, Any], changes: dict[str, Any]) -> StackWiseConfig
         return None
 
 
-@settings(max_examples=_EXAMPLES, derandomize=True, database=None)
+@settings(max_examples=16, derandomize=True, database=None)
 @given(changes=CHANGES)
 def test_it_trains_or_is_refused(changes: dict[str, Any], folder: Path) -> None:
+    train_or_refuse(changes, folder)
+
+
+@pytest.mark.slow
+@settings(max_examples=_EXAMPLES, derandomize=True, database=None)
+@given(changes=CHANGES)
+def test_many_train_or_are_refused(changes: dict[str, Any], folder: Path) -> None:
+    train_or_refuse(changes, folder)
+
+
+def train_or_refuse(changes: dict[str, Any], folder: Path) -> None:
+    """Train a changed configuration unless it is refused; every stage must end with a loss."""
     values = tiny_values(folder / "corpus.txt")
     values["training"] |= {"steps_per_stack": 2, "checkpoint_every": 1}
     config = accepted(values, changes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,14 @@ CACHED = [
     *QUANTISED_MODES,
 ]
 
+BY_DEFAULT = ("append", "prepend", "full", "nf4 dual", "int8 mixed", "input per sequence", "depth joint")
+"""Together they have every place, trunk, precision of the stream and kind of time; the others are run with the slow."""
+
+
+def slow_unless(by_default: Collection[str]) -> list[Any]:
+    return [pytest.param(mode, marks=() if mode in by_default else pytest.mark.slow, id=mode) for mode in MODES]
+
+
 Reference = Callable[..., Path]
 
 
@@ -44,7 +53,7 @@ def final_digest(root: Path) -> str:
     return tensor_digest(load_rack(root, "tiny"))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_unless(MODES.keys() - {"joint nf4", "int8 qlora top", "fp8 depth", "int8 mlm"}))
 def test_a_rack_grown_in_memory_has_the_same_bits(mode: str, tmp_path: Path, reference: Reference) -> None:
     """The trainer of the library, live trunk and all, against the artifacts of the flow."""
     root = reference(MODES[mode])
@@ -102,7 +111,7 @@ class _Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_unless(BY_DEFAULT))
 def test_a_killed_stage_goes_on_to_the_same_bytes(
     mode: str, tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,73 @@
+"""What a stage of the library's trainer gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import Precision
+from stackwise_core.objectives.batches import stage_masks
+from stackwise_core.stages.stages import StageSpec
+from stackwise_core.training.training import Record, Trained
+
+
+@dataclass
+class StageResult:
+    """The result of one stage."""
+
+    index: int
+    mode: Literal["append", "prepend", "joint"] = "append"
+    precision: Precision | None = None
+    """Of the stack that the stage added; None for joint training."""
+    time_step: int | None = None
+    """Of that stack, where depth is time."""
+    mask_ratio: float | None = None
+    """None where inputs are not masked, or not all at one ratio."""
+    records: list[Record] = field(default_factory=list)
+    """What every step measured: step, loss, learning_rate, gradient_norm."""
+    validation_loss: float | None = None
+    """Mean over the loss positions of the validation batches [nats]; None without such batches."""
+    seconds: float = 0.0
+    """Of the training steps of this call."""
+    parameters: dict[str, int] = field(default_factory=dict)
+    """`trained` by the stage, and the `total` of the rack."""
+    cache_bytes: int = 0
+    """Of the activations that the stage kept in RAM."""
+
+    @property
+    def loss(self) -> float:
+        """Training loss of the last step [nats]."""
+        return self.records[-1]["loss"]
+
+    @property
+    def losses(self) -> list[float]:
+        """Training loss of every step [nats]."""
+        return [record["loss"] for record in self.records]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.records)
+
+    def summary(self) -> str:
+        """Return losses, parameters and time in a line."""
+        held_out = "" if self.validation_loss is None else f", validation loss {self.validation_loss:.4f}"
+        trained, total = self.parameters["trained"], self.parameters["total"]
+        return f"loss {self.loss:.4f}{held_out}, {trained:,} of {total:,} parameters trained, {self.seconds:.1f} s"
+
+
+def result_of(config: StackWiseConfig, spec: StageSpec, trained: Trained, parameters: dict[str, int]) -> StageResult:
+    """Return the result of a stage that was just trained; its `validation_loss` and `cache_bytes` are still open."""
+    masks = set(stage_masks(config, spec).values())
+    mask = masks.pop() if len(masks) == 1 else None
+    return StageResult(
+        index=spec.index,
+        mode=spec.mode,
+        precision=None if spec.mode == "joint" else spec.new.precision,
+        time_step=spec.time_step,
+        mask_ratio=None if mask is None or mask.time else mask.ratio,
+        records=trained.records,
+        seconds=trained.seconds,
+        parameters=parameters,
+    )
