@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.errors import ConfigError, NonFiniteLossError
+from stackwise_core.errors import ConfigError, NonFiniteLossError, StageInterruptedError
 from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.stages import costs
 from stackwise_core.stages.resolve import resolve_shape
 from stackwise_core.stages.stages import resolve_stage
 from stackwise_core.training.trainer import ProgressiveTrainer
+from stackwise_core.training.training import Hooks
 from support.training import T, loader_of
 from support.training import tiny as tiny_of
 
@@ -63,9 +65,11 @@ def test_a_result_says_what_its_stage_was() -> None:
     assert trainer.history == [*results, *later]
 
 
-@pytest.mark.parametrize(("objective", "ratio"), [("mlm", 0.4), ("clm", None)])
-def test_the_mask_ratio_is_that_of_the_inputs(objective: str, ratio: float | None) -> None:
-    config = tiny(objective)
+@pytest.mark.parametrize(
+    ("objective", "time", "ratio"), [("mlm", "none", 0.4), ("clm", "none", None), ("mlm", "input", None)]
+)
+def test_the_mask_ratio_is_that_of_the_inputs(objective: str, time: str, ratio: float | None) -> None:
+    config = tiny(objective, progressive={"time_interpretation": time}, mask_ratio=0.4)
     (result,) = ProgressiveTrainer(config).train_progressively(ProgressiveRackBuilder(config), LOADER, 1)
     assert (result.mask_ratio, result.time_step) == (ratio, None)
     assert result.parameters["total"] == costs.rack_parameters(resolve_shape(config), resolve_stage(config, 0))
@@ -74,14 +78,42 @@ def test_the_mask_ratio_is_that_of_the_inputs(objective: str, ratio: float | Non
 def test_the_log_has_a_line_for_each_stage_and_the_notes_once(caplog: pytest.LogCaptureFixture) -> None:
     config = tiny(progressive={"time_per_stack": 3})
     with caplog.at_level(logging.INFO, logger="stackwise"):
-        ProgressiveTrainer(config).train_progressively(ProgressiveRackBuilder(config), LOADER, validation=LOADER[:1])
+        builder = ProgressiveRackBuilder(config)
+        results = ProgressiveTrainer(config).train_progressively(builder, LOADER, validation=LOADER[:1])
     lines = [record.getMessage() for record in caplog.records]
     assert [line for line in lines if "not used" in line] == [lines[0]]
     assert "time_per_stack" in lines[0]
     for stage in range(2):
         begins, ends = (f"stage {stage} (append, frozen, full) {what}: " for what in ("begins", "ends"))
         assert sum(line.startswith(begins) and line.endswith(f"{STEPS} steps") for line in lines) == 1
-        assert sum(line.startswith(ends) and "validation loss" in line for line in lines) == 1
+        trained, total = results[stage].parameters["trained"], results[stage].parameters["total"]
+        losses = f"loss {results[stage].loss:.4f}, validation loss {results[stage].validation_loss:.4f}"
+        ended = f"{ends}{losses}, {trained:,} of {total:,} parameters trained, {results[stage].seconds:.1f} s"
+        assert lines.count(ended) == 1
+
+
+def test_the_log_says_where_a_stage_goes_on(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    config = tiny()
+
+    def stopped(builder: ProgressiveRackBuilder, folder: Path | None = None) -> None:
+        hooks = Hooks(should_stop=iter([False, True]).__next__, checkpoint_folder=folder)
+        with pytest.raises(StageInterruptedError):
+            ProgressiveTrainer(config, hooks=hooks).train_progressively(builder, LOADER, 1)
+
+    def goes_on(builder: ProgressiveRackBuilder, folder: Path | None = None) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="stackwise"):
+            hooks = Hooks(checkpoint_folder=folder)
+            ProgressiveTrainer(config, hooks=hooks).train_progressively(builder, LOADER, 1)
+        return [record.getMessage() for record in caplog.records]
+
+    stopped(builder := ProgressiveRackBuilder(config))
+    assert "stage 0 goes on after step 2, where it was stopped" in goes_on(builder)
+    stopped(ProgressiveRackBuilder(config), tmp_path)
+    assert "stage 0 goes on after step 2, from its checkpoint" in goes_on(ProgressiveRackBuilder(config), tmp_path)
+    stopped(builder := ProgressiveRackBuilder(config))
+    config.training.learning_rate *= 2
+    assert "stage 0 starts anew: its settings are not those that it was stopped with" in goes_on(builder)
 
 
 # ---------------------------------------------------------------- activations in RAM
