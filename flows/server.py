@@ -1,4 +1,4 @@
-"""Prefect's server, without importing prefect: a client of its REST API, and a server embedded in this process.
+"""Prefect's server, without importing prefect: what is wrong with one, and a server embedded in this process.
 
 The embedded server starts while prefect is imported, and ends with this process even if that is killed.
 """
@@ -6,10 +6,8 @@ The embedded server starts while prefect is imported, and ends with this process
 from __future__ import annotations
 
 import atexit
-import base64
 import contextlib
 import http.client
-import json
 import os
 import re
 import signal
@@ -19,13 +17,12 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
+from flows.network import ask, bypass_proxy, shown
 from flows.run.children import ending_with_us
 from flows.run.say import complain
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
@@ -33,6 +30,9 @@ from stackwise_core.errors import ConfigError, Fault, StackWiseError
 _EXAMPLE = "such as http://127.0.0.1:4200/api"
 _STARTUP_SECONDS = 180.0
 """The first start creates the database and registers blocks, which took over a minute on a slow disk."""
+
+_QUIET_SECONDS = 30.0
+_HOME = "~/.prefect"
 
 
 class ServerError(StackWiseError):
@@ -45,6 +45,8 @@ def check_api(url: str, received: str = "") -> None:
     Raises:
         ConfigError: it does not; names the value that was `received` (by default the URL) and what to do.
     """
+    with contextlib.suppress(ValueError):
+        bypass_proxy(urlsplit(url).hostname or "")
     if fault := fault_of(url):
         raise ConfigError([Fault("PREFECT_API_URL", received or repr(shown(url)), fault)])
 
@@ -56,30 +58,6 @@ def lost_server(seen: str) -> ServerError:
         f"Prefect's server {shown(url)} failed during the run: {fault_of(url) or seen}; what was sealed is kept; "
         "once the server works, the same command continues the run"
     )
-
-
-def ask(url: str, path: str, body: dict[str, Any] | None = None, *, timeout: float = 5.0) -> Any:
-    """Send a GET request, or a POST request if there is a body, and return the JSON answer.
-
-    Raises:
-        OSError: no answer, or an HTTP error (`urllib.error.HTTPError`).
-        ValueError: the answer is not JSON, or the URL is invalid.
-    """
-    request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=_headers())
-    if body is not None:
-        request.data = json.dumps(body).encode()
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
-        return json.load(answer)
-
-
-def _headers() -> dict[str, str]:
-    """Return the headers, with credentials from the environment variables that Prefect itself reads."""
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("PREFECT_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    elif credentials := os.environ.get("PREFECT_API_AUTH_STRING"):
-        headers["Authorization"] = f"Basic {base64.b64encode(credentials.encode()).decode()}"
-    return headers
 
 
 def fault_of(url: str) -> str:
@@ -104,11 +82,6 @@ def fault_of(url: str) -> str:
     except (ValueError, http.client.HTTPException):
         pass  # the answer is not JSON or not HTTP
     return f"what answers is not Prefect's API{code}; its URL ends in /api, {_EXAMPLE}"
-
-
-def shown(url: str) -> str:
-    """Return a URL without its password, for messages."""
-    return re.sub(r"//[^/]*@", "//***@", url)
 
 
 def _is_url(url: str) -> bool:
@@ -144,6 +117,28 @@ def is_registered(url: str, automation: str) -> bool:
     """Return whether an automation of that name exists and is enabled."""
     named = {"automations": {"name": {"any_": [automation]}}}
     return any(found["enabled"] for found in ask(url, "/automations/filter", named))
+
+
+def check_home() -> None:
+    """Check that the folder in which Prefect keeps its database can be written.
+
+    Raises:
+        ConfigError: it cannot, or there is no home folder to have it in.
+    """
+    given = os.environ.get("PREFECT_HOME", "")
+    home = Path(given or _HOME)
+    try:
+        home = home.expanduser()
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        problem = "" if os.access(home, os.W_OK | os.X_OK) else f"{home} cannot be written"
+    except OSError as error:
+        problem = f"{error.filename or home}: {error.strerror}"
+    except RuntimeError as error:  # no HOME, and this user has no entry in /etc/passwd
+        problem = str(error)
+    if problem:
+        received = repr(given) if given else f"nothing, so {_HOME} is used"
+        allowed = f"Prefect keeps its database there, but {problem}; set PREFECT_HOME to a folder that can be written"
+        raise ConfigError([Fault("PREFECT_HOME", received, allowed)])
 
 
 def quiet_prefect() -> None:
@@ -223,15 +218,19 @@ class EmbeddedServer:
         Raises:
             ServerError: it ended or did not answer in time; names its log.
         """
-        end = time.monotonic() + _STARTUP_SECONDS
+        begun, told = time.monotonic(), False
         while not self.ready.wait(0.1):
             if self.ended.is_set():
-                home = os.environ.get("PREFECT_HOME", "~/.prefect")
-                why = f"{_last_error(self.log)} (its PREFECT_HOME is {home})"
+                why = f"{_last_error(self.log)} (its PREFECT_HOME is {os.environ.get('PREFECT_HOME', _HOME)})"
                 raise ServerError(f"Prefect's embedded server did not start: {why}; see {self.log}")
-            if time.monotonic() > end:
+            waited = time.monotonic() - begun
+            if waited > _STARTUP_SECONDS:
                 within = f"within {_STARTUP_SECONDS:.0f} s"
                 raise ServerError(f"Prefect's embedded server did not start {within}; see {self.log}")
+            if waited > _QUIET_SECONDS and not told:
+                told = True
+                limit = f"waiting at most {_STARTUP_SECONDS:.0f} s"
+                complain(f"Prefect's embedded server is still starting; {limit}; its log is {self.log}")
 
     def _ended_early(self) -> None:
         """Stop the run at a safe point, because Prefect would wait for its server for minutes."""

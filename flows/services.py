@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from flows.network import check_proxies, watching
+from flows.run.children import ending_with_us
 from flows.run.say import complain
-from flows.server import check_api
+from flows.server import check_api, check_home
 from stackwise_core.errors import StackWiseError
 
 POOL = "stackwise"
@@ -26,6 +29,7 @@ TAG = "stackwise"
 _API = "http://127.0.0.1:4200/api"
 _CHECKOUT = Path(__file__).parents[1]
 _PREFECT = [sys.executable, "-P", "-m", "prefect", "--no-prompt"]
+_WORKER = [sys.executable, "-P", "-m", "flows.worker"]
 
 
 class DeploymentError(StackWiseError):
@@ -38,6 +42,8 @@ def serve(host: str, port: int) -> None:
     Its database is SQLite in PREFECT_HOME, unless PREFECT_SERVER_DATABASE_CONNECTION_URL names another:
     postgresql+asyncpg://USER:PASSWORD@HOST/NAME.
     """
+    check_home()
+    check_proxies()
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     here = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
@@ -58,15 +64,15 @@ def work(limit: int, name: str, *, healthcheck: bool) -> None:
         ConfigError: the API does not answer.
         DeploymentError: Prefect rejected prefect.yaml; its output is in the message.
     """
-    _find_api()
     send_heartbeats()
-    at_once = _register_pool(limit)
-    _deploy()
-    _register_automation()
+    with watching(_find_api()):
+        at_once = _register_pool(limit)
+        _deploy()
+        _register_automation()
     complain(f"registered: pool {POOL}, {at_once}; deployments; heartbeat automation")
     command = ["worker", "start", "--pool", POOL, "--type", "process", "--limit", str(limit)]
     command += ["--name", name] if name else []
-    _become([*_PREFECT, *command, *(["--with-healthcheck"] if healthcheck else [])])
+    _become([*_WORKER, *command, *(["--with-healthcheck"] if healthcheck else [])])
 
 
 def send_heartbeats() -> None:
@@ -83,15 +89,17 @@ def register_heartbeat() -> bool:
     Raises:
         ConfigError: the API does not answer.
     """
-    _find_api()
-    return _register_automation()
+    with watching(_find_api()):
+        return _register_automation()
 
 
-def _find_api() -> None:
-    """Set PREFECT_API_URL, unless it is set, to where `stackwise server` listens, and check that it answers."""
+def _find_api() -> str:
+    """Set PREFECT_API_URL, if it is not set, to where `stackwise server` listens; return it if it answers."""
+    check_proxies()
     given = os.environ.get("PREFECT_API_URL")
-    os.environ.setdefault("PREFECT_API_URL", _API)
-    check_api(os.environ["PREFECT_API_URL"], received="" if given else f"nothing, so {_API} was asked")
+    url = os.environ.setdefault("PREFECT_API_URL", _API)
+    check_api(url, received="" if given else f"nothing, so {_API} was asked")
+    return url
 
 
 def _register_pool(limit: int) -> str:
@@ -119,8 +127,9 @@ def _register_pool(limit: int) -> str:
 
 def _deploy() -> None:
     """Apply prefect.yaml; the flows run in its folder."""
+    command = [*_PREFECT, "deploy", "--all", "--prefect-file", str(_CHECKOUT / "prefect.yaml")]
     done = subprocess.run(
-        [*_PREFECT, "deploy", "--all", "--prefect-file", str(_CHECKOUT / "prefect.yaml")],
+        ending_with_us(command, signal.SIGKILL),
         cwd=_CHECKOUT,
         env=os.environ | {"PWD": str(_CHECKOUT)},  # prefect.yaml asks for it
         stdin=subprocess.DEVNULL,

@@ -15,9 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from flows.cli.arguments import add_common
+from flows.network import ask, shown
 from flows.run.numbers import size
 from flows.run.say import say, say_json
-from flows.server import ask, fault_of, is_registered, shown, workers_alive
+from flows.server import fault_of, is_registered, workers_alive
 from flows.services import AUTOMATION, POOL
 from storage.artifacts import artifacts_at
 from storage.errors import ArtifactsFolderError

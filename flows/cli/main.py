@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import NamedTuple, NoReturn
 
+from flows.network import bypass_proxy
 from flows.run.say import complain
 from stackwise_core.errors import StackWiseError, shown
 from stackwise_core.files import why_full
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         unsealed or corrupt.
     """
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    bypass_proxy()
     try:
         return options.run(options) or 0
     except StackWiseError as error:

@@ -9,12 +9,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from flows.cli.arguments import add_common, add_config, load_config, print_waiting
+from flows.network import check_proxies, watching
 from flows.run.events import subscribed
 from flows.run.numbers import parameters
 from flows.run.say import complain, say
 from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import plain_console, showing, stage_tables
-from flows.server import check_api, embedded_server, quiet_prefect
+from flows.server import check_api, check_home, embedded_server, quiet_prefect
 from flows.services import send_heartbeats
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
@@ -69,8 +70,11 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
     quiet_prefect()
     send_heartbeats()
     url = os.environ.get("PREFECT_API_URL")
+    check_proxies()
     if url:
         check_api(url)
+    else:
+        check_home()
     server = f"its server is {url}" if url else "on the first run of a machine its server takes up to a minute"
     complain(f"starting Prefect (seconds; {server})")
     with nullcontext() if url else embedded_server(artifacts.root / "prefect" / "server.log") as server:
@@ -78,7 +82,7 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
 
         if server is not None:
             server.wait_until_ready()
-        with showing() as listener, subscribed(listener):
+        with watching(os.environ["PREFECT_API_URL"]), showing() as listener, subscribed(listener):
             run_to_the_end(config, artifacts.uri, from_stack, force)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -18,9 +19,11 @@ from typing import Any
 import pytest
 
 from flows import services
-from flows.server import ask, fault_of, is_registered, workers_alive
+from flows.network import ask
+from flows.server import fault_of, is_registered, workers_alive
 from flows.services import AUTOMATION, POOL, _register_automation, _register_pool, send_heartbeats
 from support.commands import Run
+from support.runs import tiny_values, write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
 _STACKWISE = [sys.executable, "-c", "import sys; from flows.cli.main import main; sys.exit(main())"]
@@ -111,9 +114,41 @@ def test_a_server_and_a_worker_by_one_command_each(start: Any, tmp_path: Path) -
     assert message.count("\n") == 0
     assert "artifacts" in message
 
+    # Killed, and retried as soon as the crash is reported: a second report of it would end the retry.
+    body = {
+        "parameters": {"config": tiny_values(write_corpus(tmp_path / "corpus.txt")), "artifacts": str(tmp_path / "a")},
+        "job_variables": {"env": {"STACKWISE_FAILPOINT": "train:6:KILL"}},
+    }
+    killed = ask(url, f"/deployments/{local['id']}/create_flow_run", body)["id"]
+    until(lambda: ask(url, f"/flow_runs/{killed}")["state"]["type"] == "CRASHED", *worker)
+    retry = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}, "force": True}
+    assert ask(url, f"/flow_runs/{killed}/set_state", retry)["status"] == "ACCEPT"
+    until(lambda: ask(url, f"/flow_runs/{killed}")["state"]["type"] in ("CRASHED", "COMPLETED"), *worker)
+    seen = [state["type"] for state in ask(url, f"/flow_run_states/?flow_run_id={killed}")]
+    assert seen.count("CRASHED") == 2  # the retry too was killed, by itself: it has the same failpoint
+    assert seen.count("RUNNING") == 2
+
 
 def _id(deployments: dict[str, Any], flow: str) -> str:
     return next(entry["id"] for name, entry in deployments.items() if name.split("/")[0].endswith(flow))
+
+
+@pytest.mark.flow
+def test_the_worker_of_the_pool_reports_a_crash_once(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the runner inside that reports it; Prefect's worker would again, unless the process ended with 0."""
+    from prefect.cli._worker_utils import _load_worker_class
+    from prefect.workers.process import ProcessWorker, ProcessWorkerResult
+
+    import flows.worker
+
+    async def killed(*_: Any, **__: Any) -> ProcessWorkerResult:
+        return ProcessWorkerResult(status_code=-9, identifier="pid")
+
+    monkeypatch.setattr(ProcessWorker, "run", killed)
+    chosen = _load_worker_class("process")
+    assert chosen is flows.worker.PatientWorker
+    result = asyncio.run(chosen.run(object.__new__(chosen), None, None))
+    assert (result.status_code, result.identifier) == (0, "pid")
 
 
 @pytest.mark.flow
