@@ -31,6 +31,8 @@ class Demand:
     needed: set[Ref] = field(default_factory=set)
     """Absent or retired (or forced), and needed by a goal."""
     forced: frozenset[Ref] = frozenset()
+    n_stacks: int = 0
+    """How many of the first stacks something needs that must be made."""
 
     @property
     def complete(self) -> bool:
@@ -85,16 +87,23 @@ def _need(ref: Ref, plan: RunPlan, lookup: _Lookups, demand: Demand) -> None:
         if found.state is State.SEALED:
             return
     demand.needed.add(ref)
-    for read in reads(ref, plan):
+    known = demand.n_stacks
+    if ref.kind not in ("data", "build") and not _is_adopted(ref, plan):
+        demand.n_stacks = max(known, ref.stage)
+    for read in reads(ref, plan, known):
         _need(read, plan, lookup, demand)
 
 
-def reads(ref: Ref, plan: RunPlan) -> list[Ref]:
-    """Return what making an artifact reads, in the order it must exist."""
-    if ref.kind == "data" or (ref.kind == "stack" and plan.stages[ref.stage].spec.adopted):
+def _is_adopted(ref: Ref, plan: RunPlan) -> bool:
+    return ref.kind == "stack" and plan.stages[ref.stage].spec.adopted
+
+
+def reads(ref: Ref, plan: RunPlan, known: int = 0) -> list[Ref]:
+    """Return what making an artifact reads, in the order it must exist; the first `known` stacks are left out."""
+    if ref.kind == "data" or _is_adopted(ref, plan):
         return []
     stage = plan.stages[ref.stage]
-    below = [other.ref("stack") for other in plan.stages[: ref.stage]]
+    below = [other.ref("stack") for other in plan.stages[known : ref.stage]]
     if ref.kind == "build":
         return below[-1:]
     if ref.kind == "trunk":

@@ -94,7 +94,7 @@ def _stage(
         "trunk": spec.strategy,
         "adopted_from": config.model.from_ if spec.adopted else None,
         "order": list(spec.anatomy.order),
-        "trains": {str(stack): spec.anatomy.trains_of(stack) for stack in spec.anatomy.order},
+        "trains": dict(zip(map(str, spec.anatomy.order), spec.anatomy.trains, strict=True)),
         "operator": spec.operator,
         "time_step": spec.time_step,
         "mask_ratio": ratio,

@@ -6,6 +6,9 @@ A multiply-add is two FLOPs. Norms, rotations and the optimizer are left out: be
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 from stackwise_core.config.schema import QUANTISED_STREAMS, StreamDtype
 from stackwise_core.stages.resolve import ModelShape
 from stackwise_core.stages.stages import StackSpec, StageSpec
@@ -40,22 +43,27 @@ def trainable_parameters(shape: ModelShape, spec: StageSpec) -> int:
     count = _head_parameters(shape) if anatomy.head_trains else 0
     if anatomy.embedding_trains:
         count += _embedding_parameters(shape, spec)
-    for stack in spec.stacks:
-        trains = anatomy.trains_of(stack.index)
-        if trains == "everything":
+    for index in anatomy.trained:
+        stack = spec.stacks[index]
+        count += adapter_parameters(shape, stack)
+        if anatomy.trains_of(index) == "everything":
             count += base_parameters(shape, stack.n_blocks)
-        if trains != "nothing":
-            count += adapter_parameters(shape, stack)
     return count
 
 
 def rack_parameters(shape: ModelShape, spec: StageSpec) -> int:
     """Parameters of the whole rack at a stage, including adapters."""
-    return (
-        sum(stack_parameters(shape, stack) for stack in spec.stacks)
-        + _head_parameters(shape)
-        + _embedding_parameters(shape, spec)
+    return _stacks_parameters(shape, spec.stacks) + _head_parameters(shape) + _embedding_parameters(shape, spec)
+
+
+def _stacks_parameters(shape: ModelShape, stacks: Iterable[StackSpec]) -> int:
+    """Parameters of stacks; equal ones are counted once and multiplied, since a rack may have a thousand."""
+    kinds = Counter((stack.n_blocks, *(adapter.rank for adapter in stack.adapters.values())) for stack in stacks)
+    adapters = (
+        (times, n_blocks, sum(n_adapter_parameters(shape, n_blocks, rank) for rank in ranks))
+        for (n_blocks, *ranks), times in kinds.items()
     )
+    return sum(times * (base_parameters(shape, n_blocks) + n_more) for times, n_blocks, n_more in adapters)
 
 
 def stack_parameters(shape: ModelShape, stack: StackSpec) -> int:
@@ -101,7 +109,7 @@ def stage_flops(shape: ModelShape, spec: StageSpec, seq_len: int, loss_fraction:
     for index in spec.anatomy.live:
         products = 3.0 if spec.anatomy.trains_of(index) == "everything" else 2.0
         live += products * stack_flops(shape, spec.stacks[index].n_blocks, seq_len)
-    below = sum(stack_flops(shape, spec.stacks[index].n_blocks, seq_len) for index in spec.anatomy.below)
+    below = stack_flops(shape, sum(spec.stacks[index].n_blocks for index in spec.anatomy.below), seq_len)
     return sequences * live, sequences * below
 
 
@@ -119,6 +127,6 @@ def training_bytes(shape: ModelShape, spec: StageSpec, seq_len: int) -> int:
     """
     trained = trainable_parameters(shape, spec)
     live = [spec.stacks[index] for index in spec.anatomy.live]
-    frozen = sum(stack_parameters(shape, stack) for stack in live) + shape.vocab_size * shape.d_model - trained
+    frozen = _stacks_parameters(shape, live) + shape.vocab_size * shape.d_model - trained
     kept = sum(stack.n_blocks for stack in live) * (10 * shape.d_model + 4 * shape.d_ff) * 4
     return trained * _TRAINING_BYTES + 4 * max(0, frozen) + spec.optim.batch_size * seq_len * kept

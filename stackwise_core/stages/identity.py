@@ -5,6 +5,7 @@ Ids chain: data -> stack 0 -> boundary 1 -> stack 1 -> ... Needs no torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from typing import Any, ClassVar, Literal
@@ -32,6 +33,10 @@ class Ref(BaseModel, frozen=True):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Full hash of the recipe."""
 
+    def __hash__(self) -> int:
+        """Hash by the recipe's hash alone, which is unique."""
+        return hash(self.sha256)
+
     @property
     def name(self) -> str:
         """Readable and unique: kind, stage and the first 12 hex digits."""
@@ -56,10 +61,15 @@ class Recipe(Value, frozen=True):
         """Return the hashed form: plain JSON values, defaults left out."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The hash of the recipe, as it enters the ids of what is made from it."""
+        text = canonical_json({"kind": self.kind, "numerics": NUMERICS[self.kind], "recipe": self.dump()})
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def ref(self, stage: int) -> Ref:
         """Return the reference of the artifact this recipe makes."""
-        text = canonical_json({"kind": self.kind, "numerics": NUMERICS[self.kind], "recipe": self.dump()})
-        return Ref(kind=self.kind, stage=stage, sha256=hashlib.sha256(text.encode()).hexdigest())
+        return Ref(kind=self.kind, stage=stage, sha256=self.sha256)
 
 
 class DataRecipe(Recipe, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from pydantic import Field, field_validator
@@ -35,7 +36,7 @@ from stackwise_core.stages.resolve import (
     resolve_statistics_rows,
     resolve_views,
 )
-from stackwise_core.stages.stages import StageSpec, last_trained, resolve_joint_times, resolve_stages
+from stackwise_core.stages.stages import StageSpec, resolve_joint_times, resolve_stages
 
 _GRID = (0.15, 0.3, 0.5, 0.7, 0.9)
 """Mask ratios at which stages of different ratios are compared."""
@@ -70,9 +71,12 @@ class StagePlan(Value, frozen=True):
 
     def ref(self, kind: Kind) -> Ref:
         """Return the reference of one of the stage's artifacts."""
-        recipe = self.recipe(kind)
-        assert recipe is not None
-        return recipe.ref(self.index)
+        return self._refs[kind]
+
+    @functools.cached_property
+    def _refs(self) -> dict[str, Ref]:
+        recipes = (self.build, self.trunk, self.stack, self.activations, self.validation)
+        return {recipe.kind: recipe.ref(self.index) for recipe in recipes if recipe is not None}
 
     def recipe(self, kind: Kind) -> Recipe | None:
         """Return the recipe of a kind; None if the stage makes no such artifact."""
@@ -139,19 +143,12 @@ def plan_run(
         examples=reads_examples(config),
     )
     specs, stages = resolve_stages(config), list[StagePlan]()
+    states: dict[int, str] = {}
     for spec, reader in zip(specs, [*specs[1:], None], strict=True):
         no_cache = _why_not_cached(config, spec, reader, corpus_bytes)
         taken = adopted[spec.index] if spec.adopted else None
-        stages.append(_plan_stage(config, spec, reader, no_cache, data.ref(-1).sha256, tuple(stages), taken))
+        stages.append(_plan_stage(config, spec, reader, no_cache, data.sha256, states, stages, taken))
     return RunPlan(data=data, corpus_bytes=corpus_bytes, stages=tuple(stages))
-
-
-def _stack_state(stages: Sequence[StagePlan], stack: int) -> str:
-    """Return the state of a stack after some stages: the hash of the last stage that trained any of it."""
-    anatomies = [stage.spec.anatomy for stage in stages]
-    stage = last_trained(anatomies, stack, "adapters")
-    sha256 = stages[stage].ref("stack").sha256
-    return sha256 if stages[stage].spec.anatomy.newest == stack else f"{sha256}#{stack}"
 
 
 def _plan_stage(
@@ -160,15 +157,19 @@ def _plan_stage(
     reader: StageSpec | None,
     no_cache: str,
     data: str,
-    below: tuple[StagePlan, ...],
+    states: dict[int, str],
+    below: Sequence[StagePlan],
     adopted: AdoptedRecipe | None,
 ) -> StagePlan:
+    """Plan a stage over those `below`; `states` has the state of every stack, and is brought up to date.
+
+    The state of a stack is the hash of the last stage that trained any of it.
+    """
     index, anatomy = spec.index, spec.anatomy
-    states = {stack: _stack_state(below, stack) for stack in spec.trunk}
     build = None if adopted else _plan_build(config, resolve_shape(config), spec, states)
     trunk = None if adopted else _plan_trunk(spec, states, below)
     stack = adopted or _plan_stack(config, spec, build, trunk, data)
-    sha256 = stack.ref(index).sha256
+    sha256 = stack.sha256
     states |= {c: sha256 if c == anatomy.newest else f"{sha256}#{c}" for c in (anatomy.trained or (index,))}
     activations = _plan_activations(config, reader, states, data) if reader and not no_cache else None
     return StagePlan(
@@ -185,13 +186,13 @@ def _plan_stage(
 
 def _plan_trunk(spec: StageSpec, states: dict[int, str], below: Sequence[StagePlan]) -> TrunkRecipe:
     anatomy = spec.anatomy
-    trained = [stack for stack in spec.trunk if anatomy.trains_of(stack) != "nothing"]
+    trained = [stack for stack in anatomy.trained if spec.trunk and (spec.mode == "joint" or stack != spec.index)]
     # An adapter with which a stack was adopted belongs to its state; all others are the same.
     given = [stack for stack in trained if "progressive" not in below[stack].spec.new.adapters]
     progressive = (spec.stacks[stack].adapters.get("progressive") for stack in given)
     return TrunkRecipe(
         strategy=spec.strategy if trained else "frozen",  # if nothing trains, all strategies share their stages
-        stacks=tuple(states.values()),
+        stacks=tuple(states[stack] for stack in spec.trunk),
         trains=tuple(anatomy.trains_of(stack) for stack in spec.trunk) if trained else (),
         progressive=next(filter(None, progressive), None),
     )
@@ -201,10 +202,10 @@ def _plan_stack(
     config: StackWiseConfig, spec: StageSpec, build: BuildRecipe | None, trunk: TrunkRecipe | None, data: str
 ) -> StackRecipe:
     assert trunk is not None
-    index, anatomy, joint = spec.index, spec.anatomy, spec.mode == "joint"
+    anatomy, joint = spec.anatomy, spec.mode == "joint"
     return StackRecipe(
-        build=build.ref(index).sha256 if build else "",
-        trunk=trunk.ref(index).sha256,
+        build=build.sha256 if build else "",
+        trunk=trunk.sha256,
         data=data,
         mask=resolve_mask(config, anatomy.newest),
         order_seed=config.run.seed,
@@ -230,8 +231,8 @@ def _plan_validation(
     data: str,
 ) -> ValidationRecipe:
     return ValidationRecipe(
-        stack=stack.ref(spec.index).sha256,
-        activations=activations.ref(spec.index).sha256 if activations else None,
+        stack=stack.sha256,
+        activations=activations.sha256 if activations else None,
         sequences=config.validation.max_sequences,
         # Without a store this key is not used, so its default enters the id.
         sampled_rows=config.validation.sampled_rows if activations else ValidationConfig().sampled_rows,

@@ -6,13 +6,14 @@ the configuration alone. Stacks are named by creation index. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.config.schema import QUANTISED, Precision
+from stackwise_core.config.schema import QUANTISED, Precision, StackSettings
 from stackwise_core.config.sizes import accumulation_steps_of, batch_size_of
 from stackwise_core.config.stacks import (
     AdapterSpec,
@@ -48,7 +49,7 @@ class Anatomy(BaseModel, frozen=True):
         """The stack that was created last: in a growth stage, the one that is added."""
         return max(self.order)
 
-    @property
+    @functools.cached_property
     def boundary(self) -> int:
         """The number of stacks below the first one that trains, whose output may be cached."""
         if self.embedding_trains:
@@ -65,59 +66,66 @@ class Anatomy(BaseModel, frozen=True):
         """The stacks from the boundary to the head, in data-flow order: gradients flow through them."""
         return self.order[self.boundary :]
 
-    @property
+    @functools.cached_property
     def trained(self) -> tuple[int, ...]:
         """The stacks that train in full or in part, in data-flow order."""
         return tuple(stack for stack, trains in zip(self.order, self.trains, strict=True) if trains != "nothing")
 
+    @functools.cached_property
+    def _by_stack(self) -> dict[int, Trains]:
+        return dict(zip(self.order, self.trains, strict=True))
+
     def trains_of(self, stack: int) -> Trains:
         """Return what of a stack trains."""
-        return self.trains[self.order.index(stack)]
+        return self._by_stack[stack]
 
 
-def stage_anatomy(config: StackWiseConfig, stage: int) -> Anatomy:
+def stage_anatomy(
+    config: StackWiseConfig, stage: int, settings: Callable[[int], StackSettings] | None = None
+) -> Anatomy:
     """Return the anatomy of a growth stage.
 
     The first stage trains embedding, stack and head. Later, an appended stack trains together with the head, and a
     prepended one below a frozen head. `trunk_strategy` decides what of the trunk trains. Of adopted stages the last
-    brings embedding and head, as if they had trained there.
+    brings embedding and head, as if they had trained there. `settings` returns those of a stack, if they are known.
     """
-    growth = config.training.progressive
-    order, settings = _data_flow(config, stage + 1), settings_of(config, stage)
+    growth, settings = config.training.progressive, settings or functools.partial(settings_of, config)
+    order, new = _data_flow(settings, stage + 1), settings(stage)
     if stage < (n_adopted := len(config.adopted)):
         last = stage == n_adopted - 1
         return Anatomy(order=order, trains=("nothing",) * len(order), embedding_trains=last, head_trains=last)
     trunk = [stack for stack in order if stack != stage]
     top = set(trunk[-growth.trunk_trainable_top :] if growth.trunk_trainable_top else trunk)
     # The very first stack has nothing to copy: it trains in full and is quantised afterwards.
-    newest: Trains = "adapters" if settings.precision == "qlora" and stage > 0 else "everything"
+    newest: Trains = "adapters" if new.precision == "qlora" and stage > 0 else "everything"
     first_or_full = stage == 0 or growth.trunk_strategy == "full"
+    in_top, below_top = _trunk_trains(growth.trunk_strategy, in_top=True), _trunk_trains(growth.trunk_strategy)
     return Anatomy(
         order=order,
-        trains=tuple(newest if stack == stage else _trunk_trains(config, stack in top) for stack in order),
+        trains=tuple(newest if stack == stage else in_top if stack in top else below_top for stack in order),
         embedding_trains=first_or_full,
-        head_trains=first_or_full or settings.mode == "append",
+        head_trains=first_or_full or new.mode == "append",
     )
 
 
 def joint_anatomy(config: StackWiseConfig, n_stacks: int) -> Anatomy:
     """Return the anatomy of joint training: everything trains, except that quantised stacks train only adapters."""
-    order, grown = _data_flow(config, n_stacks), config.training.progressive.enabled
+    settings, grown = functools.partial(settings_of, config), config.training.progressive.enabled
+    order = _data_flow(settings, n_stacks)
     trains: tuple[Trains, ...] = tuple(
-        "adapters" if grown and settings_of(config, stack).precision in QUANTISED else "everything" for stack in order
+        "adapters" if grown and settings(stack).precision in QUANTISED else "everything" for stack in order
     )
     return Anatomy(order=order, trains=trains, embedding_trains=True, head_trains=True)
 
 
-def _data_flow(config: StackWiseConfig, n_stacks: int) -> tuple[int, ...]:
+def _data_flow(settings: Callable[[int], StackSettings], n_stacks: int) -> tuple[int, ...]:
     order: list[int] = []
     for stack in range(n_stacks):
-        order.insert(0 if settings_of(config, stack).mode == "prepend" else stack, stack)
+        order.insert(0 if settings(stack).mode == "prepend" else stack, stack)
     return tuple(order)
 
 
-def _trunk_trains(config: StackWiseConfig, in_top: bool) -> Trains:
-    strategy = config.training.progressive.trunk_strategy
+def _trunk_trains(strategy: Strategy, *, in_top: bool = False) -> Trains:
     if strategy == "full":
         return "everything"
     return "adapters" if strategy == "qlora" and in_top else "nothing"
@@ -176,7 +184,7 @@ class StageSpec(Value, frozen=True):
     adopted: WhereAdopted[bool] = False
     """Whether the stack is taken from a saved rack: nothing trains."""
 
-    @property
+    @functools.cached_property
     def trunk(self) -> tuple[int, ...]:
         """The stacks that exist before this stage, in data-flow order."""
         if self.mode == "joint":
@@ -212,18 +220,33 @@ def resolve_stages(config: StackWiseConfig) -> list[StageSpec]:
     growth = config.training.progressive
     if not growth.enabled:
         return [resolve_joint(config, 0, growth.target_stacks)]
-    stages = [resolve_stage(config, stage) for stage in range(growth.target_stacks)]
+    known = _Stacks(config)
+    stages = [resolve_stage(config, stage, known) for stage in range(growth.target_stacks)]
     return [*stages, resolve_joint(config, len(stages), len(stages))] if config.training.joint_steps else stages
 
 
-def resolve_stage(config: StackWiseConfig, stage: int) -> StageSpec:
-    """Return the stage that adds the stack of creation index `stage`."""
-    training, settings, adopted = config.training, settings_of(config, stage), stage < len(config.adopted)
+class _Stacks:
+    """The stacks of a configuration, each worked out once: every stage has all of them, and there may be a thousand."""
+
+    def __init__(self, config: StackWiseConfig) -> None:
+        """Take a configuration that does not change meanwhile."""
+        self.settings = functools.cache(functools.partial(settings_of, config))
+        self._spec, self._n_adopted = functools.cache(functools.partial(_stack_spec, config)), len(config.adopted)
+
+    def at(self, stage: int) -> tuple[StackSpec, ...]:
+        """Return what the stacks are while a growth stage trains."""
+        adopted = stage < self._n_adopted
+        return tuple(self._spec(stack, stack < stage, adopted) for stack in range(stage + 1))
+
+
+def resolve_stage(config: StackWiseConfig, stage: int, known: _Stacks | None = None) -> StageSpec:
+    """Return the stage that adds the stack of creation index `stage`; `known` is what other stages found out."""
+    known = known or _Stacks(config)
+    training, settings, adopted = config.training, known.settings(stage), stage < len(config.adopted)
     by_mode: GrowthOperator = "copy_zero" if settings.mode == "prepend" else "copy"
     operator = by_mode if training.new_stack_init == "auto" else training.new_stack_init
     by_depth = training.progressive.time_interpretation == "depth"
-    anatomy = stage_anatomy(config, stage)
-    stacks = tuple(resolve_stack(config, stack, stage) for stack in range(stage + 1))
+    anatomy, stacks = stage_anatomy(config, stage, known.settings), known.at(stage)
     return StageSpec(
         index=stage,
         mode=settings.mode,
@@ -259,13 +282,16 @@ def resolve_joint(config: StackWiseConfig, index: int, n_stacks: int) -> StageSp
 
 def resolve_stack(config: StackWiseConfig, stack: int, stage: int) -> StackSpec:
     """Return what a stack is while stage `stage` trains."""
-    settings = settings_of(config, stack)
-    adapters: dict[AdapterName, AdapterSpec] = {}
+    return _stack_spec(config, stack, stack < stage, stage < len(config.adopted))
+
+
+def _stack_spec(config: StackWiseConfig, stack: int, in_trunk: bool, adopted: bool) -> StackSpec:
+    """Return what a stack is in an adopted stage, in which it has what it was adopted with, or in another."""
+    settings, adapters = settings_of(config, stack), dict[AdapterName, AdapterSpec]()
     if settings.adapter:
         adapters["stack"] = settings.adapter
-    is_adopted = stage < len(config.adopted)  # then it has what it was adopted with, and nothing more
-    progressive = settings.progressive if is_adopted else progressive_adapter_of(config, stack)
-    if progressive and (is_adopted or stack < stage):
+    progressive = settings.progressive if adopted else progressive_adapter_of(config, stack)
+    if progressive and (adopted or in_trunk):
         adapters["progressive"] = progressive
     return StackSpec(index=stack, n_blocks=settings.n_blocks, precision=settings.precision, adapters=adapters)
 
