@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
@@ -14,10 +16,15 @@ from flows.run.say import say, say_json
 from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import plain_console, plain_table, stage_tables
 from stackwise_core.errors import shown
-from storage.artifacts import Artifacts, artifacts_at
+from stackwise_core.stages.identity import Kind, Ref
+from stackwise_core.stages.plan import StagePlan
+from storage.artifacts import Artifacts, Lookup, State, artifacts_at
 from storage.errors import ArtifactError
 from storage.locks import Holder
 from storage.runs import Attempt, attempts, find_run, holder_of_run, is_live, run_names
+
+Lookups = Callable[[Ref], Lookup]
+_GOALS: tuple[Kind, ...] = ("stack", "validation")
 
 
 def add_status(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +43,8 @@ def _run(options: argparse.Namespace) -> None:
 def show_runs(root: str, *, as_json: bool) -> None:
     """Print the state, progress and newest validation loss of every run."""
     artifacts = artifacts_at(root).existing()
-    runs = [_document(artifacts, name) for name in run_names(artifacts)]
+    lookup = functools.cache(artifacts.lookup)  # runs share artifacts
+    runs = [_document(artifacts, name, lookup) for name in run_names(artifacts)]
     if as_json:
         say_json({"artifacts": artifacts.uri, "runs": runs})
         return
@@ -58,7 +66,7 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     artifacts = artifacts_at(root).existing()
     attempt = find_run(artifacts, name)
     stages = summarise(artifacts, attempt.plan)
-    run = _describe(artifacts, attempt, stages)
+    run = _describe(artifacts, attempt, artifacts.lookup)
     if as_json:
         say_json({**run, "stage_list": [stage.model_dump() for stage in stages]})
         return
@@ -101,25 +109,25 @@ def _state_of(stage: StageSummary, kind: str) -> str:
     return stage.states[kind]
 
 
-def _document(artifacts: Artifacts, name: str) -> dict[str, Any]:
+def _document(artifacts: Artifacts, name: str, lookup: Lookups) -> dict[str, Any]:
     """Return the document of a run; a damaged run must not hide the others."""
     try:
-        attempt = find_run(artifacts, name)
-        return _describe(artifacts, attempt, summarise(artifacts, attempt.plan))
+        return _describe(artifacts, find_run(artifacts, name), lookup)
     except ArtifactError as error:
         unknown = {"stages": 0, "stages_done": 0, "validation_loss": None, "attempts": 0, "started": "-"}
         damage = {"name": name, "state": "damaged", "message": str(error)}
         return {**damage, **unknown, "holder": None, "locks": {}}
 
 
-def _describe(artifacts: Artifacts, attempt: Attempt, stages: list[StageSummary]) -> dict[str, Any]:
-    done = [stage for stage in stages if not stage.unfinished]
-    outcome = attempt.outcome
-    live = is_live(artifacts, attempt.name)
-    holders = {ref.name: artifacts.place.lock_holder(ref.name) for ref in attempt.plan.recipes}
+def _describe(artifacts: Artifacts, attempt: Attempt, lookup: Lookups) -> dict[str, Any]:
+    plan, outcome, live = attempt.plan, attempt.outcome, is_live(artifacts, attempt.name)
+    done = [stage for stage in plan.stages if _is_finished(stage, lookup)]
+    all_done = len(done) == len(plan.stages)
+    making = {} if all_done and not live else plan.recipes
+    holders = {ref.name: artifacts.place.lock_holder(ref.name) for ref in making}
     if live:
         state = "running"
-    elif len(done) == len(stages):  # the artifacts on disk count more than how the last attempt ended
+    elif all_done:  # the artifacts on disk count more than how the last attempt ended
         state = "done"
     elif outcome is None:
         state = "killed"
@@ -129,11 +137,22 @@ def _describe(artifacts: Artifacts, attempt: Attempt, stages: list[StageSummary]
         "name": attempt.name,
         "state": state,
         "message": outcome["message"] if outcome and state in ("failed", "stopped") else "",
-        "stages": len(stages),
+        "stages": len(plan.stages),
         "stages_done": len(done),
-        "validation_loss": done[-1].validation_loss if done else None,
+        "validation_loss": _validation_loss(done[-1], lookup) if done else None,
         "attempts": len(attempts(artifacts, attempt.name)),
         "started": attempt.start["started"],
         "holder": holder_of_run(attempt)._asdict() if live else None,
         "locks": {name: holder._asdict() for name, holder in holders.items() if holder is not None},
     }
+
+
+def _is_finished(stage: StagePlan, lookup: Lookups) -> bool:
+    """Return whether stack and validation are there; adopted stacks have no validation but the last."""
+    goals = [stage.ref(kind) for kind in _GOALS if stage.recipe(kind) is not None]
+    return all(lookup(ref).state is State.SEALED for ref in goals)
+
+
+def _validation_loss(stage: StagePlan, lookup: Lookups) -> float | None:
+    manifest = lookup(stage.ref("validation")).sealed if stage.validation else None
+    return manifest.facts.get("validation_loss") if manifest else None

@@ -12,7 +12,6 @@ from stackwise_core.stages.identity import Kind
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from storage.artifacts import Artifacts, State
 from storage.demand import TASK_KINDS
-from storage.manifest import read_manifest
 from storage.midstage import bytes_written, step_reached
 
 
@@ -123,12 +122,13 @@ def summarise(artifacts: Artifacts, plan: RunPlan) -> list[StageSummary]:
 
 def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
     kinds: list[Kind] = [kind for kind in TASK_KINDS.values() if stage.recipe(kind) is not None]
-    states = {kind: artifacts.state(stage.ref(kind)) for kind in kinds}
-    made = [stage.ref(kind) for kind in kinds if states[kind] in (State.SEALED, State.RETIRED)]
-    manifests = {ref.kind: read_manifest(artifacts.folder(ref), ref) for ref in made}
+    found = {kind: artifacts.lookup(stage.ref(kind)) for kind in kinds}
+    states = {kind: lookup.state for kind, lookup in found.items()}
+    made = {kind: lookup.folder for kind, lookup in found.items() if lookup.state in (State.SEALED, State.RETIRED)}
+    manifests = {kind: folder.manifest for kind, folder in made.items() if folder}
     facts = {kind: manifest.facts for kind, manifest in manifests.items()}
     stack, cache, validation = (facts.get(kind, {}) for kind in ("stack", "activations", "validation"))
-    seconds = [found.get("seconds", 0.0) for found in facts.values()]
+    seconds = [known.get("seconds", 0.0) for known in facts.values()]
     return StageSummary(
         stage=stage.index,
         name=stage.spec.name,
