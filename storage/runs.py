@@ -130,7 +130,13 @@ def attempts(artifacts: Artifacts, name: str) -> list[Attempt]:
 
 def run_names(artifacts: Artifacts) -> list[str]:
     """Return the names of all runs, sorted."""
-    return sorted(path.name for path in (artifacts.root / RUNS).glob("*") if attempts(artifacts, path.name))
+    return list(all_attempts(artifacts))
+
+
+def all_attempts(artifacts: Artifacts) -> dict[str, list[Attempt]]:
+    """Return the attempts of every run, oldest first, by its name; the names are sorted."""
+    names = sorted(path.name for path in (artifacts.root / RUNS).glob("*"))
+    return {name: found for name in names if (found := attempts(artifacts, name))}
 
 
 def find_run(artifacts: Artifacts, name: str) -> Attempt:

@@ -21,7 +21,7 @@ from stackwise_core.stages.plan import StagePlan
 from storage.artifacts import Artifacts, Lookup, State, artifacts_at
 from storage.errors import ArtifactError
 from storage.locks import Holder
-from storage.runs import Attempt, attempts, find_run, holder_of_run, is_live, run_names
+from storage.runs import Attempt, all_attempts, attempts, find_run, holder_of_run, is_live
 
 Lookups = Callable[[Ref], Lookup]
 _GOALS: tuple[Kind, ...] = ("stack", "validation")
@@ -44,7 +44,7 @@ def show_runs(root: str, *, as_json: bool) -> None:
     """Print the state, progress and newest validation loss of every run."""
     artifacts = artifacts_at(root).existing()
     lookup = functools.cache(artifacts.lookup)  # runs share artifacts
-    runs = [_document(artifacts, name, lookup) for name in run_names(artifacts)]
+    runs = [_document(artifacts, found[-1], len(found), lookup) for found in all_attempts(artifacts).values()]
     if as_json:
         say_json({"artifacts": artifacts.uri, "runs": runs})
         return
@@ -66,7 +66,7 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     artifacts = artifacts_at(root).existing()
     attempt = find_run(artifacts, name)
     stages = summarise(artifacts, attempt.plan)
-    run = _describe(artifacts, attempt, artifacts.lookup)
+    run = _describe(artifacts, attempt, len(attempts(artifacts, name)), artifacts.lookup)
     if as_json:
         say_json({**run, "stage_list": [stage.model_dump() for stage in stages]})
         return
@@ -109,17 +109,17 @@ def _state_of(stage: StageSummary, kind: str) -> str:
     return stage.states[kind]
 
 
-def _document(artifacts: Artifacts, name: str, lookup: Lookups) -> dict[str, Any]:
+def _document(artifacts: Artifacts, attempt: Attempt, n_attempts: int, lookup: Lookups) -> dict[str, Any]:
     """Return the document of a run; a damaged run must not hide the others."""
     try:
-        return _describe(artifacts, find_run(artifacts, name), lookup)
+        return _describe(artifacts, attempt, n_attempts, lookup)
     except ArtifactError as error:
-        unknown = {"stages": 0, "stages_done": 0, "validation_loss": None, "attempts": 0, "started": "-"}
-        damage = {"name": name, "state": "damaged", "message": str(error)}
+        unknown = {"stages": 0, "stages_done": 0, "validation_loss": None, "attempts": n_attempts, "started": "-"}
+        damage = {"name": attempt.name, "state": "damaged", "message": str(error)}
         return {**damage, **unknown, "holder": None, "locks": {}}
 
 
-def _describe(artifacts: Artifacts, attempt: Attempt, lookup: Lookups) -> dict[str, Any]:
+def _describe(artifacts: Artifacts, attempt: Attempt, n_attempts: int, lookup: Lookups) -> dict[str, Any]:
     plan, outcome, live = attempt.plan, attempt.outcome, is_live(artifacts, attempt.name)
     done = [stage for stage in plan.stages if _is_finished(stage, lookup)]
     all_done = len(done) == len(plan.stages)
@@ -140,7 +140,7 @@ def _describe(artifacts: Artifacts, attempt: Attempt, lookup: Lookups) -> dict[s
         "stages": len(plan.stages),
         "stages_done": len(done),
         "validation_loss": _validation_loss(done[-1], lookup) if done else None,
-        "attempts": len(attempts(artifacts, attempt.name)),
+        "attempts": n_attempts,
         "started": attempt.start["started"],
         "holder": holder_of_run(attempt)._asdict() if live else None,
         "locks": {name: holder._asdict() for name, holder in holders.items() if holder is not None},

@@ -71,12 +71,15 @@ class StagePlan(Value, frozen=True):
 
     def ref(self, kind: Kind) -> Ref:
         """Return the reference of one of the stage's artifacts."""
+        if kind not in self._refs:
+            recipe = self.recipe(kind)
+            assert recipe is not None
+            self._refs[kind] = recipe.ref(self.index)
         return self._refs[kind]
 
     @functools.cached_property
-    def _refs(self) -> dict[str, Ref]:
-        recipes = (self.build, self.trunk, self.stack, self.activations, self.validation)
-        return {recipe.kind: recipe.ref(self.index) for recipe in recipes if recipe is not None}
+    def _refs(self) -> dict[Kind, Ref]:
+        return {}  # those that somebody asked for
 
     def recipe(self, kind: Kind) -> Recipe | None:
         """Return the recipe of a kind; None if the stage makes no such artifact."""
