@@ -39,16 +39,16 @@ class ServerError(StackWiseError):
     """Prefect's server did not start, ended early, or failed while a run used it."""
 
 
-def check_api(url: str, received: str = "") -> None:
+def check_api(url: str, received: str = "", where: str = "PREFECT_API_URL") -> None:
     """Check that PREFECT_API_URL names a compatible Prefect API that answers.
 
     Raises:
-        ConfigError: it does not; names the value that was `received` (by default the URL) and what to do.
+        ConfigError: it does not; names `where` it was given, what was `received` (by default the URL) and what to do.
     """
     with contextlib.suppress(ValueError):
         bypass_proxy(urlsplit(url).hostname or "")
     if fault := fault_of(url):
-        raise ConfigError([Fault("PREFECT_API_URL", received or repr(shown(url)), fault)])
+        raise ConfigError([Fault(where, received or repr(shown(url)), fault)])
 
 
 def lost_server(seen: str) -> ServerError:
@@ -148,6 +148,11 @@ def quiet_prefect() -> None:
     """
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
+    switch_off_telemetry()
+
+
+def switch_off_telemetry() -> None:
+    """Let Prefect send nothing about its use to its makers, unless the user has set that."""
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
 

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flows.network import check_proxies, watching
+from flows.network import check_proxies, shown, watching
 from flows.run.children import ending_with_us
 from flows.run.say import complain
-from flows.server import check_api, check_home
+from flows.server import check_api, check_home, switch_off_telemetry
+from flows.settings import find_api, load_prefect
 from stackwise_core.errors import StackWiseError
 
 POOL = "stackwise"
@@ -28,8 +29,7 @@ TAG = "stackwise"
 
 _API = "http://127.0.0.1:4200/api"
 _CHECKOUT = Path(__file__).parents[1]
-_PREFECT = [sys.executable, "-P", "-m", "prefect", "--no-prompt"]
-_WORKER = [sys.executable, "-P", "-m", "flows.worker"]
+_PREFECT = [sys.executable, "-P", "-m", "flows.program", "--no-prompt"]
 
 
 class DeploymentError(StackWiseError):
@@ -44,10 +44,9 @@ def serve(host: str, port: int) -> None:
     """
     check_home()
     check_proxies()
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
+    switch_off_telemetry()
     here = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
-    if "PREFECT_API_URL" not in os.environ:
+    if not find_api().value:
         os.environ.setdefault("PREFECT_UI_API_URL", f"{here}/api")  # otherwise its pages call port 4200
     variable = "" if f"{here}/api" == _API else f"PREFECT_API_URL={here}/api "
     complain(f"Prefect's server: {here}; in other terminals: {variable}stackwise worker")
@@ -72,7 +71,7 @@ def work(limit: int, name: str, *, healthcheck: bool) -> None:
     complain(f"registered: pool {POOL}, {at_once}; deployments; heartbeat automation")
     command = ["worker", "start", "--pool", POOL, "--type", "process", "--limit", str(limit)]
     command += ["--name", name] if name else []
-    _become([*_WORKER, *command, *(["--with-healthcheck"] if healthcheck else [])])
+    _become([*_PREFECT, *command, *(["--with-healthcheck"] if healthcheck else [])])
 
 
 def send_heartbeats() -> None:
@@ -96,9 +95,12 @@ def register_heartbeat() -> bool:
 def _find_api() -> str:
     """Set PREFECT_API_URL, if it is not set, to where `stackwise server` listens; return it if it answers."""
     check_proxies()
-    given = os.environ.get("PREFECT_API_URL")
-    url = os.environ.setdefault("PREFECT_API_URL", _API)
-    check_api(url, received="" if given else f"nothing, so {_API} was asked")
+    switch_off_telemetry()
+    given = find_api()
+    url = os.environ["PREFECT_API_URL"] = given.value or _API
+    complain(f"Prefect's server: {shown(url)}{given.by}")
+    check_api(url, "" if given.value else f"nothing, so {_API} was asked", str(given))
+    load_prefect()
     return url
 
 

@@ -1,11 +1,10 @@
-"""Prefect's process worker, so that a retry survives it. `python -m flows.worker` stands for `prefect`."""
+"""Prefect's process worker, so that a retry survives it: importing this registers it."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
-from prefect.cli import app
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.workers.process import ProcessWorker, ProcessWorkerResult
@@ -31,7 +30,3 @@ with warnings.catch_warnings():  # of a second worker of type `process`: this on
             held = self._limiter.statistics().borrowers if self._limiter else ()
             free = [entry for entry in flow_run_response if entry.flow_run.id not in held]
             return await super()._submit_scheduled_flow_runs(free)
-
-
-if __name__ == "__main__":
-    app()

@@ -20,6 +20,7 @@ from flows.run.numbers import size
 from flows.run.say import say, say_json
 from flows.server import fault_of, is_registered, workers_alive
 from flows.services import AUTOMATION, POOL
+from flows.settings import SettingsError, find_api
 from storage.artifacts import artifacts_at
 from storage.errors import ArtifactsFolderError
 from storage.files import file_system_of, is_local
@@ -144,14 +145,18 @@ def _check_objects(uri: str) -> tuple[bool, str]:
 
 
 def _check_prefect() -> tuple[bool, str]:
-    url = os.environ.get("PREFECT_API_URL")
-    if not url:
+    try:
+        given = find_api()
+    except SettingsError as error:
+        return False, str(error)
+    if not (url := given.value):
         return True, "PREFECT_API_URL is not set: `stackwise train` starts an embedded server"
     if fault := fault_of(url):
-        return False, f"PREFECT_API_URL: got {shown(url)!r}; {fault}"
+        return False, f"{given}: got {shown(url)!r}; {fault}"
     try:
         dead = "become Crashed" if is_registered(url, AUTOMATION) else "stay Running: `stackwise heartbeat` mends that"
-        says = f"{url} answers, version {ask(url, '/admin/version')}; {_workers(url)}; runs of dead machines {dead}"
+        dead = f"runs of dead machines {dead}"
+        says = f"{url}{given.by} answers, version {ask(url, '/admin/version')}; {_workers(url)}; {dead}"
         return True, says
     except ValueError as error:
         return False, f"{url} answers and is healthy, but its list of workers is no JSON ({error})"

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from flows.cli.arguments import add_common, add_config, load_config, print_waiting
-from flows.network import check_proxies, watching
+from flows.network import check_proxies, shown, watching
 from flows.run.events import subscribed
 from flows.run.numbers import parameters
 from flows.run.say import complain, say
@@ -17,6 +17,7 @@ from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import plain_console, showing, stage_tables
 from flows.server import check_api, check_home, embedded_server, quiet_prefect
 from flows.services import send_heartbeats
+from flows.settings import find_api, load_prefect
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault
@@ -69,15 +70,19 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
     """Run the flow on the server of PREFECT_API_URL, or on an embedded one, which starts while prefect is imported."""
     quiet_prefect()
     send_heartbeats()
-    url = os.environ.get("PREFECT_API_URL")
     check_proxies()
-    if url:
-        check_api(url)
+    given = find_api()
+    if url := given.value:
+        check_api(url, where=str(given))
     else:
         check_home()
-    server = f"its server is {url}" if url else "on the first run of a machine its server takes up to a minute"
+    by = f", by {given}" if given.source else ""
+    server = (
+        f"its server is {shown(url)}{by}" if url else "on the first run of a machine its server takes up to a minute"
+    )
     complain(f"starting Prefect (seconds; {server})")
     with nullcontext() if url else embedded_server(artifacts.root / "prefect" / "server.log") as server:
+        load_prefect()
         from flows.train_rack import run_to_the_end
 
         if server is not None:
