@@ -26,6 +26,7 @@ from flows.network import ask, bypass_proxy, shown
 from flows.run.children import ending_with_us
 from flows.run.say import complain
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
+from storage.links import open_plain
 
 _EXAMPLE = "such as http://127.0.0.1:4200/api"
 _STARTUP_SECONDS = 180.0
@@ -198,7 +199,7 @@ class EmbeddedServer:
         environment.pop("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", None)
         environment.pop("PREFECT_API_URL")
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+        with os.fdopen(open_plain(self.log, os.O_WRONLY | os.O_APPEND), "ab") as log:
             # A separate session, so that Ctrl-C reaches only this process: the server must record how the run ended.
             self.process = subprocess.Popen(
                 ending_with_us(command, signal.SIGTERM),

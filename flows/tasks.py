@@ -35,7 +35,7 @@ from stackwise_core.errors import StageInterruptedError
 from stackwise_core.stages.identity import Ref
 from storage.activations.writer import ShardRange, StoreWriter
 from storage.demand import TASK_KINDS
-from storage.local import delete_path
+from storage.links import delete_path
 
 
 def _key_of(stage: Stage, name: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +21,8 @@ from storage.errors import (
     ArtifactUnsealedError,
 )
 from storage.files import NOT_LISTED, Files, checksum_file, remove_temporaries, verify_files, write_text
-from storage.local import LocalPlace, delete_path, trash
+from storage.links import delete_path, remove_links
+from storage.local import LocalPlace, trash
 from storage.locks import FileLock, OnWait, no_wait
 from storage.manifest import MANIFEST, FileEntry, InputEntry, Manifest, make_manifest, read_manifest
 from storage.place import Place, SealedFolder, key_of
@@ -118,15 +118,14 @@ class Artifacts:
 
     def work(self, ref: Ref) -> Path:
         """Return the folder in which an artifact is made, with what a killed task left in it."""
+        folder = self.root / "work" / ref.name
         if ref not in self._replaces:
+            remove_links(folder)
             try:
                 found = self.place.find(key_of(ref), ref)
             except ArtifactCorruptError:
                 found = None
             self._replaces[ref] = found.manifest.seal if found else ""
-        folder = self.root / "work" / ref.name
-        if folder.is_symlink():
-            folder.unlink()  # nothing is written outside the artifacts folder
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -290,7 +289,7 @@ class Artifacts:
         if not (work / MANIFEST).exists():
             return False
         manifest = read_manifest(work, ref)
-        shutil.rmtree(work / SCRATCH, ignore_errors=True)
+        delete_path(work / SCRATCH)
         if self._is_sealed_equal(ref, manifest):
             trash(self.root, work)
         else:

@@ -11,9 +11,11 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.failpoints import failpoint
 from stackwise_core.files import sync, sync_tree
 from stackwise_core.stages.identity import Ref
+from stackwise_core.strict import read_bounded
 from storage.artifacts import Artifacts, State
 from storage.errors import ArtifactCorruptError, ArtifactMissingError, StoreSpaceError
 from storage.files import TEMPORARY_SUFFIX, checksum_file, explain_full_disk, write_bytes
+from storage.links import remove_links
 from storage.locks import OnWait, no_wait
 from storage.manifest import MANIFEST, RETIRED, FileEntry
 from storage.place import FOLDERS, OUTCOME, PLANS_LOCK, RUNS, SealedFolder
@@ -82,18 +84,16 @@ def copy_artifact(source: Artifacts, target: Artifacts, ref: Ref, on_wait: OnWai
     with target.lock(ref.name, on_wait=on_wait):
         if target.state(ref) is State.SEALED:
             return 0  # another process was first
+        remove_links(work)
         work.mkdir(exist_ok=True)
         files = {} if found.retired else found.manifest.files
         _remove_unlisted(work, files.keys())
         for number, (name, entry) in enumerate(files.items()):
             failpoint(f"copy-{ref.kind}", number)
-            if (folder / name).is_symlink():
-                problem = f"lists {name!r}, a link, which leads out of its folder"
-                raise ArtifactCorruptError(folder / MANIFEST, problem, "Do not use it")
             _copy_file(folder / name, work / name, entry)
         sync_tree(work)
         if found.retired:
-            write_bytes(work / RETIRED, (folder / RETIRED).read_bytes())
+            write_bytes(work / RETIRED, read_bounded(folder / RETIRED))
         write_bytes(work / MANIFEST, found.manifest.model_dump_json(indent=1).encode())
         failpoint(f"copied-{ref.kind}", max(ref.stage, 0))
         target.adopt(ref, work)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from stackwise_core.files import sync, why_full
 from storage.errors import StoreSpaceError
+from storage.links import delete_path, open_plain, plain_files
 from storage.manifest import MANIFEST
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -42,8 +42,9 @@ def write_durably(path: Path, data: np.ndarray) -> None:
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with explain_full_disk(path, data.nbytes):
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            fd = open_plain(temporary, os.O_WRONLY)
             try:
+                os.ftruncate(fd, 0)
                 written = 0
                 while written < data.nbytes:
                     written += os.write(fd, data[written:].data)
@@ -70,10 +71,7 @@ def write_text(path: Path, text: str) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Remove what a killed process left half-written below a folder."""
     for path in list(folder.rglob(f"*{TEMPORARY_SUFFIX}")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        delete_path(path)
 
 
 @contextlib.contextmanager
@@ -122,18 +120,20 @@ def verify_files(folder: Path, files: Files) -> list[str]:
         One line per file that is missing, has another size or other content, or is not listed (except the
         manifest, which cannot list itself). Empty when all is well.
     """
-    problems = (_problem(folder / name, *expected) for name, expected in sorted(files.items()))
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    plain = plain_files(folder, files)
+    problems = (_problem(folder / name, plain.get(name), *expected) for name, expected in sorted(files.items()))
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    present = {path.relative_to(folder).as_posix() for path in found}
     extra = sorted(present - files.keys() - {MANIFEST})
     return [line for line in problems if line] + [f"{folder / name}: {NOT_LISTED}" for name in extra]
 
 
-def _problem(path: Path, size: int, checksum: str) -> str:
-    """Say what is wrong with one file; '' if nothing is."""
+def _problem(path: Path, found: int | None, size: int, checksum: str) -> str:
+    """Say what is wrong with one file, which has `found` bytes if it is there; '' if nothing is."""
     algorithm = checksum.partition(":")[0]
-    if not path.is_file():
-        return f"{path}: missing"
-    if (found := path.stat().st_size) != size:
+    if found is None:
+        return f"{path}: {'is a link, or behind one, and not followed' if os.path.lexists(path) else 'missing'}"
+    if found != size:
         return f"{path}: {found} bytes, sealed with {size}"
     if algorithm not in _ALGORITHMS:
         return f"{path}: sealed with {checksum!r}, an unknown kind of checksum"

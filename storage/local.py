@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,9 +18,10 @@ from stackwise_core.stages.identity import Ref
 from stackwise_core.strict import read_bounded
 from storage.errors import ArtifactsFolderError, StoreSpaceError
 from storage.files import TEMPORARY_SUFFIX, verify_files, write_text
+from storage.links import opened, plain_files, remove_in
 from storage.locks import FileLock, Holder, is_held, read_holder
 from storage.manifest import MANIFEST, RETIRED, Manifest, load_manifest
-from storage.place import FOLDERS, QUARANTINE, REASON, RUNS, Entry, Leftovers, SealedFolder
+from storage.place import FOLDERS, PINS, QUARANTINE, REASON, RUNS, Entry, Leftovers, SealedFolder
 
 ROOMS = (*FOLDERS.values(), RUNS, "work", "locks", "trash", QUARANTINE)
 
@@ -37,10 +37,12 @@ class LocalPlace:
         self.uri = str(self.root)
 
     def open(self) -> None:
+        self.check_rooms()
         try:
             for name in ROOMS:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             probe = self.root / "work" / f"probe-{os.getpid()}"
+            probe.unlink(missing_ok=True)
             probe.touch()
             probe.unlink(missing_ok=True)
         except OSError as error:
@@ -62,9 +64,20 @@ class LocalPlace:
     def check_exists(self) -> None:
         if not self.root.is_dir():
             raise ArtifactsFolderError(f"--artifacts {self.root}: there is no such folder; `stackwise train` makes one")
+        self.check_rooms()
 
     def check_reachable(self) -> None:
-        """Do nothing: artifacts can be looked up even in a folder that does not exist."""
+        """Check the rooms alone: artifacts can be looked up even in a folder that does not exist."""
+        self.check_rooms()
+
+    def check_rooms(self) -> None:
+        """Raise ArtifactsFolderError if a room is a link: what is put or removed there would be elsewhere."""
+        for path in (self.root / name for name in (*ROOMS, PINS, "prefect")):
+            if path.is_symlink():
+                raise ArtifactsFolderError(
+                    f"{path}: is a link, and what is removed there may be yours; nothing was changed. Put a folder in "
+                    "its place; to keep artifacts on another disk, move the whole artifacts folder"
+                )
 
     def location(self, key: str) -> str:
         return str(self.root / key)
@@ -80,7 +93,7 @@ class LocalPlace:
             manifest = self._read_manifest(key, ref)
         except FileNotFoundError:
             return None
-        sizes = {name: size for name in manifest.files if (size := _size_of(folder / name)) is not None}
+        sizes = plain_files(folder, manifest.files)
         # Read last: a process that retires or discards the folder now does so before it deletes a file.
         retired = (folder / RETIRED).exists()
         return SealedFolder(key, manifest, sizes, retired) if (folder / MANIFEST).exists() else None
@@ -162,7 +175,7 @@ class LocalPlace:
         sync(folder)
 
     def delete(self, key: str) -> None:
-        if (self.root / key).exists():
+        if os.path.lexists(self.root / key):
             trash(self.root, self.root / key)
 
     # ------------------------------------------------------------ locks and garbage collection
@@ -215,38 +228,28 @@ class LocalPlace:
 
 def trash(root: Path, path: Path) -> None:
     """Delete something below `root`: renamed into trash/ at once, so that a kill leaves no half of it."""
-    delete_path(_to_trash(root, path))
+    name = _to_trash(root, path)
+    with opened(root, root / "trash") as room:
+        remove_in(room, name)
 
 
 def empty_trash(root: Path) -> None:
     """Delete what killed processes left in trash/, as far as this user may."""
-    for path in (root / "trash").iterdir():
-        delete_path(path)
+    with opened(root, root / "trash") as room:
+        for name in os.listdir(room):
+            remove_in(room, name)
 
 
-def delete_path(path: Path) -> None:
-    """Delete a file or folder that another process may be deleting too."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _to_trash(root: Path, path: Path) -> Path:
-    target = _unused(root / "trash", path.name)
-    os.replace(path, target)
+def _to_trash(root: Path, path: Path) -> str:
+    """Move something below `root` into trash/, and return its name there."""
+    with opened(root, path.parent) as folder, opened(root, root / "trash") as room:
+        name = _unused(root / "trash", path.name).name
+        os.replace(path.name, name, src_dir_fd=folder, dst_dir_fd=room)
     sync(path.parent)
-    return target
+    return name
 
 
 def _unused(room: Path, name: str) -> Path:
     """Return a free path in a folder: the name, the process, a number."""
     paths = (room / f"{name}.{os.getpid()}.{number}" for number in itertools.count())
-    return next(path for path in paths if not path.exists())
-
-
-def _size_of(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    return next(path for path in paths if not os.path.lexists(path))

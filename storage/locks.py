@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import ClassVar, NamedTuple
 
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.strict import parse_object, read_bounded
+from storage.errors import ArtifactsFolderError
 
 OnWait = Callable[[str], None]
 """Called once with the holder of a lock, such as 'process 123 on host since ...', before waiting for it."""
@@ -62,8 +65,10 @@ def read_holder(path: Path) -> Holder | None:
 def is_held(path: Path, *, exclusively: bool = False) -> bool:
     """Say whether some process holds a lock now, or only whether one holds it exclusively. Writes nothing."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # a link cannot be held
+            raise
         return False
     try:
         for _ in range(3):  # another probe may hold it for an instant
@@ -100,18 +105,31 @@ class FileLock:
 
     def try_acquire(self) -> bool:
         """Take the lock unless another process holds it in a conflicting way."""
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = self._open()
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
             return False
         self._fd = fd
-        if not self.shared:  # write who holds it, to be shown to people who wait
+        if not self.shared and os.fstat(fd).st_nlink <= 1:  # write who holds it, to be shown to people who wait
             with contextlib.suppress(OSError):  # a full disk, which gc is there to empty
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, json.dumps(this_process()._asdict()).encode(), 0)
         return True
+
+    def _open(self) -> int:
+        """Open the file, and make it if there is none; a link is not replaced, as two processes could each do so."""
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise ArtifactsFolderError(f"{self.path}: is a link, which is not followed; remove it") from None
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        raise ArtifactsFolderError(f"{self.path}: is not a plain file; remove it")
 
     def holder(self) -> str:
         """Return the last holder: 'process 123 on host since ...'."""

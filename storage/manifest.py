@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from stackwise_core.stages.identity import NUMERICS, Recipe, Ref, canonical_json
 from stackwise_core.strict import MOST_OF_A_LIST, parse_object, read_bounded, told
 from storage.errors import ArtifactCorruptError, ArtifactNewerError, ArtifactUnsealedError
+from storage.links import link_error
 
 MANIFEST = "manifest.json"
 RETIRED = "retired.json"
@@ -160,6 +161,8 @@ def read_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
 def load_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
     """Do the same as `read_manifest`, but raise FileNotFoundError if there is none."""
     path = folder / MANIFEST
+    if folder.is_symlink():
+        raise link_error(folder)
     try:
         data = read_bounded(path, MOST_OF_A_LIST)
     except ValueError as error:
@@ -201,9 +204,13 @@ def parse_manifest(data: bytes, path: Path | str, folder: Path | str, ref: Ref |
     except ValidationError as error:
         raise ArtifactCorruptError(path, f"has a fact that cannot be used ({told(error)})", remedy) from None
     for name in manifest.files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not _is_name(name):
             raise ArtifactCorruptError(path, f"lists {name!r}, which leads out of its folder", "Do not use it")
     return manifest
+
+
+def _is_name(text: str) -> bool:
+    return len(text) < 1024 and "\0" not in text
 
 
 def _hash(value: Any) -> str:

@@ -23,6 +23,7 @@ from stackwise_core.strict import MOST_OF_A_LIST, parse_object, read_bounded, to
 from storage.artifacts import Artifacts, State
 from storage.errors import ArtifactCorruptError, RunBusyError
 from storage.files import write_text
+from storage.links import check_no_link
 from storage.locks import Holder, OnWait, no_wait, this_process
 from storage.place import OUTCOME, PLANS_LOCK, RUNS
 
@@ -92,6 +93,7 @@ class Attempt:
     @contextlib.contextmanager
     def _explained(self, file: str) -> Generator[Path]:
         """Turn a missing or damaged file into one error that names it."""
+        check_no_link(self.folder.parents[3], self.folder)
         try:
             yield self.folder / file
         except PermissionError:
@@ -237,6 +239,7 @@ def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan)
     number = before[-1].number + 1 if before else 1
     base = artifacts.root / RUNS / config.run.name
     folder = base / "attempts" / f"{number:04d}"
+    check_no_link(artifacts.root, folder)
     folder.mkdir(parents=True, exist_ok=True)
     me = this_process()
     start = {"started": me.since, "pid": me.pid, "host": me.host}

@@ -18,7 +18,8 @@ from storage.runs import Attempt, find_run, run_names
 def find_artifact(artifacts: Artifacts, uri: str) -> Path:
     """Return the folder of an artifact given by path, by name, or by a unique prefix of its name."""
     if (Path(uri) / "manifest.json").exists():
-        return Path(uri).absolute()
+        path = Path(uri).absolute()
+        return path.resolve() if path.is_symlink() else path  # the user's own link
     name = Path(uri).name
     found = [folder for folder in artifacts.everything() if folder.name.startswith(name)]
     exact = [folder for folder in found if folder.name == name]

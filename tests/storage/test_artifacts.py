@@ -122,7 +122,8 @@ def test_a_file_of_another_size_is_corrupt(name: str, damage: str, artifacts: Ar
     elif damage != "deleted":
         path.write_bytes({"truncated": data[:-1], "emptied": b"", "longer": data + b"x"}[damage])
     assert artifacts.state(REF) is State.CORRUPT
-    problem = "is missing from a sealed artifact" if damage == "deleted" else rf"bytes, sealed with {len(data)}"
+    is_there = damage not in ("deleted", "a folder")
+    problem = "is missing from a sealed artifact" if not is_there else rf"bytes, sealed with {len(data)}"
     for read in (artifacts.manifest, artifacts.checked, artifacts.input_entry):
         with pytest.raises(ArtifactCorruptError, match=problem) as caught:
             read(REF)
