@@ -25,7 +25,7 @@ def load_rack(uri: str | Path, run: str, depth: int | None = None) -> Rack:
 
     Args:
         uri: what `--artifacts` takes: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX.
-        run: name of the run; its newest attempt counts.
+        run: name of the run; its newest attempt counts, or an earlier one that added more stacks to the same.
         depth: the number of stacks, as the stage that added the last of them left the rack; None is the rack as far
             as it is trained, after the joint anneal if there is one.
 

@@ -13,7 +13,7 @@ from storage.artifacts import Artifacts
 from storage.errors import ArtifactCorruptError, ArtifactMissingError
 from storage.files import write_text
 from storage.place import PINS
-from storage.runs import attempts, run_names
+from storage.runs import attempts, counting, run_names
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Reachable:
 
 
 def find_reachable(artifacts: Artifacts, runs: Iterable[str] | None = None, *, newest_only: bool = False) -> Reachable:
-    """Find what some runs (by default all) planned, or only the newest attempt of each, and what is pinned.
+    """Find what some runs (by default all) planned, or of each only the attempts that count, and what is pinned.
 
     Raises:
         ArtifactCorruptError: a record of a run, or the manifest of a pinned artifact, cannot be trusted.
@@ -44,7 +44,8 @@ def find_reachable(artifacts: Artifacts, runs: Iterable[str] | None = None, *, n
 def planned(artifacts: Artifacts, run: str, *, newest_only: bool = False) -> list[Ref]:
     """Return every artifact that a run planned, each after what it is made from."""
     found = attempts(artifacts, run)
-    return list(dict.fromkeys(ref for attempt in found[-1 if newest_only else 0 :] for ref in attempt.plan.recipes))
+    chosen = counting(artifacts, found) if newest_only else found
+    return list(dict.fromkeys(ref for attempt in chosen for ref in attempt.plan.recipes))
 
 
 def newest_first(artifacts: Artifacts) -> list[str]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -64,6 +64,12 @@ class Attempt:
         """What it planned."""
         with self._explained("plan.json") as path:
             return RunPlan.model_validate_json(read_bounded(path, MOST_OF_A_LIST))
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of its plan."""
+        with self._explained("plan.json") as path:
+            return path.stat().st_size
 
     @property
     def config(self) -> StackWiseConfig:
@@ -142,12 +148,39 @@ def all_attempts(artifacts: Artifacts) -> dict[str, list[Attempt]]:
 
 
 def find_run(artifacts: Artifacts, name: str) -> Attempt:
-    """Return the newest attempt of a run, or raise ConfigError with the names of the runs that exist."""
-    found = attempts(artifacts, name)
-    if not found:
-        there = ", ".join(run_names(artifacts)) or "none yet"
-        raise ConfigError([Fault("RUN", repr(name), f"no such run in {artifacts.uri}; there: {there}")])
-    return found[-1]
+    """Return the attempt that says what a run is, or raise ConfigError with the names of the runs that exist.
+
+    It is the newest, or the one with the most stacks if the newest only repeats the first of them: a run that was grown
+    does not shrink because the file it began with is started again.
+    """
+    return counting(artifacts, known_attempts(artifacts, name))[-1]
+
+
+def known_attempts(artifacts: Artifacts, name: str) -> list[Attempt]:
+    """Return the attempts of a run, oldest first, or raise ConfigError with the names of the runs that exist."""
+    if found := attempts(artifacts, name):
+        return found
+    there = ", ".join(run_names(artifacts)) or "none yet"
+    raise ConfigError([Fault("RUN", repr(name), f"no such run in {artifacts.uri}; there: {there}")])
+
+
+def counting(artifacts: Artifacts, found: Sequence[Attempt]) -> list[Attempt]:
+    """Return which attempts of a run, given oldest first, still count: the newest, then each that made more stacks.
+
+    The stacks of each are the first of the next.
+    """
+    chain = [found[-1]]
+    for before in reversed(found[:-1]):
+        if before.n_bytes > chain[-1].n_bytes:  # a plan of more stages has more bytes
+            more = _stacks(before.plan)[len(ours := _stacks(chain[-1].plan)) :]
+            if more and _stacks(before.plan)[: len(ours)] == ours and artifacts.state(more[0]) is State.SEALED:
+                chain.append(before)
+    return chain
+
+
+def _stacks(plan: RunPlan) -> list[Ref]:
+    """Return the stacks that a plan adds, without a joint anneal."""
+    return [stage.ref("stack") for stage in plan.stages if stage.build or stage.spec.adopted]
 
 
 def is_live(artifacts: Artifacts, name: str) -> bool:
@@ -157,7 +190,8 @@ def is_live(artifacts: Artifacts, name: str) -> bool:
 
 def live_runs(artifacts: Artifacts) -> dict[str, Holder]:
     """Return the live runs, and the process that started each."""
-    return {name: holder_of_run(find_run(artifacts, name)) for name in run_names(artifacts) if is_live(artifacts, name)}
+    runs = all_attempts(artifacts)
+    return {name: holder_of_run(found[-1]) for name, found in runs.items() if is_live(artifacts, name)}
 
 
 def holder_of_run(attempt: Attempt) -> Holder:
@@ -289,8 +323,8 @@ def retire_unless_read(artifacts: Artifacts, ref: Ref, own_run: str) -> bool:
     """Retire a store unless another live run plans to read it; say whether it was retired."""
     with artifacts.lock(PLANS_LOCK):
         artifacts.place.refresh_records()
-        for name in run_names(artifacts):
-            if name != own_run and is_live(artifacts, name) and ref in _stores_of(find_run(artifacts, name).plan):
+        for name, found in all_attempts(artifacts).items():
+            if name != own_run and is_live(artifacts, name) and ref in _stores_of(found[-1].plan):
                 return False
         artifacts.mark_retired(ref)
     artifacts.retire(ref)  # without the lock, because deleting takes long

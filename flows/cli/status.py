@@ -21,7 +21,7 @@ from stackwise_core.stages.plan import StagePlan
 from storage.artifacts import Artifacts, Lookup, State, artifacts_at
 from storage.errors import ArtifactError
 from storage.locks import Holder
-from storage.runs import Attempt, all_attempts, attempts, find_run, holder_of_run, is_live
+from storage.runs import Attempt, all_attempts, counting, holder_of_run, is_live, known_attempts
 
 Lookups = Callable[[Ref], Lookup]
 _GOALS: tuple[Kind, ...] = ("stack", "validation")
@@ -44,7 +44,7 @@ def show_runs(root: str, *, as_json: bool) -> None:
     """Print the state, progress and newest validation loss of every run."""
     artifacts = artifacts_at(root).existing()
     lookup = functools.cache(artifacts.lookup)  # runs share artifacts
-    runs = [_document(artifacts, found[-1], len(found), lookup) for found in all_attempts(artifacts).values()]
+    runs = [_document(artifacts, found, lookup) for found in all_attempts(artifacts).values()]
     if as_json:
         say_json({"artifacts": artifacts.uri, "runs": runs})
         return
@@ -64,9 +64,10 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
         ConfigError: there is no such run.
     """
     artifacts = artifacts_at(root).existing()
-    attempt = find_run(artifacts, name)
-    stages = summarise(artifacts, attempt.plan)
-    run = _describe(artifacts, attempt, len(attempts(artifacts, name)), artifacts.lookup)
+    found = known_attempts(artifacts, name)
+    attempt, plan = found[-1], counting(artifacts, found)[-1].plan
+    stages = summarise(artifacts, plan)
+    run = _describe(artifacts, found, artifacts.lookup)
     if as_json:
         say_json({**run, "stage_list": [stage.model_dump() for stage in stages]})
         return
@@ -74,7 +75,9 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     rest = f": {run['state']}, attempt {attempt.number}, {attempt.folder}"
     console.print(Text.assemble((shown(name), "bold"), shown(rest)), soft_wrap=True)
     message = "; ".join(run["message"].splitlines())
-    say(*([message] if message else []), *_holders(run))
+    shorter = len(attempt.plan.stages)
+    fewer = [f"its newest attempt asked for {shorter} of these {len(stages)} stages"] if shorter < len(stages) else []
+    say(*([message] if message else []), *fewer, *_holders(run))
     console.print(stage_tables(stages))
     console.print()
     console.print(_artifact_table(stages))
@@ -109,18 +112,19 @@ def _state_of(stage: StageSummary, kind: str) -> str:
     return stage.states[kind]
 
 
-def _document(artifacts: Artifacts, attempt: Attempt, n_attempts: int, lookup: Lookups) -> dict[str, Any]:
-    """Return the document of a run; a damaged run must not hide the others."""
+def _document(artifacts: Artifacts, found: list[Attempt], lookup: Lookups) -> dict[str, Any]:
+    """Return the document of a run, of its attempts; a damaged run must not hide the others."""
     try:
-        return _describe(artifacts, attempt, n_attempts, lookup)
+        return _describe(artifacts, found, lookup)
     except ArtifactError as error:
-        unknown = {"stages": 0, "stages_done": 0, "validation_loss": None, "attempts": n_attempts, "started": "-"}
-        damage = {"name": attempt.name, "state": "damaged", "message": str(error)}
+        unknown = {"stages": 0, "stages_done": 0, "validation_loss": None, "attempts": len(found), "started": "-"}
+        damage = {"name": found[-1].name, "state": "damaged", "message": str(error)}
         return {**damage, **unknown, "holder": None, "locks": {}}
 
 
-def _describe(artifacts: Artifacts, attempt: Attempt, n_attempts: int, lookup: Lookups) -> dict[str, Any]:
-    plan, outcome, live = attempt.plan, attempt.outcome, is_live(artifacts, attempt.name)
+def _describe(artifacts: Artifacts, found: list[Attempt], lookup: Lookups) -> dict[str, Any]:
+    attempt, plan = found[-1], counting(artifacts, found)[-1].plan
+    outcome, live = attempt.outcome, is_live(artifacts, attempt.name)
     done = [stage for stage in plan.stages if _is_finished(stage, lookup)]
     all_done = len(done) == len(plan.stages)
     making = {} if all_done and not live else plan.recipes
@@ -140,7 +144,7 @@ def _describe(artifacts: Artifacts, attempt: Attempt, n_attempts: int, lookup: L
         "stages": len(plan.stages),
         "stages_done": len(done),
         "validation_loss": _validation_loss(done[-1], lookup) if done else None,
-        "attempts": n_attempts,
+        "attempts": len(found),
         "started": attempt.start["started"],
         "holder": holder_of_run(attempt)._asdict() if live else None,
         "locks": {name: holder._asdict() for name, holder in holders.items() if holder is not None},

@@ -13,7 +13,7 @@ from flows.network import check_proxies, shown, watching
 from flows.run.events import subscribed
 from flows.run.numbers import parameters
 from flows.run.say import complain, say
-from flows.run.summary import StageSummary, summarise
+from flows.run.summary import summarise
 from flows.run.terminal import plain_console, showing, stage_tables
 from flows.server import check_api, check_home, embedded_server, quiet_prefect
 from flows.services import send_heartbeats
@@ -26,7 +26,7 @@ from storage.adopt import plan_in
 from storage.artifacts import Artifacts, artifacts_at
 from storage.collect import without_gc
 from storage.demand import compute_demand, forced_refs
-from storage.runs import register_complete
+from storage.runs import find_run, register_complete
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
             complain(*imports(filled), *notes(filled))  # a run prints them itself
     if not complete:
         _run_flow(config, artifacts, from_stack, force)
-    _print_result(config, command, artifacts, summarise(artifacts, plan), reused=complete)
+    _print_result(config, command, artifacts, reused=complete)
 
 
 def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, force: str) -> None:
@@ -91,18 +91,23 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
             run_to_the_end(config, artifacts.uri, from_stack, force)
 
 
-def _print_result(
-    config: StackWiseConfig, command: list[str], artifacts: Artifacts, stages: list[StageSummary], *, reused: bool
-) -> None:
+def _print_result(config: StackWiseConfig, command: list[str], artifacts: Artifacts, *, reused: bool) -> None:
+    """Print the stages of the run, which may have been grown beyond this configuration."""
+    name, asked = config.run.name, config.training.progressive.target_stacks
+    run = find_run(artifacts, name)
+    stages = summarise(artifacts, run.plan)
     plain_console().print(stage_tables(stages))
-    name, last = config.run.name, stages[-1]
+    last = [stage for stage in stages if not stage.unfinished][-1]
     made = "was there already" if reused else "is done"
     plural = "stack" if last.stacks == 1 else "stacks"
     counts = f"{last.stacks} {plural}, {parameters(last.rack_parameters)} parameters"
-    grown = config.training.progressive.target_stacks + 1
+    grown = run.config.training.progressive.target_stacks
+    if grown > asked:
+        counts += f" (this configuration asks for {asked})"
+        command = ["stackwise", "train", str(run.folder / "config.yaml")]  # stacks may have been added in another way
     root = [] if artifacts.uri == str(Path("artifacts").absolute()) else ["--artifacts", artifacts.uri]
     look = shlex.join([name, *root])
-    grow = shlex.join([*command, *root, "--set", f"training.progressive.target_stacks={grown}"])
+    grow = shlex.join([*command, *root, "--set", f"training.progressive.target_stacks={grown + 1}"])
     say(
         "",
         f"{name} {made}: {counts}, validation loss {last.validation_loss:.4f}, in {artifacts.uri}",
