@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import yaml
 
 from flows.network import check_proxies, shown, watching
 from flows.run.children import ending_with_us
@@ -27,6 +30,8 @@ HEARTBEAT_SECONDS = 30
 TAG = "stackwise"
 """The tag of all our flow runs on Prefect's pages; the automation judges no others."""
 
+_ONLY_IN_CONTAINERS = "docker"
+"""Name of the deployment that works on the volume of docker/compose.yaml."""
 _API = "http://127.0.0.1:4200/api"
 _CHECKOUT = Path(__file__).parents[1]
 _PREFECT = [sys.executable, "-P", "-m", "flows.program", "--no-prompt"]
@@ -53,11 +58,12 @@ def serve(host: str, port: int) -> None:
     _become([*_PREFECT, "server", "start", "--host", host, "--port", str(port)])
 
 
-def work(limit: int, name: str, *, healthcheck: bool) -> None:
+def work(limit: int, name: str, *, healthcheck: bool, in_containers: bool) -> None:
     """Register pool, deployments and heartbeat automation, then replace this process by a worker of the pool.
 
     `limit` runs execute at the same time; 1 gives a run the whole accelerator. If `name` is empty, Prefect chooses one.
-    `healthcheck` serves on PREFECT_WORKER_WEBSERVER_PORT (8080) whether the worker polls.
+    `healthcheck` serves on PREFECT_WORKER_WEBSERVER_PORT (8080) whether the worker polls. `in_containers` registers the
+    deployment of the containers, too, which anywhere else would write to /data.
 
     Raises:
         ConfigError: the API does not answer.
@@ -66,7 +72,7 @@ def work(limit: int, name: str, *, healthcheck: bool) -> None:
     send_heartbeats()
     with watching(_find_api()):
         at_once = _register_pool(limit)
-        _deploy()
+        _deploy(in_containers=in_containers)
         _register_automation()
     complain(f"registered: pool {POOL}, {at_once}; deployments; heartbeat automation")
     command = ["worker", "start", "--pool", POOL, "--type", "process", "--limit", str(limit)]
@@ -127,20 +133,26 @@ def _register_pool(limit: int) -> str:
     return "runs without a limit" if at_once is None else f"{at_once} run{'s' if at_once != 1 else ''} at a time"
 
 
-def _deploy() -> None:
+def _deploy(*, in_containers: bool) -> None:
     """Apply prefect.yaml; the flows run in its folder."""
-    command = [*_PREFECT, "deploy", "--all", "--prefect-file", str(_CHECKOUT / "prefect.yaml")]
-    done = subprocess.run(
-        ending_with_us(command, signal.SIGKILL),
-        cwd=_CHECKOUT,
-        env=os.environ | {"PWD": str(_CHECKOUT)},  # prefect.yaml asks for it
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    path = _CHECKOUT / "prefect.yaml"
+    document = yaml.safe_load(path.read_text())
+    document["deployments"] = [
+        each for each in document["deployments"] if in_containers or each["name"] != _ONLY_IN_CONTAINERS
+    ]
+    with tempfile.NamedTemporaryFile("w", prefix="prefect-", suffix=".yaml") as chosen:
+        yaml.safe_dump(document, chosen)
+        chosen.flush()
+        done = subprocess.run(
+            ending_with_us([*_PREFECT, "deploy", "--all", "--prefect-file", chosen.name], signal.SIGKILL),
+            cwd=_CHECKOUT,
+            env=os.environ | {"PWD": str(_CHECKOUT)},  # prefect.yaml asks for it
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
     if done.returncode:
-        said = (done.stdout + done.stderr)[-2000:]
-        raise DeploymentError(f"{_CHECKOUT / 'prefect.yaml'}: Prefect rejected it: {said}")
+        raise DeploymentError(f"{path}: Prefect rejected it: {(done.stdout + done.stderr)[-2000:]}")
 
 
 def _register_automation() -> bool:

@@ -34,6 +34,8 @@ def add_worker(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", type=_name, default="", metavar="NAME", help="name of this worker on Prefect's pages")
     parser.add_argument("--with-healthcheck", action="store_true", help="answer /health on port 8080")
+    help_text = "also register train-rack/docker, for the worker of docker/compose.yaml"
+    parser.add_argument("--in-containers", action="store_true", help=help_text)
     parser.set_defaults(run=_worker)
 
 
@@ -47,7 +49,7 @@ def _server(options: argparse.Namespace) -> None:
 
 
 def _worker(options: argparse.Namespace) -> None:
-    work(options.limit, options.name, healthcheck=options.with_healthcheck)
+    work(options.limit, options.name, healthcheck=options.with_healthcheck, in_containers=options.in_containers)
 
 
 def _heartbeat(options: argparse.Namespace) -> None:

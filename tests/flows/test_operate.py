@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from flows import services
+from flows.cli.main import parse
 from flows.network import ask
 from flows.server import fault_of, is_registered, workers_alive
 from flows.services import AUTOMATION, POOL, _register_automation, _register_pool, send_heartbeats
@@ -92,7 +94,8 @@ def test_a_server_and_a_worker_by_one_command_each(start: Any, tmp_path: Path) -
     assert is_registered(url, AUTOMATION)
 
     deployments = {f"{entry['entrypoint']}/{entry['name']}": entry for entry in ask(url, "/deployments/filter", {})}
-    assert len(deployments) == 6
+    assert len(deployments) == 5
+    assert not [name for name in deployments if name.endswith("/docker")]  # which would write to /data of this machine
     local = deployments["flows.train_rack.train_rack/local"]
     assert local["pull_steps"] == [
         {"prefect.deployments.steps.set_working_directory": {"directory": str(tmp_path / "clone")}}
@@ -201,6 +204,23 @@ def test_a_longer_interval_of_heartbeats_is_not_kept(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "180")
     send_heartbeats()
     assert os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+
+
+@pytest.mark.parametrize(("arguments", "there"), [((), False), (("--in-containers",), True)])
+def test_the_deployment_of_the_containers_is_registered_by_their_worker(
+    arguments: tuple[str, ...], there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied: list[Any] = []
+
+    def apply(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        applied.append(yaml.safe_load(Path(command[-1]).read_text()))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(services.subprocess, "run", apply)
+    services._deploy(in_containers=parse(["worker", *arguments]).in_containers)
+    known = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["deployments"]
+    assert applied[0]["deployments"] == [each for each in known if there or each["name"] != "docker"]
+    assert len(applied[0]["deployments"]) == 5 + there
 
 
 @pytest.mark.parametrize(

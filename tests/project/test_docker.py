@@ -72,7 +72,7 @@ def test_who_waits_for_whom(compose: dict[str, Any]) -> None:
     assert services["postgres"]["healthcheck"]["test"][1] == "pg_isready"
     assert services["server"]["healthcheck"]["test"][-1].count("http://127.0.0.1:4200/api/health") == 1
     assert int(services["server"]["healthcheck"]["start_period"].removesuffix("s")) >= 90
-    assert "--with-healthcheck" in services["worker"]["command"]
+    assert {"--with-healthcheck", "--in-containers"} <= {*services["worker"]["command"]}
     port = services["worker"]["environment"]["PREFECT_WORKER_WEBSERVER_PORT"]
     assert f"http://127.0.0.1:{port}/health" in services["worker"]["healthcheck"]["test"][-1]
     assert {name: service["restart"] for name, service in services.items()} == dict.fromkeys(
