@@ -27,6 +27,7 @@ from stackwise_core.stages.plan import RunPlan
 from storage.artifacts import Artifacts
 from storage.inventory import survey
 from storage.manifest import Manifest
+from storage.reachability import OnDamage, telling
 from storage.runs import attempts, run_names
 
 _RECIPES: dict[Kind, type[Recipe]] = {
@@ -119,15 +120,19 @@ class Recipes:
         return self.known.get(match[1]) if match else None
 
 
-def known_recipes(artifacts: Artifacts) -> Recipes:
-    """Return the recipes of all artifacts that exist in a place, and of all that its runs planned."""
+def known_recipes(artifacts: Artifacts, on_damage: OnDamage | None = None) -> Recipes:
+    """Return the recipes of all artifacts that exist in a place, and of all that its runs planned.
+
+    A damaged attempt raises ArtifactCorruptError, or `on_damage` is called with its message.
+    """
     recipes = Recipes()
     for found in survey(artifacts):
         if found.manifest is not None:
             recipes.add_manifest(found.manifest)
     for name in run_names(artifacts):
         for attempt in attempts(artifacts, name):
-            recipes.add_plan(attempt.plan)
+            with telling(on_damage):
+                recipes.add_plan(attempt.plan)
     return recipes
 
 

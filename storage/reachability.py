@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.identity import Ref
-from stackwise_core.strict import parse_object, read_bounded
+from stackwise_core.strict import read_bounded
 from storage.artifacts import Artifacts
 from storage.errors import ArtifactCorruptError, ArtifactMissingError
 from storage.files import write_text
 from storage.place import PINS
+from storage.records import sealed, unsealed
 from storage.runs import attempts, counting, run_names
+
+OnDamage = Callable[[str], object]
+"""Called with a message for each record that is damaged."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,39 @@ class Reachable:
         return self.pinned.union(*self.runs.values())
 
 
-def find_reachable(artifacts: Artifacts, runs: Iterable[str] | None = None, *, newest_only: bool = False) -> Reachable:
+def find_reachable(
+    artifacts: Artifacts,
+    runs: Iterable[str] | None = None,
+    *,
+    newest_only: bool = False,
+    on_damage: OnDamage | None = None,
+) -> Reachable:
     """Find what some runs (by default all) planned, or of each only the attempts that count, and what is pinned.
+
+    Runs and pins that are damaged are left out if `on_damage` is given, which is called with a message for each.
 
     Raises:
         ArtifactCorruptError: a record of a run, or the manifest of a pinned artifact, cannot be trusted.
     """
-    names = run_names(artifacts) if runs is None else runs
-    reached = {name: frozenset(ref.name for ref in planned(artifacts, name, newest_only=newest_only)) for name in names}
-    return Reachable(reached, frozenset(ref.name for ref in made_from(artifacts, pins(artifacts))))
+    reached: dict[str, frozenset[str]] = {}
+    for name in run_names(artifacts) if runs is None else runs:
+        with telling(on_damage):
+            reached[name] = frozenset(ref.name for ref in planned(artifacts, name, newest_only=newest_only))
+    pinned = pins(artifacts, on_damage)
+    with telling(on_damage):
+        pinned = made_from(artifacts, pinned)
+    return Reachable(reached, frozenset(ref.name for ref in pinned))
+
+
+@contextlib.contextmanager
+def telling(on_damage: OnDamage | None) -> Generator[None]:
+    """Call `on_damage`, if it is given, with what is damaged instead of raising it."""
+    try:
+        yield
+    except ArtifactCorruptError as error:
+        if on_damage is None:
+            raise
+        on_damage(str(error))
 
 
 def planned(artifacts: Artifacts, run: str, *, newest_only: bool = False) -> list[Ref]:
@@ -70,14 +99,24 @@ def made_from(artifacts: Artifacts, refs: Iterable[Ref]) -> list[Ref]:
 # ---------------------------------------------------------------- pins
 
 
-def pins(artifacts: Artifacts) -> list[Ref]:
-    """Return what is pinned, sorted by name. A pin is a file with the artifact's name that contains its full id."""
-    return [_read_pin(artifacts, path) for path in sorted((artifacts.root / PINS).glob("*.json"))]
+def pins(artifacts: Artifacts, on_damage: OnDamage | None = None) -> list[Ref]:
+    """Return what is pinned, sorted by name. A pin is a file with the artifact's name that contains its full id.
+
+    A damaged pin raises ArtifactCorruptError, or `on_damage` is called with its message.
+    """
+    found: list[Ref] = []
+    for path in sorted((artifacts.root / PINS).glob("*.json")):
+        with telling(on_damage):
+            found.append(_read_pin(artifacts, path))
+    return found
 
 
 def _read_pin(artifacts: Artifacts, path: Path) -> Ref:
     try:
-        return Ref.model_validate(parse_object(read_bounded(path)))
+        ref = Ref.model_validate(unsealed(read_bounded(path)))
+        if path.stem != ref.name:
+            raise ValueError(f"it is named after another than {ref.name}")
+        return ref
     except (OSError, ValueError):
         remedy = "Remove it, and pin again the artifact it is named after"
         raise ArtifactCorruptError(artifacts.location(path), "is not a pin", remedy) from None
@@ -87,7 +126,7 @@ def pin(artifacts: Artifacts, ref: Ref) -> None:
     """Protect an artifact, and all it was made from, from gc."""
     path = artifacts.root / PINS / f"{ref.name}.json"
     path.parent.mkdir(exist_ok=True)
-    write_text(path, ref.model_dump_json() + "\n")
+    write_text(path, sealed(ref.model_dump()))
     artifacts.place.share(path)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -19,15 +18,19 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, CorpusError, Fault, StageInterruptedError
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan
-from stackwise_core.strict import MOST_OF_A_LIST, parse_object, read_bounded, told
+from stackwise_core.strict import MOST_OF_A_LIST, read_bounded, told
 from storage.artifacts import Artifacts, State
 from storage.errors import ArtifactCorruptError, RunBusyError
 from storage.files import write_text
 from storage.links import check_no_link
 from storage.locks import Holder, OnWait, no_wait, this_process
 from storage.place import OUTCOME, PLANS_LOCK, RUNS
+from storage.records import CHANGED, hash_of, sealed, unsealed
 
+START = "start.json"
+"""Written last when an attempt begins: without it the attempt does not exist, and it vouches for the others."""
 _asked_by: ContextVar[str] = ContextVar("asked_by", default="")
+_Parsed = TypeVar("_Parsed")
 
 
 class Start(BaseModel, strict=True):
@@ -38,6 +41,8 @@ class Start(BaseModel, strict=True):
     pid: int = Field(ge=0, lt=2**31)
     host: str
     asked_by: str = ""
+    files: dict[str, str] = {}
+    """Name -> sha256 of the other files that an attempt begins with; empty in those of version 0.1."""
 
 
 class Outcome(BaseModel, strict=True):
@@ -62,58 +67,83 @@ class Attempt:
     @property
     def plan(self) -> RunPlan:
         """What it planned."""
-        with self._explained("plan.json") as path:
-            return RunPlan.model_validate_json(read_bounded(path, MOST_OF_A_LIST))
+        return self._parsed("plan.json", RunPlan.model_validate_json)
 
     @property
     def n_bytes(self) -> int:
-        """Size of its plan."""
-        with self._explained("plan.json") as path:
-            return path.stat().st_size
+        """Size of its plan; 0 if it is missing."""
+        try:
+            return (self.folder / "plan.json").lstat().st_size
+        except FileNotFoundError:
+            return 0
 
     @property
     def config(self) -> StackWiseConfig:
         """The configuration as it was written, not checked against today's rules and files."""
-        with self._explained("config.yaml") as path:
-            return StackWiseConfig.read_unchecked(path, read_bounded(path))
+        path = self.folder / "config.yaml"
+        return self._parsed(path.name, lambda data: StackWiseConfig.read_unchecked(path, data))
 
     @property
     def start(self) -> dict[str, Any]:
         """When, where and by which process it was started."""
-        with self._explained("start.json") as path:
-            return Start.model_validate(parse_object(read_bounded(path))).model_dump()
+        return self._start.model_dump(exclude={"files"})
+
+    @property
+    def _start(self) -> Start:
+        return self._parsed(START, lambda data: Start.model_validate(unsealed(data)))
 
     @property
     def outcome(self) -> dict[str, Any] | None:
         """How it ended; None while it lives, or if it was killed."""
-        with self._explained(OUTCOME) as path:
-            if not os.path.lexists(path):
-                return None
-            return Outcome.model_validate(parse_object(read_bounded(path))).model_dump()
+        if not os.path.lexists(self.folder / OUTCOME):
+            return None
+        return self._parsed(OUTCOME, lambda data: Outcome.model_validate(unsealed(data)).model_dump())
+
+    def damage(self) -> list[str]:
+        """Return a line for each of its files that is not what was written."""
+        found: list[str] = []
+        for read in (lambda: self._start, lambda: self.config, lambda: self.plan, lambda: self.outcome):
+            try:
+                read()
+            except ArtifactCorruptError as error:
+                found.append(str(error))
+        return list(dict.fromkeys(found))  # without its start, none of the others can be checked
 
     def read(self, file: str) -> bytes:
-        """Return the bytes of one of its files."""
-        with self._explained(file) as path:
-            return read_bounded(path, MOST_OF_A_LIST)
+        """Return the bytes of one of its files, which are those that were written."""
+        return self._parsed(file, lambda data: data)
 
-    @contextlib.contextmanager
-    def _explained(self, file: str) -> Generator[Path]:
-        """Turn a missing or damaged file into one error that names it."""
+    def _parsed(self, file: str, parse: Callable[[bytes], _Parsed]) -> _Parsed:
+        """Return what a file holds, as `parse` reads it.
+
+        Raises:
+            ArtifactCorruptError: it is missing, or is not what was written.
+        """
         check_no_link(self.folder.parents[3], self.folder)
+        path, is_record = f"{self.where}/{file}", file in (START, OUTCOME)
+        expected = None if is_record else self._start.files.get(file)
         try:
-            yield self.folder / file
+            data = read_bounded(self.folder / file, MOST_OF_A_LIST)
+            if is_record:
+                unsealed(data)
+            elif expected not in (None, hash_of(data)):
+                raise ValueError(CHANGED)
+            return parse(data)
         except PermissionError:
-            path = f"{self.where}/{file}"
             raise ArtifactCorruptError(path, "may not be read by this user", "Let this user read it") from None
         except (ValueError, FileNotFoundError) as error:  # a ConfigError is a ValueError
-            path = f"{self.where}/{file}"
             if unknown := _unknown_keys(error):
                 problem = f"has keys that this version does not know ({unknown})"
                 raise ArtifactCorruptError(path, problem, "Use the version of StackWise that wrote it") from None
-            remedy = f"Remove {self.where}: artifacts stay, and `stackwise train` registers the run anew"
-            missing = isinstance(error, FileNotFoundError)
-            problem = "is missing" if missing else f"is damaged ({told(error)})"
-            raise ArtifactCorruptError(path, problem, remedy) from None
+            problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({told(error)})"
+            raise ArtifactCorruptError(path, problem, self._remedy(file)) from None
+
+    def _remedy(self, file: str) -> str:
+        if self.where != str(self.folder):  # a bucket: the copy on this machine may be what is damaged
+            return f"Remove {self.folder}, a copy; if that does not help, remove {self.where}: artifacts stay"
+        if file == OUTCOME:
+            return "Remove it: artifacts stay, and `stackwise train` completes the run"
+        return f"Remove {self.where}: artifacts stay, and `stackwise train` registers the run anew"
 
 
 def _unknown_keys(error: Exception) -> str:
@@ -132,7 +162,7 @@ def attempts(artifacts: Artifacts, name: str) -> list[Attempt]:
     return [
         Attempt(name, int(folder.name), folder, artifacts.location(folder))
         for folder in folders
-        if (folder / "start.json").exists()
+        if (folder / START).exists()
     ]
 
 
@@ -276,15 +306,13 @@ def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan)
     check_no_link(artifacts.root, folder)
     folder.mkdir(parents=True, exist_ok=True)
     me = this_process()
-    start = {"started": me.since, "pid": me.pid, "host": me.host}
+    start: dict[str, Any] = {"started": me.since, "pid": me.pid, "host": me.host}
     if who := _asked_by.get():
         start["asked_by"] = who
-    texts = {
-        folder / "config.yaml": config.to_yaml(),
-        folder / "plan.json": plan.model_dump_json(indent=1),
-        folder / "start.json": json.dumps(start),  # after the others: without it the attempt does not exist
-        base / "current": f"{number:04d}\n",
-    }
+    files = {"config.yaml": config.to_yaml(), "plan.json": plan.model_dump_json(indent=1)}
+    start["files"] = {name: hash_of(text.encode()) for name, text in files.items()}
+    texts = {folder / name: text for name, text in files.items()}
+    texts |= {folder / START: sealed(start), base / "current": f"{number:04d}\n"}
     for path, text in texts.items():
         write_text(path, text)
     for path in texts:
@@ -293,12 +321,13 @@ def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan)
 
 
 def _write_outcome(artifacts: Artifacts, attempt: Attempt, state: str, message: str) -> None:
-    if attempt.outcome and attempt.outcome["state"] == "done":
-        return  # another process of the same run finished it
+    with contextlib.suppress(ArtifactCorruptError):  # it is replaced
+        if attempt.outcome and attempt.outcome["state"] == "done":
+            return  # another process of the same run finished it
     now = datetime.now(UTC).isoformat(timespec="seconds")
     message = message.encode(errors="backslashreplace").decode()  # a name of a file may be no text
     with contextlib.suppress(OSError):  # a full disk or a lost connection must not hide the error that ended the run
-        write_text(attempt.folder / OUTCOME, json.dumps({"state": state, "message": message, "ended": now}))
+        write_text(attempt.folder / OUTCOME, sealed({"state": state, "message": message, "ended": now}))
         artifacts.place.share(attempt.folder / OUTCOME)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from flows.cli.arguments import add_common
 from flows.run.numbers import size
-from flows.run.say import say_json
+from flows.run.say import complain, say_json
 from flows.run.terminal import plain_console, plain_table
 from storage.artifacts import Artifacts, artifacts_at
 from storage.inventory import Inventory
@@ -25,10 +25,9 @@ def measure(artifacts: Artifacts) -> dict[str, Any]:
 
     `shared` are the artifacts of a run that other runs reach too, `unique` are the others.
 
-    Raises:
-        ArtifactCorruptError: the record of a run cannot be read.
+    A run whose record is damaged is left out, with a line on stderr.
     """
-    inventory, reachable = Inventory(artifacts), find_reachable(artifacts)
+    inventory, reachable = Inventory(artifacts), find_reachable(artifacts, on_damage=complain)
     sizes = {found.path.name: found.n_bytes for found in inventory.artifacts()}
     readers = Counter(name for names in reachable.runs.values() for name in names)
     runs: list[dict[str, Any]] = []

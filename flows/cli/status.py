@@ -115,6 +115,7 @@ def _state_of(stage: StageSummary, kind: str) -> str:
 def _document(artifacts: Artifacts, found: list[Attempt], lookup: Lookups) -> dict[str, Any]:
     """Return the document of a run, of its attempts; a damaged run must not hide the others."""
     try:
+        found[-1].read("config.yaml")  # raises if it is damaged
         return _describe(artifacts, found, lookup)
     except ArtifactError as error:
         unknown = {"stages": 0, "stages_done": 0, "validation_loss": None, "attempts": len(found), "started": "-"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.cli.arguments import add_common, add_config, load_config
-from flows.run.say import say, say_json
+from flows.run.say import complain, say, say_json
 from stackwise_core.errors import ConfigError, Fault
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts, artifacts_at
@@ -34,7 +34,7 @@ def explain(options: argparse.Namespace) -> None:
     """
     config = load_config(options) if options.config is not None else None
     artifacts = artifacts_at(options.artifacts).existing()
-    recipes = known_recipes(artifacts)
+    recipes = known_recipes(artifacts, on_damage=complain)
     wanted = Path(options.id).name
     found = recipes.named(wanted)
     if config is not None:

@@ -12,7 +12,8 @@ from storage.artifacts import Artifacts, State, artifacts_at
 from storage.collect import Collection, collect, in_use_by, leftovers, plan_collection
 from storage.errors import ArtifactError, ArtifactMissingError
 from storage.manifest import RETIRED, read_manifest
-from storage.runs import Attempt, find_run, run_names
+from storage.reachability import pins
+from storage.runs import Attempt, all_attempts, find_run, run_names
 
 
 def find_artifact(artifacts: Artifacts, uri: str) -> Path:
@@ -63,13 +64,13 @@ def verify(root: str, what: str | None, on_artifact: Callable[[str], None]) -> V
     `on_artifact` is called with a line for each artifact, as soon as its bytes are read.
     """
     artifacts = artifacts_at(root).existing()
-    folders, runs = _chosen(artifacts, what)
+    folders, runs, damage = _chosen(artifacts, what)
     result = Verification(len(folders))
     if what is None and not artifacts.is_remote:
         try:
             result.notes = leftovers(artifacts)
-        except ArtifactError as error:
-            result.problems.append(str(error))
+        except ArtifactError as error:  # which a damaged record is too
+            result.problems += [str(error)] if str(error) not in damage else []
     for folder in folders:
         found, n_bytes = artifacts.verify(folder)
         result.problems += found
@@ -80,19 +81,29 @@ def verify(root: str, what: str | None, on_artifact: Callable[[str], None]) -> V
     if not result.problems:  # rows of damaged stores or weights would only repeat the problems
         names = {folder.name for folder in folders}
         for run in runs:
-            result.n_rows += _recompute_rows(artifacts, run, names, result.problems)
+            try:
+                result.n_rows += _recompute_rows(artifacts, run, names, result.problems)
+            except ArtifactError as error:  # such as sealed tokens of a stranger that are none
+                result.problems.append(str(error))
+    result.problems = damage + result.problems
     return result
 
 
-def _chosen(artifacts: Artifacts, what: str | None) -> tuple[list[Path], list[Attempt]]:
-    """Return the folders to verify, and the runs from which their stores can be recomputed."""
-    every_run = [find_run(artifacts, name) for name in run_names(artifacts)]
+def _chosen(artifacts: Artifacts, what: str | None) -> tuple[list[Path], list[Attempt], list[str]]:
+    """Return the folders to verify, the runs from which their stores can be recomputed, and what is damaged of runs."""
+    runs = all_attempts(artifacts)
+    damage = {name: [line for attempt in found for line in attempt.damage()] for name, found in runs.items()}
+    intact = [find_run(artifacts, name) for name in runs if not damage[name]]
     if what is None:
-        return artifacts.everything(), every_run
-    named = [run for run in every_run if run.name == what]
-    if not named:
-        return [find_artifact(artifacts, what)], every_run
-    return [artifacts.folder(ref) for ref in named[0].plan.recipes if artifacts.is_there(ref)], named
+        lines = [line for found in damage.values() for line in found]
+        pins(artifacts, on_damage=lines.append)
+        return artifacts.everything(), intact, lines
+    if what not in runs:
+        return [find_artifact(artifacts, what)], intact, []
+    named = [run for run in intact if run.name == what]
+    readable = named or [attempt for attempt in runs[what] if not attempt.damage()]
+    refs = dict.fromkeys(ref for attempt in readable for ref in attempt.plan.recipes)
+    return [artifacts.folder(ref) for ref in refs if artifacts.is_there(ref)], named, damage[what]
 
 
 def _missing(artifacts: Artifacts, run: Attempt) -> list[str]:

@@ -19,6 +19,7 @@ from storage.activations import fill
 from storage.artifacts import Artifacts, State
 from storage.errors import ArtifactCorruptError, ArtifactNewerError, ArtifactsFolderError, StoreSpaceError
 from storage.runs import is_live
+from support.records import rewrite
 
 
 def config_of(folder: Path, **keys: object) -> StackWiseConfig:
@@ -234,7 +235,7 @@ def _plan_ref(root: Path):
 def test_a_run_goes_on_although_a_file_it_named_then_has_moved(root: Path, made: Path) -> None:
     """Old attempts are read as they were: today's rules and today's disk do not lock their name."""
     (config,) = root.glob("runs/r/attempts/*/config.yaml")
-    config.write_text(config.read_text().replace("tokenizer: byte", "tokenizer: /nowhere/tokenizer.json"))
+    rewrite(config, config.read_text().replace("tokenizer: byte", "tokenizer: /nowhere/tokenizer.json"))
     grow(config_of(made, training={"progressive": {"training_objective": "clm"}}), str(root))
     assert main(["verify", "r", "--artifacts", str(root)]) == 0
 
@@ -242,7 +243,7 @@ def test_a_run_goes_on_although_a_file_it_named_then_has_moved(root: Path, made:
 @pytest.mark.parametrize("text", ["training:\n  progressive:\n", "\0", "training: {dnabled: 1}\n", None])
 def test_a_damaged_configuration_of_an_attempt_is_named(text: str | None, root: Path, made: Path) -> None:
     (path,) = root.glob("runs/r/attempts/*/config.yaml")
-    path.unlink() if text is None else path.write_text(text)
+    path.unlink() if text is None else rewrite(path, text)
     with pytest.raises(ArtifactCorruptError, match=re.escape(str(path))) as caught:
         grow(config_of(made, training={"progressive": {"training_objective": "clm"}}), str(root))
     by_newer_code = text is not None and "dnabled" in text

@@ -17,6 +17,7 @@ from stackwise_core.config.schema import GROWTH
 from stackwise_core.config.yaml import apply_overrides, load_yaml
 from storage.manifest import MANIFEST, InputEntry, read_manifest
 from support.damage import COMMANDS, DAMAGES, FILES, applies, damaged, every_kind_of_file, file_of, seal
+from support.records import rewrite
 from support.runs import tiny
 
 NAMED = {
@@ -51,7 +52,7 @@ def name_functions(root: Path) -> None:
     for path in root.glob("runs/*/attempts/*/config.yaml"):
         values = load_yaml(path)
         apply_overrides(values, NAMED)
-        path.write_text(StackWiseConfig.model_validate(values).to_yaml())
+        rewrite(path, StackWiseConfig.model_validate(values).to_yaml())
 
 
 READING = ("status", "status tiny", "verify", "verify tiny", "inspect activations-0", "inspect stack-1 --json", "du")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import io
-import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from storage.place import key_of
 from support.commands import Run
 from support.disk import ROOT
 from support.house import pretend
+from support.records import change
 
 HOSTILE = "a\x1b[31m\x9b2J\u202eb\u2066\x07\udcff\r\nok [bold]c[/] :boom: | <b>`d"
 """A colour, C1, a change of direction, a byte that is no character, a second line; and markup of three kinds."""
@@ -86,10 +86,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, quick_disk: None) -> Path:
     artifacts = Artifacts(tmp_path_factory.mktemp("of a stranger")).open()
     plan = pretend(artifacts)
     attempt = artifacts.root / "runs/one/attempts/0001"
-    outcome = {"state": "failed", "message": NAME, "ended": NAME}
-    (attempt / "outcome.json").write_text(json.dumps(outcome))
-    start = json.loads((attempt / "start.json").read_text())
-    (attempt / "start.json").write_text(json.dumps({**start, "started": NAME, "host": NAME}))
+    change(attempt / "outcome.json", state="failed", message=NAME, ended=NAME)
+    change(attempt / "start.json", started=NAME, host=NAME)
     other = artifacts.root / "runs" / NAME
     (artifacts.root / "runs/one").rename(other)
     (artifacts.root / "stacks" / HOSTILE.replace("/", "")).mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from storage.runs import run_names
 from support.commands import Run
 from support.disk import die_everywhere
 from support.house import MORE, files_of, freeable, held_elsewhere, plan_of, planned, pretend, put
+from support.records import change
 from support.runs import folder_of, grown, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -70,7 +70,7 @@ def test_only_the_last_runs_count(artifacts: Artifacts) -> None:
     plans = {name: pretend(artifacts, name, training={"learning_rate": rate}) for name, rate in RATES.items()}
     for day, name in enumerate(("b", "a", "c")):  # the order in which they were started
         start = artifacts.root / f"runs/{name}/attempts/0001/start.json"
-        start.write_text(json.dumps({**json.loads(start.read_text()), "started": f"2026-01-0{day + 1}T00:00:00+00:00"}))
+        change(start, started=f"2026-01-0{day + 1}T00:00:00+00:00")
     before = freeable(artifacts.root)
     done = collect(artifacts, keep_last=2)
     assert run_names(artifacts) == ["a", "c"]
@@ -351,7 +351,7 @@ class Collecting:
         artifacts = Artifacts(folder).open()
         pretend(artifacts, "old", **MORE)
         start = folder / "runs/old/attempts/0001/start.json"
-        start.write_text(json.dumps({**json.loads(start.read_text()), "started": "2026-01-01T00:00:00+00:00"}))
+        change(start, started="2026-01-01T00:00:00+00:00")
         plan = pretend(artifacts, "one")
         (artifacts.work(plan_of("old", **MORE)[1].stages[2].ref("stack")) / "half").write_text("x")
         artifacts.mark_retired(plan.stages[0].ref("activations"))

@@ -23,6 +23,7 @@ from storage.errors import ArtifactCorruptError, RunBusyError, StoreSpaceError
 from storage.locks import no_wait
 from storage.runs import Attempt, attempts, begin_attempt, find_run, is_live, retire_unless_read, run_names
 from support.disk import ROOT, die_everywhere, recorded
+from support.records import rewrite
 
 CORPUS, OTHER_CORPUS = "00" * 32, "11" * 32
 
@@ -122,7 +123,7 @@ def test_the_ranks_of_single_stacks_are_recorded_as_numbers_and_once_were_text(a
     record = attempt.folder / "config.yaml"
     quoted = re.sub(r"^      (\d):$", r"      '\1':", record.read_text(), flags=re.MULTILINE)
     assert quoted != record.read_text()
-    record.write_text(quoted)
+    rewrite(record, quoted)
     assert attempt.config == config
 
 
@@ -201,6 +202,7 @@ class Begin:
         assert found[-1].config.training.steps_per_stack == found[-1].plan.stages[0].spec.optim.steps
         assert found[0].outcome is not None
         assert found[-1].outcome is not None or not finished
+        assert not any(attempt.damage() for attempt in found)
         assert not is_live(artifacts, "one")
         assert run(artifacts, configuration(steps=50)).number == len(found) + 1
 
@@ -400,7 +402,7 @@ def test_the_newest_of_ten_thousand_attempts_is_found(artifacts: Artifacts) -> N
 
 def test_a_record_of_newer_code_is_neither_damaged_nor_replaced(artifacts: Artifacts) -> None:
     path = run(artifacts).folder / "config.yaml"
-    path.write_text(path.read_text().replace("training:", "training:\n  colour: red"))
+    rewrite(path, path.read_text().replace("training:", "training:\n  colour: red"))
     before = path.read_text()
     expected = (
         r"config.yaml: has keys that this version does not know \(training.colour\). Use the version of StackWise"
@@ -410,6 +412,6 @@ def test_a_record_of_newer_code_is_neither_damaged_nor_replaced(artifacts: Artif
     with pytest.raises(ArtifactCorruptError, match=expected):  # the deployment's older code starts the run again
         run(artifacts)
     assert (path.read_text(), len(attempts(artifacts, "one"))) == (before, 1)
-    path.write_text(before.replace("seed: 0", "seed: -1"))
+    rewrite(path, before.replace("seed: 0", "seed: -1"))
     with pytest.raises(ArtifactCorruptError, match="is damaged"):
         _ = find_run(artifacts, "one").config

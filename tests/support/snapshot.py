@@ -33,6 +33,7 @@ from flows.run.run import grow
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import StackWiseError
 from storage.manifest import fingerprint
+from support.records import change
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "snapshot.json"
 
@@ -240,6 +241,7 @@ def record_of(attempt: Path) -> dict[str, Any]:
     """Return the record of one start of a run, its plan as a hash: the recipes of manifests say the same."""
     start, plan, outcome = (json.loads((attempt / f"{name}.json").read_text()) for name in ("start", "plan", "outcome"))
     config = yaml.safe_load((attempt / "config.yaml").read_text())
+    assert start.pop("files").keys() == {"config.yaml", "plan.json"}  # their checksums; what they say is below
     names = sorted(path.name for path in attempt.iterdir())
     return {"files": names, "start": start, "plan": sha256(plan), "outcome": outcome, "config": config}
 
@@ -382,7 +384,7 @@ def set_clock(root: Path) -> None:
     n_dated = sum(start["started"].startswith("2000") for start in starts.values())
     for path, start in starts.items():
         if not start["started"].startswith("2000"):
-            path.write_text(json.dumps({**start, "started": f"2000-01-01T00:00:{n_dated:02}+00:00"}))
+            change(path, started=f"2000-01-01T00:00:{n_dated:02}+00:00")
 
 
 def of_damage(damage: Callable[[Path], None], root: Path) -> dict[str, Any]:
