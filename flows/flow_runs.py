@@ -1,15 +1,27 @@
-"""Our flow runs on Prefect's server: the tags by which its pages find what belongs to a run or to a stage."""
+"""Our flow runs on Prefect's server: their tags, and how they end when they are asked to stop."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Generator
+from contextvars import copy_context
+from typing import Any
+from uuid import UUID
 
 from prefect import tags
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import Abort, Pause
 from prefect.runtime import flow_run
+from prefect.states import Cancelled, Paused, Suspended
 
+from flows.run.events import Message, emit, request_stop
 from flows.services import TAG
+
+_SECONDS_BETWEEN_QUESTIONS = 5.0
+_STOPPING = {StateType.PAUSED, StateType.CANCELLING, StateType.CANCELLED}
 
 
 def tags_of(run: str) -> set[str]:
@@ -30,3 +42,81 @@ def tagged(run: str) -> Generator[None]:
             client.update_flow_run(flow_run.id, tags=now)
     with tags(*now & tags_of(run)):
         yield
+
+
+@contextlib.contextmanager
+def watched() -> Generator[None]:
+    """Ask this run to stop, while the block runs, when somebody suspends, pauses or cancels it on Prefect's pages."""
+    watch = Watch()
+    if flow_run.id:
+        ask = copy_context().run
+        threading.Thread(target=ask, args=(watch.ask, flow_run.root_flow_run_id), daemon=True, name="watch").start()
+    try:
+        yield
+    finally:
+        watch.ended.set()
+
+
+class Watch:
+    """The state of a run on Prefect's server, asked in a thread: the server may be away for minutes."""
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self.asked = False
+        """Whether the run was asked to stop."""
+        self.ended = threading.Event()
+
+    def ask(self, run: str) -> None:
+        """Ask every few seconds until the run has ended."""
+        if self.ended.wait(_SECONDS_BETWEEN_QUESTIONS):
+            return
+        with get_client(sync_client=True) as client:
+            while True:
+                with contextlib.suppress(Exception):  # the HTTP client has many errors for a server that is away
+                    self.hear(client.read_flow_run(UUID(run)))
+                if self.ended.wait(_SECONDS_BETWEEN_QUESTIONS):
+                    return
+
+    def hear(self, run: FlowRun) -> None:
+        """Request a stop if the state of the run says so. A worker cancels its runs by a signal."""
+        if run.state is None or run.state.type not in _STOPPING or (run.state.is_cancelling() and run.deployment_id):
+            return
+        if not self.asked:
+            emit(Message(f"{run.state.name} on Prefect's pages: stopping at the next safe point"))
+        self.asked = True
+        request_stop()
+
+
+def end(message: str) -> State[Any]:
+    """Return the state in which a flow ends that was stopped.
+
+    Raises:
+        Pause: the run was suspended or paused. Its process ends, and Resume starts it again.
+        Abort: its worker cancels it, and shows it as Cancelled once the process has ended. If it were shown so
+            before, the worker would cancel a retry that came in between.
+    """
+    with get_client(sync_client=True) as client:
+        root = client.read_flow_run(UUID(flow_run.root_flow_run_id))
+        state = root.state
+        if state is not None and state.is_cancelling() and root.deployment_id:
+            _end_subflows(client, root.id, Cancelled(message=message))
+            raise Abort(message)
+        if state is None or not (state.is_paused() or state.is_scheduled()):  # scheduled: resumed already
+            return Cancelled(message=message)
+        if root.deployment_id is None:  # Prefect could not start it again
+            client.set_flow_run_state(root.id, Cancelled(message=message), force=True)
+            return Cancelled(message=message)
+        if state.is_paused() and state.name != "Suspended":
+            # Resume of a paused run expects its process, which would hold the accelerator.
+            state = Suspended(pause_expiration_time=state.state_details.pause_timeout)
+            client.set_flow_run_state(root.id, state, force=True)
+        _end_subflows(client, root.id, Paused(message=message))  # the resumed run goes on with them
+    raise Pause(state=state)
+
+
+def _end_subflows(client: SyncPrefectClient, root: UUID, state: State[Any]) -> None:
+    """Show the unfinished subflows as what they are: their process ends."""
+    mine = {"parent_flow_run_id": {"any_": [flow_run.id]}, "state": {"type": {"any_": ["PENDING", "RUNNING"]}}}
+    subflows = [run.id for run in client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(mine))]
+    for run in [*subflows, *({UUID(flow_run.id)} - {root})]:
+        client.set_flow_run_state(run, state, force=True)

@@ -6,14 +6,13 @@ from typing import Annotated, Any, Literal, cast
 
 from prefect import flow, tags
 from prefect.client.schemas.objects import State
-from prefect.exceptions import CancelledRun, TerminationSignal
+from prefect.exceptions import CancelledRun, Pause, TerminationSignal
 from prefect.logging.handlers import APILogHandler
-from prefect.states import Cancelled
 from pydantic import Field
 
 from flows.artifacts import publish_run, run_log
 from flows.errors import explained_server_errors, one_line_errors, outlive_the_worker
-from flows.flow_runs import tagged, tags_of
+from flows.flow_runs import end, tagged, tags_of, watched
 from flows.run.events import subscribed
 from flows.run.run import grow
 from flows.run.stage import GO_ON, Stage
@@ -44,13 +43,12 @@ def train_rack(
     """
     outlive_the_worker()
     publish = publish_run(config, artifacts)
-    try:
-        with one_line_errors(), tagged(config.run.name), subscribed(run_log()), subscribed(publish):
-            grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
-    except StageInterruptedError as stop:
-        return Cancelled(message=str(stop))
-    except (KeyboardInterrupt, TerminationSignal):
-        return Cancelled(message=f"stopped on request; {GO_ON}")
+    with one_line_errors(), tagged(config.run.name), watched():
+        try:
+            with subscribed(run_log()), subscribed(publish):
+                grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
+        except (StageInterruptedError, KeyboardInterrupt, TerminationSignal) as stop:
+            return end(str(stop) if isinstance(stop, StageInterruptedError) else f"stopped on request; {GO_ON}")
 
 
 def _add(stage: Stage) -> None:
@@ -59,6 +57,8 @@ def _add(stage: Stage) -> None:
             add_stage(stage)
     except CancelledRun as stop:
         raise StageInterruptedError(str(stop)) from None
+    except Pause:  # Prefect itself asks at the beginning and end of tasks and flows
+        raise StageInterruptedError(f"stopped on request; {GO_ON}") from None
 
 
 def run_to_the_end(config: StackWiseConfig, root: str, from_stack: int, force: str) -> None:

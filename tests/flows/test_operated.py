@@ -18,7 +18,7 @@ from support.runs import digests, folder_of, manifests, tiny_values, write_corpu
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("quick_disk")]
 
 
-@pytest.mark.parametrize("some", [[2, 6, 7, 8], pytest.param(list(range(10)), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("some", [[2, 4, 6, 7, 8], pytest.param(list(range(10)), marks=pytest.mark.slow)])
 def test_a_run_survives_every_kill(
     some: list[int], site: Site, tmp_path: Path, reference: Callable[..., Path], record_property: Any
 ) -> None:

@@ -109,12 +109,13 @@ def _by_sigterm(trial: Trial) -> None:
     else:
         wait_until_gone(pid)  # it told its end itself: the worker has no word to add
     trial.site.wait_for(trial.run_id)
+    until(lambda: trial.shown() == "Cancelled", "end of all that seems to run")
 
 
 def _by_cancel(trial: Trial) -> None:
     trial.site.command("prefect", "flow-run", "cancel", trial.run_id)
     trial.site.wait_for(trial.run_id, "CANCELLED")
-    trial.wait_for_report()
+    until(lambda: trial.shown() == "Cancelled", "end of all that seems to run")
 
 
 def _the_server_for_a_moment(trial: Trial) -> None:

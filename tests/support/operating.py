@@ -76,7 +76,6 @@ class Site:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PYTHONPATH": str(REPOSITORY),  # this working copy, wherever else one is installed
             "OMP_NUM_THREADS": "1",
             **environment,
@@ -127,7 +126,7 @@ class Site:
         """
         self.n_workers += 1
         command = ("worker", "start", "--pool", POOL, "--type", "process", "--name", self.worker_name, "--limit", "1")
-        self.worker = self._spawn("worker", *prefix, *_program("prefect"), *command, **environment)
+        self.worker = self._spawn("worker", *prefix, sys.executable, "-m", "flows.worker", *command, **environment)
 
     @property
     def worker_name(self) -> str:
@@ -151,13 +150,9 @@ class Site:
         self.wait_for_worker()
 
     def n_reports(self) -> int:
-        """Return how many processes that ended badly, or were cancelled, the workers are done with.
-
-        A worker reports a bad end twice, and its second report undoes a retry that came between the two.
-        """
+        """Return how many processes that ended badly the workers have reported."""
         log = self.folder / "worker.log"
-        words = ("prefect.flow_runs.worker - Check", "cancellation_manager - Cancelled flow run")
-        return sum(log.read_text().count(word) for word in words) if log.exists() else 0
+        return log.read_text().count("prefect.runner.flow_run_executor - Check") if log.exists() else 0
 
     def kill_server(self) -> None:
         """End the server and its children as a power cut would."""

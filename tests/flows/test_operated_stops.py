@@ -1,0 +1,93 @@
+"""Stopped and resumed on Prefect's pages, with a real server and worker; and left alone by them: minutes each."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.kills import Trial
+from support.operating import Site, until
+from support.processes import wait_until_gone
+from support.runs import digests, folder_of, manifests
+
+pytestmark = [pytest.mark.flow, pytest.mark.slow, pytest.mark.usefixtures("quick_disk")]
+
+
+def ask_for(state: str, trial: Trial) -> None:
+    """Set a state as the run's page does, and let the flow process go on once it has heard of it."""
+    pid = trial.pid
+    asked: dict[str, Any] = {"type": "CANCELLING" if state == "Cancelling" else "PAUSED", "name": state}
+    if state != "Cancelling":
+        expires = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+        asked["state_details"] = {"pause_reschedule": state == "Suspended", "pause_timeout": expires}
+    answer = trial.site.post(f"/flow_runs/{trial.run_id}/set_state", {"state": asked})
+    assert answer["status"] == "ACCEPT", answer
+    until(
+        lambda: f"{state} on Prefect's pages: stopping at the next safe point" in said(trial), "word of it in its log"
+    )
+    os.kill(pid, signal.SIGCONT)
+    wait_until_gone(pid)
+
+
+def newest(site: Site) -> str:
+    """Return the id of the newest run of the trials."""
+    named = {"flow_runs": {"name": {"any_": ["grow tiny to 3 stacks"]}}, "sort": "START_TIME_DESC", "limit": 1}
+    return site.post("/flow_runs/filter", named)[0]["id"]
+
+
+def said(trial: Trial) -> list[str]:
+    return trial.site.logs(trial.run_id)
+
+
+def test_a_run_that_is_suspended_or_paused_goes_on_by_resume(
+    site: Site, tmp_path: Path, reference: Callable[..., Path]
+) -> None:
+    trial = Trial(site, tmp_path, ("train:5:HOLD", "train:7:HOLD"))
+    trial.start()
+    for state in ("Suspended", "Paused"):
+        trial.wait_for_failpoint()
+        ask_for(state, trial)
+        until(lambda: trial.shown() == "Suspended", "end of all that seems to run")
+        assert site.status(trial.root, "tiny")["state"] == "stopped"
+        assert site.post(f"/flow_runs/{trial.run_id}/resume", {})["status"] == "ACCEPT"
+    site.wait_for(trial.run_id, "COMPLETED")
+    assert digests(trial.root) == digests(reference())
+    assert manifests(trial.root)[folder_of(trial.root, "stack", 0).name]["facts"]["first_step"] == 7
+    stages = [run["name"] for run in site.subflows(trial.run_id)]
+    assert len(stages) == len(set(stages)) == 3  # the resumed run goes on with the subflow that was paused
+    assert not [line for line in said(trial) if "Traceback" in line]
+
+
+def test_a_run_of_a_terminal_is_cancelled_on_its_page(site: Site, tmp_path: Path) -> None:
+    trial = Trial(site, tmp_path, ("train:5:HOLD",))
+    trial.train()
+    trial.wait_for_failpoint()
+    trial.run_id = newest(site)
+    ask_for("Cancelling", trial)
+    assert trial.command is not None
+    assert trial.command.wait() == 1
+    until(lambda: trial.shown() == "Cancelled", "end of all that seems to run")
+
+
+def test_a_live_run_of_a_terminal_is_not_shown_crashed(site: Site, tmp_path: Path) -> None:
+    """It sends its heartbeats as often as the automation expects them, longer than that waits."""
+    trial = Trial(site, tmp_path, ("train:5:HOLD",))
+    trial.train()
+    trial.wait_for_failpoint()
+    run = newest(site)
+    beats = {"event": {"name": ["prefect.flow-run.heartbeat"]}, "resource": {"id": [f"prefect.flow-run.{run}"]}}
+
+    def beaten() -> bool:
+        assert site.run(run)["state_name"] == "Running"
+        return site.post("/events/filter", {"filter": beats})["total"] > 4
+
+    until(beaten, "heartbeats")
+    os.kill(trial.pid, signal.SIGCONT)
+    assert trial.command is not None
+    assert trial.command.wait() == 0
