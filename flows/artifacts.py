@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import threading
 import time
@@ -19,9 +20,13 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.client.schemas.filters import ArtifactFilter
+from prefect.runtime import flow_run
 
 from flows.pages.report import loss_plot, report
-from flows.run.events import Event, RowsCached, StageDone, StageOpened, StepTaken, Subscriber, subscribed
+from flows.run.events import Event, RowsCached, RunStarted, StageDone, StageOpened, StepTaken, Subscriber, subscribed
 from flows.run.numbers import loss, size
 from flows.run.stage import Stage
 from flows.run.summary import STAGE_COLUMNS, StageSummary
@@ -59,34 +64,63 @@ class ProgressPage:
         self.artifact: UUID | None = None
         self.update: threading.Thread | None = None
         self.last = time.monotonic()
+        self.latest = self.shown = (0.0, "")
 
     def __call__(self, event: Event) -> None:
         """Start an update if one is due and the last one has ended."""
         if not isinstance(event, (StepTaken, RowsCached)):
             return
-        percent, text = _progress_of(event)
+        self.latest = _progress_of(event)
         waiting = self.update is not None and self.update.is_alive()
         due = time.monotonic() - self.last >= _SECONDS_BETWEEN_UPDATES and not waiting
         begun = waiting or self.artifact is not None
-        if due or (percent == 100.0 and begun):  # an artifact that exists must reach 100 %
-            self.last = time.monotonic()
-            show = partial(copy_context().run, self._show, self.update, percent, text)
-            self.update = threading.Thread(target=show, daemon=True, name="progress")
-            self.update.start()
+        if due or (self.latest[0] == 100.0 and begun):  # an artifact that exists must reach 100 %
+            self._start()
+
+    def _start(self) -> None:
+        self.last, self.shown = time.monotonic(), self.latest
+        show = partial(copy_context().run, self._show, self.update, *self.latest)
+        self.update = threading.Thread(target=show, daemon=True, name="progress")
+        self.update.start()
 
     def _show(self, before: threading.Thread | None, percent: float, text: str) -> None:
         if before is not None:
             before.join()
         with _never_failing("progress"):
+            self.artifact = self.artifact or _there(self.key)
             if self.artifact is None:
                 self.artifact = cast("UUID", create_progress_artifact(percent, self.key, text))  # typed for async too
             else:
                 update_progress_artifact(self.artifact, percent, text)
 
     def finish(self) -> None:
-        """Wait for the last update, at most some seconds."""
+        """Show where the task ended, if it has an artifact, and wait for that, at most some seconds."""
         if self.update is not None:
+            if self.shown != self.latest:
+                self._start()
             self.update.join(_SECONDS_TO_FINISH)
+
+
+def _there(key: str) -> UUID | None:
+    """Return this flow run's artifact of a key: a page lists every artifact, so there is one, renewed in place."""
+    if flow_run.id is None:
+        return None
+    mine = {"key": {"any_": [key]}, "flow_run_id": {"any_": [flow_run.id]}}
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter.model_validate(mine), limit=1)
+    return found[0].id if found else None
+
+
+def _publish(content: str | list[dict[str, Any]], key: str, description: str) -> None:
+    """Show markdown or a table; renew it if this flow run has shown one before, also in an earlier attempt."""
+    if there := _there(key):
+        data = content if isinstance(content, str) else json.dumps(content)
+        with get_client(sync_client=True) as client:
+            client.update_artifact(there, ArtifactUpdate(data=data, description=description))
+    elif isinstance(content, str):
+        create_markdown_artifact(content, key, description)
+    else:
+        create_table_artifact(content, key, description)
 
 
 @contextlib.contextmanager
@@ -116,18 +150,22 @@ def publish_run(config: StackWiseConfig, root: str) -> Subscriber:
     name = config.run.name
     done: list[StageSummary] = []
     runs: dict[int, str] = {}
+    n_stages = 0
 
     def publish(event: Event) -> None:
+        nonlocal n_stages
+        if isinstance(event, RunStarted):
+            n_stages = event.n_stages
         if isinstance(event, StageOpened):
             runs[event.stage] = event.flow_run
         if isinstance(event, StageDone):
             done.append(event.summary)
             with _never_failing("stage table and report"):
-                create_table_artifact([_row(summary) for summary in done], key_of(name, "stages"), f"Stages of {name}")
-                text = report(name, root, done, runs, notes(config))
-                create_markdown_artifact(text, key_of(name, "report"), f"Report of {name}")
+                _publish([_row(summary) for summary in done], key_of(name, "stages"), f"Stages of {name}")
+                text = report(name, root, done, runs, notes(config), n_stages)
+                _publish(text, key_of(name, "report"), f"Report of {name}")
                 # Markdown, because the page of an image artifact prints its address, here the whole image.
-                create_markdown_artifact(loss_plot(done), key_of(name, "loss"), f"Validation loss of {name} by stage")
+                _publish(loss_plot(done), key_of(name, "loss"), f"Validation loss of {name} by stage")
 
     return publish
 

@@ -127,7 +127,7 @@ def _distrust_record(records: Path, stage: Stage, name: str) -> None:
     storage.write(stage.plan.ref(TASK_KINDS[name]), key=key)
 
 
-@flow(name="stage", flow_run_name="{stage.title}")
+@flow(name="stage", flow_run_name="{stage.config.run.name}: {stage.title}")
 def add_stage(stage: Stage) -> Ref | State[Any]:
     """Build a stack on a trunk, train it, cache its boundary for the next stage, validate the result.
 

@@ -21,11 +21,16 @@ _MARGIN = 10  # px
 
 
 def report(
-    name: str, root: str, stages: Sequence[StageSummary], flow_runs: Mapping[int, str], notes: Sequence[str]
+    name: str,
+    root: str,
+    stages: Sequence[StageSummary],
+    flow_runs: Mapping[int, str],
+    notes: Sequence[str],
+    n_stages: int,
 ) -> str:
-    """Return the finished stages of a run as markdown; `flow_runs` holds the id of a stage's flow run."""
-    count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
-    lines = [f"# {escaped(name)}", "", f"{count} so far. Artifacts are in {_code(root)}.", ""]
+    """Return the finished ones of `n_stages` stages as markdown; `flow_runs` holds the id of a stage's flow run."""
+    count = f"{len(stages)} of {n_stages} stages {'are done' if len(stages) == n_stages else 'so far'}"
+    lines = [f"# {escaped(name)}", "", f"{count}. Artifacts are in {_code(root)}.", ""]
     lines += [line for note in notes for line in (escaped(note[0].upper() + note[1:]) + ".", "")]
     lines += [loss_plot(stages), "", *_table(stages, flow_runs), ""]
     for n, stage in enumerate(stages, 1):

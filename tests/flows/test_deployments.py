@@ -47,7 +47,8 @@ def nodes(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 def test_the_deployments_have_their_names() -> None:
     names = ["train-rack/quickstart", "train-rack/local", "train-rack/docker"]
-    assert list(DEPLOYMENTS) == [*names, "add-stack/local", "validate/local", "gc/nightly"]
+    assert list(DEPLOYMENTS) == [*names, "add-stack/grow", "validate/verify", "gc/nightly"]
+    assert len({entry["name"] for entry in DEPLOYMENTS.values()}) == len(DEPLOYMENTS)  # a list of them shows no more
     assert {entry["work_pool"]["name"] for entry in DEPLOYMENTS.values()} == {"stackwise"}
 
 
@@ -86,7 +87,7 @@ def test_the_parameters_of_a_deployment_are_taken_by_its_flow(name: str) -> None
     entry = DEPLOYMENTS[name]
     flow = FLOWS[entry["entrypoint"]]
     given = entry.get("parameters", {})
-    to_say = {"run": "mine"} if name == "add-stack/local" else {}  # of which run is to grow there is no default
+    to_say = {"run": "mine"} if name == "add-stack/grow" else {}  # of which run is to grow there is no default
     assert set(schema_of(flow)["required"]) - given.keys() == to_say.keys()  # started without a form, it runs
     flow.validate_parameters(given | to_say)
 

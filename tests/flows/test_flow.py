@@ -95,7 +95,9 @@ def test_the_flow_makes_what_plain_calls_make(first: tuple[Path, FlowRun], refer
 def test_names_are_sentences(first: tuple[Path, FlowRun]) -> None:
     _, run = first
     assert run.name == "grow First_Run to 2 stacks"
-    assert [stage.name for stage in run.stages()] == [f"add stack {n} (append, frozen, full)" for n in range(2)]
+    assert [stage.name for stage in run.stages()] == [
+        f"First_Run: add stack {n} (append, frozen, full)" for n in range(2)
+    ]
     tasks = run.tasks(count=10)
     assert set(tasks) == {f"{sentence} {stage}" for sentence in TASKS for stage in range(2)}
     assert set(tasks.values()) == {"Completed"}
@@ -116,7 +118,7 @@ def test_a_run_and_its_stages_are_found_by_their_tags(first: tuple[Path, FlowRun
 def test_the_table_has_a_row_per_stage_with_its_numbers(first: tuple[Path, FlowRun]) -> None:
     root, run = first
     versions = [json.loads(artifact.data) for artifact in artifacts_named("first-run-stages")]
-    assert [len(rows) for rows in versions] == [1, 2]
+    assert [len(rows) for rows in versions] == [2]  # renewed in place: a run's page lists every version
     known = manifests(root)
     for stage, row in enumerate(versions[-1]):
         stack = folder_of(root, "stack", stage).name
@@ -134,7 +136,7 @@ def test_the_table_has_a_row_per_stage_with_its_numbers(first: tuple[Path, FlowR
 def test_the_report_tells_every_stage_and_artifact(first: tuple[Path, FlowRun]) -> None:
     root, _ = first
     text = artifacts_named("first-run-report")[-1].data
-    assert text.startswith(f"# First_Run\n\n2 stages so far. Artifacts are in `{root}`.")
+    assert text.startswith(f"# First_Run\n\n2 of 2 stages are done. Artifacts are in `{root}`.")
     for name, manifest in manifests(root).items():
         assert f"`{name}` (sealed)" in text or name.startswith("data-")
         if manifest["ref"]["kind"] == "validation":
@@ -411,9 +413,9 @@ def test_a_prepended_and_annealed_run_reads_as_sentences_too(
     assert run.state.is_completed(), run.state
     names = [stage.name for stage in run.stages()]
     assert names == [
-        "add stack 0 (prepend, frozen, full)",
-        "add stack 1 (prepend, frozen, full)",
-        "train all stacks together",
+        "depth: add stack 0 (prepend, frozen, full)",
+        "depth: add stack 1 (prepend, frozen, full)",
+        "depth: train all stacks together",
     ]
     tasks = run.tasks(count=14)
     assert "build all stacks" not in tasks

@@ -163,16 +163,23 @@ def test_the_progress_artifact_is_updated_by_time(tmp_path: Path, monkeypatch: p
             emit(TaskStarted(1, "train"))
             emit(Message("other events count for nothing"))
             until(lambda: not updates_under_way())
-    assert [call[0] for call in calls] == ["create", "update"]
+    assert [call[0] for call in calls] == ["create", "update", "update"]
     assert calls[0][1:] == (41.7, "my-run-2-stage-1", "step 417 of 1000, loss 1.5000")
     assert calls[1][1] == identity
     assert calls[1][2] == pytest.approx(83.4, abs=0.11)
+    assert calls[2][2:] == (99.9, "step 999 of 1000, loss 1.5000")  # where the task ended
 
     with artifacts.progress_artifact(stage):
         emit(RowsCached(1, 2**20, 4 * 2**20))
         now.now += 60
         emit(RowsCached(1, 3 * 2**20, 4 * 2**20))
     assert calls[-1] == ("create", 75.0, "my-run-2-stage-1", "cached 3.0 MiB of 4.0 MiB")
+
+    monkeypatch.setattr(artifacts, "_there", lambda key: identity)  # of the task before, or of an earlier attempt
+    with artifacts.progress_artifact(stage):
+        now.now += 60
+        emit(RowsCached(1, 2**20, 4 * 2**20))
+    assert calls[-1] == ("update", identity, 25.0, "cached 1.0 MiB of 4.0 MiB")
 
 
 @pytest.mark.flow
@@ -194,7 +201,7 @@ def test_a_page_that_cannot_be_updated_stops_nothing(tmp_path: Path, monkeypatch
     for number in range(4):
         now.now += 3.0
         page(step(number + 1))
-        page.finish()
+        until(lambda: not updates_under_way())
     assert len(calls) == 2  # tried again, and still no more often than by time
     heard = grown(tiny(tmp_path, {"training.progressive.target_stacks": 1}), tmp_path / "a").events
     publish = artifacts.publish_run(tiny(tmp_path), "a")

@@ -58,6 +58,6 @@ def test_a_run_says_it_once_in_its_log_and_its_report(tmp_path: Path) -> None:
     (said,) = [text for text in recorder.messages if "worse" in text]
     assert said == rise(stages)
     assert said.startswith("stage 1 is worse than stage 0: validation loss ")
-    written = report("r", "/a", stages, {}, [])
+    written = report("r", "/a", stages, {}, [], len(stages))
     assert written.count(said[1:]) == 1
     assert written.index("## Stage 1") < written.index(said[1:])

@@ -90,20 +90,22 @@ def test_stages_are_counted_in_whole_numbers() -> None:
 
 def test_a_stage_links_to_its_flow_run() -> None:
     note = "not used: qlora_rank (qlora_enabled: false)"
-    text = report("r", "/a", [stage(0, 2.9), stage(1, None)], {0: "ab-1"}, [note])
+    text = report("r", "/a", [stage(0, 2.9), stage(1, None)], {0: "ab-1"}, [note], 2)
     assert f"`/a`.\n\nN{note[1:]}.\n\n![" in text
     assert (
         "| [0](../../runs/flow-run/ab-1) | append, frozen, full | 1.27 k | 3.2500 | 2.9000 | 1:01 | 2.0 KiB |" in text
     )
     assert "| 1 | append, frozen, full | 2.54 k | 3.2500 | - | 1:01 | none |" in text
     assert "- stack: `stack-1-abc` (sealed)\n- activations: none, last stage" in text
-    assert report("r", "/a", [stage(0, 2.9)], {}, []).startswith("# r\n\n1 stage so far. Artifacts are in `/a`.")
+    assert report("r", "/a", [stage(0, 2.9)], {}, [], 3).startswith(
+        "# r\n\n1 of 3 stages so far. Artifacts are in `/a`."
+    )
 
 
 def test_what_others_wrote_is_no_markdown() -> None:
     hostile = "a\x1b[31m\r\n# b [c](http://d) ![e](f) | <script>g</script> `h` *i* &lt; \\`"
     stages = [stage(0, 2.9), stage(1, 2.5).model_copy(update={"name": hostile, "cache_note": hostile})]
-    tokens = MarkdownIt("commonmark").enable("table").parse(report(hostile, hostile, stages, {}, [hostile]))
+    tokens = MarkdownIt("commonmark").enable("table").parse(report(hostile, hostile, stages, {}, [hostile], 9))
     inline = [child for token in tokens for child in token.children or []]
     assert {child.type for child in inline} == {"text", "code_inline"}  # an image of ours is no link to this parser
     assert not [token for token in tokens if token.type.startswith("html")]
