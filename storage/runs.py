@@ -291,11 +291,21 @@ def _check_previous(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan
             f"run.name: got {name!r}; process {who['pid']} on {who['host']} is running it with another configuration "
             f"({last.folder / 'config.yaml'}); wait for it, stop it, or choose another run.name"
         )
+    _check_sample(config, plan, last.plan)
     if last.config.data == config.data and last.plan.data.corpus != plan.data.corpus:
         raise CorpusError(
             f"data.source: got {config.data.source!r}; its text is not what run {name!r} was started on "
             f"({last.start['started']}); restore the text, or choose another run.name to train on the new one"
         )
+
+
+def _check_sample(config: StackWiseConfig, plan: RunPlan, last: RunPlan) -> None:
+    """Reject the default sample for a run that older code began with another: its stages would be trained again."""
+    as_before = plan.data.model_copy(update={"sample": last.data.sample})
+    if "sample" not in config.data.model_fields_set and plan.data != last.data == as_before:
+        before = f"run {config.run.name!r} was started with {last.data.sample!r}"
+        allowed = f"{before}: set it to that to go on with its stages, or choose another run.name"
+        raise ConfigError([Fault("data.sample", f"nothing, so {plan.data.sample!r} is taken", allowed)])
 
 
 def _write_attempt(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan) -> Attempt:

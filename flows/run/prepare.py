@@ -12,7 +12,15 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.sizes import batch_size_of, vocab_size_of
 from stackwise_core.data.masks import VALIDATION_VIEW
-from stackwise_core.data.packing import Corpus, ExampleFormat, PackedSequences, pack, pack_examples, read_corpus
+from stackwise_core.data.packing import (
+    Corpus,
+    ExampleFormat,
+    PackedSequences,
+    pack,
+    pack_examples,
+    read_corpus,
+    spread_sample,
+)
 from stackwise_core.data.sources import check_tokens
 from stackwise_core.errors import ConfigError, CorpusError, Fault
 from stackwise_core.stages.costs import store_bytes
@@ -63,18 +71,26 @@ def _vocabulary_faults(config: StackWiseConfig, facts: dict[str, Any]) -> Iterat
 
 def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequences, PackedSequences]:
     """Return the train and validation sequences of a corpus; with objective custom they are its examples."""
-    data, tokenizer = config.data, tokenizer_of(config)
+    data = config.data
     if corpus.is_tokens:
         _check_tokens(config, corpus)
+    spread = data.max_sequences > 0 and data.sample == "spread"
+    most = 0 if spread else data.max_sequences
+    splits = _pack_all(config, corpus, most)
+    return spread_sample(*splits, data.max_sequences) if spread else splits
+
+
+def _pack_all(config: StackWiseConfig, corpus: Corpus, most: int) -> tuple[PackedSequences, PackedSequences]:
+    data, tokenizer = config.data, tokenizer_of(config)
     if not reads_examples(config):
-        return pack(corpus, tokenizer, data.seq_len, data.max_sequences, data.validation_fraction)
+        return pack(corpus, tokenizer, data.seq_len, most, data.validation_fraction)
     form = ExampleFormat(
         seq_len=data.seq_len,
         vocab_size=vocab_size_of(config),
         pad_token=tokenizer.pad_token,
         targets_are_tokens=not config.training.custom_loss,
     )
-    return pack_examples(corpus, form, data.max_sequences, data.validation_fraction)
+    return pack_examples(corpus, form, most, data.validation_fraction)
 
 
 _MADE_BY = "mlm needs the tokenizer.json that made the tokens, with a [MASK] that is not among them"

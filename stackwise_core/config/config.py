@@ -55,8 +55,14 @@ class StackWiseConfig(ConfigSchema):
 
     @classmethod
     def read_unchecked(cls, path: Path, data: bytes | None = None) -> StackWiseConfig:
-        """Read a file that `to_yaml` wrote, or its bytes, checking types and ranges but no rules; raises ValueError."""
-        return cls.model_validate(load_yaml(path, path.read_bytes() if data is None else data))
+        """Read a file that `to_yaml` wrote, or its bytes, checking types and ranges but no rules; raises ValueError.
+
+        A key that an older version did not know has the value that it used.
+        """
+        values = load_yaml(path, path.read_bytes() if data is None else data)
+        if isinstance(section := values.get("data"), dict):
+            section.setdefault("sample", "first")
+        return cls.model_validate(values)
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """Return the whole configuration as YAML, and write it to `path` if given.

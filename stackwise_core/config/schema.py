@@ -108,6 +108,8 @@ class DataConfig(Section):
     """Length of a sequence [tokens]."""
     max_sequences: int = Field(default=0, ge=0)
     """At most this many training sequences; 0 takes all."""
+    sample: Literal["spread", "first"] = "spread"
+    """Which of them: spread over the corpus, beside the same share of the validation sequences, or the first."""
     validation_fraction: float = Field(default=0.05, gt=0.0, lt=0.5)
     """Fraction of the corpus held out for validation."""
 

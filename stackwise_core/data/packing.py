@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stackwise_core.data.masks import BoolArray, IntArray
+from stackwise_core.data.masks import SALT_ORDER, BoolArray, IntArray, hash_bits
 from stackwise_core.data.sources import Content, Document, Row, documents_of, parse_object, tokens_in
 from stackwise_core.data.tokenizer import TokenArray, Tokenizer, token_dtype
 from stackwise_core.errors import CorpusError, shortened
 
 FIRST_VALIDATION_ID = 1 << 40
 """Validation sequences are numbered from here, so that an id shows its split."""
+_LEAST_VALIDATION = 32
+_SAMPLE_SEED = 20_260_102
+"""Of the hashes that choose a sample, the same in every run."""
 _EXAMPLE_COLUMNS = ("input_ids", "targets", "masks")
 
 
@@ -120,6 +124,28 @@ def pack(
             )
     validation_ids = FIRST_VALIDATION_ID + np.arange(len(validation), dtype=np.int64)
     return PackedSequences(train, np.arange(len(train), dtype=np.int64)), PackedSequences(validation, validation_ids)
+
+
+def spread_sample(
+    train: PackedSequences, validation: PackedSequences, most: int
+) -> tuple[PackedSequences, PackedSequences]:
+    """Return `most` training sequences, and the same share of the validation sequences, but at least 32 if there are.
+
+    Each is chosen by a hash from one of as many equal parts of its split, so that the sample is of the whole corpus.
+    """
+    if len(train) <= most:
+        return train, validation
+    n_validation = max(_LEAST_VALIDATION, math.ceil(len(validation) * most / len(train)))
+    return _sample(train, most), _sample(validation, min(n_validation, len(validation)))
+
+
+def _sample(split: PackedSequences, most: int) -> PackedSequences:
+    bounds = np.arange(most + 1, dtype=np.int64) * len(split) // most
+    widths = (bounds[1:] - bounds[:-1]).astype(np.uint64)
+    rows = bounds[:-1] + (hash_bits(_SAMPLE_SEED, SALT_ORDER, bounds[:-1]) % widths).astype(np.int64)
+    targets = None if split.targets is None else split.targets[rows]
+    masks = None if split.masks is None else split.masks[rows]
+    return PackedSequences(split.tokens[rows], split.sequence_ids[:most], targets, masks)
 
 
 def _split(corpus: Corpus, fraction: float) -> tuple[list[Content], list[Content]]:

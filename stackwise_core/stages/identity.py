@@ -82,6 +82,8 @@ class DataRecipe(Recipe, frozen=True):
     seq_len: int
     max_sequences: int
     validation_fraction: float
+    sample: Literal["first", "spread"] = "first"
+    """Which sequences `max_sequences` takes."""
     examples: bool = False
     """Whether the corpus holds examples with targets rather than text."""
 

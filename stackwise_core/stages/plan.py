@@ -143,6 +143,7 @@ def plan_run(
         seq_len=config.data.seq_len,
         max_sequences=config.data.max_sequences,
         validation_fraction=config.data.validation_fraction,
+        sample=config.data.sample if config.data.max_sequences else "first",
         examples=reads_examples(config),
     )
     specs, stages = resolve_stages(config), list[StagePlan]()

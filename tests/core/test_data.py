@@ -20,6 +20,7 @@ from stackwise_core.data.packing import (
     corpus_facts,
     pack,
     read_corpus,
+    spread_sample,
 )
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.errors import CorpusError
@@ -135,6 +136,35 @@ def test_sequence_ids_are_stable_and_tell_their_split() -> None:
         assert split.rows_of(ids).tolist() == rows.tolist()
         assert tokens.dtype == np.int64
         assert tokens.tolist() == split.tokens[[3, 0, 2]].tolist()
+
+
+def numbered(n: int, first_id: int = 0) -> PackedSequences:
+    """Return sequences that hold their row number, in their targets and masks too."""
+    rows = np.arange(n)
+    tokens = np.repeat(rows, 4).reshape(n, 4).astype(np.uint16)
+    return PackedSequences(tokens, first_id + rows, tokens.astype(np.int64), tokens % 2 == 1)
+
+
+def test_a_sample_is_spread_over_the_corpus() -> None:
+    train, validation = numbered(1003), numbered(500, FIRST_VALIDATION_ID)
+    for most, n_validation in ((100, 50), (7, 32), (1002, 500)):
+        splits = spread_sample(train, validation, most)
+        for split, n_all, n in zip(splits, (1003, 500), (most, n_validation), strict=True):
+            rows = split.tokens[:, 0].tolist()
+            assert [row in range(part * n_all // n, (part + 1) * n_all // n) for part, row in enumerate(rows)] == [
+                True
+            ] * n
+            assert split.targets is not None
+            assert split.masks is not None
+            assert split.targets[:, 0].tolist() == rows
+            assert split.masks[:, 0].tolist() == [row % 2 == 1 for row in rows]
+        assert splits[0].sequence_ids.tolist() == list(range(most))
+        assert splits[1].sequence_ids.tolist() == [FIRST_VALIDATION_ID + n for n in range(n_validation)]
+        offsets = [row - part * 1003 // most for part, row in enumerate(splits[0].tokens[:, 0].tolist())]
+        assert most > 1000 or len(set(offsets)) > 4  # by hash, not at equal distances
+        assert np.array_equal(splits[0].tokens, spread_sample(train, validation, most)[0].tokens)
+    assert spread_sample(train, validation, 1003) == (train, validation)
+    assert len(spread_sample(numbered(100), numbered(9), 10)[1]) == 9
 
 
 @pytest.mark.parametrize(("text", "says"), [(b"abc", "train"), (b"a" * 100, "validation")])

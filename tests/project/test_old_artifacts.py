@@ -6,6 +6,7 @@ stacks with adapters on a stream in int8, the last of them prepended.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.errors import ConfigError
 from support.commands import Result, Run
 from support.runs import digests, grown, made_by_stages, manifests
 from support.snapshot import made_on
@@ -22,6 +24,8 @@ pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
 OLD = Path(__file__).parents[1] / "fixtures" / "artifacts-0.1"
 OLD_MANIFESTS = manifests(OLD / "root")
 STACKS = {"masked": 2, "adapted": 3}
+AS_THEN = ("--set", "data.sample=first")
+"""The only sample of a corpus that there was."""
 # Rows are derived to the bit, which other kernels do not give.
 SAME_NUMERICS = all(
     made_on().items() <= found["fingerprint"].items() for found in OLD_MANIFESTS.values() if found["fingerprint"]
@@ -69,7 +73,7 @@ def test_it_is_shown(name: str, root: Path, run: Run) -> None:
             store = run("inspect", stage["artifacts"]["activations"], *there).document
             assert store["store"]["dtype"] == {"masked": "bfloat16", "adapted": "int8"}[name]
             assert store["samples"]["why_no_text"] == ""
-    plan = run("plan", f"{name}.yaml", *there).document
+    plan = run("plan", f"{name}.yaml", *AS_THEN, *there).document
     assert plan["complete"]  # so their ids are those that today's recipes give
     assert [stage["artifacts"] for stage in plan["stages"]] == [stage["artifacts"] for stage in stages]
 
@@ -79,7 +83,7 @@ def test_it_grows_by_a_stack_and_nothing_old_is_made_again(name: str, root: Path
     n_stacks = STACKS[name]
     before = digests(root)
     files = {path: path.read_bytes() for path in root.rglob("manifest.json")}
-    changes = {"training.progressive.target_stacks": n_stacks + 1}
+    changes = {"training.progressive.target_stacks": n_stacks + 1, "data.sample": "first"}
     recorder = grown(StackWiseConfig.from_yaml(f"{name}.yaml", changes), root)
     # The boundary that the new stage reads was not stored, and a validation names its cache.
     new = ["cache", "validate"]
@@ -96,6 +100,15 @@ def test_it_grows_by_a_stack_and_nothing_old_is_made_again(name: str, root: Path
     for stage in stages[:-1]:
         assert any(stage["validation_loss"] == pytest.approx(loss, rel=0 if SAME_NUMERICS else 1e-3) for loss in losses)
     check_verified(run("verify", name, "--artifacts", root))
+
+
+def test_an_old_run_is_not_trained_again_on_another_sample(root: Path) -> None:
+    remedy = "'spread' is taken; run 'masked' was started with 'first': set it to that to go on with its stages"
+    before = digests(root)
+    with pytest.raises(ConfigError, match=re.escape(remedy)):
+        grown(StackWiseConfig.from_yaml("masked.yaml"), root)
+    assert digests(root) == before
+    assert StackWiseConfig.read_unchecked(root / "runs/masked/attempts/0001/config.yaml").data.sample == "first"
 
 
 def is_validation(manifest: dict[str, Any]) -> bool:

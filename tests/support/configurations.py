@@ -89,6 +89,7 @@ PROGRESSIVE = {f"{GROWTH}.progressive_qlora": True}
 DEPTH = {f"{GROWTH}.time_interpretation": "depth"}
 INPUT = {f"{GROWTH}.time_interpretation": "input"}
 NEEDS: dict[str, dict[str, Any]] = {
+    "data.sample": {"data.max_sequences": 5},
     f"{GROWTH}.trunk_trainable_top": {**ADAPTED, f"{GROWTH}.trunk_strategy": "qlora"},
     f"{GROWTH}.qlora_rank": ADAPTED,
     f"{GROWTH}.qlora_alpha": ADAPTED,

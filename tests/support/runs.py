@@ -22,7 +22,13 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
     """Three stacks of one block; 16 sequences in batches of 4, so that 12 steps are three epochs."""
     return {
         "run": {"name": "tiny"},
-        "data": {"source": str(corpus), "seq_len": 16, "max_sequences": 16, "validation_fraction": 0.1},
+        "data": {
+            "source": str(corpus),
+            "seq_len": 16,
+            "max_sequences": 16,
+            "sample": "first",
+            "validation_fraction": 0.1,
+        },
         "model": {"d_model": 16, "n_heads": 2, "d_ff": 32, "blocks_per_stack": 1},
         "training": {
             "batch_size": 4,

@@ -44,7 +44,7 @@ G = "training.progressive."
 
 BASE: dict[str, Any] = {
     "run": {"name": "tiny"},
-    "data": {"source": "corpus.txt", "seq_len": 16, "max_sequences": 16, "validation_fraction": 0.1},
+    "data": {"source": "corpus.txt", "seq_len": 16, "max_sequences": 16, "sample": "first", "validation_fraction": 0.1},
     "model": {"d_model": 16, "n_heads": 2, "d_ff": 32, "blocks_per_stack": 1},
     "training": {
         "batch_size": 4,
