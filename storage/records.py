@@ -9,6 +9,8 @@ from typing import Any
 
 from stackwise_core.strict import parse_object
 
+CHANGED = "it is not what was written"
+"""What is wrong with a file whose hash is another."""
 _MARK = ', "seal": "'
 _IS_SEALED = re.compile(rb'"[0-9a-f]{64}"}\Z')
 """Says so even where the name of the seal is damaged."""
@@ -40,4 +42,7 @@ def unsealed(data: bytes) -> dict[str, Any]:
     return values
 
 
-CHANGED = "it is not what was written"
+def as_sealed(data: bytes) -> bytes:
+    """Return the bytes of a record; raises as `unsealed`."""
+    unsealed(data)
+    return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -25,7 +26,7 @@ from storage.files import write_text
 from storage.links import check_no_link
 from storage.locks import Holder, OnWait, no_wait, this_process
 from storage.place import OUTCOME, PLANS_LOCK, RUNS
-from storage.records import CHANGED, hash_of, sealed, unsealed
+from storage.records import CHANGED, as_sealed, hash_of, sealed, unsealed
 
 START = "start.json"
 """Written last when an attempt begins: without it the attempt does not exist, and it vouches for the others."""
@@ -88,9 +89,14 @@ class Attempt:
         """When, where and by which process it was started."""
         return self._start.model_dump(exclude={"files"})
 
-    @property
-    def _start(self) -> Start:
+    @functools.cached_property
+    def _start(self) -> Start:  # written once
         return self._parsed(START, lambda data: Start.model_validate(unsealed(data)))
+
+    @functools.cached_property
+    def _real_folder(self) -> Path:
+        check_no_link(self.folder.parents[3], self.folder)
+        return self.folder
 
     @property
     def outcome(self) -> dict[str, Any] | None:
@@ -111,7 +117,7 @@ class Attempt:
 
     def read(self, file: str) -> bytes:
         """Return the bytes of one of its files, which are those that were written."""
-        return self._parsed(file, lambda data: data)
+        return self._parsed(file, as_sealed if file in (START, OUTCOME) else bytes)
 
     def _parsed(self, file: str, parse: Callable[[bytes], _Parsed]) -> _Parsed:
         """Return what a file holds, as `parse` reads it.
@@ -119,14 +125,11 @@ class Attempt:
         Raises:
             ArtifactCorruptError: it is missing, or is not what was written.
         """
-        check_no_link(self.folder.parents[3], self.folder)
-        path, is_record = f"{self.where}/{file}", file in (START, OUTCOME)
-        expected = None if is_record else self._start.files.get(file)
+        path, folder = f"{self.where}/{file}", self._real_folder
+        expected = None if file in (START, OUTCOME) else self._start.files.get(file)
         try:
-            data = read_bounded(self.folder / file, MOST_OF_A_LIST)
-            if is_record:
-                unsealed(data)
-            elif expected not in (None, hash_of(data)):
+            data = read_bounded(folder / file, MOST_OF_A_LIST)
+            if expected not in (None, hash_of(data)):
                 raise ValueError(CHANGED)
             return parse(data)
         except PermissionError:

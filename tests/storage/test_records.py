@@ -84,7 +84,7 @@ def test_a_flipped_bit_of_a_run_is_named(name: str, artifacts: Artifacts) -> Non
     assert attempt.damage() == []
     for changed in flips(path.read_bytes(), 8):
         path.write_bytes(changed)
-        assert [line.partition(": ")[0] for line in attempt.damage()] == [str(path)], changed
+        assert [line.partition(": ")[0] for line in only(artifacts).damage()] == [str(path)], changed
 
 
 def test_runs_of_version_0_1_are_read(artifacts: Artifacts) -> None:
@@ -93,6 +93,7 @@ def test_runs_of_version_0_1_are_read(artifacts: Artifacts) -> None:
     (path,) = artifacts.root.glob("pins/*.json")
     (pinned,) = pins(artifacts)
     path.write_text(pinned.model_dump_json() + "\n")
+    attempt = only(artifacts)
     assert attempt.damage() == []
     assert (attempt.start, pins(artifacts)) == (before, [pinned])
     (attempt.folder / "config.yaml").write_text("training: {")

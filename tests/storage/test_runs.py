@@ -124,7 +124,7 @@ def test_the_ranks_of_single_stacks_are_recorded_as_numbers_and_once_were_text(a
     quoted = re.sub(r"^      (\d):$", r"      '\1':", record.read_text(), flags=re.MULTILINE)
     assert quoted != record.read_text()
     rewrite(record, quoted)
-    assert attempt.config == config
+    assert find_run(artifacts, config.run.name).config == config
 
 
 @pytest.mark.parametrize(
