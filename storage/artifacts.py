@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from storage.local import LocalPlace, trash
 from storage.locks import FileLock, OnWait, no_wait
 from storage.manifest import MANIFEST, FileEntry, InputEntry, Manifest, make_manifest, read_manifest
 from storage.place import Place, SealedFolder, key_of
+from storage.retirement import make_statement
 
 SCRATCH = "scratch"
 """Folder inside a work folder for what a task needs to resume after a kill; it is never sealed."""
@@ -312,11 +311,10 @@ class Artifacts:
             self.place.drop_data(found)
 
     def mark_retired(self, ref: Ref) -> None:
-        """Hide a sealed artifact from its readers; `retire` then drops the data."""
+        """Hide a sealed artifact from its readers; `retire` then drops the data. Raises ValueError if it never is."""
         found = self.place.find(key_of(ref), ref)
         if found is not None and not found.retired:
-            since = datetime.now(UTC).isoformat(timespec="seconds")
-            self.place.mark_retired(found, json.dumps({"retired": since}))
+            self.place.mark_retired(found, make_statement(found.manifest))
 
     def quarantine(self, ref: Ref, reason: str) -> str:
         """Move a sealed artifact into quarantine, where it is kept for inspection, and return its path or URI."""

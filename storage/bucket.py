@@ -37,9 +37,10 @@ from storage.files import write_bytes, write_text
 from storage.leases import LeasedLock
 from storage.local import LocalPlace, trash
 from storage.locks import FileLock, Holder
-from storage.manifest import MANIFEST, RETIRED, Manifest
+from storage.manifest import MANIFEST, Manifest
 from storage.object_store import FEW_RETRIES, ObjectStore
 from storage.place import FOLDERS, OUTCOME, PINS, PLANS_LOCK, RUNS, Entry, Leftovers, SealedFolder
+from storage.retirement import RETIRED
 from storage.sealed_objects import RemoteFiles, SealedObjects, files_below, is_young, leftovers, names_missing
 
 _REQUESTS_AT_ONCE = 16
@@ -176,6 +177,9 @@ class BucketPlace:
             self._scratch.publish(key, work, manifest, replaces)
         else:
             trash(self.root, work)
+
+    def is_retired(self, key: str, manifest: Manifest) -> bool:
+        return self._sealed.is_retired(key, manifest)
 
     def mark_retired(self, found: SealedFolder, marker: str) -> None:
         self._sealed.mark_retired(found, marker)

@@ -154,7 +154,7 @@ class _Planner:
         elif name in self._in_use:
             self._collection.notes.append(f"{name}: a process is at work on it; it stays")
         elif found.manifest is None or reached:
-            self._remove(self._place.leftovers(found.key, found.manifest, found.entries))
+            self._remove(self._place.leftovers(found.key, found.manifest, found.entries, found.standing == "retired"))
         elif self._place.is_young(found.modified):
             self._collection.notes.append(f"{name}: no run reaches it, and it is younger than 24 hours; it stays")
         else:

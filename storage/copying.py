@@ -17,8 +17,9 @@ from storage.errors import ArtifactCorruptError, ArtifactMissingError, StoreSpac
 from storage.files import TEMPORARY_SUFFIX, checksum_file, explain_full_disk, write_bytes
 from storage.links import remove_links
 from storage.locks import OnWait, no_wait
-from storage.manifest import MANIFEST, RETIRED, FileEntry
+from storage.manifest import MANIFEST, FileEntry
 from storage.place import FOLDERS, OUTCOME, PLANS_LOCK, RUNS, SealedFolder
+from storage.retirement import RETIRED
 from storage.runs import Attempt, attempts
 
 _RECORDS = ("config.yaml", "plan.json", OUTCOME, "start.json")

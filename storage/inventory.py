@@ -13,8 +13,9 @@ from typing import Literal
 
 from storage.artifacts import Artifacts
 from storage.errors import ArtifactCorruptError, ArtifactError
-from storage.manifest import MANIFEST, RETIRED, Manifest
+from storage.manifest import MANIFEST, Manifest
 from storage.place import FOLDERS, Entry, key_of
+from storage.retirement import RETIRED
 
 Standing = Literal["sealed", "retired", "damaged", "unsealed", "foreign"]
 
@@ -94,7 +95,7 @@ class Inventory:
             return None  # removed since it was listed
         except ArtifactError as error:
             return Found(path, "damaged", entries, error.problem)
-        retired = f"{place.files_below(key, manifest)}{RETIRED}" in entries
+        retired = f"{place.files_below(key, manifest)}{RETIRED}" in entries and place.is_retired(key, manifest)
         return Found(path, "retired" if retired else "sealed", entries, manifest=manifest)
 
 

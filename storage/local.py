@@ -20,8 +20,9 @@ from storage.errors import ArtifactsFolderError, StoreSpaceError
 from storage.files import TEMPORARY_SUFFIX, verify_files, write_text
 from storage.links import opened, plain_files, remove_in
 from storage.locks import FileLock, Holder, is_held, read_holder
-from storage.manifest import MANIFEST, RETIRED, Manifest, load_manifest
+from storage.manifest import MANIFEST, Manifest, load_manifest
 from storage.place import FOLDERS, PINS, QUARANTINE, REASON, RUNS, Entry, Leftovers, SealedFolder
+from storage.retirement import RETIRED, is_retired
 
 ROOMS = (*FOLDERS.values(), RUNS, "work", "locks", "trash", QUARANTINE)
 
@@ -95,7 +96,7 @@ class LocalPlace:
             return None
         sizes = plain_files(folder, manifest.files)
         # Read last: a process that retires or discards the folder now does so before it deletes a file.
-        retired = (folder / RETIRED).exists()
+        retired = is_retired(folder, manifest)
         return SealedFolder(key, manifest, sizes, retired) if (folder / MANIFEST).exists() else None
 
     def _read_manifest(self, key: str, ref: Ref | None) -> Manifest:
@@ -126,6 +127,9 @@ class LocalPlace:
 
     def files_below(self, key: str, manifest: Manifest) -> str:
         return ""  # beside the manifest
+
+    def is_retired(self, key: str, manifest: Manifest) -> bool:
+        return is_retired(self.root / key, manifest)
 
     # ------------------------------------------------------------ reading
 
@@ -196,10 +200,10 @@ class LocalPlace:
     def names_in_use(self, entries: Mapping[str, Entry]) -> set[str]:
         return set()  # gc has the folder to itself
 
-    def leftovers(self, key: str, manifest: Manifest | None, entries: Mapping[str, Entry]) -> Leftovers:
+    def leftovers(self, key: str, manifest: Manifest | None, entries: Mapping[str, Entry], retired: bool) -> Leftovers:
         if manifest is None:
             yield key, "never sealed"
-        elif RETIRED in entries:
+        elif retired:
             tops = {name.partition("/")[0] for name in entries} - {MANIFEST, RETIRED}
             yield from ((f"{key}/{name}", "data of a retired artifact") for name in sorted(tops))
         else:

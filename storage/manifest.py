@@ -18,7 +18,6 @@ from storage.errors import ArtifactCorruptError, ArtifactNewerError, ArtifactUns
 from storage.links import link_error
 
 MANIFEST = "manifest.json"
-RETIRED = "retired.json"
 FORMAT_VERSION = 1
 _Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]

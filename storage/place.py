@@ -140,6 +140,9 @@ class Place(Protocol):
     # Return where the files of a sealed folder lie below its key: '' or a path that ends in '/'.
     def files_below(self, key: str, manifest: Manifest) -> str: ...
 
+    # Say whether an artifact with a marker of retirement was retired: the marker may be a stray file.
+    def is_retired(self, key: str, manifest: Manifest) -> bool: ...
+
     # ------------------------------------------------------------ reading
 
     # Make sure that the files of a sealed folder, or some of them, are on this machine; return its folder.
@@ -188,7 +191,9 @@ class Place(Protocol):
     def names_in_use(self, entries: Mapping[str, Entry]) -> set[str]: ...
 
     # Yield what dead writers left below the key of an artifact that stays.
-    def leftovers(self, key: str, manifest: Manifest | None, entries: Mapping[str, Entry]) -> Leftovers: ...
+    def leftovers(
+        self, key: str, manifest: Manifest | None, entries: Mapping[str, Entry], retired: bool
+    ) -> Leftovers: ...
 
     # Yield what dead processes left outside the rooms of artifacts and runs.
     def litter(self, entries: Mapping[str, Entry]) -> Leftovers: ...

@@ -19,9 +19,10 @@ from stackwise_core.files import sync
 from stackwise_core.stages.identity import Ref
 from storage.errors import ArtifactCorruptError, ArtifactNewerError
 from storage.files import NOT_LISTED, TEMPORARY_SUFFIX, Files, explain_full_disk
-from storage.manifest import MANIFEST, RETIRED, Manifest, parse_manifest
+from storage.manifest import MANIFEST, Manifest, parse_manifest
 from storage.object_store import ObjectStore
 from storage.place import QUARANTINE, REASON, Entry, Leftovers, SealedFolder
+from storage.retirement import RETIRABLE, RETIRED, states_retirement
 
 GRACE = timedelta(hours=24)
 """gc keeps what is younger: the record of its run may not be visible yet, or its upload may not be finished."""
@@ -162,7 +163,17 @@ class SealedObjects:
                 break
         below = files_below(key, manifest)
         sizes = {name[len(below) :]: each.size for name, each in listed.items() if name.startswith(below)}
-        return SealedFolder(key, manifest, sizes, RETIRED in sizes, entry.version)
+        retired = RETIRED in sizes and self.is_retired(key, manifest)
+        return SealedFolder(key, manifest, sizes, retired, entry.version)
+
+    def is_retired(self, key: str, manifest: Manifest) -> bool:
+        """Say whether the marker in an attempt is a statement that it was retired."""
+        if manifest.ref.kind not in RETIRABLE:
+            return False
+        try:
+            return states_retirement(self.store.read(f"{key}/{files_below(key, manifest)}{RETIRED}")[0], manifest)
+        except FileNotFoundError:
+            return False  # it is being made again
 
     def manifest(self, key: str, listed: Entry, ref: Ref | None = None) -> tuple[Entry, Manifest]:
         """Return a manifest that a listing shows and its entry; one that did not change is read once."""
@@ -293,7 +304,7 @@ class SealedObjects:
         return True
 
 
-def leftovers(key: str, manifest: Manifest | None, entries: Mapping[str, Entry]) -> Leftovers:
+def leftovers(key: str, manifest: Manifest | None, entries: Mapping[str, Entry], retired: bool) -> Leftovers:
     """Yield attempts of dead writers that are not young, and data of retired artifacts."""
     own = files_below(key, manifest) if manifest else None
     newest: dict[str, datetime] = defaultdict(lambda: datetime.min.replace(tzinfo=UTC))
@@ -304,6 +315,6 @@ def leftovers(key: str, manifest: Manifest | None, entries: Mapping[str, Entry])
     for attempt, modified in sorted(newest.items()):
         if not is_young(modified):
             yield f"{key}/{attempt}", "left by a dead writer"
-    if own and f"{own}{RETIRED}" in entries:
+    if own and retired:
         data = sorted(name for name in entries if name.startswith(own) and name != f"{own}{RETIRED}")
         yield from ((f"{key}/{name}", "data of a retired artifact") for name in data)

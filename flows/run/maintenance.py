@@ -11,8 +11,9 @@ from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.collect import Collection, collect, in_use_by, leftovers, plan_collection
 from storage.errors import ArtifactError, ArtifactMissingError
-from storage.manifest import RETIRED, read_manifest
+from storage.manifest import read_manifest
 from storage.reachability import pins
+from storage.retirement import RETIRED
 from storage.runs import Attempt, all_attempts, find_run, run_names
 
 
@@ -75,7 +76,8 @@ def verify(root: str, what: str | None, on_artifact: Callable[[str], None]) -> V
         found, n_bytes = artifacts.verify(folder)
         result.problems += found
         result.n_bytes += n_bytes
-        on_artifact(f"{'BAD ' if found else 'ok  '}{folder.name}{' (retired)' if (folder / RETIRED).exists() else ''}")
+        retired = " (retired)" if not found and (folder / RETIRED).exists() else ""
+        on_artifact(f"{'BAD ' if found else 'ok  '}{folder.name}{retired}")
     if what is None or what in run_names(artifacts):
         result.problems += [problem for run in runs for problem in _missing(artifacts, run)]
     if not result.problems:  # rows of damaged stores or weights would only repeat the problems

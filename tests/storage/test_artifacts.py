@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from stackwise_core.stages.identity import Ref
 from storage.artifacts import SCRATCH, Artifacts, State
 from storage.errors import ArtifactCorruptError, ArtifactMissingError, ArtifactUnsealedError
-from storage.manifest import MANIFEST, RETIRED, InputEntry, Manifest
-from support.artifacts import CONTENT, LOG, OTHER_CONTENT, PLAN, REF, STAGE, content, fill_work, flip, seal
+from storage.inventory import survey
+from storage.manifest import MANIFEST, InputEntry, Manifest
+from storage.retirement import RETIRED
+from support.artifacts import CONTENT, LOG, OTHER_CONTENT, PLAN, REF, STAGE, STORE, content, fill_work, flip, seal
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -208,18 +211,18 @@ def test_a_different_forced_attempt_takes_the_place(artifacts: Artifacts) -> Non
 
 @pytest.mark.parametrize("damage", ["truncated", "retired", "manifest"])
 def test_an_equal_attempt_replaces_what_is_no_longer_whole(damage: str, artifacts: Artifacts) -> None:
-    seal(artifacts)
-    folder = artifacts.folder(REF)
+    seal(artifacts, ref=STORE)
+    folder = artifacts.folder(STORE)
     if damage == "truncated":
         os.truncate(folder / "stack.safetensors", 3)
     elif damage == "manifest":
         (folder / MANIFEST).write_text("{")
     else:
-        artifacts.retire(REF)
-    assert artifacts.state(REF) is not State.SEALED
-    seal(artifacts)
-    assert artifacts.state(REF) is State.SEALED
-    assert content(artifacts.checked(REF), MANIFEST) == {**CONTENT, **LOG}
+        artifacts.retire(STORE)
+    assert artifacts.state(STORE) is not State.SEALED
+    seal(artifacts, ref=STORE)
+    assert artifacts.state(STORE) is State.SEALED
+    assert content(artifacts.checked(STORE), MANIFEST) == {**CONTENT, **LOG}
 
 
 def test_an_equal_attempt_mends_a_flipped_bit(artifacts: Artifacts) -> None:
@@ -256,31 +259,82 @@ def test_promote_refuses_the_work_of_another_id(artifacts: Artifacts) -> None:
 
 
 def test_retiring_keeps_the_manifest_and_drops_the_data(artifacts: Artifacts) -> None:
-    artifacts.retire(REF)  # nothing there: nothing happens
-    assert not artifacts.folder(REF).exists()
-    manifest = seal(artifacts)
-    artifacts.retire(REF)
-    folder = artifacts.folder(REF)
-    assert artifacts.state(REF) is State.RETIRED
+    artifacts.retire(STORE)  # nothing there: nothing happens
+    assert not artifacts.folder(STORE).exists()
+    manifest = seal(artifacts, ref=STORE)
+    artifacts.retire(STORE)
+    folder = artifacts.folder(STORE)
+    assert artifacts.state(STORE) is State.RETIRED
     assert {path.name for path in folder.iterdir()} == {MANIFEST, RETIRED}
     assert Manifest.model_validate_json((folder / MANIFEST).read_bytes()) == manifest
     for read in (artifacts.manifest, artifacts.checked, artifacts.input_entry):
         with pytest.raises(ArtifactMissingError, match="was retired: its data was dropped on purpose"):
-            read(REF)
+            read(STORE)
     when = (folder / RETIRED).read_bytes()
-    artifacts.retire(REF)
+    artifacts.retire(STORE)
     assert (folder / RETIRED).read_bytes() == when
-    assert artifacts.state(REF) is State.RETIRED
+    assert artifacts.state(STORE) is State.RETIRED
     assert os.listdir(artifacts.root / "trash") == []
 
 
 def test_retiring_goes_on_where_a_kill_stopped_it(artifacts: Artifacts) -> None:
-    seal(artifacts)
-    folder = artifacts.folder(REF)
-    (folder / RETIRED).write_text("{}")  # marked, and nothing dropped yet
-    assert artifacts.state(REF) is State.RETIRED
-    artifacts.retire(REF)
+    seal(artifacts, ref=STORE)
+    folder = artifacts.folder(STORE)
+    artifacts.mark_retired(STORE)  # and nothing dropped yet
+    assert artifacts.state(STORE) is State.RETIRED
+    artifacts.retire(STORE)
     assert {path.name for path in folder.iterdir()} == {MANIFEST, RETIRED}
+
+
+OLD = b'{"retired": "2026-01-31T09:30:00+00:00"}'
+"""What version 0.1 wrote."""
+
+
+def test_a_store_that_an_older_version_retired_stays_so(artifacts: Artifacts) -> None:
+    seal(artifacts, ref=STORE)
+    (artifacts.folder(STORE) / RETIRED).write_bytes(OLD)
+    assert artifacts.state(STORE) is State.RETIRED
+
+
+@pytest.mark.parametrize(
+    ("ref", "marker"),
+    [
+        (REF, OLD),
+        (REF, b""),
+        (STORE, b""),
+        (STORE, b"{}"),
+        (STORE, OLD[:-9] + b'x"}'),
+        (STORE, OLD[:-1] + b', "seal": ""}'),
+    ],
+)
+def test_a_stray_marker_retires_nothing_and_is_told(ref: Ref, marker: bytes, artifacts: Artifacts) -> None:
+    """Neither does it hide a flipped bit, nor does gc drop what it stands beside."""
+    seal(artifacts, ref=ref)
+    folder = artifacts.folder(ref)
+    (folder / RETIRED).write_bytes(marker)
+    flip(folder / "stack.safetensors", 5)
+    assert artifacts.state(ref) is State.SEALED
+    problems, _ = artifacts.verify(folder)
+    assert ["checksum" in problem for problem in problems] == [True, False]
+    assert problems[1].startswith(f"{folder / RETIRED}: not in the sealed list. Remove it")
+    (found,) = survey(artifacts)
+    assert list(artifacts.place.leftovers(found.key, found.manifest, found.entries, found.standing == "retired")) == []
+
+
+@pytest.mark.parametrize("position", range(0, 190, 19))
+def test_a_statement_of_retirement_that_was_changed_is_none(position: int, artifacts: Artifacts) -> None:
+    """The data is gone, so that the store is damaged; it is not taken for one that was retired at another time."""
+    seal(artifacts, ref=STORE)
+    artifacts.retire(STORE)
+    flip(artifacts.folder(STORE) / RETIRED, position)
+    assert artifacts.state(STORE) is State.CORRUPT
+
+
+def test_what_cannot_be_made_again_from_the_rest_is_not_retired(artifacts: Artifacts) -> None:
+    seal(artifacts)
+    with pytest.raises(ValueError, match="not retired"):
+        artifacts.retire(REF)
+    assert artifacts.checked(REF)
 
 
 def test_quarantine_keeps_everything_and_the_reason(artifacts: Artifacts) -> None:

@@ -12,8 +12,9 @@ import pytest
 from storage import local
 from storage.artifacts import SCRATCH, Artifacts, State
 from storage.errors import ArtifactMissingError, ArtifactUnsealedError
-from storage.manifest import MANIFEST, RETIRED
-from support.artifacts import CONTENT, LOG, OTHER_CONTENT, REF, STAGE, content, fill_work, seal
+from storage.manifest import MANIFEST
+from storage.retirement import RETIRED
+from support.artifacts import CONTENT, LOG, OTHER_CONTENT, REF, STAGE, STORE, content, fill_work, seal
 from support.disk import ROOT, Story, die_everywhere
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -112,22 +113,22 @@ class Retire:
 
     @staticmethod
     def prepare(folder: Path) -> None:
-        seal(Artifacts(folder).open())
+        seal(Artifacts(folder).open(), ref=STORE)
 
     @staticmethod
     def act(folder: Path) -> None:
-        Artifacts(folder).retire(REF)
+        Artifacts(folder).retire(STORE)
 
     @staticmethod
     def check(folder: Path, finished: bool) -> None:
         artifacts = Artifacts(folder)
-        state = artifacts.state(REF)
+        state = artifacts.state(STORE)
         assert state in ((State.RETIRED,) if finished else (State.SEALED, State.RETIRED))
         if state is State.SEALED:
-            found = content(artifacts.folder(REF), MANIFEST, f"{RETIRED}.tmp")
+            found = content(artifacts.folder(STORE), MANIFEST, f"{RETIRED}.tmp")
             assert found == {**CONTENT, **LOG}
-        artifacts.retire(REF)
-        assert {path.name for path in artifacts.folder(REF).iterdir()} == {MANIFEST, RETIRED}
+        artifacts.retire(STORE)
+        assert {path.name for path in artifacts.folder(STORE).iterdir()} == {MANIFEST, RETIRED}
 
 
 class RetireStaysChecked(Retire):
@@ -136,8 +137,8 @@ class RetireStaysChecked(Retire):
     @staticmethod
     def check(folder: Path, finished: bool) -> None:
         artifacts = Artifacts(folder)
-        if artifacts.state(REF) is State.SEALED:
-            artifacts.checked(REF)
+        if artifacts.state(STORE) is State.SEALED:
+            artifacts.checked(STORE)
 
 
 class RetireLeavesNoTrash(Retire):
@@ -146,14 +147,16 @@ class RetireLeavesNoTrash(Retire):
     @staticmethod
     def check(folder: Path, finished: bool) -> None:
         artifacts = Artifacts(folder).open()
-        artifacts.retire(REF)
+        artifacts.retire(STORE)
         assert content(folder / "trash") == {}
 
 
 class Quarantine:
     """A sealed artifact that is put away."""
 
-    prepare = Retire.prepare
+    @staticmethod
+    def prepare(folder: Path) -> None:
+        seal(Artifacts(folder).open())
 
     @staticmethod
     def act(folder: Path) -> None:
@@ -201,7 +204,7 @@ def test_trash_that_another_process_emptied_is_gone_as_it_should_be(
     what: str, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another run may start at any moment, and so also between a rename into trash/ and its deletion."""
-    seal(artifacts, CONTENT if what == "a folder" else {"file": b"x"}, {})
+    seal(artifacts, CONTENT if what == "a folder" else {"file": b"x"}, {}, STORE)
     sync = local.sync
 
     def sync_while_another_run_starts(path: Path) -> None:
@@ -209,8 +212,8 @@ def test_trash_that_another_process_emptied_is_gone_as_it_should_be(
         Artifacts(artifacts.root).open()
 
     monkeypatch.setattr(local, "sync", sync_while_another_run_starts)
-    artifacts.retire(REF) if what == "a file" else artifacts.discard(REF)
-    assert artifacts.state(REF) is (State.RETIRED if what == "a file" else State.ABSENT)
+    artifacts.retire(STORE) if what == "a file" else artifacts.discard(STORE)
+    assert artifacts.state(STORE) is (State.RETIRED if what == "a file" else State.ABSENT)
     assert content(artifacts.root / "trash") == {}
 
 

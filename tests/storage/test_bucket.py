@@ -21,6 +21,7 @@ import torch
 import zarr
 
 from stackwise_core.errors import StageInterruptedError
+from stackwise_core.stages.identity import Ref
 from storage import leases, object_store
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.bucket import BucketPlace
@@ -34,20 +35,20 @@ from storage.errors import (
 )
 from storage.manifest import InputEntry, Manifest
 from storage.object_store import ObjectStore
+from storage.place import key_of
 from storage.stores import open_store
-from support.artifacts import CONTENT, LOG, OTHER_CONTENT, PLAN, REF, STAGE, fill_work
+from support.artifacts import CONTENT, LOG, OTHER_CONTENT, PLAN, REF, STORE, fill_work
 from support.s3_server import KEY, SECRET, Cable, copy_bucket, delete, environment, machine, objects, on, put
 from support.stores import same_bits, small_store
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
-STORE = PLAN.stages[0].ref("activations")
 
-
-def seal(artifacts: Artifacts, files: dict[str, bytes] = CONTENT, facts: Any = None) -> Manifest:
-    fill_work(artifacts, {**files, **LOG})
-    inputs = (InputEntry(ref=PLAN.data_ref, digest="d" * 64),)
-    return artifacts.seal(REF, STAGE.stack, inputs, facts or {"steps": 3}, {"torch": "x"}, records=tuple(LOG))
+def seal(artifacts: Artifacts, files: dict[str, bytes] = CONTENT, facts: Any = None, ref: Ref = REF) -> Manifest:
+    fill_work(artifacts, {**files, **LOG}, ref)
+    inputs, recipe = (InputEntry(ref=PLAN.data_ref, digest="d" * 64),), PLAN.stages[ref.stage].recipe(ref.kind)
+    assert recipe is not None
+    return artifacts.seal(ref, recipe, inputs, facts or {"steps": 3}, {"torch": "x"}, records=tuple(LOG))
 
 
 def held_by_another(artifacts: Artifacts, name: str) -> bool:
@@ -55,9 +56,9 @@ def held_by_another(artifacts: Artifacts, name: str) -> bool:
     return leases.is_held_by_another(artifacts.place.store, name, artifacts.place.machine)
 
 
-def sealed_files(uri: str) -> tuple[Manifest, dict[str, bytes]]:
+def sealed_files(uri: str, ref: Ref = REF) -> tuple[Manifest, dict[str, bytes]]:
     """Return what the bucket has of the one artifact: its manifest, and the files of the attempt it names."""
-    found, key = objects(uri), f"stacks/{REF.name}"
+    found, key = objects(uri), key_of(ref)
     manifest = Manifest.model_validate_json(found.pop(f"{key}/manifest.json"))
     prefix = f"{key}/{manifest.seal[:16]}/"
     files = {name.removeprefix(prefix): data for name, data in found.items() if name.startswith(prefix)}
@@ -173,21 +174,21 @@ def test_retired_on_one_machine_is_retired_on_all_and_can_be_made_again(
 ) -> None:
     monkeypatch.setattr("storage.manifest.datetime", _NoTimePasses)
     here, there = on(tmp_path / "a", s3), on(tmp_path / "b", s3)
-    manifest = seal(here)
-    there.checked(REF)
-    here.retire(REF)
-    kept = sealed_files(s3)
+    manifest = seal(here, ref=STORE)
+    there.checked(STORE)
+    here.retire(STORE)
+    kept = sealed_files(s3, STORE)
     assert (kept[0], set(kept[1])) == (manifest, {"retired.json"})
     for artifacts in (here, there):
-        assert artifacts.state(REF) is State.RETIRED
-        assert sorted(os.listdir(artifacts.folder(REF))) == ["manifest.json", "retired.json"]
+        assert artifacts.state(STORE) is State.RETIRED
+        assert sorted(os.listdir(artifacts.folder(STORE))) == ["manifest.json", "retired.json"]
         with pytest.raises(ArtifactMissingError, match="was retired"):
-            artifacts.checked(REF)
-    assert there.everything() == [there.folder(REF)]
-    seal(there, facts=facts)
-    assert here.state(REF) is State.SEALED
-    assert set(sealed_files(s3)[1]) == {*CONTENT, *LOG}
-    here.checked(REF)
+            artifacts.checked(STORE)
+    assert there.everything() == [there.folder(STORE)]
+    seal(there, facts=facts, ref=STORE)
+    assert here.state(STORE) is State.SEALED
+    assert set(sealed_files(s3, STORE)[1]) == {*CONTENT, *LOG}
+    here.checked(STORE)
 
 
 def test_quarantine_and_discard_take_the_manifest_away_first(

@@ -14,7 +14,7 @@ from stackwise_core.stages.plan import plan_run
 from storage.artifacts import Artifacts, State
 from storage.demand import TASK_KINDS, Demand, compute_demand, forced_refs, reads
 from storage.errors import ArtifactCorruptError
-from storage.manifest import RETIRED
+from storage.retirement import RETIRED
 from support.demand import NAMES, PLAN, READS, REFS, as_kept_last, configuration, cut, needed, refs_of
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -177,13 +177,16 @@ def oracle(states: dict[str, str], keep: str, forced: set[str]) -> set[str]:
         wanted |= read
 
 
-STATES = st.fixed_dictionaries({name: st.sampled_from(["sealed", "sealed", "absent", "retired"]) for name in READS})
+STORES = [name for name in READS if name.startswith("cache")]
+STATES = st.fixed_dictionaries(
+    {name: st.sampled_from(["sealed", "sealed", "absent", *(["retired"] if name in STORES else [])]) for name in READS}
+)
 
 
 @settings(max_examples=120)
 @given(states=STATES, keep=st.sampled_from(["all", "last"]), forced=st.sets(st.sampled_from(sorted(READS)), max_size=2))
 @example(states=dict.fromkeys(READS, "sealed"), keep="last", forced={"stack 1"})
-@example(states=dict.fromkeys(READS, "retired"), keep="last", forced=set())
+@example(states=dict.fromkeys(READS, "sealed") | dict.fromkeys(STORES, "retired"), keep="last", forced=set())
 def test_what_is_needed_is_the_least_that_makes_the_goals(
     states: dict[str, str], keep: str, forced: set[str], template: Path, shelf: Path
 ) -> None:
@@ -193,7 +196,7 @@ def test_what_is_needed_is_the_least_that_makes_the_goals(
             if state == "absent":
                 artifacts.folder(REFS[name]).rename(shelf / name)
             elif state == "retired":
-                (artifacts.folder(REFS[name]) / RETIRED).touch()
+                artifacts.mark_retired(REFS[name])
         demand = compute_demand(PLAN, artifacts, keep, frozenset(REFS[name] for name in forced))
         assert {NAMES[ref] for ref in demand.needed} == oracle(states, keep, forced)
         assert all(demand.states[ref].value == states[NAMES[ref]] for ref in demand.states)

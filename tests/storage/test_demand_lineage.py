@@ -18,7 +18,8 @@ from stackwise_core.stages.plan import RunPlan, plan_run
 from storage.artifacts import Artifacts, State
 from storage.demand import advance_source, compute_demand, forced_refs
 from storage.errors import ArtifactCorruptError
-from storage.manifest import MANIFEST, RETIRED
+from storage.manifest import MANIFEST
+from storage.retirement import RETIRED
 from support.demand import PLAN, READS, REFS, configuration, cut, needed, refs_of, seal, seal_all
 
 pytestmark = pytest.mark.usefixtures("quick_disk")

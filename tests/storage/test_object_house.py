@@ -345,12 +345,12 @@ def test_what_is_damaged_does_not_leave_a_bucket_nor_enter_one(
 
 def test_what_is_retired_is_retired_at_the_target(s3: str, tmp_path: Path, run: Run, monkeypatch: Any) -> None:
     local = Artifacts(tmp_path / "local").open()
-    stack = pretend(local, **LESS).stages[0].ref("stack")
-    local.retire(stack)
+    store = pretend(local, training={"progressive": {"target_stacks": 2}}).stages[0].ref("activations")
+    local.retire(store)
     monkeypatch.setenv("STACKWISE_SCRATCH", str(tmp_path / "a"))
     assert run("push", s3, "--artifacts", local.root).code == 0
-    assert on(tmp_path / "b", s3).state(stack) is State.RETIRED
-    assert [name.rpartition("/")[2] for name in sealed_bytes(s3) if stack.name in name] == [
+    assert on(tmp_path / "b", s3).state(store) is State.RETIRED
+    assert [name.rpartition("/")[2] for name in sealed_bytes(s3) if store.name in name] == [
         "retired.json",
         "manifest.json",
     ]

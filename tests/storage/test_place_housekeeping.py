@@ -25,6 +25,7 @@ from support.places import (
     LESS,
     OTHER,
     REF,
+    STORE,
     TWO,
     Place,
     contents,
@@ -144,18 +145,18 @@ def test_nothing_that_a_live_run_planned_goes(place: Place) -> None:
 
 
 def test_what_dead_writers_left_goes(place: Place) -> None:
-    plan = pretend(place.here, **LESS)
-    stack, before = plan.stages[0].ref("stack"), place.sums()
-    place.here.retire(stack)
+    plan, other = pretend(place.here, **TWO), plan_of(**FASTER)[1].stages[0].ref("stack")
+    store, before = plan.stages[0].ref("activations"), place.sums()
+    place.here.retire(store)
     retired = place.sums()
-    place.write(place.key(stack, "content"), b"data of what is retired")
-    place.write(place.key(OTHER, "file"), b"never sealed")
+    place.write(place.key(store, "content"), b"data of what is retired")
+    place.write(place.key(other, "file"), b"never sealed")
     assert place.sums() != retired != before
     place.pass_a_day()
     done = collect(place.there)
     assert done.n_bytes == len(b"data of what is retired") + len(b"never sealed")
     assert place.sums() == retired
-    assert place.open().state(stack) is State.RETIRED
+    assert place.open().state(store) is State.RETIRED
 
 
 def test_what_cannot_be_believed_stays_and_is_told(place: Place) -> None:
@@ -263,8 +264,8 @@ def copy(source: Artifacts, target: Artifacts, run: str, named: frozenset[Ref] =
 
 
 def test_a_copy_is_equal_byte_for_byte(place: Place, target: Place) -> None:
-    plan = pretend(place.here, **LESS)
-    retired = plan.stages[0].ref("build")
+    plan = pretend(place.here, **TWO)
+    retired = plan.stages[0].ref("activations")
     place.here.retire(retired)
     lacking = copy(place.there, target.here, "one")
     assert {ref.name for ref in lacking} == names_of(plan) == sealed_names(target)
@@ -308,18 +309,18 @@ def test_what_is_damaged_is_not_put_in_place(how: str, place: Place, target: Pla
 def test_other_bytes_at_the_target_stay_and_what_is_retired_there_comes_back_if_named(
     place: Place, target: Place
 ) -> None:
-    seal(place.here)
-    seal(target.here)
-    assert to_copy(place.there, target.there, [REF], frozenset()) == []
-    target.here.retire(REF)
-    assert to_copy(place.there, target.there, [REF], frozenset()) == []
-    assert to_copy(place.there, target.there, [REF], frozenset([REF])) == [REF]
-    copy_artifact(place.there, target.there, REF, no_wait)
-    assert contents(target.open()) == {**CONTENT, **LOG}
-    assert target.files(REF) == place.files(REF)
-    seal(target.here, OTHER_CONTENT)
+    seal(place.here, ref=STORE)
+    seal(target.here, ref=STORE)
+    assert to_copy(place.there, target.there, [STORE], frozenset()) == []
+    target.here.retire(STORE)
+    assert to_copy(place.there, target.there, [STORE], frozenset()) == []
+    assert to_copy(place.there, target.there, [STORE], frozenset([STORE])) == [STORE]
+    copy_artifact(place.there, target.there, STORE, no_wait)
+    assert contents(target.open(), STORE) == {**CONTENT, **LOG}
+    assert target.files(STORE) == place.files(STORE)
+    seal(target.here, OTHER_CONTENT, STORE)
     before = target.sums()
     with pytest.raises(ArtifactCorruptError, match="holds other bytes") as found:
-        to_copy(place.there, target.there, [REF], frozenset([REF]))
-    assert str(found.value).startswith(target.called(REF))
+        to_copy(place.there, target.there, [STORE], frozenset([STORE]))
+    assert str(found.value).startswith(target.called(STORE))
     assert target.sums() == before

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from stackwise_core.errors import ConfigError
+from stackwise_core.stages.identity import Ref
 from storage.artifacts import State
 from storage.errors import ArtifactCorruptError, ArtifactError, ArtifactMissingError
+from storage.inventory import survey
 from storage.quarantine import drop, find_quarantined, quarantined, release
 from storage.stores import open_store
 from support.artifacts import CONTENT, LOG, OTHER_CONTENT
@@ -96,16 +98,16 @@ def test_of_two_who_made_other_bytes_one_is_sealed_whole(place: Place) -> None:
 @pytest.mark.parametrize("before", ["nothing", "sealed", "retired"])
 def test_who_seals_at_the_last_moment_has_won(before: str, place: Place) -> None:
     if before != "nothing":
-        seal(place.here, {"first": b"1"})
+        seal(place.here, {"first": b"1"}, STORE)
     if before == "retired":
-        place.here.retire(REF)
-    place.there.work(REF)  # both began when it was so
-    with meanwhile("upload-stack:4", lambda: seal(place.there, OTHER_CONTENT)):  # all is put, but for the manifest
-        found = seal(place.here)
+        place.here.retire(STORE)
+    place.there.work(STORE)  # both began when it was so; then all is put, but for the manifest
+    with meanwhile("upload-activations:4", lambda: seal(place.there, OTHER_CONTENT, STORE)):
+        found = seal(place.here, ref=STORE)
     for artifacts in (place.here, place.there):
-        assert artifacts.manifest(REF) == found
-        assert contents(artifacts) == {**OTHER_CONTENT, **LOG}
-    assert place.files(REF).keys() == {*OTHER_CONTENT, *LOG, "manifest.json"}
+        assert artifacts.manifest(STORE) == found
+        assert contents(artifacts, STORE) == {**OTHER_CONTENT, **LOG}
+    assert place.files(STORE).keys() == {*OTHER_CONTENT, *LOG, "manifest.json"}
 
 
 @pytest.mark.parametrize("by", ["here", "there"])
@@ -191,43 +193,54 @@ def test_work_that_was_discarded_begins_at_the_beginning(place: Place) -> None:
 
 
 def test_what_is_retired_is_read_by_nobody_and_still_known(place: Place) -> None:
-    place.here.retire(REF)  # nothing there: nothing happens
+    place.here.retire(STORE)  # nothing there: nothing happens
     assert place.sums() == {}
-    manifest = seal(place.here)
-    assert contents(place.there) == {**CONTENT, **LOG}
-    place.here.retire(REF)
+    manifest = seal(place.here, ref=STORE)
+    assert contents(place.there, STORE) == {**CONTENT, **LOG}
+    place.here.retire(STORE)
     for artifacts in (place.here, place.there, place.open()):
-        assert artifacts.state(REF) is State.RETIRED
-        error = refused(ArtifactMissingError, artifacts)
-        assert str(error).startswith(f"{place.called(REF)}: was retired: its data was dropped on purpose. ")
+        assert artifacts.state(STORE) is State.RETIRED
+        error = refused(ArtifactMissingError, artifacts, STORE)
+        assert str(error).startswith(f"{place.called(STORE)}: was retired: its data was dropped on purpose. ")
         assert "stackwise train" in error.remedy
-        assert artifacts.known(REF) == manifest
-        assert [folder.name for folder in artifacts.everything()] == [REF.name]
-    assert place.files(REF).keys() == {"manifest.json", "retired.json"}
+        assert artifacts.known(STORE) == manifest
+        assert [folder.name for folder in artifacts.everything()] == [STORE.name]
+    assert place.files(STORE).keys() == {"manifest.json", "retired.json"}
 
 
 def test_retiring_twice_changes_nothing_and_once_more_finishes(place: Place) -> None:
-    seal(place.here)
-    place.here.retire(REF)
+    seal(place.here, ref=STORE)
+    place.here.retire(STORE)
     before = place.sums()
-    place.there.retire(REF)
+    place.there.retire(STORE)
     assert place.sums() == before
-    place.write(place.key(REF, "stack.safetensors"), b"left by a kill")
-    assert place.there.state(REF) is State.RETIRED
-    place.there.retire(REF)
+    place.write(place.key(STORE, "stack.safetensors"), b"left by a kill")
+    assert place.there.state(STORE) is State.RETIRED
+    place.there.retire(STORE)
     assert place.sums() == before
+
+
+@pytest.mark.parametrize(("ref", "marker"), [(REF, b'{"retired": "2026-01-31T09:30:00+00:00"}'), (STORE, b"")])
+def test_a_stray_marker_retires_nothing_anywhere(ref: Ref, marker: bytes, place: Place) -> None:
+    seal(place.here, ref=ref)
+    place.write(place.key(ref, "retired.json"), marker)
+    for artifacts in (place.here, place.there):
+        assert artifacts.state(ref) is State.SEALED
+        assert [found.standing for found in survey(artifacts)] == ["sealed"]
+        (problem,) = artifacts.verify(artifacts.folder(ref))[0]
+        assert "retired.json: not in the sealed list" in problem
 
 
 @pytest.mark.parametrize("files", [CONTENT, OTHER_CONTENT])
 def test_what_was_retired_can_be_made_again(files: dict[str, bytes], place: Place) -> None:
-    seal(place.here, attempt=1)
-    place.here.retire(REF)
-    manifest = seal(place.there, files, attempt=2)
+    seal(place.here, ref=STORE, attempt=1)
+    place.here.retire(STORE)
+    manifest = seal(place.there, files, STORE, attempt=2)
     for artifacts in (place.here, place.there):
-        assert artifacts.state(REF) is State.SEALED
-        assert artifacts.manifest(REF) == manifest
-        assert contents(artifacts) == {**files, **LOG}
-    assert place.files(REF).keys() == {*files, *LOG, "manifest.json"}
+        assert artifacts.state(STORE) is State.SEALED
+        assert artifacts.manifest(STORE) == manifest
+        assert contents(artifacts, STORE) == {**files, **LOG}
+    assert place.files(STORE).keys() == {*files, *LOG, "manifest.json"}
 
 
 # ---------------------------------------------------------------- quarantine

@@ -13,6 +13,7 @@ from storage.manifest import InputEntry, Manifest
 PLAN = plan_run(StackWiseConfig(), "00" * 32)
 STAGE = PLAN.stages[1]
 REF = STAGE.ref("stack")
+STORE = PLAN.stages[0].ref("activations")
 CONTENT = {"stack.safetensors": b"weights " * 9, "sub/deep/head.safetensors": b"head", "empty": b""}
 OTHER_CONTENT = {"stack.safetensors": b"other weights", "fresh": b"x"}
 LOG = {"metrics.jsonl": b'{"seconds": 1}\n'}
@@ -26,10 +27,13 @@ def fill_work(artifacts: Artifacts, files: dict[str, bytes], ref: Ref = REF) -> 
     return work
 
 
-def seal(artifacts: Artifacts, files: dict[str, bytes] = CONTENT, logs: dict[str, bytes] = LOG) -> Manifest:
-    fill_work(artifacts, {**files, **logs})
-    inputs = (InputEntry(ref=PLAN.data_ref, digest="d" * 64),)
-    return artifacts.seal(REF, STAGE.stack, inputs, {"steps": 3}, {"torch": "x"}, records=tuple(logs))
+def seal(
+    artifacts: Artifacts, files: dict[str, bytes] = CONTENT, logs: dict[str, bytes] = LOG, ref: Ref = REF
+) -> Manifest:
+    fill_work(artifacts, {**files, **logs}, ref)
+    inputs, recipe = (InputEntry(ref=PLAN.data_ref, digest="d" * 64),), PLAN.stages[ref.stage].recipe(ref.kind)
+    assert recipe is not None
+    return artifacts.seal(ref, recipe, inputs, {"steps": 3}, {"torch": "x"}, records=tuple(logs))
 
 
 def content(folder: Path, *without: str) -> dict[str, bytes]:
