@@ -35,7 +35,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import shown
 
-_SECONDS_BETWEEN_UPDATES = 5.0  # an update costs the server tens of milliseconds
+_SECONDS_BETWEEN_UPDATES = 10.0  # an update costs the server tens of milliseconds
 _SECONDS_TO_FINISH = 5.0
 
 

@@ -149,6 +149,7 @@ def quiet_prefect() -> None:
     """
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
+    os.environ.setdefault(*LOG_INTERVAL)
     switch_off_telemetry()
 
 
@@ -156,6 +157,20 @@ def switch_off_telemetry() -> None:
     """Let Prefect send nothing about its use to its makers, unless the user has set that."""
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+BATCHED = {
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "2",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",
+}
+"""Settings of a server that writes states and events together, not each alone: SQLite lets one write at a time."""
+
+
+LOG_INTERVAL = ("PREFECT_LOGGING_TO_API_BATCH_INTERVAL", "5")
+"""Setting of what runs flows: seconds between two writes of its log."""
 
 
 @contextlib.contextmanager
@@ -193,7 +208,7 @@ class EmbeddedServer:
         """Start the server and watch it; the thread must stay alive, because the kernel ends the server with it."""
         command = [sys.executable, "-P", "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on"]
-        environment = {**os.environ, "PREFECT__SERVER_FINAL": "1", "PREFECT_SERVER_UI_ENABLED": "true"}
+        environment = {**BATCHED, **os.environ, "PREFECT__SERVER_FINAL": "1", "PREFECT_SERVER_UI_ENABLED": "true"}
         environment["PREFECT_UI_API_URL"] = self.url  # otherwise its pages call port 4200
         environment["PREFECT_LOGGING_INTERNAL_LEVEL"] = "ERROR"  # this process may have set a lower one
         environment.pop("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", None)

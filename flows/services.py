@@ -15,7 +15,7 @@ import yaml
 from flows.network import check_proxies, shown, watching
 from flows.run.children import ending_with_us
 from flows.run.say import complain
-from flows.server import check_api, check_home, switch_off_telemetry
+from flows.server import BATCHED, LOG_INTERVAL, check_api, check_home, switch_off_telemetry
 from flows.settings import find_api, load_prefect
 from stackwise_core.errors import StackWiseError
 
@@ -50,6 +50,7 @@ def serve(host: str, port: int) -> None:
     check_home()
     check_proxies()
     switch_off_telemetry()
+    os.environ.update({name: value for name, value in BATCHED.items() if name not in os.environ})
     here = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     if not find_api().value:
         os.environ.setdefault("PREFECT_UI_API_URL", f"{here}/api")  # otherwise its pages call port 4200
@@ -70,6 +71,7 @@ def work(limit: int, name: str, *, healthcheck: bool, in_containers: bool) -> No
         DeploymentError: Prefect rejected prefect.yaml; its output is in the message.
     """
     send_heartbeats()
+    os.environ.setdefault(*LOG_INTERVAL)
     with watching(_find_api()):
         at_once = _register_pool(limit)
         _deploy(in_containers=in_containers)

@@ -29,6 +29,7 @@ from storage.locks import FileLock
 _LIBRARIES = ("torch", "prefect", "zarr", "safetensors", "numpy", "pydantic", "peft", "bitsandbytes", "torchao")
 _LITTLE_BYTES = 2**30
 """Less free space fails the check, because the store of a small model is larger."""
+_MOST_OF_A_LOG = 2**22
 _TRY_LOCK = """
 import fcntl, sys
 with open(sys.argv[1]) as file:
@@ -55,7 +56,7 @@ def examine(options: argparse.Namespace) -> int:
         "disk": lambda: _check_disk(folder),
         "file system": lambda: _check_file_system(folder),
         "locks": lambda: _check_locks(folder),
-        "prefect": _check_prefect,
+        "prefect": lambda: _check_prefect(artifacts.root / "prefect" / "server.log"),
     }
     if artifacts.is_remote:
         checks["object store"] = lambda: _check_objects(artifacts.uri)
@@ -144,13 +145,13 @@ def _check_objects(uri: str) -> tuple[bool, str]:
         return False, str(error)
 
 
-def _check_prefect() -> tuple[bool, str]:
+def _check_prefect(log: Path) -> tuple[bool, str]:
     try:
         given = find_api()
     except SettingsError as error:
         return False, str(error)
     if not (url := given.value):
-        return True, "PREFECT_API_URL is not set: `stackwise train` starts an embedded server"
+        return True, f"PREFECT_API_URL is not set: `stackwise train` starts an embedded server{_locked(log)}"
     if fault := fault_of(url):
         return False, f"{given}: got {shown(url)!r}; {fault}"
     try:
@@ -160,6 +161,17 @@ def _check_prefect() -> tuple[bool, str]:
         return True, says
     except ValueError as error:
         return False, f"{url} answers and is healthy, but its list of workers is no JSON ({error})"
+
+
+def _locked(log: Path) -> str:
+    """Return what to do if a server's log says that writes to SQLite collided; only its last part counts."""
+    if not log.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _MOST_OF_A_LOG))
+        count = file.read(_MOST_OF_A_LOG).count(b"database is locked")
+    remedy = "run `stackwise server` on Postgres: docs/operating.md"
+    return f"; {log} says {count} times that its database, SQLite, was locked: {remedy}" if count else ""
 
 
 def _workers(url: str) -> str:

@@ -120,6 +120,22 @@ def test_the_prefect_api(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found["ok"], "does not answer" in found["says"]) == (False, True)
 
 
+def test_postgres_is_offered_where_sqlite_was_locked(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "artifacts/prefect/server.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("sqlite3.OperationalError: database is locked\nelse\n" * 3)
+    found = findings(run)["prefect"]
+    assert found["ok"]
+    assert found["says"].endswith(
+        f"; {log} says 3 times that its database, SQLite, was locked: run `stackwise server` on Postgres: "
+        "docs/operating.md"
+    )
+    monkeypatch.setattr(doctor, "_MOST_OF_A_LOG", 60)  # as of a log of gigabytes
+    assert " says 1 times " in findings(run)["prefect"]["says"]
+    log.write_text("all is well\n")
+    assert findings(run)["prefect"]["says"].endswith("starts an embedded server")
+
+
 def test_what_runs_at_the_prefect_api(run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", api.url)
     says = findings(run)["prefect"]["says"]

@@ -22,7 +22,7 @@ import yaml
 from flows import services
 from flows.cli.main import parse
 from flows.network import ask
-from flows.server import fault_of, is_registered, workers_alive
+from flows.server import BATCHED, fault_of, is_registered, workers_alive
 from flows.services import AUTOMATION, POOL, _register_automation, _register_pool, send_heartbeats
 from support.commands import Run
 from support.runs import tiny_values, write_corpus
@@ -264,8 +264,10 @@ def test_the_pages_of_a_server_ask_that_server(
 ) -> None:
     began: list[list[str]] = []
     monkeypatch.setattr(services, "_become", began.append)
-    monkeypatch.setattr(os, "environ", dict(given))
+    own, *_ = BATCHED
+    monkeypatch.setattr(os, "environ", {**given, own: "7"})
     services.serve(*arguments)
+    assert {name: os.environ[name] for name in BATCHED} == BATCHED | {own: "7"}  # few writes, as the user wants them
     assert began[0][-4:] == ["--host", arguments[0], "--port", str(arguments[1])]
     assert os.environ.get("PREFECT_UI_API_URL") == pages_ask
     assert told in capsys.readouterr().err
