@@ -100,7 +100,9 @@ def end(message: str) -> State[Any]:
         state = root.state
         if state is not None and state.is_cancelling() and root.deployment_id:
             _end_subflows(client, root.id, Cancelled(message=message))
-            raise Abort(message)
+            ending = Abort(message)
+            setattr(ending, "state", state)  # noqa: B010 -- the engine logs it as the state in which the flow ended
+            raise ending
         if state is None or not (state.is_paused() or state.is_scheduled()):  # scheduled: resumed already
             return Cancelled(message=message)
         if root.deployment_id is None:  # Prefect could not start it again

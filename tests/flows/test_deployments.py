@@ -20,6 +20,7 @@ from stackwise_core.config.schema import StackOverride
 from stackwise_core.errors import ConfigError, StackWiseError
 from stackwise_core.stages.plan import plan_run
 from storage.artifacts import artifacts_at
+from storage.records import sealed, unsealed
 from storage.runs import asking, begin_attempt
 from support.runs import tiny
 
@@ -237,6 +238,8 @@ def test_a_run_is_not_grown_by_code_that_came_with_it(
     config.training.progressive.training_objective = "custom"
     config.training.custom_loss = "of_a_stranger:loss"
     config.to_yaml(path)
+    start = path.with_name("start.json")
+    start.write_text(sealed({**unsealed(start.read_bytes()), "files": {}}))  # the stranger's own
     with pytest.raises(StackWiseError, match=r"trust_functions: got false; run 'tiny' names of_a_stranger:loss"):
         add_stack.fn(config.run.name, str(tmp_path))
     assert not asked
