@@ -127,6 +127,23 @@ def test_images_are_pinned_and_nobody_is_root(compose: dict[str, Any]) -> None:
     assert not list(DOCKER.rglob("__init__.py"))  # `import docker` is the engine's client, which Prefect looks for
 
 
+def test_the_lock_has_a_hash_for_everything_but_torch() -> None:
+    """Of the versions of constraints.txt; CPU builds of torch lie in an index that publishes their hashes itself."""
+    text = (ROOT / "requirements.lock").read_text().replace("\\\n", "")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    locked = {pin: hashes for pin, *hashes in (line.split() for line in lines)}
+    constraints = {line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert all(
+        hashes and all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", each) for each in hashes)
+        for hashes in locked.values()
+    )
+    names = {re.split("[=<>~!;[ ]", pin)[0].replace("_", "-") for pin in locked}
+    pinned = {line.partition("==")[0] for line in constraints}
+    assert {pin for pin in locked if pin.partition("==")[0] in pinned} <= constraints
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert {re.split(r"[=<>~!;\[ ]", each)[0] for each in needed} - names == {"torch"}
+
+
 def test_what_is_copied_is_there_and_sent() -> None:
     sources = {source for several, _ in copied() for source in several}
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
