@@ -19,6 +19,7 @@ import time
 import urllib.error
 from collections.abc import Generator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -173,6 +174,18 @@ LOG_INTERVAL = ("PREFECT_LOGGING_TO_API_BATCH_INTERVAL", "5")
 """Setting of what runs flows: seconds between two writes of its log."""
 
 
+def place_pages() -> None:
+    """Have Prefect copy its pages to PREFECT_HOME where this user cannot write into its package, as in our image.
+
+    Otherwise the server runs without pages, and says so in its log alone.
+    """
+    package = find_spec("prefect")
+    folder = Path(package.origin or "").parent / "server" if package else Path()
+    home = Path(os.environ.get("PREFECT_HOME") or _HOME).expanduser()
+    if not os.access(folder, os.W_OK) and "PREFECT_SERVER_UI_STATIC_DIRECTORY" not in os.environ:
+        os.environ.setdefault("PREFECT_UI_STATIC_DIRECTORY", str(home / "pages"))
+
+
 @contextlib.contextmanager
 def embedded_server(log: Path) -> Generator[EmbeddedServer]:
     """Run Prefect's server in the background while the block runs; its output goes to `log`.
@@ -183,6 +196,7 @@ def embedded_server(log: Path) -> Generator[EmbeddedServer]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = EmbeddedServer(port, log)
+    place_pages()
     os.environ["PREFECT_API_URL"] = server.url
     threading.Thread(target=server.run, daemon=True, name="prefect-server").start()
     atexit.register(server.stop)

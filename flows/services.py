@@ -15,7 +15,7 @@ import yaml
 from flows.network import check_proxies, shown, watching
 from flows.run.children import ending_with_us
 from flows.run.say import complain
-from flows.server import BATCHED, LOG_INTERVAL, check_api, check_home, switch_off_telemetry
+from flows.server import BATCHED, LOG_INTERVAL, check_api, check_home, place_pages, switch_off_telemetry
 from flows.settings import find_api, load_prefect
 from stackwise_core.errors import StackWiseError
 
@@ -49,6 +49,7 @@ def serve(host: str, port: int) -> None:
     """
     check_home()
     check_proxies()
+    place_pages()
     switch_off_telemetry()
     os.environ.update({name: value for name, value in BATCHED.items() if name not in os.environ})
     here = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"

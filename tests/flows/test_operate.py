@@ -271,3 +271,24 @@ def test_the_pages_of_a_server_ask_that_server(
     assert began[0][-4:] == ["--host", arguments[0], "--port", str(arguments[1])]
     assert os.environ.get("PREFECT_UI_API_URL") == pages_ask
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("writable", "given", "lie_in"),
+    [(True, {}, None), (False, {}, "home/pages"), (False, {"PREFECT_UI_STATIC_DIRECTORY": "mine"}, "mine")],
+)
+def test_pages_are_copied_to_where_they_can_be_written(
+    writable: bool, given: dict[str, str], lie_in: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In an image, or an installation by another user, Prefect cannot copy them into its own package."""
+    access = os.access
+
+    def as_another_user(path: Any, mode: int) -> bool:
+        return writable if Path(path).name == "server" else access(path, mode)
+
+    monkeypatch.setattr(services, "_become", lambda command: None)
+    monkeypatch.setattr(os, "environ", {"PREFECT_HOME": str(tmp_path / "home"), **given})
+    monkeypatch.setattr(os, "access", as_another_user)
+    services.serve("127.0.0.1", 4200)
+    expected = lie_in if lie_in in (None, "mine") else str(tmp_path / str(lie_in))
+    assert os.environ.get("PREFECT_UI_STATIC_DIRECTORY") == expected
