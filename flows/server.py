@@ -273,8 +273,10 @@ class EmbeddedServer:
         if not self.ready.is_set():
             return  # no run has started; `wait_until_ready` raises
         complain(f"Prefect's embedded server ended unexpectedly; see {self.log}")
-        os.kill(os.getpid(), signal.SIGTERM)
-        if not self.stopping.wait(20.0):
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # by default it would end this process as if killed
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.stopping.wait(20.0)
+        if not self.stopping.is_set():
             os._exit(1)
 
     def stop(self) -> None:

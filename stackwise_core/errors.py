@@ -44,6 +44,23 @@ def shortened(value: Any, most: int = _MOST) -> str:
     return cut(repr(value), most)
 
 
+_OUT_OF_MEMORY = {
+    "CUDA out of memory": "not enough memory on the device",
+    "allocate memory": "not enough memory",  # torch's allocator, the loader of libraries, the kernel
+    "start new thread": "not enough memory or processes for another thread (ulimit -v, ulimit -u)",
+    "failed to map segment": "not enough address space to load a library (ulimit -v)",
+}
+"""What libraries write of it in their errors, which have no class of their own."""
+
+
+def why_no_memory(error: BaseException) -> str:
+    """Say in a few words what memory was short of, '' if something else is wrong."""
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    known = isinstance(error, (RuntimeError, ImportError, OSError))
+    return next((why for text, why in _OUT_OF_MEMORY.items() if known and text in str(error)), "")
+
+
 class StackWiseError(Exception):
     """A fault that is explained to the user in one message, without a traceback.
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from flows.network import bypass_proxy
 from flows.run.say import complain
-from stackwise_core.errors import StackWiseError, shown
+from stackwise_core.errors import StackWiseError, shown, why_no_memory
 from stackwise_core.files import why_full
 
 
@@ -64,9 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         0 done; 1 a stage failed; 2 the command or the configuration is wrong; 3 an artifact is missing,
         unsealed or corrupt.
     """
-    options = parse(sys.argv[1:] if arguments is None else arguments)
-    bypass_proxy()
     try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        bypass_proxy()
         return options.run(options) or 0
     except StackWiseError as error:
         complain(*f"stackwise: {error}".split("\n"))
@@ -77,17 +77,22 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `stackwise status | head`
         sys.stderr.close()
         return 1
-    except OSError as error:
+    except Exception as error:
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Print what went wrong on this machine in one line; anything else is a bug, whose traceback helps to mend it."""
+    if why := why_no_memory(error):
+        remedy = "lower the sizes of the model or training.batch_size, or close other programs"
+        complain(f"stackwise: {why}; {remedy}; sealed artifacts are kept")
+    elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         complain(f"stackwise: {where}{why_full(error) or error.strerror or error}; sealed artifacts are kept")
-        return 1
-    except MemoryError:
-        complain("stackwise: not enough memory; lower the sizes of the model or training.batch_size")
-        return 1
-    except Exception:  # a bug in StackWise: the traceback helps to fix it
-        complain(*traceback.format_exc().splitlines())
+    else:
+        complain(*"".join(traceback.format_exception(error)).splitlines())
         complain("stackwise: an unexpected error, please report it; sealed artifacts are kept")
-        return 1
+    return 1
 
 
 class _Parser(argparse.ArgumentParser):
