@@ -70,7 +70,7 @@ def why_no_image() -> str:
 @_NO_POSTGRES
 @pytest.mark.skipif(bool(why_no_image()), reason=why_no_image())
 def test_the_image_trains_is_killed_and_goes_on(tmp_path: Path) -> None:
-    changes = {"training.steps_per_stack": 40, "training.progressive.target_stacks": 2, "data.max_sequences": 500}
+    changes = {"training.steps_per_stack": 20, "training.progressive.target_stacks": 2, "data.max_sequences": 100}
     config = StackWiseConfig.from_yaml(ROOT / "configs/quickstart.yaml", changes)
     with database() as port, contextlib.ExitStack() as ending:
         host = Containers(tmp_path, port)
