@@ -52,7 +52,10 @@ def is_whole(mine: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("room", ["trash", "work", "stacks", "locks", "runs", "quarantine", "pins", "prefect"])
+OFTEN, SELDOM = ("trash", "work"), ("stacks", "locks", "runs", "quarantine", "pins", "prefect")
+
+
+@pytest.mark.parametrize("room", [*OFTEN, *(pytest.param(room, marks=pytest.mark.slow) for room in SELDOM)])
 def test_a_room_that_is_a_link_is_refused(room: str, made: Path, root: Path, mine: Path, capsys: Any) -> None:
     shutil.rmtree(root / room, ignore_errors=True)
     (root / room).symlink_to(mine)
@@ -63,14 +66,13 @@ def test_a_room_that_is_a_link_is_refused(room: str, made: Path, root: Path, min
     assert is_whole(mine)
 
 
-def test_the_folder_itself_may_be_a_link(made: Path, root: Path, tmp_path: Path) -> None:
+def test_the_folder_itself_may_be_a_link(root: Path, tmp_path: Path) -> None:
     """As its owner makes one who keeps artifacts on another disk."""
     there = tmp_path / "here"
     there.symlink_to(root)
+    assert main(["verify", "--artifacts", str(there)]) == main(["gc", "--artifacts", str(there)]) == 0
     Artifacts(there).open().discard(read_manifest(stack_of(root)).ref)
     assert not list((root / "stacks").glob("stack-1-*"))
-    grow(tiny(made, SMALL), str(there))
-    assert main(["verify", "--artifacts", str(there)]) == main(["gc", "--artifacts", str(there)]) == 0
 
 
 def stack_of(root: Path) -> Path:
@@ -114,7 +116,7 @@ def test_a_file_or_folder_of_an_artifact_that_is_a_link_is_damage(inside: str, r
     assert not list((root.parent / "copy").glob(f"{inside.partition('/')[0]}/*-1-*"))
 
 
-@pytest.mark.parametrize("how", ["symlink_to", "hardlink_to"])
+@pytest.mark.parametrize("how", ["symlink_to", pytest.param("hardlink_to", marks=pytest.mark.slow)])
 def test_a_run_overwrites_nothing_by_planted_links(how: str, made: Path, root: Path, mine: Path) -> None:
     """They wait in the place of every file that it is about to write."""
     letter, stack = mine / "letter.txt", stack_of(root)
