@@ -18,7 +18,10 @@ from flows.run.run import grow
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import GROWTH
 from stackwise_core.errors import StageInterruptedError
+from storage.artifacts import Artifacts
+from storage.manifest import read_manifest
 from storage.place import FOLDERS
+from storage.retirement import RETIRED
 from support.damage import every_kind_of_file
 from support.runs import digests, tiny
 
@@ -49,6 +52,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with subscribed(stop), stopping_on_signals(), pytest.raises(StageInterruptedError):
         grow(config_of(folder, 3), str(root))
     assert list(root.glob("work/stack-2-*/scratch/checkpoint/state.json"))
+    (store,) = root.glob("activations/activations-0-*")
+    Artifacts(root).retire(read_manifest(store).ref)
     (root / "prefect").mkdir()
     (root / "prefect" / "server.log").write_text("a log")
     every_kind_of_file(root)
@@ -90,6 +95,16 @@ def test_a_flipped_bit_is_found_or_changes_nothing(seeds: range, made: Path, cap
         path.write_bytes(before)
         assert code == (0 if same else 3), (seed, path, told)
         assert same or str(named(made, path)) in told, (seed, path, told)
+
+
+def test_every_flipped_bit_of_a_retirement_is_found(made: Path, capsys: Any) -> None:
+    (path,) = made.glob(f"activations/*/{RETIRED}")
+    before = path.read_bytes()
+    for seed in range(8):
+        flip(path, random.Random(seed))
+        assert main(["verify", path.parent.name, "--artifacts", str(made)]) == 3, path.read_bytes()
+        assert str(path.parent) in "".join(capsys.readouterr())
+        path.write_bytes(before)
 
 
 def named(root: Path, path: Path) -> Path:
