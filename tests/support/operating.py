@@ -126,7 +126,7 @@ class Site:
         """
         self.n_workers += 1
         command = ("worker", "start", "--pool", POOL, "--type", "process", "--name", self.worker_name, "--limit", "1")
-        self.worker = self._spawn("worker", *prefix, sys.executable, "-m", "flows.worker", *command, **environment)
+        self.worker = self._spawn("worker", *prefix, sys.executable, "-m", "flows.program", *command, **environment)
 
     @property
     def worker_name(self) -> str:
