@@ -5,44 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from support.kills import Trial
+from support.kills import Trial, ask_for, newest, said
 from support.operating import Site, until
-from support.processes import wait_until_gone
 from support.runs import digests, folder_of, manifests
 
 pytestmark = [pytest.mark.flow, pytest.mark.slow, pytest.mark.usefixtures("quick_disk")]
-
-
-def ask_for(state: str, trial: Trial) -> None:
-    """Set a state as the run's page does, and let the flow process go on once it has heard of it."""
-    pid = trial.pid
-    asked: dict[str, Any] = {"type": "CANCELLING" if state == "Cancelling" else "PAUSED", "name": state}
-    if state != "Cancelling":
-        expires = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
-        asked["state_details"] = {"pause_reschedule": state == "Suspended", "pause_timeout": expires}
-    answer = trial.site.post(f"/flow_runs/{trial.run_id}/set_state", {"state": asked})
-    assert answer["status"] == "ACCEPT", answer
-    until(
-        lambda: f"{state} on Prefect's pages: stopping at the next safe point" in said(trial), "word of it in its log"
-    )
-    os.kill(pid, signal.SIGCONT)
-    wait_until_gone(pid)
-
-
-def newest(site: Site) -> str:
-    """Return the id of the newest run of the trials."""
-    named = {"flow_runs": {"name": {"any_": ["grow tiny to 3 stacks"]}}, "sort": "START_TIME_DESC", "limit": 1}
-    return site.post("/flow_runs/filter", named)[0]["id"]
-
-
-def said(trial: Trial) -> list[str]:
-    return trial.site.logs(trial.run_id)
 
 
 def test_a_run_that_is_suspended_or_paused_goes_on_by_resume(

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,7 @@ def _by_sigterm(trial: Trial) -> None:
     os.kill(pid, signal.SIGTERM)
     if trial.command:
         assert trial.command.wait() == 1
-        newest = {"flow_runs": {"name": {"any_": ["grow tiny to 3 stacks"]}}, "sort": "START_TIME_DESC", "limit": 1}
-        trial.run_id = trial.site.post("/flow_runs/filter", newest)[0]["id"]
+        trial.run_id = newest(trial.site)
     else:
         wait_until_gone(pid)  # it told its end itself: the worker has no word to add
     trial.site.wait_for(trial.run_id)
@@ -190,6 +190,35 @@ KILLS = (
     Kill("machine restart", "train:9:HOLD", _the_machine),
     Kill("kill -9 of the worker", "seal-validate:2:HOLD", _the_worker),
 )
+
+
+# ---------------------------------------------------------------- what is asked on a page
+
+
+def ask_for(state: str, trial: Trial) -> None:
+    """Set a state as the run's page does, and let the flow process go on once it has heard of it."""
+    pid = trial.pid
+    asked: dict[str, Any] = {"type": "CANCELLING" if state == "Cancelling" else "PAUSED", "name": state}
+    if state != "Cancelling":
+        expires = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+        asked["state_details"] = {"pause_reschedule": state == "Suspended", "pause_timeout": expires}
+    answer = trial.site.post(f"/flow_runs/{trial.run_id}/set_state", {"state": asked})
+    assert answer["status"] == "ACCEPT", answer
+    until(
+        lambda: f"{state} on Prefect's pages: stopping at the next safe point" in said(trial), "word of it in its log"
+    )
+    os.kill(pid, signal.SIGCONT)
+    wait_until_gone(pid)
+
+
+def newest(site: Site) -> str:
+    """Return the id of the newest run of the trials."""
+    named = {"flow_runs": {"name": {"any_": ["grow tiny to 3 stacks"]}}, "sort": "START_TIME_DESC", "limit": 1}
+    return site.post("/flow_runs/filter", named)[0]["id"]
+
+
+def said(trial: Trial) -> list[str]:
+    return trial.site.logs(trial.run_id)
 
 
 # ---------------------------------------------------------------- recoveries

@@ -170,6 +170,10 @@ class Site:
         """Start `prefect` or `stackwise` with arguments in the site's environment, its output in `PROGRAM.log`."""
         return self._spawn(command[0], *_program(command[0]), *command[1:], **environment)
 
+    def script(self, path: Path, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a Python script of somebody else in the site's environment."""
+        return self._spawn(path.stem, sys.executable, str(path), *arguments)
+
     def command(self, *command: str, **environment: str) -> str:
         """Run `prefect` or `stackwise` with arguments in the site's environment; it succeeds. Returns its stdout."""
         done = subprocess.run(
