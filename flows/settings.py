@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TextIO, cast
 
 from pydantic import ValidationError
 
-from flows.run.say import complain
 from stackwise_core.errors import StackWiseError
 
 _OF_THE_API = ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING")
@@ -143,17 +142,48 @@ def load_prefect() -> None:
         SettingsError: it refuses one.
     """
     given = given_settings()
-    said = io.StringIO()  # what its plugins say of the same error
+    said = _Held(sys.stderr)  # what its plugins say of the same error
     try:
         with contextlib.redirect_stderr(said):
             import_module("prefect.main")
     except ImportError:  # an installation that does not fit together
+        said.release()
         raise
     except Exception as error:
         raise SettingsError(_explain(error, given)) from None
-    finally:
-        if sys.exc_info()[0] is None:
-            complain(*said.getvalue().splitlines())
+    said.release()
+
+
+class _Held(io.TextIOBase):
+    """Stands for a stream and keeps what is written until it is released; log handlers hold on to it after that."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.kept: list[str] | None = []
+
+    def release(self) -> None:
+        """Write what was kept, and from now on everything at once."""
+        kept, self.kept = self.kept or [], None
+        self.stream.write("".join(kept))
+
+    def write(self, text: str) -> int:
+        if self.kept is None:
+            return self.stream.write(text)
+        self.kept.append(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride] -- typeshed has an attribute
+        return self.stream.encoding
 
 
 def _explain(error: Exception, given: list[Setting]) -> str:

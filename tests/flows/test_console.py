@@ -31,15 +31,17 @@ def test_a_log_whose_reader_died_does_not_end_the_process() -> None:
 
 
 @pytest.mark.flow
-def test_what_others_wrote_is_only_drawn() -> None:
+def test_what_others_wrote_is_only_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.errors import one_line_errors
 
     stream = io.StringIO()
     logger, handler = logging.getLogger("prefect.flow_runs"), logging.StreamHandler(stream)
     logger.addHandler(handler)
+    monkeypatch.setattr(logger, "disabled", False)  # another test may have configured logging
     try:
         with one_line_errors():
-            logger.warning("%s of %d", "a\x1b[2J\u202eb\nc", 1)
+            arguments = ("a\x1b[2J\u202eb\nc", 1)
+            logger.handle(logging.LogRecord(logger.name, logging.WARNING, "", 1, "%s of %d", arguments, None))
     finally:
         logger.removeHandler(handler)
     assert stream.getvalue() == "a\\x1b[2J\\u202eb\nc of 1\n"

@@ -190,3 +190,16 @@ def test_prefect_refuses_a_value(file: str, text: str, names: str, home: Path) -
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith(f"stackwise: {names}")
     assert file == "x" or str(Path(file).absolute()) in done.stderr
+
+
+@pytest.mark.flow
+def test_what_prefect_logs_later_is_heard(tmp_path: Path) -> None:
+    """Its log handlers are made while it is imported, when its stderr is held back."""
+    script = (
+        "from flows.settings import load_prefect; load_prefect(); "
+        "from prefect.logging import get_logger; get_logger('runner').warning('a process exited')"
+    )
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path), "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a process exited" in done.stderr
