@@ -55,7 +55,7 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that take longest, a run killed ten times among them: another process does the rest."""
+    """Begin with the tests that take longest, those of a site: another process does the rest."""
     items.sort(key=lambda item: "site" not in getattr(item, "fixturenames", ()))
 
 

@@ -36,12 +36,9 @@ def test_what_others_wrote_is_only_drawn(monkeypatch: pytest.MonkeyPatch) -> Non
 
     stream = io.StringIO()
     logger, handler = logging.getLogger("prefect.flow_runs"), logging.StreamHandler(stream)
-    logger.addHandler(handler)
-    monkeypatch.setattr(logger, "disabled", False)  # another test may have configured logging
-    try:
-        with one_line_errors():
-            arguments = ("a\x1b[2J\u202eb\nc", 1)
-            logger.handle(logging.LogRecord(logger.name, logging.WARNING, "", 1, "%s of %d", arguments, None))
-    finally:
-        logger.removeHandler(handler)
+    for name, value in {"handlers": [handler], "propagate": False, "disabled": False}.items():
+        monkeypatch.setattr(logger, name, value)  # whatever other tests made of Prefect's logging
+    with one_line_errors():
+        arguments = ("a\x1b[2J\u202eb\nc", 1)
+        logger.handle(logging.LogRecord(logger.name, logging.WARNING, "", 1, "%s of %d", arguments, None))
     assert stream.getvalue() == "a\\x1b[2J\\u202eb\nc of 1\n"

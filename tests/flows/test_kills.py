@@ -54,7 +54,15 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("failpoint", KILLS)
+LIKE_ANOTHER = ("train:2", "train:4", "train:12", "cache:2", "seal-build:1", "sealed-build:0", "sealed-cache:0")
+LIKE_ANOTHER += ("promote-build:2", "promote-activations:0", "promote-validation:1")
+"""Killed at the same kind of step as another of them, so that they are run with the slow."""
+
+
+@pytest.mark.parametrize(
+    "failpoint",
+    [pytest.param(place, marks=pytest.mark.slow if place in LIKE_ANOTHER else ()) for place in KILLS],
+)
 def test_killed_anywhere_ends_in_the_same_bytes(failpoint: str, tmp_path: Path, reference: Reference) -> None:
     root = tmp_path / "a"
     first_again, step = KILLS[failpoint]

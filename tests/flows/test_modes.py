@@ -53,7 +53,7 @@ def final_digest(root: Path) -> str:
     return tensor_digest(load_rack(root, "tiny"))
 
 
-@pytest.mark.parametrize("mode", slow_unless(MODES.keys() - {"joint nf4", "int8 qlora top", "fp8 depth", "int8 mlm"}))
+@pytest.mark.parametrize("mode", slow_unless(BY_DEFAULT))
 def test_a_rack_grown_in_memory_has_the_same_bits(mode: str, tmp_path: Path, reference: Reference) -> None:
     """The trainer of the library, live trunk and all, against the artifacts of the flow."""
     root = reference(MODES[mode])

@@ -11,18 +11,29 @@ from typing import Any
 
 import pytest
 
-from support.kills import Trial, each_once, kill_and_recover, places_of
+from support.kills import RECOVERIES, Trial, each_once, kill_and_recover, places_of
 from support.operating import Site, until
 from support.runs import digests, folder_of, manifests, tiny_values, write_corpus
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("quick_disk")]
 
 
-@pytest.mark.parametrize("some", [[2, 4, 6, 7, 8], pytest.param(list(range(10)), marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_when_it_is_retried(site: Site, tmp_path: Path, reference: Callable[..., Path]) -> None:
+    trial = Trial(site, tmp_path, ("train:6:KILL",))
+    trial.start()
+    trial.wait_for_failpoint()
+    site.wait_for(trial.run_id, "CRASHED")
+    RECOVERIES["flow-run retry"](trial)
+    site.wait_for(trial.run_id, "COMPLETED")
+    assert digests(trial.root) == digests(reference())
+    assert manifests(trial.root)[folder_of(trial.root, "stack", 0).name]["facts"]["first_step"] == 4
+
+
+@pytest.mark.slow
 def test_a_run_survives_every_kill(
-    some: list[int], site: Site, tmp_path: Path, reference: Callable[..., Path], record_property: Any
+    site: Site, tmp_path: Path, reference: Callable[..., Path], record_property: Any
 ) -> None:
-    links = [each_once()[n] for n in some]
+    links = each_once()
     kill_and_recover(Trial(site, tmp_path, places_of(links)), links, digests(reference()), record_property)
 
 

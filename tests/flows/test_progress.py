@@ -145,6 +145,7 @@ def test_the_progress_artifact_is_updated_by_time(tmp_path: Path, monkeypatch: p
     """An update costs tens of milliseconds: 1,000 steps in 12 seconds are two of them."""
     from flows import artifacts
 
+    monkeypatch.setattr(artifacts, "_SECONDS_BETWEEN_UPDATES", 5.0)
     now, calls = Clock(), []
     identity = uuid.uuid4()
 
@@ -186,6 +187,7 @@ def test_the_progress_artifact_is_updated_by_time(tmp_path: Path, monkeypatch: p
 def test_a_page_that_cannot_be_updated_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows import artifacts
 
+    monkeypatch.setattr(artifacts, "_SECONDS_BETWEEN_UPDATES", 5.0)
     now, warnings, calls = Clock(), [], []
 
     def down(*arguments: Any) -> None:
@@ -216,6 +218,7 @@ def test_a_page_that_cannot_be_updated_stops_nothing(tmp_path: Path, monkeypatch
 def test_progress_is_shown_by_time_and_ends_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows import artifacts
 
+    monkeypatch.setattr(artifacts, "_SECONDS_BETWEEN_UPDATES", 5.0)
     now, shown = Clock(), []
     monkeypatch.setattr(artifacts, "time", now)
     monkeypatch.setattr(
@@ -239,6 +242,7 @@ def test_progress_is_shown_by_time_and_ends_at_its_end(tmp_path: Path, monkeypat
 def test_training_does_not_wait_for_a_server_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows import artifacts
 
+    monkeypatch.setattr(artifacts, "_SECONDS_BETWEEN_UPDATES", 5.0)
     now, shown, back = Clock(), [], threading.Event()
 
     def asked_for_over_a_minute(percent: float, *_: object) -> uuid.UUID:

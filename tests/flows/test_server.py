@@ -230,6 +230,7 @@ def here(config: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch, capsys
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.flow
 def test_killed_with_its_own_server_stopped_on_another_done_on_a_third_try(
     config: Path, tmp_path: Path, prefect_api: str, here: Any, reference: Reference
