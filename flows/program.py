@@ -1,4 +1,4 @@
-"""`python -m flows.program` is `prefect`, but a setting that it refuses is told in a line, and its worker is ours."""
+"""Prefect's command line, as `python -m flows.program`, with our worker and one-line errors for refused settings."""
 
 from __future__ import annotations
 
