@@ -47,6 +47,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return OneServerScheduling(config, log)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name no test by bytes: a compressed file holds the time of day, and two workers must collect the same names."""
+    return "bytes" if isinstance(val, bytes) else None
+
+
 _LEFT_BEHIND = pytest.StashKey[list[str]]()
 
 
