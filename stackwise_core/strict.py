@@ -19,7 +19,7 @@ MOST_OF_A_LIST = 2**28
 """Bytes of a manifest, or a plan: they grow with the files and the stages."""
 
 
-def read_bounded(path: Path, most: int = MOST_OF_A_RECORD) -> bytes:
+def read_bounded(path: Path | str, most: int = MOST_OF_A_RECORD) -> bytes:
     """Return the bytes of a plain file.
 
     Raises:
@@ -41,7 +41,7 @@ def read_bounded(path: Path, most: int = MOST_OF_A_RECORD) -> bytes:
             raise ValueError("is not a plain file")
         if found.st_size > most:
             raise ValueError(f"has {found.st_size:,} bytes, more than {most:,}")
-        return file.read(most)
+        return file.read(found.st_size)
 
 
 def parse_json(data: bytes) -> Any:

@@ -89,15 +89,15 @@ class LocalPlace:
     # ------------------------------------------------------------ what is there
 
     def find(self, key: str, ref: Ref | None = None) -> SealedFolder | None:
-        folder = self.root / key
         try:
             manifest = self._read_manifest(key, ref)
         except FileNotFoundError:
             return None
+        folder = self.root / key
         sizes = plain_files(folder, manifest.files)
         # Read last: a process that retires or discards the folder now does so before it deletes a file.
         retired = is_retired(folder, manifest)
-        return SealedFolder(key, manifest, sizes, retired) if (folder / MANIFEST).exists() else None
+        return SealedFolder(key, manifest, sizes, retired) if os.path.exists(f"{folder}/{MANIFEST}") else None
 
     def _read_manifest(self, key: str, ref: Ref | None) -> Manifest:
         return load_manifest(self.root / key, ref)

@@ -46,7 +46,10 @@ class Ref(BaseModel, frozen=True):
 
 def canonical_json(value: Any) -> str:
     """Return JSON with sorted keys and no spaces, the form that is hashed."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _CANONICAL.encode(value)
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 class Recipe(Value, frozen=True):
