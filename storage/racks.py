@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.stacks import settings_of
+from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.model.adapters import adapter_names, merged_dense
+from stackwise_core.model.blocks import Stack
+from stackwise_core.model.precision import base_linears, storage_of
 from stackwise_core.model.rack import Rack
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.saved_builder import check_no_code
@@ -18,6 +24,44 @@ from stackwise_core.stages.plan import StagePlan
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.checkpoints import load_all_channels, load_embedding, load_head, load_stack
 from storage.runs import Attempt, find_run
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run whose rack is there at some depth."""
+
+    artifacts: Artifacts
+    attempt: Attempt
+    stages: tuple[StagePlan, ...]
+    """Up to the one that left the rack of this depth."""
+
+    @property
+    def config(self) -> StackWiseConfig:
+        """Its configuration, with the shape of the rack that it adopted, if any."""
+        return _config(self.attempt)
+
+    def rack(self, *, dense: bool = False) -> Rack:
+        """Return its rack, see `load_rack`; `dense` gives float32 stacks, adapters merged, which are faster to run."""
+        rack = _rack(self.artifacts, self.stages)
+        for number, stack in enumerate(rack.stacks if dense else ()):
+            if isinstance(stack, Stack) and not _is_dense(stack):
+                rack.stacks[number] = merged_dense(stack)
+        return rack.requires_grad_(False).eval()
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer that it was trained with; raises ConfigError if the file is gone or is another now."""
+        tokenizer, expected = tokenizer_of(self.config), self.attempt.plan.data.tokenizer
+        if tokenizer.name != expected:
+            allowed = f"run {self.attempt.name} was trained with another ({expected}); restore that file"
+            raise ConfigError([Fault("data.tokenizer", repr(self.config.data.tokenizer), allowed)])
+        return tokenizer
+
+
+def open_run(uri: str | Path, run: str, depth: int | None = None) -> OpenedRun:
+    """Find the rack of a run without loading it; arguments and errors as those of `load_rack`."""
+    artifacts = artifacts_at(uri).existing()
+    attempt = find_run(artifacts, run)
+    return OpenedRun(artifacts, attempt, _stages(artifacts, attempt, depth))
 
 
 def load_rack(uri: str | Path, run: str, depth: int | None = None) -> Rack:
@@ -33,8 +77,7 @@ def load_rack(uri: str | Path, run: str, depth: int | None = None) -> Rack:
         ConfigError: there is no such run, or no rack of this depth; it lists what there is.
         ArtifactError: a file is missing or damaged.
     """
-    artifacts = artifacts_at(uri).existing()
-    return _rack(artifacts, _stages(artifacts, find_run(artifacts, run), depth))
+    return open_run(uri, run, depth).rack()
 
 
 def load_builder(
@@ -46,10 +89,9 @@ def load_builder(
     imports the functions that the configuration names, which may have come with the artifacts: without it, they are
     refused with a ConfigError.
     """
-    artifacts = artifacts_at(uri).existing()
-    attempt = find_run(artifacts, run)
-    stages = _stages(artifacts, attempt, depth)
-    config, last = _config(attempt), stages[-1].spec
+    opened = open_run(uri, run, depth)
+    artifacts, attempt, stages = opened.artifacts, opened.attempt, opened.stages
+    config, last = opened.config, stages[-1].spec
     check_no_code(config, attempt.where, trusted=trust_functions)
     builder, channels = ProgressiveRackBuilder(config), load_all_channels(artifacts, stages)
     builder.take_rack(_rack(artifacts, stages), last.anatomy.order, channels, settings_of(config, 0).mode)
@@ -95,3 +137,7 @@ def _rack(artifacts: Artifacts, stages: tuple[StagePlan, ...]) -> Rack:
     if last.shape.tie_embeddings and len(stages) == 1 and torch.equal(*ends):  # one matrix, until a second stage
         rack.tie()
     return rack.requires_grad_(False).eval()
+
+
+def _is_dense(stack: Stack) -> bool:
+    return not adapter_names(stack) and {storage_of(linear) for linear in base_linears(stack).values()} == {"float32"}

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from stackwise_core.config.schema import Precision
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.generation.kv_cache import BlockMemory, StackMemory
 from stackwise_core.model.precision import compute_dtype
 from stackwise_core.stages.resolve import ModelShape, TimeShape
 
@@ -33,20 +34,21 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.d_model, kv_width, bias=False)
         self.o_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
 
-    def forward(self, x_BTD: Tensor, rotary: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]."""
+    def forward(self, x_BTD: Tensor, rotary: Tensor, memory: BlockMemory | None = None) -> Tensor:
+        """[B, T, D] to [B, T, D]; with a memory, of new positions that see the earlier ones too."""
         B, T, D = x_BTD.shape
         width = self.shape.head_dim
         q_BHTC = self.q_proj(x_BTD).view(B, T, -1, width).transpose(1, 2)
         k_BKTC = self.k_proj(x_BTD).view(B, T, -1, width).transpose(1, 2)
         v_BKTC = self.v_proj(x_BTD).view(B, T, -1, width).transpose(1, 2)
-        out_BHTC = F.scaled_dot_product_attention(
-            rotate(q_BHTC, rotary),
-            rotate(k_BKTC, rotary),
-            v_BKTC,
-            is_causal=self.shape.causal,
-            enable_gqa=self.shape.n_kv_heads != self.shape.n_heads,
-        )
+        q_BHTC, k_BKTC = rotate(q_BHTC, rotary), rotate(k_BKTC, rotary)
+        if memory is None:
+            gqa = self.shape.n_kv_heads != self.shape.n_heads
+            out_BHTC = F.scaled_dot_product_attention(
+                q_BHTC, k_BKTC, v_BKTC, is_causal=self.shape.causal, enable_gqa=gqa
+            )
+        else:
+            out_BHTC = memory.attend(q_BHTC, k_BKTC, v_BKTC)
         return self.o_proj(out_BHTC.transpose(1, 2).reshape(B, T, D))
 
 
@@ -76,9 +78,9 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
         self.ffn = FeedForward(shape)
 
-    def forward(self, x_BTD: Tensor, rotary: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary)
+    def forward(self, x_BTD: Tensor, rotary: Tensor, memory: BlockMemory | None = None) -> Tensor:
+        """[B, T, D] to [B, T, D]; see `Attention.forward`."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, memory)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
 
@@ -95,13 +97,19 @@ class Stack(nn.Module):
         self.precision: Precision = precision
         self.blocks = nn.ModuleList(Block(shape) for _ in range(n_blocks))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]; matrix products run in the stack's compute type, the stream stays float32."""
-        rotary = rotary_table(self.shape, x_BTD.shape[1], x_BTD.device)
+    def forward(self, x_BTD: Tensor, memory: StackMemory | None = None) -> Tensor:
+        """[B, T, D] to [B, T, D]; matrix products run in the stack's compute type, the stream stays float32.
+
+        With a memory, which generation keeps, x are new positions, and those before them are in it.
+        """
+        if memory is None:
+            rotary = rotary_table(self.shape, x_BTD.shape[1], x_BTD.device)
+        else:
+            rotary = memory.cache.angles(rotary_table(self.shape, memory.cache.capacity, x_BTD.device))
         compute = compute_dtype(self.precision, x_BTD.device)
         with torch.autocast(x_BTD.device.type, dtype=compute, enabled=compute != torch.float32):
-            for block in self.blocks:
-                x_BTD = block(x_BTD, rotary)
+            for number, block in enumerate(self.blocks):
+                x_BTD = block(x_BTD, rotary, memory and memory.blocks[number])
         return x_BTD
 
 

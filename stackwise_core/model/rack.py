@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.generation.generate import OnToken, Prompts, generate
+from stackwise_core.generation.sampling import Sampling
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
 from stackwise_core.model.saving import (
     CHANNELS,
@@ -71,6 +73,34 @@ class Rack(nn.Module):
     def forward(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
         """Return logits [B, T, V]."""
         return self.head(self.hidden(input_ids_BT, time_step=time_step))
+
+    def generate(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 128,
+        *,
+        end_token: int | None = None,
+        on_token: OnToken | None = None,
+        **sampling: Any,
+    ) -> list[list[int]]:
+        """Return the tokens that follow each prompt, without the prompt and without `end_token`, which ends a text.
+
+        Args:
+            prompts: token ids [B, T], or lists of any lengths.
+            max_new_tokens: at most as many for each.
+            end_token: a text ends where it is chosen.
+            on_token: called with the number of a prompt and its next token, as soon as it is known; a text ends where
+                it returns True.
+            sampling: `temperature, top_k, top_p, min_p, repetition_penalty, seed`, see `Sampling`; by default the most
+                likely token is taken. The draws for a prompt do not depend on the others in the batch.
+
+        Raises:
+            ConfigError: a value cannot be, or the rack is not causal.
+        """
+        ends = () if end_token is None else (end_token,)
+        chosen = Sampling(**sampling)
+        found = generate(self, prompts, max_new_tokens, chosen, end_tokens=ends, on_token=on_token)
+        return [text.tokens for text in found]
 
     def save(self, folder: str | Path) -> None:
         """Write the rack into a folder, whole or not at all, in the place of a rack that was saved there before.

@@ -27,6 +27,7 @@ from stackwise_core.model.rack import Rack
 from stackwise_core.model.stream import EXACT, ChannelStatistics, Stream
 from stackwise_core.stages.resolve import ModelShape
 from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFromBoundary, RowsFromTokens, advance
+from support.llamas import llama_names, llama_of
 
 V = 40
 DTYPES = get_args(StreamDtype)
@@ -73,51 +74,6 @@ def stacks_of(rack: Rack) -> list[Stack]:
 # ---------------------------------------------------------------- a rack is a Llama
 
 
-def llama_names(n_blocks: tuple[int, ...]) -> dict[str, str]:
-    """The rack's parameter names to transformers'."""
-    names = {
-        "embedding.weight": "model.embed_tokens.weight",
-        "head.norm.weight": "model.norm.weight",
-        "head.projection.weight": "lm_head.weight",
-    }
-    blocks = [(stack, block) for stack, count in enumerate(n_blocks) for block in range(count)]
-    for layer, (stack, block) in enumerate(blocks):
-        here, there = f"stacks.{stack}.blocks.{block}", f"model.layers.{layer}"
-        for part in "qkvo":
-            names[f"{here}.attention.{part}_proj.weight"] = f"{there}.self_attn.{part}_proj.weight"
-        for part in ("gate", "up", "down"):
-            names[f"{here}.ffn.{part}_proj.weight"] = f"{there}.mlp.{part}_proj.weight"
-        names[f"{here}.attention_norm.weight"] = f"{there}.input_layernorm.weight"
-        names[f"{here}.ffn_norm.weight"] = f"{there}.post_attention_layernorm.weight"
-    return names
-
-
-def llama_of(rack: Rack, n_blocks: tuple[int, ...]) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = rack.shape
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.d_model,
-            intermediate_size=shape.d_ff,
-            num_hidden_layers=sum(n_blocks),
-            num_attention_heads=shape.n_heads,
-            num_key_value_heads=shape.n_kv_heads,
-            rms_norm_eps=shape.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-            tie_word_embeddings=shape.tie_embeddings,
-            attention_bias=False,
-            mlp_bias=False,
-            attn_implementation="eager",
-        )
-    )
-    names = llama_names(n_blocks)
-    weights = {names[name]: value for name, value in rack.state_dict().items()}
-    llama.load_state_dict(weights)
-    return llama
-
-
 @pytest.mark.parametrize(
     ("changes", "n_blocks"),
     [
@@ -129,7 +85,7 @@ def llama_of(rack: Rack, n_blocks: tuple[int, ...]) -> nn.Module:
 def test_logits_and_gradients_equal_llama(changes: dict[str, Any], n_blocks: tuple[int, ...]) -> None:
     """Float32 sums in another order: 1e-5 of the largest value."""
     rack = new_rack(shape_of(**changes), n_blocks)
-    llama = llama_of(rack, n_blocks)
+    llama = llama_of(rack)
     tokens = tokens_of(3, 19)
     ours, theirs = rack(tokens), llama(tokens).logits
     assert ours.std() > 0.3  # not a rack that outputs nothing

@@ -36,7 +36,21 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 
 Reference = Callable[..., Path]
 COMMANDS = (
-    *("train", "plan", "status", "inspect", "verify", "gc", "du", "why", "push", "pull", "quarantine", "doctor"),
+    *(
+        "train",
+        "plan",
+        "status",
+        "inspect",
+        "generate",
+        "verify",
+        "gc",
+        "du",
+        "why",
+        "push",
+        "pull",
+        "quarantine",
+        "doctor",
+    ),
     *("server", "worker", "heartbeat"),
 )
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from stackwise_core.errors import ConfigError
 from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from storage.artifacts import Artifacts
 from storage.errors import ArtifactCorruptError, ArtifactsFolderError
-from storage.racks import load_builder, load_rack
+from storage.racks import load_builder, load_rack, open_run
 from storage.runs import begin_attempt
 from support.adopting import adopted, library_rack, run_batches
 from support.modes import MODES, G, grown_in_memory, plan_of
@@ -34,6 +35,15 @@ def test_every_depth_is_the_rack_that_its_stage_left(mode: str, reference: Refer
         assert tensor_digest(loaded) == tensor_digest(builder.build_rack())
         assert loaded.tied == builder.build_rack().tied == (depth == 1)
         assert load_builder(root, "tiny", depth).n_trained == depth
+
+
+def test_a_dense_rack_computes_the_same(reference: Reference) -> None:
+    opened = open_run(reference(MODES["nf4 dual"]), "tiny")
+    stored, dense, tokens = opened.rack(), opened.rack(dense=True), torch.arange(20).view(2, 10)
+    torch.testing.assert_close(dense(tokens), stored(tokens), rtol=1e-5, atol=1e-5)
+    assert {tensor.dtype for tensor in dense.state_dict().values()} == {torch.float32}
+    assert not any("lora" in name for name in dense.state_dict())
+    assert any("lora" in name for name in stored.state_dict())
 
 
 @pytest.mark.parametrize("mode", ["qlora top", "depth prepend joint", "int8 mixed"])

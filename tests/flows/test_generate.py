@@ -1,0 +1,123 @@
+"""`stackwise generate`: the rack of a run at any depth, texts on stdin and as arguments, what is refused."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage.racks import load_rack
+from support.commands import Run
+
+pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
+
+Reference = Callable[..., Path]
+
+
+def on_stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+@torch.no_grad()
+def recomputed(root: Path, text: str, n_new: int, depth: int | None = None) -> list[int]:
+    rack, tokens = load_rack(root, "tiny", depth), torch.tensor([list(text.encode())])
+    for _ in range(n_new):
+        tokens = torch.cat([tokens, rack(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return tokens[0, len(text) :].tolist()
+
+
+def test_any_depth_continues_texts(reference: Reference, run: Run) -> None:
+    root = reference()
+    prompts = ("--prompt", "stack", "--prompt", "the trunk")
+    for depth in (1, None):
+        how = () if depth is None else ("--depth", depth)
+        answer = run("generate", "tiny", "--artifacts", root, *prompts, "--max-new-tokens", 6, *how, "--json").document
+        expected = [recomputed(root, text, 6, depth) for text in prompts[1::2]]
+        assert [each["tokens"] for each in answer["completions"]] == expected
+        assert [each["text"] for each in answer["completions"]] == [bytes(each).decode() for each in expected]
+        assert {each["reason"] for each in answer["completions"]} == {"length"}
+        assert (answer["run"], answer["depth"], answer["seed"]) == ("tiny", depth or 3, 0)
+        assert (root / "stacks" / answer["stack"]).is_dir()
+    assert answer["stage"] == 2
+
+
+def test_text_from_stdin_goes_to_stdout(reference: Reference, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_stdin(monkeypatch, b"stack")
+    answer = run("generate", "tiny", "--artifacts", reference(), "--max-new-tokens", 6)
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out == bytes(recomputed(reference(), "stack", 6)).decode() + "\n"
+    several = run(
+        "generate", "tiny", "--artifacts", reference(), "--prompt", "a\n", "--prompt", "b", "--stop", "\u2028"
+    )
+    assert several.out.startswith("> a\\n\n")
+    assert "\n\n> b\n" in several.out
+
+
+def test_draws_are_those_of_their_seed(reference: Reference, run: Run) -> None:
+    def drawn(seed: int, *prompts: str) -> list[str]:
+        texts = [part for text in prompts for part in ("--prompt", text)]
+        how = ("--temperature", 1.2, "--top-p", 0.95, "--seed", seed, "--max-new-tokens", 8)
+        answer = run("generate", "tiny", "--artifacts", reference(), *texts, *how, "--json")
+        return [each["tokens"] for each in answer.document["completions"]]
+
+    assert drawn(7, "stack") == [drawn(7, "the", "stack")[1]] != drawn(8, "stack")
+
+
+def test_where_texts_end(reference: Reference, run: Run) -> None:
+    """tiny was trained on 16 tokens."""
+    how = ("generate", "tiny", "--artifacts", reference(), "--prompt", "stack trunk")
+    whole = run(*how, "--beyond-context", "--max-new-tokens", 12, "--json").document["completions"][0]
+    assert (len(whole["tokens"]), whole["reason"]) == (12, "length")
+    answer = run(*how, "--max-new-tokens", 12)
+    assert answer.out == whole["text"][:5] + "\n"
+    assert answer.err == "ended at 16 tokens, the length that the rack was trained on; --beyond-context goes on\n"
+    stop = whole["text"][2:4]
+    (ended,) = run(*how, "--max-new-tokens", 12, "--beyond-context", "--stop", stop, "--json").document["completions"]
+    assert (ended["text"], ended["reason"]) == (whole["text"][: whole["text"].index(stop)], "stop")
+
+
+def test_on_a_terminal_nothing_is_obeyed(reference: Reference, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.cli import generate
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    generate._show("a\x1b[2J\n\tb\x07")  # pyright: ignore[reportPrivateUsage]
+    assert screen.getvalue() == "a\\x1b[2J\n\tb\\x07"
+
+
+@pytest.mark.parametrize(
+    ("how", "stdin", "message"),
+    [
+        ((), b"a\xffb", r"stdin: got 3 bytes that are not UTF-8 \(byte 1\); give text in UTF-8"),
+        (("--prompt", "a\udcff"), b"", r"--prompt: got 2 bytes that are not UTF-8 \(byte 1\)"),
+        (
+            ("--prompt", "x" * 16),
+            b"",
+            "--prompt: got 16 tokens; the rack was trained on 16 tokens; shorten it, or go on",
+        ),
+        (("--prompt", "x", "--depth", "9"), b"", "depth: got 9; the run tiny has racks of these depths: 1, 2, 3"),
+        (("--prompt", "x", "--max-new-tokens", "0"), b"", "max_new_tokens: got 0; 1 or more"),
+        (("--prompt", "x", "--stop", ""), b"", "stop: got ''"),
+        (("--prompt", "x", "--top-p", "2", "--seed", "-1"), b"", "top_p: got 2.0; above 0, up to 1"),
+    ],
+)
+def test_what_is_refused(
+    how: tuple[str, ...], stdin: bytes, message: str, reference: Reference, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_stdin(monkeypatch, stdin)
+    answer = run("generate", "tiny", "--artifacts", reference(), *how)
+    assert (answer.code, answer.out) == (2, "")
+    assert re.match(message, answer.faults[0])
+
+
+def test_runs_that_do_not_continue_texts(reference: Reference, run: Run) -> None:
+    answer = run("generate", "nobody", "--artifacts", reference(), "--prompt", "x")
+    assert (answer.code, answer.faults[0][:21]) == (2, "RUN: got 'nobody'; no")
