@@ -35,6 +35,7 @@ _COMMANDS = {
     ),
     "plan": Command("show what would run, what it costs and which artifacts exist", "configs/quickstart.yaml --json"),
     "status": Command("show the runs, or the stages and artifacts of one run", "quickstart"),
+    "export": Command("write the rack of a run for transformers", "quickstart --to model --dtype bfloat16"),
     "inspect": Command("show one artifact: layout, provenance, statistics", "activations-1-3f2a --html store.html"),
     "generate": Command("continue a text with the rack of a run", "quickstart --prompt 'def main' --temperature 0.8"),
     "verify": Command("recompute every checksum, and sampled cache rows from tokens", "quickstart"),

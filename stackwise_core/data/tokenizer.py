@@ -9,7 +9,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,14 @@ class Tokenizer(ABC):
     def decode(self, tokens: IntArray) -> str:
         """Return readable text, with special tokens by their names."""
 
+    @abstractmethod
+    def name_of(self, token: int | None) -> str | None:
+        """Return what a token is called in the vocabulary; None for None, or where there is no such token."""
+
+    @abstractmethod
+    def token_named(self, name: str) -> int | None:
+        """Return the id of a token, None if there is none of this name."""
+
 
 class ByteTokenizer(Tokenizer):
     """256 bytes and three special tokens; it encodes any text."""
@@ -81,6 +89,7 @@ class ByteTokenizer(Tokenizer):
     special_tokens = ()
     mask_token, pad_token, end_token = 256, 257, 258
     vocab_size = 259
+    _names: ClassVar = {mask_token: "[MASK]", pad_token: "[PAD]", end_token: "[END]"}
 
     def encode(self, text: bytes) -> NDArray[np.uint16]:
         """Return the bytes as token ids [len(text)]."""
@@ -88,9 +97,17 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, tokens: IntArray) -> str:
         """Return readable text, with special tokens as [MASK], [PAD], [END]."""
-        names = {self.mask_token: b"[MASK]", self.pad_token: b"[PAD]", self.end_token: b"[END]"}
+        names = {token: name.encode() for token, name in self._names.items()}
         pieces = [bytes([token]) if token < 256 else names.get(token, b"[?]") for token in map(int, tokens)]
         return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def name_of(self, token: int | None) -> str | None:
+        """Return the name of a special token; bytes have none."""
+        return None if token is None else self._names.get(token)
+
+    def token_named(self, name: str) -> int | None:
+        """Return the id of a special token."""
+        return next((token for token, known in self._names.items() if known == name), None)
 
 
 class FileTokenizer(Tokenizer):
@@ -155,6 +172,14 @@ class FileTokenizer(Tokenizer):
     def decode(self, tokens: IntArray) -> str:
         """Return readable text, with special tokens by their names."""
         return self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
+
+    def name_of(self, token: int | None) -> str | None:
+        """Return what a token is called in the vocabulary."""
+        return None if token is None else self._library.id_to_token(token)
+
+    def token_named(self, name: str) -> int | None:
+        """Return the id of a token."""
+        return self._library.token_to_id(name)
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:

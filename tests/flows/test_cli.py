@@ -51,7 +51,7 @@ COMMANDS = (
         "quarantine",
         "doctor",
     ),
-    *("server", "worker", "heartbeat"),
+    *("server", "worker", "heartbeat", "export"),
 )
 
 

@@ -1,0 +1,1 @@
+"""Models of other systems: read into racks, and racks written for them."""

@@ -1,0 +1,74 @@
+"""The model card of an exported folder: README.md with the front matter that Hugging Face reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from pydantic import BaseModel
+
+from stackwise_core.errors import shown
+
+
+class Card(BaseModel, frozen=True):
+    """What a model card says beside what is in config.json."""
+
+    name: str
+    base_model: str = ""
+    """What it was grown on; empty for a model that was grown from nothing."""
+    stacks: int
+    facts: tuple[str, ...] = ()
+    """How it was made: Markdown, a line each."""
+    columns: tuple[str, ...] = ()
+    """Of the table of stages; | aligns a column right."""
+    rows: tuple[tuple[str, ...], ...] = ()
+
+    def text(self, architecture: str, parameters: int, blocks: int, dtype: str) -> str:
+        """Return the card as Markdown."""
+        causal = architecture.endswith("ForCausalLM")
+        task, load = ("text-generation", "AutoModelForCausalLM") if causal else ("fill-mask", "AutoModelForMaskedLM")
+        base = [f"base_model: {json.dumps(self.base_model)}"] if self.base_model else []
+        grown = f"on {code(self.base_model)}" if self.base_model else "from nothing"
+        stages = [
+            "",
+            "## Stages",
+            "",
+            "Losses in nats per position that counts; validation is on held-out text of the same corpus.",
+            "",
+            _row(column.removeprefix("|") for column in self.columns),
+            _row("--:" if column.startswith("|") else "---" for column in self.columns),
+            *map(_row, self.rows),
+        ]
+        lines = [
+            *("---", "library_name: transformers", f"pipeline_tag: {task}", *base, "tags: [stackwise]", "---", ""),
+            f"# {self.name}",
+            "",
+            f"{architecture} with {parameters:,} parameters in {blocks} layers ({dtype}), grown {grown}: StackWise",
+            f"added {self.stacks} stacks of layers one after the other.",
+            "",
+            "```python",
+            f"from transformers import {load}, AutoTokenizer",
+            "",
+            f'model = {load}.from_pretrained("FOLDER")',
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+            "```",
+            "",
+            "## How it was made",
+            "",
+            *(f"- {fact}" for fact in self.facts),
+            "- Adapters are merged and quantised weights dequantised.",
+            "- `stackwise.json` has the ids of the artifacts, the sha256 of every file, and how the logits of this",
+            "  folder compared with those of the run.",
+            *(stages if self.rows else ()),
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def code(text: str) -> str:
+    """Return a text that others may have written as Markdown code in one line."""
+    return f"`{shown(text).replace('`', chr(39))}`"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(shown(cell).replace('|', '/') for cell in cells)} |"

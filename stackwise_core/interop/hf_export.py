@@ -1,0 +1,163 @@
+"""A rack as a folder that transformers loads without custom code: LlamaForCausalLM, or EuroBertForMaskedLM.
+
+Stacks are flattened in data-flow order, adapters merged and quantised weights dequantised. What was written is read
+back and compared with the rack before the folder takes its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from stackwise_core.data.tokenizer import Tokenizer
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.interop.card import Card
+from stackwise_core.interop.parts import DTYPES, Dtype, Parts
+from stackwise_core.interop.read_back import Comparison, read_back
+from stackwise_core.interop.target import as_json, checked_target, fresh_folder, write_about, write_small
+from stackwise_core.interop.tensor_files import TensorFiles, total_bytes, write_tensors
+from stackwise_core.interop.tokenizer_json import tokenizer_files
+from stackwise_core.model.rack import Rack
+from stackwise_core.stages.resolve import ModelShape
+
+Objective = Literal["clm", "mlm", "custom"]
+
+
+class Exported(NamedTuple):
+    """A folder that was written."""
+
+    folder: Path
+    architecture: str
+    n_bytes: int
+    comparison: Comparison
+
+
+def export_rack(
+    rack: Rack,
+    to: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    tokenizer_path: Path | None = None,
+    objective: Objective | None = None,
+    dtype: Dtype = "float32",
+    seq_len: int = 2048,
+    time_step: int | None = None,
+    force: bool = False,
+    card: Card | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write a rack for transformers, whole or not at all, and read it back.
+
+    Args:
+        rack: the rack; it is left as it is.
+        to: the folder: absent, empty, or with `force` one that was exported before.
+        tokenizer: the one it was trained with; None writes none.
+        tokenizer_path: its tokenizer.json; None for the byte tokenizer.
+        objective: what it was trained for; None takes clm for a causal rack, and mlm for another.
+        dtype: the type of the written tensors.
+        seq_len: the length of the sequences that it was trained on [tokens].
+        time_step: for a rack whose time is an input, the step to fix.
+        force: replace an earlier export.
+        card: what the README.md says beside what is known here.
+        about: what else `stackwise.json` says.
+
+    Raises:
+        ConfigError: the rack has no such export, or the folder holds something else; nothing is written.
+        ExportError: what was read back is not the rack.
+        OSError: a file cannot be written; the error names it.
+    """
+    shape = rack.shape
+    objective = objective or ("clm" if shape.causal else "mlm")
+    check_exportable(shape, objective, time_step)
+    folder, parts = checked_target(to, force=force), Parts(rack, time_step)
+    masked = objective == "mlm"
+    named = tokenizer_files(tokenizer, tokenizer_path, seq_len, masked=masked) if tokenizer else None
+    ids = named.ids if named else {}
+    small = dict(named.files) if named else {}
+    config = model_config(shape, parts, ids, seq_len, dtype, objective)
+    small["config.json"] = as_json(config)
+    if not masked:
+        ends = {key: token for key, token in ids.items() if key != "mask_token_id"}
+        small["generation_config.json"] = as_json({"_from_model_config": True, **ends})
+    card = card or Card(name=folder.name, stacks=len(parts.stacks))
+    n_parameters = total_bytes(parts.entries, torch.uint8)
+    small["README.md"] = card.text(config["architectures"][0], n_parameters, parts.n_blocks, dtype).encode()
+    with fresh_folder(folder, total_bytes(parts.entries, DTYPES[dtype])) as fresh:
+        hashes = write_tensors(fresh, parts.entries, parts.tensors(), DTYPES[dtype])
+        hashes |= write_small(fresh, small)
+        found = read_back(TensorFiles(fresh).read, rack, time_step, dtype, seq_len)
+        told = {"dtype": dtype, "time_step": time_step, "read_back": found._asdict()}
+        write_about(fresh, {**told, **(about or {})}, hashes)
+        n_bytes = sum(path.stat().st_size for path in fresh.iterdir())
+    return Exported(folder, config["architectures"][0], n_bytes, found)
+
+
+# ---------------------------------------------------------------- what can be said
+
+
+def check_exportable(shape: ModelShape, objective: Objective, time_step: int | None) -> None:
+    """Check that transformers has an architecture for a rack.
+
+    Raises:
+        ConfigError: it has none; the message says why, and what would have one.
+    """
+    faults: list[Fault] = []
+    if shape.time and time_step is None:
+        why = "time is an input of this rack and of no architecture in transformers; an export fixes one step"
+        faults.append(Fault("time_step", "None", f"{why}: give one of 0 to {shape.time.n_steps - 1}"))
+    elif shape.time and time_step is not None and not 0 <= time_step < shape.time.n_steps:
+        faults.append(Fault("time_step", str(time_step), f"this rack has the steps 0 to {shape.time.n_steps - 1}"))
+    if not shape.time and time_step is not None:
+        allowed = "time is no input of this rack; leave it out, and choose a stack's step by the depth"
+        faults.append(Fault("time_step", str(time_step), allowed))
+    attention = "causal" if shape.causal else "bidirectional"
+    why = ""
+    if objective == "mlm" and shape.causal:
+        why = "no architecture in transformers fills masks with causal attention; with model.attention: bidirectional"
+        why += " mlm has EuroBertForMaskedLM"
+    if objective == "custom" and not shape.causal:
+        why = "no architecture in transformers has targets of one's own with bidirectional attention; mlm has"
+        why += " EuroBertForMaskedLM, and causal attention LlamaForCausalLM"
+    if why:
+        faults.append(Fault("objective", f"{objective} with {attention} attention", why))
+    if faults:
+        raise ConfigError(faults)
+
+
+def model_config(
+    shape: ModelShape, parts: Parts, ids: Mapping[str, int], seq_len: int, dtype: Dtype, objective: Objective
+) -> dict[str, Any]:
+    """Return config.json, in the words of transformers 5 and of transformers 4.
+
+    Each reads its own: version 4 knows no `rope_parameters` and would take 10,000 for theta, without a word.
+    """
+    of_family: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "use_cache": True}
+    if objective == "mlm":
+        of_family = {"architectures": ["EuroBertForMaskedLM"], "model_type": "eurobert"}
+    return {
+        **of_family,
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.d_model,
+        "intermediate_size": shape.d_ff,
+        "num_hidden_layers": parts.n_blocks,
+        "num_attention_heads": shape.n_heads,
+        "num_key_value_heads": shape.n_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": seq_len,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "rope_theta": shape.rope_theta,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": parts.tied,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        **{key: ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **({"mask_token_id": ids["mask_token_id"]} if objective == "mlm" and "mask_token_id" in ids else {}),
+    }

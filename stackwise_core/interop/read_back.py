@@ -1,0 +1,113 @@
+"""What was exported, read back and compared with its rack before it counts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stackwise_core.errors import ConfigError, Fault, StackWiseError
+from stackwise_core.interop.parts import DTYPES, EMBEDDING, HEAD, NORM, Dtype, Parts, empty, empty_head, names_of
+from stackwise_core.model.adapters import adapter_names, merged_dense
+from stackwise_core.model.rack import Rack
+
+Read = Callable[[str], Tensor]
+_MOST_OF_MERGING = 1e-4
+"""The largest difference of logits that merging adapters may make, as a share of the largest logit."""
+
+
+class ExportError(StackWiseError):
+    """What was written is not the rack; nothing was exported."""
+
+
+class Comparison(NamedTuple):
+    """What was written, read back, beside the rack that it was written from, on a few fixed tokens."""
+
+    tokens: int
+    equal: bool
+    """Whether all logits are equal, bit for bit."""
+    difference: float
+    """The largest difference of a logit, as a share of the largest logit."""
+    same_choices: float
+    """The share of positions at which the token of the largest logit is the same."""
+
+
+@torch.no_grad()
+def read_back(read: Read, rack: Rack, time_step: int | None, dtype: Dtype, seq_len: int) -> Comparison:
+    """Compare what was written with a rack: every tensor, and logits computed from the files alone, on the CPU.
+
+    One stack is in memory at a time, beside the rack.
+
+    Args:
+        read: returns a tensor of the written files, in the type in which it is there, by its name in transformers.
+        rack: what was written.
+        time_step: the step that was fixed, where time is an input.
+        dtype: the type that was written.
+        seq_len: the longest text [tokens].
+
+    Raises:
+        ExportError: what is written is not the rack.
+        ConfigError: the rack, or its weights in this type, are of no use.
+    """
+    parts, checked = Parts(rack, time_step), partial(_checked, read, DTYPES[dtype])
+    tokens_BT = _some_tokens(rack.shape.vocab_size, min(seq_len, 16))
+    steps = None if time_step is None else torch.full((len(tokens_BT),), time_step)
+    of_rack = on_cpu(rack.embedding)(tokens_BT, steps)
+    of_files = F.embedding(tokens_BT, checked(EMBEDDING, parts.embedding()))
+    for first, stack in parts.numbered():
+        mine, name = on_cpu(stack), names_of(first)
+        of_rack = mine(of_rack)
+        state = {key: checked(name(key), tensor) for key, tensor in merged_dense(mine).state_dict().items()}
+        same = empty(stack)
+        same.load_state_dict(state, assign=True)
+        of_files = same(of_files)
+    mine, same = on_cpu(rack.head), empty_head(rack.shape)
+    projection = checked(EMBEDDING if parts.tied else HEAD, mine.projection.weight)
+    state = {"norm.weight": checked(NORM, mine.norm.weight), "projection.weight": projection}
+    same.load_state_dict(state, assign=True)
+    adapted = any(adapter_names(stack) for stack in parts.stacks)
+    return _compared(mine(of_rack), same(of_files), dtype, adapted=adapted)
+
+
+def _compared(of_rack: Tensor, of_files: Tensor, dtype: Dtype, *, adapted: bool) -> Comparison:
+    if not of_rack.isfinite().all():
+        raise ConfigError([Fault("rack", "logits that are not finite", "train it again")])
+    if not of_files.isfinite().all():
+        raise ConfigError([Fault("dtype", dtype, "some weights are too large for it; use bfloat16 or float32")])
+    difference = float((of_files - of_rack).abs().max() / of_rack.abs().max().clamp_min(1e-30))
+    equal, most = of_files.equal(of_rack), _MOST_OF_MERGING if adapted else 0.0
+    if dtype == "float32" and not equal and difference >= most:
+        raise ExportError(f"the logits differ from those of the rack by {difference:.1e} of the largest; report this")
+    same = float((of_files.argmax(-1) == of_rack.argmax(-1)).float().mean())
+    return Comparison(of_files[..., 0].numel(), equal, difference, same)
+
+
+def _some_tokens(vocab_size: int, length: int) -> Tensor:
+    """Return two sequences that go through the vocabulary in strides: [2, length]."""
+    return (torch.arange(2 * length) * 7919 + 13).remainder(vocab_size).view(2, length)
+
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def on_cpu(module: Part) -> Part:
+    """Return a module, or a copy of it, on the CPU."""
+    there = all(tensor.device.type == "cpu" for tensor in (*module.parameters(), *module.buffers()))
+    return module if there else copy.deepcopy(module).cpu()
+
+
+def _checked(read: Read, dtype: torch.dtype, name: str, written: Tensor) -> Tensor:
+    """Return a tensor of a file as float32, which is what was written."""
+    found = read(name)
+    if not _bits(found).equal(_bits(written.detach().cpu().to(dtype))):
+        raise ExportError(f"{name} was read back with other bits; check the disk, and run the same command again")
+    return found.float()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)

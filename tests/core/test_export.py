@@ -1,0 +1,220 @@
+"""Racks written for transformers: transformers' own models are the reference."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stackwise_core.data.tokenizer import ByteTokenizer
+from stackwise_core.errors import ConfigError
+from stackwise_core.interop import hf_export, tensor_files
+from stackwise_core.interop.hf_export import export_rack
+from stackwise_core.interop.read_back import ExportError
+from stackwise_core.model.blocks import Stack, TimeEmbedding, initialise
+from stackwise_core.model.growth_operators import new_rack
+from stackwise_core.model.rack import Rack
+from stackwise_core.stages.resolve import ModelShape, TimeShape
+from support.exports import greedy, opened
+from support.racks import SHAPE, TOKENS, mixed_rack
+
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_disk")
+
+
+def rack_of(*n_blocks: int, **changes: Any) -> Rack:
+    """Return a random rack over bytes whose stacks were prepended in turn; norms differ from one."""
+    shape = ModelShape.model_validate({**SHAPE.model_dump(), "vocab_size": 264, **changes})
+    rack = new_rack(shape, seed=1)
+    for index, count in enumerate(n_blocks):
+        stack = Stack(shape, count, index)
+        initialise(stack, index)
+        rack.stacks.insert(0, stack)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in rack.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dim() == 1:
+            parameter.normal_(1.0, 0.2, generator=generator)
+        else:
+            parameter.mul_(4.0)  # so that attention is not flat
+    return rack.eval()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 77.0, "norm_eps": 1e-2},
+        {"n_heads": 4, "n_kv_heads": 4, "tie_embeddings": False},
+    ],
+    ids=["tied", "untied"],
+)
+def test_a_causal_rack_is_a_llama(tmp_path: Path, changes: dict[str, Any]) -> None:
+    rack = rack_of(1, 2, **changes)
+    if not rack.tied:
+        rack.head.projection.weight.mul_(-1.5)
+    exported = export_rack(rack, tmp_path / "out", tokenizer=ByteTokenizer(), seq_len=64)
+    model = opened(exported.folder)
+    assert (exported.architecture, exported.comparison.equal) == ("LlamaForCausalLM", True)
+    prompt = TOKENS + 40
+    with torch.no_grad():
+        assert model(prompt).logits.equal(rack(prompt))
+    assert model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None).equal(greedy(rack, prompt, 8))
+    assert model.generation_config.eos_token_id == ByteTokenizer.end_token
+    assert model.config.tie_word_embeddings == rack.tied
+
+
+def test_every_precision_with_adapters_merged(tmp_path: Path) -> None:
+    """Sums in another order: what merging changes is 1e-6 of the largest logit, what it would leave out is 1e-1."""
+    rack = mixed_rack(["full", "half", "nvfp4", "bfloat16", "qlora"], tied=False)
+    found = export_rack(rack, tmp_path / "out").comparison
+    with torch.no_grad():
+        wanted, logits = rack(TOKENS), opened(tmp_path / "out")(TOKENS).logits
+    assert (logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert found.difference < 1e-5
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_a_bidirectional_rack_fills_masks(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, pipeline
+
+    rack = rack_of(2, 1, causal=False)
+    folder = export_rack(rack, tmp_path / "out", tokenizer=ByteTokenizer(), seq_len=64).folder
+    model, tokenizer = opened(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        assert model(TOKENS).logits.equal(rack(TOKENS))
+        ids = torch.tensor([[*b"a", 256, *b"c"]])
+        likeliest = rack(ids)[0, 1].softmax(-1).topk(3)
+    filled = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=3)("a[MASK]c")
+    assert [entry["token"] for entry in filled] == likeliest.indices.tolist()
+    assert [entry["score"] for entry in filled] == pytest.approx(likeliest.values.tolist())
+
+
+def test_a_step_of_time_as_an_input(tmp_path: Path) -> None:
+    time = TimeShape(n_steps=5, dim=6, encoding="sinusoidal")
+    rack = rack_of(1, causal=False, time=time.model_dump())
+    assert isinstance(rack.embedding.time, TimeEmbedding)
+    for step in (0, 4):
+        export_rack(rack, tmp_path / str(step), time_step=step)
+        with torch.no_grad():
+            logits = opened(tmp_path / str(step))(TOKENS).logits
+            assert logits.equal(rack(TOKENS, torch.full((2,), step)))
+    for step, received in ((None, "None"), (5, "5"), (-1, "-1")):
+        with pytest.raises(ConfigError, match=rf"time_step: got {received}; .*0 to 4"):
+            export_rack(rack, tmp_path / "none", time_step=step)
+    with pytest.raises(ConfigError, match="time is no input"):
+        export_rack(rack_of(1), tmp_path / "none", time_step=0)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_types_in_several_files(tmp_path: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_files, "MOST_OF_A_FILE", 20_000)
+    rack = rack_of(1, 2)
+    exported = export_rack(rack, tmp_path / "out", dtype=dtype)
+    files = sorted(path.name for path in exported.folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert max((exported.folder / name).stat().st_size for name in files) < 25_000
+    model, kind = opened(exported.folder), getattr(torch, dtype)
+    assert model.dtype == kind
+    for parameter in rack.parameters():
+        parameter.copy_(parameter.to(kind))
+    with torch.no_grad():
+        assert model.float()(TOKENS).logits.equal(rack(TOKENS))
+    assert 0 < exported.comparison.difference < 0.05
+
+
+def test_bytes_are_the_tokens_of_any_text(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    export_rack(rack_of(1), tmp_path / "out", tokenizer=ByteTokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    draw = random.Random(0)
+    characters = [*map(chr, range(256)), *"€ß字😀\u0301\u200d\ufeff", "[MASK]", "[END]", "  ", "\r\n"]
+    for _ in range(100):
+        text = "".join(draw.choices(characters, k=draw.randrange(30)))
+        ids = tokenizer(text)["input_ids"]
+        assert ids == list(text.encode())
+        assert tokenizer.decode(ids) == text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id) == (258, 257, 256)
+
+
+def test_a_config_in_the_words_of_version_4_and_5(tmp_path: Path) -> None:
+    export_rack(rack_of(1, rope_theta=5e5), tmp_path / "out", tokenizer=ByteTokenizer(), seq_len=48)
+    config = json.loads((tmp_path / "out" / "config.json").read_bytes())
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
+    assert (config["rope_theta"], config["rope_scaling"]) == (5e5, None)
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    assert config["max_position_embeddings"] == 48
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_bytes())
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (258, 257)
+
+
+@pytest.mark.parametrize(("objective", "causal", "instead"), [("mlm", True, "EuroBert"), ("custom", False, "Llama")])
+def test_what_has_no_export_says_what_would(tmp_path: Path, objective: Any, causal: bool, instead: str) -> None:
+    with pytest.raises(ConfigError, match=f"objective: got {objective} with .* attention; .*{instead}"):
+        export_rack(rack_of(1, causal=causal), tmp_path / "out", objective=objective)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_a_folder_with_anything_else_in_it_stays(tmp_path: Path) -> None:
+    rack, out = rack_of(1), tmp_path / "out"
+    out.mkdir()
+    export_rack(rack, out)
+    with pytest.raises(ConfigError, match=r"--to: .* is not empty"):
+        export_rack(rack, out)
+    export_rack(rack, out, dtype="bfloat16", force=True)
+    assert json.loads((out / "config.json").read_bytes())["dtype"] == "bfloat16"
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds notes\.txt, which was not exported"):
+        export_rack(rack, out, force=True)
+    (out / "stackwise.json").unlink()
+    with pytest.raises(ConfigError, match="holds something that was not exported"):
+        export_rack(rack, out, force=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="it is a file"):
+        export_rack(rack, tmp_path / "file")
+
+
+def test_what_reads_back_differently_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rack, out, write = rack_of(1, 1), tmp_path / "out", tensor_files.write_tensors
+    export_rack(rack, out)
+    before = (out / "config.json").stat()
+
+    def damaging(folder: Path, *others: Any) -> Any:
+        hashes = write(folder, *others)
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-1] ^= 64  # of the head's norm, which every logit depends on
+        (folder / "model.safetensors").write_bytes(data)
+        return hashes
+
+    monkeypatch.setattr(hf_export, "write_tensors", damaging)
+    with pytest.raises(ExportError, match="was read back with other bits"):
+        export_rack(rack, out, force=True)
+    assert (out / "config.json").stat() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hf_export, "write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_rack(rack_of(1), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_too_large_for_float16(tmp_path: Path) -> None:
+    rack = rack_of(1)
+    rack.embedding.weight[0, 0] = 1e5
+    with pytest.raises(ConfigError, match="dtype: got float16; some weights are too large for it; use bfloat16"):
+        export_rack(rack, tmp_path / "out", dtype="float16")
+    assert not list(tmp_path.iterdir())
