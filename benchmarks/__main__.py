@@ -18,6 +18,7 @@ NAMES = (
     "rerun",
     "cache_saving",
     "memory",
+    "large_vocabulary",
     "storage_types",
     "stream_types",
     "store_reading",

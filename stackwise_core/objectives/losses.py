@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.blocks import Head
+from stackwise_core.objectives.chunked_loss import MOST_LOGITS, chunked_cross_entropy
 
 Batch = dict[str, Any]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -60,16 +61,18 @@ def summed_loss(
     if not len(targets_P):
         return hidden_BTD.sum() * 0.0, normaliser
     hidden_PD = head.norm(hidden_BTD[positions])
-    weighted = "loss_weights" in batch
+    scale_P = None
+    if "loss_weights" in batch:
+        scale_P = batch["loss_weights"].to(hidden_BTD.device)[:, None].expand(positions.shape)[positions]
+    weight_VD = head.projection.weight
+    if loss_function is None and len(targets_P) * len(weight_VD) > MOST_LOGITS:
+        return chunked_cross_entropy(hidden_PD, weight_VD, targets_P, scale_P), normaliser
     if loss_function is None:
-        reduction = "none" if weighted else "sum"
-        losses = F.linear_cross_entropy(hidden_PD, head.projection.weight, targets_P, reduction=reduction)
+        reduction = "sum" if scale_P is None else "none"
+        losses = F.linear_cross_entropy(hidden_PD, weight_VD, targets_P, reduction=reduction)
     else:
         losses = _checked(loss_function(head.projection(hidden_PD), targets_P), len(targets_P))
-    if weighted:
-        weights_BT = batch["loss_weights"].to(hidden_BTD.device)[:, None].expand(positions.shape)
-        losses = losses * weights_BT[positions]
-    return losses.sum(), normaliser
+    return (losses if scale_P is None else losses * scale_P).sum(), normaliser
 
 
 def _checked(losses: Any, n_positions: int) -> Tensor:

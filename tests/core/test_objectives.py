@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stackwise_core.data.masks import MaskSpec, TimeInput
 from stackwise_core.errors import ConfigError
 from stackwise_core.model.blocks import Head, initialise
+from stackwise_core.objectives import chunked_loss, losses
 from stackwise_core.objectives.losses import (
     Batch,
     input_time_step,
@@ -138,6 +140,61 @@ def test_only_loss_positions_carry_the_loss(objective: str) -> None:
         changed = batch["targets"].clone()
         changed[tuple(where)] = (changed[tuple(where)] + 1) % V
         assert not summed_loss(hidden, head, {**batch, "targets": changed})[0].equal(loss)
+
+
+@pytest.mark.parametrize(("weighted", "trains"), [(False, "both"), (True, "both"), (True, "stream"), (False, "head")])
+def test_in_chunks_the_loss_and_its_gradients_are_the_dense_ones(
+    monkeypatch: pytest.MonkeyPatch, weighted: bool, trains: str
+) -> None:
+    """Two positions at a time, the last alone; in float64, so that only the formula counts."""
+    monkeypatch.setattr(losses, "MOST_LOGITS", 2 * V)
+    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 2 * V)
+    batch, weights = batch_of("clm"), torch.rand(B, dtype=torch.float64) + 0.5
+    positions = loss_positions(batch)
+    positions[0, 0] = False
+    assert positions.sum() % 2 == 1
+    hidden = torch.randn(B, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results: list[list[Tensor]] = []
+    for dense in (False, True):
+        head, x = new_head(torch.float64), hidden.clone().requires_grad_(trains != "head")
+        head.requires_grad_(trains != "stream")
+        if dense:
+            rows = [dense_loss(x[[row]], head, batch["targets"][[row]], positions[[row]]) for row in range(B)]
+            loss = (torch.stack(rows) * (weights if weighted else 1)).sum()
+        else:
+            extra = {"loss_weights": weights} if weighted else {}
+            loss, _ = summed_loss(x, head, {**batch, "masks": positions, **extra})
+        (loss * 0.3).backward()
+        grads = [x.grad, *(parameter.grad for parameter in head.parameters())]
+        results.append([loss.detach(), *(grad for grad in grads if grad is not None)])
+    assert len(results[0]) == len(results[1]) == {"both": 4, "stream": 2, "head": 3}[trains]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the most numbers that any result has."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.most = max(self.most, result.numel())
+        return result
+
+
+def test_the_logits_of_a_large_vocabulary_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, head, hidden = batch_of("clm"), new_head(), torch.randn(B, T, D, requires_grad=True)
+    n = int(loss_positions(batch).sum())
+    largest: list[int] = []
+    for limit in (n * V, n * V - 1):
+        monkeypatch.setattr(losses, "MOST_LOGITS", limit)
+        monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 3 * V)
+        with _Largest() as mode:
+            summed_loss(hidden, head, batch)[0].backward()
+        largest.append(mode.most)
+    assert largest == [n * V, max(V * D, n * D, 3 * V)]
 
 
 def test_no_loss_position_gives_zero_loss_and_zero_gradients() -> None:

@@ -1,0 +1,86 @@
+"""Head and loss of a vocabulary of 128,256 tokens at 2,048 positions, forward and backward: in chunks, and whole.
+
+The chunks are ours; beside them `torch.nn.functional.linear_cross_entropy` whole, and with torch's own chunks. A peak
+is that of a process of its own, over what it held before the first loss.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import LinearCrossEntropyOptions
+from torch.nn.functional import linear_cross_entropy
+
+from benchmarks.harness import ROOT, Measure, interleaved, ratios
+from stackwise_core.objectives.chunked_loss import chunked_cross_entropy
+
+N_POSITIONS, VOCABULARY, D_MODEL = 2048, 128_256, 576
+CASE = f"{N_POSITIONS:,} positions, vocabulary {VOCABULARY:,}, width {D_MODEL}"
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _whole(hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden_PD, weight_VD, targets_P, reduction="sum")
+
+
+def _torch_chunks(hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor) -> Tensor:
+    options = LinearCrossEntropyOptions()
+    return linear_cross_entropy(hidden_PD, weight_VD, targets_P, reduction="sum", options=options)
+
+
+def _ours(hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor) -> Tensor:
+    return chunked_cross_entropy(hidden_PD, weight_VD, targets_P, None)
+
+
+LOSSES: dict[str, Loss] = {"ours, in chunks": _ours, "torch, whole": _whole, "torch, in chunks": _torch_chunks}
+
+
+def measure(quick: bool) -> list[Measure]:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    names = list(LOSSES)[:2] if quick else list(LOSSES)
+    steps = {name: _step(LOSSES[name]) for name in names}
+    seconds = interleaved(steps, rounds=1 if quick else 5)
+    peaks = {name: [_peak_of(name) / 1e9] for name in names}
+    times = [
+        Measure(CASE, f"time, ours / {name}", "", ratios(seconds[names[0]], seconds[name]), at_most=1.1)
+        for name in names[1:]
+    ]
+    less = Measure(CASE, "peak memory, ours / torch, whole", "", ratios(peaks[names[0]], peaks[names[1]]), at_most=0.4)
+    return [*times, less, *(Measure(CASE, f"peak memory over the base, {name}", "GB", peaks[name]) for name in names)]
+
+
+def _step(loss: Loss) -> Callable[[], None]:
+    generator = torch.Generator().manual_seed(0)
+    hidden_PD = torch.randn(N_POSITIONS, D_MODEL, generator=generator).requires_grad_()
+    weight_VD = (0.02 * torch.randn(VOCABULARY, D_MODEL, generator=generator)).requires_grad_()
+    targets_P = torch.randint(VOCABULARY, (N_POSITIONS,), generator=generator)
+
+    def step() -> None:
+        (loss(hidden_PD, weight_VD, targets_P) / N_POSITIONS).backward()
+        hidden_PD.grad = weight_VD.grad = None
+
+    return step
+
+
+def _peak_of(name: str) -> float:
+    """Return the peak of one step over what a process held before it [bytes]."""
+    done = subprocess.run([sys.executable, "-m", __name__, name], cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def _held() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    step = _step(LOSSES[sys.argv[1]])
+    before = _held()
+    step()
+    print(_held() - before)
