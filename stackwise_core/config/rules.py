@@ -62,9 +62,11 @@ def _adoption_faults(config: ConfigSchema, *, corpus: bool) -> Iterator[Fault]:
 
 def _model_faults(config: ConfigSchema) -> Iterator[Fault]:
     model = config.model
-    if model.d_model % model.n_heads:
+    if model.head_dim % 2:
+        yield _fault(config, "model.head_dim", "RoPE turns pairs of channels and needs an even number")
+    if not model.head_dim and model.d_model % model.n_heads:
         yield _fault(config, "model.n_heads", f"must divide model.d_model = {model.d_model}")
-    elif (width := model.d_model // model.n_heads) % 2:
+    elif not model.head_dim and (width := model.d_model // model.n_heads) % 2:
         yield _fault(config, "model.n_heads", f"gives heads of {width} channels; RoPE needs an even number")
     if model.n_kv_heads and model.n_heads % model.n_kv_heads:
         yield _fault(config, "model.n_kv_heads", f"must divide model.n_heads = {model.n_heads}")

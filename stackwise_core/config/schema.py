@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema, model_validator
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 GROWTH = "training.progressive"
@@ -114,6 +114,37 @@ class DataConfig(Section):
     """Fraction of the corpus held out for validation."""
 
 
+class RopeScaling(BaseModel, frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True):
+    """How the rotary positions of a model were stretched to a longer context; the keys are those of transformers."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """Not at all, or every frequency is divided by the factor (linear), or only the low ones are (llama3, yarn)."""
+    factor: float = Field(default=1.0, ge=1.0, le=1e6)
+    """How much longer the context became."""
+    original_max_position_embeddings: int = Field(default=8192, ge=1, le=2**31)
+    """llama3, yarn: the context before [tokens]."""
+    low_freq_factor: float = Field(default=1.0, gt=0.0)
+    """llama3: a low frequency turns less often than this in that context."""
+    high_freq_factor: float = Field(default=4.0, gt=0.0)
+    """llama3: a high one, which stays, turns more often than this."""
+    beta_fast: float = Field(default=32.0, gt=0.0)
+    """yarn: a high frequency, which stays, turns more often than this in that context."""
+    beta_slow: float = Field(default=1.0, gt=0.0)
+    """yarn: a low one turns less often than this."""
+    attention_factor: float = Field(default=0.0, ge=0.0)
+    """yarn: multiplies cosines and sines; 0 means 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """yarn: begin and end the transition between the two at whole channels."""
+
+    @model_validator(mode="after")
+    def _has_a_transition(self) -> Self:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor must be below high_freq_factor = {self.high_freq_factor}")
+        if self.beta_slow >= self.beta_fast:
+            raise ValueError(f"beta_slow must be below beta_fast = {self.beta_fast}")
+        return self
+
+
 class ModelConfig(Section):
     """The shape of a block, shared by every stack (Llama: RMSNorm, RoPE, GQA, SwiGLU)."""
 
@@ -127,6 +158,12 @@ class ModelConfig(Section):
     """Attention heads; d_model / n_heads must be even."""
     n_kv_heads: int = Field(default=0, ge=0)
     """Key and value heads (grouped-query attention); 0 means n_heads."""
+    head_dim: int = Field(default=0, ge=0, le=2**14)
+    """Channels of a head, an even number; 0 means d_model / n_heads."""
+    qkv_bias: bool = False
+    """Add biases to queries, keys and values, as Qwen2 does."""
+    qk_norm: bool = False
+    """Normalise every head of queries and keys before its rotation, as Qwen3 does."""
     d_ff: int = Field(default=0, ge=0, le=2**20)
     """Inner width of the feed-forward [channels]; 0 means 8/3 d_model rounded up to 32."""
     blocks_per_stack: int = Field(default=2, ge=1, le=128)
@@ -135,6 +172,8 @@ class ModelConfig(Section):
     """Tie head and embedding in the first stage; afterwards the head is its own tensor."""
     rope_theta: float = Field(default=10000.0, gt=1.0)
     """Base of the rotary position frequencies."""
+    rope_scaling: RopeScaling = Field(default_factory=RopeScaling)
+    """How these were stretched to a longer context."""
     norm_eps: float = Field(default=1e-5, gt=0.0, lt=1e-1)
     """Epsilon inside RMSNorm."""
     attention: Literal["auto", "causal", "bidirectional"] = "auto"

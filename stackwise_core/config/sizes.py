@@ -24,12 +24,20 @@ def feed_forward_width(config: ConfigSchema) -> int:
     return config.model.d_ff or -(-config.model.d_model * 8 // 3 // 32) * 32
 
 
+def head_width(config: ConfigSchema) -> int:
+    """Return the channels of a head: head_dim, or d_model / n_heads."""
+    return config.model.head_dim or config.model.d_model // config.model.n_heads
+
+
 def layer_widths(config: ConfigSchema) -> dict[str, int]:
     """Return the widths of a block's linear layers, by the key that sets each."""
-    model = config.model
+    model, head = config.model, head_width(config)
     widths = {"model.d_model": model.d_model, "model.d_ff": feed_forward_width(config)}
-    grouped = model.n_kv_heads not in (0, model.n_heads) and model.d_model % model.n_heads == 0
-    return widths | ({"model.n_kv_heads": model.d_model // model.n_heads * model.n_kv_heads} if grouped else {})
+    if model.head_dim and head * model.n_heads != model.d_model:
+        widths["model.head_dim"] = head * model.n_heads
+    if model.n_kv_heads not in (0, model.n_heads) and (model.head_dim or model.d_model % model.n_heads == 0):
+        widths["model.n_kv_heads"] = head * model.n_kv_heads
+    return widths
 
 
 def batch_size_of(config: ConfigSchema) -> int:

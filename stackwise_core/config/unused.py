@@ -51,8 +51,20 @@ _FROZEN_BELOW: list[Need] = [  # a stage may read the stream of frozen stacks
     [(f"{GROWTH}.building_mode", ("append",)), (f"{GROWTH}.stacks.mode", ("append",))],
 ]
 _STORED: Need = [(f"{GROWTH}.cache_activations", (True,))]
+_STRETCHED: Need = [("model.rope_scaling.kind", ("linear", "llama3", "yarn"))]
+_FROM_A_CONTEXT: Need = [("model.rope_scaling.kind", ("llama3", "yarn"))]
+_LLAMA3: Need = [("model.rope_scaling.kind", ("llama3",))]
+_YARN: Need = [("model.rope_scaling.kind", ("yarn",))]
 
 BELONGS_TO: dict[str, list[Need]] = {
+    "model.rope_scaling.factor": [_STRETCHED],
+    "model.rope_scaling.original_max_position_embeddings": [_FROM_A_CONTEXT],
+    "model.rope_scaling.low_freq_factor": [_LLAMA3],
+    "model.rope_scaling.high_freq_factor": [_LLAMA3],
+    "model.rope_scaling.beta_fast": [_YARN],
+    "model.rope_scaling.beta_slow": [_YARN],
+    "model.rope_scaling.attention_factor": [_YARN],
+    "model.rope_scaling.truncate": [_YARN],
     "training.new_stack_init": [_GROWS],
     "training.joint_steps": [_GROWS],
     "training.joint_learning_rate": [[("training.joint_steps", _MANY)]],

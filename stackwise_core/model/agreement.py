@@ -12,7 +12,7 @@ from typing import Any, Literal
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import describe
 from stackwise_core.config.schema import GROWTH, ConfigSchema, ModelConfig, Precision, StackOverride
-from stackwise_core.config.sizes import feed_forward_width, vocab_size_of
+from stackwise_core.config.sizes import feed_forward_width, head_width, vocab_size_of
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.resolve import ModelShape, TimeShape
 
@@ -74,7 +74,7 @@ def _says_vocabulary(told: Told, model: ModelConfig) -> bool:
 def _value(config: ConfigSchema, key: str) -> Any:
     """Return the value of a key, with what 0 stands for."""
     model = config.model
-    if key in (sizes := {"d_ff": feed_forward_width, "vocab_size": vocab_size_of}):
+    if key in (sizes := {"d_ff": feed_forward_width, "vocab_size": vocab_size_of, "head_dim": head_width}):
         return sizes[key](config)
     return (model.n_kv_heads or model.n_heads) if key == "n_kv_heads" else getattr(model, key)
 

@@ -1,5 +1,8 @@
 """Blocks and stacks in the shape of Llama (Touvron et al. 2023): RMSNorm, RoPE, GQA, SwiGLU, no biases.
 
+What its relatives have beside it is a matter of `ModelShape`: biases on queries, keys and values (Qwen2), or norms on
+queries and keys (Qwen3).
+
 Letters: H heads, K key/value heads, C channels of a head, V vocabulary.
 """
 
@@ -15,6 +18,7 @@ from stackwise_core.config.schema import Precision
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.generation.kv_cache import BlockMemory, StackMemory
 from stackwise_core.model.precision import compute_dtype
+from stackwise_core.model.rotary import rotary_table, rotate
 from stackwise_core.stages.resolve import ModelShape, TimeShape
 
 INIT_STD = 0.02
@@ -25,22 +29,25 @@ class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions (Ainslie et al. 2023; Su et al. 2021)."""
 
     def __init__(self, shape: ModelShape) -> None:
-        """Create the four projections."""
+        """Create the four projections, and the norms of queries and keys if the shape has them."""
         super().__init__()
         self.shape = shape
-        kv_width = shape.n_kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
-        self.k_proj = nn.Linear(shape.d_model, kv_width, bias=False)
-        self.v_proj = nn.Linear(shape.d_model, kv_width, bias=False)
-        self.o_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
+        self.q_proj = nn.Linear(shape.d_model, shape.q_width, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(shape.d_model, shape.kv_width, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(shape.d_model, shape.kv_width, bias=shape.qkv_bias)
+        self.o_proj = nn.Linear(shape.q_width, shape.d_model, bias=False)
+        self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else None
+        self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else None
 
     def forward(self, x_BTD: Tensor, rotary: Tensor, memory: BlockMemory | None = None) -> Tensor:
         """[B, T, D] to [B, T, D]; with a memory, of new positions that see the earlier ones too."""
-        B, T, D = x_BTD.shape
+        B, T, _ = x_BTD.shape
         width = self.shape.head_dim
-        q_BHTC = self.q_proj(x_BTD).view(B, T, -1, width).transpose(1, 2)
-        k_BKTC = self.k_proj(x_BTD).view(B, T, -1, width).transpose(1, 2)
+        q_BTHC = self.q_proj(x_BTD).view(B, T, -1, width)
+        k_BTKC = self.k_proj(x_BTD).view(B, T, -1, width)
         v_BKTC = self.v_proj(x_BTD).view(B, T, -1, width).transpose(1, 2)
+        q_BHTC = (q_BTHC if self.q_norm is None else self.q_norm(q_BTHC)).transpose(1, 2)
+        k_BKTC = (k_BTKC if self.k_norm is None else self.k_norm(k_BTKC)).transpose(1, 2)
         q_BHTC, k_BKTC = rotate(q_BHTC, rotary), rotate(k_BKTC, rotary)
         if memory is None:
             gqa = self.shape.n_kv_heads != self.shape.n_heads
@@ -49,7 +56,7 @@ class Attention(nn.Module):
             )
         else:
             out_BHTC = memory.attend(q_BHTC, k_BKTC, v_BKTC)
-        return self.o_proj(out_BHTC.transpose(1, 2).reshape(B, T, D))
+        return self.o_proj(out_BHTC.transpose(1, 2).reshape(B, T, -1))
 
 
 class FeedForward(nn.Module):
@@ -178,33 +185,6 @@ class TokenEmbedding(nn.Embedding):
         return x_BTD + self.time(time_step.to(x_BTD.device))[:, None, :]
 
 
-_rotary_tables: dict[tuple[int, int, float, torch.device], Tensor] = {}
-
-
-def rotary_table(shape: ModelShape, seq_len: int, device: torch.device) -> Tensor:
-    """Return cosines and sines of the rotary angles: [2, T, C], float32, shared by every block."""
-    key = (seq_len, shape.head_dim, shape.rope_theta, device)
-    if key not in _rotary_tables:
-        with torch.inference_mode(False):  # a table made under inference mode could not be used in training
-            _rotary_tables[key] = _make_rotary_table(shape, seq_len).to(device)
-    return _rotary_tables[key]
-
-
-def _make_rotary_table(shape: ModelShape, seq_len: int) -> Tensor:
-    frequencies = 1.0 / shape.rope_theta ** (torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
-    angles = torch.outer(torch.arange(seq_len).float(), frequencies)
-    angles = torch.cat([angles, angles], dim=-1)
-    # Sines of the first half are negated here, so that a rotation is one roll and two products.
-    sign = torch.ones(shape.head_dim)
-    sign[: shape.head_dim // 2] = -1.0
-    return torch.stack([angles.cos(), angles.sin() * sign])
-
-
-def rotate(x_BHTC: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate channel c with channel c + C/2 by the angle of its position (the half-split layout of Llama)."""
-    return x_BHTC * rotary[0] + x_BHTC.roll(x_BHTC.shape[-1] // 2, dims=-1) * rotary[1]
-
-
 def sinusoids(n_steps: int, dim: int, device: torch.device) -> Tensor:
     """Return sines and cosines of every step at wavelengths from 2 pi to 10000 * 2 pi: [n_steps, dim]."""
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device).float() / dim)
@@ -213,9 +193,11 @@ def sinusoids(n_steps: int, dim: int, device: torch.device) -> Tensor:
 
 
 def initialise(module: nn.Module, seed: int) -> None:
-    """Fill every matrix with N(0, INIT_STD) from a separate generator; norms are ones already."""
+    """Fill every matrix with N(0, INIT_STD) from a separate generator, every bias with 0; norms are ones already."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, INIT_STD, generator=generator)
+            elif name.endswith(".bias"):
+                parameter.zero_()

@@ -62,7 +62,7 @@ def count_parameters(module: nn.Module) -> dict[str, int]:
     weights = dict(module.named_parameters())
     stored = (each for each in module.modules() if isinstance(each, StoredLinear))
     return {
-        "parameters": sum(p.numel() for p in weights.values()) + sum(o.in_features * o.out_features for o in stored),
+        "parameters": sum(p.numel() for p in weights.values()) + sum(each.n_parameters for each in stored),
         "adapter_parameters": sum(p.numel() for name, p in weights.items() if ".lora_" in name),
         "trainable_parameters": sum(p.numel() for p in weights.values() if p.requires_grad),
     }
@@ -164,17 +164,17 @@ def _e2m1_pairs(device: torch.device) -> Tensor:
 
 
 class StoredLinear(nn.Linear):
-    """A linear layer without bias whose weight is kept in a low storage type and never trains.
+    """A linear layer whose weight is kept in a low storage type, and its bias in float32; neither trains.
 
     The stored tensors are plain buffers: `state_dict`, `deepcopy` and `.to(device)` treat them like any other, but a
     change of dtype leaves them as they are. `weight` is packed; `dense()` returns the numbers. It is an `nn.Linear`
     because peft wraps its layers around those.
     """
 
-    def __init__(self, weight: Tensor, storage: str) -> None:
-        """Store a float32 matrix [out, in]."""
+    def __init__(self, weight: Tensor, storage: str, bias: Tensor | None = None) -> None:
+        """Store a float32 matrix [out, in] and, as it is, a bias [out]."""
         nn.Module.__init__(self)  # not that of nn.Linear, which would make a trainable weight
-        self.register_parameter("bias", None)
+        self.register_buffer("bias", None if bias is None else bias.detach())
         self.out_features, self.in_features = weight.shape
         self.storage = storage
         self.held: Tensor | None = None
@@ -182,21 +182,31 @@ class StoredLinear(nn.Linear):
         for name, tensor in quantise(weight.detach().float(), storage).items():
             self.register_buffer(name, tensor)
 
+    @property
+    def n_parameters(self) -> int:
+        """The number of weights and biases, however they are stored."""
+        return self.out_features * (self.in_features + (bias_of(self) is not None))
+
+    def _stored(self) -> dict[str, Tensor]:
+        """Return the tensors that the weight is stored as."""
+        return {name: tensor for name, tensor in self.named_buffers() if name != "bias"}
+
     @torch.no_grad()
     def dense(self) -> Tensor:
         """Return the weight as float32: [out, in]."""
-        return dequantise(dict(self.named_buffers()), self.storage, (self.out_features, self.in_features))
+        return dequantise(self._stored(), self.storage, (self.out_features, self.in_features))
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] to [..., out], in the autocast type if autocast is on, else in the input's."""
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        bias = bias_of(self)
+        bias = None if bias is None else bias.to(dtype)
         if self.held is not None:
-            return F.linear(input.to(dtype), self.held.to(dtype))
-        stored = dict(self.named_buffers())
-        shape = (self.out_features, self.in_features)
+            return F.linear(input.to(dtype), self.held.to(dtype), bias)
+        stored, shape = self._stored(), (self.out_features, self.in_features)
         product: Callable[..., Tensor] = _StoredProduct.apply
-        return product(input, self.storage, shape, dtype, tuple(stored), *stored.values())
+        return product(input, self.storage, shape, dtype, bias, tuple(stored), *stored.values())
 
     def extra_repr(self) -> str:
         """Return shape and storage type for `repr`."""
@@ -224,7 +234,7 @@ class StoredLinear(nn.Linear):
 
 
 class _StoredProduct(torch.autograd.Function):
-    """x @ weight.T that keeps the stored tensors for its backward pass, never the dense matrix."""
+    """x @ weight.T + bias that keeps the stored tensors for its backward pass, never the dense matrix."""
 
     @staticmethod
     def forward(
@@ -233,20 +243,21 @@ class _StoredProduct(torch.autograd.Function):
         storage: str,
         shape: tuple[int, int],
         dtype: torch.dtype,
+        bias: Tensor | None,
         names: tuple[str, ...],
         *stored: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(*stored)
         ctx.storage, ctx.shape, ctx.names, ctx.dtype, ctx.x_dtype = storage, shape, names, dtype, x.dtype
         weight = dequantise(dict(zip(names, stored, strict=True)), storage, shape)
-        return F.linear(x.to(dtype), weight.to(dtype))
+        return F.linear(x.to(dtype), weight.to(dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grad_outputs
         stored = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         weight = dequantise(stored, ctx.storage, ctx.shape).to(ctx.dtype)
-        return (grad.to(ctx.dtype) @ weight).to(ctx.x_dtype), *(None for _ in range(4 + len(stored)))
+        return (grad.to(ctx.dtype) @ weight).to(ctx.x_dtype), *(None for _ in range(5 + len(stored)))
 
 
 # ---------------------------------------------------------------- a whole stack
@@ -268,10 +279,15 @@ def dense_weight(linear: nn.Linear) -> Tensor:
     return linear.dense() if isinstance(linear, StoredLinear) else linear.weight.detach()
 
 
-def convert_storage(stack: nn.Module, precision: Precision) -> None:
-    """Convert the matrices of a stack to the storage type of a precision, in place; norms and adapters stay float32.
+def bias_of(linear: nn.Linear) -> Tensor | None:
+    """Return the bias of a linear layer [out], which torch declares to be always there."""
+    return linear.bias
 
-    A matrix that has the type already keeps its bits. Matrices that become float32 are new parameters with
+
+def convert_storage(stack: nn.Module, precision: Precision) -> None:
+    """Convert the matrices of a stack to the storage type of a precision, in place; all else stays float32.
+
+    A matrix that has the type already keeps its bits. Layers that become float32 have new parameters with
     `requires_grad`, as in any new layer: what trains must be set after this. After an error the stack is unchanged.
     """
     storage = STORAGE[precision]
@@ -296,10 +312,12 @@ def held_dense(stack: nn.Module) -> Generator[None]:
 
 
 def _converted(linear: nn.Linear, storage: str) -> nn.Module:
-    weight = dense_weight(linear)
+    weight, bias = dense_weight(linear), bias_of(linear)
     if storage != "float32":
-        return StoredLinear(weight, storage).train(linear.training)
+        return StoredLinear(weight, storage, bias).train(linear.training)
     with torch.device("meta"):  # no random numbers are drawn for a weight that is replaced
-        dense = nn.Linear(linear.in_features, linear.out_features, bias=False)
+        dense = nn.Linear(linear.in_features, linear.out_features, bias=bias is not None)
     dense.weight = nn.Parameter(weight)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach())
     return dense.train(linear.training)

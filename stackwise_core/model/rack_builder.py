@@ -308,7 +308,7 @@ class ProgressiveRackBuilder(GrownRack):
         """Return an empty builder that was given the same arguments."""
         ways: dict[str, Any] = {"building_mode": known.building_mode, "default_precision": known.default_precision}
         builder = cls(config if known.given else None, **ways, **known.dimensions)
-        builder._told = replace(builder._told, model=builder._told.model.model_copy(update=known.model))
+        builder._told = replace(builder._told, model=known.model.model_copy())
         if not known.given:
             builder._own = config
             builder.config = config.model_copy(update={"model": builder._told.model.model_copy()})

@@ -75,7 +75,7 @@ def _record_of(grown: GrownRack, told: Told, config: StackWiseConfig) -> SavedBu
         dimensions={name: getattr(told.model, name) for name in sorted(told.dimensions)},
         building_mode=told.building_mode,
         default_precision=told.default_precision,
-        model=told.model.model_dump(),
+        model=told.model,
         said=tuple(said_keys(config)),
         created=grown.created,
         created_ends=grown.created_ends,

@@ -11,7 +11,7 @@ from typing import Any
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.rules import rule_faults
-from stackwise_core.config.schema import GROWTH, QUANTISED_STREAMS, ModelConfig, ProgressiveConfig
+from stackwise_core.config.schema import GROWTH, QUANTISED_STREAMS, ModelConfig, ProgressiveConfig, RopeScaling
 from stackwise_core.config.stacks import StackSettings
 from stackwise_core.config.unused import is_used
 from stackwise_core.errors import ConfigError, Fault, SavedRackError
@@ -95,6 +95,10 @@ def _described(
     model, growth = config.model, config.training.progressive
     for key in ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "tie_embeddings", "rope_theta", "norm_eps"):
         yield model, key, getattr(shape, key)
+    yield model, "qkv_bias", shape.qkv_bias
+    yield model, "qk_norm", shape.qk_norm
+    yield model, "rope_scaling", shape.rope_scaling or RopeScaling()
+    yield model, "head_dim", 0 if shape.has_usual_heads and not model.head_dim else shape.head_dim
     yield model, "attention", "causal" if shape.causal else "bidirectional"
     if shape.time:
         yield growth, "time_interpretation", "input"

@@ -19,10 +19,15 @@ _TRAINING_BYTES = 16  # per trainable parameter: fp32 weight, gradient and AdamW
 
 
 def base_parameters(shape: ModelShape, n_blocks: int) -> int:
-    """Parameters of a stack without adapters: attention, SwiGLU and two norms per block."""
-    kv_width = shape.n_kv_heads * shape.head_dim
-    attention = 2 * shape.d_model * (shape.d_model + kv_width)
-    return n_blocks * (attention + 3 * shape.d_model * shape.d_ff + 2 * shape.d_model)
+    """Parameters of a stack without adapters: attention, SwiGLU and the norms of its blocks."""
+    biases = shape.q_width + 2 * shape.kv_width if shape.qkv_bias else 0
+    norms = 2 * shape.d_model + (2 * shape.head_dim if shape.qk_norm else 0)
+    return n_blocks * (_matrix_parameters(shape) + biases + norms)
+
+
+def _matrix_parameters(shape: ModelShape) -> int:
+    """Parameters of the matrices of a block: attention and SwiGLU."""
+    return 2 * shape.d_model * (shape.q_width + shape.kv_width) + 3 * shape.d_model * shape.d_ff
 
 
 def n_adapter_parameters(shape: ModelShape, n_blocks: int, rank: int) -> int:
@@ -30,8 +35,8 @@ def n_adapter_parameters(shape: ModelShape, n_blocks: int, rank: int) -> int:
 
     A matrix has no higher rank than its narrowest side.
     """
-    width, kv_width = shape.d_model, shape.n_kv_heads * shape.head_dim
-    matrices = [(width, width)] * 2 + [(width, kv_width)] * 2 + [(width, shape.d_ff)] * 3
+    widths = [shape.q_width] * 2 + [shape.kv_width] * 2 + [shape.d_ff] * 3
+    matrices = [(shape.d_model, width) for width in widths]
     return n_blocks * sum(min(rank, *sides) * sum(sides) for sides in matrices)
 
 
@@ -91,10 +96,8 @@ def _embedding_parameters(shape: ModelShape, spec: StageSpec) -> int:
 
 def stack_flops(shape: ModelShape, n_blocks: int, seq_len: int) -> float:
     """FLOPs of one forward pass of a stack over one sequence; causal attention does half the scores."""
-    kv_width = shape.n_kv_heads * shape.head_dim
-    matrices = 2 * shape.d_model * (shape.d_model + kv_width) + 3 * shape.d_model * shape.d_ff
-    scores = 2 * seq_len * shape.d_model * (0.5 if shape.causal else 1.0)
-    return n_blocks * seq_len * 2.0 * (matrices + scores)
+    scores = 2 * seq_len * shape.q_width * (0.5 if shape.causal else 1.0)
+    return n_blocks * seq_len * 2.0 * (_matrix_parameters(shape) + scores)
 
 
 def stage_flops(shape: ModelShape, spec: StageSpec, seq_len: int, loss_fraction: float) -> tuple[float, float]:

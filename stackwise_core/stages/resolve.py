@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.functions import load_function, source_digest
-from stackwise_core.config.schema import GROWTH, QUANTISED_STREAMS
-from stackwise_core.config.sizes import batch_size_of, feed_forward_width, vocab_size_of
+from stackwise_core.config.schema import GROWTH, QUANTISED_STREAMS, RopeScaling
+from stackwise_core.config.sizes import batch_size_of, feed_forward_width, head_width, vocab_size_of
 from stackwise_core.config.stacks import (
     mask_ratio_of,
     n_time_steps,
@@ -42,6 +42,10 @@ WhereAdopted = Annotated[T, Field(exclude_if=_is_empty)]
 """A value that only a run with an adopted rack has; elsewhere its record does not mention it."""
 
 
+WhereSaid = Annotated[T, Field(exclude_if=_is_empty)]
+"""A value that is newer than the first records; where it is not given, they do not mention it."""
+
+
 class TimeShape(Value, frozen=True):
     """The time embedding of a rack whose time is an input."""
 
@@ -66,11 +70,33 @@ class ModelShape(Value, frozen=True):
     norm_eps: float = 1e-5
     time: TimeShape | None = None
     """None: there is no time embedding."""
+    head_dim: int = Field(default_factory=lambda given: given["d_model"] // given["n_heads"])
+    """Channels of one head; records and ids leave out what d_model / n_heads gives."""
+    qkv_bias: WhereSaid[bool] = False
+    qk_norm: WhereSaid[bool] = False
+    rope_scaling: WhereSaid[RopeScaling | None] = None
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = content(self)
+        if self.has_usual_heads:
+            values.pop("head_dim", None)
+        return values
 
     @property
-    def head_dim(self) -> int:
-        """Channels of one head."""
-        return self.d_model // self.n_heads
+    def has_usual_heads(self) -> bool:
+        """Whether the heads are as wide as the stream divided by their number."""
+        return self.head_dim == self.d_model // self.n_heads
+
+    @property
+    def q_width(self) -> int:
+        """Channels of all queries."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of all keys, and of all values."""
+        return self.n_kv_heads * self.head_dim
 
 
 def resolve_shape(config: StackWiseConfig) -> ModelShape:
@@ -88,7 +114,29 @@ def resolve_shape(config: StackWiseConfig) -> ModelShape:
         rope_theta=model.rope_theta,
         norm_eps=model.norm_eps,
         time=time if growth.time_interpretation == "input" else None,
+        head_dim=head_width(config),
+        qkv_bias=model.qkv_bias,
+        qk_norm=model.qk_norm,
+        rope_scaling=_resolve_rope_scaling(config),
     )
+
+
+def _resolve_rope_scaling(config: StackWiseConfig) -> RopeScaling | None:
+    """Return how positions are stretched, with the numbers that this way uses."""
+    said = config.model.rope_scaling
+    if said.kind in ("none", "linear"):
+        return None if said.kind == "none" else RopeScaling(kind=said.kind, factor=said.factor)
+    scaling = RopeScaling(
+        kind=said.kind,
+        factor=said.factor,
+        original_max_position_embeddings=said.original_max_position_embeddings,
+    )
+    if said.kind == "llama3":
+        own: dict[str, Any] = {"low_freq_factor": said.low_freq_factor, "high_freq_factor": said.high_freq_factor}
+    else:
+        own = {"beta_fast": said.beta_fast, "beta_slow": said.beta_slow, "truncate": said.truncate}
+        own["attention_factor"] = said.attention_factor
+    return scaling.model_copy(update=own)
 
 
 def resolve_mask(config: StackWiseConfig, stage: int) -> MaskSpec | None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from stackwise_core.config.schema import Precision
+from stackwise_core.config.schema import ModelConfig, Precision
 from stackwise_core.errors import SavedRackError
 from stackwise_core.files import standing_folder
 from stackwise_core.stages.identity import canonical_json
@@ -56,7 +56,7 @@ class SavedBuilder(Value, frozen=True):
     """The sizes that it was given as arguments."""
     building_mode: Mode | None
     default_precision: Precision | None
-    model: dict[str, Any]
+    model: ModelConfig
     """The section `model` of its rack."""
     said: tuple[str, ...]
     """The keys of its configuration that somebody set; the others say nothing, though the file holds their defaults."""

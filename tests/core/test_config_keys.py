@@ -232,7 +232,7 @@ def test_overrides_of_a_stack_reach_its_stage() -> None:
 
 SECTIONS = {"RunConfig": "run", "DataConfig": "data", "ModelConfig": "model", "TrainingConfig": "training"}
 SECTIONS |= {"ProgressiveConfig": "training.progressive", "CacheConfig": "cache", "HardwareConfig": "hardware"}
-SECTIONS |= {"ValidationConfig": "validation"}
+SECTIONS |= {"ValidationConfig": "validation", "RopeScaling": "model.rope_scaling"}
 
 
 def section_of(node: ast.expr, names: dict[str, str]) -> str | None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import RopeScaling
 from stackwise_core.config.unused import notes, unused_keys
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.plan import plan_run
@@ -143,10 +144,13 @@ def allowed_in(config: StackWiseConfig) -> set[str]:
 def without_unused(config: StackWiseConfig) -> StackWiseConfig:
     """The configuration with every unused key at its default."""
     plain, defaults = config.model_copy(deep=True), StackWiseConfig()
+    scaling, unused = config.model.rope_scaling, unused_keys(config)
+    used = {key: value for key, value in scaling if f"model.rope_scaling.{key}" not in unused}
+    plain.model.rope_scaling = RopeScaling(**used)
     for path in (key.split(".") for key in unused_keys(config)):
         section, default = plain, defaults
         for name in path[:-1]:
-            if name in ("stacks", "qlora_configs"):
+            if name in ("stacks", "qlora_configs", "rope_scaling"):
                 break
             section, default = getattr(section, name), getattr(default, name)
         else:

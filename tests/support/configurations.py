@@ -50,6 +50,9 @@ OTHERS: dict[str, Any] = {
     "model.vocab_size": 512,
     "model.d_model": 64,
     "model.n_heads": 2,
+    "model.head_dim": 64,
+    "model.rope_scaling.factor": 4.0,
+    "model.rope_scaling.attention_factor": 1.5,
     "model.from": "rack",
     f"{GROWTH}.num_time_steps": 20,
     "training.new_stack_init": "random",
@@ -88,7 +91,17 @@ PATTERNED = {**ADAPTED, f"{GROWTH}.qlora_strategy": "progressive"}
 PROGRESSIVE = {f"{GROWTH}.progressive_qlora": True}
 DEPTH = {f"{GROWTH}.time_interpretation": "depth"}
 INPUT = {f"{GROWTH}.time_interpretation": "input"}
+LLAMA3 = {"model.rope_scaling.kind": "llama3", "model.rope_scaling.factor": 2.0}
+YARN = {**LLAMA3, "model.rope_scaling.kind": "yarn"}
 NEEDS: dict[str, dict[str, Any]] = {
+    "model.rope_scaling.factor": {"model.rope_scaling.kind": "linear"},
+    "model.rope_scaling.original_max_position_embeddings": LLAMA3,
+    "model.rope_scaling.low_freq_factor": LLAMA3,
+    "model.rope_scaling.high_freq_factor": LLAMA3,
+    "model.rope_scaling.beta_fast": YARN,
+    "model.rope_scaling.beta_slow": YARN,
+    "model.rope_scaling.attention_factor": YARN,
+    "model.rope_scaling.truncate": YARN,
     "data.sample": {"data.max_sequences": 5},
     f"{GROWTH}.trunk_trainable_top": {**ADAPTED, f"{GROWTH}.trunk_strategy": "qlora"},
     f"{GROWTH}.qlora_rank": ADAPTED,
