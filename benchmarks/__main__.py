@@ -14,6 +14,7 @@ from benchmarks.harness import ROOT, machine, page, write
 
 NAMES = (
     "training_step",
+    "generate",
     "flow_overhead",
     "rerun",
     "cache_saving",

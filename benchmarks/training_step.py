@@ -130,7 +130,7 @@ def llama_like(rack: Rack) -> LlamaForCausalLM:
     theirs = [llama.model.embed_tokens, *llama.model.layers, llama.model.norm, llama.lm_head]
     with torch.no_grad():
         for mine, yours in zip(ours, theirs, strict=True):
-            _copy_weights(mine, yours)
+            copy_weights(mine, yours)
     return llama
 
 
@@ -142,7 +142,8 @@ _LLAMA_NAMES = {
 }
 
 
-def _copy_weights(mine: nn.Module, yours: nn.Module) -> None:
+def copy_weights(mine: nn.Module, yours: nn.Module) -> None:
+    """Copy the weights of a part of a rack into its counterpart in transformers."""
     for name, parameter in mine.named_parameters():
         first, _, rest = name.partition(".")
         path = f"{_LLAMA_NAMES[first]}.{rest}" if rest else name

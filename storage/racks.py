@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.corpus import tokenizer_of
-from stackwise_core.config.stacks import settings_of
+from stackwise_core.config.stacks import resolve_time_input, settings_of
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.generation.unmask import Denoiser
 from stackwise_core.model.adapters import adapter_names, merged_dense
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.precision import base_linears, storage_of
@@ -20,7 +24,9 @@ from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.saved_builder import check_no_code
 from stackwise_core.model.snapshot import Snapshot
 from stackwise_core.stages.adopt import adopting
+from stackwise_core.stages.identity import StackRecipe
 from stackwise_core.stages.plan import StagePlan
+from stackwise_core.stages.stages import last_trained
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.checkpoints import load_all_channels, load_embedding, load_head, load_stack
 from storage.runs import Attempt, find_run
@@ -43,10 +49,44 @@ class OpenedRun:
     def rack(self, *, dense: bool = False) -> Rack:
         """Return its rack, see `load_rack`; `dense` gives float32 stacks, adapters merged, which are faster to run."""
         rack = _rack(self.artifacts, self.stages)
-        for number, stack in enumerate(rack.stacks if dense else ()):
-            if isinstance(stack, Stack) and not _is_dense(stack):
-                rack.stacks[number] = merged_dense(stack)
-        return rack.requires_grad_(False).eval()
+        return _dense(rack) if dense else rack
+
+    def denoisers(self, device: torch.device | None = None) -> list[Denoiser]:
+        """Return dense racks that fill in masked tokens: one or, where depth is time, one for each depth by its noise.
+
+        A depth is the rack as its stage left it; after a joint anneal, those of the annealed stacks that it had.
+        """
+        stages, config = self.stages, self.config
+        last = stages[-1]
+        time = resolve_time_input(config)
+        if config.training.progressive.time_interpretation != "depth":
+            steps = np.arange(time.n_steps, dtype=np.int64) if time else None
+            ratios = tuple(time.ratios(steps).tolist()) if time and steps is not None else ()
+            return [Denoiser(self.rack(dense=True).to(device), step_ratios=ratios)]
+        if isinstance(last.stack, StackRecipe) and last.stack.joint_times:
+            whole, order = self.rack(dense=True), last.spec.anatomy.order
+            ratios = [ratio for _, ratio in last.stack.joint_times]
+            racks = [
+                _part(whole, [number for number, stack in enumerate(order) if stack <= c]) for c in range(len(order))
+            ]
+        else:
+            having = [stage for stage in stages if stage.mask is not None and stage.validation is not None]
+            ratios = [stage.mask.ratio for stage in having if stage.mask]
+            racks = self._racks(having)
+        found = [Denoiser(rack.to(device), ratio) for rack, ratio in zip(racks, ratios, strict=True)]
+        return sorted(found, key=lambda denoiser: denoiser.ratio, reverse=True)
+
+    def _racks(self, stages: Sequence[StagePlan]) -> list[Rack]:
+        """Return the dense racks of some stages; a stack that no stage between changed is loaded once."""
+        loaded = dict[tuple[object, ...], nn.Module]()
+        racks = list[Rack]()
+        for stage in stages:
+            so_far = self.stages[: stage.index + 1]
+            rack = _rack(self.artifacts, so_far, loaded)
+            racks.append(_dense(rack))
+            for stack, module in zip(stage.spec.anatomy.order, rack.stacks, strict=True):
+                loaded[_state_of(so_far, stack)] = module
+        return racks
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that it was trained with; raises ConfigError if the file is gone or is another now."""
@@ -126,16 +166,45 @@ def _stages(artifacts: Artifacts, attempt: Attempt, depth: int | None) -> tuple[
     return stages[: by_depth[depth].index + 1]
 
 
-def _rack(artifacts: Artifacts, stages: tuple[StagePlan, ...]) -> Rack:
-    last = stages[-1]
+def _rack(
+    artifacts: Artifacts, stages: tuple[StagePlan, ...], loaded: Mapping[tuple[object, ...], nn.Module] | None = None
+) -> Rack:
+    """Return the rack that stages left; stacks that are `loaded`, by their state, are taken from there."""
+    last, loaded = stages[-1], loaded or {}
     with torch.random.fork_rng(devices=[]):  # modules draw numbers, which are then replaced
         rack = Rack(last.shape)
         rack.untie()
         rack.embedding, rack.head = load_embedding(artifacts, stages), load_head(artifacts, stages)
-        rack.stacks.extend(load_stack(artifacts, stages, stack) for stack in last.spec.anatomy.order)
+        for stack in last.spec.anatomy.order:
+            there = loaded.get(_state_of(stages, stack)) if loaded else None
+            rack.stacks.append(load_stack(artifacts, stages, stack) if there is None else there)
     ends = rack.embedding.weight, rack.head.projection.weight
     if last.shape.tie_embeddings and len(stages) == 1 and torch.equal(*ends):  # one matrix, until a second stage
         rack.tie()
+    return rack.requires_grad_(False).eval()
+
+
+def _state_of(stages: Sequence[StagePlan], stack: int) -> tuple[object, ...]:
+    """Return what tells a stack as some stages left it from the same stack as others did."""
+    anatomies = [stage.spec.anatomy for stage in stages]
+    base, adapters = last_trained(anatomies, stack, "base"), last_trained(anatomies, stack, "adapters")
+    return stack, base, adapters, tuple(stages[-1].spec.stacks[stack].adapters)
+
+
+def _part(rack: Rack, numbers: Sequence[int]) -> Rack:
+    """Return a rack of some of a rack's stacks, by their places, with the same ends; nothing is copied."""
+    with torch.device("meta"):
+        part = Rack(rack.shape)
+    part.embedding, part.head = rack.embedding, rack.head
+    part.stacks.extend(rack.stacks[number] for number in numbers)
+    return part.eval()
+
+
+def _dense(rack: Rack) -> Rack:
+    """Return a rack with its stacks replaced by dense ones where they are not."""
+    for number, stack in enumerate(rack.stacks):
+        if isinstance(stack, Stack) and not _is_dense(stack):
+            rack.stacks[number] = merged_dense(stack)
     return rack.requires_grad_(False).eval()
 
 

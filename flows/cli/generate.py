@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flows.cli.arguments import add_common
 from flows.run.say import complain, say, say_json
@@ -13,13 +13,19 @@ from stackwise_core.errors import ConfigError, Fault, shown
 
 if TYPE_CHECKING:
     from stackwise_core.data.tokenizer import Tokenizer
-    from stackwise_core.generation.generate import Generated
-    from stackwise_core.generation.sampling import Sampling
-    from stackwise_core.model.rack import Rack
+    from stackwise_core.generation.text import TextStream
     from storage.racks import OpenedRun
 
 _MOST_BYTES = 2**26
 """Of a prompt on stdin."""
+
+
+class _Made(NamedTuple):
+    """What was made from one prompt."""
+
+    text: str
+    tokens: list[int]
+    reason: str
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -33,34 +39,70 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most N new tokens (128)")
     help_text = "0 takes the most likely token (default), 1 draws from the rack's distribution"
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help=help_text)
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K most likely tokens")
-    help_text = "draw among the fewest most likely tokens that have the probability P together"
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help=help_text)
-    help_text = "draw among tokens of at least P times the highest probability"
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help=help_text)
-    help_text = "above 1, tokens that occurred become less likely"
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help=help_text)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all draws (0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
     help_text = "go on past the length that the rack was trained on"
     parser.add_argument("--beyond-context", action="store_true", help=help_text)
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
+    help_text = "draw among the fewest most likely tokens that have the probability P together"
+    parser.add_argument("--top-p", type=float, metavar="P", help=help_text)
+    help_text = "draw among tokens of at least P times the highest probability"
+    parser.add_argument("--min-p", type=float, metavar="P", help=help_text)
+    help_text = "above 1, tokens that occurred become less likely"
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help=help_text)
+    masked = parser.add_argument_group("for a run that was trained on masked tokens (mlm)")
+    help_text = "which tokens come first: the surest by confidence (default), margin or entropy, or at random"
+    masked.add_argument("--order", choices=("confidence", "margin", "entropy", "random"), help=help_text)
+    help_text = "steps for each block; default: one a token or, where depth is time, one a stack"
+    masked.add_argument("--steps", type=int, metavar="N", help=help_text)
+    help_text = "fill in N tokens, then the next N; default: all together"
+    masked.add_argument("--block-length", type=int, metavar="N", help=help_text)
+
+
+_CAUSAL = ("top_k", "top_p", "min_p", "repetition_penalty")
+_MASKED = ("order", "steps", "block_length")
 
 
 def _run(options: argparse.Namespace) -> None:
     texts = _prompts(options.prompt)
-    from stackwise_core.generation.sampling import Sampling
-    from stackwise_core.training.hardware import use_hardware
+    if options.max_new_tokens < 1:
+        raise ConfigError([Fault("--max-new-tokens", repr(options.max_new_tokens), "1 or more")])
     from storage.racks import open_run
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    sampling = Sampling(**{name: getattr(options, name) for name in names})
     opened = open_run(options.artifacts, options.name, options.depth)
-    _check_objective(opened)
+    objective = opened.config.training.progressive.training_objective
+    if objective == "custom":
+        allowed = f"run {options.name} was trained on targets of its own (custom), so that no text can be made from it"
+        raise ConfigError([Fault("RUN", repr(options.name), allowed)])
+    _refuse_unused(options, objective)
     tokenizer = opened.tokenizer()
     prompts = [_encoded(tokenizer, text) for text in texts]
     n_new = _room(options, prompts, opened.config.data.seq_len)
-    rack = opened.rack(dense=True).to(use_hardware(opened.config.hardware))
-    _continue(options, opened, rack, tokenizer, texts, prompts, n_new, sampling)
+    made = (_continued if objective == "clm" else _filled_in)(options, opened, tokenizer, prompts, n_new)
+    if options.json:
+        say_json(_document(options, opened, texts, made, n_new))
+    elif len(texts) > 1:
+        for number, (text, each) in enumerate(zip(texts, made, strict=True)):
+            say(*([""] if number else []), f"> {shown(text, 200)}")
+            _show(f"{each.text}\n")
+    if n_new < options.max_new_tokens and any(each.reason == "length" for each in made):
+        context = opened.config.data.seq_len
+        complain(f"ended at {context:,} tokens, the length that the rack was trained on; --beyond-context goes on")
+
+
+def _refuse_unused(options: argparse.Namespace, objective: str) -> None:
+    """Refuse options of the other kind of run, before anything is loaded."""
+    other = _MASKED if objective == "clm" else _CAUSAL
+    allowed = f"run {options.name} was trained with {objective}, where it means nothing; leave it out"
+    given = [name for name in other if getattr(options, name) is not None]
+    if given:
+        raise ConfigError(
+            [Fault(f"--{name.replace('_', '-')}", repr(getattr(options, name)), allowed) for name in given]
+        )
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _prompts(given: list[str] | None) -> list[str]:
@@ -81,14 +123,6 @@ def _text(data: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         received = f"{len(data):,} bytes that are not UTF-8 (byte {error.start})"
         raise ConfigError([Fault(where, received, "give text in UTF-8")]) from None
-
-
-def _check_objective(opened: OpenedRun) -> None:
-    """Refuse a run that has not learned what comes next."""
-    objective = opened.config.training.progressive.training_objective
-    if objective != "clm":
-        allowed = f"run {opened.attempt.name} was trained with {objective}; only clm learns what comes next"
-        raise ConfigError([Fault("RUN", repr(opened.attempt.name), allowed)])
 
 
 def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -112,21 +146,19 @@ def _room(options: argparse.Namespace, prompts: list[list[int]], context: int) -
     return context - longest
 
 
-def _continue(
-    options: argparse.Namespace,
-    opened: OpenedRun,
-    rack: Rack,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    prompts: Sequence[Sequence[int]],
-    n_new: int,
-    sampling: Sampling,
-) -> None:
+def _continued(
+    options: argparse.Namespace, opened: OpenedRun, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], n_new: int
+) -> list[_Made]:
+    """Return what follows each prompt; a single one is shown as it comes."""
     from stackwise_core.generation.generate import generate
+    from stackwise_core.generation.sampling import Sampling
     from stackwise_core.generation.text import TextStream
+    from stackwise_core.training.hardware import use_hardware
 
+    sampling = Sampling(**_given(options, "temperature", "seed", *_CAUSAL))
     streams = [TextStream(tokenizer, prompt, options.stop) for prompt in prompts]
     alone = len(prompts) == 1 and not options.json
+    rack = opened.rack(dense=True).to(use_hardware(opened.config.hardware))
 
     def on_token(row: int, token: int) -> bool:
         piece = streams[row].add(token)
@@ -137,37 +169,62 @@ def _continue(
     ends = () if tokenizer.end_token is None else (tokenizer.end_token,)
     found = generate(rack, prompts, n_new, sampling, end_tokens=ends, on_token=on_token)
     rest = [stream.finish() for stream in streams]
-    if options.json:
-        say_json(_document(options, opened, texts, streams, found, n_new))
-    elif alone:
+    if alone:
         _show(f"{rest[0]}\n")
-    else:
-        for number, (text, stream) in enumerate(zip(texts, streams, strict=True)):
-            say(*([""] if number else []), f"> {shown(text, 200)}")
-            _show(f"{stream.text}\n")
-    if n_new < options.max_new_tokens and any(text.reason == "length" for text in found):
-        context = opened.config.data.seq_len
-        complain(f"ended at {context:,} tokens, the length that the rack was trained on; --beyond-context goes on")
+    return [_Made(stream.text, each.tokens, each.reason) for stream, each in zip(streams, found, strict=True)]
+
+
+def _filled_in(
+    options: argparse.Namespace, opened: OpenedRun, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], n_new: int
+) -> list[_Made]:
+    """Return what a rack that was trained on masked tokens fills in after each prompt."""
+    from stackwise_core.generation.text import TextStream
+    from stackwise_core.generation.unmask import Unmasking, unmask
+    from stackwise_core.training.hardware import use_hardware
+
+    how = Unmasking(**_given(options, "temperature", "seed", *_MASKED))
+    streams = [TextStream(tokenizer, prompt, options.stop) for prompt in prompts]
+    denoisers = opened.denoisers(use_hardware(opened.config.hardware))
+    assert tokenizer.mask_token is not None  # it was trained with one
+    never = {tokenizer.pad_token, *range(tokenizer.vocab_size, opened.stages[-1].shape.vocab_size)}
+    rows = [[*prompt, *[tokenizer.mask_token] * n_new] for prompt in prompts]
+    filled = unmask(denoisers, rows, tokenizer.mask_token, how, sorted(never - {tokenizer.end_token}))
+    made = [
+        _cut(tokenizer, row[len(prompt) :], stream)
+        for row, prompt, stream in zip(filled, prompts, streams, strict=True)
+    ]
+    if len(prompts) == 1 and not options.json:
+        _show(f"{made[0].text}\n")
+    return made
+
+
+def _cut(tokenizer: Tokenizer, tokens: list[int], stream: TextStream) -> _Made:
+    """Return a text up to its first end token or stop string."""
+    kept = list[int]()
+    for token in tokens:
+        if token == tokenizer.end_token:
+            stream.finish()
+            return _Made(stream.text, kept, "end")
+        kept.append(token)
+        stream.add(token)
+        if stream.stopped:
+            return _Made(stream.text, kept, "stop")
+    stream.finish()
+    return _Made(stream.text, kept, "stop" if stream.stopped else "length")
 
 
 def _document(
-    options: argparse.Namespace,
-    opened: OpenedRun,
-    texts: Sequence[str],
-    streams: Sequence[Any],
-    found: Sequence[Generated],
-    n_new: int,
+    options: argparse.Namespace, opened: OpenedRun, texts: Sequence[str], made: Sequence[_Made], n_new: int
 ) -> dict[str, Any]:
-    stage = opened.stages[-1]
-    short = n_new < options.max_new_tokens
+    stage, short = opened.stages[-1], n_new < options.max_new_tokens
     completions = [
         {
             "prompt": text,
-            "text": stream.text,
+            "text": each.text,
             "tokens": each.tokens,
             "reason": "context" if short and each.reason == "length" else each.reason,
         }
-        for text, stream, each in zip(texts, streams, found, strict=True)
+        for text, each in zip(texts, made, strict=True)
     ]
     ids = {"run": opened.attempt.name, "stage": stage.index, "stack": stage.ref("stack").name}
     return {**ids, "depth": len(stage.spec.stacks), "seed": options.seed, "completions": completions}

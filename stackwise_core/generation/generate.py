@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.generation.kv_cache import KVCache
-from stackwise_core.generation.sampling import Sampling, choose, draws, penalised
+from stackwise_core.generation.sampling import Draws, Sampling, choose, penalised
 from stackwise_core.stages.resolve import ModelShape
 
 Reason = Literal["end", "stop", "length"]
@@ -72,7 +73,8 @@ def generate(
     if max_new_tokens < 1:
         raise ConfigError([Fault("max_new_tokens", repr(max_new_tokens), "1 or more")])
     texts, ends, device = [Generated() for _ in rows], set(end_tokens), rack.embedding.weight.device
-    uniform = torch.from_numpy(draws(sampling.seed, rows, max_new_tokens if sampling.temperature else 1)).to(device)
+    places = np.arange(max_new_tokens if sampling.temperature else 1, dtype=np.int64)
+    uniform = torch.from_numpy(Draws(sampling.seed, rows).uniform(places)).to(device)
     cache = KVCache([len(row) for row in rows], max_new_tokens, [len(each.blocks) for each in _of(rack)], device)
     seen_BV = _seen(rows, rack.shape.vocab_size, device) if sampling.repetition_penalty != 1 else None
     logits_BV, running = _read(rack, cache, rows, device), set(range(len(rows)))

@@ -23,6 +23,8 @@ class KVCache:
         self.lengths, self.filled = list(lengths), 0
         longest = max(lengths)
         self.capacity = longest + n_new
+        self.positions = 1 << (self.capacity - 1).bit_length()
+        """Length of the rotary table: tables are kept, and should not be as many as there are lengths."""
         starts = torch.tensor([longest - length for length in lengths], device=device)
         self._ragged = len(set(lengths)) > 1
         columns = torch.arange(self.capacity, device=device)
@@ -42,7 +44,7 @@ class KVCache:
         self.filled += 1
 
     def angles(self, rotary: Tensor) -> Tensor:
-        """Return the rotary table at the positions of the new tokens, out of that of `capacity` positions."""
+        """Return the rotary table at the positions of the new tokens, out of one of `positions`."""
         if self._rotary is None:
             if self._rows:
                 self._rotary = rotary[:, : self.lengths[self._rows[0]]]

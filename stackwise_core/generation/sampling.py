@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stackwise_core.data.masks import FloatArray, content_ids, hash_uniform
+from stackwise_core.data.masks import FloatArray, IntArray, content_ids, hash_uniform
 from stackwise_core.errors import ConfigError, Fault
 
 _SALT = 0
@@ -21,6 +21,14 @@ _GENERATION = 0x67656E
 """The first key of every hash that is drawn here; those of masks and orders begin with the number of a row."""
 _FIRST_CANDIDATES = 256
 """The likeliest tokens, which nearly always hold the whole of `top_p`: the rest need no sorting then."""
+
+
+def common_checks(temperature: float, seed: int) -> tuple[tuple[str, bool, str], ...]:
+    """Return key, whether it fits and what is allowed, of what every way to generate has."""
+    return (
+        ("temperature", 0 <= temperature < float("inf"), "0 takes the most likely token; else above 0"),
+        ("seed", 0 <= seed < 2**31, "from 0 to 2147483647"),
+    )
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 takes the most likely token; else above 0"),
+            *common_checks(self.temperature, self.seed),
             ("top_k", self.top_k >= 0, "0 draws among all tokens; else 1 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 is none"),
-            ("seed", 0 <= self.seed < 2**31, "from 0 to 2147483647"),
         )
         faults = [Fault(key, repr(getattr(self, key)), allowed) for key, fits, allowed in checks if not fits]
         if self.temperature == 0:
@@ -61,19 +68,25 @@ class Sampling:
             raise ConfigError(faults)
 
 
-def draws(seed: int, prompts: Sequence[Sequence[int]], n_steps: int) -> FloatArray:
-    """Return the uniform number in [0, 1) that each new token of each prompt is drawn with: [B, n_steps].
+class Draws:
+    """Uniform numbers in [0, 1) for every prompt: hashes of the seed, the prompt and what a number is for.
 
-    It is a hash of seed, prompt and position: the same whatever other prompts are in the batch. Of equal prompts each
-    has its own, by its number among them.
+    So they are the same whatever other prompts are in the batch. Equal prompts differ by their number among themselves.
     """
-    keys = np.concatenate([content_ids(np.asarray([prompt], dtype=np.int64)) for prompt in prompts])
-    before, nth = Counter[int](), list[int]()
-    for key in keys.tolist():
-        nth.append(before[key])
-        before[key] += 1
-    number = np.asarray(nth, dtype=np.int64)[:, None]
-    return hash_uniform(seed, _SALT, _GENERATION, keys[:, None], number, np.arange(n_steps, dtype=np.int64)[None, :])
+
+    def __init__(self, seed: int, prompts: Sequence[Sequence[int]]) -> None:
+        """Hash the prompts."""
+        keys = [int(content_ids(np.asarray([prompt], dtype=np.int64))[0]) for prompt in prompts]
+        before, nth = Counter[int](), list[int]()
+        for key in keys:
+            nth.append(before[key])
+            before[key] += 1
+        self._seed, self._keys, self._nth = seed, np.asarray(keys, dtype=np.int64), np.asarray(nth, dtype=np.int64)
+
+    def uniform(self, places: IntArray, use: int = 0, rows: Sequence[int] | None = None) -> FloatArray:
+        """Return the numbers of some prompts, all by default, at some places [N] for one use: [B, N]."""
+        keys, nth = (each if rows is None else each[list(rows)] for each in (self._keys, self._nth))
+        return hash_uniform(self._seed, _SALT, _GENERATION, keys[:, None], nth[:, None], use, places[None, :])
 
 
 def penalised(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:

@@ -112,7 +112,7 @@ class Stack(nn.Module):
         if memory is None:
             rotary = rotary_table(self.shape, x_BTD.shape[1], x_BTD.device)
         else:
-            rotary = memory.cache.angles(rotary_table(self.shape, memory.cache.capacity, x_BTD.device))
+            rotary = memory.cache.angles(rotary_table(self.shape, memory.cache.positions, x_BTD.device))
         compute = compute_dtype(self.precision, x_BTD.device)
         with torch.autocast(x_BTD.device.type, dtype=compute, enabled=compute != torch.float32):
             for number, block in enumerate(self.blocks):

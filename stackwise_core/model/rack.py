@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.generation.generate import OnToken, Prompts, generate
 from stackwise_core.generation.sampling import Sampling
+from stackwise_core.generation.unmask import Denoiser, Unmasking, unmask
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
 from stackwise_core.model.saving import (
     CHANNELS,
@@ -101,6 +102,26 @@ class Rack(nn.Module):
         chosen = Sampling(**sampling)
         found = generate(self, prompts, max_new_tokens, chosen, end_tokens=ends, on_token=on_token)
         return [text.tokens for text in found]
+
+    def unmask(
+        self, tokens: Prompts, mask_token: int, *, step_ratios: Sequence[float] = (), **how: Any
+    ) -> list[list[int]]:
+        """Return token ids with every masked token filled in, the surest first.
+
+        Args:
+            tokens: ids [B, T], or lists of any lengths, some of them `mask_token`, which are filled in.
+            mask_token: stands for a token that is not known yet.
+            step_ratios: where time is an input, the share of masked tokens of each time step.
+            how: `order, steps, block_length, temperature, seed`, see `Unmasking`.
+
+        Raises:
+            ConfigError: a value cannot be, or the rack needs `step_ratios`.
+        """
+        n_steps = self.shape.time.n_steps if self.shape.time else 0
+        if len(step_ratios) != n_steps:
+            allowed = f"this rack has {n_steps} time steps; give the share of masked tokens of each"
+            raise ConfigError([Fault("step_ratios", f"{len(step_ratios)} ratios", allowed)])
+        return unmask([Denoiser(self, step_ratios=tuple(step_ratios))], tokens, mask_token, Unmasking(**how))
 
     def save(self, folder: str | Path) -> None:
         """Write the rack into a folder, whole or not at all, in the place of a rack that was saved there before.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stackwise_core.errors import ConfigError
-from stackwise_core.generation.sampling import Sampling, candidates, choose, draws, penalised
+from stackwise_core.generation.sampling import Draws, Sampling, candidates, choose, penalised
 from stackwise_core.model.adapters import merged_dense
 from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.rack import Rack
@@ -197,12 +197,18 @@ def test_the_last_uniform_number_draws_a_token_that_is_possible() -> None:
         assert drawn.item() in (0, 1)
 
 
+def draws(seed: int, prompts: list[list[int]], n: int, use: int = 0) -> Any:
+    return Draws(seed, prompts).uniform(np.arange(n), use)
+
+
 def test_draws_depend_on_seed_and_prompt_alone() -> None:
     alone, among = draws(5, [[1, 2]], 4), draws(5, [[9], [1, 2], [1, 2]], 4)
     assert np.array_equal(alone[0], among[1])
     assert not np.array_equal(among[1], among[2])  # equal prompts are drawn apart
     assert np.array_equal(draws(5, [[1, 2]], 2), alone[:, :2])
     assert not np.array_equal(draws(6, [[1, 2]], 4), alone)
+    assert not np.array_equal(draws(5, [[1, 2]], 4, use=1), alone)
+    assert np.array_equal(Draws(5, [[9], [1, 2]]).uniform(np.arange(4), rows=[1]), alone)
     everything = draws(0, [[n] for n in range(500)], 20).ravel()
     assert np.abs(np.histogram(everything, bins=10, range=(0, 1))[0] - 1000).max() < 4 * np.sqrt(900)
 
