@@ -6,21 +6,23 @@ import contextlib
 import threading
 from collections.abc import Generator
 from contextvars import copy_context
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from prefect import tags
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import Abort, Pause
 from prefect.runtime import flow_run
-from prefect.states import Cancelled, Paused, Suspended
+from prefect.states import Cancelled, Crashed, Paused, Suspended
 
 from flows.run.events import Message, emit, request_stop
 from flows.services import TAG
 
 _SECONDS_BETWEEN_QUESTIONS = 5.0
+_TASKS_MAY_LAG = timedelta(minutes=1)
 _STOPPING = {StateType.PAUSED, StateType.CANCELLING, StateType.CANCELLED}
 
 
@@ -114,6 +116,22 @@ def end(message: str) -> State[Any]:
             client.set_flow_run_state(root.id, state, force=True)
         _end_subflows(client, root.id, Paused(message=message))  # the resumed run goes on with them
     raise Pause(state=state)
+
+
+def end_killed_tasks() -> None:
+    """Show tasks as Crashed whose process was killed: of earlier starts of this flow run, and of ours that have ended.
+
+    Prefect tells how the process of a flow ended, but says nothing of its tasks, which would seem to run for ever.
+    """
+    mine = {"id": {"any_": [flow_run.id]}}
+    # The last word on a task may reach the server a little later than that on its flow.
+    ended = {"end_time": {"before_": (datetime.now(UTC) - _TASKS_MAY_LAG).isoformat()}, "tags": {"all_": [TAG]}}
+    running = TaskRunFilter.model_validate({"state": {"type": {"any_": ["PENDING", "RUNNING"]}}})
+    with contextlib.suppress(Exception), get_client(sync_client=True) as client:  # no run fails for its pages
+        for runs in (mine, ended) if flow_run.run_count > 1 else (ended,):
+            where = FlowRunFilter.model_validate(runs)
+            for task in client.read_task_runs(flow_run_filter=where, task_run_filter=running):
+                client.set_task_run_state(task.id, Crashed(message="its process was killed"), force=True)
 
 
 def _end_subflows(client: SyncPrefectClient, root: UUID, state: State[Any]) -> None:

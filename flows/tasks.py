@@ -26,6 +26,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from prefect.transactions import get_transaction
 
 from flows.artifacts import progress_artifact
+from flows.flow_runs import end_killed_tasks
 from flows.run import fill as filling
 from flows.run import steps
 from flows.run.events import StageOpened, emit, stopping_on_signals
@@ -133,6 +134,7 @@ def add_stage(stage: Stage) -> Ref | State[Any]:
 
     An adopted stack is only copied; the last one is cached and validated too.
     """
+    end_killed_tasks()
     emit(StageOpened(stage.index, str(flow_run.id)))
     # Tasks have no tags: for them Prefect asks the server, which may be away.
     with TagsContext(current_tags=set()), stopping_on_signals():

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from flows.artifacts import publish_run, run_log
 from flows.errors import explained_server_errors, one_line_errors, outlive_the_worker
-from flows.flow_runs import end, tagged, tags_of, watched
+from flows.flow_runs import end, end_killed_tasks, tagged, tags_of, watched
 from flows.run.events import subscribed
 from flows.run.run import grow
 from flows.run.stage import GO_ON, Stage
@@ -44,6 +44,7 @@ def train_rack(
     outlive_the_worker()
     publish = publish_run(config, artifacts)
     with one_line_errors(), tagged(config.run.name), watched():
+        end_killed_tasks()
         try:
             with subscribed(run_log()), subscribed(publish):
                 grow(config, artifacts, from_stack=from_stack, force=force, add=_add)

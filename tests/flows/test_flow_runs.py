@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Generator, Iterator
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.exceptions import Abort, Pause
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Paused, Running, Scheduled, Suspended
 
 from flows import flow_runs
 from flows.flow_runs import Watch
 from flows.run.events import Message, stop_requested, stopping_on_signals, subscribed
+from flows.services import TAG
+from flows.tasks import validate
+from flows.train_rack import train_rack
 
 
 @pytest.fixture(autouse=True)
@@ -122,3 +127,42 @@ def test_a_run_of_a_terminal_that_is_suspended_cannot_be_resumed_by_a_page(monke
     server = Server(Suspended())
     assert ended(server, monkeypatch).name == "Cancelled"
     assert server.became == {server.run.id: "Cancelled"}
+
+
+@pytest.mark.flow
+@pytest.mark.usefixtures("prefect_api")
+def test_tasks_of_killed_processes_do_not_seem_to_run_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of runs of ours that have ended a while ago, and of this run before it was retried; no others."""
+    with get_client(sync_client=True) as client:
+
+        def seeming(state: Any, *tags: str) -> tuple[uuid.UUID, uuid.UUID]:
+            flow_run = client.create_flow_run(train_rack, parameters={}, tags=tags, state=Running()).id
+            task = client.create_task_run(validate, flow_run, uuid.uuid4().hex, state=Running()).id
+            client.set_flow_run_state(flow_run, state, force=True)
+            return flow_run, task
+
+        dead = [seeming(kind(), TAG) for kind in (Crashed, Completed, Cancelled)]
+        others = [seeming(Crashed(), "another-team")]
+        a_while_ago = datetime.now(UTC)
+        others += [seeming(Crashed(), TAG), seeming(Running(), TAG)]
+        retried = seeming(Running(), TAG)
+
+        def shown() -> dict[uuid.UUID, str]:
+            return {task: client.read_task_run(task).state_name or "" for _, task in (*dead, retried, *others)}
+
+        for run_count in (1, 2):
+            at = SimpleNamespace(id=str(retried[0]), run_count=run_count)
+            monkeypatch.setattr(flow_runs, "flow_run", at)
+            monkeypatch.setattr(flow_runs, "_TASKS_MAY_LAG", datetime.now(UTC) - a_while_ago)
+            flow_runs.end_killed_tasks()
+            ended = [task for _, task in (*dead, *([retried] if run_count > 1 else []))]
+            assert shown() == {task: "Crashed" if task in ended else "Running" for task in shown()}
+
+
+def test_pages_that_cannot_be_mended_stop_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(**_: object) -> Any:
+        raise ConnectionError("the server is away")
+
+    monkeypatch.setattr(flow_runs, "get_client", away)
+    monkeypatch.setattr(flow_runs, "flow_run", SimpleNamespace(id=str(uuid.uuid4()), run_count=2))
+    flow_runs.end_killed_tasks()

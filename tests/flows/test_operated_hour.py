@@ -103,6 +103,8 @@ def test_an_hour_of_operating_says_no_wrong_word(site: Site, tmp_path: Path, ref
         assert run["state_name"] in ("Completed", "Cancelled", "Crashed"), (run["name"], run["state_name"])
         ours = run["name"] != "of another team"
         assert ("run:tiny" in run["tags"]) == ours, (run["name"], run["tags"])
+    tasks = site.task_runs(killed.run_id)
+    assert {task["state_name"] for task in tasks} <= {"Completed", "Cached", "Crashed"}
     pages: list[dict[str, Any]] = site.post("/artifacts/filter", {})
     shown = Counter((page["key"], page["flow_run_id"]) for page in pages if page["flow_run_id"] in runs)
     assert shown
