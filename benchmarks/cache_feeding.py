@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.harness import Measure, interleaved, ratios
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
+from stackwise_core.data.sequences import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.objectives.batches import PackedBatches, prefetched
 from stackwise_core.objectives.dataloader import ProgressiveDataLoader, RowSource

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.harness import Measure, interleaved, ratios
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data.packing import PackedSequences
+from stackwise_core.data.sequences import PackedSequences
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import PackedBatches

@@ -13,9 +13,9 @@ from pydantic import Field
 from flows.artifacts import publish_run, run_log
 from flows.errors import explained_server_errors, one_line_errors, outlive_the_worker
 from flows.flow_runs import end, end_killed_tasks, tagged, tags_of, watched
-from flows.run.events import subscribed
+from flows.run.events import GO_ON, subscribed
 from flows.run.run import grow
-from flows.run.stage import GO_ON, Stage
+from flows.run.stage import Stage
 from flows.tasks import add_stage
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import StageInterruptedError

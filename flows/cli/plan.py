@@ -9,7 +9,7 @@ from rich.text import Text
 
 from flows.cli.arguments import add_common, add_config, load_config
 from flows.run.numbers import parameters, size
-from flows.run.prepare import pack_corpus
+from flows.run.prepare import pack_corpus, sampled
 from flows.run.say import say, say_json
 from flows.run.terminal import plain_console
 from stackwise_core.config import StackWiseConfig
@@ -63,7 +63,7 @@ def _count_sequences(config: StackWiseConfig, artifacts: Artifacts, plan: RunPla
         return data.count("train_sequences"), data.count("validation_sequences")
     given = config.data
     corpus = read_corpus(given.source, examples=reads_examples(config), token_type=given.token_type)
-    train, validation = pack_corpus(config, corpus)
+    train, validation = sampled(config, *pack_corpus(config, corpus))
     return len(train), len(validation)
 
 

@@ -13,7 +13,7 @@ from flows.pages.page import listed
 from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.data.masks import IntArray
 from stackwise_core.data.order import RowOrder
-from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
+from stackwise_core.data.sequences import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.data.tokenizer import ByteTokenizer, Tokenizer, decode_pieces
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.identity import ActivationRecipe, DataRecipe

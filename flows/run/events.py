@@ -11,6 +11,8 @@ from types import FrameType
 
 from flows.run.summary import StageSummary
 
+GO_ON = "run the same command to go on"
+
 
 @dataclass(frozen=True)
 class RunStarted:
@@ -19,6 +21,19 @@ class RunStarted:
     name: str
     n_stages: int
     folder: str
+
+
+@dataclass(frozen=True)
+class CorpusRead:
+    """Bytes of the corpus that are read, or packed, so far."""
+
+    what: str
+    """What is done with them, such as 'packed'."""
+    n_bytes: int
+    of_bytes: int
+    """0 if it is not known."""
+    seconds: float
+    """Since it began."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,18 @@ class Message:
     text: str
 
 
-Event = RunStarted | DataReady | StageOpened | TaskStarted | TaskReused | StepTaken | RowsCached | StageDone | Message
+Event = (
+    RunStarted
+    | CorpusRead
+    | DataReady
+    | StageOpened
+    | TaskStarted
+    | TaskReused
+    | StepTaken
+    | RowsCached
+    | StageDone
+    | Message
+)
 Subscriber = Callable[[Event], None]
 
 # Module state, because one process runs one run and Prefect calls tasks with plain parameters only.

@@ -15,9 +15,9 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from flows.run.children import end_with
-from flows.run.events import stop_requested
+from flows.run.events import GO_ON, stop_requested
 from flows.run.inputs import boundary_above, rows_to_store
-from flows.run.stage import GO_ON, Stage
+from flows.run.stage import Stage
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import is_used
 from stackwise_core.errors import ConfigError, Fault, StackWiseError, StageInterruptedError

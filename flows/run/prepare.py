@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from flows.run.events import DataReady, TaskStarted, emit, emit_waiting, stop_requested
+from flows.run.events import DataReady, TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
 from flows.run.numbers import size
+from flows.run.reading import Reading
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.sizes import batch_size_of, vocab_size_of
+from stackwise_core.data.examples import ExampleFormat, pack_examples
 from stackwise_core.data.masks import VALIDATION_VIEW
-from stackwise_core.data.packing import (
-    Corpus,
-    ExampleFormat,
-    PackedSequences,
-    pack,
-    pack_examples,
-    read_corpus,
-    spread_sample,
-)
+from stackwise_core.data.packing import Corpus, Watch, pack, read_corpus, spread_sample
+from stackwise_core.data.sequences import PackedSequences, parts_of
 from stackwise_core.data.sources import check_tokens
 from stackwise_core.errors import ConfigError, CorpusError, Fault
 from stackwise_core.stages.costs import store_bytes
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from stackwise_core.stages.resolve import reads_examples, resolve_order
-from storage.artifacts import Artifacts, State
+from storage.artifacts import SCRATCH, Artifacts, State
 from storage.errors import StoreSpaceError
-from storage.midstage import bytes_written
-from storage.sequences import load_sequences, save_sequences
+from storage.midstage import PackingNotes, bytes_written
+from storage.sequences import load_sequences
 
 
 def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> Ref:
@@ -42,7 +38,8 @@ def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -
             artifacts.manifest(ref)
         if artifacts.state(ref) is not State.SEALED:
             emit(TaskStarted(-1, "prepare data"))
-            _pack_into(config, artifacts, plan)
+            with stopping_on_signals():
+                _pack_into(config, artifacts, plan)
     data, batch_size = artifacts.manifest(ref), batch_size_of(config)
     n_rows = data.count("train_sequences")
     emit(DataReady(n_rows, data.count("validation_sequences")))
@@ -69,28 +66,37 @@ def _vocabulary_faults(config: StackWiseConfig, facts: dict[str, Any]) -> Iterat
         yield Fault("data.tokenizer", repr(config.data.tokenizer), f"the corpus was not made by it; {_MADE_BY}")
 
 
-def pack_corpus(config: StackWiseConfig, corpus: Corpus) -> tuple[PackedSequences, PackedSequences]:
-    """Return the train and validation sequences of a corpus; with objective custom they are its examples."""
-    data = config.data
+def pack_corpus(
+    config: StackWiseConfig, corpus: Corpus, folder: Path | None = None, watch: Watch | None = None
+) -> tuple[PackedSequences, PackedSequences]:
+    """Return the train and validation sequences of a corpus; with objective custom they are its examples.
+
+    They are written into `folder`, as far as `watch` says that they are not there; without one, into files that are
+    gone with this process.
+    """
+    data, tokenizer = config.data, tokenizer_of(config)
     if corpus.is_tokens:
         _check_tokens(config, corpus)
-    spread = data.max_sequences > 0 and data.sample == "spread"
-    most = 0 if spread else data.max_sequences
-    splits = _pack_all(config, corpus, most)
-    return spread_sample(*splits, data.max_sequences) if spread else splits
-
-
-def _pack_all(config: StackWiseConfig, corpus: Corpus, most: int) -> tuple[PackedSequences, PackedSequences]:
-    data, tokenizer = config.data, tokenizer_of(config)
+    most = 0 if data.sample == "spread" else data.max_sequences
     if not reads_examples(config):
-        return pack(corpus, tokenizer, data.seq_len, most, data.validation_fraction)
+        return pack(corpus, tokenizer, data.seq_len, most, data.validation_fraction, folder, watch)
     form = ExampleFormat(
         seq_len=data.seq_len,
         vocab_size=vocab_size_of(config),
         pad_token=tokenizer.pad_token,
         targets_are_tokens=not config.training.custom_loss,
     )
-    return pack_examples(corpus, form, most, data.validation_fraction)
+    return pack_examples(corpus, form, most, data.validation_fraction, folder)
+
+
+def sampled(
+    config: StackWiseConfig, train: PackedSequences, validation: PackedSequences, folder: Path | None = None
+) -> tuple[PackedSequences, PackedSequences]:
+    """Return the sequences that `data.max_sequences` leaves, written into `folder` if any are left out."""
+    data = config.data
+    if data.max_sequences and data.sample == "spread":
+        return spread_sample(train, validation, data.max_sequences, folder)
+    return train, validation
 
 
 _MADE_BY = "mlm needs the tokenizer.json that made the tokens, with a [MASK] that is not among them"
@@ -107,14 +113,27 @@ def _check_tokens(config: StackWiseConfig, corpus: Corpus) -> None:
 
 
 def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
-    data, tokenizer = config.data, tokenizer_of(config)
-    corpus = read_corpus(data.source, examples=reads_examples(config), token_type=data.token_type)
+    data, tokenizer, work = config.data, tokenizer_of(config), artifacts.work(plan.data_ref)
+    packed = work / SCRATCH / "packed"
+    packed.mkdir(parents=True, exist_ok=True)
+    corpus = read_corpus(
+        data.source,
+        examples=reads_examples(config),
+        token_type=data.token_type,
+        folder=work / SCRATCH,
+        on_read=Reading("read", plan.corpus_bytes, stop_requested),
+    )
     if corpus.digest != plan.data.corpus:
         raise CorpusError(f"data.source: got {data.source!r}; its text changed while the run was starting; start again")
     if tokenizer.name != plan.data.tokenizer:
         raise CorpusError(f"data.tokenizer: got {data.tokenizer!r}; it changed while the run was starting; start again")
-    train, validation = pack_corpus(config, corpus)
-    save_sequences(artifacts.work(plan.data_ref), train, validation)
+    notes = PackingNotes(work / SCRATCH / "packing.json", packed)
+    reading = Reading("packed", corpus.n_bytes * (corpus.token_width or 1), stop_requested)
+    every = pack_corpus(config, corpus, packed, Watch(notes.read(), notes.write, reading))
+    train, validation = sampled(config, *every, work)
+    if train is every[0]:
+        for path in packed.iterdir():
+            path.replace(work / path.name)
     facts = {
         "documents": len(corpus.documents),
         "train_sequences": len(train),
@@ -122,13 +141,23 @@ def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> 
         "seq_len": data.seq_len,
     }
     for split in (train, validation):
-        if corpus.is_tokens or split.targets is not None:
-            facts["largest_token"] = max(facts.get("largest_token", 0), int(split.tokens.max()))
-        if corpus.is_tokens:
-            facts["mask_tokens"] = facts.get("mask_tokens", 0) + int((split.tokens == tokenizer.mask_token).sum())
-        if split.targets is not None and split.masks is not None:
-            facts["largest_target"] = max(facts.get("largest_target", 0), int(split.targets[split.masks].max()))
+        for name, value in _largest(corpus, split, tokenizer.mask_token):
+            facts[name] = facts.get(name, 0) + value if name == "mask_tokens" else max(facts.get(name, 0), value)
     artifacts.seal(plan.data_ref, plan.data, (), facts, {})
+
+
+def _largest(corpus: Corpus, split: PackedSequences, mask_token: int | None) -> Iterator[tuple[str, int]]:
+    """Yield the largest token of a split that no tokenizer made, how often it is [MASK], and the largest target."""
+    if corpus.is_tokens or split.targets is not None:
+        yield "largest_token", max(int(part.max()) for part in parts_of(split.tokens))
+    if corpus.is_tokens:
+        yield "mask_tokens", sum(int((part == mask_token).sum()) for part in parts_of(split.tokens))
+    if split.targets is not None and split.masks is not None:
+        at = 0
+        for targets in parts_of(split.targets):
+            masks = split.masks[at : at + len(targets)]
+            yield "largest_target", int(targets.max(where=masks, initial=0))
+            at += len(targets)
 
 
 def check_validation(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:

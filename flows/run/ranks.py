@@ -18,8 +18,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from flows.run.children import ending_with_us
-from flows.run.events import Message, StepTaken, emit, stop_requested
-from flows.run.stage import GO_ON, Stage
+from flows.run.events import GO_ON, Message, StepTaken, emit, stop_requested
+from flows.run.stage import Stage
 from stackwise_core.errors import StackWiseError, StageInterruptedError
 from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.identity import Ref

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from flows.run.events import Message, RunStarted, StageDone, emit, emit_waiting, stop_requested, stopping_on_signals
+from flows.run.events import (
+    GO_ON,
+    Message,
+    RunStarted,
+    StageDone,
+    emit,
+    emit_waiting,
+    stop_requested,
+    stopping_on_signals,
+)
 from flows.run.fill import check_plain, check_runner
 from flows.run.prepare import check_space, check_validation, prepare_data
-from flows.run.stage import GO_ON, Stage
+from flows.run.stage import Stage
 from flows.run.steps import build_stack, cache_activations, configure_trunk, train, validate
 from flows.run.summary import StageSummary, rise, summarise
 from stackwise_core.config import StackWiseConfig

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
-from flows.run.events import TaskReused, TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
+from flows.run.events import GO_ON, TaskReused, TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data.packing import PackedSequences
+from stackwise_core.data.sequences import PackedSequences
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.adopt import adopting
@@ -26,7 +26,6 @@ from storage.demand import TASK_KINDS, compute_demand
 from storage.manifest import fingerprint
 from storage.sequences import load_sequences
 
-GO_ON = "run the same command to go on"
 Facts = dict[str, Any]
 """What a task measured; it goes into the manifest."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flows.run.events import Message, RowsCached, StepTaken, emit, stop_requested
+from flows.run.events import GO_ON, Message, RowsCached, StepTaken, emit, stop_requested
 from flows.run.fill import Workers, plain_workers, write_by_workers
 from flows.run.inputs import (
     boundary_above,
@@ -21,7 +21,7 @@ from flows.run.inputs import (
     stream_of,
 )
 from flows.run.ranks import train_by_ranks
-from flows.run.stage import GO_ON, Facts, Made, Stage, fingerprint_of, make
+from flows.run.stage import Facts, Made, Stage, fingerprint_of, make
 from stackwise_core.errors import SavedRackError, StackWiseError
 from stackwise_core.model.precision import count_parameters
 from stackwise_core.objectives.make_batch import validation_batch

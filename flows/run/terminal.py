@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from flows.run.events import (
+    CorpusRead,
     DataReady,
     Event,
     Message,
@@ -57,6 +58,9 @@ class _Describer:
         match event:
             case RunStarted():
                 return f"run {event.name}: {event.n_stages} stages in {event.folder}"
+            case CorpusRead():
+                total = max(event.of_bytes or 2 * event.n_bytes, event.n_bytes + 1)  # its end is not an event
+                return _Progress(-1, event.what, _reading(event), event.n_bytes, total)
             case DataReady():
                 text = f"{event.n_train:,} training and {event.n_validation:,} validation sequences"
                 return _Progress(-1, "ready", text)
@@ -80,6 +84,15 @@ class _Describer:
         elapsed = max(time.monotonic() - self._began, 1e-9)
         speed, left = self._n_steps * event.n_tokens / elapsed, (event.steps - event.step) * elapsed / self._n_steps
         return f"step {event.step}/{event.steps}, loss {event.loss:.4f}, {speed:,.0f} tokens/s, {clock(left)} left"
+
+
+def _reading(event: CorpusRead) -> str:
+    """Say how much of the corpus is read, how quickly, and how long the rest takes if its size is known."""
+    speed = max(event.n_bytes, 1) / max(event.seconds, 1e-9)
+    left = event.of_bytes - event.n_bytes
+    known = f" of {size(event.of_bytes)}" if event.of_bytes else ""
+    rest = f", {clock(left / speed)} left" if event.of_bytes and left >= 0 else ""
+    return f"corpus: {event.what} {size(event.n_bytes)}{known}, {size(speed)}/s{rest}"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from stackwise_core.errors import CorpusError, shortened
 KINDS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".ldjson", ".json"), "jsonl"),
     **dict.fromkeys((".parquet", ".pq", ".parq"), "parquet"),
-    ".bin": "token",
+    **dict.fromkeys((".bin", ".npy"), "token"),
 }
 """The kind of a file by its ending; others are text, or refused."""
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -33,8 +33,8 @@ _REFUSED = {
         "write its texts as the field 'text' of jsonl or parquet",
     ),
     **dict.fromkeys(
-        (".npy", ".npz", ".pt", ".pth", ".pkl", ".pickle", ".safetensors", ".h5", ".hdf5", ".idx"),
-        "write its tokens with numpy's tofile, as uint16 or uint32, into a .bin",
+        (".npz", ".pt", ".pth", ".pkl", ".pickle", ".safetensors", ".h5", ".hdf5", ".idx"),
+        "write its tokens with numpy.save, as uint16 or uint32, into a .npy",
     ),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "unpack it, and name the files in it"),
     **dict.fromkeys((".pdf", ".docx", ".doc", ".odt", ".epub"), "write its text into a .txt, jsonl or parquet file"),
@@ -141,6 +141,11 @@ def ending(path: Path) -> str:
     return inner.suffix.lower()
 
 
+def is_packed(path: Path) -> bool:
+    """Return whether the ending of a file says that it is compressed."""
+    return path.suffix.lower() in _PACKED
+
+
 def holds_tokens(source: str) -> bool:
     """Return whether a source is named as files of tokens."""
     return KINDS.get(ending(Path(source))) == "token"
@@ -159,7 +164,7 @@ def common_kind(source: str, paths: list[Path]) -> str:
         )
     kind = next(iter(first))
     for path in paths:
-        if kind in ("parquet", "token") and path.suffix.lower() in _PACKED:
+        if kind in ("parquet", "token") and is_packed(path):
             raise CorpusError(f"data.source: {path} is compressed, and {kind} files are read in place; unpack it")
     return kind
 

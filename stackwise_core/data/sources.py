@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stackwise_core.data.files import READ_ERRORS, common_kind, ending, opened, paths_of, unreadable
+from stackwise_core.data.content import (
+    CHUNK,
+    Content,
+    FileContent,
+    MadeContent,
+    OnRead,
+    Stamp,
+    chunks_of,
+    nobody,
+    unchanged,
+)
+from stackwise_core.data.files import READ_ERRORS, common_kind, ending, is_packed, opened, paths_of, unreadable
 from stackwise_core.data.tokens import read_tokens
 from stackwise_core.errors import CorpusError, shortened
 
@@ -23,11 +35,10 @@ _TEXT = "text"
 """The column of documents in a table."""
 _HUB = "hf:"
 _HUB_NAME = re.compile(r"hf:(?P<name>[^/:]+/[^/:]+)(/(?P<config>[^/:]+))?(:(?P<split>.+))?")
-_CHUNK = 1 << 20
 _MOST_TOKENS = 2**24
 """The largest `model.vocab_size`."""
 
-Content = bytes | memoryview
+Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 Row = dict[str, Any]
 NumberedRow = tuple[int, Row]
 """The number of a line in its file or of a record in its table, from 1, and the row."""
@@ -40,12 +51,14 @@ class Document:
     name: str
     """The file, or the file and the row, for messages."""
     content: Content
-    """UTF-8 text, or memory-mapped tokens."""
+    """UTF-8 text, or tokens."""
     digest: str
     token_width: int = 0
     """Bytes of a token, little-endian; 0 if it is a text."""
     start: int = 0
     """Bytes of the file before the content."""
+    stored_width: int = 0
+    """Bytes of a token in the file, if not `token_width`."""
 
     @property
     def is_tokens(self) -> bool:
@@ -58,20 +71,24 @@ class Document:
         return len(self.content) // (self.token_width or 1)
 
 
-def documents_of(source: str, *, examples: bool, token_type: str = "auto") -> Iterator[Document]:
-    """Yield every document of a source, in no particular order.
+def documents_of(
+    source: str, *, examples: bool, token_type: str = "auto", on_read: OnRead = nobody
+) -> Iterator[Document]:
+    """Yield every document of a source, in no particular order, with one text of a row in memory at a time.
 
     Args:
-        source: 'stdlib', the path or glob of text, jsonl, parquet or .bin files, or 'hf:owner/name'.
+        source: 'stdlib', the path or glob of text, jsonl, parquet, .bin or .npy files, or 'hf:owner/name'.
         examples: whether tables hold examples for a custom objective, so that each table is one document of jsonl;
             otherwise each row is one text.
         token_type: of .bin files, see `read_tokens`.
+        on_read: is told of the bytes of documents as they are hashed.
 
     Raises:
-        CorpusError: no file matches, their kinds are mixed, or a file or row cannot be read as its kind.
+        CorpusError: no file matches, their kinds are mixed, a file or row cannot be read as its kind, or a file changed
+            while it was being read.
     """
     if source.startswith(_HUB):
-        yield from _of_rows(source, _hub_rows(source, examples), examples)
+        yield from _of_rows(source, functools.partial(_hub_rows, source, examples), examples, on_read)
         return
     paths = paths_of(source)
     kind = common_kind(source, paths)
@@ -79,99 +96,123 @@ def documents_of(source: str, *, examples: bool, token_type: str = "auto") -> It
         if examples:
             allowed = "the custom objective reads jsonl or parquet, with targets"
             raise CorpusError(f"data.source: {paths[0]} holds tokens and no targets; {allowed}")
-        yield from _token_documents(source, paths, token_type)
+        yield from _token_documents(source, paths, token_type, on_read)
         return
     for path in paths:
-        if kind == "parquet":
-            yield from _of_rows(str(path), _parquet_rows(path, examples), examples)
-        elif kind == "jsonl" and (not examples or _is_array(path)):
-            yield from _of_rows(str(path), _jsonl_rows(path), examples)
-        else:
-            yield _document(str(path), _read_text(path)) if kind == "jsonl" else _text_document(path)
+        with unchanged(path) as stamp:
+            if kind == "parquet":
+                yield from _of_rows(str(path), functools.partial(_parquet_rows, path, examples), examples, on_read)
+            elif kind == "jsonl" and (not examples or _is_array(path)):
+                yield from _of_rows(str(path), functools.partial(_jsonl_rows, path), examples, on_read)
+            else:
+                yield _text_document(path, stamp, kind == "jsonl", on_read)
 
 
-def _of_rows(name: str, rows: Iterable[NumberedRow], examples: bool) -> Iterator[Document]:
+def _of_rows(
+    name: str, rows: Callable[[], Iterable[NumberedRow]], examples: bool, on_read: OnRead
+) -> Iterator[Document]:
     if examples:
-        yield _document(name, _jsonl_of(name, rows))
+        make = functools.partial(_jsonl_of, name, rows)
+        size, digest = _hashed(make(), on_read)
+        yield Document(name, MadeContent(make, size), digest)
         return
-    for number, row in rows:
+    for number, row in rows():
         try:
             text = _text_of(row)
         except ValueError as error:
             raise CorpusError(f"data.source: {name}:{number}: {error}") from None
-        yield _document(f"{name}:{number}", text)
+        yield Document(f"{name}:{number}", text, hashlib.sha256(text).hexdigest())
+        on_read(len(text))
 
 
-def _document(name: str, text: bytes) -> Document:
-    return Document(name, text, hashlib.sha256(text).hexdigest())
+def _hashed(pieces: Iterable[bytes], on_read: OnRead) -> tuple[int, str]:
+    """Return the size and the hash of pieces, one after the other."""
+    size, digest = 0, hashlib.sha256()
+    for piece in pieces:
+        size += len(piece)
+        digest.update(piece)
+        on_read(len(piece))
+    return size, digest.hexdigest()
 
 
 # ---------------------------------------------------------------- files
 
 
-def _read_text(path: Path) -> bytes:
+def _text_document(path: Path, stamp: Stamp, may_be_lines: bool, on_read: OnRead) -> Document:
+    """Read a text once, to see that it is one and to hash it; it stays in its file."""
+    size, digest = _hashed(_checked_text(path, may_be_lines), on_read)
+    if is_packed(path):
+        return Document(str(path), MadeContent(functools.partial(_pieces, path), size), digest)
+    return Document(str(path), FileContent(path, 0, size, stamp), digest)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
     try:
         with opened(path) as file:
-            text = file.read()
+            while piece := file.read(CHUNK):
+                yield piece
     except READ_ERRORS as error:
         raise unreadable(path, error) from None
-    wrong = _first_non_utf8(text)
-    if wrong is not None:
-        raise CorpusError(f"data.source: {path} is not UTF-8 text (byte {wrong}); give text files")
-    if b"\0" in text:
-        raise CorpusError(f"data.source: {path} is binary (byte {text.index(0)} is NUL); give text files")
-    return text
 
 
-def _text_document(path: Path) -> Document:
-    text = _read_text(path)
-    if ending(path) != ".txt" and _is_jsonl(text):
+def _checked_text(path: Path, may_be_lines: bool) -> Iterator[bytes]:
+    """Yield the pieces of a text file, and raise CorpusError unless it is UTF-8 without NUL, or if it is jsonl."""
+    decoder, at, nul, begins_as_jsonl = codecs.getincrementaldecoder("utf-8")(), 0, None, False
+    for piece in _pieces(path):
+        _check_utf8(path, decoder, piece, at)
+        if nul is None and b"\0" in piece:
+            nul = at + piece.index(0)
+        if at == 0 and not may_be_lines and ending(path) != ".txt":
+            begins_as_jsonl = _is_jsonl(piece)
+        at += len(piece)
+        yield piece
+    _check_utf8(path, decoder, b"", at, final=True)
+    if nul is not None:
+        raise CorpusError(f"data.source: {path} is binary (byte {nul} is NUL); give text files")
+    if begins_as_jsonl:
         remedy = "name it .jsonl to train on its texts, or .txt to train on it as it stands"
         raise CorpusError(f"data.source: {path} holds a JSON object on each line; {remedy}")
-    return _document(str(path), text)
+
+
+def _check_utf8(path: Path, decoder: codecs.IncrementalDecoder, piece: bytes, at: int, *, final: bool = False) -> None:
+    n_pending = len(decoder.getstate()[0])
+    try:
+        decoder.decode(piece, final=final)
+    except UnicodeDecodeError as error:
+        where = at - n_pending + error.start
+        raise CorpusError(f"data.source: {path} is not UTF-8 text (byte {where}); give text files") from None
 
 
 def _is_jsonl(text: bytes) -> bool:
     """Return whether the first two lines are JSON objects."""
     if not text.startswith(b"{"):
         return False
-    lines = text[:_CHUNK].split(b"\n")[:2]
+    lines = text.split(b"\n", 2)[:2]
     with contextlib.suppress(ValueError):
         return len([parse_object(line) for line in lines]) == 2
     return False
 
 
-def _first_non_utf8(text: bytes) -> int | None:
-    """Return where a text stops being UTF-8. Decoded in chunks, since the decoded text may be four times as large."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for start in range(0, len(text), _CHUNK):
-        n_pending = len(decoder.getstate()[0])
-        try:
-            decoder.decode(text[start : start + _CHUNK], final=start + _CHUNK >= len(text))
-        except UnicodeDecodeError as error:
-            return start - n_pending + error.start
-    return None
-
-
 # ---------------------------------------------------------------- tokens
 
 
-def _token_documents(source: str, paths: list[Path], token_type: str) -> Iterator[Document]:
+def _token_documents(source: str, paths: list[Path], token_type: str, on_read: OnRead) -> Iterator[Document]:
     first: tuple[int, Path] | None = None
     for path in paths:
-        read = read_tokens(path, token_type)
-        if not read.content:
+        read = read_tokens(path, token_type, on_read)
+        if not len(read.content):
             continue
         if first and read.width != first[0]:
             found = f"tokens of {8 * first[0]} bits ({first[1]}) and of {8 * read.width} ({path})"
             raise CorpusError(f"data.source: got {shortened(source)}; it names {found}; name files of one kind")
         first = first or (read.width, path)
-        yield Document(str(path), read.content, read.digest, read.width, read.start)
+        yield Document(str(path), read.content, read.digest, read.width, read.start, read.stored_width)
 
 
-def tokens_in(content: Content, width: int) -> NDArray[np.uint16] | NDArray[np.uint32]:
-    """Return a view of the content of a file of tokens as token ids: [n]."""
-    return np.frombuffer(content, f"<u{width}")
+def tokens_in(content: Content, width: int, start: int = 0, stop: int | None = None) -> Iterator[Tokens]:
+    """Yield the token ids of a file of tokens, or of its bytes from `start` to `stop`, in pieces [n]."""
+    for chunk in chunks_of(content, start, stop):
+        yield np.frombuffer(chunk, f"<u{width}")
 
 
 def check_tokens(document: Document, n_tokens: int, remedy: str, forbidden: int | None = None) -> None:
@@ -179,20 +220,20 @@ def check_tokens(document: Document, n_tokens: int, remedy: str, forbidden: int 
 
     Raises CorpusError, which names the first wrong token with its file and position, and the remedy.
     """
-    tokens, width = tokens_in(document.content, document.token_width), document.token_width
-    for start in range(0, len(tokens), _CHUNK):
-        chunk = tokens[start : start + _CHUNK]
-        wrong = chunk >= n_tokens
+    first, width = 0, document.stored_width or document.token_width
+    for tokens in tokens_in(document.content, document.token_width):
+        wrong = tokens >= n_tokens
         if forbidden is not None:
-            wrong |= chunk == forbidden
+            wrong |= tokens == forbidden
         if wrong.any():
-            at = start + int(wrong.argmax())
-            token = int(tokens[at])
+            n = int(wrong.argmax())
+            at, token = first + n, int(tokens[n])
             what = "is [MASK], a hole in the text" if token == forbidden else f"is outside 0 to {n_tokens - 1}"
             where = f"{document.name}: token {at:,} (at byte {document.start + width * at:,}) is {token}"
             if token >= _MOST_TOKENS and width > 2:
                 remedy = "no vocabulary is so large; if these are uint16 tokens, set data.token_type: uint16"
             raise CorpusError(f"data.source: {where}, which {what}; {remedy}")
+        first += len(tokens)
 
 
 # ---------------------------------------------------------------- rows of tables
@@ -221,14 +262,15 @@ def _is_array(path: Path) -> bool:
         return False
     try:
         with opened(path) as file:
-            return file.read(_CHUNK).lstrip().startswith(b"[")
+            return file.read(CHUNK).lstrip().startswith(b"[")
     except READ_ERRORS as error:
         raise unreadable(path, error) from None
 
 
 def _array_rows(path: Path) -> Iterator[NumberedRow]:
     try:
-        rows: Any = json.loads(_read_text(path), object_pairs_hook=_object)
+        text = b"".join(_checked_text(path, may_be_lines=True))
+        rows: Any = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise CorpusError(f"data.source: {path} is not JSON ({_first_line(error)})") from None
     for number, row in enumerate(rows, 1):
@@ -338,15 +380,13 @@ def _text_of(row: Row) -> bytes:
         raise ValueError(f"{_TEXT} holds half a surrogate pair at character {error.start}, which is not text") from None
 
 
-def _jsonl_of(name: str, rows: Iterable[NumberedRow]) -> bytes:
-    """Return rows as jsonl; a value that JSON cannot hold becomes the string of its Python repr."""
-    lines = list[bytes]()
-    for number, row in rows:
+def _jsonl_of(name: str, rows: Callable[[], Iterable[NumberedRow]]) -> Iterator[bytes]:
+    """Yield rows as lines of jsonl; a value that JSON cannot hold becomes the string of its Python repr."""
+    for number, row in rows():
         try:
-            lines.append(json.dumps(row, default=repr).encode() + b"\n")
+            yield json.dumps(row, default=repr).encode() + b"\n"
         except (ValueError, TypeError, RecursionError) as error:
             raise _undecodable(name, number, "", error) from None
-    return b"".join(lines)
 
 
 def _no_text(names: list[str]) -> str:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stackwise_core.data.coverage import Coverage
+from stackwise_core.data.cuts import SEEN, Cuts
 from stackwise_core.data.files import not_a_file
 from stackwise_core.data.masks import IntArray
 from stackwise_core.errors import ConfigError, Fault, shortened
@@ -23,6 +25,8 @@ TokenArray = NDArray[np.uint16 | np.uint32]
 
 _MOST_TOKENS = 2**24
 """The largest `model.vocab_size`."""
+_PIECE = 2**20
+"""Bytes of a text that are tokenised at once; a longer one is cut if it can be."""
 _MOST_BYTES = 2**29
 """Of a tokenizer.json; those of the largest vocabularies are a tenth of it."""
 _END_TOKENS = ("[END]", "<|endoftext|>", "</s>", "[SEP]")
@@ -69,6 +73,14 @@ class Tokenizer(ABC):
         """Return the ids of a UTF-8 text: [number of tokens], of `token_dtype(vocab_size)`."""
 
     @abstractmethod
+    def encode_all(self, texts: Sequence[bytes], ended: Sequence[bool]) -> TokenArray:
+        """Return the ids of texts, one after the other, with the end token, if there is one, after those `ended`."""
+
+    def pieces(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Cut a text, given in chunks, so that the ids of the pieces, one after the other, are those of the whole."""
+        yield b"".join(chunks)
+
+    @abstractmethod
     def decode(self, tokens: IntArray) -> str:
         """Return readable text, with special tokens by their names."""
 
@@ -94,6 +106,18 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: bytes) -> NDArray[np.uint16]:
         """Return the bytes as token ids [len(text)]."""
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+
+    def encode_all(self, texts: Sequence[bytes], ended: Sequence[bool]) -> NDArray[np.uint16]:
+        """Return the bytes of texts, with [END] after those `ended`."""
+        tokens, at = np.full(sum(map(len, texts)) + sum(ended), self.end_token, np.uint16), 0
+        for text, end in zip(texts, ended, strict=True):
+            tokens[at : at + len(text)] = np.frombuffer(text, np.uint8)
+            at += len(text) + end
+        return tokens
+
+    def pieces(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Leave a text as it comes."""
+        yield from chunks
 
     def decode(self, tokens: IntArray) -> str:
         """Return readable text, with special tokens as [MASK], [PAD], [END]."""
@@ -155,19 +179,42 @@ class FileTokenizer(Tokenizer):
         # Ids missing from the vocabulary must not be drawn either.
         self.special_tokens = tuple(token for token in range(self.vocab_size) if token not in regular)
         self._coverage = Coverage(self._library)
+        self._cuts = Cuts(self._library)
 
     def encode(self, text: bytes) -> TokenArray:
         """Return the ids of a UTF-8 text, without the special tokens that a template would add around it."""
-        readable = text.decode("utf-8")
-        if dropped := self._coverage.dropped_from(readable):
+        return self.encode_all([text], [False])
+
+    def encode_all(self, texts: Sequence[bytes], ended: Sequence[bool]) -> TokenArray:
+        """Return the ids of texts, with the end token after those `ended`; the library takes a thread for each CPU."""
+        readable = [text.decode("utf-8") for text in texts]
+        if dropped := next(filter(None, map(self._coverage.dropped_from, readable)), ""):
             allowed = f"it has no token for {dropped!r} (U+{ord(dropped):04X}) and would drop it from the corpus"
             raise ConfigError([Fault("data.tokenizer", self.name, f"{allowed}; {_KNOWS_ALL}")])
         try:
-            ids = self._library.encode(readable, add_special_tokens=False).ids
+            found = self._library.encode_batch_fast(readable, add_special_tokens=False)
         except Exception as error:  # the library raises nothing narrower
             allowed = f"it cannot encode the corpus ({error}); {_KNOWS_ALL}"
             raise ConfigError([Fault("data.tokenizer", self.name, allowed)]) from None
+        ids, tail = list[int](), [] if self.end_token is None else [self.end_token]
+        for encoding, end in zip(found, ended, strict=True):
+            ids += encoding.ids
+            ids += tail if end else []
         return np.array(ids, dtype=token_dtype(self.vocab_size))
+
+    def pieces(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Cut a text of more than a megabyte where the tokenizer itself begins a new word, if it does."""
+        text, searched = b"", 0
+        for chunk in chunks:
+            text += chunk
+            while len(text) > max(_PIECE, searched) + SEEN:
+                cut = self._cuts.within(text, max(_PIECE, searched))
+                if not cut:
+                    searched = len(text) - SEEN
+                    break
+                yield text[:cut]
+                text, searched = text[cut:], 0
+        yield text
 
     def decode(self, tokens: IntArray) -> str:
         """Return readable text, with special tokens by their names."""

@@ -13,7 +13,7 @@ import numpy as np
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.masks import SALT_DEPTH, MaskSpec, hash_bits
 from stackwise_core.data.order import RowOrder
-from stackwise_core.data.packing import PackedSequences
+from stackwise_core.data.sequences import PackedSequences
 from stackwise_core.objectives.dataloader import Boundary, ProgressiveDataLoader, one_pass
 from stackwise_core.objectives.losses import Batch, batch_rows
 from stackwise_core.objectives.raw_batch import raw_fields

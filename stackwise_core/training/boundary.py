@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stackwise_core.data.masks import IntArray, MaskSpec
 from stackwise_core.data.order import RowOrder
-from stackwise_core.data.packing import PackedSequences
+from stackwise_core.data.sequences import PackedSequences
 from stackwise_core.model.blocks import Stack, TokenEmbedding
 from stackwise_core.model.precision import held_dense
 from stackwise_core.model.stream import EXACT, Stream

@@ -10,7 +10,7 @@ import pytest
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.functions import load_function, source_digest
-from stackwise_core.data.packing import PackedSequences
+from stackwise_core.data.sequences import PackedSequences
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.plan import RunPlan, plan_config
 from storage.artifacts import Artifacts

@@ -12,27 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackwise_core.data.packing import (
-    FIRST_VALIDATION_ID,
-    Corpus,
-    Document,
-    PackedSequences,
-    corpus_facts,
-    pack,
-    read_corpus,
-    spread_sample,
-)
+from stackwise_core.data.packing import corpus_facts, pack, read_corpus, spread_sample
+from stackwise_core.data.sequences import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.errors import CorpusError
+from support.corpora import corpus_of, texts_of
 
 END = 258
 TOKENIZER = ByteTokenizer()
 TEXTS = st.text(st.characters(min_codepoint=1, exclude_categories=["Cs"]), min_size=1, max_size=60).map(str.encode)
-
-
-def corpus_of(*texts: bytes) -> Corpus:
-    """A corpus whose documents stand in the given order."""
-    return Corpus("here", tuple(Document(f"{n}.txt", text, "") for n, text in enumerate(texts)), "")
 
 
 def documents_in(sequences: PackedSequences) -> list[bytes]:
@@ -188,7 +176,7 @@ def test_digest_depends_on_texts_not_on_names(files: dict[str, bytes]) -> None:
             (second / f"{99 - n}.txt").write_bytes(text)
         corpora = [read_corpus(f"{first}/*"), read_corpus(f"{folder}/second/**/*.txt")]
         assert corpora[0].digest == corpora[1].digest == corpus_facts(f"{first}/*")[0]
-        texts = [[document.content for document in corpus.documents] for corpus in corpora]
+        texts = [texts_of(corpus) for corpus in corpora]
         assert texts[0] == texts[1]
         assert sorted(texts[0]) == sorted(files.values())
         (first / "one.more").write_bytes(b"more")
@@ -240,7 +228,7 @@ def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_path_with_brackets_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "notes [1].txt").write_text("text")
-    assert read_corpus(str(tmp_path / "notes [1].txt")).documents[0].content == b"text"
+    assert texts_of(read_corpus(str(tmp_path / "notes [1].txt"))) == [b"text"]
 
 
 def test_standard_library_is_nothing_but_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stackwise_core.data.masks import VALIDATION_VIEW, MaskSpec, TimeInput, content_ids
 from stackwise_core.data.order import RowOrder
-from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
+from stackwise_core.data.sequences import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.errors import ConfigError
 from stackwise_core.model.blocks import Stack, TokenEmbedding, initialise
 from stackwise_core.model.stream import EXACT

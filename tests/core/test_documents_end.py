@@ -15,10 +15,11 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.data.coverage import Coverage
-from stackwise_core.data.packing import Corpus, Document, pack
+from stackwise_core.data.packing import pack
 from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.plan import plan_run
+from support.corpora import corpus_of
 
 
 def words(folder: Path, *specials: str, name: str = "tokenizer.json") -> str:
@@ -62,7 +63,7 @@ def test_documents_end_with_the_tokenizers_own_token(
         (tmp_path / where).write_text(json.dumps({"bos_token": "x", "eos_token": beside}))
     tokenizer = load_tokenizer(path, asked)
     after = [] if end is None else [2 + specials.index(end)]
-    corpus = Corpus("", tuple(Document("", text, "") for text in (b"a", b"a a", b"a a")), "")
+    corpus = corpus_of(b"a", b"a a", b"a a")
     train, validation = pack(corpus, tokenizer, 1, 0, 0.14)
     assert train.tokens.ravel().tolist() == [1, 1, *after, 1, 1, *after]
     assert validation.tokens.ravel().tolist() == [1, *after]

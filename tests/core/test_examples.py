@@ -12,18 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows.run.prepare import prepare_data
-from stackwise_core.data.packing import (
-    FIRST_VALIDATION_ID,
-    Corpus,
-    Document,
-    ExampleFormat,
-    PackedSequences,
-    pack_examples,
-    read_corpus,
-)
+from stackwise_core.data.examples import ExampleFormat, pack_examples
+from stackwise_core.data.packing import Corpus, read_corpus
+from stackwise_core.data.sequences import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.stages.plan import plan_config
 from storage.artifacts import Artifacts
+from support.corpora import corpus_of as documents
 from support.runs import tiny
 
 PAD = 57
@@ -44,7 +39,7 @@ def lines_of(lengths: list[int], seed: int = 0, masked: bool = True) -> list[Lin
 
 def corpus_of(*files: list[Line]) -> Corpus:
     texts = ["\n".join(json.dumps(line) for line in lines).encode() for lines in files]
-    return Corpus("here", tuple(Document(f"{n}.jsonl", text, "") for n, text in enumerate(texts)), "")
+    return documents(*texts, ending="jsonl")
 
 
 def rows_of(split: PackedSequences) -> list[tuple[list[int], list[int], list[bool]]]:

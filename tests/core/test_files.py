@@ -19,8 +19,10 @@ import pytest
 from pyarrow import parquet
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data.packing import Corpus, ExampleFormat, corpus_facts, pack_examples, read_corpus
+from stackwise_core.data.examples import ExampleFormat, pack_examples
+from stackwise_core.data.packing import Corpus, corpus_facts, read_corpus
 from stackwise_core.errors import ConfigError, CorpusError
+from support.corpora import texts_of
 
 TEXTS = ["one", "two\nlines", "drei ü"]
 LINES = "".join(json.dumps({"text": text, "id": n}) + "\n" for n, text in enumerate(TEXTS)).encode()
@@ -31,7 +33,7 @@ def names(source: str) -> list[str]:
 
 
 def texts_in(corpus: Corpus) -> list[str]:
-    return sorted(bytes(document.content).decode() for document in corpus.documents)
+    return sorted(text.decode() for text in texts_of(corpus))
 
 
 def zstd(content: bytes) -> bytes:
@@ -197,7 +199,7 @@ def test_compressed_text_is_its_text(tmp_path: Path) -> None:
         ("a.parquet.zst", b"", r"a\.parquet\.zst is compressed, and parquet files are read in place; unpack it"),
         ("a.csv", b"text,id\na,1\n", r"a\.csv is not read as \.csv; write .* jsonl or parquet, or name it \.txt"),
         ("a.TSV.gz", gzip.compress(b"a\tb"), r"a\.TSV\.gz is not read as \.tsv; write its texts"),
-        ("a.npy", b"\x93NUMPY", r"a\.npy is not read as \.npy; write its tokens with numpy's tofile"),
+        ("a.npy", b"\x93NUMPY", r"a\.npy is no array of numpy: .+; write it with numpy\.save"),
         ("a.tar.gz", b"", r"a\.tar\.gz is not read as \.tar; unpack it"),
         ("part-00000", LINES, r"part-00000 holds a JSON object on each line; name it \.jsonl"),
         ("a.log.gz", gzip.compress(LINES), r"a\.log\.gz holds a JSON object on each line; name it \.jsonl"),

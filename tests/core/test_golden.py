@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data.packing import Corpus, Document, PackedSequences, pack
+from stackwise_core.data.packing import Corpus, pack
+from stackwise_core.data.sequences import PackedSequences
+from stackwise_core.data.sources import Document
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream

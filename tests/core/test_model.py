@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from stackwise_core.config.schema import QUANTISED_STREAMS, StreamDtype
 from stackwise_core.data.masks import MaskSpec
-from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
+from stackwise_core.data.sequences import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.model.blocks import INIT_STD, Stack, initialise
 from stackwise_core.model.rack import Rack
 from stackwise_core.model.stream import EXACT, ChannelStatistics, Stream

@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import tracemalloc
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from pyarrow import parquet
 from flows.cli.main import main
 from flows.run.prepare import prepare_data
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data.packing import Corpus, ExampleFormat, corpus_facts, pack, pack_examples, read_corpus
+from stackwise_core.data.examples import ExampleFormat, pack_examples
+from stackwise_core.data.packing import corpus_facts, pack, read_corpus
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.stages.plan import plan_config, plan_run
 from stackwise_core.stages.resolve import reads_examples
 from storage.artifacts import Artifacts
 from storage.sequences import load_sequences
+from support.corpora import texts_of
 from support.runs import grown, tiny
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20), min_size=1)
@@ -71,10 +73,6 @@ def write_bin(path: Path, tokens: Any) -> Path:
     return path
 
 
-def contents(corpus: Corpus) -> list[bytes]:
-    return [bytes(document.content) for document in corpus.documents]
-
-
 # ---------------------------------------------------------------- one document, many containers
 
 
@@ -90,9 +88,10 @@ def test_texts_are_the_same_corpus_wherever_they_lie(texts: list[str]) -> None:
                     read_corpus(source)
                 continue
             corpus = read_corpus(source)
-            assert sorted(contents(corpus)) == filled
+            found = texts_of(corpus)
+            assert sorted(found) == filled
             reference = read_corpus(write_txt(Path(folder), texts))
-            assert contents(corpus) == contents(reference)
+            assert found == texts_of(reference)
             facts = corpus.digest, corpus.n_bytes
             assert facts == (reference.digest, sum(map(len, filled))) == corpus_facts(source)
 
@@ -103,7 +102,7 @@ def test_a_dataset_of_the_hub_is_the_corpus_of_its_texts(hub: Path, tmp_path: Pa
     (hub / "train.jsonl").write_text("".join(json.dumps({"n": 1, "text": text}) + "\n" for text in texts))
     (hub / "test.jsonl").write_text('{"n": 1, "text": "held out"}\n')
     assert corpus_facts(spelling) == corpus_facts(write_txt(tmp_path, texts))
-    assert contents(read_corpus("hf:owner/name:test")) == [b"held out"]
+    assert texts_of(read_corpus("hf:owner/name:test")) == [b"held out"]
     assert len(read_corpus("hf:owner/name:train[:3]").documents) == 3
 
 
@@ -165,27 +164,33 @@ def test_tokens_are_another_corpus_than_the_text_of_their_bytes(tmp_path: Path) 
     assert corpus_facts(str(tmp_path / "a.bin"))[0] != corpus_facts(str(tmp_path / "a.txt"))[0]
 
 
-def test_large_files_do_not_take_their_size_several_times(tmp_path: Path) -> None:
-    """8 MB of tokens are mapped; 4 MB of text in 400 documents are held once, and their tokens once."""
-    large = write_bin(tmp_path / "large.bin", np.arange(4_000_000) % 60_000)
-    lines = (json.dumps({"text": chr(97 + n % 26) * 10_000 + str(n)}) for n in range(400))
-    (tmp_path / "large.jsonl").write_text("\n".join(lines))
+def test_a_larger_corpus_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is tokens, one long text or many rows; the buffers are smaller here, as the corpora are."""
+    for where in ("content.CHUNK", "sources.CHUNK", "packing._BATCH_BYTES", "sequences._COPIED"):
+        monkeypatch.setattr(f"stackwise_core.data.{where}", 1 << 16)
+    monkeypatch.setattr("stackwise_core.data.ordering._RUN_BYTES", 1 << 19)
 
-    def peak_of(work: Callable[[], object]) -> float:
+    def peak_of(source: Path, most: int) -> int:
         tracemalloc.start()
         try:
-            kept = work()
-            del kept
-            return tracemalloc.get_traced_memory()[1] / 1e6
+            facts = corpus_facts(str(source))
+            train, _ = pack(read_corpus(str(source)), ByteTokenizer(), 100, most, 0.1)
+            assert (len(train), len(facts)) == (most or len(train), 2)
+            return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
 
-    assert peak_of(lambda: corpus_facts(str(large))) < 0.5
-    assert peak_of(lambda: pack(read_corpus(str(large)), ByteTokenizer(), 100, 0, 0.1)) < 0.5
-    assert peak_of(lambda: corpus_facts(str(tmp_path / "large.jsonl"))) < 0.5
-    text = str(tmp_path / "large.jsonl")
-    assert peak_of(lambda: pack(read_corpus(text), ByteTokenizer(), 100, 0, 0.1)) < 4 + 8 + 2
-    assert peak_of(lambda: pack(read_corpus(text), ByteTokenizer(), 100, 10, 0.1)) < 4 + 0.8 + 1
+    def write(kind: str, n: int) -> Path:
+        path = tmp_path / f"{n}.{kind}"
+        lines = (chr(97 + n % 26) * 10_000 + str(n) for n in range(n))
+        path.write_text("\n".join(json.dumps({"text": line}) if kind == "jsonl" else line for line in lines))
+        return write_bin(path, np.arange(5_000 * n) % 60_000) if kind == "bin" else path
+
+    for kind in ("bin", "txt", "jsonl"):
+        sources = write(kind, 200), write(kind, 800)
+        for most in (0, 10):
+            small, large = (peak_of(source, most) for source in sources)
+            assert large < 1.2 * small < 2_000_000, (kind, most)
 
 
 def config_of(folder: Path, source: Path, objective: str, vocab_size: int = 264) -> StackWiseConfig:

@@ -19,13 +19,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from flows.run.prepare import prepare_data
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.masks import MaskSpec
-from stackwise_core.data.packing import Corpus, Document, pack
+from stackwise_core.data.packing import pack
 from stackwise_core.data.tokenizer import ByteTokenizer, decode_pieces, load_tokenizer
 from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.stages.plan import plan_config, plan_run
 from stackwise_core.stages.resolve import resolve_mask, resolve_shape
 from storage.artifacts import Artifacts
 from storage.sequences import load_sequences
+from support.corpora import corpus_of
 from support.runs import grown, tiny, write_corpus
 
 BYTES = ByteTokenizer()
@@ -152,7 +153,7 @@ def test_large_vocabularies_are_stored_wide(tmp_path: Path) -> None:
         assert tokens.dtype == dtype
         assert tokens.tolist() == [1, n_words - 1, 77]
         text = " ".join(f"w{n_words - 1 - n}" for n in range(40)).encode()
-        train, validation = pack(Corpus("", (Document("", text, ""),), ""), tokenizer, 4, 0, 0.25)
+        train, validation = pack(corpus_of(text), tokenizer, 4, 0, 0.25)
         assert train.tokens.dtype == validation.tokens.dtype == dtype
         assert train.take(np.array([0]))[0].tolist() == [[n_words - 1 - n for n in range(4)]]
 
@@ -161,7 +162,7 @@ def test_large_vocabularies_are_stored_wide(tmp_path: Path) -> None:
 def test_documents_end_as_the_tokenizer_can_say(tmp_path: Path, specials: list[str], between: list[int]) -> None:
     tokenizer = load_tokenizer(word_level(tmp_path, {"a": 1, "b": 2, **dict.fromkeys(specials, 3)}, *specials))
     texts = [b"a", b"a a a", b"b b a", b"b a"]
-    corpus = Corpus("", tuple(Document("", text, "") for text in texts), "")
+    corpus = corpus_of(*texts)
     train, validation = pack(corpus, tokenizer, 1, 0, 0.07)
     assert validation.tokens.ravel().tolist() == [1, *between]
     assert train.tokens.ravel().tolist() == [1, 1, 1, *between, 2, 2, 1, *between, 2, 1, *between]

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data.packing import FIRST_VALIDATION_ID, PackedSequences
+from stackwise_core.data.sequences import FIRST_VALIDATION_ID, PackedSequences, write_split
 from stackwise_core.stages.plan import plan_run
 from storage.artifacts import Artifacts
 from storage.errors import ArtifactCorruptError, ArtifactMissingError, ArtifactUnsealedError
-from storage.sequences import load_sequences, save_sequences
+from storage.sequences import load_sequences
 
 PLAN = plan_run(StackWiseConfig(), "00" * 32)
 REF = PLAN.data_ref
@@ -25,6 +25,11 @@ FILES = {f"{split}_{what}.npy" for split in ("train", "validation") for what in 
 def split(rows: int, first_id: int, seed: int) -> PackedSequences:
     tokens = np.random.default_rng(seed).integers(0, 259, (rows, 8)).astype(np.uint16)
     return PackedSequences(tokens, first_id + np.arange(rows, dtype=np.int64))
+
+
+def save_sequences(work: Path, train: PackedSequences, validation: PackedSequences) -> None:
+    write_split(work, "train", train)
+    write_split(work, "validation", validation)
 
 
 TRAIN, VALIDATION = split(7, 0, 1), split(3, FIRST_VALIDATION_ID, 2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data.packing import PackedSequences
+from stackwise_core.data.sequences import PackedSequences
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import PackedBatches
