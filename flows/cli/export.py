@@ -1,4 +1,4 @@
-"""`stackwise export`: write the rack of a run into a folder that transformers loads."""
+"""`stackwise export`: write the rack of a run into a folder for transformers or llama.cpp."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="DIR", help="the folder to write; it must be absent or empty")
     help_text = "the number of stacks, as the stage that added the last of them left the rack (default: all)"
     parser.add_argument("--depth", type=int, metavar="K", help=help_text)
+    help_text = "a folder for transformers (hf), or a file for llama.cpp in it (gguf); default: hf"
+    parser.add_argument("--format", default="hf", choices=("hf", "gguf"), help=help_text)
     help_text = "type of the written weights (default: float32)"
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help=help_text)
     help_text = "where diffusion time is an input: the step to fix; each is a folder of its own"
@@ -36,6 +38,7 @@ def _export(options: argparse.Namespace) -> None:
         options.run_name,
         options.to,
         depth=options.depth,
+        format=options.format,
         dtype=options.dtype,
         time_step=options.time_step,
         force=options.force,

@@ -11,7 +11,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.files import holds_tokens
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.interop.card import Card, code
-from stackwise_core.interop.hf_export import Exported, export_rack
+from stackwise_core.interop.hf_export import Exported, Format, export_rack
 from stackwise_core.interop.parts import Dtype
 from stackwise_core.stages.plan import RunPlan
 from storage.racks import OpenedRun, open_run
@@ -23,17 +23,19 @@ def export_run(
     to: str | Path,
     *,
     depth: int | None = None,
+    format: Format = "hf",
     dtype: Dtype = "float32",
     time_step: int | None = None,
     force: bool = False,
 ) -> tuple[Exported, list[str]]:
-    """Write the rack of a run into a folder for transformers.
+    """Write the rack of a run into a folder for other programs.
 
     Args:
         artifacts: what `--artifacts` takes.
         run: its name.
         to: the folder.
         depth: the number of stacks; None is as far as the run is trained.
+        format: for transformers (hf) or llama.cpp (gguf).
         dtype: the type of the written tensors.
         time_step: for a run whose time is an input, the step to fix.
         force: replace an earlier export.
@@ -55,6 +57,7 @@ def export_run(
         tokenizer=tokenizer,
         tokenizer_path=path,
         objective=config.training.progressive.training_objective,
+        format=format,
         dtype=dtype,
         seq_len=plan.data.seq_len,
         time_step=time_step,

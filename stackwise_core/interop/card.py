@@ -23,10 +23,11 @@ class Card(BaseModel, frozen=True):
     """Of the table of stages; | aligns a column right."""
     rows: tuple[tuple[str, ...], ...] = ()
 
-    def text(self, architecture: str, parameters: int, blocks: int, dtype: str) -> str:
+    def text(self, architecture: str, parameters: int, blocks: int, dtype: str, *, gguf: bool = False) -> str:
         """Return the card as Markdown."""
         causal = architecture.endswith("ForCausalLM")
         task, load = ("text-generation", "AutoModelForCausalLM") if causal else ("fill-mask", "AutoModelForMaskedLM")
+        library = "gguf" if gguf else "transformers"
         base = [f"base_model: {json.dumps(self.base_model)}"] if self.base_model else []
         grown = f"on {code(self.base_model)}" if self.base_model else "from nothing"
         stages = [
@@ -40,18 +41,13 @@ class Card(BaseModel, frozen=True):
             *map(_row, self.rows),
         ]
         lines = [
-            *("---", "library_name: transformers", f"pipeline_tag: {task}", *base, "tags: [stackwise]", "---", ""),
+            *("---", f"library_name: {library}", f"pipeline_tag: {task}", *base, "tags: [stackwise]", "---", ""),
             f"# {self.name}",
             "",
             f"{architecture} with {parameters:,} parameters in {blocks} layers ({dtype}), grown {grown}: StackWise",
             f"added {self.stacks} stacks of layers one after the other.",
             "",
-            "```python",
-            f"from transformers import {load}, AutoTokenizer",
-            "",
-            f'model = {load}.from_pretrained("FOLDER")',
-            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-            "```",
+            *(_LLAMA_CPP if gguf else _transformers(load)),
             "",
             "## How it was made",
             "",
@@ -63,6 +59,20 @@ class Card(BaseModel, frozen=True):
             "",
         ]
         return "\n".join(lines)
+
+
+_LLAMA_CPP = ("```sh", "llama-cli -m model.gguf", "```")
+
+
+def _transformers(load: str) -> tuple[str, ...]:
+    return (
+        "```python",
+        f"from transformers import {load}, AutoTokenizer",
+        "",
+        f'model = {load}.from_pretrained("FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        "```",
+    )
 
 
 def code(text: str) -> str:

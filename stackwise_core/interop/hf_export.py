@@ -15,6 +15,7 @@ import torch
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.interop.card import Card
+from stackwise_core.interop.gguf import FILE, GgufFile, check_gguf
 from stackwise_core.interop.parts import DTYPES, Dtype, Parts
 from stackwise_core.interop.read_back import Comparison, read_back
 from stackwise_core.interop.target import as_json, checked_target, fresh_folder, write_about, write_small
@@ -23,6 +24,7 @@ from stackwise_core.interop.tokenizer_json import tokenizer_files
 from stackwise_core.model.rack import Rack
 from stackwise_core.stages.resolve import ModelShape
 
+Format = Literal["hf", "gguf"]
 Objective = Literal["clm", "mlm", "custom"]
 
 
@@ -42,6 +44,7 @@ def export_rack(
     tokenizer: Tokenizer | None = None,
     tokenizer_path: Path | None = None,
     objective: Objective | None = None,
+    format: Format = "hf",
     dtype: Dtype = "float32",
     seq_len: int = 2048,
     time_step: int | None = None,
@@ -57,6 +60,7 @@ def export_rack(
         tokenizer: the one it was trained with; None writes none.
         tokenizer_path: its tokenizer.json; None for the byte tokenizer.
         objective: what it was trained for; None takes clm for a causal rack, and mlm for another.
+        format: a folder for transformers (hf), or one with a file for llama.cpp (gguf).
         dtype: the type of the written tensors.
         seq_len: the length of the sequences that it was trained on [tokens].
         time_step: for a rack whose time is an input, the step to fix.
@@ -72,23 +76,32 @@ def export_rack(
     shape = rack.shape
     objective = objective or ("clm" if shape.causal else "mlm")
     check_exportable(shape, objective, time_step)
+    if format == "gguf":
+        check_gguf(shape)
     folder, parts = checked_target(to, force=force), Parts(rack, time_step)
     masked = objective == "mlm"
     named = tokenizer_files(tokenizer, tokenizer_path, seq_len, masked=masked) if tokenizer else None
     ids = named.ids if named else {}
-    small = dict(named.files) if named else {}
     config = model_config(shape, parts, ids, seq_len, dtype, objective)
-    small["config.json"] = as_json(config)
-    if not masked:
+    small = dict(named.files) if named and format == "hf" else {}
+    if format == "hf":
+        small["config.json"] = as_json(config)
+    if format == "hf" and not masked:
         ends = {key: token for key, token in ids.items() if key != "mask_token_id"}
         small["generation_config.json"] = as_json({"_from_model_config": True, **ends})
     card = card or Card(name=folder.name, stacks=len(parts.stacks))
     n_parameters = total_bytes(parts.entries, torch.uint8)
-    small["README.md"] = card.text(config["architectures"][0], n_parameters, parts.n_blocks, dtype).encode()
+    text = card.text(config["architectures"][0], n_parameters, parts.n_blocks, dtype, gguf=format == "gguf")
+    small["README.md"] = text.encode()
     with fresh_folder(folder, total_bytes(parts.entries, DTYPES[dtype])) as fresh:
-        hashes = write_tensors(fresh, parts.entries, parts.tensors(), DTYPES[dtype])
+        if format == "gguf":
+            file = GgufFile(fresh / FILE, config, parts, dtype)
+            hashes, read = file.write(named, card.name), file.reader()
+        else:
+            hashes = write_tensors(fresh, parts.entries, parts.tensors(), DTYPES[dtype])
+            read = TensorFiles(fresh).read
         hashes |= write_small(fresh, small)
-        found = read_back(TensorFiles(fresh).read, rack, time_step, dtype, seq_len)
+        found = read_back(read, rack, time_step, dtype, seq_len)
         told = {"dtype": dtype, "time_step": time_step, "read_back": found._asdict()}
         write_about(fresh, {**told, **(about or {})}, hashes)
         n_bytes = sum(path.stat().st_size for path in fresh.iterdir())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
-from stackwise_core.interop.parts import DTYPES, EMBEDDING, HEAD, NORM, Dtype, Parts, empty, empty_head, names_of
+from stackwise_core.interop.parts import EMBEDDING, HEAD, NORM, Dtype, Parts, empty, empty_head, names_of
 from stackwise_core.model.adapters import adapter_names, merged_dense
 from stackwise_core.model.rack import Rack
 
@@ -54,7 +54,7 @@ def read_back(read: Read, rack: Rack, time_step: int | None, dtype: Dtype, seq_l
         ExportError: what is written is not the rack.
         ConfigError: the rack, or its weights in this type, are of no use.
     """
-    parts, checked = Parts(rack, time_step), partial(_checked, read, DTYPES[dtype])
+    parts, checked = Parts(rack, time_step), partial(_checked, read)
     tokens_BT = _some_tokens(rack.shape.vocab_size, min(seq_len, 16))
     steps = None if time_step is None else torch.full((len(tokens_BT),), time_step)
     of_rack = on_cpu(rack.embedding)(tokens_BT, steps)
@@ -101,10 +101,10 @@ def on_cpu(module: Part) -> Part:
     return module if there else copy.deepcopy(module).cpu()
 
 
-def _checked(read: Read, dtype: torch.dtype, name: str, written: Tensor) -> Tensor:
+def _checked(read: Read, name: str, written: Tensor) -> Tensor:
     """Return a tensor of a file as float32, which is what was written."""
     found = read(name)
-    if not _bits(found).equal(_bits(written.detach().cpu().to(dtype))):
+    if not _bits(found).equal(_bits(written.detach().cpu().to(found.dtype))):
         raise ExportError(f"{name} was read back with other bits; check the disk, and run the same command again")
     return found.float()
 

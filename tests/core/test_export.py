@@ -13,7 +13,7 @@ import torch
 
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.errors import ConfigError
-from stackwise_core.interop import hf_export, tensor_files
+from stackwise_core.interop import gguf, hf_export, tensor_files
 from stackwise_core.interop.hf_export import export_rack
 from stackwise_core.interop.read_back import ExportError
 from stackwise_core.model.blocks import Stack, TimeEmbedding, initialise
@@ -158,6 +158,41 @@ def test_what_has_no_export_says_what_would(tmp_path: Path, objective: Any, caus
     with pytest.raises(ConfigError, match=f"objective: got {objective} with .* attention; .*{instead}"):
         export_rack(rack_of(1, causal=causal), tmp_path / "out", objective=objective)
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+@pytest.mark.parametrize("changes", [{"n_kv_heads": 1}, {"tie_embeddings": False}], ids=["tied", "untied"])
+def test_a_gguf_file_gives_the_same_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer
+
+    rack = rack_of(1, 2, n_heads=4, rope_theta=77.0, **changes)
+    exported = export_rack(rack, tmp_path / "out", tokenizer=ByteTokenizer(), seq_len=64, format="gguf")
+    model = opened(exported.folder, gguf_file="model.gguf")
+    with torch.no_grad():
+        assert model(TOKENS).logits.equal(rack(TOKENS))
+    assert (model.config.max_position_embeddings, model.config.eos_token_id) == (64, 258)
+    tokenizer = AutoTokenizer.from_pretrained(exported.folder, gguf_file="model.gguf")
+    text = "grüße \u00ff\u00ff 😀  x"
+    assert tokenizer(text)["input_ids"] == list(text.encode())
+    assert {path.name for path in exported.folder.iterdir()} == {"model.gguf", "README.md", "stackwise.json"}
+
+
+def test_half_a_gguf_file_and_what_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rack = rack_of(1)
+    export_rack(rack, tmp_path / "out", format="gguf", dtype="bfloat16")
+    model = opened(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
+    for parameter in rack.parameters():
+        if parameter.dim() > 1:  # norms stay float32
+            parameter.copy_(parameter.bfloat16())
+    with torch.no_grad():
+        assert model(TOKENS).logits.equal(rack(TOKENS))
+    with pytest.raises(ConfigError, match=r"--format: got 'gguf'; llama\.cpp has no architecture that fills masks"):
+        export_rack(rack_of(1, causal=False), tmp_path / "other", format="gguf")
+    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'stackwise\[gguf\]'"):
+        export_rack(rack, tmp_path / "other", format="gguf")
 
 
 # ---------------------------------------------------------------- the folder

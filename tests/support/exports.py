@@ -15,7 +15,7 @@ def opened(folder: Path, **how: Any) -> Any:
     """Return the model that transformers makes of a folder; nothing of it may be made up or left over."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    causal = AutoConfig.from_pretrained(folder).architectures[0].endswith("CausalLM")
+    causal = "gguf_file" in how or AutoConfig.from_pretrained(folder).architectures[0].endswith("CausalLM")
     kind = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     model, told = kind.from_pretrained(folder, output_loading_info=True, **how)
     assert {name: found for name, found in told.items() if found} == {}
