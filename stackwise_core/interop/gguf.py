@@ -49,6 +49,9 @@ def check_gguf(shape: ModelShape) -> None:
     if not shape.causal:
         why = "llama.cpp has no architecture that fills masks; --format hf has EuroBertForMaskedLM"
         raise ConfigError([Fault("--format", "'gguf'", why)])
+    if shape.rope_scaling:
+        allowed = f"positions that were stretched (model.rope_scaling) are not written to GGUF here; {_BY_HF}"
+        raise ConfigError([Fault("--format", "'gguf'", allowed)])
     if find_spec("gguf") is None:
         allowed = "it needs the package gguf: pip install 'stackwise[gguf]'"
         raise ConfigError([Fault("--format", "'gguf'", allowed)])
@@ -62,7 +65,8 @@ class GgufFile:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         self.path, self._config, self._parts, self._dtype = path, config, parts, DTYPES[dtype]
-        arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == config["model_type"])
+        self._architecture = "llama" if config["model_type"] == "mistral" else config["model_type"]
+        arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == self._architecture)
         self._names = get_tensor_name_map(arch, parts.n_blocks)
 
     def _name(self, name: str) -> str:
@@ -80,7 +84,7 @@ class GgufFile:
         from gguf import GGMLQuantizationType, GGUFWriter
 
         kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-        writer = GGUFWriter(self.path, self._config["model_type"])
+        writer = GGUFWriter(self.path, self._architecture)
         writer.add_name(name)
         self._describe(writer)
         _add_tokenizer(writer, tokenizer, self._config["vocab_size"])
@@ -131,7 +135,7 @@ class GgufFile:
         llama.cpp rotates neighbouring channels in the architecture llama, and the two halves in all others.
         """
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if self._config["model_type"] != "llama" or heads is None:
+        if self._architecture != "llama" or heads is None:
             return tensor
         halves = (self._config[heads], -1, 2) if back else (self._config[heads], 2, self._config["head_dim"] // 2)
         return tensor.view(*halves, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)

@@ -15,6 +15,7 @@ import torch
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.interop.card import Card
+from stackwise_core.interop.families import FAMILIES, Family, family_of
 from stackwise_core.interop.gguf import FILE, GgufFile, check_gguf
 from stackwise_core.interop.parts import DTYPES, Dtype, Parts
 from stackwise_core.interop.read_back import Comparison, read_back
@@ -126,8 +127,7 @@ def check_exportable(shape: ModelShape, objective: Objective, time_step: int | N
     if not shape.time and time_step is not None:
         allowed = "time is no input of this rack; leave it out, and choose a stack's step by the depth"
         faults.append(Fault("time_step", str(time_step), allowed))
-    attention = "causal" if shape.causal else "bidirectional"
-    why = ""
+    attention, why = "causal" if shape.causal else "bidirectional", ""
     if objective == "mlm" and shape.causal:
         why = "no architecture in transformers fills masks with causal attention; with model.attention: bidirectional"
         why += " mlm has EuroBertForMaskedLM"
@@ -136,8 +136,56 @@ def check_exportable(shape: ModelShape, objective: Objective, time_step: int | N
         why += " EuroBertForMaskedLM, and causal attention LlamaForCausalLM"
     if why:
         faults.append(Fault("objective", f"{objective} with {attention} attention", why))
+    if family_for(shape) is None:
+        why = "no architecture in transformers has such blocks; with causal attention there is Qwen2 for qkv_bias,"
+        why += " Qwen3 for qk_norm, and Llama or Mistral for neither"
+        faults.append(Fault("model", f"{_extras(shape)} with {attention} attention", why))
     if faults:
         raise ConfigError(faults)
+
+
+_EUROBERT = Family("EuroBERT", "EuroBertForMaskedLM", "eurobert")
+_WITH_A_WINDOW = ("mistral", "qwen2", "qwen3")
+"""Their attention sees a window of 4,096 tokens unless config.json says otherwise."""
+
+
+def family_for(shape: ModelShape) -> Family | None:
+    """Return the family that transformers knows a rack as; None if there is none."""
+    whole = shape.d_model % shape.n_heads == 0
+    if not shape.causal:
+        return _EUROBERT if whole and not shape.qkv_bias and not shape.qk_norm else None
+    found = family_of(shape)
+    # Llama and EuroBERT insist on a width that the heads divide; Mistral has the same blocks and does not.
+    return _MISTRAL if found and found.model_type == "llama" and not whole else found
+
+
+_MISTRAL = next(family for family in FAMILIES if family.model_type == "mistral")
+
+
+def _extras(shape: ModelShape) -> str:
+    said = {"qkv_bias": shape.qkv_bias, "qk_norm": shape.qk_norm, "head_dim": not shape.has_usual_heads}
+    return ", ".join(name for name, there in said.items() if there)
+
+
+def _context(shape: ModelShape, seq_len: int) -> int:
+    """Return the longest text: what the rack was trained on, or what its positions were stretched to."""
+    scaling = shape.rope_scaling
+    stretched = scaling and scaling.kind != "linear" and int(scaling.factor * scaling.original_max_position_embeddings)
+    return max(seq_len, stretched or 0)
+
+
+def _rope(shape: ModelShape) -> dict[str, Any] | None:
+    """Return how positions are stretched in the words of transformers; None if they are not."""
+    if shape.rope_scaling is None:
+        return None
+    said = shape.rope_scaling.model_dump(exclude_defaults=True)
+    kind = said.pop("kind")
+    needed = {"factor": shape.rope_scaling.factor}
+    if kind != "linear":
+        needed["original_max_position_embeddings"] = shape.rope_scaling.original_max_position_embeddings
+    if kind == "llama3":
+        needed |= {name: getattr(shape.rope_scaling, name) for name in ("low_freq_factor", "high_freq_factor")}
+    return {"rope_type": kind, **said, **needed}
 
 
 def model_config(
@@ -147,11 +195,11 @@ def model_config(
 
     Each reads its own: version 4 knows no `rope_parameters` and would take 10,000 for theta, without a word.
     """
-    of_family: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "use_cache": True}
-    if objective == "mlm":
-        of_family = {"architectures": ["EuroBertForMaskedLM"], "model_type": "eurobert"}
+    family, scaling = family_for(shape), _rope(shape)
+    assert family is not None
     return {
-        **of_family,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.d_model,
         "intermediate_size": shape.d_ff,
@@ -160,11 +208,12 @@ def model_config(
         "num_key_value_heads": shape.n_kv_heads,
         "head_dim": shape.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": seq_len,
+        "max_position_embeddings": _context(shape, seq_len),
         "rms_norm_eps": shape.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": shape.rope_theta},
         "rope_theta": shape.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": scaling,
+        **({"sliding_window": None} if family.model_type in _WITH_A_WINDOW else {}),
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,

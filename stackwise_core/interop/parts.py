@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from stackwise_core.interop.families import EMBEDDING, HEAD, NORM, block_tensors, layer
 from stackwise_core.interop.tensor_files import Entry
 from stackwise_core.model.adapters import merged_dense
 from stackwise_core.model.blocks import Head, Stack
@@ -17,13 +17,6 @@ from stackwise_core.stages.resolve import ModelShape
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-_IN_A_LAYER = {
-    "attention_norm": "input_layernorm",
-    "attention": "self_attn",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn": "mlp",
-}
 
 
 class Parts:
@@ -43,7 +36,8 @@ class Parts:
         table = tuple(self._rack.embedding.weight.shape)
         found = [Entry(EMBEDDING, table)]
         for first, stack in self.numbered():
-            found += [Entry(names_of(first)(key), tuple(t.shape)) for key, t in empty(stack).state_dict().items()]
+            name = names_of(stack.shape, first)
+            found += [Entry(name(key), tuple(tensor.shape)) for key, tensor in empty(stack).state_dict().items()]
         found.append(Entry(NORM, table[1:]))
         return found if self.tied else [*found, Entry(HEAD, table)]
 
@@ -58,8 +52,8 @@ class Parts:
         """Yield names and float32 tensors; one stack is dense at a time."""
         yield EMBEDDING, self.embedding()
         for first, stack in self.numbered():
-            dense = merged_dense(stack).state_dict()
-            yield from ((names_of(first)(key), dense[key]) for key in empty(stack).state_dict())
+            dense, name = merged_dense(stack).state_dict(), names_of(stack.shape, first)
+            yield from ((name(key), dense[key]) for key in empty(stack).state_dict())
         yield NORM, self._rack.head.norm.weight.detach()
         if not self.tied:
             yield HEAD, self._rack.head.projection.weight.detach()
@@ -74,14 +68,15 @@ class Parts:
         return embedding.weight.detach() + embedding.time(step)
 
 
-def names_of(first: int) -> Callable[[str], str]:
+def names_of(shape: ModelShape, first: int) -> Callable[[str], str]:
     """Return a function from the name of a stack's tensor to that in transformers, given its first layer's number."""
-    return partial(_name_of, first)
+    tensors = block_tensors(shape)
 
+    def name_of(key: str) -> str:
+        _, block, name = key.split(".", 2)
+        return layer(first + int(block)) + tensors[name]
 
-def _name_of(first: int, key: str) -> str:
-    _, block, part, *rest = key.split(".")
-    return ".".join(["model", "layers", str(first + int(block)), _IN_A_LAYER[part], *rest])
+    return name_of
 
 
 def empty(stack: Stack) -> Stack:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
-from stackwise_core.interop.parts import EMBEDDING, HEAD, NORM, Dtype, Parts, empty, empty_head, names_of
+from stackwise_core.interop.families import EMBEDDING, HEAD, NORM
+from stackwise_core.interop.parts import Dtype, Parts, empty, empty_head, names_of
 from stackwise_core.model.adapters import adapter_names, merged_dense
 from stackwise_core.model.rack import Rack
 
@@ -60,7 +61,7 @@ def read_back(read: Read, rack: Rack, time_step: int | None, dtype: Dtype, seq_l
     of_rack = on_cpu(rack.embedding)(tokens_BT, steps)
     of_files = F.embedding(tokens_BT, checked(EMBEDDING, parts.embedding()))
     for first, stack in parts.numbered():
-        mine, name = on_cpu(stack), names_of(first)
+        mine, name = on_cpu(stack), names_of(stack.shape, first)
         of_rack = mine(of_rack)
         state = {key: checked(name(key), tensor) for key, tensor in merged_dense(mine).state_dict().items()}
         same = empty(stack)

@@ -67,6 +67,41 @@ def test_a_causal_rack_is_a_llama(tmp_path: Path, changes: dict[str, Any]) -> No
     assert model.config.tie_word_embeddings == rack.tied
 
 
+QWEN2, QWEN3 = {"qkv_bias": True, "head_dim": 12}, {"qk_norm": True, "n_heads": 3, "head_dim": 8}
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_max_position_embeddings": 64, "high_freq_factor": 3.0}
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8.0, "truncate": False}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("Qwen2", {**QWEN2, "rope_scaling": {"kind": "linear", "factor": 4.0}}),
+        ("Qwen3", {**QWEN3, "rope_scaling": YARN}),
+        ("Llama", {"rope_theta": 500.0, "rope_scaling": LLAMA3}),
+        ("Mistral", {"n_heads": 3, "head_dim": 8}),
+    ],
+)
+def test_every_family(tmp_path: Path, architecture: str, changes: dict[str, Any]) -> None:
+    rack = rack_of(1, 2, **changes)
+    for name, parameter in rack.named_parameters():
+        if name.endswith(".bias"):
+            parameter.normal_()
+    exported = export_rack(rack, tmp_path / "out", tokenizer=ByteTokenizer(), seq_len=8)
+    assert (exported.architecture, exported.comparison.equal) == (f"{architecture}ForCausalLM", True)
+    model, stretched = opened(exported.folder), changes.get("rope_scaling", {}).get("original_max_position_embeddings")
+    tokens = torch.arange(2 * 100).view(2, 100) % 256
+    with torch.no_grad():
+        assert model(tokens).logits.equal(rack(tokens))
+    assert model.config.max_position_embeddings == (stretched * changes["rope_scaling"]["factor"] if stretched else 8)
+    if "rope_scaling" not in changes:  # transformers reads no Mistral from GGUF, llama.cpp takes it for a Llama
+        assert export_rack(rack, tmp_path / "other", format="gguf").comparison.equal
+        return
+    version_4 = json.loads((exported.folder / "config.json").read_bytes())
+    assert version_4["rope_scaling"] | {"rope_theta": rack.shape.rope_theta} == version_4["rope_parameters"]
+    with pytest.raises(ConfigError, match=r"model\.rope_scaling"):
+        export_rack(rack, tmp_path / "other", format="gguf")
+
+
 def test_every_precision_with_adapters_merged(tmp_path: Path) -> None:
     """Sums in another order: what merging changes is 1e-6 of the largest logit, what it would leave out is 1e-1."""
     rack = mixed_rack(["full", "half", "nvfp4", "bfloat16", "qlora"], tied=False)
@@ -160,16 +195,29 @@ def test_what_has_no_export_says_what_would(tmp_path: Path, objective: Any, caus
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("changes", [{"qkv_bias": True, "qk_norm": True}, {"qk_norm": True, "causal": False}])
+def test_blocks_that_no_family_has(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"model: got .*qk_norm with .* attention; .*Qwen3 for qk_norm"):
+        export_rack(rack_of(1, **changes), tmp_path / "out")
+
+
 # ---------------------------------------------------------------- GGUF
 
 
-@pytest.mark.parametrize("changes", [{"n_kv_heads": 1}, {"tie_embeddings": False}], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": False}, QWEN2, QWEN3],
+    ids=["tied", "untied", "Qwen2", "Qwen3"],
+)
 def test_a_gguf_file_gives_the_same_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    rack = rack_of(1, 2, n_heads=4, rope_theta=77.0, **changes)
+    rack = rack_of(1, 2, **{"n_heads": 4, "rope_theta": 77.0, **changes})
     exported = export_rack(rack, tmp_path / "out", tokenizer=ByteTokenizer(), seq_len=64, format="gguf")
-    model = opened(exported.folder, gguf_file="model.gguf")
+    wide = export_rack(rack, tmp_path / "hf").folder if "head_dim" in changes else None
+    # transformers reads no width of heads from a GGUF file, as llama.cpp does.
+    how = {"config": AutoConfig.from_pretrained(wide, max_position_embeddings=64, eos_token_id=258)} if wide else {}
+    model = opened(exported.folder, gguf_file="model.gguf", **how)
     with torch.no_grad():
         assert model(TOKENS).logits.equal(rack(TOKENS))
     assert (model.config.max_position_embeddings, model.config.eos_token_id) == (64, 258)
