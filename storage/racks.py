@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import nn
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.stacks import resolve_time_input, settings_of
+from stackwise_core.data.masks import IntArray
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.generation.unmask import Denoiser
@@ -30,6 +31,7 @@ from stackwise_core.stages.stages import last_trained
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.checkpoints import load_all_channels, load_embedding, load_head, load_stack
 from storage.runs import Attempt, find_run
+from storage.sequences import load_sequences
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ class OpenedRun:
                 loaded[_state_of(so_far, stack)] = module
         return racks
 
+    def validation_rows(self) -> Iterator[IntArray]:
+        """Yield its validation sequences [T], mapped into memory."""
+        _, validation = load_sequences(self.artifacts, self.attempt.plan.data_ref)
+        for row in range(len(validation)):
+            yield validation.take(np.asarray([row]))[0][0]
+
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that it was trained with; raises ConfigError if the file is gone or is another now."""
         tokenizer, expected = tokenizer_of(self.config), self.attempt.plan.data.tokenizer
@@ -102,6 +110,13 @@ def open_run(uri: str | Path, run: str, depth: int | None = None) -> OpenedRun:
     artifacts = artifacts_at(uri).existing()
     attempt = find_run(artifacts, run)
     return OpenedRun(artifacts, attempt, _stages(artifacts, attempt, depth))
+
+
+def open_runs(uri: str | Path, run: str) -> list[OpenedRun]:
+    """Find the racks of a run at every depth, and after its joint anneal; raises ConfigError if there is none."""
+    whole = open_run(uri, run)
+    having = [stage.index + 1 for stage in whole.stages if stage.validation]
+    return [OpenedRun(whole.artifacts, whole.attempt, whole.stages[:end]) for end in having]
 
 
 def load_rack(uri: str | Path, run: str, depth: int | None = None) -> Rack:

@@ -38,6 +38,7 @@ _COMMANDS = {
     "export": Command("write the rack of a run for transformers", "quickstart --to model --dtype bfloat16"),
     "inspect": Command("show one artifact: layout, provenance, statistics", "activations-1-3f2a --html store.html"),
     "generate": Command("continue a text with the rack of a run", "quickstart --prompt 'def main' --temperature 0.8"),
+    "evaluate": Command("measure how well the rack of a run predicts text", "quickstart --depth all"),
     "verify": Command("recompute every checksum, and sampled cache rows from tokens", "quickstart"),
     "gc": Command("remove unreachable artifacts and leftovers of killed processes", "--dry-run"),
     "du": Command("show which runs use how much disk space", "--json"),

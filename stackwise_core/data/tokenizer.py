@@ -85,6 +85,10 @@ class Tokenizer(ABC):
         """Return readable text, with special tokens by their names."""
 
     @abstractmethod
+    def token_bytes(self) -> IntArray | None:
+        """Return the bytes of text that each regular id stands for [V]; None if that depends on the ids around it."""
+
+    @abstractmethod
     def name_of(self, token: int | None) -> str | None:
         """Return what a token is called in the vocabulary; None for None, or where there is no such token."""
 
@@ -124,6 +128,10 @@ class ByteTokenizer(Tokenizer):
         names = {token: name.encode() for token, name in self._names.items()}
         pieces = [bytes([token]) if token < 256 else names.get(token, b"[?]") for token in map(int, tokens)]
         return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> IntArray:
+        """Return 1 for every byte."""
+        return (np.arange(self.vocab_size) < self.n_regular_tokens).astype(np.int64)
 
     def name_of(self, token: int | None) -> str | None:
         """Return the name of a special token; bytes have none."""
@@ -219,6 +227,17 @@ class FileTokenizer(Tokenizer):
     def decode(self, tokens: IntArray) -> str:
         """Return readable text, with special tokens by their names."""
         return self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
+
+    def token_bytes(self) -> IntArray | None:
+        """Return the bytes of each id of a byte-level vocabulary, in which a letter is a byte; None for others."""
+        decoder: Any = json.loads(self._library.to_str())["decoder"]
+        if not decoder or decoder["type"] != "ByteLevel":
+            return None
+        sizes, added = np.zeros(self.vocab_size, dtype=np.int64), self._library.get_added_tokens_decoder()
+        for name, token in self._library.get_vocab(with_added_tokens=True).items():
+            sizes[token] = len(name.encode()) if token in added else len(name)
+        sizes[list(self.special_tokens)] = 0
+        return sizes
 
     def name_of(self, token: int | None) -> str | None:
         """Return what a token is called in the vocabulary."""

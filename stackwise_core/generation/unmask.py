@@ -22,7 +22,7 @@ from stackwise_core.generation.sampling import Draws, Sampling, choose, common_c
 
 Order = Literal["confidence", "margin", "entropy", "random"]
 _USE_TOKEN, _USE_ORDER = 1, 2
-_MOST_LOGITS = 2**25
+MOST_LOGITS = 2**25
 """Logits that are held at a time."""
 
 
@@ -65,6 +65,11 @@ class Denoiser:
     def time_step(self, share: float) -> int | None:
         """Return the time step whose share of masked tokens is nearest."""
         return int(np.abs(np.asarray(self.step_ratios) - share).argmin()) if self.step_ratios else None
+
+
+def denoiser_for(denoisers: Sequence[Denoiser], n_masked: int, n_tokens: int) -> Denoiser:
+    """Return, of denoisers by falling ratio, that of the least noise which covers the share of masked tokens."""
+    return next((each for each in reversed(denoisers) if each.ratio * n_tokens >= n_masked), denoisers[0])
 
 
 @torch.inference_mode()
@@ -111,7 +116,7 @@ def _fill_block(
     step, n_block = 0, len(block)
     while block:
         n_masked = len(block) + later
-        level = max(n for n, each in enumerate(denoisers) if n == 0 or each.ratio * len(tokens) >= n_masked)
+        level = denoisers.index(denoiser_for(denoisers, n_masked, len(tokens)))
         if len(denoisers) > 1 and not how.steps:
             n_left = int(denoisers[level + 1].ratio * len(tokens)) - later if level + 1 < len(denoisers) else 0
         else:
@@ -148,7 +153,7 @@ def _predict(
         x_BTD = stack(x_BTD)
     hidden_MD, draw_M = x_BTD[0, block], torch.from_numpy(uniform[0]).to(device)
     found, sureness = list[Tensor](), list[Tensor]()
-    size = max(1, _MOST_LOGITS // rack.shape.vocab_size)
+    size = max(1, MOST_LOGITS // rack.shape.vocab_size)
     for first in range(0, len(block), size):
         logits_MV = rack.head(hidden_MD[first : first + size]).float()
         logits_MV[:, never] = -torch.inf

@@ -1,0 +1,209 @@
+"""How well a rack predicts text, in units that do not depend on the tokenizer: bits per byte; and minimal pairs.
+
+Special tokens are not text: neither their nats nor their bytes count. Letters: B sequences, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stackwise_core.data.masks import BoolArray, FloatArray, IntArray, content_ids, hash_uniform
+from stackwise_core.data.tokenizer import Tokenizer
+from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.generation.generate import RackLike
+from stackwise_core.generation.unmask import MOST_LOGITS, Denoiser, denoiser_for
+
+_SALT = 0
+_JUDGING = 0x6A7564
+_Z = 1.959964
+"""Of an interval that holds 95 % of a normal distribution."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Sums over the text that was predicted."""
+
+    nats: float
+    """Of all tokens together; of a masked rack an upper bound, estimated."""
+    n_tokens: int
+    n_bytes: int
+    n_sequences: int
+    error: float
+    """Standard error of the nats per token, from sequence to sequence."""
+
+    @property
+    def nats_per_token(self) -> float:
+        """Mean negative log probability of a token."""
+        return self.nats / self.n_tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The size of the text, if the rack compressed it, over the size of its UTF-8."""
+        return self.nats / (math.log(2) * self.n_bytes)
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token: exp of the nats per token."""
+        return math.exp(min(self.nats_per_token, 700.0))  # beyond it no float is large enough
+
+
+class TextOf:
+    """Which tokens are text, and how many bytes of it they stand for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Look at the vocabulary once."""
+        self._tokenizer, self._bytes = tokenizer, tokenizer.token_bytes()
+        ids = np.arange(tokenizer.n_regular_tokens + len(tokenizer.special_tokens), dtype=np.int64)
+        self._regular = np.setdiff1d(ids, tokenizer.special_tokens)[: tokenizer.n_regular_tokens]
+
+    def is_text(self, tokens: IntArray) -> BoolArray:
+        """Return which tokens are text: [...] to [...]."""
+        return np.isin(tokens, self._regular)
+
+    def n_bytes(self, row: IntArray, first: int = 0) -> int:
+        """Return the bytes of a sequence [T] from token `first` on, as UTF-8."""
+        if self._bytes is not None:
+            part = row[first:]
+            return int(self._bytes[part[self.is_text(part)]].sum())
+        upto, whole = (self._tokenizer.decode(part[self.is_text(part)]) for part in (row[:first], row))
+        return len(whole.encode()) - len(upto.encode())
+
+
+class _Sums:
+    """Adds up sequences."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[float, int, int]] = []
+
+    def add(self, nats: float, n_tokens: int, n_bytes: int) -> None:
+        self.rows.append((nats, n_tokens, n_bytes))
+
+    def judged(self) -> Judged:
+        if not sum(n_bytes for _, _, n_bytes in self.rows):
+            raise ConfigError([Fault("data", "no text of two tokens", "give more, or more sequences")])
+        nats, tokens, n_bytes = (np.asarray(each, dtype=np.float64) for each in zip(*self.rows, strict=True))
+        mean, n = nats.sum() / max(1.0, tokens.sum()), len(nats)
+        spread = math.sqrt(float(np.square(nats - mean * tokens).sum()) / max(1, n - 1) / n)
+        error = spread / max(1e-12, float(tokens.mean()))
+        return Judged(float(nats.sum()), int(tokens.sum()), int(n_bytes.sum()), n, error)
+
+
+@torch.inference_mode()
+def judge_next_tokens(rack: RackLike, batches: Iterable[IntArray], text: TextOf) -> Judged:
+    """Return how well a causal rack predicts every token of some sequences but their first, in batches [B, T]."""
+    sums = _Sums()
+    for rows in batches:
+        nats_BT = token_nats(rack, rows[:, :-1], rows[:, 1:])
+        for row, nats in zip(rows, nats_BT, strict=True):
+            counted = text.is_text(row[1:])
+            sums.add(float(nats[counted].sum()), int(counted.sum()), text.n_bytes(row, 1))
+    return sums.judged()
+
+
+@torch.inference_mode()
+def judge_masked(
+    denoisers: Sequence[Denoiser], batches: Iterable[IntArray], text: TextOf, mask_token: int, n_draws: int
+) -> Judged:
+    """Return an upper bound on the nats of some sequences, in batches [B, T], estimated by `n_draws` draws for each.
+
+    -log p(x) <= T E[mean nats of the masked tokens], where the number of masked tokens is uniform in 1..T and so are
+    their places (Hoogeboom et al. 2021, Autoregressive diffusion models, equation 4). The draws of a sequence are
+    spread over the numbers, and depend on its tokens alone. Where depth is time, the depth of the number is asked.
+    """
+    sums = _Sums()
+    for rows in batches:
+        for row, key in zip(rows, content_ids(rows), strict=True):
+            is_text, nats = text.is_text(row), 0.0
+            for n_masked, places in _masks_of(int(key), len(row), n_draws):
+                denoiser = denoiser_for(denoisers, n_masked, len(row))
+                masked = row.copy()
+                masked[places] = mask_token
+                found = token_nats(
+                    denoiser.rack, masked[None], row[None], places, denoiser.time_step(n_masked / len(row))
+                )
+                nats += len(row) / n_masked * float(found[0][is_text[places]].sum())
+            sums.add(nats / n_draws, int(is_text.sum()), text.n_bytes(row))
+    return sums.judged()
+
+
+def _masks_of(key: int, seq_len: int, n_draws: int) -> Iterable[tuple[int, IntArray]]:
+    """Yield the number of masked tokens and their places for each draw of a sequence."""
+    draws = np.arange(n_draws, dtype=np.int64)
+    offset = hash_uniform(0, _SALT, _JUDGING, key, -1)[0]
+    for draw, share in zip(draws.tolist(), (offset + draws / n_draws) % 1.0, strict=True):
+        n_masked = 1 + int(share * seq_len)
+        order = hash_uniform(0, _SALT, _JUDGING, key, draw, np.arange(seq_len, dtype=np.int64))
+        yield n_masked, np.sort(np.argsort(order, kind="stable")[:n_masked])
+
+
+def token_nats(
+    rack: RackLike, inputs: IntArray, targets: IntArray, places: IntArray | None = None, time_step: int | None = None
+) -> FloatArray:
+    """Return the negative log probability of targets [B, T] given inputs [B, T]: [B, T], or at some places [B, P]."""
+    device = rack.embedding.weight.device
+    step = None if time_step is None else torch.full((len(inputs),), time_step)
+    x_BTD = rack.embedding(torch.from_numpy(inputs).to(device), step)
+    for stack in rack.stacks:
+        x_BTD = stack(x_BTD)
+    wanted = torch.from_numpy(targets).to(device)
+    if places is not None:
+        x_BTD, wanted = x_BTD[:, places], wanted[:, places]
+    hidden_PD, size = x_BTD.flatten(0, 1), max(1, MOST_LOGITS // rack.shape.vocab_size)
+    losses: list[Tensor] = [
+        F.cross_entropy(rack.head(hidden).float(), target, reduction="none")
+        for hidden, target in zip(hidden_PD.split(size), wanted.flatten().split(size), strict=True)
+    ]
+    return torch.cat(losses).view(wanted.shape).double().cpu().numpy()
+
+
+# ---------------------------------------------------------------- minimal pairs
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """How often a rack prefers the good text of a pair."""
+
+    n_right: int
+    n: int
+
+    @property
+    def share(self) -> float:
+        """The share of pairs in which the good text is the more probable one; half is chance."""
+        return self.n_right / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The interval of 95 % for the share (Wilson 1927)."""
+        shrink = 1 + _Z**2 / self.n
+        middle = (self.share + _Z**2 / (2 * self.n)) / shrink
+        half = _Z / shrink * math.sqrt(self.share * (1 - self.share) / self.n + _Z**2 / (4 * self.n**2))
+        return middle - half, middle + half
+
+
+@torch.inference_mode()
+def next_token_score(rack: RackLike, tokens: IntArray, start: int | None) -> float:
+    """Return the log probability of a text [T] after a start token, or without one that of all tokens but the first."""
+    row = tokens if start is None else np.concatenate([[start], tokens])
+    return -float(token_nats(rack, row[None, :-1], row[None, 1:]).sum()) if len(row) > 1 else 0.0
+
+
+@torch.inference_mode()
+def masked_score(denoisers: Sequence[Denoiser], tokens: IntArray, mask_token: int) -> float:
+    """Return the log probability of each token of a text [T] given all others, summed (Salazar et al. 2020)."""
+    denoiser = denoiser_for(denoisers, 1, len(tokens))
+    total = 0.0
+    for place in range(len(tokens)):
+        masked = tokens.copy()
+        masked[place] = mask_token
+        at = np.asarray([place], dtype=np.int64)
+        total -= float(
+            token_nats(denoiser.rack, masked[None], tokens[None], at, denoiser.time_step(1 / len(tokens))).sum()
+        )
+    return total
