@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from stackwise_core.data.content import chunks_of
 from stackwise_core.data.masks import IntArray
 from stackwise_core.data.sources import check_tokens, documents_of, tokens_in
 from stackwise_core.data.tokenizer import Tokenizer
@@ -36,9 +37,11 @@ def _tokens_of(source: str, tokenizer: Tokenizer, token_type: str) -> Iterator[I
         there = there or len(document.content) > 0
         if document.is_tokens:
             check_tokens(document, tokenizer.vocab_size, "they are not of the tokenizer of this run")
-            yield tokens_in(document.content, document.token_width).astype(np.int64)
-        elif document.content:
-            yield np.concatenate([tokenizer.encode(bytes(document.content)), end]).astype(np.int64)
+            yield from (part.astype(np.int64) for part in tokens_in(document.content, document.token_width))
+        elif len(document.content):
+            for piece in tokenizer.pieces(chunks_of(document.content)):
+                yield tokenizer.encode(piece).astype(np.int64)
+            yield np.asarray(end, dtype=np.int64)
     if not there:
         raise CorpusError(f"data.source: got {shortened(source)}; every file it names is empty")
 
