@@ -15,6 +15,7 @@ from benchmarks.harness import ROOT, machine, page, write
 NAMES = (
     "training_step",
     "generate",
+    "export",
     "flow_overhead",
     "rerun",
     "cache_saving",

@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": SAMPLED, "sampled, 
 
 def measure(quick: bool) -> list[Measure]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    rack = _rack()
+    rack = random_rack()
     llama = _llama_of(rack)
     rounds, found = (2 if quick else 7), list[Measure]()
     for batch in BATCHES:
@@ -65,7 +65,7 @@ def _measure(rack: Rack, llama: Any, batch: int, name: str, sampling: dict[str, 
     return [*measures, Measure(case, "StackWise / transformers", "x", speedup, at_least=1.0)]
 
 
-def _rack() -> Rack:
+def random_rack() -> Rack:
     rack = Rack(SHAPE)
     rack.stacks.extend(Stack(SHAPE, N_BLOCKS, index) for index in range(N_STACKS))
     initialise(rack, 0)

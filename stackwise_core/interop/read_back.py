@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
 from stackwise_core.interop.families import EMBEDDING, HEAD, NORM
-from stackwise_core.interop.parts import Dtype, Parts, empty, empty_head, names_of
-from stackwise_core.model.adapters import adapter_names, merged_dense
+from stackwise_core.interop.parts import Dtype, Parts, dense
+from stackwise_core.model.adapters import adapter_names
+from stackwise_core.model.blocks import Stack
 from stackwise_core.model.rack import Rack
 
 Read = Callable[[str], Tensor]
@@ -56,23 +57,22 @@ def read_back(read: Read, rack: Rack, time_step: int | None, dtype: Dtype, seq_l
         ConfigError: the rack, or its weights in this type, are of no use.
     """
     parts, checked = Parts(rack, time_step), partial(_checked, read)
-    tokens_BT = _some_tokens(rack.shape.vocab_size, min(seq_len, 16))
-    steps = None if time_step is None else torch.full((len(tokens_BT),), time_step)
+    tokens_BT = _some_tokens(rack.shape.vocab_size, min(seq_len, 8))
+    steps = None if time_step is None else torch.full((1,), time_step)
     of_rack = on_cpu(rack.embedding)(tokens_BT, steps)
     of_files = F.embedding(tokens_BT, checked(EMBEDDING, parts.embedding()))
-    for first, stack in parts.numbered():
-        mine, name = on_cpu(stack), names_of(stack.shape, first)
-        of_rack = mine(of_rack)
-        state = {key: checked(name(key), tensor) for key, tensor in merged_dense(mine).state_dict().items()}
-        same = empty(stack)
-        same.load_state_dict(state, assign=True)
-        of_files = same(of_files)
-    mine, same = on_cpu(rack.head), empty_head(rack.shape)
-    projection = checked(EMBEDDING if parts.tied else HEAD, mine.projection.weight)
-    state = {"norm.weight": checked(NORM, mine.norm.weight), "projection.weight": projection}
-    same.load_state_dict(state, assign=True)
-    adapted = any(adapter_names(stack) for stack in parts.stacks)
-    return _compared(mine(of_rack), same(of_files), dtype, adapted=adapted)
+    for stack, names in parts.numbered():
+        mine = on_cpu(stack)
+        of_rack, state = mine(of_rack), dense(mine).state_dict()
+        with torch.device("meta"):
+            again = Stack(stack.shape, len(stack.blocks))
+        again.load_state_dict({ours: checked(theirs, state[ours]) for ours, theirs in names.items()}, assign=True)
+        of_files = again(of_files)
+    mine, norm = on_cpu(rack.head), on_cpu(rack.head).norm
+    of_rack = mine(of_rack)
+    of_files = F.rms_norm(of_files, norm.normalized_shape, checked(NORM, norm.weight), norm.eps)
+    of_files = F.linear(of_files, checked(EMBEDDING if parts.tied else HEAD, mine.projection.weight))
+    return _compared(of_rack, of_files, dtype, adapted=any(adapter_names(stack) for stack in parts.stacks))
 
 
 def _compared(of_rack: Tensor, of_files: Tensor, dtype: Dtype, *, adapted: bool) -> Comparison:
@@ -89,8 +89,8 @@ def _compared(of_rack: Tensor, of_files: Tensor, dtype: Dtype, *, adapted: bool)
 
 
 def _some_tokens(vocab_size: int, length: int) -> Tensor:
-    """Return two sequences that go through the vocabulary in strides: [2, length]."""
-    return (torch.arange(2 * length) * 7919 + 13).remainder(vocab_size).view(2, length)
+    """Return a sequence that goes through the vocabulary in strides: [1, length]."""
+    return (torch.arange(length) * 7919 + 13).remainder(vocab_size).view(1, length)
 
 
 Part = TypeVar("Part", bound=nn.Module)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,10 +83,14 @@ def _n_bytes(entry: Entry, dtype: torch.dtype) -> int:
 def _write_file(path: Path, entries: list[Entry], tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> str:
     digest = hashlib.sha256()
     try:
-        with path.open("wb") as file:
+        # A second thread hashes what the first writes, which takes as long; one tensor waits at most.
+        with path.open("wb") as file, ThreadPoolExecutor(1) as second:
+            hashed: Future[None] | None = None
             for data in _contents(entries, tensors, dtype):
+                if hashed:
+                    hashed.result()
+                hashed = second.submit(digest.update, data)
                 file.write(data)
-                digest.update(data)
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
