@@ -18,13 +18,14 @@ from storage.errors import (
     ArtifactsFolderError,
     ArtifactUnsealedError,
 )
-from storage.files import NOT_LISTED, Files, checksum_file, remove_temporaries, verify_files, write_text
+from storage.files import NOT_LISTED, Files, checksum_file, remove_temporaries, write_text
 from storage.links import delete_path, remove_links
 from storage.local import LocalPlace, trash
 from storage.locks import FileLock, OnWait, no_wait
 from storage.manifest import MANIFEST, FileEntry, InputEntry, Manifest, make_manifest, read_manifest
 from storage.place import Place, SealedFolder, key_of
 from storage.retirement import make_statement
+from storage.unchanged import verify_once
 
 SCRATCH = "scratch"
 """Folder inside a work folder for what a task needs to resume after a kill; it is never sealed."""
@@ -208,7 +209,7 @@ class Artifacts:
         found = self.sealed_folder(ref)
         folder = self.place.fetch(found)
         if (ref.sha256, found.manifest.digest) not in self._compared:
-            if problems := verify_files(folder, found.manifest.checksums()):
+            if problems := verify_once(folder, found.manifest.checksums(), found.manifest.digest):
                 path, _, problem = problems[0].partition(": ")
                 remedy = f"Remove {folder} and run the same command again: it will be remade"
                 raise ArtifactCorruptError(path, problem, remedy)

@@ -8,10 +8,12 @@ from typing import Any
 from rich.text import Text
 
 from flows.cli.arguments import add_common, add_config, load_config
+from flows.run.estimate import estimate_sequences
 from flows.run.numbers import parameters, size
 from flows.run.prepare import pack_corpus, sampled
+from flows.run.reading import Reading
 from flows.run.say import say, say_json
-from flows.run.terminal import plain_console
+from flows.run.terminal import plain_console, reading_shown
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.data.packing import read_corpus
@@ -24,6 +26,9 @@ from storage.adopt import plan_in
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.demand import TASK_KINDS, Demand, compute_demand
 
+_PACKED_TO_COUNT = 1 << 26
+"""Bytes of the largest corpus that is packed only to count its sequences."""
+
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan`."""
@@ -32,18 +37,20 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def show_plan(options: argparse.Namespace) -> None:
-    """Print the plan of a configuration; nothing is written."""
+    """Print the plan of a configuration; nothing is written but, in an artifacts folder, what the corpus is."""
     config = load_config(options)
     artifacts = artifacts_at(options.artifacts).reachable()
-    config, plan = plan_in(artifacts, config)
+    with reading_shown():
+        config, plan = plan_in(artifacts, config, Reading("read"))
     demand = compute_demand(plan, artifacts, config.cache.keep)
-    n_train, n_validation = _count_sequences(config, artifacts, plan)
+    n_train, n_validation, exact = _count_sequences(config, artifacts, plan)
     document = {
         "run": config.run.name,
         "artifacts": artifacts.uri,
         "data": {"state": artifacts.state(plan.data_ref).value, "artifact": plan.data_ref.name},
         "train_sequences": n_train,
         "validation_sequences": n_validation,
+        **({} if exact else {"sequences_estimated": True}),
         "complete": demand.complete,
         "notes": notes(config),
         "stages": [
@@ -56,15 +63,20 @@ def show_plan(options: argparse.Namespace) -> None:
         _print_plan(document, config.data.seq_len)
 
 
-def _count_sequences(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> tuple[int, int]:
-    """Return the number of training and validation sequences: of the sealed data, or of the packed corpus."""
+def _count_sequences(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> tuple[int, int, bool]:
+    """Return the number of training and validation sequences, and whether it is exact.
+
+    It is that of the sealed data, or of the packed corpus; until a large one is packed, it is estimated.
+    """
     if artifacts.state(plan.data_ref) is State.SEALED:
         data = artifacts.manifest(plan.data_ref)
-        return data.count("train_sequences"), data.count("validation_sequences")
+        return data.count("train_sequences"), data.count("validation_sequences"), True
+    if plan.corpus_bytes > _PACKED_TO_COUNT:
+        return *estimate_sequences(config, plan.corpus_bytes), False
     given = config.data
     corpus = read_corpus(given.source, examples=reads_examples(config), token_type=given.token_type)
     train, validation = sampled(config, *pack_corpus(config, corpus))
-    return len(train), len(validation)
+    return len(train), len(validation), True
 
 
 def _stage(
@@ -135,7 +147,8 @@ def _measured(stage: StagePlan, artifacts: Artifacts) -> dict[str, float]:
 def _print_plan(document: dict[str, Any], seq_len: int) -> None:
     console = plain_console()
     n_train, n_validation = document["train_sequences"], document["validation_sequences"]
-    sequences = f"{n_train:,} training and {n_validation:,} validation sequences of {seq_len} tokens"
+    about = "about " if "sequences_estimated" in document else ""
+    sequences = f"{about}{n_train:,} training and {n_validation:,} validation sequences of {seq_len} tokens"
     console.print(Text.assemble((document["run"], "bold"), f" in {shown(document['artifacts'])}"), soft_wrap=True)
     say(sequences, *document["notes"])
     for row in document["stages"]:

@@ -12,9 +12,10 @@ from flows.cli.arguments import add_common, add_config, load_config, print_waiti
 from flows.network import check_proxies, shown, watching
 from flows.run.events import subscribed
 from flows.run.numbers import parameters
+from flows.run.reading import Reading
 from flows.run.say import complain, say
 from flows.run.summary import summarise
-from flows.run.terminal import plain_console, showing, stage_tables
+from flows.run.terminal import plain_console, reading_shown, showing, stage_tables
 from flows.server import check_api, check_home, embedded_server, quiet_prefect
 from flows.services import send_heartbeats
 from flows.settings import find_api, load_prefect
@@ -54,7 +55,8 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
         StackWiseError: one clear message; the same command resumes from the sealed artifacts.
     """
     artifacts = artifacts_at(root).open()
-    filled, plan = plan_in(artifacts, config)
+    with reading_shown():
+        filled, plan = plan_in(artifacts, config, Reading("read"))
     forced = forced_refs(plan, from_stack, force)
     with without_gc(artifacts, print_waiting):  # keeps gc from removing what is about to be reported as complete
         complete = compute_demand(plan, artifacts, config.cache.keep, forced).complete

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.cli.arguments import add_common, add_config, load_config
+from flows.run.reading import Reading
 from flows.run.say import complain, say, say_json
+from flows.run.terminal import reading_shown
 from stackwise_core.errors import ConfigError, Fault
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts, artifacts_at
@@ -38,7 +40,8 @@ def explain(options: argparse.Namespace) -> None:
     wanted = Path(options.id).name
     found = recipes.named(wanted)
     if config is not None:
-        _, plan = plan_in(artifacts, config)
+        with reading_shown():
+            _, plan = plan_in(artifacts, config, Reading("read"))
         recipes.add_plan(plan)
         planned = {ref.name for ref in plan.recipes}
         found = [known for known in recipes.named(wanted) if known.ref.name in planned]

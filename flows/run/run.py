@@ -16,6 +16,7 @@ from flows.run.events import (
 )
 from flows.run.fill import check_plain, check_runner
 from flows.run.prepare import check_space, check_validation, prepare_data
+from flows.run.reading import Reading
 from flows.run.stage import Stage
 from flows.run.steps import build_stack, cache_activations, configure_trunk, train, validate
 from flows.run.summary import StageSummary, rise, summarise
@@ -63,7 +64,7 @@ def grow(
     use_hardware(config.hardware)  # a missing device fails here, before anything is made
     check_runner(config)  # so does a missing task runner
     artifacts = artifacts_at(root).open()
-    filled, plan = plan_in(artifacts, config)
+    filled, plan = plan_in(artifacts, config, Reading("read"))
     forced = forced_refs(plan, from_stack, force)
     _refuse_newer(artifacts, forced)
     with begin_attempt(artifacts, config, plan, emit_waiting), explain_full_disk(artifacts.root):
@@ -71,8 +72,9 @@ def grow(
         for line in (*imports(filled), *notes(filled)):
             emit(Message(line))
         prepare_data(filled, artifacts, plan)
-        check_validation(filled, artifacts, plan)
         needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed
+        if needed:
+            check_validation(filled, artifacts, plan)
         check_space(filled, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in needed])
         with stopping_on_signals():
             for index in range(len(plan.stages)):

@@ -28,6 +28,7 @@ from flows.run.events import (
     Subscriber,
     TaskReused,
     TaskStarted,
+    subscribed,
 )
 from flows.run.numbers import clock, size
 from flows.run.say import complain
@@ -104,6 +105,19 @@ def showing() -> Generator[Subscriber]:
     bars = LiveBars(plain_console(stderr=True))
     with bars.live:
         yield bars
+
+
+@contextmanager
+def reading_shown() -> Generator[None]:
+    """Show on stderr how a command reads the corpus before anything else; a quick reading says nothing."""
+
+    def show(event: Event) -> None:
+        if isinstance(event, CorpusRead):
+            lines(event)
+
+    lines = PlainLines()
+    with subscribed(show):
+        yield
 
 
 class PlainLines:

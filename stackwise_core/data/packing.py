@@ -304,10 +304,17 @@ def spread_sample(
     if folder is None:
         with tempfile.TemporaryDirectory() as passing:
             return spread_sample(train, validation, most, Path(passing))
-    n_validation = max(_LEAST_VALIDATION, math.ceil(len(validation) * most / len(train)))
-    write_split(folder, "train", train, _sample(len(train), most))
-    write_split(folder, "validation", validation, _sample(len(validation), min(n_validation, len(validation))))
+    n_train, n_validation = sample_sizes(len(train), len(validation), most)
+    write_split(folder, "train", train, _sample(len(train), n_train))
+    write_split(folder, "validation", validation, _sample(len(validation), n_validation))
     return load_split(folder, "train"), load_split(folder, "validation")
+
+
+def sample_sizes(n_train: int, n_validation: int, most: int) -> tuple[int, int]:
+    """Return how many training and validation sequences a sample of at most `most` has."""
+    if n_train <= most:
+        return n_train, n_validation
+    return most, min(n_validation, max(_LEAST_VALIDATION, math.ceil(n_validation * most / n_train)))
 
 
 def _sample(n_rows: int, most: int) -> IntArray:

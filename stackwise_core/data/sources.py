@@ -135,6 +135,32 @@ def _hashed(pieces: Iterable[bytes], on_read: OnRead) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
+def beginning_of(source: str, *, examples: bool, n_bytes: int) -> Iterator[bytes]:
+    """Yield the first texts of a source that holds no tokens, about so many bytes together.
+
+    They are the first of the files as they come, so that only the beginning is read.
+    """
+    paths = [] if source.startswith(_HUB) else paths_of(source)
+    kind = common_kind(source, paths) if paths else "rows"
+    for path in paths or [Path(source)]:
+        rows = {
+            "rows": functools.partial(_hub_rows, source, examples),
+            "parquet": functools.partial(_parquet_rows, path, examples),
+            "jsonl": functools.partial(_jsonl_rows, path),
+        }.get(kind)
+        if rows is None:
+            texts = iter([next(_pieces(path), b"").decode("utf-8", "ignore").encode()])
+        elif examples:
+            texts = _jsonl_of(str(path), rows)
+        else:
+            texts = (_text_of(row) for _, row in rows())
+        for text in texts:
+            yield text
+            n_bytes -= len(text)
+            if n_bytes <= 0:
+                return
+
+
 # ---------------------------------------------------------------- files
 
 
