@@ -165,7 +165,7 @@ def test_sealed_files_are_hashed_once_until_they_change(artifacts: Artifacts, tm
     assert "not in the sealed list" in verify_once(folder, files, "0")[0]
     (folder / "b").unlink()
     before = (folder / "a").stat()
-    (folder / "a").write_bytes(b"abd")
+    (folder / "a").write_bytes(b"xyz")
     os.utime(folder / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert "checksum" in verify_once(folder, files, "0")[0]
 
