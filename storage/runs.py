@@ -30,6 +30,8 @@ from storage.records import CHANGED, as_sealed, hash_of, sealed, unsealed
 
 START = "start.json"
 """Written last when an attempt begins: without it the attempt does not exist, and it vouches for the others."""
+_MOST_NAMES = 12
+"""Of runs that a message lists."""
 _asked_by: ContextVar[str] = ContextVar("asked_by", default="")
 _Parsed = TypeVar("_Parsed")
 
@@ -193,7 +195,10 @@ def known_attempts(artifacts: Artifacts, name: str) -> list[Attempt]:
     """Return the attempts of a run, oldest first, or raise ConfigError with the names of the runs that exist."""
     if found := attempts(artifacts, name):
         return found
-    there = ", ".join(run_names(artifacts)) or "none yet"
+    names = run_names(artifacts)
+    there = ", ".join(names[:_MOST_NAMES]) or "none yet"
+    if len(names) > _MOST_NAMES:
+        there += f" and {len(names) - _MOST_NAMES:,} more, see `stackwise status`"
     raise ConfigError([Fault("RUN", repr(name), f"no such run in {artifacts.uri}; there: {there}")])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -392,6 +393,14 @@ def test_runs_are_found_by_name(artifacts: Artifacts) -> None:
     assert run_names(artifacts) == ["a", "b"]
     with pytest.raises(ConfigError, match=r"there: a, b$"):
         find_run(artifacts, "half")
+
+
+def test_a_message_does_not_list_a_thousand_runs(artifacts: Artifacts) -> None:
+    run(artifacts, configuration("r00"))
+    for number in range(1, 15):
+        shutil.copytree(artifacts.root / "runs/r00", artifacts.root / f"runs/r{number:02}")
+    with pytest.raises(ConfigError, match=r"there: r00, r01, .*, r11 and 3 more, see `stackwise status`"):
+        find_run(artifacts, "r")
 
 
 def test_the_newest_of_ten_thousand_attempts_is_found(artifacts: Artifacts) -> None:
