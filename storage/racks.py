@@ -48,6 +48,11 @@ class OpenedRun:
         """Its configuration, with the shape of the rack that it adopted, if any."""
         return _config(self.attempt)
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether its first stacks are those of a model that was trained elsewhere, on texts with its start tokens."""
+        return any(getattr(recipe, "family", "") for recipe in self.attempt.plan.adopted)
+
     def rack(self, *, dense: bool = False) -> Rack:
         """Return its rack, see `load_rack`; `dense` gives float32 stacks, adapters merged, which are faster to run."""
         rack = _rack(self.artifacts, self.stages)

@@ -34,6 +34,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="RUN", help="name of a run")
     help_text = "a text to continue; may be repeated; default: the text on stdin"
     parser.add_argument("--prompt", action="append", metavar="TEXT", help=help_text)
+    help_text = "put the text as a message into the chat template of the tokenizer"
+    parser.add_argument("--chat", action="store_true", help=help_text)
     help_text = "the rack as it was with K stacks; default: as far as it is trained"
     parser.add_argument("--depth", type=int, metavar="K", help=help_text)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most N new tokens (128)")
@@ -76,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigError([Fault("RUN", repr(options.name), allowed)])
     _refuse_unused(options, objective)
     tokenizer = opened.tokenizer()
-    prompts = [_encoded(tokenizer, text) for text in texts]
+    prompts = [_encoded(options, opened, tokenizer, text) for text in texts]
     n_new = _room(options, prompts, opened.config.data.seq_len)
     made = (_continued if objective == "clm" else _filled_in)(options, opened, tokenizer, prompts, n_new)
     if options.json:
@@ -125,9 +127,15 @@ def _text(data: bytes, where: str) -> str:
         raise ConfigError([Fault(where, received, "give text in UTF-8")]) from None
 
 
-def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the tokens of a prompt; an empty one begins a document, after the end token."""
-    if tokens := tokenizer.encode(text.encode()).tolist():
+def _encoded(options: argparse.Namespace, opened: OpenedRun, tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a prompt, after those that an imported model expects; an empty one begins a document."""
+    if options.chat:
+        from stackwise_core.generation.chat import render_chat
+
+        rendered = render_chat(opened.config.data.tokenizer, [{"role": "user", "content": text}])
+        return tokenizer.encode_named(rendered.encode()).tolist()
+    start = tokenizer.start_tokens if opened.is_imported else []
+    if tokens := [*start, *tokenizer.encode(text.encode()).tolist()]:
         return tokens
     if tokenizer.end_token is None:
         allowed = "its tokenizer has no end token to begin a text with; give one character or more"

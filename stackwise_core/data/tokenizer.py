@@ -80,6 +80,15 @@ class Tokenizer(ABC):
         """Cut a text, given in chunks, so that the ids of the pieces, one after the other, are those of the whole."""
         yield b"".join(chunks)
 
+    def encode_named(self, text: bytes) -> TokenArray:
+        """Return the ids of a UTF-8 text in which the names of special tokens stand for them, as in a chat template."""
+        return self.encode(text)
+
+    @property
+    def start_tokens(self) -> list[int]:
+        """The ids that its own configuration puts before a text, such as a begin token."""
+        return []
+
     @abstractmethod
     def decode(self, tokens: IntArray) -> str:
         """Return readable text, with special tokens by their names."""
@@ -227,6 +236,21 @@ class FileTokenizer(Tokenizer):
     def decode(self, tokens: IntArray) -> str:
         """Return readable text, with special tokens by their names."""
         return self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
+
+    def encode_named(self, text: bytes) -> TokenArray:
+        """Return the ids of a UTF-8 text in which the names of special tokens stand for them."""
+        self._library.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._library.encode_special_tokens = True
+
+    @property
+    def start_tokens(self) -> list[int]:
+        """The ids that its post-processor puts before a text."""
+        probe = self._library.encode("a", add_special_tokens=False).ids
+        whole = self._library.encode("a", add_special_tokens=True).ids
+        return whole[: next((n for n in range(len(whole)) if whole[n : n + len(probe)] == probe), 0)]
 
     def token_bytes(self) -> IntArray | None:
         """Return the bytes of each id of a byte-level vocabulary, in which a letter is a byte; None for others."""

@@ -197,6 +197,11 @@ def test_the_last_uniform_number_draws_a_token_that_is_possible() -> None:
         assert drawn.item() in (0, 1)
 
 
+def test_the_first_uniform_number_draws_a_token_that_is_possible() -> None:
+    drawn = choose(torch.tensor([[-torch.inf, 0.0]]), Sampling(temperature=1.0), torch.zeros(1, dtype=torch.float64))
+    assert drawn.item() == 1
+
+
 def draws(seed: int, prompts: list[list[int]], n: int, use: int = 0) -> Any:
     return Draws(seed, prompts).uniform(np.arange(n), use)
 

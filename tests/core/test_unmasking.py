@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stackwise_core.errors import ConfigError
-from stackwise_core.generation.unmask import Denoiser, Unmasking, unmask
+from stackwise_core.generation.unmask import Denoiser, Unmasking, sureness_of, unmask
 from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.rack import Rack
 from stackwise_core.stages.resolve import ModelShape, TimeShape
@@ -62,6 +62,16 @@ def test_the_surest_come_first(order: Any, steps: int, counts: list[int]) -> Non
     assert found[2] == ROWS[2]
     assert found == [rack.unmask([row], MASK, order=order, steps=steps)[0] for row in ROWS]
     assert found[0] != filled_in(rack, ROWS[0], order, [3, 3] if steps else [6])  # the number of steps matters
+
+
+def test_how_sure_a_rack_is() -> None:
+    """Orders disagree on which of three positions is the surest."""
+    p = np.array([[0.62, 0.38, 0.0, 0.0], [0.6, 0.2, 0.1, 0.1], [0.61, 0.22, 0.17, 0.0]])
+    orders: tuple[Any, ...] = ("confidence", "margin", "entropy")
+    for order in orders:
+        found = sureness_of(torch.from_numpy(p), torch.zeros(3, dtype=torch.long), order)
+        assert found.tolist() == pytest.approx([sure(row, order) for row in p])
+    assert [max(range(3), key=lambda n, o=order: sure(p[n], o)) for order in orders] == [0, 1, 0]
 
 
 def test_blocks_are_filled_from_left_to_right() -> None:
