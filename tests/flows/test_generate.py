@@ -113,6 +113,7 @@ def test_on_a_terminal_nothing_is_obeyed(reference: Reference, run: Run, monkeyp
         (("--prompt", "x", "--depth", "9"), b"", "depth: got 9; the run tiny has racks of these depths: 1, 2, 3"),
         (("--prompt", "x", "--max-new-tokens", "0"), b"", "--max-new-tokens: got 0; 1 or more"),
         (("--prompt", "x", "--stop", ""), b"", "stop: got ''"),
+        (("--prompt", "x", "--chat"), b"", "--chat: got 'byte'; its tokenizer has no chat template"),
         (("--prompt", "x", "--top-p", "2", "--seed", "-1"), b"", "top_p: got 2.0; above 0, up to 1"),
     ],
 )
