@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from flows.cli.arguments import add_common
 from flows.run.numbers import size
 from flows.run.say import say, say_json
+from stackwise_core.interop.target import exported_files
 from stackwise_core.strict import parse_object
 
 if TYPE_CHECKING:
@@ -27,12 +28,16 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help=help_text)
     help_text = "where diffusion time is an input: the step to fix; each is a folder of its own"
     parser.add_argument("--time-step", type=int, metavar="T", help=help_text)
+    help_text = "send the folder to this repository of Hugging Face; a new one is private"
+    parser.add_argument("--push", metavar="OWNER/NAME", help=help_text)
     parser.add_argument("--force", action="store_true", help="replace an earlier export in DIR")
 
 
 def _export(options: argparse.Namespace) -> None:
     from flows.run.exporting import export_run  # imports torch
+    from flows.run.pushing import Repository
 
+    repository = Repository(options.push) if options.push is not None else None
     exported, notes = export_run(
         options.artifacts,
         options.run_name,
@@ -45,11 +50,16 @@ def _export(options: argparse.Namespace) -> None:
     )
     if options.json:
         about = parse_object((exported.folder / "stackwise.json").read_bytes())
-        say_json({"folder": str(exported.folder), "bytes": exported.n_bytes, "notes": notes, **about})
+        pushed = {"pushed": repository.push(exported.folder)} if repository else {}
+        say_json({"folder": str(exported.folder), "bytes": exported.n_bytes, "notes": notes, **pushed, **about})
         return
     say(f"{options.run_name} -> {exported.folder}: {exported.architecture}, {options.dtype}, {size(exported.n_bytes)}")
     say(f"read back: {_told(exported.comparison)}")
     say(*(f"note: {note}" for note in notes))
+    if repository:
+        files = sorted(exported_files(exported.folder))
+        say(f"sending {size(exported.n_bytes)} to {repository.where}: {', '.join(files)}")
+        say(f"sent: {repository.push(exported.folder)}")
 
 
 def _told(found: Comparison) -> str:

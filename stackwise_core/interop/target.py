@@ -37,7 +37,9 @@ def checked_target(to: str | Path, *, force: bool) -> Path:
             return folder
         if not force:
             raise _UnusableError("it is not empty; name another folder, or say --force to replace an earlier export")
-        if strange := sorted(present - _exported_files(folder) - {ABOUT}):
+        if not (exported := exported_files(folder)):
+            raise _UnusableError("it holds something that was not exported; name another folder, or remove it")
+        if strange := sorted(present - exported):
             raise _UnusableError(f"it holds {strange[0]}, which was not exported; name another folder, or remove it")
     except _UnusableError as error:
         raise _refused(to, str(error)) from None
@@ -54,13 +56,13 @@ def _refused(to: str | Path, allowed: str) -> ConfigError:
     return ConfigError([Fault("--to", repr(str(to)), allowed)])
 
 
-def _exported_files(folder: Path) -> set[str]:
-    """Return the files that an earlier export wrote into a folder."""
+def exported_files(folder: Path) -> set[str]:
+    """Return the files that an export wrote into a folder; none if none did."""
     with contextlib.suppress(ValueError, FileNotFoundError):
         found = parse_object(read_bounded(folder / ABOUT))
         if found.get("format") == _FORMAT and isinstance(found.get("files"), dict):
-            return set(found["files"])
-    raise _UnusableError("it holds something that was not exported; name another folder, or remove it")
+            return {*found["files"], ABOUT}
+    return set()
 
 
 @contextlib.contextmanager

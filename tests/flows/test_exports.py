@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from storage.racks import load_rack
 from storage.runs import begin_attempt
 from support.commands import Run
 from support.exports import greedy, opened
+from support.hub import Hub, serving
 from support.modes import DEPTH, MODES, G, plan_of
 from support.runs import folder_of, grown, tiny
 
@@ -173,3 +174,49 @@ def test_a_mask_filler_without_such_an_architecture(tmp_path: Path, run: Run) ->
     grown(tiny(tmp_path, changes), tmp_path / "a")
     result = run("export", "tiny", "--artifacts", tmp_path / "a", "--to", "out")
     assert (result.code, "model.attention: bidirectional" in result.err) == (2, True)
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Generator[Hub]:
+    from huggingface_hub import constants
+
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "nowhere")
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield hub
+
+
+def test_a_folder_is_sent(reference: Reference, run: Run, hub: Hub) -> None:
+    hub.files = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"old", "LICENSE": b"mine"}
+    result = run("export", "tiny", "--artifacts", reference(), "--to", "out", "--push", "owner/name")
+    assert result.code == 0
+    assert f"to {hub.url}/owner/name: README.md, config.json, " in result.out
+    assert f"sent: {hub.url}/owner/name/commit/1" in result.out
+    there = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    assert hub.files == {**there, "LICENSE": b"mine"}
+    (created,) = hub.created
+    assert created.get("private", created.get("visibility") == "private")
+    assert hub.tokens - {""} == {"Bearer hf_secret"}  # the check of the card's front matter goes without
+    assert "hf_secret" not in result.out + result.err
+
+
+def test_what_is_not_sent(reference: Reference, run: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def push(name: str) -> tuple[int, list[str]]:
+        result = run("export", "tiny", "--artifacts", reference(), "--to", "out", "--force", "--push", name)
+        return result.code, result.faults
+
+    assert push("name") == (2, ["--push: got 'name'; owner/name is expected, of letters, digits, '-', '_' and '.'"])
+    hub.refuses = 403
+    code, faults = push("owner/name")
+    assert (code, len(faults)) == (1, 1)
+    assert f"{hub.url}/owner/name: it was not sent" in faults[0]
+    assert opened(Path("out"))
+    monkeypatch.delenv("HF_TOKEN")
+    assert push("owner/name")[0] == 2
+    assert not hub.files
