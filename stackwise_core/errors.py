@@ -114,6 +114,10 @@ class SavedRackError(StackWiseError):
         return type(self), (self.path, self.problem, self.remedy)
 
 
+class CheckpointError(SavedRackError):
+    """A folder does not hold the Hugging Face checkpoint that it should."""
+
+
 class CorpusError(StackWiseError, ValueError):
     """The corpus is missing, empty, binary, too short, or not what it was."""
 

@@ -28,6 +28,7 @@ from stackwise_core.stages.adopt import adopting
 from stackwise_core.stages.identity import StackRecipe
 from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.stages import last_trained
+from storage.adopt import NO_TOKENIZER, with_tokenizer
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.checkpoints import load_all_channels, load_embedding, load_head, load_stack
 from storage.runs import Attempt, find_run
@@ -46,7 +47,7 @@ class OpenedRun:
     @property
     def config(self) -> StackWiseConfig:
         """Its configuration, with the shape of the rack that it adopted, if any."""
-        return _config(self.attempt)
+        return _config(self.artifacts, self.attempt)
 
     @property
     def is_imported(self) -> bool:
@@ -103,7 +104,11 @@ class OpenedRun:
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that it was trained with; raises ConfigError if the file is gone or is another now."""
-        tokenizer, expected = tokenizer_of(self.config), self.attempt.plan.data.tokenizer
+        expected = self.attempt.plan.data.tokenizer
+        if expected == NO_TOKENIZER:
+            allowed = "its checkpoint has no tokenizer.json; add one to the folder and import it under another name"
+            raise ConfigError([Fault("RUN", repr(self.attempt.name), allowed)])
+        tokenizer = tokenizer_of(self.config)
         if tokenizer.name != expected:
             allowed = f"run {self.attempt.name} was trained with another ({expected}); restore that file"
             raise ConfigError([Fault("data.tokenizer", repr(self.config.data.tokenizer), allowed)])
@@ -161,11 +166,11 @@ def load_builder(
     return builder
 
 
-def _config(attempt: Attempt) -> StackWiseConfig:
+def _config(artifacts: Artifacts, attempt: Attempt) -> StackWiseConfig:
     """Return the configuration of a run, as one that the library could have grown the rack with."""
     if not (adopted := attempt.plan.adopted):
         return attempt.config
-    filled = adopting(attempt.config, adopted)
+    filled = adopting(with_tokenizer(artifacts, attempt.config, adopted), adopted)
     filled.model.from_ = ""
     return StackWiseConfig.model_validate(filled.model_dump())  # the library does not adopt: it has the rack
 
@@ -176,7 +181,7 @@ def _stages(artifacts: Artifacts, attempt: Attempt, depth: int | None) -> tuple[
     sealed = [artifacts.state(stage.ref("stack")) is State.SEALED for stage in stages]
     trained = stages[: sealed.index(False)] if False in sealed else stages
     # Of equal depths the first: the other is annealed. Of an adopted rack only the last stack has a head.
-    by_depth = {len(stage.spec.stacks): stage for stage in reversed(trained) if stage.validation}
+    by_depth = {len(stage.spec.stacks): stage for stage in reversed(trained) if stage.has_head}
     if depth is None and by_depth:
         return trained
     if depth not in by_depth:

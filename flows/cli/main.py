@@ -36,6 +36,7 @@ _COMMANDS = {
     "plan": Command("show what would run, what it costs and which artifacts exist", "configs/quickstart.yaml --json"),
     "status": Command("show the runs, or the stages and artifacts of one run", "quickstart"),
     "export": Command("write the rack of a run for transformers", "quickstart --to model --dtype bfloat16"),
+    "import": Command("make a Hugging Face checkpoint a run, to grow on", "./SmolLM2-135M --name smol", "imports"),
     "inspect": Command("show one artifact: layout, provenance, statistics", "activations-1-3f2a --html store.html"),
     "generate": Command("continue a text with the rack of a run", "quickstart --prompt 'def main' --temperature 0.8"),
     "evaluate": Command("measure how well the rack of a run predicts text", "quickstart --depth all"),

@@ -179,7 +179,8 @@ class ModelConfig(Section):
     attention: Literal["auto", "causal", "bidirectional"] = "auto"
     """Who sees whom; auto is bidirectional for mlm and causal otherwise."""
     from_: str = Field(default="", alias="from")
-    """Folder of a saved rack that the run grows on; its shape then need not be given. Empty starts from nothing."""
+    """Folder of a saved rack, or the name of an imported run, that the run grows on; its shape then need not be given,
+    nor the tokenizer of an imported one. Empty starts from nothing."""
 
 
 class LoraOverride(Section):
@@ -291,7 +292,7 @@ class TrainingConfig(Section):
     gradient_clip: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; 0 does not clip."""
     new_stack_init: Literal["auto", "copy", "copy_zero", "random", "zero"] = "auto"
-    """Growth operator; auto is copy in append and copy_zero in prepend."""
+    """Growth operator; auto is copy in append, and copy_zero in prepend or on an imported model."""
     joint_steps: int = Field(default=0, ge=0)
     """Steps of the joint anneal after the last stage."""
     joint_learning_rate: float = Field(default=1e-3, gt=0.0)
@@ -384,6 +385,8 @@ class StackSettings:
     """Its 'stack' adapter. A stack of precision qlora always has one, since NF4 alone could not train."""
     progressive: AdapterSpec | None = None
     """Its 'progressive' adapter, if it was adopted with one; others get theirs at growth."""
+    imported: bool = False
+    """Whether it is part of an imported model."""
 
 
 class ConfigSchema(Section):

@@ -70,6 +70,7 @@ def adopting(config: StackWiseConfig, adopted: Sequence[AdoptedRecipe]) -> Stack
             steps=0,
             adapter=recipe.stack.adapters.get("stack"),
             progressive=recipe.stack.adapters.get("progressive"),
+            imported=bool(recipe.family),
         )
         for recipe in adopted
     )
@@ -109,7 +110,7 @@ def _described(
 
 def _contradictions(config: StackWiseConfig, adopted: Sequence[AdoptedRecipe]) -> Iterator[Fault]:
     growth, shape, count = config.training.progressive, adopted[-1].shape, len(adopted)
-    rack = f"the rack in {config.model.from_}"
+    rack = f"the model of run {config.model.from_}" if adopted[-1].family else f"the rack in {config.model.from_}"
     for section, key, value in _described(config, shape):
         given, default = getattr(section, key), type(section).model_fields[key].default
         if given not in (default, value):
@@ -121,6 +122,10 @@ def _contradictions(config: StackWiseConfig, adopted: Sequence[AdoptedRecipe]) -
     if growth.training_objective == "custom" and config.model.attention == "auto" and not shape.causal:
         allowed = f"{rack} is bidirectional: next-token targets would leak; if yours are others, say bidirectional"
         yield Fault("model.attention", "'auto'", allowed)
+    window = adopted[-1].window
+    if window and config.data.seq_len > window:
+        allowed = f"{rack} attends within a window of {window:,} tokens: at most as many"
+        yield Fault("data.seq_len", str(config.data.seq_len), allowed)
     if growth.target_stacks < count:
         allowed = f"{rack} has {count} stacks and one head, above all of them; use {count} or more"
         yield Fault(f"{GROWTH}.target_stacks", str(growth.target_stacks), allowed)

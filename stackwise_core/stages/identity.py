@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from stackwise_core.config.schema import Precision, StreamDtype
 from stackwise_core.config.stacks import AdapterSpec
 from stackwise_core.data.masks import MaskSpec
-from stackwise_core.stages.resolve import ModelShape, Value, WhereAdopted
+from stackwise_core.stages.resolve import ModelShape, Value, WhereAdopted, WhereSaid
 from stackwise_core.stages.stages import GrowthOperator, OptimSpec, StackSpec, Strategy, Trains
 
 Kind = Literal["data", "build", "trunk", "stack", "activations", "validation"]
@@ -163,6 +163,10 @@ class AdoptedRecipe(Recipe, frozen=True):
     """Name in the artifact -> sha256 of the file's bytes."""
     rack: str
     """Hash of all files of the rack: a stack's stream depends on the embedding and the stacks below it."""
+    family: WhereSaid[str] = ""
+    """Of an imported model, such as Llama."""
+    window: WhereSaid[int] = 0
+    """Of an imported model whose attention has a window [tokens]: longer sequences would be another function."""
     order_seed: ClassVar[int] = 0  # its adapters are read, none is drawn
     joint_times: ClassVar[tuple[()]] = ()
 

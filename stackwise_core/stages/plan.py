@@ -65,6 +65,11 @@ class StagePlan(Value, frozen=True):
         return self.validation.mask if self.validation else None
 
     @property
+    def has_head(self) -> bool:
+        """Whether the stage leaves a whole rack: of adopted stages only the last does."""
+        return self.trunk is not None or self.spec.anatomy.head_trains
+
+    @property
     def index(self) -> int:
         """Number of the stage; for growth stages also the creation index of its stack."""
         return self.spec.index

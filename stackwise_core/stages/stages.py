@@ -243,7 +243,8 @@ def resolve_stage(config: StackWiseConfig, stage: int, known: _Stacks | None = N
     """Return the stage that adds the stack of creation index `stage`; `known` is what other stages found out."""
     known = known or _Stacks(config)
     training, settings, adopted = config.training, known.settings(stage), stage < len(config.adopted)
-    by_mode: GrowthOperator = "copy_zero" if settings.mode == "prepend" else "copy"
+    imported = any(stack.imported for stack in config.adopted)
+    by_mode: GrowthOperator = "copy_zero" if settings.mode == "prepend" or imported else "copy"
     operator = by_mode if training.new_stack_init == "auto" else training.new_stack_init
     by_depth = training.progressive.time_interpretation == "depth"
     anatomy, stacks = stage_anatomy(config, stage, known.settings), known.at(stage)

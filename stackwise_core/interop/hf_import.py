@@ -1,0 +1,80 @@
+"""The tensors of a Hugging Face checkpoint as those of a rack's files: tensor by tensor, one stack at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from stackwise_core.config.schema import Precision
+from stackwise_core.errors import CheckpointError
+from stackwise_core.interop.checkpoint import Checkpoint
+from stackwise_core.interop.families import EMBEDDING as TOKENS
+from stackwise_core.interop.families import HEAD as LOGITS
+from stackwise_core.interop.families import NORM, block_tensors, layer
+from stackwise_core.model.precision import STORAGE, quantise
+from stackwise_core.model.saving import EMBEDDING, HEAD, STACK, folder_of
+
+PRECISION: dict[str, Precision] = {"float32": "full", "float16": "half", "bfloat16": "bfloat16"}
+"""In which precision a checkpoint is kept, by the type of its matrices: that has its bits."""
+
+
+def rack_tensors(
+    checkpoint: Checkpoint, blocks: list[range], precision: Precision
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the files of a rack, path and tensors, one at a time: its stacks, its embedding and its head.
+
+    Tensors that need no conversion are views of the file, which the system reads when they are written.
+
+    Args:
+        checkpoint: whose tensors are known to fit.
+        blocks: the layers of each stack.
+        precision: in which matrices of stacks are stored; norms and biases are float32, embedding and head as they are.
+    """
+    reader = _Reader(checkpoint)
+    names = block_tensors(checkpoint.described.shape)
+    for stack, layers in enumerate(blocks):
+        tensors: dict[str, Tensor] = {}
+        for block, number in enumerate(layers):
+            for ours, theirs in names.items():
+                tensors |= _stored(f"blocks.{block}.{ours}", reader.read(f"{layer(number)}{theirs}"), precision)
+        yield f"{folder_of(stack)}/{STACK}", tensors
+    tokens = reader.read(TOKENS)
+    yield EMBEDDING, {"weight": tokens}
+    head = tokens if checkpoint.is_tied else reader.read(LOGITS)
+    if checkpoint.described.shape.tie_embeddings and not torch.equal(head, tokens):
+        problem = f"has {LOGITS} beside another {TOKENS}, though tie_word_embeddings says that they are one"
+        raise CheckpointError(checkpoint.folder, problem, "Set tie_word_embeddings to false in config.json")
+    yield HEAD, {"norm.weight": reader.read(NORM), "projection.weight": head}
+
+
+def _stored(name: str, tensor: Tensor, precision: Precision) -> dict[str, Tensor]:
+    """Return the tensors that a stack of a precision has for one of a checkpoint."""
+    if tensor.dim() == 1 or STORAGE[precision] == "float32":
+        return {name: tensor.float()}
+    module = name.removesuffix("weight")
+    if str(tensor.dtype) == f"torch.{STORAGE[precision]}":
+        return {name: tensor}
+    return {f"{module}{part}": stored for part, stored in quantise(tensor.float(), STORAGE[precision]).items()}
+
+
+class _Reader:
+    """The files of a checkpoint; that of the last tensor stays open."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._name = ""
+        self._file: Any = None
+
+    def read(self, name: str) -> Tensor:
+        file = self._checkpoint.tensors[name].file
+        try:
+            if file != self._name:
+                self._name, self._file = file, safe_open(self._checkpoint.path(file), "pt")
+            return self._file.get_tensor(name)
+        except Exception as error:  # safetensors raises SafetensorError, and others for bad shapes
+            path = self._checkpoint.folder / file
+            raise CheckpointError(path, f"cannot be read ({error})", "Download the folder again") from None
