@@ -19,7 +19,7 @@ from stackwise_core.config.unused import notes
 from stackwise_core.data.packing import read_corpus
 from stackwise_core.errors import shown
 from stackwise_core.stages.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
-from stackwise_core.stages.identity import Kind
+from stackwise_core.stages.identity import AdoptedRecipe, Kind
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from stackwise_core.stages.resolve import reads_examples, resolve_order
 from storage.adopt import plan_in
@@ -104,7 +104,7 @@ def _stage(
         "name": spec.name,
         "mode": spec.mode,
         "trunk": spec.strategy,
-        "adopted_from": config.model.from_ if spec.adopted else None,
+        "adopted_from": _source(config, stage),
         "order": list(spec.anatomy.order),
         "trains": dict(zip(map(str, spec.anatomy.order), spec.anatomy.trains, strict=True)),
         "operator": spec.operator,
@@ -131,6 +131,13 @@ def _stage(
         "artifacts": {kind: stage.ref(kind).name for kind in kinds.values()},
         "to_run": [task for task, kind in kinds.items() if stage.ref(kind) in demand.needed],
     }
+
+
+def _source(config: StackWiseConfig, stage: StagePlan) -> str | None:
+    """Return where an adopted stack comes from: a folder, or 'run NAME'."""
+    if not isinstance(stage.stack, AdoptedRecipe):
+        return None
+    return f"run {config.model.from_}" if stage.stack.family else config.model.from_
 
 
 def _measured(stage: StagePlan, artifacts: Artifacts) -> dict[str, float]:

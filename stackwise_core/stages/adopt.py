@@ -112,7 +112,8 @@ def _contradictions(config: StackWiseConfig, adopted: Sequence[AdoptedRecipe]) -
     growth, shape, count = config.training.progressive, adopted[-1].shape, len(adopted)
     rack = f"the model of run {config.model.from_}" if adopted[-1].family else f"the rack in {config.model.from_}"
     for section, key, value in _described(config, shape):
-        given, default = getattr(section, key), type(section).model_fields[key].default
+        given, field = getattr(section, key), type(section).model_fields[key]
+        default = field.get_default(call_default_factory=True)
         if given not in (default, value):
             path = f"model.{key}" if section is config.model else f"{GROWTH}.{key}"
             yield Fault(path, repr(given), f"{rack} has {value!r}; leave the key out")

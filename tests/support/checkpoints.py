@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.interop.families import EMBEDDING, HEAD, NORM, Family, block_tensors, layer
+from stackwise_core.interop.tokenizer_json import tokenizer_files
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.rack import Rack
 from stackwise_core.stages.resolve import ModelShape
@@ -91,3 +96,25 @@ def as_rack(shape: ModelShape, model: Any, blocks_per_stack: int = 1) -> Rack:
     assert sorted(names.values()) == sorted(state)
     rack.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
     return rack.eval()
+
+
+def saved_checkpoint(folder: Path, family: Family, **changes: Any) -> tuple[Path, Any]:
+    """Save a random model of transformers with a byte tokenizer; return the folder and the model."""
+    shard = changes.pop("max_shard_size", "5GB")
+    dtype = changes.pop("dtype", torch.float32)
+    model = reference_model(family, **{"vocab_size": 264, **changes}).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, max_shard_size=shard)
+    for name, data in tokenizer_files(ByteTokenizer(), None, 64, masked=False).files.items():
+        (folder / name).write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # read back, since a cast of the model casts its rotary table too
+        return folder, type(model).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], Any], file: str = "model.safetensors") -> None:
+    """Write the tensors of a file again, as `change` leaves them."""
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file)
