@@ -15,8 +15,9 @@ class Card(BaseModel, frozen=True):
 
     name: str
     base_model: str = ""
-    """What it was grown on; empty for a model that was grown from nothing."""
-    stacks: int
+    """The name of the repository that it was imported from; empty where none is known."""
+    how: str
+    """A sentence on where it comes from, see `grown`."""
     facts: tuple[str, ...] = ()
     """How it was made: Markdown, a line each."""
     columns: tuple[str, ...] = ()
@@ -29,7 +30,6 @@ class Card(BaseModel, frozen=True):
         task, load = ("text-generation", "AutoModelForCausalLM") if causal else ("fill-mask", "AutoModelForMaskedLM")
         library = "gguf" if gguf else "transformers"
         base = [f"base_model: {json.dumps(self.base_model)}"] if self.base_model else []
-        grown = f"on {code(self.base_model)}" if self.base_model else "from nothing"
         stages = [
             "",
             "## Stages",
@@ -44,8 +44,8 @@ class Card(BaseModel, frozen=True):
             *("---", f"library_name: {library}", f"pipeline_tag: {task}", *base, "tags: [stackwise]", "---", ""),
             f"# {self.name}",
             "",
-            f"{architecture} with {parameters:,} parameters in {blocks} layers ({dtype}), grown {grown}: StackWise",
-            f"added {self.stacks} stacks of layers one after the other.",
+            f"{architecture} with {parameters:,} parameters in {blocks} layers ({dtype}).",
+            self.how,
             "",
             *(_LLAMA_CPP if gguf else _transformers(load)),
             "",
@@ -73,6 +73,13 @@ def _transformers(load: str) -> tuple[str, ...]:
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
         "```",
     )
+
+
+def grown(n_stacks: int, on: str = "") -> str:
+    """Return where a model comes from: the stacks that were added, to nothing or to what was imported."""
+    begun = f"It was imported from {code(on)}" if on else "It was grown from nothing"
+    added = f"; StackWise added {n_stacks} stacks of layers one after the other"
+    return f"{begun}{added if n_stacks else ', and nothing was added'}."
 
 
 def code(text: str) -> str:

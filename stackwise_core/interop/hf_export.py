@@ -14,16 +14,17 @@ import torch
 
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.interop.card import Card
+from stackwise_core.interop.card import Card, grown
 from stackwise_core.interop.families import FAMILIES, Family, family_of
 from stackwise_core.interop.gguf import FILE, GgufFile, check_gguf
 from stackwise_core.interop.parts import DTYPES, Dtype, Parts
 from stackwise_core.interop.read_back import Comparison, read_back
 from stackwise_core.interop.target import as_json, checked_target, fresh_folder, write_about, write_small
 from stackwise_core.interop.tensor_files import TensorFiles, total_bytes, write_tensors
-from stackwise_core.interop.tokenizer_json import tokenizer_files
+from stackwise_core.interop.tokenizer_json import GENERATION, tokenizer_files
 from stackwise_core.model.rack import Rack
 from stackwise_core.stages.resolve import ModelShape
+from stackwise_core.strict import parse_object
 
 Format = Literal["hf", "gguf"]
 Objective = Literal["clm", "mlm", "custom"]
@@ -48,6 +49,7 @@ def export_rack(
     format: Format = "hf",
     dtype: Dtype = "float32",
     seq_len: int = 2048,
+    family: str = "",
     time_step: int | None = None,
     force: bool = False,
     card: Card | None = None,
@@ -63,7 +65,8 @@ def export_rack(
         objective: what it was trained for; None takes clm for a causal rack, and mlm for another.
         format: a folder for transformers (hf), or one with a file for llama.cpp (gguf).
         dtype: the type of the written tensors.
-        seq_len: the length of the sequences that it was trained on [tokens].
+        seq_len: the longest text [tokens]: of the sequences that it was trained on.
+        family: the one that an imported rack came from, where several have its blocks.
         time_step: for a rack whose time is an input, the step to fix.
         force: replace an earlier export.
         card: what the README.md says beside what is known here.
@@ -83,14 +86,15 @@ def export_rack(
     masked = objective == "mlm"
     named = tokenizer_files(tokenizer, tokenizer_path, seq_len, masked=masked) if tokenizer else None
     ids = named.ids if named else {}
-    config = model_config(shape, parts, ids, seq_len, dtype, objective)
+    config = model_config(shape, parts, ids, seq_len, dtype, objective, family)
     small = dict(named.files) if named and format == "hf" else {}
     if format == "hf":
         small["config.json"] = as_json(config)
     if format == "hf" and not masked:
         ends = {key: token for key, token in ids.items() if key != "mask_token_id"}
-        small["generation_config.json"] = as_json({"_from_model_config": True, **ends})
-    card = card or Card(name=folder.name, stacks=len(parts.stacks))
+        carried = parse_object(small[GENERATION]) if GENERATION in small else {"_from_model_config": True}
+        small[GENERATION] = as_json({**ends, **carried})
+    card = card or Card(name=folder.name, how=grown(len(parts.stacks)))
     n_parameters = total_bytes(parts.entries, torch.uint8)
     text = card.text(config["architectures"][0], n_parameters, parts.n_blocks, dtype, gguf=format == "gguf")
     small["README.md"] = text.encode()
@@ -149,14 +153,17 @@ _WITH_A_WINDOW = ("mistral", "qwen2", "qwen3")
 """Their attention sees a window of 4,096 tokens unless config.json says otherwise."""
 
 
-def family_for(shape: ModelShape) -> Family | None:
-    """Return the family that transformers knows a rack as; None if there is none."""
+def family_for(shape: ModelShape, imported: str = "") -> Family | None:
+    """Return the family that transformers knows a rack as; None if there is none.
+
+    `imported` is the one that it came from.
+    """
     whole = shape.d_model % shape.n_heads == 0
     if not shape.causal:
         return _EUROBERT if whole and not shape.qkv_bias and not shape.qk_norm else None
     found = family_of(shape)
     # Llama and EuroBERT insist on a width that the heads divide; Mistral has the same blocks and does not.
-    return _MISTRAL if found and found.model_type == "llama" and not whole else found
+    return _MISTRAL if found and found.model_type == "llama" and (imported == _MISTRAL.name or not whole) else found
 
 
 _MISTRAL = next(family for family in FAMILIES if family.model_type == "mistral")
@@ -189,13 +196,19 @@ def _rope(shape: ModelShape) -> dict[str, Any] | None:
 
 
 def model_config(
-    shape: ModelShape, parts: Parts, ids: Mapping[str, int], seq_len: int, dtype: Dtype, objective: Objective
+    shape: ModelShape,
+    parts: Parts,
+    ids: Mapping[str, int],
+    seq_len: int,
+    dtype: Dtype,
+    objective: Objective,
+    imported: str = "",
 ) -> dict[str, Any]:
     """Return config.json, in the words of transformers 5 and of transformers 4.
 
     Each reads its own: version 4 knows no `rope_parameters` and would take 10,000 for theta, without a word.
     """
-    family, scaling = family_for(shape), _rope(shape)
+    family, scaling = family_for(shape, imported), _rope(shape)
     assert family is not None
     return {
         "architectures": [family.architecture],

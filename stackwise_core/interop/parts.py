@@ -25,8 +25,9 @@ class Parts:
     def __init__(self, rack: Rack, time_step: int | None) -> None:
         """Take a rack, and the step to fix where its time is an input."""
         self._rack, self._time_step = rack, time_step
-        self.tied = rack.tied and time_step is None
-        """Whether one matrix serves as embedding and as head; a step's vector is added to the embedding alone."""
+        ends = rack.embedding.weight, rack.head.projection.weight
+        self.tied = time_step is None and (rack.tied or (rack.shape.tie_embeddings and torch.equal(*ends)))
+        """Whether one matrix serves as embedding and as head: a step's vector is added to the embedding alone."""
         self.stacks = [stack for stack in rack.stacks if isinstance(stack, Stack)]
         self.n_blocks = sum(len(stack.blocks) for stack in self.stacks)
         with torch.device("meta"):

@@ -13,7 +13,7 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.strict import parse_object, read_bounded, told
 
 TOKENIZER, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 _MOST_BESIDE = 2**24
 _NAMES_CODE = ("auto_map", "processor_class", "tokenizer_file", "name_or_path")
 """Keys of a tokenizer_config.json that name files or code of the folder that it comes from."""
@@ -42,8 +42,12 @@ def tokenizer_files(tokenizer: Tokenizer, path: Path | None, seq_len: int, *, ma
         ConfigError: a file is not what the rack was trained with, or cannot be read.
     """
     files, beside = _carried(path, tokenizer) if path else ({TOKENIZER: _bytes_description()}, {})
-    tokens = {"eos": tokenizer.end_token, "pad": tokenizer.pad_token, "mask": tokenizer.mask_token}
-    tokens = {"bos": _named(tokenizer, beside.get("bos_token"))} | tokens
+    # Where there is none, what fills a row is a token of texts, which transformers would leave out of them.
+    pad = _named(tokenizer, beside.get("pad_token")) if path else None
+    if pad is None and (not path or tokenizer.pad_token in tokenizer.special_tokens):
+        pad = tokenizer.pad_token
+    tokens = {"bos": _named(tokenizer, beside.get("bos_token")), "eos": tokenizer.end_token, "pad": pad}
+    tokens["mask"] = tokenizer.mask_token
     known = {kind: token for kind, token in tokens.items() if token is not None}
     settings = {
         **beside,
@@ -70,13 +74,13 @@ def _carried(path: Path, tokenizer: Tokenizer) -> tuple[dict[str, bytes], dict[s
     if hashlib.sha256(description).hexdigest() not in tokenizer.name:
         raise ConfigError([Fault("data.tokenizer", repr(str(path)), "it changed while it was read; try again")])
     files, beside = {TOKENIZER: description}, dict[str, Any]()
-    for name in (SPECIAL, CONFIG, TEMPLATE):
+    for name in (SPECIAL, CONFIG, TEMPLATE, GENERATION):
         try:
             data = read_bounded(path.with_name(name), _MOST_BESIDE)
-            if name == TEMPLATE:
-                files[name] = data
-            else:
+            if name in (SPECIAL, CONFIG):
                 beside |= parse_object(data)
+            else:
+                files[name] = data if name == TEMPLATE else _json(parse_object(data))
         except FileNotFoundError:
             continue
         except (ValueError, OSError) as error:
