@@ -174,13 +174,6 @@ def _extras(shape: ModelShape) -> str:
     return ", ".join(name for name, there in said.items() if there)
 
 
-def _context(shape: ModelShape, seq_len: int) -> int:
-    """Return the longest text: what the rack was trained on, or what its positions were stretched to."""
-    scaling = shape.rope_scaling
-    stretched = scaling and scaling.kind != "linear" and int(scaling.factor * scaling.original_max_position_embeddings)
-    return max(seq_len, stretched or 0)
-
-
 def _rope(shape: ModelShape) -> dict[str, Any] | None:
     """Return how positions are stretched in the words of transformers; None if they are not."""
     if shape.rope_scaling is None:
@@ -221,7 +214,7 @@ def model_config(
         "num_key_value_heads": shape.n_kv_heads,
         "head_dim": shape.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": _context(shape, seq_len),
+        "max_position_embeddings": seq_len,
         "rms_norm_eps": shape.norm_eps,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": shape.rope_theta},
         "rope_theta": shape.rope_theta,
