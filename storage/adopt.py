@@ -14,9 +14,9 @@ from stackwise_core.stages.identity import AdoptedRecipe
 from stackwise_core.stages.plan import RunPlan, plan_run
 from stackwise_core.stages.saved_rack import RACK, SavedRack
 from stackwise_core.strict import read_bounded
-from storage.artifacts import Artifacts
+from storage.artifacts import Artifacts, State
 from storage.corpora import facts_of
-from storage.errors import ArtifactCorruptError
+from storage.errors import ArtifactCorruptError, ArtifactMissingError
 from storage.runs import all_attempts, attempts
 
 NO_TOKENIZER = "none"
@@ -72,8 +72,11 @@ def _imported(artifacts: Artifacts, config: StackWiseConfig) -> tuple[AdoptedRec
         raise ConfigError([Fault("model.from", repr(name), allowed)])
     if config.run.name == name:
         raise ConfigError([Fault("run.name", repr(name), "it is that of the imported model; choose another")])
-    for stage in run.plan.stages:
-        artifacts.manifest(stage.ref("stack"))  # raises if it is damaged or gone
+    for ref in (stage.ref("stack") for stage in run.plan.stages):
+        if artifacts.state(ref) is State.ABSENT:
+            remedy = f"Import the checkpoint again as {name}: what is missing will be made"
+            raise ArtifactMissingError(artifacts.where(ref), f"is missing of the imported run {name}", remedy)
+        artifacts.manifest(ref)  # raises if it is damaged
     return adopted
 
 

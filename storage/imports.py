@@ -81,8 +81,9 @@ def import_checkpoint(
     config = _config(name, checkpoint, len(blocks))
     with ThreadPoolExecutor(1) as thread, artifacts.lock(f"import-{name}"), explain_full_disk(artifacts.root):
         digest = thread.submit(checkpoint.digest)  # hashing leaves the interpreter to others
-        if attempts(artifacts, name):
-            return _again(artifacts, name, digest.result(), blocks, kept)
+        begun = _begun(artifacts, name)
+        if begun and _is_whole(artifacts, begun):
+            return _again(artifacts, name, begun, digest.result(), blocks, kept)
         scratch = artifacts.root / "work" / f"import-{name}"
         delete_path(scratch)
         try:
@@ -90,6 +91,9 @@ def import_checkpoint(
             plan = _plan(config, _recipes(checkpoint, blocks, kept, files), scratch)
             if TOKENIZER in files:
                 config.data.tokenizer = str(artifacts.folder(plan.stages[-1].ref("stack")) / TOKENIZER)
+            if begun and begun.adopted != plan.adopted:
+                allowed = "an import of other files, or cut otherwise, began under it; choose another name"
+                raise ConfigError([Fault("--name", repr(name), allowed)])
             source = {"folder": str(checkpoint.folder.resolve()), "sha256": digest.result()}
             checkpoint.check_unchanged()
             with begin_attempt(artifacts, config, plan):
@@ -113,23 +117,38 @@ def _config(name: str, checkpoint: Checkpoint, n_stacks: int) -> StackWiseConfig
     return config
 
 
-def _again(artifacts: Artifacts, name: str, digest: str, blocks: list[range], precision: Precision) -> Imported:
-    """Return what is there; raises ConfigError if it is anything else than this import."""
-    plan = attempts(artifacts, name)[-1].plan
-    stacks = [stage.stack.stack for stage in plan.stages if isinstance(stage.stack, AdoptedRecipe)]
-    last = artifacts.manifest(plan.stages[-1].ref("stack"))
-    source = last.facts.get("imported", {})
-    if not source or len(stacks) != len(plan.stages):
+def _begun(artifacts: Artifacts, name: str) -> RunPlan | None:
+    """Return the plan of the import of this name, finished or not; raises ConfigError if another run has the name."""
+    found = attempts(artifacts, name)
+    if not found:
+        return None
+    plan = found[-1].plan
+    if not (plan.adopted and plan.adopted[-1].family) or len(plan.adopted) != len(plan.stages):
         allowed = f"it is a run that was not imported, in {artifacts.uri}; choose another name"
         raise ConfigError([Fault("--name", repr(name), allowed)])
+    return plan
+
+
+def _is_whole(artifacts: Artifacts, plan: RunPlan) -> bool:
+    """Return whether all stacks are sealed; raises ArtifactCorruptError if one is damaged."""
+    found = [artifacts.lookup(stage.ref("stack")) for stage in plan.stages]
+    if damaged := next((each.error for each in found if each.error), None):
+        raise damaged
+    return all(each.state is State.SEALED for each in found)
+
+
+def _again(
+    artifacts: Artifacts, name: str, plan: RunPlan, digest: str, blocks: list[range], precision: Precision
+) -> Imported:
+    """Return what is there; raises ConfigError if it is anything else than this import."""
+    stacks = [recipe.stack for recipe in plan.adopted]
+    source = artifacts.manifest(plan.stages[-1].ref("stack")).facts["imported"]
     if source["sha256"] != digest:
         allowed = f"run {name!r} was imported from {source['folder']} with other files; choose another name"
         raise ConfigError([Fault("--name", repr(name), allowed)])
     if [(stack.n_blocks, stack.precision) for stack in stacks] != [(len(each), precision) for each in blocks]:
         has = f"{stacks[0].n_blocks} blocks per stack and precision {stacks[0].precision}"
         raise ConfigError([Fault("--name", repr(name), f"it was imported with {has}; choose another name")])
-    for stage in plan.stages:
-        artifacts.manifest(stage.ref("stack"))  # raises if it is damaged or gone
     return Imported(plan, True, digest)
 
 

@@ -25,6 +25,7 @@ from support.checkpoints import ROPES, as_rack, reference_model
 from support.configurations import faults_of
 
 FAMILY = {family.name: family for family in FAMILIES}
+PACKED = ("bfloat16", "nvfp4", "qlora")
 TOKENS = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(1))
 QWEN = {"vocab_size": 96, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "causal": True}
 BIASED, NORMED = ModelShape(**QWEN, qkv_bias=True), ModelShape(**QWEN, qk_norm=True, head_dim=16)
@@ -48,8 +49,11 @@ def shape_of(family: Family, rope: dict[str, Any], **changes: Any) -> ModelShape
     return resolve_shape(StackWiseConfig(model=model, training=clm))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("name", FAMILY)
+QUICK = [(name, rope) for name in FAMILY for rope in ROPES if name == "Llama" or rope == "default"]
+SLOW = [(name, rope) for name in FAMILY for rope in ROPES if (name, rope) not in QUICK]
+
+
+@pytest.mark.parametrize(("name", "rope"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 @torch.no_grad()
 def test_logits_and_boundaries_have_the_bits_of_transformers(name: str, rope: str) -> None:
     family = FAMILY[name]
@@ -97,7 +101,7 @@ def test_growth_operators_begin_with_zero_biases_or_with_a_copy_and_an_identity_
 
 
 @pytest.mark.parametrize("shape", [BIASED, NORMED], ids=["biases", "norms"])
-@pytest.mark.parametrize("precision", ["half", "bfloat16", "nvfp4", "qlora"])
+@pytest.mark.parametrize("precision", ["half", *(pytest.param(p, marks=pytest.mark.slow) for p in PACKED)])
 @torch.no_grad()
 def test_only_matrices_are_quantised(shape: ModelShape, precision: Any) -> None:
     whole, stack = randomised(shape), randomised(shape)

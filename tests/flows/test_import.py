@@ -13,10 +13,13 @@ from flows.run.maintenance import verify
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.errors import ConfigError
+from stackwise_core.interop.checkpoint import Checkpoint
 from stackwise_core.interop.families import FAMILIES
 from stackwise_core.model.rack import Rack
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts
+from storage.errors import ArtifactMissingError
+from storage.imports import import_checkpoint
 from storage.racks import load_rack, open_run
 from support.checkpoints import ROPES, rewritten, saved_checkpoint
 from support.commands import Run
@@ -51,7 +54,9 @@ def logits(rack: Rack) -> torch.Tensor:
         return rack(TOKENS)
 
 
-@pytest.mark.parametrize("name", GROWN_ON)
+@pytest.mark.parametrize(
+    "name", [name if name in ("Llama", "Qwen2") else pytest.param(name, marks=pytest.mark.slow) for name in GROWN_ON]
+)
 def test_a_family_is_imported_with_its_bits_and_grown_on(name: str, tmp_path: Path, run: Run) -> None:
     family, options, changes = GROWN_ON[name]
     folder, model = saved_checkpoint(tmp_path / "model", family, **options)
@@ -126,7 +131,35 @@ def test_the_same_import_is_there_already_and_another_is_refused(imported: Path,
     assert list((root / "work").iterdir()) == []
 
 
-@pytest.mark.parametrize("precision", ["half", "qlora"])
+def test_an_import_that_ended_early_is_completed_by_the_same_command(imported: Path, tmp_path: Path, run: Run) -> None:
+    artifacts, folder = Artifacts(tmp_path / "artifacts").open(), imported / "model"
+
+    def end(name: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(artifacts, "base", Checkpoint(folder), on_stack=end)
+    assert list(digests(artifacts.root)) == sorted(subset(digests(imported / "artifacts"), "stack-0"))
+    with pytest.raises(ArtifactMissingError, match="Import the checkpoint again as base: what is missing will be made"):
+        plan_in(artifacts, growing(tmp_path, "base"))
+    again = ("--name", "base", "--artifacts", artifacts.root)
+    assert "began under it; choose another name" in run("import", folder, "--precision", "half", *again).err
+    assert "base is imported" in run("import", folder, *again).out
+    assert digests(artifacts.root) == digests(imported / "artifacts")
+    grown(growing(tmp_path, "base"), artifacts.root)
+    assert run("import", folder, "--name", "tiny", "--artifacts", artifacts.root).faults == [
+        f"--name: got 'tiny'; it is a run that was not imported, in {artifacts.root}; choose another name"
+    ]
+    assert "this run was not imported" in _refusal(artifacts, growing(tmp_path, "tiny", {"run.name": "more"}))
+
+
+def _refusal(artifacts: Artifacts, config: StackWiseConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        plan_in(artifacts, config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["half", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_a_precision_may_be_asked_for(precision: str, imported: Path, tmp_path: Path, run: Run) -> None:
     root = tmp_path / "artifacts"
     options = ("--name", "low", "--precision", precision, "--artifacts", root)
@@ -175,9 +208,7 @@ def test_what_does_not_fit_the_imported_model_is_refused(
     on: str, changes: dict[str, Any], told: str, imported: Path, tmp_path: Path
 ) -> None:
     given = str(imported / "model") if on == "MODEL" else on
-    with pytest.raises(ConfigError) as caught:
-        plan_in(Artifacts(imported / "artifacts"), growing(tmp_path, given, changes))
-    assert told in str(caught.value)
+    assert told in _refusal(Artifacts(imported / "artifacts"), growing(tmp_path, given, changes))
 
 
 def test_another_tokenizer_is_refused_and_the_same_one_may_be_named(imported: Path, tmp_path: Path) -> None:
