@@ -28,6 +28,7 @@ NAMES = (
     "store_growth",
     "cache_feeding",
     "data_parallel",
+    "corpora",
 )
 GROWTH = "growth"
 LONG = (GROWTH, "queued_runs")

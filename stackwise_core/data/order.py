@@ -6,10 +6,15 @@ import functools
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from stackwise_core.data.masks import SALT_BATCHES, SALT_ORDER, IntArray, hash_bits
+from stackwise_core.data.masks import SALT_BATCHES, SALT_ORDER, BoolArray, IntArray, hash_bits
 from stackwise_core.errors import ConfigError, Fault
+
+_SORTED_ROWS = 1 << 21
+"""About how many rows are sorted at a time."""
+_HASHED_ROWS = 1 << 18
 
 
 class RowOrder(BaseModel, frozen=True):
@@ -42,11 +47,15 @@ class RowOrder(BaseModel, frozen=True):
     def epoch_rows(self, epoch: int) -> IntArray:
         """Return the permutation of an epoch: [n_rows] row numbers."""
         if not self.fixed_batches:
-            return _permutation(self.seed, SALT_ORDER, epoch, self.n_rows, self.block)
+            return self._shuffle(epoch).rows(0, self.n_rows)
         rows = _permutation(self.seed, SALT_BATCHES, epoch % self.views, self.n_rows, self.block)
         whole = self.steps_per_epoch * self.batch_size
         batches = rows[:whole].reshape(-1, self.batch_size)
         return np.concatenate([batches[self._epoch_batches(epoch)].ravel(), rows[whole:]])
+
+    def _shuffle(self, epoch: int) -> _Shuffle:
+        """Return the rows of an epoch, if batches are not fixed."""
+        return _Shuffle(self.seed, epoch, self.n_rows, self.block)
 
     def _epoch_batches(self, epoch: int) -> IntArray:
         """Return the batches of a view in the order of an epoch: [steps_per_epoch] batch numbers."""
@@ -61,6 +70,9 @@ class RowOrder(BaseModel, frozen=True):
 
         Batches are numbered within the view if they are fixed, else within the epoch.
         """
+        if not self.fixed_batches:
+            yield from self._shuffled_batches(start, stop)
+            return
         epoch, permutation, numbers = -1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         for step in range(start, stop):
             if step // self.steps_per_epoch != epoch:
@@ -68,6 +80,15 @@ class RowOrder(BaseModel, frozen=True):
                 permutation, numbers = self.epoch_rows(epoch), self._epoch_batches(epoch)
             n = step % self.steps_per_epoch
             yield permutation[n * self.batch_size : (n + 1) * self.batch_size], epoch % self.views, int(numbers[n])
+
+    def _shuffled_batches(self, start: int, stop: int) -> Iterator[tuple[IntArray, int, int]]:
+        epoch, shuffle = -1, self._shuffle(0)
+        for step in range(start, stop):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                shuffle = self._shuffle(epoch)
+            n = step % self.steps_per_epoch
+            yield shuffle.rows(n * self.batch_size, (n + 1) * self.batch_size), epoch % self.views, n
 
     def places(self, rows: IntArray, view: int) -> tuple[IntArray, IntArray]:
         """Return the batch [R] and the position in it [R] of rows [R] under a view, for fixed batches only.
@@ -93,11 +114,77 @@ class RowOrder(BaseModel, frozen=True):
         epochs = -(-steps // self.steps_per_epoch)
         for epoch in range(epochs):
             n_steps = min(steps - epoch * self.steps_per_epoch, self.steps_per_epoch)
-            seen[epoch % self.views, self.epoch_rows(epoch)[: n_steps * self.batch_size]] = True
+            for rows in self._first_rows(epoch, n_steps * self.batch_size):
+                seen[epoch % self.views, rows] = True
             if seen.all():
                 break
         views, rows = np.nonzero(seen)
         return rows.astype(np.int64), views.astype(np.int64)
+
+    def _first_rows(self, epoch: int, count: int) -> Iterator[IntArray]:
+        """Yield the first rows of an epoch, some at a time."""
+        if self.fixed_batches:
+            yield self.epoch_rows(epoch)[:count]
+            return
+        shuffle = self._shuffle(epoch)
+        for at in range(0, count, _SORTED_ROWS):
+            yield shuffle.rows(at, min(at + _SORTED_ROWS, count))
+
+
+class _Shuffle:
+    """The permutation of an epoch, of which only a range of hashes is sorted, and in memory, at a time.
+
+    So the memory does not grow with the rows, unless blocks of them stay together.
+    """
+
+    def __init__(self, seed: int, epoch: int, n_rows: int, block: int) -> None:
+        self._keys, self._n_rows, self._block = (seed, SALT_ORDER, epoch), n_rows, block
+        self._shift = np.uint64(64 - max(0, -(-n_rows // _SORTED_ROWS) - 1).bit_length())
+        self._first = 0
+        self._sorted = np.empty(0, dtype=np.int64)
+        """The rows from place `_first` on."""
+
+    def rows(self, start: int, stop: int) -> IntArray:
+        """Return the rows at the places from `start` to `stop`."""
+        parts = list[IntArray]()
+        while start < stop:
+            if not self._first <= start < self._first + len(self._sorted):
+                self._sort_around(start)
+            at = start - self._first
+            parts.append(self._sorted[at : at + stop - start])
+            start += len(parts[-1])
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+    def _sort_around(self, place: int) -> None:
+        """Sort the rows whose hashes begin with the same bits as that of a place."""
+        if self._block or int(self._shift) == 64:
+            self._first, self._sorted = 0, _permutation(*self._keys, self._n_rows, self._block)
+            return
+        ends = np.cumsum(self._counts)
+        part = int(np.searchsorted(ends, place, side="right"))
+        found = [(numbers[which], hashes[which]) for numbers, hashes, which in self._of_part(part)]
+        numbers, hashes = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        self._first = int(ends[part] - self._counts[part])
+        self._sorted = numbers[np.argsort(hashes, kind="stable")]
+
+    @functools.cached_property
+    def _counts(self) -> IntArray:
+        """How many hashes begin with each value of the first bits."""
+        n_parts, counts = 1 << (64 - int(self._shift)), np.zeros(0, dtype=np.int64)
+        for _, hashes in self._hashed():
+            found = np.bincount((hashes >> self._shift).astype(np.int64), minlength=n_parts)
+            counts = found if not len(counts) else counts + found
+        return counts
+
+    def _of_part(self, part: int) -> Iterator[tuple[IntArray, NDArray[np.uint64], BoolArray]]:
+        for numbers, hashes in self._hashed():
+            yield numbers, hashes, hashes >> self._shift == np.uint64(part)
+
+    def _hashed(self) -> Iterator[tuple[IntArray, NDArray[np.uint64]]]:
+        """Yield the numbers of all rows and their hashes, some at a time."""
+        for at in range(0, self._n_rows, _HASHED_ROWS):
+            numbers = np.arange(at, min(at + _HASHED_ROWS, self._n_rows), dtype=np.int64)
+            yield numbers, hash_bits(*self._keys, numbers)
 
 
 MIXED_BLOCKS = 16

@@ -24,6 +24,9 @@ _RECORD = np.dtype([("digest", "S32"), ("kept", "<i4"), ("start", "<i8"), ("size
 """`kept`: which of the documents that stay in their files; -1 for the text of a row, which lies in the spool."""
 _RUN_RECORDS = 1 << 17
 _RUN_BYTES = 1 << 25
+_SHORT = 1 << 16
+"""Bytes of a text that is read together with others."""
+_BLOCK_BYTES = 1 << 21
 _TEXT_NAME = "a row"
 
 Records = NDArray[Any]
@@ -97,14 +100,29 @@ class OrderedDocuments:
         """Yield all documents, in the order of their hashes."""
         assert self._keep_texts
         for group in self.records():
-            digests = group["digest"].tobytes().hex()
-            columns = (group[name].tolist() for name in ("kept", "start", "size"))
-            for n, (kept, start, size) in enumerate(zip(*columns, strict=True)):
-                if kept >= 0:
-                    yield self._kept[kept]
-                else:
-                    text = SpooledContent(self._spool, start, size)
-                    yield Document(_TEXT_NAME, text, digests[64 * n : 64 * n + 64])
+            for records in _blocks(group):
+                digests, texts = records["digest"].tobytes().hex(), self._texts_of(records)
+                columns = (records[name].tolist() for name in ("kept", "start", "size"))
+                for n, (kept, start, size) in enumerate(zip(*columns, strict=True)):
+                    if kept >= 0:
+                        yield self._kept[kept]
+                    else:
+                        content = texts.get(start) or SpooledContent(self._spool, start, size)
+                        yield Document(_TEXT_NAME, content, digests[64 * n : 64 * n + 64])
+
+    def _texts_of(self, records: Records) -> dict[int, bytes]:
+        """Read the short texts of some documents, those that lie side by side at once: where each begins, and it."""
+        rows = records[(records["kept"] < 0) & (records["size"] <= _SHORT)]
+        rows = rows[np.argsort(rows["start"])]
+        starts, ends = rows["start"], rows["start"] + rows["size"]
+        found = dict[int, bytes]()
+        for part in np.split(np.arange(len(rows)), np.flatnonzero(starts[1:] != ends[:-1]) + 1):
+            if len(part):
+                first, last = int(starts[part[0]]), int(ends[part[-1]])
+                data = os.pread(self._spool, last - first, first)
+                for start, end in zip(starts[part].tolist(), ends[part].tolist(), strict=True):
+                    found[start] = data[start - first : end - first]
+        return found
 
     def digest(self) -> str:
         """Return the hash of the hashes of all documents."""
@@ -156,6 +174,13 @@ class OrderedDocuments:
     def _read(self, at: int, count: int) -> Records:
         size = int(count) * _RECORD.itemsize
         return np.frombuffer(os.pread(self._index, size, int(at) * _RECORD.itemsize), _RECORD)
+
+
+def _blocks(records: Records) -> Iterator[Records]:
+    """Cut records into blocks whose short texts are a few megabytes."""
+    sizes = np.where(records["size"] <= _SHORT, records["size"], 0)
+    numbers = np.cumsum(sizes) // _BLOCK_BYTES
+    yield from np.split(records, np.flatnonzero(numbers[1:] != numbers[:-1]) + 1)
 
 
 def _unnamed_file(folder: Path | None) -> int:

@@ -6,6 +6,7 @@ Needs no torch.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,9 +27,11 @@ from stackwise_core.errors import CorpusError, shortened
 _LEAST_VALIDATION = 32
 _SAMPLE_SEED = 20_260_102
 """Of the hashes that choose a sample, the same in every run."""
-_BATCH_BYTES = 1 << 21
-"""Text that is tokenised at once."""
+_BATCH_BYTES = min(32, max(8, os.cpu_count() or 1)) << 18
+"""Text that is tokenised at once: a piece of a long text for each CPU, so that all have work, and not much more."""
 _BATCH_TEXTS = 1 << 13
+_SHORT = 1 << 16
+"""Bytes of a text that no tokenizer cuts."""
 _BYTES_BETWEEN_NOTES = 1 << 26
 """Text that a killed packing may have to tokenise again."""
 
@@ -221,6 +224,10 @@ class _Split:
                     return
                 self.writer.append(tokens)
                 on_read(tokens.nbytes)
+            return
+        if isinstance(content, bytes) and len(content) <= _SHORT:
+            if not self.is_full:
+                self._add_text(content[start:stop], True, on_read)
             return
         text = b""
         for n, piece in enumerate(self._tokenizer.pieces(chunks_of(content, start, stop))):

@@ -25,8 +25,10 @@ TokenArray = NDArray[np.uint16 | np.uint32]
 
 _MOST_TOKENS = 2**24
 """The largest `model.vocab_size`."""
-_PIECE = 2**20
-"""Bytes of a text that are tokenised at once; a longer one is cut if it can be."""
+_WHOLE = 2**20
+"""Bytes of the longest text that is never cut."""
+_PIECE = 2**18
+"""Bytes of the pieces of a longer one, at least."""
 _MOST_BYTES = 2**29
 """Of a tokenizer.json; those of the largest vocabularies are a tenth of it."""
 _END_TOKENS = ("[END]", "<|endoftext|>", "</s>", "[SEP]")
@@ -112,7 +114,8 @@ class ByteTokenizer(Tokenizer):
     name = "byte"
     n_regular_tokens = 256
     special_tokens = ()
-    mask_token, pad_token, end_token = 256, 257, 258
+    _END = 258
+    mask_token, pad_token, end_token = 256, 257, _END
     vocab_size = 259
     _names: ClassVar = {mask_token: "[MASK]", pad_token: "[PAD]", end_token: "[END]"}
 
@@ -122,10 +125,11 @@ class ByteTokenizer(Tokenizer):
 
     def encode_all(self, texts: Sequence[bytes], ended: Sequence[bool]) -> NDArray[np.uint16]:
         """Return the bytes of texts, with [END] after those `ended`."""
-        tokens, at = np.full(sum(map(len, texts)) + sum(ended), self.end_token, np.uint16), 0
-        for text, end in zip(texts, ended, strict=True):
-            tokens[at : at + len(text)] = np.frombuffer(text, np.uint8)
-            at += len(text) + end
+        room = b"".join([part for text, end in zip(texts, ended, strict=True) for part in (text, b"\0" * end)])
+        tokens = np.frombuffer(room, np.uint8).astype(np.uint16)
+        is_end = np.array(ended, dtype=np.bool_)
+        ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)) + is_end)[is_end] - 1
+        tokens[ends] = ByteTokenizer._END
         return tokens
 
     def pieces(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -221,10 +225,11 @@ class FileTokenizer(Tokenizer):
 
     def pieces(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """Cut a text of more than a megabyte where the tokenizer itself begins a new word, if it does."""
-        text, searched = b"", 0
+        text, searched, is_long = b"", 0, False
         for chunk in chunks:
             text += chunk
-            while len(text) > max(_PIECE, searched) + SEEN:
+            is_long = is_long or len(text) > _WHOLE
+            while is_long and len(text) > max(_PIECE, searched) + SEEN:
                 cut = self._cuts.within(text, max(_PIECE, searched))
                 if not cut:
                     searched = len(text) - SEEN

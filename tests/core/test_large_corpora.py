@@ -286,6 +286,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 def test_a_long_text_is_cut_where_it_changes_no_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stackwise_core.data.tokenizer._PIECE", 3_000)
+    monkeypatch.setattr("stackwise_core.data.tokenizer._WHOLE", 9_000)
     library = TOKENIZERS[name]()
     library.add_tokens([AddedToken("<s>", lstrip=True, normalized=False)])
     tokenizer, data = FileTokenizer(library.to_str()), LONG.encode()

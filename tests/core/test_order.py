@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -201,3 +203,30 @@ def test_the_configuration_says_the_block() -> None:
     assert resolve_order(config, 100).block == 0
     config.training.shuffle_block = 7
     assert resolve_order(config, 100).block == 7
+
+
+def test_an_order_that_is_sorted_part_by_part_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is read first, and however few rows are sorted at a time."""
+    orders = [
+        RowOrder(seed=n, n_rows=n, batch_size=b, views=2) for n in (1, 2, 7, 8, 9, 33, 200) for b in (1, 3) if b <= n
+    ]
+    whole = [(order.epoch_rows(1).tolist(), as_lists(order, 0, 40), order.visited(40)) for order in orders]
+    for most, at_once in ((3, 5), (8, 1000)):
+        monkeypatch.setattr("stackwise_core.data.order._SORTED_ROWS", most)
+        monkeypatch.setattr("stackwise_core.data.order._HASHED_ROWS", at_once)
+        for order, (rows, batches, visited) in zip(orders, whole, strict=True):
+            assert order.epoch_rows(1).tolist() == rows
+            assert as_lists(order, 0, 40) == batches
+            assert as_lists(order, 20, 40) == batches[20:]
+            assert [found.tolist() for found in order.visited(40)] == [found.tolist() for found in visited]
+
+
+def test_an_epoch_of_many_rows_takes_the_memory_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stackwise_core.data.order._SORTED_ROWS", 1 << 10)
+    monkeypatch.setattr("stackwise_core.data.order._HASHED_ROWS", 1 << 10)
+    tracemalloc.start()
+    try:
+        assert len(as_lists(RowOrder(seed=1, n_rows=200_000, batch_size=8, views=1), 10_000, 10_010)) == 10
+        assert tracemalloc.get_traced_memory()[1] < 200_000  # and not 8 bytes of each row
+    finally:
+        tracemalloc.stop()
