@@ -52,7 +52,7 @@ class OpenedRun:
     @property
     def is_imported(self) -> bool:
         """Whether its first stacks are those of a model that was trained elsewhere, on texts with its start tokens."""
-        return any(getattr(recipe, "family", "") for recipe in self.attempt.plan.adopted)
+        return any(recipe.family for recipe in self.attempt.plan.adopted)
 
     def rack(self, *, dense: bool = False) -> Rack:
         """Return its rack, see `load_rack`; `dense` gives float32 stacks, adapters merged, which are faster to run."""
@@ -78,7 +78,7 @@ class OpenedRun:
                 _part(whole, [number for number, stack in enumerate(order) if stack <= c]) for c in range(len(order))
             ]
         else:
-            having = [stage for stage in stages if stage.mask is not None and stage.validation is not None]
+            having = [stage for stage in stages if stage.mask is not None and stage.has_head]
             ratios = [stage.mask.ratio for stage in having if stage.mask]
             racks = self._racks(having)
         found = [Denoiser(rack.to(device), ratio) for rack, ratio in zip(racks, ratios, strict=True)]
@@ -97,8 +97,12 @@ class OpenedRun:
         return racks
 
     def validation_rows(self) -> Iterator[IntArray]:
-        """Yield its validation sequences [T], mapped into memory."""
-        _, validation = load_sequences(self.artifacts, self.attempt.plan.data_ref)
+        """Yield its validation sequences [T], mapped into memory; raises ConfigError if it has none here."""
+        ref = self.attempt.plan.data_ref
+        if self.artifacts.state(ref) in (State.ABSENT, State.RETIRED):
+            allowed = f"run {self.attempt.name} has no validation sequences in {self.artifacts.uri}; name a text"
+            raise ConfigError([Fault("--data", "nothing", allowed)])
+        _, validation = load_sequences(self.artifacts, ref)
         for row in range(len(validation)):
             yield validation.take(np.asarray([row]))[0][0]
 
@@ -125,7 +129,7 @@ def open_run(uri: str | Path, run: str, depth: int | None = None) -> OpenedRun:
 def open_runs(uri: str | Path, run: str) -> list[OpenedRun]:
     """Find the racks of a run at every depth, and after its joint anneal; raises ConfigError if there is none."""
     whole = open_run(uri, run)
-    having = [stage.index + 1 for stage in whole.stages if stage.validation]
+    having = [stage.index + 1 for stage in whole.stages if stage.has_head]
     return [OpenedRun(whole.artifacts, whole.attempt, whole.stages[:end]) for end in having]
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from stackwise_core.data.tokenizer import Tokenizer
     from storage.racks import OpenedRun
 
-_AT_ONCE = 8
-"""Sequences of a batch."""
+_AT_ONCE = 4096
+"""Tokens of a batch."""
 _DRAWS = 8
 
 
@@ -99,7 +99,8 @@ def _judge_text(
     from stackwise_core.data.rows import in_batches
     from stackwise_core.generation.judging import TextOf, judge_masked, judge_next_tokens
 
-    batches, text = in_batches(_rows(options, opened, tokenizer), _AT_ONCE), TextOf(tokenizer)
+    size, text = max(1, _AT_ONCE // opened.config.data.seq_len), TextOf(tokenizer)
+    batches = in_batches(_rows(options, opened, tokenizer), size)
     if opened.config.training.progressive.training_objective == "mlm":
         assert tokenizer.mask_token is not None  # it was trained with one
         found = judge_masked(opened.denoisers(device), batches, text, tokenizer.mask_token, options.draws)
@@ -137,8 +138,9 @@ def _show_text(document: dict[str, Any]) -> None:
     table = plain_table("stage", "how", "|depth", "|bits/byte", "|nats/token", "|+-", "|perplexity/token")
     for each in stages:
         bits, nats = (f"{below}{each[key]:.4f}" for key in ("bits_per_byte", "nats_per_token"))
-        rest = (f"{each['nats_per_token_error']:.4f}", f"{below}{each['perplexity_per_token']:.2f}")
-        table.add_row(str(each["stage"]), each["how"], str(each["depth"]), bits, nats, *rest)
+        error = "-" if each["nats_per_token_error"] is None else f"{each['nats_per_token_error']:.4f}"
+        perplexity = f"{below}{each['perplexity_per_token']:.2f}"
+        table.add_row(str(each["stage"]), each["how"], str(each["depth"]), bits, nats, error, perplexity)
     first = stages[0]
     size = f"{first['sequences']:,} sequences, {first['tokens']:,} tokens, {first['bytes']:,} bytes"
     say(f"{document['run']} on {document['data']}: {size}")

@@ -35,8 +35,8 @@ class Judged:
     n_tokens: int
     n_bytes: int
     n_sequences: int
-    error: float
-    """Standard error of the nats per token, from sequence to sequence."""
+    error: float | None
+    """Standard error of the nats per token, from sequence to sequence; None of one sequence."""
 
     @property
     def nats_per_token(self) -> float:
@@ -91,7 +91,7 @@ class _Sums:
         nats, tokens, n_bytes = (np.asarray(each, dtype=np.float64) for each in zip(*self.rows, strict=True))
         mean, n = nats.sum() / max(1.0, tokens.sum()), len(nats)
         spread = math.sqrt(float(np.square(nats - mean * tokens).sum()) / max(1, n - 1) / n)
-        error = spread / max(1e-12, float(tokens.mean()))
+        error = spread / max(1e-12, float(tokens.mean())) if n > 1 else None
         return Judged(float(nats.sum()), int(tokens.sum()), int(n_bytes.sum()), n, error)
 
 

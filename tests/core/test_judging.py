@@ -155,6 +155,7 @@ def test_draws_depend_on_the_tokens_alone() -> None:
     together = judge_masked([Denoiser(rack)], [rows], TextOf(BYTES), 256, 4)
     alone = [judge_masked([Denoiser(rack)], [row[None]], TextOf(BYTES), 256, 4).nats for row in rows]
     assert together.nats == pytest.approx(sum(alone))
+    assert judge_masked([Denoiser(rack)], [rows[:1]], TextOf(BYTES), 256, 4).error is None
     assert together.error == pytest.approx(np.std(np.array(alone) / 10, ddof=1) / 2)
 
 

@@ -93,7 +93,7 @@ def test_blocks_are_filled_from_left_to_right() -> None:
 
 def test_draws_follow_the_distribution_and_their_seed() -> None:
     """One masked token among equal contexts: how often each token is drawn, within four deviations."""
-    rack, n = rack_of(), 300
+    rack, n = rack_of(), 150
     found = rack.unmask([[3, MASK, 5]] * n, MASK, temperature=1.0)
     counts = np.bincount([row[1] for row in found], minlength=V)
     p = probabilities(rack, [3, MASK, 5])[1]

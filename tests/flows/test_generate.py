@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 
 from stackwise_core.config.stacks import mask_ratio_of, resolve_time_input, stack_time_step
 from stackwise_core.generation.unmask import Denoiser, Unmasking, unmask
+from stackwise_core.interop.families import FAMILIES
 from storage.racks import load_rack, open_run
+from support.checkpoints import saved_checkpoint
 from support.commands import Run
 from support.modes import G
 from support.runs import grown, tiny
@@ -140,8 +143,8 @@ BY_DEPTH = {**QUICK, f"{G}time_interpretation": "depth", "training.mask_ratio_mi
 @pytest.mark.parametrize(
     ("changes", "depths"),
     [
-        ({**QUICK}, [2]),
-        ({**QUICK, f"{G}time_interpretation": "input", f"{G}num_time_steps": 10}, [2]),
+        ({**QUICK, f"{G}target_stacks": 1}, [1]),
+        ({**QUICK, f"{G}target_stacks": 1, f"{G}time_interpretation": "input", f"{G}num_time_steps": 10}, [1]),
         (BY_DEPTH, [2, 1]),
         ({**BY_DEPTH, f"{G}building_mode": "prepend", f"{G}new_stack_precision": "bfloat16"}, [2, 1]),
     ],
@@ -194,3 +197,35 @@ def test_a_run_with_targets_of_its_own_makes_no_text(reference: Reference, run: 
     assert answer.faults[0].startswith("RUN: got 'tiny'; run tiny was trained on targets of its own (custom)")
     answer = run("generate", "tiny", "--artifacts", reference(), "--prompt", "x", "--steps", 3, "--order", "margin")
     assert [fault[: fault.index(";")] for fault in answer.faults] == ["--order: got 'margin'", "--steps: got 3"]
+
+
+# ---------------------------------------------------------------- imported models
+
+
+def test_an_imported_model_continues_as_transformers_does(tmp_path: Path, run: Run) -> None:
+    """With the token that its tokenizer begins every text with, and by its chat template."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder, model = saved_checkpoint(tmp_path / "model", FAMILIES[0])
+    library = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library.post_processor = processors.TemplateProcessing(single="[END] $A", special_tokens=[("[END]", 258)])
+    library.save(str(folder / "tokenizer.json"))
+    template = "{% for each in messages %}{{ '[PAD]' + each.role + each.content + eos_token }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    theirs: Any = PreTrainedTokenizerFast.from_pretrained(folder, split_special_tokens=False)
+    root = tmp_path / "a"
+    assert run("import", folder, "--name", "base", "--artifacts", root).code == 0
+    chat = theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=True, return_dict=False)
+    for ids, how in ((theirs("Hi").input_ids, ()), (chat, ("--chat",))):
+        assert ids[0] == (257 if how else 258)
+        given = torch.tensor([ids])
+        found = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=9, do_sample=False)
+        answer = run("generate", "base", "--artifacts", root, "--prompt", "Hi", "--max-new-tokens", 9, *how, "--json")
+        tokens = answer.document["completions"][0]["tokens"]
+        assert tokens == [token for token in found[0, len(ids) :].tolist() if token != 258]
+    answer = run("evaluate", "base", "--artifacts", root)
+    assert (answer.code, answer.faults[0][:49]) == (2, "--data: got nothing; run base has no validation s")
+    (tmp_path / "text.txt").write_text("some text")
+    assert run("evaluate", "base", "--artifacts", root, "--data", "text.txt", "--depth", "all", "--json").document[
+        "stages"
+    ]
