@@ -169,13 +169,6 @@ def test_where_nothing_can_be_written(reference: Reference, run: Run) -> None:
     assert result.faults[0].startswith("--to: got ")
 
 
-def test_a_mask_filler_without_such_an_architecture(tmp_path: Path, run: Run) -> None:
-    changes = {**DEPTH, f"{G}target_stacks": 1, "model.attention": "causal"}
-    grown(tiny(tmp_path, changes), tmp_path / "a")
-    result = run("export", "tiny", "--artifacts", tmp_path / "a", "--to", "out")
-    assert (result.code, "model.attention: bidirectional" in result.err) == (2, True)
-
-
 # ---------------------------------------------------------------- Hugging Face
 
 

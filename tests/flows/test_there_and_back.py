@@ -27,9 +27,10 @@ CHECKPOINTS = {
     "Qwen2": (QWEN2, {"rope_parameters": ROPES["linear"]}, {f"{G}stacks": [{}, {}, {"mode": "prepend"}, {}]}),
     "Qwen3": (QWEN3, {"head_dim": 16, "rope_parameters": ROPES["yarn"]}, {}),
 }
+SIMPLER = ("Llama", "Mistral", "Qwen2")
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", ["Qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in SIMPLER)])
 def test_import_grow_export(name: str, tmp_path: Path, run: Run) -> None:
     family, options, changes = CHECKPOINTS[name]
     folder, model = saved_checkpoint(tmp_path / "model", family, **options)
