@@ -47,7 +47,7 @@ class Imported(NamedTuple):
 
 def cut(n_layers: int, blocks_per_stack: int | None) -> list[range]:
     """Return the layers of each stack; None cuts a model into at most 8. Raises ConfigError."""
-    size = blocks_per_stack or min(_MOST_BLOCKS, -(-n_layers // _USUAL_STACKS))
+    size = min(_MOST_BLOCKS, -(-n_layers // _USUAL_STACKS)) if blocks_per_stack is None else blocks_per_stack
     if not 1 <= size <= _MOST_BLOCKS or n_layers > size * _MOST_STACKS:
         allowed = f"1 to {_MOST_BLOCKS} blocks, and at most {_MOST_STACKS} stacks"
         raise ConfigError([Fault("--blocks-per-stack", str(blocks_per_stack), allowed)])

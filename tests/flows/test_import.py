@@ -19,7 +19,7 @@ from stackwise_core.model.rack import Rack
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts
 from storage.errors import ArtifactMissingError
-from storage.imports import import_checkpoint
+from storage.imports import cut, import_checkpoint
 from storage.racks import load_rack, open_run
 from support.checkpoints import ROPES, rewritten, saved_checkpoint
 from support.commands import Run
@@ -230,3 +230,17 @@ def test_a_tokenizer_that_does_not_match_the_vocabulary_is_refused(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
         open_run(tmp_path / "artifacts", "base").tokenizer()
     assert run("import", folder, "--name", "a b", "--artifacts", tmp_path / "artifacts").code == 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "asked", "blocks"),
+    [(30, None, [4] * 7 + [2]), (3, None, [1, 1, 1]), (5, 2, [2, 2, 1]), (4, 128, [4]), (5, 0, None), (5, 129, None)],
+)
+def test_a_model_is_cut_into_stacks(layers: int, asked: int | None, blocks: list[int] | None) -> None:
+    if blocks is None:
+        with pytest.raises(ConfigError, match="--blocks-per-stack"):
+            cut(layers, asked)
+    else:
+        cuts = cut(layers, asked)
+        assert [len(each) for each in cuts] == blocks
+        assert [number for each in cuts for number in each] == list(range(layers))
