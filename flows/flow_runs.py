@@ -119,11 +119,12 @@ def end(message: str) -> State[Any]:
 
 
 def end_killed_tasks() -> None:
-    """Show tasks as Crashed whose process was killed: of earlier starts of this flow run, and of ours that have ended.
+    """Show tasks as Crashed whose process was killed.
 
+    They are those of earlier starts of this flow run and its subflows, and of runs of ours that have ended.
     Prefect tells how the process of a flow ended, but says nothing of its tasks, which would seem to run for ever.
     """
-    mine = {"id": {"any_": [flow_run.id]}}
+    mine = {"operator": "or_", "id": {"any_": [flow_run.id]}, "parent_flow_run_id": {"any_": [flow_run.id]}}
     # The last word on a task may reach the server a little later than that on its flow.
     ended = {"end_time": {"before_": (datetime.now(UTC) - _TASKS_MAY_LAG).isoformat()}, "tags": {"all_": [TAG]}}
     running = TaskRunFilter.model_validate({"state": {"type": {"any_": ["PENDING", "RUNNING"]}}})

@@ -135,8 +135,9 @@ def test_tasks_of_killed_processes_do_not_seem_to_run_for_ever(monkeypatch: pyte
     """Those of runs of ours that have ended a while ago, and of this run before it was retried; no others."""
     with get_client(sync_client=True) as client:
 
-        def seeming(state: Any, *tags: str) -> tuple[uuid.UUID, uuid.UUID]:
-            flow_run = client.create_flow_run(train_rack, parameters={}, tags=tags, state=Running()).id
+        def seeming(state: Any, *tags: str, parent: uuid.UUID | None = None) -> tuple[uuid.UUID, uuid.UUID]:
+            how: dict[str, Any] = {"parameters": {}, "tags": tags, "state": Running(), "parent_task_run_id": parent}
+            flow_run = client.create_flow_run(train_rack, **how).id
             task = client.create_task_run(validate, flow_run, uuid.uuid4().hex, state=Running()).id
             client.set_flow_run_state(flow_run, state, force=True)
             return flow_run, task
@@ -146,16 +147,18 @@ def test_tasks_of_killed_processes_do_not_seem_to_run_for_ever(monkeypatch: pyte
         a_while_ago = datetime.now(UTC)
         others += [seeming(Crashed(), TAG), seeming(Running(), TAG)]
         retried = seeming(Running(), TAG)
+        stands_for_subflow = client.create_task_run(validate, retried[0], "subflow", state=Running()).id
+        again = [retried, seeming(Crashed(), TAG, parent=stands_for_subflow)]
 
         def shown() -> dict[uuid.UUID, str]:
-            return {task: client.read_task_run(task).state_name or "" for _, task in (*dead, retried, *others)}
+            return {task: client.read_task_run(task).state_name or "" for _, task in (*dead, *again, *others)}
 
         for run_count in (1, 2):
             at = SimpleNamespace(id=str(retried[0]), run_count=run_count)
             monkeypatch.setattr(flow_runs, "flow_run", at)
             monkeypatch.setattr(flow_runs, "_TASKS_MAY_LAG", datetime.now(UTC) - a_while_ago)
             flow_runs.end_killed_tasks()
-            ended = [task for _, task in (*dead, *([retried] if run_count > 1 else []))]
+            ended = [task for _, task in (*dead, *(again if run_count > 1 else []))]
             assert shown() == {task: "Crashed" if task in ended else "Running" for task in shown()}
 
 
