@@ -138,9 +138,9 @@ class RopeScaling(BaseModel, frozen=True, extra="forbid", strict=True, use_attri
 
     @model_validator(mode="after")
     def _has_a_transition(self) -> Self:
-        if self.low_freq_factor >= self.high_freq_factor:
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(f"low_freq_factor must be below high_freq_factor = {self.high_freq_factor}")
-        if self.beta_slow >= self.beta_fast:
+        if self.kind == "yarn" and self.beta_slow >= self.beta_fast:
             raise ValueError(f"beta_slow must be below beta_fast = {self.beta_fast}")
         return self
 

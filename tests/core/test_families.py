@@ -202,6 +202,14 @@ def test_what_no_block_can_do_is_refused_with_its_key(values: dict[str, Any], to
     assert told in str(fault)
 
 
+@pytest.mark.parametrize("kind", ["none", "linear", "yarn"])
+def test_numbers_of_another_kind_of_stretching_are_notes(kind: str) -> None:
+    of_llama3 = {"kind": kind, "factor": 1.0 if kind == "none" else 2.0, "low_freq_factor": 9.0}
+    config = StackWiseConfig.from_dict({"model": {"rope_scaling": of_llama3}})
+    shape = resolve_shape(config).rope_scaling
+    assert shape is None or shape.low_freq_factor == 1.0  # it does not enter what is trained
+
+
 def test_wide_heads_may_have_any_number_and_nvfp4_names_their_width() -> None:
     StackWiseConfig.from_dict({"model": {"d_model": 64, "n_heads": 3, "head_dim": 32}})
     with pytest.raises(ConfigError, match=r"model\.head_dim: .*16 must divide the layers of width 120"):

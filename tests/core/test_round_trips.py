@@ -28,6 +28,11 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "data.source": TEXT,
     "data.tokenizer": TEXT,
     "model.vocab_size": st.just(0) | st.integers(2, 2**24),
+    # Whatever the others are, the low frequencies are below the high ones.
+    "model.rope_scaling.low_freq_factor": st.floats(0, 1, exclude_min=True),
+    "model.rope_scaling.high_freq_factor": st.floats(4, 1e9),
+    "model.rope_scaling.beta_slow": st.floats(0, 1, exclude_min=True),
+    "model.rope_scaling.beta_fast": st.floats(2, 1e9),
     "hardware.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:0", "cuda:12"]),
     "training.custom_loss": FUNCTIONS | st.just(""),
     "training.mask_ratio_table": st.lists(st.floats(0, 1, exclude_min=True), max_size=3),

@@ -209,17 +209,20 @@ def _meanwhile(monkeypatch: pytest.MonkeyPatch, look: int, act: Callable[[], Non
     """Let something happen just before the n-th look at a file; the list says whether it came to that."""
     happened: list[bool] = []
     looks = 0
-    stat = Path.stat
 
-    def looking(path: Path, **how: Any) -> os.stat_result:
-        nonlocal looks
-        looks += 1
-        if looks == look + 1:
-            happened.append(True)
-            act()
-        return stat(path, **how)
+    def looked(stat: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
+        def looking(path: Any, **how: Any) -> os.stat_result:
+            nonlocal looks
+            looks += 1
+            if looks == look + 1:
+                happened.append(True)
+                act()
+            return stat(path, **how)
 
-    monkeypatch.setattr(Path, "stat", looking)
+        return looking
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, looked(getattr(os, name)))
     return happened
 
 
