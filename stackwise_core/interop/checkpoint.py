@@ -82,8 +82,9 @@ class Checkpoint:
 
     def _inside(self, name: str) -> Path:
         """Return the real path of a file; one that leads out of the folder is refused."""
-        real, base = os.path.realpath(self.folder / name), os.path.realpath(self.folder)
-        if os.path.commonpath([real, base]) != base:
+        real, base = os.path.realpath(self.folder / name), Path(os.path.realpath(self.folder))
+        # The cache of the Hub keeps contents in a folder beside those of snapshots, which hold links alone.
+        if not any(Path(real).is_relative_to(allowed) for allowed in (base, *_blobs_of(base))):
             problem = f"is a link that leads out of the folder, to {real}"
             raise CheckpointError(self.folder / name, problem, "Copy the folder with `cp -rL` and import the copy")
         return Path(real)
@@ -219,6 +220,12 @@ def expected(shape: ModelShape, n_layers: int) -> dict[str, tuple[int, ...]]:
     block = {theirs: sizes(ours) for ours, theirs in block_tensors(shape).items()}
     blocks = {f"{layer(n)}{theirs}": size for n in range(n_layers) for theirs, size in block.items()}
     return {EMBEDDING: (V, D), **blocks, NORM: (D,), HEAD: (V, D)}
+
+
+def _blobs_of(folder: Path) -> list[Path]:
+    """Return where the files of a snapshot of the Hub's cache lie, models--OWNER--NAME/blobs; nothing of another."""
+    model = folder.parent.parent
+    return [model / "blobs"] if folder.parent.name == "snapshots" and model.name.startswith("models--") else []
 
 
 def _some(names: list[str]) -> str:

@@ -164,6 +164,22 @@ def test_a_folder_may_be_a_link_and_hold_links_inside_itself(folder: Path, tmp_p
     assert Checkpoint(tmp_path / "link").digest() == Checkpoint(folder).digest()
 
 
+def test_a_snapshot_in_the_cache_of_the_hub_is_a_folder_too(folder: Path, tmp_path: Path) -> None:
+    """Its files are links to contents that all snapshots of the model share; a link to anywhere else stays refused."""
+    model = tmp_path / "hub" / "models--owner--name"
+    snapshot = model / "snapshots" / "0123abc"
+    for made in (snapshot, model / "blobs"):
+        made.mkdir(parents=True)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        shutil.copy(path, model / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert Checkpoint(snapshot).digest() == Checkpoint(folder).digest()
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(folder / "config.json")
+    with pytest.raises(CheckpointError, match="leads out of the folder"):
+        Checkpoint(snapshot)
+
+
 def test_a_file_that_changes_while_it_is_read_is_noticed(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     checkpoint.check_unchanged()
