@@ -1,15 +1,12 @@
 """Head and loss of a vocabulary of 128,256 tokens at 2,048 positions, forward and backward: in chunks, and whole.
 
 The chunks are ours; beside them `torch.nn.functional.linear_cross_entropy` whole, and with torch's own chunks. A peak
-is that of a process of its own, over what it held before the first loss.
+is that of the tensors that a step makes, the gradients among them.
 """
 
 from __future__ import annotations
 
 import os
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 
 import torch
@@ -17,7 +14,8 @@ from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import linear_cross_entropy
 
-from benchmarks.harness import ROOT, Measure, interleaved, ratios
+from benchmarks.harness import Measure, interleaved, ratios
+from benchmarks.memory import peak_bytes
 from stackwise_core.objectives.chunked_loss import chunked_cross_entropy
 
 N_POSITIONS, VOCABULARY, D_MODEL = 2048, 128_256, 576
@@ -45,14 +43,14 @@ def measure(quick: bool) -> list[Measure]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     names = list(LOSSES)[:2] if quick else list(LOSSES)
     steps = {name: _step(LOSSES[name]) for name in names}
-    seconds = interleaved(steps, rounds=1 if quick else 5)
-    peaks = {name: [_peak_of(name) / 1e9] for name in names}
+    seconds = interleaved(steps, rounds=1 if quick else 3)
+    peaks = {name: [_peak_of(step) / 1e9] for name, step in steps.items()}
     times = [
         Measure(CASE, f"time, ours / {name}", "", ratios(seconds[names[0]], seconds[name]), at_most=1.1)
         for name in names[1:]
     ]
     less = Measure(CASE, "peak memory, ours / torch, whole", "", ratios(peaks[names[0]], peaks[names[1]]), at_most=0.4)
-    return [*times, less, *(Measure(CASE, f"peak memory over the base, {name}", "GB", peaks[name]) for name in names)]
+    return [*times, less, *(Measure(CASE, f"peak memory, {name}", "GB", peaks[name]) for name in names)]
 
 
 def _step(loss: Loss) -> Callable[[], None]:
@@ -68,19 +66,8 @@ def _step(loss: Loss) -> Callable[[], None]:
     return step
 
 
-def _peak_of(name: str) -> float:
-    """Return the peak of one step over what a process held before it [bytes]."""
-    done = subprocess.run([sys.executable, "-m", __name__, name], cwd=ROOT, capture_output=True, text=True, check=True)
-    return float(done.stdout)
-
-
-def _held() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    step = _step(LOSSES[sys.argv[1]])
-    before = _held()
-    step()
-    print(_held() - before)
+def _peak_of(step: Callable[[], None]) -> float:
+    """Return the peak of the tensors that one step makes [bytes]."""
+    with peak_bytes(torch.device("cpu")) as peak:
+        step()
+    return float(peak[0])
