@@ -135,7 +135,7 @@ def _show_text(document: dict[str, Any]) -> None:
     stages = document["stages"]
     bound = document["bound"]
     below = "<= " if bound else ""
-    table = plain_table("stage", "how", "|depth", "|bits/byte", "|nats/token", "|+-", "|perplexity/token")
+    table = plain_table("stage", "how", "|depth", "|bits/byte", "|nats/token", "|+-", "|ppl/token")
     for each in stages:
         bits, nats = (f"{below}{each[key]:.4f}" for key in ("bits_per_byte", "nats_per_token"))
         error = "-" if each["nats_per_token_error"] is None else f"{each['nats_per_token_error']:.4f}"
@@ -182,7 +182,7 @@ def _judge_pairs(
 
 
 def _pairs(path: Path) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Yield the pairs of a file, each with the number of its line; raises ConfigError at one that is none."""
+    """Yield the pairs of a file with their line numbers; raises ConfigError at a line that is not a pair."""
     from stackwise_core.data.sources import parse_object
 
     number = 0

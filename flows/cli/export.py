@@ -26,7 +26,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="hf", choices=("hf", "gguf"), help=help_text)
     help_text = "type of the written weights (default: float32)"
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help=help_text)
-    help_text = "where diffusion time is an input: the step to fix; each is a folder of its own"
+    help_text = "where diffusion time is an input: the step to export; every step needs its own folder"
     parser.add_argument("--time-step", type=int, metavar="T", help=help_text)
     help_text = "send the folder to this repository of Hugging Face; a new one is private"
     parser.add_argument("--push", metavar="OWNER/NAME", help=help_text)

@@ -108,7 +108,7 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _prompts(given: list[str] | None) -> list[str]:
-    """Return the texts to continue; raises ConfigError if there is none, or one is not UTF-8."""
+    """Return the texts to continue; raises ConfigError if there are none, or a text is not UTF-8."""
     if given is not None:
         return [_text(text.encode(errors="surrogateescape"), "--prompt") for text in given]
     if sys.stdin.isatty():

@@ -29,7 +29,7 @@ class Repository:
         The token comes from HF_TOKEN or from the login of `hf auth login`, and from nowhere else.
 
         Raises:
-            ConfigError: the name is none, or there is no token.
+            ConfigError: the name is not owner/name, or there is no token.
         """
         if find_spec("huggingface_hub") is None:
             raise _refused(name, "it needs the package huggingface_hub: pip install 'stackwise[hub]'")
