@@ -17,6 +17,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import Precision
 from stackwise_core.data.tokenizer import Tokenizer, load_tokenizer
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.failpoints import failpoint
 from stackwise_core.interop.checkpoint import BESIDE, CONFIG, TOKENIZER, Checkpoint, check_precision
 from stackwise_core.interop.hf_import import PRECISION, rack_tensors
 from stackwise_core.model.saving import serialised
@@ -168,8 +169,9 @@ def _write(checkpoint: Checkpoint, blocks: list[range], precision: Precision, sc
             write(name, data)
     if TOKENIZER in hashes:
         _check_vocabulary(load_tokenizer(str(scratch / TOKENIZER)), checkpoint)
-    for path, tensors in rack_tensors(checkpoint, blocks, precision):
+    for number, (path, tensors) in enumerate(rack_tensors(checkpoint, blocks, precision)):
         write(path, serialised(tensors))
+        failpoint("import-write", number)
     return hashes
 
 
@@ -240,6 +242,7 @@ def _seal(
                 for path, name in _files_of(files, spec.index, last=stage is plan.stages[-1]).items():
                     os.replace(scratch / path, work / name)
                     checksums[name] = (work / name).stat().st_size, f"sha256:{files[path]}"
+                failpoint("import-seal", stage.index)
                 facts: dict[str, Any] = {
                     "adopted": True,
                     "imported": {"family": recipe.family, **source},

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from flows.cli.main import main
 from flows.run.events import Message, StepTaken, TaskStarted, subscribed
 from flows.run.run import grow
 from stackwise_core.errors import StackWiseError
@@ -50,6 +51,21 @@ def _child(pipe: Connection, folder: Path, root: Path, changes: dict[str, Any], 
         code = error.exit_code
     pipe.close()
     sys.exit(code)
+
+
+def _command(arguments: tuple[str, ...], failpoint: str) -> None:
+    os.environ["STACKWISE_FAILPOINT"] = failpoint
+    os.fsync = lambda fd: None
+    sys.exit(main(list(arguments)))
+
+
+def run_to(failpoint: str, *arguments: object) -> int:
+    """Run a command in a process of its own that a failpoint ends; return its exit code (negative: the signal)."""
+    process = _SPAWN.Process(target=_command, args=(tuple(map(str, arguments)), failpoint), daemon=True)
+    process.start()
+    process.join(300)
+    assert process.exitcode is not None, f"it hangs: {arguments}"
+    return process.exitcode
 
 
 class Child:
