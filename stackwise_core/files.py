@@ -78,3 +78,18 @@ def standing_folder(target: Path) -> Path:
 def _aside(target: Path) -> Path:
     """Return a name that no user gives to a folder: what has it may be deleted."""
     return target.with_name(f".{target.name}.replaced")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the real path of a file in a stranger's folder; raises ValueError if it is a link that leads out of it."""
+    real, base = Path(os.path.realpath(folder / name)), Path(os.path.realpath(folder))
+    # The cache of the Hub keeps contents in a folder beside those of snapshots, which hold links alone.
+    if not any(real.is_relative_to(allowed) for allowed in (base, *_blobs_of(base))):
+        raise ValueError(f"is a link that leads out of the folder, to {real}")
+    return real
+
+
+def _blobs_of(folder: Path) -> list[Path]:
+    """Return where the files of a snapshot of the Hub's cache lie, models--OWNER--NAME/blobs; nothing of another."""
+    model = folder.parent.parent
+    return [model / "blobs"] if folder.parent.name == "snapshots" and model.name.startswith("models--") else []

@@ -77,6 +77,9 @@ def import_checkpoint(
         ConfigError: the name belongs to another run, or the tokenizer does not fit the vocabulary.
         CheckpointError: a file is damaged, or changed while it was read.
     """
+    if not checkpoint.described.family.causal:
+        allowed = "it fills in masked tokens; `generate` and `evaluate` read the folder, and nothing can grow on it"
+        raise ConfigError([Fault("config.json: architectures", checkpoint.described.family.architecture, allowed)])
     blocks = cut(checkpoint.described.n_layers, blocks_per_stack)
     kept = precision or PRECISION[checkpoint.dtype]
     config = _config(name, checkpoint, len(blocks))

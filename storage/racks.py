@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,7 @@ from stackwise_core.data.masks import IntArray
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.generation.unmask import Denoiser
-from stackwise_core.model.adapters import adapter_names, merged_dense
-from stackwise_core.model.blocks import Stack
-from stackwise_core.model.precision import base_linears, storage_of
+from stackwise_core.interop.parts import dense_rack
 from stackwise_core.model.rack import Rack
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.saved_builder import check_no_code
@@ -27,6 +26,7 @@ from stackwise_core.model.snapshot import Snapshot
 from stackwise_core.stages.adopt import adopting
 from stackwise_core.stages.identity import StackRecipe
 from stackwise_core.stages.plan import StagePlan
+from stackwise_core.stages.resolve import ModelShape
 from stackwise_core.stages.stages import last_trained
 from storage.adopt import NO_TOKENIZER, with_tokenizer
 from storage.artifacts import Artifacts, State, artifacts_at
@@ -54,10 +54,27 @@ class OpenedRun:
         """Whether its first stacks are those of a model that was trained elsewhere, on texts with its start tokens."""
         return any(recipe.family for recipe in self.attempt.plan.adopted)
 
+    @property
+    def called(self) -> dict[str, str]:
+        """What a document calls it."""
+        return {"run": self.attempt.name}
+
+    @property
+    def ids(self) -> dict[str, Any]:
+        """What a document says of its rack."""
+        stage = self.stages[-1]
+        said = {"stage": stage.index, "how": stage.spec.name, "depth": len(stage.spec.stacks)}
+        return {**said, "stack": stage.ref("stack").name}
+
+    @property
+    def shape(self) -> ModelShape:
+        """The shape of its rack."""
+        return self.stages[-1].shape
+
     def rack(self, *, dense: bool = False) -> Rack:
         """Return its rack, see `load_rack`; `dense` gives float32 stacks, adapters merged, which are faster to run."""
         rack = _rack(self.artifacts, self.stages)
-        return _dense(rack) if dense else rack
+        return dense_rack(rack) if dense else rack
 
     def denoisers(self, device: torch.device | None = None) -> list[Denoiser]:
         """Return dense racks that fill in masked tokens: one or, where depth is time, one for each depth by its noise.
@@ -91,7 +108,7 @@ class OpenedRun:
         for stage in stages:
             so_far = self.stages[: stage.index + 1]
             rack = _rack(self.artifacts, so_far, loaded)
-            racks.append(_dense(rack))
+            racks.append(dense_rack(rack))
             for stack, module in zip(stage.spec.anatomy.order, rack.stacks, strict=True):
                 loaded[_state_of(so_far, stack)] = module
         return racks
@@ -227,15 +244,3 @@ def _part(rack: Rack, numbers: Sequence[int]) -> Rack:
     part.embedding, part.head = rack.embedding, rack.head
     part.stacks.extend(rack.stacks[number] for number in numbers)
     return part.eval()
-
-
-def _dense(rack: Rack) -> Rack:
-    """Return a rack with its stacks replaced by dense ones where they are not."""
-    for number, stack in enumerate(rack.stacks):
-        if isinstance(stack, Stack) and not _is_dense(stack):
-            rack.stacks[number] = merged_dense(stack)
-    return rack.requires_grad_(False).eval()
-
-
-def _is_dense(stack: Stack) -> bool:
-    return not adapter_names(stack) and {storage_of(linear) for linear in base_linears(stack).values()} == {"float32"}

@@ -1,4 +1,4 @@
-"""`stackwise generate`: text from the rack of a run, on the terminal as it comes."""
+"""`stackwise generate`: text from a rack, on the terminal as it comes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flows.cli.arguments import add_common
+from flows.cli.opening import add_rack, objective_of, open_racks
 from flows.run.say import complain, say, say_json
 from stackwise_core.errors import ConfigError, Fault, shown
 
 if TYPE_CHECKING:
+    from flows.cli.opening import Opened
     from stackwise_core.data.tokenizer import Tokenizer
     from stackwise_core.generation.text import TextStream
-    from storage.racks import OpenedRun
 
 _MOST_BYTES = 2**26
 """Of a prompt on stdin."""
@@ -31,7 +32,7 @@ class _Made(NamedTuple):
 def add_generate(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `generate`."""
     add_common(parser, _run, json=True)
-    parser.add_argument("name", metavar="RUN", help="name of a run")
+    add_rack(parser)
     help_text = "a text to continue; may be repeated; default: the text on stdin"
     parser.add_argument("--prompt", action="append", metavar="TEXT", help=help_text)
     help_text = "put the text as a message into the chat template of the tokenizer"
@@ -69,14 +70,9 @@ def _run(options: argparse.Namespace) -> None:
     texts = _prompts(options.prompt)
     if options.max_new_tokens < 1:
         raise ConfigError([Fault("--max-new-tokens", repr(options.max_new_tokens), "1 or more")])
-    from storage.racks import open_run
-
-    opened = open_run(options.artifacts, options.name, options.depth)
-    objective = opened.config.training.progressive.training_objective
-    if objective == "custom":
-        allowed = f"run {options.name} was trained on targets of its own (custom), so that no text can be made from it"
-        raise ConfigError([Fault("RUN", repr(options.name), allowed)])
-    _refuse_unused(options, objective)
+    (opened,) = open_racks(options, options.depth)
+    objective = objective_of(opened)
+    _refuse_unused(options, opened, objective)
     tokenizer = opened.tokenizer()
     prompts = [_encoded(options, opened, tokenizer, text) for text in texts]
     n_new = _room(options, prompts, opened.config.data.seq_len)
@@ -92,10 +88,10 @@ def _run(options: argparse.Namespace) -> None:
         complain(f"ended at {context:,} tokens, the length that the rack was trained on; --beyond-context goes on")
 
 
-def _refuse_unused(options: argparse.Namespace, objective: str) -> None:
+def _refuse_unused(options: argparse.Namespace, opened: Opened, objective: str) -> None:
     """Refuse options of the other kind of run, before anything is loaded."""
-    other = _MASKED if objective == "clm" else _CAUSAL
-    allowed = f"run {options.name} was trained with {objective}, where it means nothing; leave it out"
+    other, ((kind, name),) = _MASKED if objective == "clm" else _CAUSAL, opened.called.items()
+    allowed = f"{kind} {name} was trained with {objective}, where it means nothing; leave it out"
     given = [name for name in other if getattr(options, name) is not None]
     if given:
         raise ConfigError(
@@ -127,7 +123,7 @@ def _text(data: bytes, where: str) -> str:
         raise ConfigError([Fault(where, received, "give text in UTF-8")]) from None
 
 
-def _encoded(options: argparse.Namespace, opened: OpenedRun, tokenizer: Tokenizer, text: str) -> list[int]:
+def _encoded(options: argparse.Namespace, opened: Opened, tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the tokens of a prompt, after those that an imported model expects; an empty one begins a document."""
     if options.chat:
         from stackwise_core.generation.chat import render_chat
@@ -155,7 +151,7 @@ def _room(options: argparse.Namespace, prompts: list[list[int]], context: int) -
 
 
 def _continued(
-    options: argparse.Namespace, opened: OpenedRun, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], n_new: int
+    options: argparse.Namespace, opened: Opened, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], n_new: int
 ) -> list[_Made]:
     """Return what follows each prompt; a single one is shown as it comes."""
     from stackwise_core.generation.generate import generate
@@ -183,7 +179,7 @@ def _continued(
 
 
 def _filled_in(
-    options: argparse.Namespace, opened: OpenedRun, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], n_new: int
+    options: argparse.Namespace, opened: Opened, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], n_new: int
 ) -> list[_Made]:
     """Return what a rack that was trained on masked tokens fills in after each prompt."""
     from stackwise_core.generation.text import TextStream
@@ -194,7 +190,7 @@ def _filled_in(
     streams = [TextStream(tokenizer, prompt, options.stop) for prompt in prompts]
     denoisers = opened.denoisers(use_hardware(opened.config.hardware))
     assert tokenizer.mask_token is not None  # it was trained with one
-    never = {tokenizer.pad_token, *range(tokenizer.vocab_size, opened.stages[-1].shape.vocab_size)}
+    never = {tokenizer.pad_token, *range(tokenizer.vocab_size, opened.shape.vocab_size)}
     rows = [[*prompt, *[tokenizer.mask_token] * n_new] for prompt in prompts]
     filled = unmask(denoisers, rows, tokenizer.mask_token, how, sorted(never - {tokenizer.end_token}))
     made = [
@@ -222,9 +218,9 @@ def _cut(tokenizer: Tokenizer, tokens: list[int], stream: TextStream) -> _Made:
 
 
 def _document(
-    options: argparse.Namespace, opened: OpenedRun, texts: Sequence[str], made: Sequence[_Made], n_new: int
+    options: argparse.Namespace, opened: Opened, texts: Sequence[str], made: Sequence[_Made], n_new: int
 ) -> dict[str, Any]:
-    stage, short = opened.stages[-1], n_new < options.max_new_tokens
+    short, ids = n_new < options.max_new_tokens, opened.ids
     completions = [
         {
             "prompt": text,
@@ -234,8 +230,8 @@ def _document(
         }
         for text, each in zip(texts, made, strict=True)
     ]
-    ids = {"run": opened.attempt.name, "stage": stage.index, "stack": stage.ref("stack").name}
-    return {**ids, "depth": len(stage.spec.stacks), "seed": options.seed, "completions": completions}
+    said = {key: ids[key] for key in ("stage", "stack", "depth")}
+    return {**opened.called, **said, "seed": options.seed, "completions": completions}
 
 
 def _show(piece: str) -> None:

@@ -38,8 +38,10 @@ _COMMANDS = {
     "export": Command("write the rack of a run for transformers", "quickstart --to model --dtype bfloat16"),
     "import": Command("make a Hugging Face checkpoint a run, to grow on", "./SmolLM2-135M --name smol", "imports"),
     "inspect": Command("show one artifact: layout, provenance, statistics", "activations-1-3f2a --html store.html"),
-    "generate": Command("continue a text with the rack of a run", "quickstart --prompt 'def main' --temperature 0.8"),
-    "evaluate": Command("measure how well the rack of a run predicts text", "quickstart --depth all"),
+    "generate": Command(
+        "continue a text with a rack, of a run or in a folder", "quickstart --prompt 'def main' --temperature 0.8"
+    ),
+    "evaluate": Command("measure how well a rack, of a run or in a folder, predicts text", "quickstart --depth all"),
     "verify": Command("recompute every checksum, and sampled cache rows from tokens", "quickstart"),
     "gc": Command("remove unreachable artifacts and leftovers of killed processes", "--dry-run"),
     "du": Command("show which runs use how much disk space", "--json"),

@@ -10,6 +10,7 @@ from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from stackwise_core.errors import ConfigError, Fault, shortened
+from stackwise_core.files import inside
 from stackwise_core.strict import parse_object, read_bounded, told
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -106,7 +107,7 @@ def _template(tokenizer: Path, settings: dict[str, Any]) -> str:
 def _beside(tokenizer: Path, name: str) -> bytes | None:
     path = tokenizer.with_name(name)
     try:
-        return read_bounded(path, _MOST_BYTES)
+        return read_bounded(inside(path.parent, name), _MOST_BYTES)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stackwise_core.errors import CheckpointError, ConfigError, Fault
+from stackwise_core.files import inside
 from stackwise_core.interop.config_json import Described, describe
 from stackwise_core.interop.families import EMBEDDING, HEAD, NORM, block_tensors, layer
 from stackwise_core.stages.resolve import ModelShape
@@ -82,12 +83,11 @@ class Checkpoint:
 
     def _inside(self, name: str) -> Path:
         """Return the real path of a file; one that leads out of the folder is refused."""
-        real, base = os.path.realpath(self.folder / name), Path(os.path.realpath(self.folder))
-        # The cache of the Hub keeps contents in a folder beside those of snapshots, which hold links alone.
-        if not any(Path(real).is_relative_to(allowed) for allowed in (base, *_blobs_of(base))):
-            problem = f"is a link that leads out of the folder, to {real}"
-            raise CheckpointError(self.folder / name, problem, "Copy the folder with `cp -rL` and import the copy")
-        return Path(real)
+        try:
+            return inside(self.folder, name)
+        except ValueError as error:
+            remedy = "Copy the folder with `cp -rL` and import the copy"
+            raise CheckpointError(self.folder / name, str(error), remedy) from None
 
     # ------------------------------------------------------------ tensors
 
@@ -220,12 +220,6 @@ def expected(shape: ModelShape, n_layers: int) -> dict[str, tuple[int, ...]]:
     block = {theirs: sizes(ours) for ours, theirs in block_tensors(shape).items()}
     blocks = {f"{layer(n)}{theirs}": size for n in range(n_layers) for theirs, size in block.items()}
     return {EMBEDDING: (V, D), **blocks, NORM: (D,), HEAD: (V, D)}
-
-
-def _blobs_of(folder: Path) -> list[Path]:
-    """Return where the files of a snapshot of the Hub's cache lie, models--OWNER--NAME/blobs; nothing of another."""
-    model = folder.parent.parent
-    return [model / "blobs"] if folder.parent.name == "snapshots" and model.name.startswith("models--") else []
 
 
 def _some(names: list[str]) -> str:

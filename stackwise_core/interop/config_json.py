@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from stackwise_core.config.schema import RopeScaling
 from stackwise_core.errors import ConfigError, Fault, shortened
-from stackwise_core.interop.families import FAMILIES, Family
+from stackwise_core.interop.families import EUROBERT, FAMILIES, Family
 from stackwise_core.stages.resolve import ModelShape
 
 _Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -23,6 +23,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
     "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+    "eurobert": {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5},
 }
 """What transformers takes for a key that a family's config.json leaves out, where it is not the same for all."""
 
@@ -91,7 +92,7 @@ def describe(values: dict[str, Any]) -> Described:
         n_heads=said.num_attention_heads,
         n_kv_heads=heads,
         d_ff=said.intermediate_size,
-        causal=True,
+        causal=family.causal,
         tie_embeddings=said.tie_word_embeddings,
         rope_theta=theta,
         norm_eps=said.rms_norm_eps,
@@ -116,7 +117,7 @@ def _family(values: dict[str, Any]) -> Family:
     named = values.get("architectures")
     name = named[0] if isinstance(named, list) and named else None
     kind = values.get("model_type")
-    for family in FAMILIES:
+    for family in (*FAMILIES, EUROBERT):
         if name == family.architecture or (name is None and kind == family.model_type):
             if kind not in (None, family.model_type):
                 raise ConfigError([_fault("model_type", kind, f"{family.architecture} has {family.model_type!r}")])

@@ -19,6 +19,7 @@ class Family:
     model_type: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    causal: bool = True
 
 
 FAMILIES = (
@@ -27,6 +28,8 @@ FAMILIES = (
     Family("Qwen2", "Qwen2ForCausalLM", "qwen2", qkv_bias=True),
     Family("Qwen3", "Qwen3ForCausalLM", "qwen3", qk_norm=True),
 )
+EUROBERT = Family("EuroBERT", "EuroBertForMaskedLM", "eurobert", causal=False)
+"""What racks that were trained on masked tokens are exported as."""
 
 _MODULES = {
     "attention_norm": "input_layernorm",

@@ -15,7 +15,7 @@ import torch
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.interop.card import Card, grown
-from stackwise_core.interop.families import FAMILIES, Family, family_of
+from stackwise_core.interop.families import EUROBERT, FAMILIES, Family, family_of
 from stackwise_core.interop.gguf import FILE, GgufFile, check_gguf
 from stackwise_core.interop.parts import DTYPES, Dtype, Parts
 from stackwise_core.interop.read_back import Comparison, read_back
@@ -148,7 +148,6 @@ def check_exportable(shape: ModelShape, objective: Objective, time_step: int | N
         raise ConfigError(faults)
 
 
-_EUROBERT = Family("EuroBERT", "EuroBertForMaskedLM", "eurobert")
 _WITH_A_WINDOW = ("mistral", "qwen2", "qwen3")
 """Their attention sees a window of 4,096 tokens unless config.json says otherwise."""
 
@@ -160,7 +159,7 @@ def family_for(shape: ModelShape, imported: str = "") -> Family | None:
     """
     whole = shape.d_model % shape.n_heads == 0
     if not shape.causal:
-        return _EUROBERT if whole and not shape.qkv_bias and not shape.qk_norm else None
+        return EUROBERT if whole and not shape.qkv_bias and not shape.qk_norm else None
     found = family_of(shape)
     # Llama and EuroBERT insist on a width that the heads divide; Mistral has the same blocks and does not.
     return _MISTRAL if found and found.model_type == "llama" and (imported == _MISTRAL.name or not whole) else found

@@ -15,7 +15,9 @@ from stackwise_core.interop.checkpoint import Checkpoint
 from stackwise_core.interop.families import EMBEDDING as TOKENS
 from stackwise_core.interop.families import HEAD as LOGITS
 from stackwise_core.interop.families import NORM, block_tensors, layer
+from stackwise_core.model.blocks import Stack
 from stackwise_core.model.precision import STORAGE, quantise
+from stackwise_core.model.rack import Rack
 from stackwise_core.model.saving import EMBEDDING, HEAD, STACK, folder_of
 
 PRECISION: dict[str, Precision] = {"float32": "full", "float16": "half", "bfloat16": "bfloat16"}
@@ -49,6 +51,22 @@ def rack_tensors(
         problem = f"has {LOGITS} beside another {TOKENS}, though tie_word_embeddings says that they are one"
         raise CheckpointError(checkpoint.folder, problem, "Set tie_word_embeddings to false in config.json")
     yield HEAD, {"norm.weight": reader.read(NORM), "projection.weight": head}
+
+
+def checkpoint_rack(checkpoint: Checkpoint) -> Rack:
+    """Return a checkpoint as a rack of one float32 stack on the CPU, nothing of it training."""
+    described = checkpoint.described
+    with torch.device("meta"):
+        rack = Rack(described.shape)
+        rack.stacks.append(Stack(described.shape, described.n_layers))
+    rack.untie()
+    modules = {f"{folder_of(0)}/{STACK}": rack.stacks[0], EMBEDDING: rack.embedding, HEAD: rack.head}
+    for path, tensors in rack_tensors(checkpoint, [range(described.n_layers)], "full"):
+        module = modules[path]
+        module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    if described.shape.tie_embeddings:  # one matrix: it was checked
+        rack.tie()
+    return rack.requires_grad_(False).eval()
 
 
 def _stored(name: str, tensor: Tensor, precision: Precision) -> dict[str, Tensor]:

@@ -73,6 +73,14 @@ class Parts:
         return embedding.weight.detach() + embedding.time(step)
 
 
+def dense_rack(rack: Rack) -> Rack:
+    """Return a rack whose stacks are replaced by dense ones of float32 where they are not, for use alone."""
+    for number, stack in enumerate(rack.stacks):
+        if isinstance(stack, Stack):
+            rack.stacks[number] = dense(stack)
+    return rack.requires_grad_(False).eval()
+
+
 def dense(stack: Stack) -> Stack:
     """Return a float32 stack of the same function, itself if it is one without adapters."""
     plain = {storage_of(linear) for linear in base_linears(stack).values()} == {"float32"}

@@ -58,11 +58,17 @@ def _refused(to: str | Path, allowed: str) -> ConfigError:
 
 def exported_files(folder: Path) -> set[str]:
     """Return the files that an export wrote into a folder; none if none did."""
+    found = about_export(folder)
+    return {*found["files"], ABOUT} if found else set()
+
+
+def about_export(folder: Path) -> dict[str, Any]:
+    """Return what an export says of itself; empty if the folder is none."""
     with contextlib.suppress(ValueError, FileNotFoundError):
         found = parse_object(read_bounded(folder / ABOUT))
         if found.get("format") == _FORMAT and isinstance(found.get("files"), dict):
-            return {*found["files"], ABOUT}
-    return set()
+            return found
+    return {}
 
 
 @contextlib.contextmanager
