@@ -17,7 +17,7 @@ from storage.collect import without_gc
 def add_import(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `import`."""
     add_common(parser, _import, json=True)
-    help_text = "a folder with config.json, safetensors and tokenizer.json: Llama, Mistral, Qwen2 or Qwen3"
+    help_text = "a folder with config.json, safetensors and tokenizer.json: Llama, Mistral, Qwen, SmolLM3, OLMo2"
     parser.add_argument("folder", metavar="DIR", help=help_text)
     parser.add_argument("--name", required=True, metavar="NAME", help="what the run will be called")
     help_text = "blocks of a stack (default: as many as give at most 8 stacks)"

@@ -122,6 +122,9 @@ def _precision_faults(config: ConfigSchema) -> Iterator[Fault]:
     if copies and growth.enabled and training.new_stack_init in ("random", "zero"):
         allowed = f"{_are(copies)} NF4 and train adapters only, so their weights must be copies; use auto or copy"
         yield _fault(config, "training.new_stack_init", allowed)
+    if held := [stack for stack in copies if config.model.norm_outputs and _begins_as_zero(config, stack)]:
+        allowed = f"{_are(held)} NF4 and train adapters only: norms of outputs, which copy_zero zeroes, would stay zero"
+        yield _fault(config, "training.new_stack_init", f"{allowed}; use copy")
     if packed := [stack for stack, precision in precisions.items() if precision == "nvfp4"]:
         for path, width in layer_widths(config).items():
             if width % 16:
@@ -131,6 +134,12 @@ def _precision_faults(config: ConfigSchema) -> Iterator[Fault]:
         if growth.enabled and training.joint_steps and bare:
             allowed = f"the joint anneal trains only adapters of quantised stacks; {_are(bare)} NVFP4 without any"
             yield _fault(config, "training.joint_steps", f"{allowed}; set {GROWTH}.qlora_enabled")
+
+
+def _begins_as_zero(config: ConfigSchema, stack: int) -> bool:
+    if stack < len(config.adopted) or config.training.new_stack_init != "auto":
+        return stack >= len(config.adopted) and config.training.new_stack_init == "copy_zero"
+    return settings_of(config, stack).mode == "prepend" or any(each.imported for each in config.adopted)
 
 
 def _are(stacks: list[int]) -> str:

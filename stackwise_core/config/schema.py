@@ -164,6 +164,12 @@ class ModelConfig(Section):
     """Add biases to queries, keys and values, as Qwen2 does."""
     qk_norm: bool = False
     """Normalise every head of queries and keys before its rotation, as Qwen3 does."""
+    norm_outputs: bool = False
+    """Norms on the outputs of attention and feed-forward instead of their inputs, as in OLMo2; qk_norm then normalises
+    all heads at once."""
+    no_rope_interval: int = Field(default=0, ge=0, le=2**16)
+    """In a stack that begins at random, each n-th block has no RoPE, as in SmolLM3; one that is a copy has it where
+    the copied block has it. 0: all blocks have RoPE."""
     d_ff: int = Field(default=0, ge=0, le=2**20)
     """Inner width of the feed-forward [channels]; 0 means 8/3 d_model rounded up to 32."""
     blocks_per_stack: int = Field(default=2, ge=1, le=128)

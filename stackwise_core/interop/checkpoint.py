@@ -211,7 +211,7 @@ def expected(shape: ModelShape, n_layers: int) -> dict[str, tuple[int, ...]]:
         if kind == "bias":
             return (widths[module],)
         if module in ("q_norm", "k_norm"):
-            return (shape.head_dim,)
+            return (shape.qk_norm_widths[module == "k_norm"],)
         if module.endswith("norm"):
             return (D,)
         into = {"o_proj": (D, shape.q_width), "down_proj": (D, shape.d_ff)}

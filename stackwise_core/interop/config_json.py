@@ -24,6 +24,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
     "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
     "eurobert": {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5},
+    "smollm3": {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "rope_theta": 2000000.0,
+    },
+    "olmo2": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
 }
 """What transformers takes for a key that a family's config.json leaves out, where it is not the same for all."""
 
@@ -47,6 +54,8 @@ class ConfigJson(BaseModel, strict=True, frozen=True):
     use_sliding_window: bool = False
     sliding_window: _Size | None = None
     layer_types: list[str] | None = None
+    no_rope_layers: list[Annotated[int, Field(ge=0, le=1)]] | None = None
+    no_rope_layer_interval: _Size = 4
     partial_rotary_factor: float = 1.0
     quantization_config: Any = None
     auto_map: Any = None
@@ -64,6 +73,8 @@ class Described(NamedTuple):
     n_layers: int
     context: int
     """`max_position_embeddings`: the length that it was made for [tokens]."""
+    has_rope: list[bool]
+    """Of each layer."""
     window: int
     """The longest sequence over which every position sees all before it, where attention has a window; else 0."""
 
@@ -83,7 +94,11 @@ def describe(values: dict[str, Any]) -> Described:
         raise ConfigError([_fault(".".join(map(str, of["loc"])), _input(of), of["msg"]) for of in faults]) from None
     heads = said.num_key_value_heads or said.num_attention_heads
     width = said.head_dim or said.hidden_size // said.num_attention_heads
-    if faults := [*_undone(said), *_widths(said, heads, width)]:
+    interval = said.no_rope_layer_interval if family.no_rope else 0
+    has_rope = [not interval or (n + 1) % interval != 0 for n in range(said.num_hidden_layers)]
+    if family.no_rope and said.no_rope_layers is not None:
+        has_rope = [bool(value) for value in said.no_rope_layers[: len(has_rope)]]
+    if faults := [*_undone(said), *_widths(said, heads, width), *_counted(said, has_rope)]:
         raise ConfigError(faults)
     theta, scaling = _rope(said)
     shape = ModelShape(
@@ -99,9 +114,12 @@ def describe(values: dict[str, Any]) -> Described:
         head_dim=width,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
+        norm_outputs=family.norm_outputs,
+        no_rope_interval=interval,
         rope_scaling=scaling,
     )
-    return Described(family, shape, said.num_hidden_layers, said.max_position_embeddings, _window(family, said))
+    window = _window(family, said)
+    return Described(family, shape, said.num_hidden_layers, said.max_position_embeddings, has_rope, window)
 
 
 def _fault(key: str, value: Any, allowed: str) -> Fault:
@@ -149,6 +167,11 @@ def _widths(said: ConfigJson, n_kv_heads: int, head_dim: int) -> Iterator[Fault]
         yield _fault("num_key_value_heads", n_kv_heads, allowed)
     if head_dim % 2:
         yield _fault("head_dim", head_dim, "RoPE turns pairs of channels and needs an even number")
+
+
+def _counted(said: ConfigJson, has_rope: list[bool]) -> Iterator[Fault]:
+    if len(has_rope) != said.num_hidden_layers:
+        yield _fault("no_rope_layers", said.no_rope_layers, f"a 0 or 1 for each of {said.num_hidden_layers} layers")
 
 
 def _window(family: Family, said: ConfigJson) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.errors import ConfigError, Fault, shortened
 from stackwise_core.interop.parts import DTYPES, Dtype, Parts
 from stackwise_core.interop.tokenizer_json import TEMPLATE, TOKENIZER, TokenizerFiles
 from stackwise_core.stages.resolve import ModelShape
@@ -35,13 +35,18 @@ _KNOWN_SPLITS = {
     rf"{_CONTRACTIONS}\p{{N}}{_REST}": "qwen2",
 }
 """What llama.cpp calls the pattern by which a tokenizer cuts a text into words."""
+_NEIGHBOURS = ("llama", "smollm3")
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 _NO_MERGE = "\u00ff"
 """The byte 0xFF, which is in no UTF-8 text."""
 
 
-def check_gguf(shape: ModelShape) -> None:
+def check_gguf(shape: ModelShape, has_rope: Sequence[bool]) -> None:
     """Check that a rack has a GGUF file that llama.cpp runs, and that the package is there.
+
+    Args:
+        shape: of the rack.
+        has_rope: of each of its layers.
 
     Raises:
         ConfigError: it has none; the message says what has.
@@ -52,6 +57,10 @@ def check_gguf(shape: ModelShape) -> None:
     if shape.rope_scaling:
         allowed = f"positions that were stretched (model.rope_scaling) are not written to GGUF here; {_BY_HF}"
         raise ConfigError([Fault("--format", "'gguf'", allowed)])
+    without = [number for number, there in enumerate(has_rope, 1) if not there]
+    if shape.no_rope_interval and without != list(range(4, len(has_rope) + 1, 4)):
+        why = f"llama.cpp has every fourth layer of SmolLM3 without RoPE, and here it is {shortened(without)}; use hf"
+        raise ConfigError([Fault("--format", "'gguf'", why)])
     if find_spec("gguf") is None:
         allowed = "it needs the package gguf: pip install 'stackwise[gguf]'"
         raise ConfigError([Fault("--format", "'gguf'", allowed)])
@@ -132,10 +141,10 @@ class GgufFile:
     def _permuted(self, name: str, tensor: Tensor, *, back: bool = False) -> Tensor:
         """Return queries and keys [H C, I] with the two halves of a head's channels interleaved, or `back`.
 
-        llama.cpp rotates neighbouring channels in the architecture llama, and the two halves in all others.
+        llama.cpp rotates neighbouring channels in some architectures, and the two halves in all others.
         """
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if self._architecture != "llama" or heads is None:
+        if self._architecture not in _NEIGHBOURS or heads is None:
             return tensor
         halves = (self._config[heads], -1, 2) if back else (self._config[heads], 2, self._config["head_dim"] // 2)
         return tensor.view(*halves, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)

@@ -80,9 +80,9 @@ def export_rack(
     shape = rack.shape
     objective = objective or ("clm" if shape.causal else "mlm")
     check_exportable(shape, objective, time_step)
-    if format == "gguf":
-        check_gguf(shape)
     folder, parts = checked_target(to, force=force), Parts(rack, time_step)
+    if format == "gguf":
+        check_gguf(shape, parts.has_rope)
     masked = objective == "mlm"
     named = tokenizer_files(tokenizer, tokenizer_path, seq_len, masked=masked) if tokenizer else None
     ids = named.ids if named else {}
@@ -142,7 +142,8 @@ def check_exportable(shape: ModelShape, objective: Objective, time_step: int | N
         faults.append(Fault("objective", f"{objective} with {attention} attention", why))
     if family_for(shape) is None:
         why = "no architecture in transformers has such blocks; with causal attention there is Qwen2 for qkv_bias,"
-        why += " Qwen3 for qk_norm, and Llama or Mistral for neither"
+        why += " Qwen3 for qk_norm, OLMo2 for qk_norm with norm_outputs, SmolLM3 for no_rope_interval, and Llama or"
+        why += " Mistral for none of them"
         faults.append(Fault("model", f"{_extras(shape)} with {attention} attention", why))
     if faults:
         raise ConfigError(faults)
@@ -157,20 +158,27 @@ def family_for(shape: ModelShape, imported: str = "") -> Family | None:
 
     `imported` is the one that it came from.
     """
-    whole = shape.d_model % shape.n_heads == 0
+    whole, found = shape.d_model % shape.n_heads == 0, family_of(shape)
+    like_llama = found is not None and found.model_type == "llama"
     if not shape.causal:
-        return EUROBERT if whole and not shape.qkv_bias and not shape.qk_norm else None
-    found = family_of(shape)
+        return EUROBERT if whole and like_llama else None
     # Llama and EuroBERT insist on a width that the heads divide; Mistral has the same blocks and does not.
-    return _MISTRAL if found and found.model_type == "llama" and (imported == _MISTRAL.name or not whole) else found
+    return _MISTRAL if like_llama and (imported == _MISTRAL.name or not whole) else found
 
 
 _MISTRAL = next(family for family in FAMILIES if family.model_type == "mistral")
 
 
 def _extras(shape: ModelShape) -> str:
-    said = {"qkv_bias": shape.qkv_bias, "qk_norm": shape.qk_norm, "head_dim": not shape.has_usual_heads}
-    return ", ".join(name for name, there in said.items() if there)
+    named = [name for name in ("qkv_bias", "qk_norm", "norm_outputs", "no_rope_interval") if getattr(shape, name)]
+    return ", ".join([*named, *(() if shape.has_usual_heads else ("head_dim",))])
+
+
+def _without_rope(shape: ModelShape, parts: Parts) -> dict[str, Any]:
+    if not shape.no_rope_interval:
+        return {}
+    layers = [int(there) for there in parts.has_rope]
+    return {"no_rope_layers": layers, "no_rope_layer_interval": shape.no_rope_interval}
 
 
 def _rope(shape: ModelShape) -> dict[str, Any] | None:
@@ -219,6 +227,7 @@ def model_config(
         "rope_theta": shape.rope_theta,
         "rope_scaling": scaling,
         **({"sliding_window": None} if family.model_type in _WITH_A_WINDOW else {}),
+        **_without_rope(shape, parts),
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,

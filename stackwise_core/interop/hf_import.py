@@ -36,18 +36,20 @@ def rack_tensors(
         blocks: the layers of each stack.
         precision: in which matrices of stacks are stored; norms and biases are float32, embedding and head as they are.
     """
-    reader = _Reader(checkpoint)
-    names = block_tensors(checkpoint.described.shape)
+    reader, described = _Reader(checkpoint), checkpoint.described
+    names = block_tensors(described.shape)
     for stack, layers in enumerate(blocks):
         tensors: dict[str, Tensor] = {}
         for block, number in enumerate(layers):
             for ours, theirs in names.items():
                 tensors |= _stored(f"blocks.{block}.{ours}", reader.read(f"{layer(number)}{theirs}"), precision)
+            if described.shape.no_rope_interval:
+                tensors[f"blocks.{block}.attention.has_rope"] = torch.tensor(described.has_rope[number])
         yield f"{folder_of(stack)}/{STACK}", tensors
     tokens = reader.read(TOKENS)
     yield EMBEDDING, {"weight": tokens}
     head = tokens if checkpoint.is_tied else reader.read(LOGITS)
-    if checkpoint.described.shape.tie_embeddings and not torch.equal(head, tokens):
+    if described.shape.tie_embeddings and not torch.equal(head, tokens):
         problem = f"has {LOGITS} beside another {TOKENS}, though tie_word_embeddings says that they are one"
         raise CheckpointError(checkpoint.folder, problem, "Set tie_word_embeddings to false in config.json")
     yield HEAD, {"norm.weight": reader.read(NORM), "projection.weight": head}
@@ -63,7 +65,8 @@ def checkpoint_rack(checkpoint: Checkpoint) -> Rack:
     modules = {f"{folder_of(0)}/{STACK}": rack.stacks[0], EMBEDDING: rack.embedding, HEAD: rack.head}
     for path, tensors in rack_tensors(checkpoint, [range(described.n_layers)], "full"):
         module = modules[path]
-        module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+        wide = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        module.load_state_dict(wide, assign=True)
     if described.shape.tie_embeddings:  # one matrix: it was checked
         rack.tie()
     return rack.requires_grad_(False).eval()

@@ -30,6 +30,9 @@ class Parts:
         """Whether one matrix serves as embedding and as head: a step's vector is added to the embedding alone."""
         self.stacks = [stack for stack in rack.stacks if isinstance(stack, Stack)]
         self.n_blocks = sum(len(stack.blocks) for stack in self.stacks)
+        blocks = (block for stack in self.stacks for block in stack.blocks if isinstance(block, Block))
+        self.has_rope = [block.attention.has_rope is None or bool(block.attention.has_rope) for block in blocks]
+        """Of each layer, in data-flow order."""
         with torch.device("meta"):
             block = Block(rack.shape).state_dict()
         self._block = [(ours, theirs, tuple(block[ours].shape)) for ours, theirs in block_tensors(rack.shape).items()]

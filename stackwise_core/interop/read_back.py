@@ -66,7 +66,8 @@ def read_back(read: Read, rack: Rack, time_step: int | None, dtype: Dtype, seq_l
         of_rack, state = mine(of_rack), dense(mine).state_dict()
         with torch.device("meta"):
             again = Stack(stack.shape, len(stack.blocks))
-        again.load_state_dict({ours: checked(theirs, state[ours]) for ours, theirs in names.items()}, assign=True)
+        read_state = {ours: checked(theirs, state[ours]) for ours, theirs in names.items()}
+        again.load_state_dict({**state, **read_state}, assign=True)  # which blocks have RoPE is in config.json
         of_files = again(of_files)
     mine, norm = on_cpu(rack.head), on_cpu(rack.head).norm
     of_rack = mine(of_rack)

@@ -143,9 +143,8 @@ def merged_dense(stack: Stack) -> Stack:
 
     Merging into a quantised base instead would lose more than the adapters add.
     """
-    state = {
-        key: tensor.clone() for key, tensor in base_state(stack).items() if key.endswith(("_norm.weight", ".bias"))
-    }
+    kept = ("_norm.weight", ".bias", ".has_rope")
+    state = {key: tensor.clone() for key, tensor in base_state(stack).items() if key.endswith(kept)}
     layers, names = _adapted_layers(stack), adapter_names(stack)
     for path, linear in base_linears(stack).items():
         plain = path.removesuffix(".base_layer")

@@ -1,7 +1,7 @@
 """Blocks and stacks in the shape of Llama (Touvron et al. 2023): RMSNorm, RoPE, GQA, SwiGLU, no biases.
 
-What its relatives have beside it is a matter of `ModelShape`: biases on queries, keys and values (Qwen2), or norms on
-queries and keys (Qwen3).
+What its relatives have beside it is a matter of `ModelShape`: biases on queries, keys and values (Qwen2), norms on
+queries and keys (Qwen3), norms on outputs instead of inputs (OLMo2), or blocks without RoPE (SmolLM3).
 
 Letters: H heads, K key/value heads, C channels of a head, V vocabulary.
 """
@@ -28,7 +28,9 @@ INIT_STD = 0.02
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions (Ainslie et al. 2023; Su et al. 2021)."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    has_rope: Tensor | None
+
+    def __init__(self, shape: ModelShape, *, has_rope: bool = True) -> None:
         """Create the four projections, and the norms of queries and keys if the shape has them."""
         super().__init__()
         self.shape = shape
@@ -36,19 +38,18 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(shape.d_model, shape.kv_width, bias=shape.qkv_bias)
         self.v_proj = nn.Linear(shape.d_model, shape.kv_width, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(shape.q_width, shape.d_model, bias=False)
-        self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else None
-        self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else None
+        of_q, of_k = shape.qk_norm_widths
+        self.q_norm = nn.RMSNorm(of_q, eps=shape.norm_eps) if shape.qk_norm else None
+        self.k_norm = nn.RMSNorm(of_k, eps=shape.norm_eps) if shape.qk_norm else None
+        # Where blocks differ in it, it is a tensor among those of the block, so that it goes wherever they go.
+        self.register_buffer("has_rope", torch.tensor(has_rope) if shape.no_rope_interval else None)
 
     def forward(self, x_BTD: Tensor, rotary: Tensor, memory: BlockMemory | None = None) -> Tensor:
         """[B, T, D] to [B, T, D]; with a memory, of new positions that see the earlier ones too."""
         B, T, _ = x_BTD.shape
-        width = self.shape.head_dim
-        q_BTHC = self.q_proj(x_BTD).view(B, T, -1, width)
-        k_BTKC = self.k_proj(x_BTD).view(B, T, -1, width)
-        v_BKTC = self.v_proj(x_BTD).view(B, T, -1, width).transpose(1, 2)
-        q_BHTC = (q_BTHC if self.q_norm is None else self.q_norm(q_BTHC)).transpose(1, 2)
-        k_BKTC = (k_BTKC if self.k_norm is None else self.k_norm(k_BTKC)).transpose(1, 2)
-        q_BHTC, k_BKTC = rotate(q_BHTC, rotary), rotate(k_BKTC, rotary)
+        q_BHTC = self._rotated(self._heads(self.q_proj(x_BTD), self.q_norm), rotary)
+        k_BKTC = self._rotated(self._heads(self.k_proj(x_BTD), self.k_norm), rotary)
+        v_BKTC = self._heads(self.v_proj(x_BTD), None)
         if memory is None:
             gqa = self.shape.n_kv_heads != self.shape.n_heads
             out_BHTC = F.scaled_dot_product_attention(
@@ -57,6 +58,17 @@ class Attention(nn.Module):
         else:
             out_BHTC = memory.attend(q_BHTC, k_BKTC, v_BKTC)
         return self.o_proj(out_BHTC.transpose(1, 2).reshape(B, T, -1))
+
+    def _heads(self, x_BTD: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        """Return what a projection gave, normalised over as many channels as the norm has, by head: [B, H, T, C]."""
+        B, T, _ = x_BTD.shape
+        if norm is not None:
+            x_BTD = norm(x_BTD.view(B, T, -1, *norm.normalized_shape))
+        return x_BTD.view(B, T, -1, self.shape.head_dim).transpose(1, 2)
+
+    def _rotated(self, x_BHTC: Tensor, rotary: Tensor) -> Tensor:
+        rotated_BHTC = rotate(x_BHTC, rotary)
+        return rotated_BHTC if self.has_rope is None else torch.where(self.has_rope, rotated_BHTC, x_BHTC)
 
 
 class FeedForward(nn.Module):
@@ -75,18 +87,22 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind its norm and added to the stream."""
+    """Attention and feed-forward, each behind its norm, or before it, and added to the stream."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, *, has_rope: bool = True) -> None:
         """Create both halves."""
         super().__init__()
+        self.norm_outputs = shape.norm_outputs
         self.attention_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
-        self.attention = Attention(shape)
+        self.attention = Attention(shape, has_rope=has_rope)
         self.ffn_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
         self.ffn = FeedForward(shape)
 
     def forward(self, x_BTD: Tensor, rotary: Tensor, memory: BlockMemory | None = None) -> Tensor:
         """[B, T, D] to [B, T, D]; see `Attention.forward`."""
+        if self.norm_outputs:
+            x_BTD = x_BTD + self.attention_norm(self.attention(x_BTD, rotary, memory))
+            return x_BTD + self.ffn_norm(self.ffn(x_BTD))
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, memory)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
@@ -102,7 +118,8 @@ class Stack(nn.Module):
         self.shape = shape
         self.creation_index = creation_index
         self.precision: Precision = precision
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(n_blocks))
+        every = shape.no_rope_interval or n_blocks + 1
+        self.blocks = nn.ModuleList(Block(shape, has_rope=n % every != 0) for n in range(1, n_blocks + 1))
 
     def forward(self, x_BTD: Tensor, memory: StackMemory | None = None) -> Tensor:
         """[B, T, D] to [B, T, D]; matrix products run in the stack's compute type, the stream stays float32.

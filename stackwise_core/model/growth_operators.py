@@ -59,7 +59,8 @@ def grow_stack(
     """Return the fp32 stack that a growth operator gives, without adapters.
 
     `copy` takes the source's blocks, the first n or repeated cyclically, dequantised and with adapters merged. `zero`
-    and `copy_zero` zero the output projections, which leaves the function of the rack exactly as it was.
+    and `copy_zero` leave the function of the rack exactly as it was: they zero what each half of a block ends with, its
+    output projection or, where there is one, the norm of its output.
     """
     stack = Stack(shape, n_blocks, index)
     if operator in ("random", "zero"):
@@ -70,8 +71,10 @@ def grow_stack(
         blocks = merged_dense(source).blocks
         stack.blocks = nn.ModuleList(copy.deepcopy(blocks[n % len(blocks)]) for n in range(n_blocks))
     if operator in ("zero", "copy_zero"):
+        # A norm would blow up whatever the first step makes of a projection of zeros.
+        last = ("attention_norm", "ffn_norm") if shape.norm_outputs else ("o_proj", "down_proj")
         for name, parameter in stack.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.removesuffix(".weight").endswith(last):
                 nn.init.zeros_(parameter)
     return stack
 

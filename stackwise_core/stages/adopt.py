@@ -21,6 +21,9 @@ from stackwise_core.stages.saved_rack import SavedRack
 from stackwise_core.stages.stages import StackSpec
 
 CHANNELS = "channels.safetensors"
+_SIZES = ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "tie_embeddings", "rope_theta", "norm_eps")
+_AS_IT_IS = (*_SIZES, "qkv_bias", "qk_norm", "norm_outputs", "no_rope_interval")
+"""Keys of `model` that mean the same in a shape."""
 _STORAGE = {"full": "float32", "half": "float16", "bfloat16": "bfloat16", "nvfp4": "nvfp4", "qlora": "nf4"}
 
 
@@ -94,10 +97,8 @@ def _described(
 ) -> Iterator[tuple[ModelConfig | ProgressiveConfig, str, Any]]:
     """Yield each key that describes the shape of a rack: its section, its name, and the value for this shape."""
     model, growth = config.model, config.training.progressive
-    for key in ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "tie_embeddings", "rope_theta", "norm_eps"):
+    for key in _AS_IT_IS:
         yield model, key, getattr(shape, key)
-    yield model, "qkv_bias", shape.qkv_bias
-    yield model, "qk_norm", shape.qk_norm
     yield model, "rope_scaling", shape.rope_scaling or RopeScaling()
     yield model, "head_dim", 0 if shape.has_usual_heads and not model.head_dim else shape.head_dim
     yield model, "attention", "causal" if shape.causal else "bidirectional"

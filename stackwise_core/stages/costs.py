@@ -21,7 +21,7 @@ _TRAINING_BYTES = 16  # per trainable parameter: fp32 weight, gradient and AdamW
 def base_parameters(shape: ModelShape, n_blocks: int) -> int:
     """Parameters of a stack without adapters: attention, SwiGLU and the norms of its blocks."""
     biases = shape.q_width + 2 * shape.kv_width if shape.qkv_bias else 0
-    norms = 2 * shape.d_model + (2 * shape.head_dim if shape.qk_norm else 0)
+    norms = 2 * shape.d_model + (sum(shape.qk_norm_widths) if shape.qk_norm else 0)
     return n_blocks * (_matrix_parameters(shape) + biases + norms)
 
 

@@ -74,6 +74,8 @@ class ModelShape(Value, frozen=True):
     """Channels of one head; records and ids leave out what d_model / n_heads gives."""
     qkv_bias: WhereSaid[bool] = False
     qk_norm: WhereSaid[bool] = False
+    norm_outputs: WhereSaid[bool] = False
+    no_rope_interval: WhereSaid[int] = 0
     rope_scaling: WhereSaid[RopeScaling | None] = None
 
     @model_serializer(mode="wrap")
@@ -87,6 +89,11 @@ class ModelShape(Value, frozen=True):
     def has_usual_heads(self) -> bool:
         """Whether the heads are as wide as the stream divided by their number."""
         return self.head_dim == self.d_model // self.n_heads
+
+    @property
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """Channels over which queries and keys are normalised: those of a head, or of all with `norm_outputs`."""
+        return (self.q_width, self.kv_width) if self.norm_outputs else (self.head_dim, self.head_dim)
 
     @property
     def q_width(self) -> int:
@@ -117,6 +124,8 @@ def resolve_shape(config: StackWiseConfig) -> ModelShape:
         head_dim=head_width(config),
         qkv_bias=model.qkv_bias,
         qk_norm=model.qk_norm,
+        norm_outputs=model.norm_outputs,
+        no_rope_interval=model.no_rope_interval,
         rope_scaling=_resolve_rope_scaling(config),
     )
 

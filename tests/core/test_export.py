@@ -227,6 +227,39 @@ def test_a_gguf_file_gives_the_same_logits(tmp_path: Path, changes: dict[str, An
     assert {path.name for path in exported.folder.iterdir()} == {"model.gguf", "README.md", "stackwise.json"}
 
 
+@pytest.mark.parametrize("changes", [{"no_rope_interval": 4}, {"qk_norm": True, "norm_outputs": True}], ids=str)
+def test_gguf_files_that_transformers_does_not_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """By what llama.cpp takes: names, and for SmolLM3 the channels of a pair side by side."""
+    from gguf import GGUFReader
+
+    rack = rack_of(5, n_heads=4, **changes)
+    export_rack(rack, tmp_path / "out", format="gguf")
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in GGUFReader(tmp_path / "out/model.gguf").tensors}
+    block = rack.stacks[0].get_submodule("blocks.4")
+    wanted = {f"blk.4.{theirs}.weight": block.get_submodule(ours).weight for ours, theirs in IN_GGUF.items()}
+    if "qk_norm" in changes:
+        after = {"attention_norm": "post_attention_norm", "ffn_norm": "post_ffw_norm"}
+        after |= {f"attention.{each}_norm": f"attn_{each}_norm" for each in "qk"}
+    else:
+        after = {"attention_norm": "attn_norm", "ffn_norm": "ffn_norm"}
+        width = rack.shape.head_dim
+        paired = [c + half * width // 2 for c in range(width // 2) for half in range(2)]
+        for each in "qk":
+            name = f"blk.4.attn_{each}.weight"
+            rows = [h * width + c for h in range(len(wanted[name]) // width) for c in paired]
+            wanted[name] = wanted[name][rows]
+    wanted |= {f"blk.4.{theirs}.weight": block.get_submodule(ours).weight for ours, theirs in after.items()}
+    assert {name for name in found if name.startswith("blk.4.")} == set(wanted)
+    assert all(found[name].equal(weight) for name, weight in wanted.items())
+
+
+IN_GGUF = {
+    **{f"attention.{each}_proj": f"attn_{each}" for each in "qkv"},
+    "attention.o_proj": "attn_output",
+    **{f"ffn.{each}_proj": f"ffn_{each}" for each in ("gate", "up", "down")},
+}
+
+
 def test_half_a_gguf_file_and_what_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rack = rack_of(1)
     export_rack(rack, tmp_path / "out", format="gguf", dtype="bfloat16")
@@ -238,6 +271,8 @@ def test_half_a_gguf_file_and_what_has_none(tmp_path: Path, monkeypatch: pytest.
         assert model(TOKENS).logits.equal(rack(TOKENS))
     with pytest.raises(ConfigError, match=r"--format: got 'gguf'; llama\.cpp has no architecture that fills masks"):
         export_rack(rack_of(1, causal=False), tmp_path / "other", format="gguf")
+    with pytest.raises(ConfigError, match=r"every fourth layer of SmolLM3 without RoPE, and here it is \[2\]; use hf"):
+        export_rack(rack_of(3, no_rope_interval=2), tmp_path / "other", format="gguf")
     monkeypatch.setattr(gguf, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'stackwise\[gguf\]'"):
         export_rack(rack, tmp_path / "other", format="gguf")

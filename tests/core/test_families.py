@@ -1,4 +1,4 @@
-"""The block is that of Llama, Mistral, Qwen2 and Qwen3: against transformers, bit for bit, in float32."""
+"""The block is that of every family: against transformers, bit for bit, in float32."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from stackwise_core.model.adapters import add_adapter, merged_dense
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.growth_operators import grow_stack, new_stack
 from stackwise_core.model.precision import convert_storage, count_parameters, dense_weight, held_dense
+from stackwise_core.model.rotary import rotary_table
 from stackwise_core.stages.adopt import adopting
 from stackwise_core.stages.costs import base_parameters, n_adapter_parameters, stack_flops
 from stackwise_core.stages.identity import AdoptedRecipe, BuildRecipe
@@ -29,6 +30,9 @@ PACKED = ("bfloat16", "nvfp4", "qlora")
 TOKENS = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(1))
 QWEN = {"vocab_size": 96, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "causal": True}
 BIASED, NORMED = ModelShape(**QWEN, qkv_bias=True), ModelShape(**QWEN, qk_norm=True, head_dim=16)
+AFTER = ModelShape(**QWEN, qk_norm=True, norm_outputs=True)
+MIXED = ModelShape(**QWEN, no_rope_interval=2)
+SHAPES = {"biases": BIASED, "norms": NORMED, "norms of outputs": AFTER, "some without RoPE": MIXED}
 
 
 def shape_of(family: Family, rope: dict[str, Any], **changes: Any) -> ModelShape:
@@ -38,6 +42,8 @@ def shape_of(family: Family, rope: dict[str, Any], **changes: Any) -> ModelShape
         **{key: value for key, value in QWEN.items() if key != "causal"},
         "qkv_bias": family.qkv_bias,
         "qk_norm": family.qk_norm,
+        "norm_outputs": family.norm_outputs,
+        "no_rope_interval": 4 if family.no_rope else 0,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {"kind": rope["rope_type"], **scaling} if scaling else {},
         "norm_eps": 1e-6,
@@ -57,7 +63,7 @@ SLOW = [(name, rope) for name in FAMILY for rope in ROPES if (name, rope) not in
 @torch.no_grad()
 def test_logits_and_boundaries_have_the_bits_of_transformers(name: str, rope: str) -> None:
     family = FAMILY[name]
-    heads = {"head_dim": 16} if family.qk_norm else {}
+    heads = {"head_dim": 16} if family.name == "Qwen3" else {}
     model = reference_model(family, rope_parameters=dict(ROPES[rope]), **heads)
     rack = as_rack(shape_of(family, ROPES[rope], **heads), model)
     theirs = model(TOKENS, output_hidden_states=True)
@@ -86,7 +92,7 @@ def stream() -> torch.Tensor:
     return torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(4))
 
 
-@pytest.mark.parametrize("shape", [BIASED, NORMED], ids=["biases", "norms"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @torch.no_grad()
 def test_growth_operators_begin_with_zero_biases_or_with_a_copy_and_an_identity_is_one(shape: ModelShape) -> None:
     random, source = grown(shape, "random"), randomised(shape)
@@ -100,7 +106,7 @@ def test_growth_operators_begin_with_zero_biases_or_with_a_copy_and_an_identity_
         assert torch.equal(grown(shape, operator, source)(stream()), stream())
 
 
-@pytest.mark.parametrize("shape", [BIASED, NORMED], ids=["biases", "norms"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("precision", ["half", *(pytest.param(p, marks=pytest.mark.slow) for p in PACKED)])
 @torch.no_grad()
 def test_only_matrices_are_quantised(shape: ModelShape, precision: Any) -> None:
@@ -138,12 +144,26 @@ def test_adapters_act_beside_biases_and_merge() -> None:
 
 
 def test_a_trained_stack_trains_its_biases_and_norms() -> None:
-    for shape in (BIASED, NORMED):
+    for shape in SHAPES.values():
         stack = randomised(shape)
         stack(stream()).square().sum().backward()
         grads = {name: p.grad for name, p in stack.named_parameters() if p.dim() == 1}
         # A bias on keys adds the same to all scores of a query before its rotation turns it: small, but not nothing.
         assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
+
+
+def test_a_copied_block_has_rope_where_its_source_has_it_and_of_random_ones_each_nth_has_none() -> None:
+    def of(stack: Stack) -> list[bool]:
+        return [bool(block.attention.has_rope) for block in stack.blocks]  # pyright: ignore
+
+    source = grow_stack(MIXED, 4, 0, "random", 3, None)
+    assert of(source) == [True, False, True, False]
+    source.blocks = source.blocks[1:]
+    assert of(grow_stack(MIXED, 5, 1, "copy_zero", 3, source)) == [False, True, False, False, True]
+    turned, plain = stream(), randomised(MIXED).blocks[1].attention  # pyright: ignore
+    order = torch.cat([turned.flip(1)[:, 1:], turned[:, -1:]], dim=1)
+    table = rotary_table(MIXED, 8, turned.device)  # without RoPE, the last position asks who is there, not where
+    torch.testing.assert_close(plain(turned, table)[:, -1], plain(order, table)[:, -1], rtol=0, atol=1e-5)
 
 
 def test_wide_heads_are_counted() -> None:
@@ -161,7 +181,8 @@ def test_a_default_is_neither_in_an_id_nor_in_a_record() -> None:
     plain = ModelShape(**QWEN)
     for shape in (plain, ModelShape(**QWEN, head_dim=8), ModelShape(**QWEN, qk_norm=False, rope_scaling=None)):
         assert shape == plain
-        assert not {"head_dim", "qkv_bias", "qk_norm", "rope_scaling"} & shape.model_dump().keys()
+        newer = {"head_dim", "qkv_bias", "qk_norm", "rope_scaling", "norm_outputs", "no_rope_interval"}
+        assert not newer & shape.model_dump().keys()
         assert ModelShape.model_validate_json(shape.model_dump_json()) == shape
     build = BuildRecipe(shape=plain, index=0, n_blocks=1, operator="random", seed=0)
     assert build.dump()["shape"] == QWEN
@@ -172,7 +193,8 @@ SCALED = {"kind": "llama3", "factor": 8.0, "original_max_position_embeddings": 6
 
 
 def test_the_keys_of_a_block_survive_yaml_and_are_taken_from_an_adopted_rack() -> None:
-    said = {"head_dim": 64, "qkv_bias": True, "qk_norm": True, "rope_scaling": SCALED}
+    said = {"head_dim": 64, "qkv_bias": True, "qk_norm": True, "norm_outputs": True, "no_rope_interval": 2}
+    said["rope_scaling"] = SCALED
     config = StackWiseConfig.from_dict({"model": said})
     assert resolve_shape(config).head_dim == 64
     again = StackWiseConfig.read_unchecked(Path(__file__), config.to_yaml().encode())
@@ -192,13 +214,16 @@ def test_the_keys_of_a_block_survive_yaml_and_are_taken_from_an_adopted_rack() -
     ("values", "told"),
     [
         ({"head_dim": 7}, "model.head_dim: got 7; RoPE turns pairs of channels and needs an even number"),
+        ({"norm_outputs": True}, "stack 1 is NF4 and train adapters only: norms of outputs, which copy_zero zeroes"),
         ({"rope_scaling": {"kind": "dynamic", "factor": 2.0}}, "'linear', 'llama3' or 'yarn'"),
         ({"rope_scaling": {**SCALED, "low_freq_factor": 4.0}}, "must be below high_freq_factor = 4.0"),
         ({"rope_scaling": {**SCALED, "kind": "yarn", "beta_fast": 1.0}}, "must be below beta_fast = 1.0"),
     ],
 )
 def test_what_no_block_can_do_is_refused_with_its_key(values: dict[str, Any], told: str) -> None:
-    (fault,) = faults_of({"model": values})
+    growth = {"target_stacks": 2, "new_stack_precision": "qlora"} if "norm_outputs" in values else {}
+    said = {"new_stack_init": "copy_zero", "progressive": growth}
+    (fault,) = faults_of({"model": values, "training": said})
     assert told in str(fault)
 
 

@@ -29,6 +29,8 @@ CHECKPOINTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Mistral": ({"sliding_window": 32}, {f"{G}building_mode": "prepend"}),
     "Qwen2": ({"rope_parameters": ROPES["linear"]}, {f"{G}stacks": [{}, {}, {"mode": "prepend"}, {}]}),
     "Qwen3": ({"head_dim": 16, "rope_parameters": ROPES["yarn"]}, {}),
+    "SmolLM3": ({"tie_word_embeddings": True}, {f"{G}building_mode": "prepend", "model.blocks_per_stack": 2}),
+    "OLMo2": ({}, {}),
 }
 """What the checkpoint has, and how it is grown on."""
 QUICK = "Qwen3"
@@ -66,11 +68,13 @@ def test_import_grow_export(name: str, tmp_path: Path, run: Run) -> None:
     document = run("export", "grown", "--artifacts", root, "--to", "out", "--json").document
     assert document["imported"]["family"] == name
     rack, out = load_rack(root, "grown"), opened(Path("out"))
-    assert (len(rack.stacks), out.config.num_hidden_layers) == (4, 5)
+    assert (len(rack.stacks), out.config.num_hidden_layers) == (4, sum(len(stack.blocks) for stack in rack.stacks))
     with torch.no_grad():
         logits = rack(TOKENS)
         assert out(TOKENS).logits.equal(logits)
         assert not logits.equal(model(TOKENS).logits)
+    if name == "SmolLM3":  # two stacks of two blocks before the three: copies of the first two
+        assert out.config.no_rope_layers == [1, 0, 1, 0, 1, 0, 1]
     told: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "temperature": 1.0}
     assert out.generate(TOKENS, **told).equal(greedy(rack, TOKENS, 6))
     assert rack.generate(TOKENS, 6) == greedy(rack, TOKENS, 6)[:, TOKENS.shape[1] :].tolist()

@@ -68,7 +68,8 @@ def reference_model(family: Family, **changes: Any) -> Any:
         import transformers
 
         name = family.architecture.removesuffix("ForCausalLM")
-        config = getattr(transformers, f"{name}Config")(**{**SIZES, **changes})
+        own = {"no_rope_layers": [1, 0, 1], "pad_token_id": None} if family.no_rope else {}
+        config = getattr(transformers, f"{name}Config")(**{**SIZES, **own, **changes})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = getattr(transformers, family.architecture)(config).eval()
@@ -94,7 +95,12 @@ def as_rack(shape: ModelShape, model: Any, blocks_per_stack: int = 1) -> Rack:
     }
     names |= {"embedding.weight": EMBEDDING, "head.norm.weight": NORM, "head.projection.weight": HEAD}
     assert sorted(names.values()) == sorted(state)
-    rack.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
+    flags = {name: tensor for name, tensor in rack.state_dict().items() if name.endswith("has_rope")}
+    rack.load_state_dict({**flags, **{ours: state[theirs] for ours, theirs in names.items()}})
+    if shape.no_rope_interval:
+        blocks = [block for stack in rack.stacks for block in stack.blocks]  # pyright: ignore
+        for block, there in zip(blocks, model.config.no_rope_layers, strict=True):
+            block.attention.has_rope.fill_(bool(there))
     return rack.eval()
 
 
