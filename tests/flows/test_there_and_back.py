@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from stackwise_core.interop.checkpoint import Checkpoint
 from stackwise_core.interop.families import FAMILIES
+from stackwise_core.interop.hf_import import checkpoint_rack
 from storage.racks import load_rack
 from support.checkpoints import ROPES, saved_checkpoint
 from support.children import Child, run_to
@@ -72,6 +74,7 @@ def test_import_grow_export(name: str, tmp_path: Path, run: Run) -> None:
     with torch.no_grad():
         logits = rack(TOKENS)
         assert out(TOKENS).logits.equal(logits)
+        assert checkpoint_rack(Checkpoint("out"))(TOKENS).equal(logits)
         assert not logits.equal(model(TOKENS).logits)
     if name == "SmolLM3":  # two stacks of two blocks before the three: copies of the first two
         assert out.config.no_rope_layers == [1, 0, 1, 0, 1, 0, 1]
