@@ -31,7 +31,7 @@ NAMES = (
     "corpora",
 )
 GROWTH = "growth"
-LONG = (GROWTH, "queued_runs")
+LONG = (GROWTH, "queued_runs", "huge_corpus")
 """Those that take long: only by name."""
 
 

@@ -48,25 +48,30 @@ def measure(quick: bool) -> list[Measure]:
     measures = list[Measure]()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        base = _grow(folder, "txt", 2**16)
+        base = grow(folder, "txt", 2**16)
         for kind in ("txt", "jsonl"):
-            first, second = (_grow(folder, kind, size) - base for size in (small, large))
-            case = f"{kind} of {large / 1e6:,.0f} MB"
-            over, times = "memory over that of a tiny corpus", f"memory against {small / 1e6:,.0f} MB"
-            measures += [
-                Measure(case, over, "MiB", [second], at_most=_MOST_MIB),
-                Measure(case, times, "x", [(base + second) / (base + first)], at_most=_FLAT),
-            ]
-        measures += _rerun(folder, large, 3 if quick else 11)
+            measures += memory(kind, base, *((size, grow(folder, kind, size)) for size in (small, large)))
+        measures += rerun(folder, "txt", large, 3 if quick else 11)
         measures += _packing(folder, small // 2 if quick else small // 8, 3 if quick else 7)
     return measures
+
+
+def memory(kind: str, base: float, *peaks: tuple[int, float]) -> list[Measure]:
+    """Return the peaks [MiB] of a small and of a large corpus, each with its size, against that of a tiny one."""
+    (small, first), (large, second) = peaks
+    case, over = f"{kind} of {large / 1e6:,.0f} MB", "memory over that of a tiny corpus"
+    return [
+        Measure(case, over, "MiB", [second - base], at_most=_MOST_MIB),
+        Measure(case, f"memory against {small / 1e6:,.0f} MB", "x", [second / first], at_most=_FLAT),
+    ]
 
 
 def _texts(n_bytes: int) -> Iterator[str]:
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randrange(1, 9))) for _ in range(5000)]
+    halves = [" ".join(draw.choices(words, k=100)) for _ in range(2000)]
     while n_bytes > 0:
-        text = " ".join(draw.choices(words, k=200)) + "\n"
+        text = f"{draw.choice(halves)} {n_bytes} {draw.choice(halves)}\n"
         yield text
         n_bytes -= len(text)
 
@@ -80,21 +85,21 @@ def _corpus(folder: Path, kind: str, n_bytes: int) -> Path:
     return path
 
 
-def _config(source: Path) -> dict[str, object]:
+def _config(source: Path, tokenizer: str = "byte") -> dict[str, object]:
     progressive = {"training_objective": "clm", "target_stacks": 1}
     return {
         "run": {"name": source.name.replace(".", "-")},
-        "data": {"source": str(source), "seq_len": 256},
+        "data": {"source": str(source), "tokenizer": tokenizer, "seq_len": 256},
         "model": {"d_model": 16, "n_heads": 2, "blocks_per_stack": 1},
         "training": {"batch_size": 8, "steps_per_stack": 4, "warmup_steps": 1, "progressive": progressive},
         "hardware": {"device": "cpu", "threads": 1},
     }
 
 
-def _grow(folder: Path, kind: str, n_bytes: int) -> float:
+def grow(folder: Path, kind: str, n_bytes: int, tokenizer: str = "byte") -> float:
     """Return the peak memory of packing and training [MiB]."""
     source = _corpus(folder, kind, n_bytes)
-    return _peak(_GROW, json.dumps(_config(source)), str(folder / "artifacts"))
+    return _peak(_GROW, json.dumps(_config(source, tokenizer)), str(folder / "artifacts"))
 
 
 def _peak(code: str, *arguments: str) -> float:
@@ -104,9 +109,9 @@ def _peak(code: str, *arguments: str) -> float:
     return int(done.stdout.split()[-1]) / 1024
 
 
-def _rerun(folder: Path, n_bytes: int, rounds: int) -> list[Measure]:
+def rerun(folder: Path, kind: str, n_bytes: int, rounds: int) -> list[Measure]:
     """Measure `stackwise train` on the run that is complete."""
-    source, path = _corpus(folder, "txt", n_bytes), folder / "run.json"
+    source, path = _corpus(folder, kind, n_bytes), folder / "run.json"
     path.write_text(json.dumps(_config(source)))
     stackwise = str(Path(sys.executable).with_name("stackwise"))
     train = [stackwise, "train", str(path), "--artifacts", str(folder / "artifacts")]
@@ -115,22 +120,28 @@ def _rerun(folder: Path, n_bytes: int, rounds: int) -> list[Measure]:
         began = time.perf_counter()
         peaks.append(_peak(_COMMAND, *train))
         seconds.append(time.perf_counter() - began)
-    case = f"rerun, txt of {n_bytes / 1e6:,.0f} MB"
+    case = f"rerun, {kind} of {n_bytes / 1e6:,.0f} MB"
     return [
         Measure(case, "everything sealed", "s", seconds, at_most=_RERUN_SECONDS),
         Measure(case, "memory", "MiB", peaks, at_most=_RERUN_MIB),
     ]
 
 
-def _packing(folder: Path, n_bytes: int, rounds: int) -> list[Measure]:
-    """Measure packing by bytes, and by a tokenizer.json against the tokenizer itself."""
-    texts = list(_texts(n_bytes))
+def bpe(path: Path) -> Tokenizer:
+    """Train a tokenizer of 4,000 tokens, and save it."""
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=4000, initial_alphabet=alphabet, show_progress=False)
-    library.train_from_iterator(texts[:2000], trainer)
-    library.save(str(folder / "tokenizer.json"))
+    library.train_from_iterator(_texts(2**21), trainer)
+    library.save(str(path))
+    return library
+
+
+def _packing(folder: Path, n_bytes: int, rounds: int) -> list[Measure]:
+    """Measure packing by bytes, and by a tokenizer.json against the tokenizer itself."""
+    texts = list(_texts(n_bytes))
+    library = bpe(folder / "tokenizer.json")
     corpus = read_corpus(str(_corpus(folder, "jsonl", n_bytes)))
     batches = [texts[at : at + 2000] for at in range(0, len(texts), 2000)]
     speeds, ratios = list[float](), list[float]()
