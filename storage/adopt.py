@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from stackwise_core.config import StackWiseConfig
@@ -11,7 +12,7 @@ from stackwise_core.data.tokenizer import load_tokenizer
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.adopt import adopted_recipes, check_adopting
 from stackwise_core.stages.identity import AdoptedRecipe
-from stackwise_core.stages.plan import RunPlan, plan_run
+from stackwise_core.stages.plan import RunPlan, SourceFacts, facts_together, plan_run
 from stackwise_core.stages.saved_rack import RACK, SavedRack
 from stackwise_core.strict import read_bounded
 from storage.artifacts import Artifacts, State
@@ -35,10 +36,14 @@ def plan_in(artifacts: Artifacts, config: StackWiseConfig, on_read: OnRead = nob
         ConfigError: the configuration does not fit the rack.
     """
     if not config.model.from_:
-        return config, plan_run(config, *facts_of(artifacts, config, on_read))
+        return config, _planned(config, facts_of(artifacts, config, on_read))
     adopted = _adopted(artifacts, config)
     filled = check_adopting(with_tokenizer(artifacts, config, adopted), adopted)
-    return filled, plan_run(filled, *facts_of(artifacts, filled, on_read), adopted)
+    return filled, _planned(filled, facts_of(artifacts, filled, on_read), adopted)
+
+
+def _planned(config: StackWiseConfig, facts: Sequence[SourceFacts], adopted: tuple[AdoptedRecipe, ...] = ()) -> RunPlan:
+    return plan_run(config, *facts_together(config, facts), adopted, facts)
 
 
 def _adopted(artifacts: Artifacts, config: StackWiseConfig) -> tuple[AdoptedRecipe, ...]:

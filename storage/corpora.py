@@ -15,9 +15,11 @@ from pydantic import BaseModel, ValidationError
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.content import OnRead, nobody
 from stackwise_core.data.files import paths_of
+from stackwise_core.data.mixture import sources_of
 from stackwise_core.data.packing import corpus_facts
 from stackwise_core.errors import StackWiseError
 from stackwise_core.stages.identity import canonical_json
+from stackwise_core.stages.plan import SourceFacts
 from stackwise_core.stages.resolve import reads_examples
 from stackwise_core.strict import read_bounded
 from storage.artifacts import Artifacts
@@ -47,20 +49,24 @@ class _Record(BaseModel, frozen=True, extra="forbid", strict=True):
         return self.model_copy(update={"check": _hash(canonical_json(fields))})
 
 
-def facts_of(artifacts: Artifacts, config: StackWiseConfig, on_read: OnRead = nobody) -> tuple[str, int]:
-    """Return the content hash of a corpus and its size, as `corpus_facts`, from the last reading if it still holds.
+def facts_of(artifacts: Artifacts, config: StackWiseConfig, on_read: OnRead = nobody) -> list[SourceFacts]:
+    """Return the content hash and the size of each source, as `corpus_facts`, from the last reading if it still holds.
 
-    Otherwise the corpus is read, and remembered where an artifacts folder is.
+    Otherwise the source is read, and remembered where an artifacts folder is.
     """
+    return [_facts_of(artifacts, config, source.name, on_read) for source in sources_of(config.data.source)]
+
+
+def _facts_of(artifacts: Artifacts, config: StackWiseConfig, source: str, on_read: OnRead) -> SourceFacts:
     data, examples = config.data, reads_examples(config)
-    asked = _hash(canonical_json([_READING, data.source, os.getcwd(), examples, data.token_type]))
+    asked = _hash(canonical_json([_READING, source, os.getcwd(), examples, data.token_type]))
     path = artifacts.root / ROOM / f"{asked[:16]}.json"
-    look, known = _look_at(data.source), _read(path)
+    look, known = _look_at(source), _read(path)
     if look and known and (known.asked, known.files) == (asked, look.sha256):
-        return known.corpus, known.n_bytes
-    facts = corpus_facts(data.source, examples=examples, token_type=data.token_type, on_read=on_read)
-    if look and look.settled and _look_at(data.source) == look and artifacts.root.is_dir():
-        _write(path, _Record(asked=asked, files=look.sha256, corpus=facts[0], n_bytes=facts[1]))
+        return SourceFacts(known.corpus, known.n_bytes)
+    facts = SourceFacts(*corpus_facts(source, examples=examples, token_type=data.token_type, on_read=on_read))
+    if look and look.settled and _look_at(source) == look and artifacts.root.is_dir():
+        _write(path, _Record(asked=asked, files=look.sha256, corpus=facts.digest, n_bytes=facts.n_bytes))
     return facts
 
 

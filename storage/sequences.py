@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from stackwise_core.data.sequences import PackedSequences, load_split
-from stackwise_core.stages.identity import Ref
+from pathlib import Path
+
+import numpy as np
+
+from stackwise_core.data.mixture import mixed
+from stackwise_core.data.sequences import SPLITS, PackedSequences, array_path, load_split, parts_of
+from stackwise_core.stages.identity import DataRecipe, Ref
 from storage.artifacts import Artifacts
 from storage.errors import ArtifactCorruptError
 
@@ -12,7 +17,20 @@ def load_sequences(artifacts: Artifacts, ref: Ref) -> tuple[PackedSequences, Pac
     """Return the train and validation sequences of a sealed data artifact; raises as `Artifacts.checked`."""
     folder = artifacts.checked(ref)
     try:
+        if parts := DataRecipe.model_validate(artifacts.manifest(ref).recipe).mixture:
+            sources = [load_sequences(artifacts, Ref(kind="data", stage=-1, sha256=part.data)) for part in parts]
+            return _mixed(folder, "train", sources), _mixed(folder, "validation", sources)
         return load_split(folder, "train"), load_split(folder, "validation")
     except (EOFError, OSError, TypeError, ValueError):  # sealed so, by a stranger
         remedy = f"Remove {folder} and run the same command again: it will be remade"
         raise ArtifactCorruptError(folder, "holds no sequences that can be read", remedy) from None
+
+
+def _mixed(folder: Path, split: str, sources: list[tuple[PackedSequences, PackedSequences]]) -> PackedSequences:
+    """Return a split of a mixture from those of its sources; raises ValueError if its rows are not theirs."""
+    parts = [source[list(SPLITS).index(split)] for source in sources]
+    rows, ids = (np.load(array_path(folder, split, name), mmap_mode="r") for name in ("rows", "sequence_ids"))
+    n_rows = sum(map(len, parts))
+    if rows.shape != ids.shape or any(part.min() < 0 or part.max() >= n_rows for part in parts_of(rows)):
+        raise ValueError
+    return mixed(parts, rows, ids)

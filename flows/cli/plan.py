@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.text import Text
 
 from flows.cli.arguments import add_common, add_config, load_config
 from flows.run.estimate import estimate_sequences
 from flows.run.numbers import parameters, size
-from flows.run.prepare import pack_corpus, sampled
+from flows.run.prepare import alone, pack_corpus, sampled
 from flows.run.reading import Reading
 from flows.run.say import say, say_json
 from flows.run.terminal import plain_console, reading_shown
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
+from stackwise_core.data.mixture import mixture_counts, shares_of, sources_of
 from stackwise_core.data.packing import read_corpus
 from stackwise_core.errors import shown
 from stackwise_core.stages.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
-from stackwise_core.stages.identity import AdoptedRecipe, Kind
+from stackwise_core.stages.identity import AdoptedRecipe, Kind, Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from stackwise_core.stages.resolve import reads_examples, resolve_order
 from storage.adopt import plan_in
@@ -43,7 +44,7 @@ def show_plan(options: argparse.Namespace) -> None:
     with reading_shown():
         config, plan = plan_in(artifacts, config, Reading("read"))
     demand = compute_demand(plan, artifacts, config.cache.keep)
-    n_train, n_validation, exact = _count_sequences(config, artifacts, plan)
+    (n_train, n_validation, exact), parts = _count_sequences(config, artifacts, plan)
     document = {
         "run": config.run.name,
         "artifacts": artifacts.uri,
@@ -51,6 +52,7 @@ def show_plan(options: argparse.Namespace) -> None:
         "train_sequences": n_train,
         "validation_sequences": n_validation,
         **({} if exact else {"sequences_estimated": True}),
+        **({"sources": parts} if parts else {}),
         "complete": demand.complete,
         "notes": notes(config),
         "stages": [
@@ -63,20 +65,51 @@ def show_plan(options: argparse.Namespace) -> None:
         _print_plan(document, config.data.seq_len)
 
 
-def _count_sequences(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> tuple[int, int, bool]:
-    """Return the number of training and validation sequences, and whether it is exact.
+class _Count(NamedTuple):
+    train: int
+    validation: int
+    exact: bool
+
+
+def _count_sequences(
+    config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan
+) -> tuple[_Count, list[dict[str, Any]]]:
+    """Return the number of sequences, and of a mixture what each source gives to an epoch."""
+    if not plan.sources:
+        return _count_of(config, artifacts, plan.data_ref, plan.corpus_bytes), []
+    data, sources = config.data, sources_of(config.data.source)
+    found = [
+        _count_of(alone(config, source.name), artifacts, planned.data.ref(-1), planned.n_bytes)
+        for source, planned in zip(sources, plan.sources, strict=True)
+    ]
+    train, validation = mixture_counts(
+        [each.train for each in found],
+        [each.validation for each in found],
+        shares_of(sources),
+        data.max_sequences,
+        spread=data.sample == "spread",
+    )
+    parts = [
+        {"source": source.name, "share": n / sum(train), "train_sequences": n, "of": each.train}
+        for source, each, n in zip(sources, found, train, strict=True)
+    ]
+    return _Count(sum(train), sum(validation), all(each.exact for each in found)), parts
+
+
+def _count_of(config: StackWiseConfig, artifacts: Artifacts, ref: Ref, n_bytes: int) -> _Count:
+    """Return the number of training and validation sequences of one source, and whether it is exact.
 
     It is that of the sealed data, or of the packed corpus; until a large one is packed, it is estimated.
     """
-    if artifacts.state(plan.data_ref) is State.SEALED:
-        data = artifacts.manifest(plan.data_ref)
-        return data.count("train_sequences"), data.count("validation_sequences"), True
-    if plan.corpus_bytes > _PACKED_TO_COUNT:
-        return *estimate_sequences(config, plan.corpus_bytes), False
+    if artifacts.state(ref) is State.SEALED:
+        data = artifacts.manifest(ref)
+        return _Count(data.count("train_sequences"), data.count("validation_sequences"), True)
+    if n_bytes > _PACKED_TO_COUNT:
+        return _Count(*estimate_sequences(config, n_bytes), False)
     given = config.data
     corpus = read_corpus(given.source, examples=reads_examples(config), token_type=given.token_type)
     train, validation = sampled(config, *pack_corpus(config, corpus))
-    return len(train), len(validation), True
+    return _Count(len(train), len(validation), True)
 
 
 def _stage(
@@ -157,9 +190,16 @@ def _print_plan(document: dict[str, Any], seq_len: int) -> None:
     about = "about " if "sequences_estimated" in document else ""
     sequences = f"{about}{n_train:,} training and {n_validation:,} validation sequences of {seq_len} tokens"
     console.print(Text.assemble((document["run"], "bold"), f" in {shown(document['artifacts'])}"), soft_wrap=True)
-    say(sequences, *document["notes"])
+    say(sequences, *map(_source_line, document.get("sources", ())), *document["notes"])
     for row in document["stages"]:
         console.print(_paragraph(row))
+
+
+def _source_line(part: dict[str, Any]) -> str:
+    """Return what a source gives to an epoch of a mixture."""
+    n, there = part["train_sequences"], part["of"]
+    how = "all of its" if n == there else f"{n / there:.3g} times its" if n > there else f"{n / there:.1%} of its"
+    return f"  {part['share']:.1%} {shown(part['source'])}: {n:,} sequences, {how} {there:,}"
 
 
 def _paragraph(row: dict[str, Any]) -> str:

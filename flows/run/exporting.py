@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from flows.run.summary import STAGE_COLUMNS, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.files import holds_tokens
+from stackwise_core.data.mixture import sources_of
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.interop.card import Card, code, grown
 from stackwise_core.interop.config_json import describe
@@ -111,7 +112,8 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def _tokenizer(recorded: OpenedRun) -> Tokenizer | None:
     """Return the tokenizer of a run; None if its corpus, or its model, came without one."""
     data, rows = recorded.config.data, recorded.stages[-1].shape.vocab_size
-    unknown = data.tokenizer == "byte" and holds_tokens(data.source) and rows != _OF_BYTES
+    sources = sources_of(data.source)
+    unknown = data.tokenizer == "byte" and all(holds_tokens(source.name) for source in sources) and rows != _OF_BYTES
     return None if unknown or recorded.attempt.plan.data.tokenizer == NO_TOKENIZER else recorded.tokenizer()
 
 
@@ -162,11 +164,12 @@ def _card(recorded: OpenedRun, config: StackWiseConfig, origin: _Origin | None) 
     n_added = len(recorded.stages[-1].spec.stacks) - (origin.stacks if origin else 0)
     if n_added:
         # A card is published: a path of this machine says no more than the name of the file.
-        corpus = config.data.source if config.data.source.startswith("hf:") else Path(config.data.source).name
+        sources = sources_of(config.data.source)
+        corpus = [each.name if each.name.startswith("hf:") else Path(each.name).name for each in sources]
         mask = plan.stages[0].mask
         ratio = f", {mask.mean_ratio:.0%} masked in stage 0" if mask else ""
         facts.append(f"Objective: {growth.training_objective}{ratio}; sequences of {plan.data.seq_len} tokens.")
-        facts.append(f"Corpus: {code(corpus)}; tokenizer: {code(plan.data.tokenizer)}.")
+        facts.append(f"Corpus: {', '.join(map(code, corpus))}; tokenizer: {code(plan.data.tokenizer)}.")
     return Card(
         name=recorded.attempt.name,
         base_model=origin.repository if origin else "",

@@ -140,6 +140,7 @@ def _recompute_rows(artifacts: Artifacts, run: Attempt, chosen: set[str], proble
             root=artifacts.uri,
             corpus=plan.data.corpus,
             corpus_bytes=plan.corpus_bytes,
+            sources=plan.source_facts,
             index=ref.stage,
             recorded=plan,
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from flows.run.events import DataReady, TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
 from flows.run.numbers import size
@@ -15,12 +18,13 @@ from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.sizes import batch_size_of, vocab_size_of
 from stackwise_core.data.examples import ExampleFormat, pack_examples
 from stackwise_core.data.masks import VALIDATION_VIEW
+from stackwise_core.data.mixture import mixed_rows, mixture_counts, sources_of
 from stackwise_core.data.packing import Corpus, Watch, pack, read_corpus, spread_sample
-from stackwise_core.data.sequences import PackedSequences, parts_of
+from stackwise_core.data.sequences import SPLITS, ArrayWriter, PackedSequences, array_path, parts_of, write_ids
 from stackwise_core.data.sources import check_tokens
 from stackwise_core.errors import ConfigError, CorpusError, Fault
 from stackwise_core.stages.costs import store_bytes
-from stackwise_core.stages.identity import Ref
+from stackwise_core.stages.identity import DataRecipe, Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from stackwise_core.stages.resolve import reads_examples, resolve_order
 from storage.artifacts import SCRATCH, Artifacts, State
@@ -32,14 +36,13 @@ from storage.sequences import load_sequences
 def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> Ref:
     """Pack the corpus into sequences, unless they are sealed already; raises if the run cannot train on them."""
     ref = plan.data_ref
-    waiting = f"{ref.name}, which another process is making"
-    with artifacts.lock(ref.name, on_wait=lambda _: emit_waiting(waiting), should_stop=stop_requested):
-        if artifacts.state(ref) is State.CORRUPT:
-            artifacts.manifest(ref)
-        if artifacts.state(ref) is not State.SEALED:
-            emit(TaskStarted(-1, "prepare data"))
-            with stopping_on_signals():
-                _pack_into(config, artifacts, plan)
+    for source, planned in zip(sources_of(config.data.source), plan.sources, strict=False):
+        pack = functools.partial(_pack_into, alone(config, source.name), artifacts, planned.data, planned.n_bytes)
+        _make(artifacts, planned.data.ref(-1), pack)
+    if plan.sources:
+        _make(artifacts, ref, functools.partial(_mix_into, config, artifacts, plan))
+    else:
+        _make(artifacts, ref, functools.partial(_pack_into, config, artifacts, plan.data, plan.corpus_bytes))
     data, batch_size = artifacts.manifest(ref), batch_size_of(config)
     n_rows = data.count("train_sequences")
     emit(DataReady(n_rows, data.count("validation_sequences")))
@@ -50,6 +53,24 @@ def prepare_data(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -
     if faults := list(_vocabulary_faults(config, data.facts)):
         raise ConfigError(faults)
     return ref
+
+
+def _make(artifacts: Artifacts, ref: Ref, pack: Callable[[], object]) -> None:
+    waiting = f"{ref.name}, which another process is making"
+    with artifacts.lock(ref.name, on_wait=lambda _: emit_waiting(waiting), should_stop=stop_requested):
+        if artifacts.state(ref) is State.CORRUPT:
+            artifacts.manifest(ref)
+        if artifacts.state(ref) is not State.SEALED:
+            emit(TaskStarted(-1, "prepare data"))
+            with stopping_on_signals():
+                pack()
+
+
+def alone(config: StackWiseConfig, source: str) -> StackWiseConfig:
+    """Return the configuration of a run on one source, all of it."""
+    copied = config.model_copy(deep=True)
+    copied.data.source, copied.data.max_sequences = source, 0
+    return copied
 
 
 def _vocabulary_faults(config: StackWiseConfig, facts: dict[str, Any]) -> Iterator[Fault]:
@@ -112,8 +133,9 @@ def _check_tokens(config: StackWiseConfig, corpus: Corpus) -> None:
             check_tokens(document, tokenizer.vocab_size, remedy, tokenizer.mask_token)
 
 
-def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
-    data, tokenizer, work = config.data, tokenizer_of(config), artifacts.work(plan.data_ref)
+def _pack_into(config: StackWiseConfig, artifacts: Artifacts, recipe: DataRecipe, n_bytes: int) -> None:
+    data, tokenizer, ref = config.data, tokenizer_of(config), recipe.ref(-1)
+    work = artifacts.work(ref)
     packed = work / SCRATCH / "packed"
     packed.mkdir(parents=True, exist_ok=True)
     corpus = read_corpus(
@@ -121,11 +143,11 @@ def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> 
         examples=reads_examples(config),
         token_type=data.token_type,
         folder=work / SCRATCH,
-        on_read=Reading("read", plan.corpus_bytes, stop_requested),
+        on_read=Reading("read", n_bytes, stop_requested),
     )
-    if corpus.digest != plan.data.corpus:
+    if corpus.digest != recipe.corpus:
         raise CorpusError(f"data.source: got {data.source!r}; its text changed while the run was starting; start again")
-    if tokenizer.name != plan.data.tokenizer:
+    if tokenizer.name != recipe.tokenizer:
         raise CorpusError(f"data.tokenizer: got {data.tokenizer!r}; it changed while the run was starting; start again")
     notes = PackingNotes(work / SCRATCH / "packing.json", packed)
     reading = Reading("packed", corpus.n_bytes * (corpus.token_width or 1), stop_requested)
@@ -143,7 +165,56 @@ def _pack_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> 
     for split in (train, validation):
         for name, value in _largest(corpus, split, tokenizer.mask_token):
             facts[name] = facts.get(name, 0) + value if name == "mask_tokens" else max(facts.get(name, 0), value)
-    artifacts.seal(plan.data_ref, plan.data, (), facts, {})
+    artifacts.seal(ref, recipe, (), facts, {})
+
+
+def _mix_into(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
+    """Write which sequences of its sources a mixture has; they stay where they were packed."""
+    data, work = config.data, artifacts.work(plan.data_ref)
+    refs = [Ref(kind="data", stage=-1, sha256=part.data) for part in plan.data.mixture]
+    sources = [artifacts.manifest(ref) for ref in refs]
+    _check_alike(config, artifacts, plan)
+    spread, shares = data.sample == "spread", [part.share for part in plan.data.mixture]
+    sizes = [[source.count(f"{split}_sequences") for source in sources] for split in SPLITS]
+    counts = mixture_counts(sizes[0], sizes[1], shares, data.max_sequences, spread=spread)
+    for split, there, wanted in zip(SPLITS, sizes, counts, strict=True):
+        writer = ArrayWriter(array_path(work, split, "rows"), np.int64)
+        for rows in mixed_rows(there, wanted, spread=spread):
+            writer.append(rows)
+        writer.finish(sum(wanted))
+        write_ids(work, split, sum(wanted))
+    facts = {
+        "documents": sum(source.count("documents") for source in sources),
+        "train_sequences": sum(counts[0]),
+        "validation_sequences": sum(counts[1]),
+        "seq_len": data.seq_len,
+        "sources": [dict(zip(SPLITS, each, strict=True)) for each in zip(*counts, strict=True)],
+    }
+    for name, together in (("largest_token", max), ("mask_tokens", sum), ("largest_target", max)):
+        if found := [source.facts[name] for source in sources if name in source.facts]:
+            facts[name] = together(found)
+    inputs = tuple(artifacts.input_entry(ref) for ref in refs)
+    artifacts.seal(plan.data_ref, plan.data, inputs, facts, {})
+
+
+def _check_alike(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan) -> None:
+    """Reject tokens that are of another tokenizer than the texts, or the other tokens, that they are mixed with."""
+    names, n_tokens = [source.name for source in sources_of(config.data.source)], tokenizer_of(config).vocab_size
+    facts = {name: artifacts.manifest(each.data.ref(-1)).facts for name, each in zip(names, plan.sources, strict=True)}
+    tokens = [name for name in names if "mask_tokens" in facts[name]]
+    text = next((name for name in names if name not in tokens), None)
+    for name in tokens if text else ():
+        if (largest := facts[name].get("largest_token", 0)) >= n_tokens:
+            what = f"{name} holds the token {largest}, and {text} is text, whose tokens are below {n_tokens}"
+            raise CorpusError(f"data.source: {what}; name the tokenizer that made {name} as data.tokenizer")
+    bits = {
+        name: 8 * load_sequences(artifacts, each.data.ref(-1))[0].tokens.dtype.itemsize
+        for name, each in zip(names, plan.sources, strict=True)
+    }
+    for name in tokens if not text else ():
+        if bits[name] != bits[tokens[0]]:
+            found = f"{tokens[0]} holds tokens of {bits[tokens[0]]} bits, and {name} of {bits[name]}"
+            raise CorpusError(f"data.source: {found}; mix tokens of one tokenizer, written in one type")
 
 
 def _largest(corpus: Corpus, split: PackedSequences, mask_token: int | None) -> Iterator[tuple[str, int]]:

@@ -101,6 +101,7 @@ def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand
         root=root,
         corpus=plan.data.corpus,
         corpus_bytes=plan.corpus_bytes,
+        sources=plan.source_facts,
         index=index,
         needed=frozenset(ref.kind for ref in demand.needed if ref.stage == index and ref.kind != "data"),
         forced=frozenset(ref.kind for ref in demand.forced if ref.stage == index),

@@ -19,7 +19,7 @@ from stackwise_core.errors import StageInterruptedError
 from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.adopt import adopting
 from stackwise_core.stages.identity import AdoptedRecipe, Kind, Ref
-from stackwise_core.stages.plan import RunPlan, StagePlan, plan_run
+from stackwise_core.stages.plan import RunPlan, SourceFacts, StagePlan, plan_run
 from stackwise_core.training.hardware import n_threads, use_hardware
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.demand import TASK_KINDS, compute_demand
@@ -53,6 +53,8 @@ class Stage(BaseModel, frozen=True):
     corpus: str
     """Content hash of the corpus."""
     corpus_bytes: int
+    sources: tuple[SourceFacts, ...] = ()
+    """Of a mixture."""
     index: int
     needed: frozenset[Kind] = frozenset()
     """Kinds that must be made: absent or retired, and read by something that must be made."""
@@ -87,7 +89,7 @@ class Stage(BaseModel, frozen=True):
     @functools.cached_property
     def run_plan(self) -> RunPlan:
         """The recipes of the run."""
-        return self.recorded or plan_run(self.config, self.corpus, self.corpus_bytes, self.adopted)
+        return self.recorded or plan_run(self.config, self.corpus, self.corpus_bytes, self.adopted, self.sources)
 
     @property
     def plan(self) -> StagePlan:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from stackwise_core.config.schema import ConfigSchema
 from stackwise_core.data.files import holds_tokens
+from stackwise_core.data.mixture import sources_of
 from stackwise_core.data.tokenizer import Tokenizer, load_tokenizer
 from stackwise_core.errors import ConfigError
 
@@ -19,7 +20,8 @@ def tokenizer_of(config: ConfigSchema) -> Tokenizer:
 def corpus_notes(config: ConfigSchema) -> Iterator[str]:
     """Yield a line if nothing tells documents apart."""
     name = config.data.tokenizer
-    if holds_tokens(config.data.source) or name == "byte" or config.training.progressive.training_objective == "custom":
+    has_text = not all(holds_tokens(source.name) for source in sources_of(config.data.source))
+    if not has_text or name == "byte" or config.training.progressive.training_objective == "custom":
         return
     with contextlib.suppress(ConfigError):  # the file may be gone since
         if tokenizer_of(config).end_token is None:

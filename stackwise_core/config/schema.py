@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema, model_validator
 from pydantic.functional_validators import AfterValidator, BeforeValidator
+
+from stackwise_core.config.yaml import parse_value
 
 GROWTH = "training.progressive"
 Precision = Literal["full", "half", "bfloat16", "nvfp4", "qlora"]
@@ -45,6 +48,45 @@ def _with_integer_keys(value: Any) -> Any:
     return dict(zip(keys, value.values(), strict=True))
 
 
+def _are_sources(value: Any) -> Any:
+    """Check what `data.source` is, and return it with the weights as floats; forms give a list as text."""
+    if isinstance(value, str) and isinstance(listed := parse_value(value) if value[:1] == "[" else None, list):
+        value = listed if len(listed) > 1 or any(isinstance(each, dict) for each in listed) else value  # else a glob
+    if isinstance(value, str):
+        if not value:
+            raise ValueError("string should have at least 1 character")
+        return value
+    if not isinstance(value, list):
+        raise ValueError("a path, a glob, stdlib or hf:owner/name is expected, or a list of them")
+    if not value:
+        raise ValueError("the list is empty; name at least one source")
+    entries = [_source_entry(number, each) for number, each in enumerate(value)]
+    names = [each if isinstance(each, str) else each["source"] for each in entries]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice!r} stands there twice; name it once, with a weight")
+    n_weights = sum(isinstance(each, dict) for each in entries)
+    if n_weights not in (0, len(entries)):
+        bare = next(each for each in entries if isinstance(each, str))
+        raise ValueError(f"{bare!r} has no weight, and another source has one; give all of them weights, or none")
+    return entries[0] if len(entries) == 1 and not n_weights else entries
+
+
+def _source_entry(number: int, given: Any) -> Any:
+    if isinstance(given, str) and given:
+        return given
+    if not isinstance(given, dict) or not isinstance(name := given.get("source"), str) or not name:
+        raise ValueError(f"entry {number} is {given!r}; a source is expected, or {{source: ..., weight: ...}}")
+    if unknown := next((key for key in given if key not in ("source", "weight")), None):
+        raise ValueError(f"entry {number} has the key {unknown!r}; known are source and weight")
+    weight = given.get("weight")
+    if weight is None:
+        return name
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        raise ValueError(f"entry {number} ({name}) has the weight {weight!r}; a number above 0 is expected")
+    return {"source": name, "weight": float(weight)}
+
+
+Sources = Annotated[Any, AfterValidator(_are_sources), WithJsonSchema({"type": "string", "minLength": 1})]
 TimeMapping = Annotated[
     Any,
     _checked(
@@ -95,8 +137,10 @@ class RunConfig(Section):
 class DataConfig(Section):
     """The corpus and how it is cut into sequences."""
 
-    source: str = Field(default="stdlib", min_length=1)
-    """'stdlib' (the running Python's library), path or glob of text, jsonl, parquet, .bin files, or 'hf:owner/name'."""
+    source: Sources = "stdlib"
+    """'stdlib' (the running Python's library), path or glob of text, jsonl, parquet, .bin files, or 'hf:owner/name'; or
+    a list of them, each a name or {source, weight}: the share of the training sequences, by default that of its size.
+    """
     tokenizer: str = Field(default="byte", min_length=1)
     """'byte' (256 bytes, [MASK], [PAD], [END]), or the path of a tokenizer.json."""
     end_token: str = ""

@@ -17,6 +17,7 @@ from stackwise_core.config.functions import shown
 from stackwise_core.config.schema import GROWTH, ConfigSchema, StackOverride
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.data.files import holds_tokens
+from stackwise_core.data.mixture import sources_of
 
 Need = list[tuple[str, Collection[Any]]]
 """Pairs of a key and values, at least one of which must hold. A key that is itself unused does not count."""
@@ -126,7 +127,8 @@ def unused_keys(config: ConfigSchema) -> dict[str, str]:
     defaults = ConfigSchema()
     changed = [path for path in BELONGS_TO if _values(config, path) != _values(defaults, path)]
     found = {path: because for path in changed if (because := _blocker(config, path))}
-    if config.data.token_type != "auto" and not holds_tokens(config.data.source):
+    of_tokens = [source for source in sources_of(config.data.source) if holds_tokens(source.name)]
+    if config.data.token_type != "auto" and not of_tokens:
         found["data.token_type"] = "data.source"
     return found | dict(_unused_entries(config))
 

@@ -312,8 +312,8 @@ def spread_sample(
         with tempfile.TemporaryDirectory() as passing:
             return spread_sample(train, validation, most, Path(passing))
     n_train, n_validation = sample_sizes(len(train), len(validation), most)
-    write_split(folder, "train", train, _sample(len(train), n_train))
-    write_split(folder, "validation", validation, _sample(len(validation), n_validation))
+    for name, split, n in (("train", train, n_train), ("validation", validation, n_validation)):
+        write_split(folder, name, split, sampled_rows(len(split), n, np.arange(n, dtype=np.int64)))
     return load_split(folder, "train"), load_split(folder, "validation")
 
 
@@ -324,7 +324,8 @@ def sample_sizes(n_train: int, n_validation: int, most: int) -> tuple[int, int]:
     return most, min(n_validation, max(_LEAST_VALIDATION, math.ceil(n_validation * most / n_train)))
 
 
-def _sample(n_rows: int, most: int) -> IntArray:
-    bounds = np.arange(most + 1, dtype=np.int64) * n_rows // most
-    widths = (bounds[1:] - bounds[:-1]).astype(np.uint64)
-    return bounds[:-1] + (hash_bits(_SAMPLE_SEED, SALT_ORDER, bounds[:-1]) % widths).astype(np.int64)
+def sampled_rows(n_rows: int, most: int, numbers: IntArray) -> IntArray:
+    """Return the rows of some numbers in a sample of `most`: each is one of its part of all rows, chosen by a hash."""
+    first, end = (bound * n_rows // most for bound in (numbers, numbers + 1))
+    widths = (end - first).astype(np.uint64)
+    return first + (hash_bits(_SAMPLE_SEED, SALT_ORDER, first) % widths).astype(np.int64)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -19,6 +19,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from stackwise_core.data.masks import BoolArray, IntArray
 from stackwise_core.data.tokenizer import TokenArray
+
+if TYPE_CHECKING:
+    from stackwise_core.data.mixture import MixedRows
 
 FIRST_VALIDATION_ID = 1 << 40
 """Validation sequences are numbered from here, so that an id shows its split."""
@@ -36,11 +39,11 @@ _MAPPED_AT_ONCE = 1 << 16
 class PackedSequences:
     """One split: tokens [N, T] (unsigned) and stable ids [N] (int64)."""
 
-    tokens: TokenArray
+    tokens: TokenArray | MixedRows
     sequence_ids: IntArray
-    targets: IntArray | None = None
+    targets: IntArray | MixedRows | None = None
     """For a custom objective: [N, T]."""
-    masks: BoolArray | None = None
+    masks: BoolArray | MixedRows | None = None
     """For a custom objective, True at the loss positions: [N, T]."""
 
     def __len__(self) -> int:
@@ -63,7 +66,7 @@ class PackedSequences:
         return sequence_ids - self.sequence_ids[0]
 
 
-def taken(array: NDArray[Any], rows: IntArray) -> NDArray[Any]:
+def taken(array: NDArray[Any] | MixedRows, rows: IntArray) -> NDArray[Any]:
     """Return some rows of an array; what a mapping read for them does not pile up in memory."""
     found = array[rows]
     mapping = getattr(array, "_mmap", None)
@@ -165,7 +168,7 @@ def load_split(folder: Path, split: str) -> PackedSequences:
     return PackedSequences(**{name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in found.items()})
 
 
-def parts_of(array: NDArray[Any], rows: IntArray | None = None) -> Iterator[NDArray[Any]]:
+def parts_of(array: NDArray[Any] | MixedRows, rows: IntArray | None = None) -> Iterator[NDArray[Any]]:
     """Yield all rows of an array, or those of some numbers, a few megabytes at a time."""
     n_rows, step = len(array) if rows is None else len(rows), max(1, _COPIED // max(1, array[:1].nbytes))
     for at in range(0, n_rows, step):

@@ -75,6 +75,15 @@ class Recipe(Value, frozen=True):
         return Ref(kind=self.kind, stage=stage, sha256=self.sha256)
 
 
+class MixedIn(Value, frozen=True):
+    """A source of a mixture."""
+
+    data: str
+    """Its packed sequences, all of them."""
+    share: float
+    """Of the training sequences; 0 is that of its size."""
+
+
 class DataRecipe(Recipe, frozen=True):
     """Packed sequences of a corpus."""
 
@@ -89,6 +98,8 @@ class DataRecipe(Recipe, frozen=True):
     """Which sequences `max_sequences` takes."""
     examples: bool = False
     """Whether the corpus holds examples with targets rather than text."""
+    mixture: WhereSaid[tuple[MixedIn, ...]] = ()
+    """The sources, if there are several, in the order of their hashes."""
 
 
 class BuildRecipe(Recipe, frozen=True):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from pydantic import Field, field_validator
 
@@ -12,7 +14,9 @@ from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.schema import ValidationConfig
 from stackwise_core.config.stacks import corrupts_by_time, settings_of
 from stackwise_core.data.masks import MaskSpec
+from stackwise_core.data.mixture import shares_of, sources_of
 from stackwise_core.data.packing import corpus_facts
+from stackwise_core.errors import CorpusError
 from stackwise_core.stages.costs import stack_flops, store_bytes
 from stackwise_core.stages.identity import (
     ActivationRecipe,
@@ -20,6 +24,7 @@ from stackwise_core.stages.identity import (
     BuildRecipe,
     DataRecipe,
     Kind,
+    MixedIn,
     Recipe,
     Ref,
     StackRecipe,
@@ -29,6 +34,7 @@ from stackwise_core.stages.identity import (
 from stackwise_core.stages.resolve import (
     ModelShape,
     Value,
+    WhereSaid,
     reads_examples,
     resolve_mask,
     resolve_objective,
@@ -40,6 +46,14 @@ from stackwise_core.stages.stages import StageSpec, resolve_joint_times, resolve
 
 _GRID = (0.15, 0.3, 0.5, 0.7, 0.9)
 """Mask ratios at which stages of different ratios are compared."""
+
+
+class SourceFacts(NamedTuple):
+    """What is known of a source once it has been read."""
+
+    digest: str
+    """Hash of its content."""
+    n_bytes: int
 
 
 class StagePlan(Value, frozen=True):
@@ -91,12 +105,22 @@ class StagePlan(Value, frozen=True):
         return getattr(self, kind)
 
 
+class PlannedSource(Value, frozen=True):
+    """A source of a mixture, which is packed by itself."""
+
+    data: DataRecipe
+    n_bytes: int
+    """Size of the text; enters no id."""
+
+
 class RunPlan(Value, frozen=True):
     """The recipes of everything a run makes."""
 
     data: DataRecipe
     corpus_bytes: int
     """Size of the text; enters no id."""
+    sources: WhereSaid[tuple[PlannedSource, ...]] = ()
+    """Of a mixture, in the order of the configuration."""
     stages: tuple[StagePlan, ...] = Field(min_length=1)
 
     @field_validator("stages")
@@ -113,6 +137,11 @@ class RunPlan(Value, frozen=True):
         return self.data.ref(-1)
 
     @property
+    def source_facts(self) -> tuple[SourceFacts, ...]:
+        """What is known of the sources of a mixture, for another process that plans the run again."""
+        return tuple(SourceFacts(source.data.corpus, source.n_bytes) for source in self.sources)
+
+    @property
     def adopted(self) -> tuple[AdoptedRecipe, ...]:
         """The recipes of the adopted stacks, which are the first."""
         return tuple(stage.stack for stage in self.stages if isinstance(stage.stack, AdoptedRecipe))
@@ -120,7 +149,8 @@ class RunPlan(Value, frozen=True):
     @property
     def recipes(self) -> dict[Ref, Recipe]:
         """The recipe of every artifact of the run, each after those of the artifacts that it is made from."""
-        found: dict[Ref, Recipe] = {self.data_ref: self.data}
+        found: dict[Ref, Recipe] = {source.data.ref(-1): source.data for source in self.sources}
+        found[self.data_ref] = self.data
         for stage in self.stages:
             recipes = (stage.build, stage.trunk, stage.stack, stage.activations, stage.validation)
             found |= {recipe.ref(stage.index): recipe for recipe in recipes if recipe is not None}
@@ -129,18 +159,42 @@ class RunPlan(Value, frozen=True):
 
 def plan_config(config: StackWiseConfig, adopted: Sequence[AdoptedRecipe] = ()) -> RunPlan:
     """Read the corpus of a valid configuration and plan its run; raises CorpusError if it cannot be read."""
-    data = config.data
-    facts = corpus_facts(data.source, examples=reads_examples(config), token_type=data.token_type)
-    return plan_run(config, *facts, adopted)
+    data, examples = config.data, reads_examples(config)
+    facts = [
+        SourceFacts(*corpus_facts(source.name, examples=examples, token_type=data.token_type))
+        for source in sources_of(data.source)
+    ]
+    return plan_run(config, *facts_together(config, facts), adopted, facts)
+
+
+def facts_together(config: StackWiseConfig, facts: Sequence[SourceFacts]) -> SourceFacts:
+    """Return the hash and the size of what all sources hold, in whatever order they stand.
+
+    Raises CorpusError if two hold the same.
+    """
+    if len(facts) == 1:
+        return facts[0]
+    names, digests = [source.name for source in sources_of(config.data.source)], [each.digest for each in facts]
+    for number, digest in enumerate(digests):
+        if digest in digests[:number]:
+            same = f"{names[digests.index(digest)]} and {names[number]} hold the same texts"
+            raise CorpusError(f"data.source: {same}; name one of them, with a weight")
+    text = "\n".join(["mixture", *sorted(digests)])
+    return SourceFacts(hashlib.sha256(text.encode()).hexdigest(), sum(each.n_bytes for each in facts))
 
 
 def plan_run(
-    config: StackWiseConfig, corpus_digest: str, corpus_bytes: int = 0, adopted: Sequence[AdoptedRecipe] = ()
+    config: StackWiseConfig,
+    corpus_digest: str,
+    corpus_bytes: int = 0,
+    adopted: Sequence[AdoptedRecipe] = (),
+    sources: Sequence[SourceFacts] = (),
 ) -> RunPlan:
     """Plan the run of a valid configuration whose corpus is known by its content hash.
 
     From the size of its text, `cache.mode: auto` estimates how many rows there are; 0 means that it is unknown. With
-    `model.from`, the configuration is what `adopting` returns for the recipes of the adopted stacks.
+    `model.from`, the configuration is what `adopting` returns for the recipes of the adopted stacks. Of a mixture the
+    facts of all its sources are needed, in the order of the configuration.
     """
     data = DataRecipe(
         corpus=corpus_digest,
@@ -151,13 +205,26 @@ def plan_run(
         sample=config.data.sample if config.data.max_sequences else "first",
         examples=reads_examples(config),
     )
+    planned = _plan_sources(data, sources) if len(sources) > 1 else ()
+    if planned:
+        shares = shares_of(sources_of(config.data.source))
+        parts = [MixedIn(data=each.data.sha256, share=share) for each, share in zip(planned, shares, strict=True)]
+        data = data.model_copy(update={"mixture": tuple(sorted(parts, key=lambda part: part.data))})
     specs, stages = resolve_stages(config), list[StagePlan]()
     states: dict[int, str] = {}
     for spec, reader in zip(specs, [*specs[1:], None], strict=True):
         no_cache = _why_not_cached(config, spec, reader, corpus_bytes)
         taken = adopted[spec.index] if spec.adopted else None
         stages.append(_plan_stage(config, spec, reader, no_cache, data.sha256, states, stages, taken))
-    return RunPlan(data=data, corpus_bytes=corpus_bytes, stages=tuple(stages))
+    return RunPlan(data=data, corpus_bytes=corpus_bytes, sources=planned, stages=tuple(stages))
+
+
+def _plan_sources(data: DataRecipe, sources: Sequence[SourceFacts]) -> tuple[PlannedSource, ...]:
+    """Plan the sources of a mixture as a run of each alone would, so that other weights pack nothing again."""
+    alone = data.model_copy(update={"max_sequences": 0, "sample": "first"})
+    return tuple(
+        PlannedSource(data=alone.model_copy(update={"corpus": each.digest}), n_bytes=each.n_bytes) for each in sources
+    )
 
 
 def _plan_stage(

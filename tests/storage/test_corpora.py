@@ -48,7 +48,7 @@ def reads(artifacts: Artifacts, config: StackWiseConfig) -> bool:
     """Return whether the corpus is read, and see that what is known of it is right."""
     n_read = list[int]()
     expected = corpus_facts(config.data.source, examples=reads_examples(config), token_type=config.data.token_type)
-    assert facts_of(artifacts, config, n_read.append) == expected
+    assert facts_of(artifacts, config, n_read.append) == [expected]
     return bool(n_read)
 
 
