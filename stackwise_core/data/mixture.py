@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stackwise_core.data.masks import IntArray
 from stackwise_core.data.packing import sample_sizes, sampled_rows
-from stackwise_core.data.sequences import PackedSequences, taken
+from stackwise_core.data.sequences import MixedRows, PackedSequences
 
 _WINDOW = 1 << 16
 """Rows that are interleaved at a time."""
@@ -111,31 +111,6 @@ def _of_source(numbers: IntArray, size: int, count: int, spread: bool) -> IntArr
     if spread and last.any():
         rows[last] = sampled_rows(size, count - whole, numbers[last] - whole)
     return rows
-
-
-class MixedRows:
-    """Rows of several arrays, as if they were one: what `PackedSequences` reads, without a copy."""
-
-    def __init__(self, parts: Sequence[NDArray[Any] | MixedRows], rows: IntArray) -> None:
-        """Take the arrays of all sources [N, ...], alike but for N, and the numbers of the rows of the mixture [M]."""
-        self._parts, self._rows = parts, rows
-        self._ends = np.cumsum([len(part) for part in parts])
-        self._row = parts[0][:1].shape[1:]
-        self.dtype = np.result_type(*(part.dtype for part in parts))
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._rows)
-
-    def __getitem__(self, key: Any) -> NDArray[Any]:
-        """Return some rows: of a slice, or of numbers [B]."""
-        rows = taken(self._rows, key) if isinstance(key, np.ndarray) else np.asarray(self._rows[key])
-        of = np.searchsorted(self._ends, rows, side="right")
-        found = np.empty((len(rows), *self._row), self.dtype)
-        for number, part in enumerate(self._parts):
-            if (here := of == number).any():
-                found[here] = taken(part, rows[here] - (self._ends[number] - len(part)))
-        return found
 
 
 def mixed(parts: Sequence[PackedSequences], rows: IntArray, ids: IntArray) -> PackedSequences:

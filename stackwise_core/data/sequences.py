@@ -8,10 +8,10 @@ from __future__ import annotations
 import io
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -19,9 +19,6 @@ from numpy.typing import DTypeLike, NDArray
 
 from stackwise_core.data.masks import BoolArray, IntArray
 from stackwise_core.data.tokenizer import TokenArray
-
-if TYPE_CHECKING:
-    from stackwise_core.data.mixture import MixedRows
 
 FIRST_VALIDATION_ID = 1 << 40
 """Validation sequences are numbered from here, so that an id shows its split."""
@@ -76,6 +73,31 @@ def taken(array: NDArray[Any] | MixedRows, rows: IntArray) -> NDArray[Any]:
             mapping.madvise(mmap.MADV_DONTNEED)
             _touched[id(mapping)] = 0
     return found
+
+
+class MixedRows:
+    """Rows of several arrays, as if they were one: what `PackedSequences` reads, without a copy."""
+
+    def __init__(self, parts: Sequence[NDArray[Any] | MixedRows], rows: IntArray) -> None:
+        """Take the arrays of all sources [N, ...], alike but for N, and the numbers of the rows of the mixture [M]."""
+        self._parts, self._rows = parts, rows
+        self._ends = np.cumsum([len(part) for part in parts])
+        self._row = parts[0][:1].shape[1:]
+        self.dtype = np.result_type(*(part.dtype for part in parts))
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._rows)
+
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        """Return some rows: of a slice, or of numbers [B]."""
+        rows = taken(self._rows, key) if isinstance(key, np.ndarray) else np.asarray(self._rows[key])
+        of = np.searchsorted(self._ends, rows, side="right")
+        found = np.empty((len(rows), *self._row), self.dtype)
+        for number, part in enumerate(self._parts):
+            if (here := of == number).any():
+                found[here] = taken(part, rows[here] - (self._ends[number] - len(part)))
+        return found
 
 
 _touched: dict[int, int] = {}

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.data.mixture import MixedRows, mixed_rows, mixture_counts, shares_of, sources_of
+from stackwise_core.data.mixture import mixed_rows, mixture_counts, shares_of, sources_of
 from stackwise_core.data.packing import sampled_rows
+from stackwise_core.data.sequences import MixedRows
 from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.stages.plan import RunPlan, SourceFacts, facts_together, plan_run
 
