@@ -20,10 +20,15 @@ if TYPE_CHECKING:
     from flows.cli.opening import Opened
     from stackwise_core.data.masks import IntArray
     from stackwise_core.data.tokenizer import Tokenizer
+    from stackwise_core.generation.minimal_pairs import Pair
 
 _AT_ONCE = 4096
 """Tokens of a batch."""
 _DRAWS = 8
+_SHIPPED = "the pairs of StackWise"
+
+Found = dict[str, Any]
+"""What a document says."""
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +45,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, metavar="N", help=help_text)
     help_text = f"masks that are drawn for each sequence of a run of mlm ({_DRAWS})"
     parser.add_argument("--draws", type=int, default=_DRAWS, metavar="N", help=help_text)
-    help_text = 'minimal pairs instead: a line {"good": TEXT, "bad": TEXT} each; how often good is more probable'
-    parser.add_argument("--pairs", default="", metavar="FILE", help=help_text)
+    help_text = "minimal pairs instead: how often the good one of two sentences is the more probable; without FILE "
+    help_text += 'those of StackWise; a line of FILE is {"good": TEXT, "bad": TEXT}, perhaps with "phenomenon"'
+    parser.add_argument("--pairs", nargs="?", const=_SHIPPED, default="", metavar="FILE", help=help_text)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -55,7 +61,8 @@ def _run(options: argparse.Namespace) -> None:
     stages = [{**each.ids, **judge(options, each, tokenizer, device)} for each in opened]
     source = options.pairs or options.data or "validation sequences of the run"
     document = {**opened[0].called, "data": source, "tokenizer": tokenizer.name, "stages": stages}
-    document |= {} if options.pairs else {"bound": objective == "mlm"}
+    score = "pseudo-log-likelihood" if objective == "mlm" else "log probability"
+    document |= {"score": score} if options.pairs else {"bound": objective == "mlm"}
     if options.json:
         say_json(document)
     else:
@@ -77,11 +84,11 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(faults)
 
 
-def _name(document: dict[str, Any]) -> str:
+def _name(document: Found) -> str:
     return document.get("run") or document["folder"]
 
 
-def _told(stage: dict[str, Any]) -> list[str]:
+def _told(stage: Found) -> list[str]:
     """Return the cells that say which rack it is; a folder has no stage."""
     return ["-" if stage[key] is None else str(stage[key]) for key in ("stage", "how", "depth")]
 
@@ -89,9 +96,7 @@ def _told(stage: dict[str, Any]) -> list[str]:
 # ---------------------------------------------------------------- text
 
 
-def _judge_text(
-    options: argparse.Namespace, opened: Opened, tokenizer: Tokenizer, device: torch.device
-) -> dict[str, Any]:
+def _judge_text(options: argparse.Namespace, opened: Opened, tokenizer: Tokenizer, device: torch.device) -> Found:
     from stackwise_core.data.rows import in_batches
     from stackwise_core.generation.judging import TextOf, judge_masked, judge_next_tokens
 
@@ -129,7 +134,7 @@ def _rows(options: argparse.Namespace, opened: Opened, tokenizer: Tokenizer) -> 
     return itertools.islice(rows, most or None)
 
 
-def _show_text(document: dict[str, Any]) -> None:
+def _show_text(document: Found) -> None:
     stages = document["stages"]
     bound = document["bound"]
     below = "<= " if bound else ""
@@ -151,59 +156,60 @@ def _show_text(document: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- minimal pairs
 
 
-def _judge_pairs(
-    options: argparse.Namespace, opened: Opened, tokenizer: Tokenizer, device: torch.device
-) -> dict[str, Any]:
-    from stackwise_core.generation.judging import Pairs, masked_score, next_token_score
+def _judge_pairs(options: argparse.Namespace, opened: Opened, tokenizer: Tokenizer, device: torch.device) -> Found:
+    from stackwise_core.generation.minimal_pairs import Share, masked_score, next_token_scores, shares
 
-    config, n_right, n = opened.config, 0, 0
-    masked = objective_of(opened) == "mlm"
-    denoisers = opened.denoisers(device) if masked else []
-    rack = None if masked else opened.rack(dense=True).to(device)
-    for number, pair in _pairs(Path(options.pairs)):
-        scores = list[float]()
-        for text in pair:
-            tokens = tokenizer.encode(text.encode()).astype("int64")
-            if not 1 <= len(tokens) < config.data.seq_len:
-                allowed = f"of 1 to {config.data.seq_len - 1:,} tokens, as the rack was trained on"
-                raise ConfigError([Fault(f"{options.pairs}:{number}", f"a text of {len(tokens):,}", allowed)])
-            if rack is None:
-                assert tokenizer.mask_token is not None
-                scores.append(masked_score(denoisers, tokens, tokenizer.mask_token))
-            else:
-                scores.append(next_token_score(rack, tokens, tokenizer.end_token))
-        n, n_right = n + 1, n_right + (scores[0] > scores[1])
-    if not n:
+    pairs = _pairs(options)
+    texts = [_checked(opened, tokenizer, pair.where, text) for pair in pairs for text in (pair.good, pair.bad)]
+    if objective_of(opened) == "mlm":
+        assert tokenizer.mask_token is not None  # it was trained with one
+        denoisers = opened.denoisers(device)
+        scores = [masked_score(denoisers, tokens, tokenizer.mask_token) for tokens in texts]
+    else:
+        end = [] if tokenizer.end_token is None else [tokenizer.end_token]
+        start = (opened.is_imported and tokenizer.start_tokens) or end
+        scores = next_token_scores(opened.rack(dense=True).to(device), texts, start)
+    right = [good > bad for good, bad in zip(scores[::2], scores[1::2], strict=True)]
+
+    def told(of: Share) -> Found:
+        return {"pairs": of.n, "right": of.n_right, "share": of.share, "interval": list(of.interval)}
+
+    by_phenomenon = shares((pair.phenomenon, is_right) for pair, is_right in zip(pairs, right, strict=True))
+    listed = [{"phenomenon": name, **told(of)} for name, of in by_phenomenon.items()]
+    return {**told(Share(sum(right), len(right))), "phenomena": listed}
+
+
+def _pairs(options: argparse.Namespace) -> list[Pair]:
+    from stackwise_core.generation.minimal_pairs import pairs_in, shipped_pairs
+
+    pairs = list(shipped_pairs() if options.pairs == _SHIPPED else pairs_in(Path(options.pairs)))
+    if not pairs:
         raise ConfigError([Fault("--pairs", repr(options.pairs), "it has no line")])
-    found = Pairs(n_right, n)
-    return {"pairs": n, "right": n_right, "share": found.share, "interval": list(found.interval)}
+    return pairs
 
 
-def _pairs(path: Path) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Yield the pairs of a file with their line numbers; raises ConfigError at a line that is not a pair."""
-    from stackwise_core.data.sources import parse_object
-
-    number = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = parse_object(line)
-                    good, bad = row.get("good"), row.get("bad")
-                    if not (isinstance(good, str) and isinstance(bad, str)):
-                        raise ValueError("has no texts `good` and `bad`")
-                    yield number, (good, bad)
-    except OSError as error:
-        raise ConfigError([Fault("--pairs", repr(str(path)), f"it cannot be read ({error.strerror})")]) from None
-    except ValueError as error:
-        raise ConfigError([Fault("--pairs", f"{path}:{number}", f"{error}")]) from None
+def _checked(opened: Opened, tokenizer: Tokenizer, where: str, text: str) -> IntArray:
+    """Return the tokens of a text that is as long as the rack can read."""
+    tokens, most = tokenizer.encode(text.encode()).astype("int64"), opened.config.data.seq_len - 1
+    if not 1 <= len(tokens) <= most:
+        allowed = f"of 1 to {most:,} tokens, as the rack was trained on"
+        raise ConfigError([Fault(where, f"a text of {len(tokens):,}", allowed)])
+    return tokens
 
 
-def _show_pairs(document: dict[str, Any]) -> None:
+def _show_pairs(document: Found) -> None:
     table = plain_table("stage", "how", "|depth", "|right", "|of", "|share", "|95 % interval")
+    phenomena = plain_table("phenomenon", "|right", "|of", "|share", "|95 % interval")
     for each in document["stages"]:
-        low, high = each["interval"]
-        counts = [str(each[key]) for key in ("right", "pairs")]
-        table.add_row(*_told(each), *counts, f"{each['share']:.1%}", f"{low:.1%} to {high:.1%}")
-    say(f"{_name(document)} on {document['data']}: the good text of a pair is the more probable one")
+        table.add_row(*_told(each), *_shares(each))
+    for each in document["stages"][-1]["phenomena"]:
+        phenomena.add_row(each["phenomenon"] or "-", *_shares(each))
+    say(f"{_name(document)} on {document['data']}: the good text of a pair has the higher {document['score']}")
     plain_console().print(table)
+    if len(document["stages"][-1]["phenomena"]) > 1:
+        plain_console().print(phenomena)
+
+
+def _shares(of: Found) -> list[str]:
+    low, high = of["interval"]
+    return [str(of["right"]), str(of["pairs"]), f"{of['share']:.1%}", f"{low:.1%} to {high:.1%}"]

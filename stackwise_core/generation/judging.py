@@ -1,4 +1,4 @@
-"""How well a rack predicts text, in units that do not depend on the tokenizer: bits per byte; and minimal pairs.
+"""How well a rack predicts text, in units that do not depend on the tokenizer: bits per byte.
 
 Special tokens are not text: neither their nats nor their bytes count. Letters: B sequences, T positions, V vocabulary.
 """
@@ -22,8 +22,6 @@ from stackwise_core.generation.unmask import MOST_LOGITS, Denoiser, denoiser_for
 
 _SALT = 0
 _JUDGING = 0x6A7564
-_Z = 1.959964
-"""Of an interval that holds 95 % of a normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -147,63 +145,26 @@ def token_nats(
     rack: RackLike, inputs: IntArray, targets: IntArray, places: IntArray | None = None, time_step: int | None = None
 ) -> FloatArray:
     """Return the negative log probability of targets [B, T] given inputs [B, T]: [B, T], or at some places [B, P]."""
-    device = rack.embedding.weight.device
+    x_BTD = hidden(rack, inputs, time_step)
+    if places is not None:
+        x_BTD, targets = x_BTD[:, places], targets[:, places]
+    return nats_of(rack, x_BTD.flatten(0, 1), targets.ravel()).reshape(targets.shape)
+
+
+def hidden(rack: RackLike, inputs: IntArray, time_step: int | None = None) -> Tensor:
+    """Return the stream below the head for tokens [B, T]: [B, T, D]."""
     step = None if time_step is None else torch.full((len(inputs),), time_step)
-    x_BTD = rack.embedding(torch.from_numpy(inputs).to(device), step)
+    x_BTD = rack.embedding(torch.from_numpy(inputs).to(rack.embedding.weight.device), step)
     for stack in rack.stacks:
         x_BTD = stack(x_BTD)
-    wanted = torch.from_numpy(targets).to(device)
-    if places is not None:
-        x_BTD, wanted = x_BTD[:, places], wanted[:, places]
-    hidden_PD, size = x_BTD.flatten(0, 1), max(1, MOST_LOGITS // rack.shape.vocab_size)
+    return x_BTD
+
+
+def nats_of(rack: RackLike, hidden_PD: Tensor, targets_P: IntArray) -> FloatArray:
+    """Return the negative log probability of a target at each place [P]; the logits of some are held at a time."""
+    size, wanted_P = max(1, MOST_LOGITS // rack.shape.vocab_size), torch.from_numpy(targets_P).to(hidden_PD.device)
     losses: list[Tensor] = [
-        F.cross_entropy(rack.head(hidden).float(), target, reduction="none")
-        for hidden, target in zip(hidden_PD.split(size), wanted.flatten().split(size), strict=True)
+        F.cross_entropy(rack.head(some_PD).float(), target_P, reduction="none")
+        for some_PD, target_P in zip(hidden_PD.split(size), wanted_P.split(size), strict=True)
     ]
-    return torch.cat(losses).view(wanted.shape).double().cpu().numpy()
-
-
-# ---------------------------------------------------------------- minimal pairs
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """How often a rack prefers the good text of a pair."""
-
-    n_right: int
-    n: int
-
-    @property
-    def share(self) -> float:
-        """The share of pairs in which the good text is the more probable one; half is chance."""
-        return self.n_right / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The interval of 95 % for the share (Wilson 1927)."""
-        shrink = 1 + _Z**2 / self.n
-        middle = (self.share + _Z**2 / (2 * self.n)) / shrink
-        half = _Z / shrink * math.sqrt(self.share * (1 - self.share) / self.n + _Z**2 / (4 * self.n**2))
-        return middle - half, middle + half
-
-
-@torch.inference_mode()
-def next_token_score(rack: RackLike, tokens: IntArray, start: int | None) -> float:
-    """Return the log probability of a text [T] after a start token, or without one that of all tokens but the first."""
-    row = tokens if start is None else np.concatenate([[start], tokens])
-    return -float(token_nats(rack, row[None, :-1], row[None, 1:]).sum()) if len(row) > 1 else 0.0
-
-
-@torch.inference_mode()
-def masked_score(denoisers: Sequence[Denoiser], tokens: IntArray, mask_token: int) -> float:
-    """Return the log probability of each token of a text [T] given all others, summed (Salazar et al. 2020)."""
-    denoiser = denoiser_for(denoisers, 1, len(tokens))
-    total = 0.0
-    for place in range(len(tokens)):
-        masked = tokens.copy()
-        masked[place] = mask_token
-        at = np.asarray([place], dtype=np.int64)
-        total -= float(
-            token_nats(denoiser.rack, masked[None], tokens[None], at, denoiser.time_step(1 / len(tokens))).sum()
-        )
-    return total
+    return torch.cat(losses).double().cpu().numpy()

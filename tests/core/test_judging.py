@@ -1,4 +1,4 @@
-"""Bits per byte and bounds against dense recomputations, closed forms and enumerations; intervals; sequences."""
+"""Bits per byte and bounds against dense recomputations, closed forms and enumerations; sequences."""
 
 from __future__ import annotations
 
@@ -17,31 +17,20 @@ from stackwise_core.data.tokenizer import ByteTokenizer, load_tokenizer
 from stackwise_core.data.tokenizer import Tokenizer as OurTokenizer
 from stackwise_core.errors import ConfigError, CorpusError
 from stackwise_core.generation.judging import (
-    Pairs,
     TextOf,
     judge_masked,
     judge_next_tokens,
-    masked_score,
-    next_token_score,
 )
 from stackwise_core.generation.unmask import Denoiser
-from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.rack import Rack
-from stackwise_core.stages.resolve import ModelShape
+from support.racks import lively_rack
 
 BYTES = ByteTokenizer()
 TEXT = "Naïve 日本 text grows; the next 🦊 jumps over it, and on and on it goes."
 
 
 def rack_of(vocab_size: int = 264, causal: bool = True, seed: int = 1) -> Rack:
-    shape = ModelShape(vocab_size=vocab_size, d_model=16, n_heads=2, n_kv_heads=1, d_ff=24, causal=causal)
-    rack = Rack(shape)
-    rack.stacks.append(Stack(shape, 1))
-    initialise(rack, seed)
-    with torch.no_grad():
-        for parameter in rack.parameters():
-            parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
-    return rack.eval()
+    return lively_rack(vocab_size, seed=seed, causal=causal)
 
 
 @torch.no_grad()
@@ -157,30 +146,6 @@ def test_draws_depend_on_the_tokens_alone() -> None:
     assert together.nats == pytest.approx(sum(alone))
     assert judge_masked([Denoiser(rack)], [rows[:1]], TextOf(BYTES), 256, 4).error is None
     assert together.error == pytest.approx(np.std(np.array(alone) / 10, ddof=1) / 2)
-
-
-# ---------------------------------------------------------------- pairs
-
-
-def test_scores_of_texts() -> None:
-    rack = rack_of()
-    losses = dense_nats(rack, [258, 3, 4], [3, 4, 5])
-    assert next_token_score(rack, np.array([3, 4, 5]), 258) == pytest.approx(-sum(losses), rel=1e-5)
-    later = dense_nats(rack, [3, 4], [4, 5])
-    assert next_token_score(rack, np.array([3, 4, 5]), None) == pytest.approx(-sum(later), rel=1e-5)
-    rack = rack_of(causal=False)
-    holes = [[256, 4, 5], [3, 256, 5], [3, 4, 256]]
-    expected = sum(dense_nats(rack, hole, [3, 4, 5])[n] for n, hole in enumerate(holes))
-    assert masked_score([Denoiser(rack)], np.array([3, 4, 5]), 256) == pytest.approx(-expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (500, 1000, 0.4691, 0.5309)],
-)
-def test_the_interval_is_that_of_wilson(right: int, n: int, low: float, high: float) -> None:
-    """Values of R's prop.test(right, n, correct = FALSE)."""
-    assert Pairs(right, n).interval == pytest.approx((low, high), abs=1e-4)
 
 
 # ---------------------------------------------------------------- sequences

@@ -10,23 +10,16 @@ import torch
 
 from stackwise_core.errors import ConfigError
 from stackwise_core.generation.unmask import Denoiser, Unmasking, sureness_of, unmask
-from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.rack import Rack
-from stackwise_core.stages.resolve import ModelShape, TimeShape
+from stackwise_core.stages.resolve import TimeShape
+from support.racks import lively_rack
 
 V, MASK, PAD = 30, 28, 29
 ROWS = [[3, 1, MASK, 1, MASK, 9, MASK, MASK, 5, MASK, MASK], [MASK, MASK, 7], [1, 2, 3]]
 
 
 def rack_of(seed: int = 1, **changes: Any) -> Rack:
-    shape = ModelShape(vocab_size=V, d_model=16, n_heads=2, n_kv_heads=1, d_ff=24, causal=False, **changes)
-    rack = Rack(shape)
-    rack.stacks.append(Stack(shape, 2))
-    initialise(rack, seed)
-    with torch.no_grad():
-        for parameter in rack.parameters():
-            parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
-    return rack.eval()
+    return lively_rack(V, 2, seed, causal=False, **changes)
 
 
 @torch.no_grad()

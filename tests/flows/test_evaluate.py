@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from stackwise_core.data.tokenizer import ByteTokenizer
-from stackwise_core.generation.judging import TextOf, judge_masked, next_token_score
+from stackwise_core.generation.judging import TextOf, judge_masked
+from stackwise_core.generation.minimal_pairs import next_token_scores, shipped_pairs
 from storage.racks import load_rack, open_run
 from support.commands import Run
 from support.modes import G
@@ -68,19 +69,43 @@ def test_a_masked_run_has_a_bound(run: Run, tmp_path: Path) -> None:
 
 def test_minimal_pairs(reference: Reference, run: Run, tmp_path: Path) -> None:
     pairs = [("the stack", "eht kcats"), ("frozen", "zzzzzz"), ("qqq", "rack"), ("eht kcats", "the stack")]
-    lines = [json.dumps({"good": good, "bad": bad}) for good, bad in pairs]
+    lines = [json.dumps({"good": good, "bad": bad, "phenomenon": bad[:1]}) for good, bad in pairs]
     (tmp_path / "pairs.jsonl").write_text("\n".join([*lines, ""]))
     document = run("evaluate", "tiny", "--artifacts", reference(), "--pairs", "pairs.jsonl", "--json").document
     rack = load_rack(reference(), "tiny")
 
     def score(text: str) -> float:
-        return next_token_score(rack, ByteTokenizer().encode(text.encode()).astype("int64"), 258)
+        return next_token_scores(rack, [ByteTokenizer().encode(text.encode()).astype("int64")], [258])[0]
 
-    n_right = sum(score(good) > score(bad) for good, bad in pairs)
+    right = [score(good) > score(bad) for good, bad in pairs]
     (found,) = document["stages"]
-    assert (found["pairs"], found["right"], found["share"]) == (4, n_right, pytest.approx(n_right / 4))
+    assert (found["pairs"], found["right"], found["share"]) == (4, sum(right), pytest.approx(sum(right) / 4))
     assert 0 <= found["interval"][0] < found["share"] < found["interval"][1] <= 1
-    assert "95 % interval" in run("evaluate", "tiny", "--artifacts", reference(), "--pairs", "pairs.jsonl").out
+    told = [(each["phenomenon"], each["pairs"], each["right"]) for each in found["phenomena"]]
+    assert told == [("e", 1, right[0]), ("z", 1, right[1]), ("r", 1, right[2]), ("t", 1, right[3])]
+    assert (document["data"], document["score"]) == ("pairs.jsonl", "log probability")
+    table = run("evaluate", "tiny", "--artifacts", reference(), "--pairs", "pairs.jsonl").out
+    assert "95 % interval" in table
+    assert "the good text of a pair has the higher log probability" in table
+
+
+@pytest.mark.parametrize(("objective", "score"), [("clm", "log probability"), ("mlm", "pseudo-log-likelihood")])
+def test_the_shipped_pairs(
+    objective: str, score: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if objective == "mlm":  # it reads a sentence once for each letter
+        monkeypatch.setattr("stackwise_core.generation.minimal_pairs._PER_FRAME", 1)
+    changes = {"training.steps_per_stack": 1, f"{G}target_stacks": 1, "data.seq_len": 64}
+    grown(tiny(tmp_path, {**changes, f"{G}training_objective": objective}), tmp_path / "a")
+    document = run("evaluate", "tiny", "--artifacts", tmp_path / "a", "--pairs", "--json").document
+    assert (document["data"], document["score"]) == ("the pairs of StackWise", score)
+    (found,) = document["stages"]
+    assert found["pairs"] == len(list(shipped_pairs()))
+    assert sum(each["right"] for each in found["phenomena"]) == found["right"]
+    assert 0.2 < found["share"] < 0.8  # it knows nothing
+    table = run("evaluate", "tiny", "--artifacts", tmp_path / "a", "--pairs").out
+    assert "negative polarity" in table
+    assert f"has the higher {score}" in table
 
 
 @pytest.mark.parametrize(
@@ -94,6 +119,9 @@ def test_minimal_pairs(reference: Reference, run: Run, tmp_path: Path) -> None:
         (("--pairs", "nothing.jsonl"), "--pairs: got 'nothing.jsonl'; it cannot be read (No such file or directory)"),
         (("--pairs", "one.txt"), "--pairs: got one.txt:1; is not JSON"),
         (("--pairs", "half.jsonl"), "--pairs: got half.jsonl:2; has no texts `good` and `bad`"),
+        (("--pairs", "named.jsonl"), "--pairs: got named.jsonl:1; its `phenomenon` is no text"),
+        (("--pairs", "empty.jsonl"), "--pairs: got 'empty.jsonl'; it has no line"),
+        (("--pairs",), "The teacher sings every morning.: got a text of 32; of 1 to 15 tokens"),
         (("--pairs", "long.jsonl"), "long.jsonl:1: got a text of 17; of 1 to 15 tokens, as the rack was trained on"),
         (("--pairs", "one.txt", "--data", "one.txt"), "--data: got 'one.txt'; with --pairs the texts are those"),
     ],
@@ -101,6 +129,8 @@ def test_minimal_pairs(reference: Reference, run: Run, tmp_path: Path) -> None:
 def test_what_is_refused(how: tuple[str, ...], message: str, reference: Reference, run: Run, tmp_path: Path) -> None:
     texts: dict[str, Any] = {
         "one.txt": "x",
+        "empty.jsonl": "\n",
+        "named.jsonl": '{"good": "x", "bad": "y", "phenomenon": 1}',
         "half.jsonl": '\n{"good": "x"}\n',
         "long.jsonl": '{"good": "%s", "bad": "x"}',
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,18 @@ from stackwise_core.stages.resolve import ModelShape
 
 SHAPE = ModelShape(vocab_size=40, d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, causal=True)
 TOKENS = torch.arange(24).view(2, 12)
+
+
+def lively_rack(vocab_size: int, n_blocks: int = 1, seed: int = 1, **changes: Any) -> Rack:
+    """Return a rack of one random stack whose matrices are large, so that what it predicts is far from uniform."""
+    shape = ModelShape(vocab_size=vocab_size, d_model=16, n_heads=2, n_kv_heads=1, d_ff=24, **changes)
+    rack = Rack(shape)
+    rack.stacks.append(Stack(shape, n_blocks))
+    initialise(rack, seed)
+    with torch.no_grad():
+        for parameter in rack.parameters():
+            parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
+    return rack.eval()
 
 
 def mixed_rack(precisions: Sequence[Precision], tied: bool = True) -> Rack:
