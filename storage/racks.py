@@ -13,6 +13,7 @@ from torch import nn
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.corpus import tokenizer_of
+from stackwise_core.config.schema import Mode
 from stackwise_core.config.stacks import resolve_time_input, settings_of
 from stackwise_core.data.masks import IntArray
 from stackwise_core.data.tokenizer import Tokenizer
@@ -179,8 +180,11 @@ def load_builder(
     artifacts, attempt, stages = opened.artifacts, opened.attempt, opened.stages
     config, last = opened.config, stages[-1].spec
     check_no_code(config, attempt.where, trusted=trust_functions)
+    modes: list[Mode] = [stage.spec.mode for stage in stages if stage.spec.mode != "joint"]
+    if not modes:  # joint training from scratch adds all stacks as the configuration says
+        modes = [settings_of(config, stack).mode for stack in range(len(last.stacks))]
     builder, channels = ProgressiveRackBuilder(config), load_all_channels(artifacts, stages)
-    builder.take_rack(_rack(artifacts, stages), last.anatomy.order, channels, settings_of(config, 0).mode)
+    builder.take_rack(_rack(artifacts, stages), last.anatomy.order, channels, modes)
     if last.mode == "joint" and len(stages) > 1:
         before = Snapshot.all_of(_rack(artifacts, stages[:-1]), dict(builder.channels))
         builder.keep_annealed("", before)  # what settings it was made with matters only to a trainer of the library

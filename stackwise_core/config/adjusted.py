@@ -72,7 +72,7 @@ def _trunk_adapters(config: ConfigSchema) -> Iterator[str]:
     given = (progressive_adapter_of(config, stack) for stack in bare)
     if not growth.progressive_qlora and (adapter := next(filter(None, given), None)):
         what = f"a progressive adapter of rank {adapter.rank} for trunk stacks without an adapter"
-        yield f"taken: {what} (trunk_strategy: qlora)"
+        yield f"taken: {what} ({'trunk' if growth.trunk_strategy == 'qlora' else 'tail'}_strategy: qlora)"
 
 
 def _ranks(config: ConfigSchema) -> Iterator[str]:

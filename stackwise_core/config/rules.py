@@ -12,6 +12,7 @@ from stackwise_core.config.functions import shown
 from stackwise_core.config.schema import GROWTH, QUANTISED, ConfigSchema
 from stackwise_core.config.sizes import batch_size_of, layer_widths
 from stackwise_core.config.stacks import (
+    begins_as_identity,
     n_time_steps,
     named,
     progressive_adapter_of,
@@ -107,6 +108,7 @@ def growth_faults(config: ConfigSchema) -> Iterator[Fault]:
     """Yield every broken rule about stacks, precisions, adapters and trunk strategies."""
     yield from _limited(config, f"{GROWTH}.target_stacks", f"{GROWTH}.max_stacks")
     yield from _precision_faults(config)
+    yield from _tail_faults(config)
     yield from _adapter_faults(config)
 
 
@@ -139,7 +141,21 @@ def _precision_faults(config: ConfigSchema) -> Iterator[Fault]:
 def _begins_as_zero(config: ConfigSchema, stack: int) -> bool:
     if stack < len(config.adopted) or config.training.new_stack_init != "auto":
         return stack >= len(config.adopted) and config.training.new_stack_init == "copy_zero"
-    return settings_of(config, stack).mode == "prepend" or any(each.imported for each in config.adopted)
+    return begins_as_identity(config, settings_of(config, stack))
+
+
+def _tail_faults(config: ConfigSchema) -> Iterator[Fault]:
+    growth, order = config.training.progressive, list[int]()
+    for stack in range(min(growth.target_stacks, growth.max_stacks)):
+        settings = settings_of(config, stack)
+        place = stack - settings.above(stack)
+        tail = order[place:] if settings.mode == "insert" and stack >= len(config.adopted) else []
+        order.insert(place, stack)
+        quantised = [other for other in tail if settings_of(config, other).precision in QUANTISED]
+        if quantised and growth.tail_strategy == "full" and growth.enabled:
+            allowed = f"{_are(quantised)} quantised, in the tail above stack {stack}, and cannot train whole"
+            yield _fault(config, f"{GROWTH}.tail_strategy", f"{allowed}; use frozen or qlora")
+            return
 
 
 def _are(stacks: list[int]) -> str:

@@ -14,6 +14,10 @@ from stackwise_core.config.yaml import parse_value
 
 GROWTH = "training.progressive"
 Precision = Literal["full", "half", "bfloat16", "nvfp4", "qlora"]
+Mode = Literal["append", "prepend", "insert"]
+"""Where a new stack goes: below the head, above the embedding, or below the top stacks of the trunk."""
+Strategy = Literal["frozen", "qlora", "full"]
+"""What of existing stacks trains: nothing, their adapters, everything."""
 StreamDtype = Literal["bfloat16", "float16", "float32", "int8", "fp8"]
 QUANTISED_STREAMS: tuple[StreamDtype, ...] = ("int8", "fp8")
 """Stream types that need channel statistics and a scale per token."""
@@ -249,8 +253,10 @@ class StackOverride(Section):
     """Blocks in this stack; 0 means model.blocks_per_stack."""
     precision: Literal["default", "full", "half", "bfloat16", "nvfp4", "qlora"] = "default"
     """Precision of this stack."""
-    mode: Literal["default", "append", "prepend"] = "default"
+    mode: Literal["default", "append", "prepend", "insert"] = "default"
     """Where this stack is added."""
+    tail_stacks: int = Field(default=0, ge=0, le=1024, exclude_if=lambda value: not value)
+    """insert: the stacks above this one; 0 means training.progressive.tail_stacks."""
     steps: int = Field(default=0, ge=0)
     """Optimizer steps of this stack's stage; 0 means training.steps_per_stack."""
 
@@ -264,11 +270,15 @@ class ProgressiveConfig(Section):
     """The most stacks this rack may ever have; time-as-depth spreads its steps over them."""
     target_stacks: int = Field(default=3, ge=1, le=1024)
     """Stacks to reach now; raise it later to continue."""
-    building_mode: Literal["append", "prepend"] = "append"
-    """Add new stacks at the end (append) or between embeddings and trunk (prepend)."""
-    trunk_strategy: Literal["frozen", "qlora", "full"] = "frozen"
+    building_mode: Mode = "append"
+    """Add new stacks at the end (append), between embeddings and trunk (prepend), or below the tail (insert)."""
+    tail_stacks: int = Field(default=1, ge=1, le=1024)
+    """insert: how many of the top stacks are the tail, which stays above the new stack; at most all."""
+    tail_strategy: Strategy = "full"
+    """insert: what of the tail trains with the new stack: nothing, adapters, or everything, also the head."""
+    trunk_strategy: Strategy = "frozen"
     """What of the existing stacks trains: nothing, their adapters (which qlora gives to those that have none),
-    everything."""
+    everything; after an insert, of those below the new one."""
     trunk_trainable_top: int = Field(default=0, ge=0)
     """With qlora: only the top n trunk stacks' adapters train; 0 means all."""
     new_stack_precision: Precision = "full"
@@ -313,7 +323,7 @@ class ProgressiveConfig(Section):
     """Time steps in all; 0 means as many as mask_ratio_table has ratios, or else 1,000 with time as an input, and with
     depth max_stacks * time_per_stack, or what exponential steps need."""
     stacks: list[StackOverride] = Field(default_factory=list)
-    """Per-stack overrides {n_blocks, precision, mode, steps} in creation order."""
+    """Per-stack overrides {n_blocks, precision, mode, tail_stacks, steps} in creation order."""
 
 
 class TrainingConfig(Section):
@@ -429,7 +439,7 @@ class StackSettings:
 
     n_blocks: int
     precision: Precision
-    mode: Literal["append", "prepend"]
+    mode: Mode
     steps: int
     adapter: AdapterSpec | None
     """Its 'stack' adapter. A stack of precision qlora always has one, since NF4 alone could not train."""
@@ -437,6 +447,14 @@ class StackSettings:
     """Its 'progressive' adapter, if it was adopted with one; others get theirs at growth."""
     imported: bool = False
     """Whether it is part of an imported model."""
+    tail_stacks: int = 1
+    """insert: the stacks that stay above it, if there are as many."""
+
+    def above(self, n_stacks: int) -> int:
+        """Return how many of the stacks that are there stay above this one."""
+        if self.mode == "insert":
+            return min(self.tail_stacks, n_stacks)
+        return n_stacks if self.mode == "prepend" else 0
 
 
 class ConfigSchema(Section):

@@ -42,13 +42,25 @@ def settings_of(config: ConfigSchema, stack: int) -> StackSettings:
         n_blocks=own.n_blocks or config.model.blocks_per_stack,
         precision=precision,
         mode=growth.building_mode if own.mode == "default" else own.mode,
+        tail_stacks=own.tail_stacks or growth.tail_stacks,
         steps=own.steps or config.training.steps_per_stack,
         adapter=_capped(config, given_adapter(growth, stack)) if growth.qlora_enabled or precision == "qlora" else None,
     )
 
 
+def inserts(growth: ProgressiveConfig) -> bool:
+    """Return whether a stack is added below others."""
+    return "insert" in (growth.building_mode, *(own.mode for own in growth.stacks))
+
+
 def _capped(config: ConfigSchema, adapter: AdapterSpec) -> AdapterSpec:
     return AdapterSpec(rank=min(adapter.rank, config.model.d_model), alpha=adapter.alpha)
+
+
+def begins_as_identity(config: ConfigSchema, new: StackSettings) -> bool:
+    """Return whether `auto` is `copy_zero`: where what stays above the new stack was trained for what it read so far."""
+    frozen_tail = new.mode == "insert" and config.training.progressive.tail_strategy != "full"
+    return new.mode == "prepend" or frozen_tail or any(stack.imported for stack in config.adopted)
 
 
 def given_adapter(growth: ProgressiveConfig, stack: int) -> AdapterSpec:
@@ -68,7 +80,8 @@ def progressive_adapter_of(config: ConfigSchema, stack: int) -> AdapterSpec | No
     growth, settings = config.training.progressive, settings_of(config, stack)
     if settings.progressive:
         return settings.progressive
-    needed = growth.trunk_strategy == "qlora" and settings.adapter is None
+    adapts = growth.trunk_strategy == "qlora" or (growth.tail_strategy == "qlora" and inserts(growth))
+    needed = adapts and settings.adapter is None
     return progressive_adapter(config) if growth.enabled and (growth.progressive_qlora or needed) else None
 
 

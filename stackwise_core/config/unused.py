@@ -38,9 +38,10 @@ _ADAPTED: Need = [
 _BY_RULE: Need = [(f"{GROWTH}.qlora_strategy", ("simplified", "progressive"))]
 _PATTERNED: Need = [(f"{GROWTH}.qlora_strategy", ("progressive",))]
 _PROGRESSIVE: Need = [(f"{GROWTH}.progressive_qlora", (True,))]
+_OF_ADAPTERS: Need = [(f"{GROWTH}.trunk_strategy", ("qlora",)), (f"{GROWTH}.tail_strategy", ("qlora",))]
 _DENSE = ("full", "half", "bfloat16", "nvfp4")
 _FOR_BARE_TRUNKS: list[Need] = [  # also stacks without an adapter of their own get one, in a trunk of adapters
-    [*_PROGRESSIVE, (f"{GROWTH}.trunk_strategy", ("qlora",))],
+    [*_PROGRESSIVE, *_OF_ADAPTERS],
     [*_PROGRESSIVE, (f"{GROWTH}.qlora_enabled", (False,))],
     [*_PROGRESSIVE, (f"{GROWTH}.new_stack_precision", _DENSE), (f"{GROWTH}.stacks.precision", _DENSE)],
 ]
@@ -49,8 +50,9 @@ _FEW_ADAPTERS_TRAIN: Need = [(f"{GROWTH}.trunk_strategy", ("frozen",)), (f"{GROW
 _FROZEN_BELOW: list[Need] = [  # a stage may read the stream of frozen stacks
     [(f"{GROWTH}.trunk_strategy", ("frozen", "qlora"))],
     _FEW_ADAPTERS_TRAIN,
-    [(f"{GROWTH}.building_mode", ("append",)), (f"{GROWTH}.stacks.mode", ("append",))],
+    [(f"{GROWTH}.building_mode", ("append", "insert")), (f"{GROWTH}.stacks.mode", ("append", "insert"))],
 ]
+_INSERTS: Need = [(f"{GROWTH}.building_mode", ("insert",)), (f"{GROWTH}.stacks.mode", ("insert",))]
 _STORED: Need = [(f"{GROWTH}.cache_activations", (True,))]
 _STRETCHED: Need = [("model.rope_scaling.kind", ("linear", "llama3", "yarn"))]
 _FROM_A_CONTEXT: Need = [("model.rope_scaling.kind", ("llama3", "yarn"))]
@@ -69,6 +71,8 @@ BELONGS_TO: dict[str, list[Need]] = {
     "training.new_stack_init": [_GROWS],
     "training.joint_steps": [_GROWS],
     "training.joint_learning_rate": [[("training.joint_steps", _MANY)]],
+    f"{GROWTH}.tail_stacks": [_INSERTS],
+    f"{GROWTH}.tail_strategy": [_GROWS, _INSERTS],
     f"{GROWTH}.trunk_strategy": [_GROWS],
     f"{GROWTH}.trunk_trainable_top": [[(f"{GROWTH}.trunk_strategy", ("qlora",))]],
     f"{GROWTH}.qlora_strategy": [_ADAPTED],
@@ -80,7 +84,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     f"{GROWTH}.progressive_qlora": [_GROWS],
     f"{GROWTH}.progressive_qlora_rank": _FOR_BARE_TRUNKS,
     f"{GROWTH}.progressive_qlora_alpha": _FOR_BARE_TRUNKS,
-    "training.adapter_learning_rate": [[*_ADAPTED, *_PROGRESSIVE, (f"{GROWTH}.trunk_strategy", ("qlora",))]],
+    "training.adapter_learning_rate": [[*_ADAPTED, *_PROGRESSIVE, *_OF_ADAPTERS]],
     "training.custom_loss": [[(f"{GROWTH}.training_objective", ("custom",))]],
     "training.corruption": [_MLM],
     "training.mask_ratio": [_MLM, [(f"{GROWTH}.time_interpretation", ("none",))]],
@@ -155,6 +159,9 @@ def _values(config: ConfigSchema, path: str) -> list[Any]:
     """Return the value of a key; of a key inside `stacks` those of all entries."""
     values: list[Any] = [config]
     for name in path.split("."):
+        if name.isdecimal():
+            values = [values[0][int(name)]]
+            continue
         sections = [each for value in values for each in (value if isinstance(value, list) else [value])]
         values = [getattr(section, name) for section in sections if isinstance(section, BaseModel)]
     return values
@@ -170,6 +177,12 @@ def _unused_entries(config: ConfigSchema) -> Iterator[tuple[str, str]]:
             yield f"{GROWTH}.stacks.{stack}", f"{GROWTH}.max_stacks"
         elif own.steps and not growth.enabled:
             yield f"{GROWTH}.stacks.{stack}.steps", f"{GROWTH}.enabled"
+        elif own.tail_stacks and settings_of(config, stack).mode != "insert":
+            of_all = own.mode == "default"
+            yield (
+                f"{GROWTH}.stacks.{stack}.tail_stacks",
+                f"{GROWTH}.{'building_mode' if of_all else f'stacks.{stack}.mode'}",
+            )
     if growth.qlora_strategy == "variable" and is_used(config, f"{GROWTH}.qlora_configs"):
         for stack in sorted(growth.qlora_configs):
             if 0 <= stack < len(config.adopted):

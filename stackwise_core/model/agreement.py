@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import describe
-from stackwise_core.config.schema import GROWTH, ConfigSchema, ModelConfig, Precision, StackOverride
+from stackwise_core.config.schema import GROWTH, ConfigSchema, Mode, ModelConfig, Precision, StackOverride
 from stackwise_core.config.sizes import feed_forward_width, head_width, vocab_size_of
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.resolve import ModelShape, TimeShape
@@ -32,7 +32,7 @@ class Told:
     """The section of the configuration that it was given; None: it was made from dimensions alone."""
     replaced: dict[str, Any] = field(default_factory=dict)
     """The values in that section which dimensions took the place of."""
-    building_mode: Literal["append", "prepend"] | None = None
+    building_mode: Mode | None = None
     default_precision: Precision | None = None
 
     def binds(self, key: str) -> bool:

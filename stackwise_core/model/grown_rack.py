@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from stackwise_core.config.arguments import check_type, describe
-from stackwise_core.config.schema import GROWTH, StackOverride
+from stackwise_core.config.schema import GROWTH, Mode, StackOverride
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import adapter_parameters
 from stackwise_core.model.blocks import Stack
@@ -55,6 +55,11 @@ class GrownRack:
     def n_trained(self) -> int:
         """The number of stacks, in creation order, that have been trained."""
         return len(self.trained)
+
+    @property
+    def modes(self) -> list[Mode]:
+        """How each stack was added, in creation order."""
+        return [entry.mode for entry in self.added if entry.mode != "default"]  # each says its own
 
     def is_trained(self, creation_index: int) -> bool:
         """Return whether a stack has been trained."""

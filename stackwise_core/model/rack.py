@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stackwise_core.config.schema import Mode
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.generation.generate import OnToken, Prompts, generate
 from stackwise_core.generation.sampling import Sampling
@@ -32,7 +33,7 @@ from stackwise_core.model.saving import (
 )
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.stages.saved_rack import RACK, Mode, SavedRack
+from stackwise_core.stages.saved_rack import RACK, SavedRack
 
 
 class Rack(nn.Module):
@@ -190,7 +191,7 @@ def rack_files(
     seed: int | None = None,
     trained: Collection[int] | None = None,
     channels: Mapping[int, ChannelStatistics] | None = None,
-    first: Mode = "append",
+    modes: Sequence[Mode] = (),
     no_config: str = "",
     others: Iterable[tuple[str, bytes]] = (),
 ) -> Iterator[tuple[str, bytes]]:
@@ -201,12 +202,12 @@ def rack_files(
         seed: of the builder's configuration.
         trained: creation indices of the stacks whose stage is over; None stands for all.
         channels: statistics of the stacks' outputs, where the stream is quantised.
-        first: how the builder would have added the first stack, where there was nothing to add it to.
+        modes: how each stack was added, in creation order; see `described_stacks`.
         no_config: why there is no `config.yaml`.
         others: more files, such as that.
     """
     stacks = [stack for stack in rack.stacks if isinstance(stack, Stack)]
-    described, digests = described_stacks(stacks, trained, first), dict[str, str]()
+    described, digests = described_stacks(stacks, trained, modes), dict[str, str]()
     if types := {str(parameter.dtype) for parameter in rack.parameters()} - {"torch.float32"}:
         allowed = "the rack was cast: save it before, or build stacks of that precision"
         raise ConfigError([Fault("rack", f"parameters of {', '.join(sorted(types))}", allowed)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_choice, check_integer, check_type
 from stackwise_core.config.rules import growth_faults
-from stackwise_core.config.schema import GROWTH, ModelConfig, Precision, StackOverride
+from stackwise_core.config.schema import GROWTH, Mode, ModelConfig, Precision, StackOverride
 from stackwise_core.config.sizes import vocab_size_of
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.config.unused import notes
@@ -30,10 +30,10 @@ from stackwise_core.model.saving import described_stacks, write_whole
 from stackwise_core.model.snapshot import Snapshot, take_contents
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.resolve import ModelShape, resolve_shape
-from stackwise_core.stages.saved_rack import CONFIG, Mode, SavedBuilder
+from stackwise_core.stages.saved_rack import CONFIG, SavedBuilder
 from stackwise_core.stages.stages import StageSpec, resolve_stack, resolve_stage
 
-_Mode = Literal["default", "append", "prepend"]
+_AddedAs = Mode | Literal["default"]
 
 
 def create_stack_from_config(
@@ -64,12 +64,12 @@ def create_stack_from_config(
 
 
 class ProgressiveRackBuilder(GrownRack):
-    """Grows one rack, stack by stack, at either end."""
+    """Grows one rack, stack by stack, at either end or within."""
 
     def __init__(
         self,
         config: StackWiseConfig | None = None,
-        building_mode: Literal["append", "prepend"] | None = None,
+        building_mode: Mode | None = None,
         default_precision: Precision | None = None,
         **dimensions: Any,
     ) -> None:
@@ -84,7 +84,7 @@ class ProgressiveRackBuilder(GrownRack):
         whole = StackWiseConfig() if config is None else config
         check_type("config", whole, StackWiseConfig, "a StackWiseConfig is expected; from_yaml(path) reads a file")
         if building_mode is not None:
-            check_choice("building_mode", building_mode, ("append", "prepend"))
+            check_choice("building_mode", building_mode, get_args(Mode))
         if default_precision is not None:
             check_choice("default_precision", default_precision, get_args(Precision))
         self.config = _with_dimensions(whole, dimensions)
@@ -112,12 +112,25 @@ class ProgressiveRackBuilder(GrownRack):
         """Add a stack between the embedding and the trunk, and return it; see `append_stack`."""
         return self._add("prepend", n_blocks, precision)
 
+    def insert_stack(
+        self, n_blocks: int | None = None, precision: Precision | None = None, tail_stacks: int | None = None
+    ) -> Stack:
+        """Add a stack below the top `tail_stacks` of the rack, and return it; see `append_stack`."""
+        if tail_stacks is not None:
+            check_integer("tail_stacks", tail_stacks, 1, 1024)
+        return self._add("insert", n_blocks, precision, tail_stacks=tail_stacks)
+
     def add_stack(self, config: StackWiseConfig | None = None) -> Stack:
         """Add the next stack as a configuration says, such as a trainer's; None takes the builder's own."""
         return self._add("default", None, None, config)
 
     def _add(
-        self, mode: _Mode, n_blocks: int | None, precision: Precision | None, config: StackWiseConfig | None = None
+        self,
+        mode: _AddedAs,
+        n_blocks: int | None,
+        precision: Precision | None,
+        config: StackWiseConfig | None = None,
+        tail_stacks: int | None = None,
     ) -> Stack:
         if config is None:
             self._check_not_ahead()
@@ -127,7 +140,7 @@ class ProgressiveRackBuilder(GrownRack):
         if index >= limit:
             raise ConfigError([Fault(f"{GROWTH}.max_stacks", str(index + 1), f"at most {limit} stacks")])
         _check_stack(n_blocks, precision)
-        override = self._override(config, mode, n_blocks, precision)
+        override = self._override(config, mode, n_blocks, precision, tail_stacks)
         built = self.as_built(config, [*self.added, override])
         if faults := list(growth_faults(built)):
             raise ConfigError(faults)
@@ -146,7 +159,12 @@ class ProgressiveRackBuilder(GrownRack):
             raise ConfigError([Fault("rack_builder", "one more stack, by hand", allowed)])
 
     def _override(
-        self, config: StackWiseConfig, mode: _Mode, n_blocks: int | None, precision: Precision | None
+        self,
+        config: StackWiseConfig,
+        mode: _AddedAs,
+        n_blocks: int | None,
+        precision: Precision | None,
+        tail_stacks: int | None,
     ) -> StackOverride:
         """Return how this stack is built, in full, so that later edits of the configuration do not change it."""
         index = self.n_stacks
@@ -155,10 +173,13 @@ class ProgressiveRackBuilder(GrownRack):
         if left := [fault for fault in faults if not said[fault.path.removeprefix(f"{GROWTH}.")]]:
             raise ConfigError(left)
         settings = settings_of(agreed_config(self._told, config), index)
+        mode = settings.mode if mode == "default" else mode
+        tail = min(int(tail_stacks or settings.tail_stacks), index) if mode == "insert" else 0
         return StackOverride(
             n_blocks=int(n_blocks or settings.n_blocks),
             precision=precision or settings.precision,
-            mode=settings.mode if mode == "default" else mode,
+            mode=mode,
+            tail_stacks=tail,
         )
 
     def _new_stack(self, built: StackWiseConfig, spec: StageSpec) -> Stack:
@@ -297,8 +318,8 @@ class ProgressiveRackBuilder(GrownRack):
             config = config_in(saved, known.said if known else ())
             check_no_code(config, str(saved.folder), trusted=trust_functions)
         builder = cls._as_told(known, config) if known else cls(config)
-        first = saved.stacks[0].mode if saved.stacks else "append"
-        builder.take_rack(rack, [stack.index for stack in saved.stacks if stack.trained], channels, first)
+        modes: list[Mode] = [stack.mode for stack in saved.stacks]
+        builder.take_rack(rack, [stack.index for stack in saved.stacks if stack.trained], channels, modes)
         if known:
             take_record(builder, known, saved)
         return builder
@@ -325,22 +346,23 @@ class ProgressiveRackBuilder(GrownRack):
         self.annealed, self.interrupted = other.annealed, other.interrupted
 
     def take_rack(
-        self, rack: Rack, trained: Iterable[int], channels: Mapping[int, ChannelStatistics], first: Mode
+        self, rack: Rack, trained: Iterable[int], channels: Mapping[int, ChannelStatistics], modes: Sequence[Mode]
     ) -> None:
         """Have a finished rack take the place of the builder's own.
 
-        `trained` are creation indices; `first` is how the first stack would have been added.
+        `trained` are creation indices; `modes` says how each stack was added, in creation order.
 
         Raises:
-            ConfigError: the configuration says another shape, or the order of the stacks is none of growth.
+            ConfigError: the configuration says another shape, or creation indices are missing.
         """
         wanted = resolve_shape(self.as_built(self._own, []))
         if wanted != rack.shape:
             raise ConfigError(shape_faults(self._own, rack.shape, wanted))
         stacks = [stack for stack in rack.stacks if isinstance(stack, Stack)]
-        described = described_stacks(stacks, set(trained), first)
+        described = described_stacks(stacks, set(trained), modes)
         self.added = [
-            StackOverride(n_blocks=stack.n_blocks, precision=stack.precision, mode=stack.mode) for stack in described
+            StackOverride(n_blocks=stack.n_blocks, precision=stack.precision, mode=stack.mode, tail_stacks=stack.tail)
+            for stack in described
         ]
         self.rack, self.trained = rack, {stack.index for stack in described if stack.trained}
         self.created, self.created_ends, self.annealed = {}, ("", ""), None

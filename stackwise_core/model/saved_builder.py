@@ -55,7 +55,7 @@ def builder_files(
         seed=grown.seed,
         trained=grown.trained,
         channels=grown.channels,
-        first="prepend" if grown.added and grown.added[0].mode == "prepend" else "append",
+        modes=grown.modes,
         no_config=no_config,
         others=itertools.chain(others, more, *(_files_before(grown, *pair) for pair in before)),
     )

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from stackwise_core.config.schema import Precision
+from stackwise_core.config.schema import Mode, Precision
 from stackwise_core.errors import ConfigError, Fault, SavedRackError
 from stackwise_core.files import recover_folder, replace_folder, write_file
 from stackwise_core.model.adapters import (
@@ -31,7 +31,7 @@ from stackwise_core.model.blocks import Stack
 from stackwise_core.model.precision import STORAGE, base_linears, convert_storage, storage_of
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.stages.saved_rack import RACK, Mode, SavedRack, SavedStack, Storage
+from stackwise_core.stages.saved_rack import RACK, SavedRack, SavedStack, Storage
 from stackwise_core.stages.stages import StackSpec
 
 STACK, HEAD, EMBEDDING, CHANNELS = (f"{part}.safetensors" for part in ("stack", "head", "embedding", "channels"))
@@ -122,11 +122,11 @@ def folder_of(stack: int) -> str:
 
 
 def described_stacks(
-    stacks: Sequence[Stack], trained: Collection[int] | None, first: Mode = "append"
+    stacks: Sequence[Stack], trained: Collection[int] | None, modes: Sequence[Mode] = ()
 ) -> tuple[SavedStack, ...]:
     """Describe stacks, given in data-flow order; None stands for all of them being trained.
 
-    Their order says how each was added, except the first, which was added to nothing.
+    `modes` says how each was added, in creation order; where it does not, the order of the stacks tells.
     """
     order = [stack.creation_index for stack in stacks]
     if sorted(order) != list(range(len(order))):
@@ -139,15 +139,21 @@ def described_stacks(
             precision=stack.precision,
             adapters={name: adapter_spec(stack, name) for name in adapter_names(stack)},
             storage=cast("Storage", storage_of(next(iter(base_linears(stack).values())))),
-            mode=_mode(order, stack.creation_index) if stack.creation_index else first,
+            mode=mode,
+            tail=above if mode == "insert" else 0,
             trained=trained is None or stack.creation_index in trained,
         )
         for stack in sorted(stacks, key=lambda stack: stack.creation_index)
+        for mode, above in [_added(order, stack.creation_index, modes)]
     )
 
 
-def _mode(order: Sequence[int], stack: int) -> Mode:
-    return "prepend" if order.index(stack) < order.index(0) else "append"
+def _added(order: Sequence[int], stack: int, modes: Sequence[Mode]) -> tuple[Mode, int]:
+    """Return how a stack was added, and how many of the stacks that were there are above it."""
+    above = sum(other < stack for other in order[order.index(stack) :])
+    if stack < len(modes):
+        return modes[stack], above
+    return ("append" if not above else "prepend" if above == stack else "insert"), above
 
 
 def load_saved_stack(saved: SavedRack, spec: SavedStack) -> Stack:

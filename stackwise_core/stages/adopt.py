@@ -45,6 +45,7 @@ def adopted_recipes(saved: SavedRack) -> tuple[AdoptedRecipe, ...]:
         AdoptedRecipe(
             shape=saved.shape,
             mode=stack.mode,
+            tail=stack.tail,
             stack=StackSpec(**{name: getattr(stack, name) for name in StackSpec.model_fields}),
             files={name: content[path] for path, name in rack_files(saved, stack.index).items()},
             rack=rack,
@@ -70,6 +71,7 @@ def adopting(config: StackWiseConfig, adopted: Sequence[AdoptedRecipe]) -> Stack
             n_blocks=recipe.stack.n_blocks,
             precision=recipe.stack.precision,
             mode=recipe.mode,
+            tail_stacks=recipe.tail,
             steps=0,
             adapter=recipe.stack.adapters.get("stack"),
             progressive=recipe.stack.adapters.get("progressive"),

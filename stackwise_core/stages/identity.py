@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
-from stackwise_core.config.schema import Precision, StreamDtype
+from stackwise_core.config.schema import Mode, Precision, Strategy, StreamDtype
 from stackwise_core.config.stacks import AdapterSpec
 from stackwise_core.data.masks import MaskSpec
 from stackwise_core.stages.resolve import ModelShape, Value, WhereAdopted, WhereSaid
-from stackwise_core.stages.stages import GrowthOperator, OptimSpec, StackSpec, Strategy, Trains
+from stackwise_core.stages.stages import GrowthOperator, OptimSpec, StackSpec, Trains
 
 Kind = Literal["data", "build", "trunk", "stack", "activations", "validation"]
 
@@ -147,7 +147,9 @@ class StackRecipe(Recipe, frozen=True):
     optim: OptimSpec
     stream_dtype: str | None = None
     """Type of the frozen trunk's stream; None if the boundary is 0."""
-    mode: Literal["append", "prepend", "joint"] = "append"
+    mode: Mode | Literal["joint"] = "append"
+    tail: WhereSaid[int] = 0
+    """The stacks above an inserted one."""
     precision: Precision = "full"
     """In which the stack is stored at the end of its stage."""
     objective: str = ""
@@ -167,7 +169,9 @@ class AdoptedRecipe(Recipe, frozen=True):
 
     kind = "stack"
     shape: ModelShape
-    mode: Literal["append", "prepend"]
+    mode: Mode
+    tail: WhereSaid[int] = 0
+    """The stacks above an inserted one when it was created."""
     stack: StackSpec
     """With all adapters that it has."""
     files: dict[str, str]

@@ -290,6 +290,7 @@ def _plan_stack(
         optim=spec.optim,
         stream_dtype=config.cache.dtype if anatomy.boundary else None,
         mode="append" if spec.index == 0 and not joint else spec.mode,  # prepended to nothing
+        tail=spec.tail,
         precision="full" if joint else spec.new.precision,
         objective=resolve_objective(config),
         time_step=spec.time_step if corrupts_by_time(config) else None,  # otherwise it is only recorded
@@ -382,6 +383,8 @@ def _why_live(reader: StageSpec) -> str:
         return "it trains everything together"
     if reader.mode == "prepend":
         return "gradients flow through the trunk to the prepended stack"
+    if reader.mode == "insert" and reader.anatomy.order[0] == reader.index:
+        return "no stack lies below the inserted one"
     return "the whole trunk trains" if reader.strategy == "full" else "adapters of every trunk stack train"
 
 

@@ -9,17 +9,16 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from stackwise_core.config.schema import ModelConfig, Precision
+from stackwise_core.config.schema import Mode, ModelConfig, Precision
 from stackwise_core.errors import SavedRackError
 from stackwise_core.files import standing_folder
 from stackwise_core.stages.identity import canonical_json
-from stackwise_core.stages.resolve import ModelShape, Value
+from stackwise_core.stages.resolve import ModelShape, Value, WhereSaid
 from stackwise_core.stages.stages import StackSpec
 from stackwise_core.strict import parse_json, told
 
 RACK, CONFIG, BUILDER, STOPPED = "rack.json", "config.yaml", "builder.json", "stopped.safetensors"
 BEFORE_JOINT, BEFORE_STOP = "before-joint", "before-stop"
-Mode = Literal["append", "prepend"]
 Storage = Literal["float32", "float16", "bfloat16", "nvfp4", "nf4"]
 _FORMAT, _VERSION = "stackwise-rack", 1
 _DIGEST = "sha256"
@@ -77,6 +76,8 @@ class SavedStack(StackSpec, frozen=True):
     storage: Storage
     """How its matrices are stored: float32 as long as it has not been trained, and then as its precision says."""
     mode: Mode
+    tail: WhereSaid[int] = Field(default=0, ge=0)
+    """The stacks above an inserted one when it was created."""
     trained: bool
     """Whether its stage is over; of a rack that was saved without its builder, always true: it is taken as it is."""
 

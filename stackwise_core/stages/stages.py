@@ -13,10 +13,11 @@ from typing import Literal
 from pydantic import BaseModel
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.config.schema import QUANTISED, Precision, StackSettings
+from stackwise_core.config.schema import QUANTISED, Mode, Precision, StackSettings, Strategy
 from stackwise_core.config.sizes import accumulation_steps_of, batch_size_of
 from stackwise_core.config.stacks import (
     AdapterSpec,
+    begins_as_identity,
     corrupts_by_time,
     mask_ratio_of,
     progressive_adapter_of,
@@ -27,8 +28,8 @@ from stackwise_core.stages.resolve import Value, WhereAdopted
 
 AdapterName = Literal["stack", "progressive"]
 GrowthOperator = Literal["copy", "copy_zero", "random", "zero"]
-Strategy = Literal["frozen", "qlora", "full"]
 Trains = Literal["everything", "adapters", "nothing"]
+_TRAINS: dict[Strategy, Trains] = {"full": "everything", "qlora": "adapters", "frozen": "nothing"}
 
 
 # ---------------------------------------------------------------- anatomy
@@ -86,7 +87,8 @@ def stage_anatomy(
     """Return the anatomy of a growth stage.
 
     The first stage trains embedding, stack and head. Later, an appended stack trains together with the head, and a
-    prepended one below a frozen head. `trunk_strategy` decides what of the trunk trains. Of adopted stages the last
+    prepended one below a frozen head. An inserted one trains below a tail, of which `tail_strategy` decides what
+    trains, and whether the head does; `trunk_strategy` decides it for all other stacks. Of adopted stages the last
     brings embedding and head, as if they had trained there. `settings` returns those of a stack, if they are known.
     """
     growth, settings = config.training.progressive, settings or functools.partial(settings_of, config)
@@ -94,17 +96,26 @@ def stage_anatomy(
     if stage < (n_adopted := len(config.adopted)):
         last = stage == n_adopted - 1
         return Anatomy(order=order, trains=("nothing",) * len(order), embedding_trains=last, head_trains=last)
-    trunk = [stack for stack in order if stack != stage]
+    tail = set(order[stage - new.above(stage) + 1 :]) if new.mode == "insert" else set[int]()
+    trunk = [stack for stack in order if stack != stage and stack not in tail]
     top = set(trunk[-growth.trunk_trainable_top :] if growth.trunk_trainable_top else trunk)
     # The very first stack has nothing to copy: it trains in full and is quantised afterwards.
     newest: Trains = "adapters" if new.precision == "qlora" and stage > 0 else "everything"
     first_or_full = stage == 0 or growth.trunk_strategy == "full"
-    in_top, below_top = _trunk_trains(growth.trunk_strategy, in_top=True), _trunk_trains(growth.trunk_strategy)
+
+    def trains(stack: int) -> Trains:
+        if stack == stage:
+            return newest
+        if stack in tail:
+            return _TRAINS[growth.tail_strategy]
+        return _TRAINS[growth.trunk_strategy] if growth.trunk_strategy == "full" or stack in top else "nothing"
+
+    with_head = new.mode == "append" or (new.mode == "insert" and growth.tail_strategy == "full")
     return Anatomy(
         order=order,
-        trains=tuple(newest if stack == stage else in_top if stack in top else below_top for stack in order),
+        trains=tuple(trains(stack) for stack in order),
         embedding_trains=first_or_full,
-        head_trains=first_or_full or new.mode == "append",
+        head_trains=first_or_full or with_head,
     )
 
 
@@ -121,14 +132,8 @@ def joint_anatomy(config: StackWiseConfig, n_stacks: int) -> Anatomy:
 def _data_flow(settings: Callable[[int], StackSettings], n_stacks: int) -> tuple[int, ...]:
     order: list[int] = []
     for stack in range(n_stacks):
-        order.insert(0 if settings(stack).mode == "prepend" else stack, stack)
+        order.insert(stack - settings(stack).above(stack), stack)
     return tuple(order)
-
-
-def _trunk_trains(strategy: Strategy, *, in_top: bool = False) -> Trains:
-    if strategy == "full":
-        return "everything"
-    return "adapters" if strategy == "qlora" and in_top else "nothing"
 
 
 def last_trained(anatomies: Sequence[Anatomy], stack: int, part: Literal["base", "adapters"]) -> int:
@@ -172,7 +177,7 @@ class StageSpec(Value, frozen=True):
     """One stage, resolved: which stack it adds (or joint training), what trains, and how."""
 
     index: int
-    mode: Literal["append", "prepend", "joint"]
+    mode: Mode | Literal["joint"]
     operator: GrowthOperator
     strategy: Strategy
     anatomy: Anatomy
@@ -192,11 +197,17 @@ class StageSpec(Value, frozen=True):
         return tuple(stack for stack in self.anatomy.order if stack != self.index)
 
     @property
+    def tail(self) -> int:
+        """How many stacks are above an inserted one."""
+        return len(self.anatomy.order) - 1 - self.anatomy.order.index(self.index) if self.mode == "insert" else 0
+
+    @property
     def source(self) -> int | None:
-        """The neighbour that the new stack is a copy of."""
+        """The neighbour that the new stack is a copy of: the one below it, or else the one above."""
         if self.operator not in ("copy", "copy_zero") or not self.trunk or self.mode == "joint":
             return None
-        return self.trunk[-1] if self.mode == "append" else self.trunk[0]
+        place = self.anatomy.order.index(self.index)
+        return self.anatomy.order[place - 1 if place else 1]
 
     @property
     def new(self) -> StackSpec:
@@ -212,7 +223,8 @@ class StageSpec(Value, frozen=True):
     def name(self) -> str:
         """A readable name, such as 'append, frozen, full'."""
         trunk = "adopted" if self.adopted else self.strategy
-        return "joint" if self.mode == "joint" else f"{self.mode}, {trunk}, {self.new.precision}"
+        mode = f"insert below {self.tail}" if self.tail else self.mode
+        return "joint" if self.mode == "joint" else f"{mode}, {trunk}, {self.new.precision}"
 
 
 def resolve_stages(config: StackWiseConfig) -> list[StageSpec]:
@@ -243,9 +255,8 @@ def resolve_stage(config: StackWiseConfig, stage: int, known: _Stacks | None = N
     """Return the stage that adds the stack of creation index `stage`; `known` is what other stages found out."""
     known = known or _Stacks(config)
     training, settings, adopted = config.training, known.settings(stage), stage < len(config.adopted)
-    imported = any(stack.imported for stack in config.adopted)
-    by_mode: GrowthOperator = "copy_zero" if settings.mode == "prepend" or imported else "copy"
-    operator = by_mode if training.new_stack_init == "auto" else training.new_stack_init
+    auto: GrowthOperator = "copy_zero" if begins_as_identity(config, settings) else "copy"
+    operator = auto if training.new_stack_init == "auto" else training.new_stack_init
     by_depth = training.progressive.time_interpretation == "depth"
     anatomy, stacks = stage_anatomy(config, stage, known.settings), known.at(stage)
     return StageSpec(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.config.schema import Precision
+from stackwise_core.config.schema import Mode, Precision
 from stackwise_core.objectives.batches import stage_masks
 from stackwise_core.stages.stages import StageSpec
 from stackwise_core.training.training import Record, Trained
@@ -17,7 +17,7 @@ class StageResult:
     """The result of one stage."""
 
     index: int
-    mode: Literal["append", "prepend", "joint"] = "append"
+    mode: Mode | Literal["joint"] = "append"
     precision: Precision | None = None
     """Of the stack that the stage added; None for joint training."""
     time_step: int | None = None

@@ -11,6 +11,7 @@ from stackwise_core.stages.stages import Anatomy, joint_anatomy, last_trained, s
 
 E, A, N = "everything", "adapters", "nothing"
 ADAPTED = {"qlora_enabled": True, "trunk_strategy": "qlora"}
+INSERT: dict[str, Any] = {"building_mode": "insert"}
 THEN_PREPEND: dict[str, Any] = {"stacks": [{}, {}, {"mode": "prepend"}]}
 
 
@@ -33,6 +34,14 @@ def config_of(growth: dict[str, Any]) -> StackWiseConfig:
         ({**ADAPTED, **THEN_PREPEND, "trunk_trainable_top": 1}, (2, 0, 1), (E, N, A), False, False, 0),
         ({"trunk_strategy": "qlora", "stacks": [{}, {"precision": "qlora"}]}, (0, 1, 2), (A, A, E), False, True, 0),
         ({"trunk_strategy": "qlora"}, (0, 1, 2), (A, A, E), False, True, 0),
+        (INSERT, (1, 2, 0), (N, E, E), False, True, 1),
+        ({**INSERT, "tail_strategy": "frozen"}, (1, 2, 0), (N, E, N), False, False, 1),
+        ({**INSERT, "tail_strategy": "qlora"}, (1, 2, 0), (N, E, A), False, False, 1),
+        ({**INSERT, "tail_stacks": 7}, (2, 1, 0), (E, E, E), False, True, 0),
+        ({**INSERT, "trunk_strategy": "full", "tail_strategy": "frozen"}, (1, 2, 0), (E, E, N), True, True, 0),
+        ({**INSERT, "trunk_strategy": "qlora", "tail_strategy": "frozen"}, (1, 2, 0), (A, E, N), False, False, 0),
+        ({"stacks": [{}, {}, {"mode": "insert"}]}, (0, 2, 1), (N, E, E), False, True, 1),
+        ({"stacks": [{}, {}, {"mode": "insert", "tail_stacks": 2}]}, (2, 0, 1), (E, E, E), False, True, 0),
         ({"new_stack_precision": "qlora"}, (0, 1, 2), (N, N, A), False, True, 2),
         ({"new_stack_precision": "nvfp4"}, (0, 1, 2), (N, N, E), False, True, 2),
     ],

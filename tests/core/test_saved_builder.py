@@ -59,10 +59,18 @@ def by_dimensions(config: StackWiseConfig) -> ProgressiveRackBuilder:
     return ProgressiveRackBuilder(building_mode="prepend", default_precision="bfloat16", **sizes)
 
 
+def inserted(config: StackWiseConfig) -> ProgressiveRackBuilder:
+    builder = ProgressiveRackBuilder(config)
+    builder.append_stack()
+    builder.insert_stack()  # at the bottom, as a prepended one, but with a tail that trains
+    return builder
+
+
 CASES: dict[str, tuple[dict[str, Any], Callable[[StackWiseConfig], ProgressiveRackBuilder], int]] = {
     "first stage, tied": ({}, ProgressiveRackBuilder, 1),
     "adapters of the trunk": ({"trunk_strategy": "qlora", "progressive_qlora": True}, ProgressiveRackBuilder, 2),
     "mixed, by hand": ({"qlora_rank": 2, "objective": "mlm"}, mixed, 2),
+    "inserted, by hand": ({"building_mode": "insert"}, inserted, 1),
     "by dimensions": ({}, by_dimensions, 2),
     "annealed": ({"joint": 3, "qlora_enabled": True}, ProgressiveRackBuilder, 2),
     "time": ({"time_interpretation": "input", "num_time_steps": 5, "objective": "mlm"}, ProgressiveRackBuilder, 2),

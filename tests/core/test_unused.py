@@ -24,6 +24,7 @@ ADAPTED, WHOLE = {f"{G}qlora_enabled": True}, {f"{G}enabled": False}
 PATTERNED = {**ADAPTED, f"{G}qlora_strategy": "progressive"}
 QLORA = {**ADAPTED, f"{G}trunk_strategy": "qlora"}
 PREPEND = {f"{G}building_mode": "prepend"}
+INSERT = {f"{G}building_mode": "insert"}
 LIVE = {f"{G}cache_activations": False}
 SECOND_ADAPTED = {
     f"{G}trunk_strategy": "qlora",
@@ -39,6 +40,9 @@ MODES: dict[str, dict[str, Any]] = {
     "clm": CLM,
     "custom": CUSTOM,
     "prepend": {f"{G}building_mode": "prepend"},
+    "insert": INSERT,
+    "insert frozen": {**INSERT, f"{G}tail_strategy": "frozen"},
+    "insert qlora": {**INSERT, f"{G}tail_strategy": "qlora"},
     "full": {f"{G}trunk_strategy": "full"},
     "qlora": QLORA,
     "qlora top": {**QLORA, f"{G}trunk_trainable_top": 1},
@@ -85,7 +89,7 @@ HANDED_ON = {f"{G}{key}" for key in ("time_interpretation", "time_per_stack", "n
 HANDED_ON |= {f"{G}progressive_qlora{part}" for part in ("", "_rank", "_alpha")} | {"training.adapter_learning_rate"}
 VALUES = {path: values_of(path) for path in LEAVES}
 VALUES |= {
-    f"{G}stacks": [[{"n_blocks": 3}], [{}, {"mode": "prepend"}], [{}, {"steps": 50}]],
+    f"{G}stacks": [[{"n_blocks": 3}], [{}, {"mode": "prepend"}], [{}, {"steps": 50}], [{}, {}, {"tail_stacks": 2}]],
     f"{G}trunk_trainable_top": [1, 2, 3],
     f"{G}qlora_configs": [{n: {"rank": 2, "alpha": 1.0} for n in range(3)}, {**SIZES, 3: {"rank": 1, "alpha": 1.0}}],
     "cache.views": [1, 3],
@@ -157,8 +161,9 @@ def without_unused(config: StackWiseConfig) -> StackWiseConfig:
             setattr(section, path[-1], getattr(default, path[-1]))
     growth = plain.training.progressive
     growth.stacks = growth.stacks[: growth.max_stacks]
-    for own in growth.stacks:
+    for stack, own in enumerate(growth.stacks):
         own.steps = own.steps if growth.enabled else 0
+        own.tail_stacks = 0 if f"{G}stacks.{stack}.tail_stacks" in unused else own.tail_stacks
     return plain
 
 

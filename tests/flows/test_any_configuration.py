@@ -25,7 +25,8 @@ OVERRIDE = st.fixed_dictionaries(
     optional={
         "n_blocks": st.sampled_from([0, 1, 2]),
         "precision": st.sampled_from(["default", *PRECISIONS]),
-        "mode": st.sampled_from(["default", "append", "prepend"]),
+        "mode": st.sampled_from(["default", "append", "prepend", "insert"]),
+        "tail_stacks": st.sampled_from([0, 1, 2]),
         "steps": st.sampled_from([0, 2, 3]),
     },
 )
@@ -34,7 +35,9 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     f"{G}enabled": st.sampled_from([True, True, True, False]),
     f"{G}target_stacks": st.sampled_from([1, 2, 3]),
     f"{G}max_stacks": st.sampled_from([2, 3, 5]),
-    f"{G}building_mode": st.sampled_from(["append", "prepend"]),
+    f"{G}building_mode": st.sampled_from(["append", "prepend", "insert"]),
+    f"{G}tail_stacks": st.sampled_from([1, 2]),
+    f"{G}tail_strategy": st.sampled_from(["frozen", "qlora", "full"]),
     f"{G}trunk_strategy": st.sampled_from(["frozen", "qlora", "full"]),
     f"{G}trunk_trainable_top": st.sampled_from([0, 0, 1, 2]),
     f"{G}new_stack_precision": st.sampled_from(PRECISIONS),

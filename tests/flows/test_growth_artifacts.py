@@ -68,6 +68,37 @@ def test_a_prepended_copy_zero_starts_at_the_loss_before_it(tmp_path: Path) -> N
     assert [stack.creation_index for stack in builder.stacks] == [1, 0]
 
 
+def test_a_tail_trains_on_with_each_inserted_stack_and_every_depth_keeps_its_own(reference: Reference) -> None:
+    root = reference(MODES["insert"])
+    config = tiny(root.parent, MODES["insert"])
+    stages, artifacts = plan_of(config).stages, Artifacts(root)
+    assert [stage.spec.anatomy.order for stage in stages] == [(0,), (1, 0), (1, 2, 0)]
+    tails = [part(root, config, stage, 0) for stage in range(3)]
+    heads = [load_head(artifacts, stages[:depth]) for depth in (1, 2, 3)]
+    assert len({tensor_digest(tail) for tail in tails}) == len({tensor_digest(head) for head in heads}) == 3
+    assert tensor_digest(part(root, config, 1, 1)) == tensor_digest(part(root, config, 2, 1))
+    assert tensor_digest(load_embedding(artifacts, stages[:1])) == tensor_digest(load_embedding(artifacts, stages))
+    assert {path.name for path in folder_of(root, "stack", 2).iterdir()} >= {"stack.safetensors", "stack-0"}
+    store = stages[1].activations
+    assert store is not None
+    assert store.stacks == (stages[1].stack.sha256,)  # below the tail, whose new version it does not depend on
+
+
+def test_a_tail_starts_as_it_was(tmp_path: Path) -> None:
+    """A step of no size leaves the rack the one that it was, with an identity below its old tail."""
+    changes = {**MODES["insert"], "training.new_stack_init": "copy_zero", f"{G}target_stacks": 2}
+    config = tiny(tmp_path, changes)
+    builder = built(config, 1)
+    batch = batch_of(config, 1)
+    with torch.no_grad():
+        before = dense_loss(builder.build_rack(), batch)
+        builder.add_stack()
+        assert dense_loss(builder.build_rack(), batch) == before
+    model = model_of(builder, config, 1)
+    total, count = model.summed_loss(batch)
+    assert float(total.detach() / count) == pytest.approx(float(before), rel=1e-6)
+
+
 def test_a_stack_is_a_copy_of_its_neighbour_dequantised_and_merged(tmp_path: Path) -> None:
     config = tiny(tmp_path, {**MODES["nf4 dual"], "training.new_stack_init": "copy"})
     builder = built(config, 2)
@@ -110,9 +141,11 @@ def test_ranks_wider_than_layers_are_stored_and_come_back(tmp_path: Path) -> Non
 
 
 def test_a_new_stack_is_a_copy_of_the_one_it_is_put_next_to(tmp_path: Path) -> None:
-    modes = ["append", "prepend", "prepend", "append", "append"]
-    changes = {f"{G}stacks": [{"mode": mode} for mode in modes], f"{G}target_stacks": 5}
-    assert [stage.source for stage in resolve_stages(tiny(tmp_path, changes))] == [None, 0, 1, 0, 3]
+    modes = ["append", "prepend", "prepend", "append", "append", "insert"]
+    changes = {f"{G}stacks": [{"mode": mode} for mode in modes], f"{G}target_stacks": 6}
+    assert [stage.source for stage in resolve_stages(tiny(tmp_path, changes))] == [None, 0, 1, 0, 3, 3]
+    inserted = tiny(tmp_path, {f"{G}building_mode": "insert"})
+    assert [stage.source for stage in resolve_stages(inserted)] == [None, 0, 1]  # the second has none below it
 
 
 def test_a_quantised_stack_stays_so_while_its_adapters_train(tmp_path: Path) -> None:

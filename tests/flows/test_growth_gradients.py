@@ -27,7 +27,9 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 # ---------------------------------------------------------------- who gets a gradient
 
 
-@pytest.mark.parametrize("mode", ["append", "prepend", "full", "qlora trunk", "nf4 dual", "nvfp4 top", "mixed"])
+@pytest.mark.parametrize(
+    "mode", ["append", "prepend", "insert", "full", "qlora trunk", "nf4 dual", "nvfp4 top", "mixed"]
+)
 def test_exactly_what_trains_gets_a_gradient_and_it_is_the_dense_one(mode: str, tmp_path: Path) -> None:
     """Against autograd through the whole rack, with everything trainable."""
     config = tiny(tmp_path, MODES[mode])
@@ -64,7 +66,8 @@ def test_exactly_what_trains_gets_a_gradient_and_it_is_the_dense_one(mode: str, 
     for position, c in enumerate(order):
         names = {name for name in expected_names if name.startswith(f"stacks.{position}.")}
         adapters = {name for name in names if ".lora_" in name}
-        if (c == newest and trains[c] == "everything") or strategy == "full":
+        in_tail = mode == "insert" and position > order.index(newest)
+        if (c == newest and trains[c] == "everything") or strategy == "full" or in_tail:
             assert names - adapters, c
         elif strategy == "qlora" and (c == newest or config.training.progressive.trunk_trainable_top in (0, 1)):
             top = c == newest or config.training.progressive.trunk_trainable_top == 0 or position == len(order) - 2
@@ -73,7 +76,7 @@ def test_exactly_what_trains_gets_a_gradient_and_it_is_the_dense_one(mode: str, 
         else:
             assert not names, c
     head = {name for name in expected_names if name.startswith("head")}
-    assert bool(head) == (strategy == "full" or order[-1] == newest)
+    assert bool(head) == (strategy == "full" or mode == "insert" or order[-1] == newest)
     assert ("embedding.weight" in expected_names) == (strategy == "full")
 
 

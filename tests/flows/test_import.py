@@ -15,6 +15,7 @@ from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.errors import ConfigError
 from stackwise_core.interop.checkpoint import Checkpoint
 from stackwise_core.interop.families import FAMILIES
+from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.rack import Rack
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts
@@ -99,6 +100,45 @@ def test_the_first_step_of_growth_starts_from_the_imported_function(tmp_path: Pa
         torch.testing.assert_close(logits(load_rack(root, "tiny")), model(TOKENS).logits, rtol=0, atol=1e-6)
     chosen = growing(tmp_path, "base", {"training.new_stack_init": "copy"})
     assert plan_in(Artifacts(root), chosen)[1].stages[3].spec.operator == "copy"
+
+
+def test_blocks_inserted_between_those_of_an_import_are_all_that_changes(tmp_path: Path, run: Run) -> None:
+    """Block expansion as in LLaMA Pro: identities at first, and only they train."""
+    folder, _ = saved_checkpoint(tmp_path / "model", LLAMA)
+    root = tmp_path / "artifacts"
+    assert run("import", folder, "--name", "base", "--blocks-per-stack", 1, "--artifacts", root).code == 0
+    inserted = [{"mode": "insert", "tail_stacks": 2}, {"mode": "insert", "tail_stacks": 1}]
+    changes = {f"{G}stacks": [{}, {}, {}, *inserted], f"{G}tail_strategy": "frozen", f"{G}target_stacks": 5}
+    config = growing(tmp_path, "base", changes)
+    stages = plan_in(Artifacts(root), config)[1].stages
+    assert stages[4].spec.anatomy.order == (0, 3, 1, 4, 2)
+    assert [(stage.spec.operator, stage.spec.source) for stage in stages[3:]] == [("copy_zero", 0), ("copy_zero", 1)]
+    assert stages[3].activations  # of the three stacks below the second one
+    grown(config, root)
+    before, after = load_rack(root, "base"), load_rack(root, "tiny")
+    assert tensor_digest(after.head) == tensor_digest(before.head)
+    assert tensor_digest(after.embedding) == tensor_digest(before.embedding)
+    for old, place in enumerate((0, 2, 4)):
+        assert tensor_digest(after.stacks[place]) == tensor_digest(before.stacks[old])
+    for place in (1, 3):
+        assert all(p.any() for name, p in after.stacks[place].named_parameters() if name.endswith("o_proj.weight"))
+    assert not torch.equal(logits(after), logits(before))
+
+
+def test_a_quantised_tail_trains_adapters_or_nothing(tmp_path: Path, run: Run) -> None:
+    folder, _ = saved_checkpoint(tmp_path / "model", LLAMA)
+    root = tmp_path / "artifacts"
+    assert run("import", folder, "--name", "base", "--precision", "qlora", "--artifacts", root).code == 0
+    with pytest.raises(ConfigError) as refused:
+        plan_in(Artifacts(root), growing(tmp_path, "base", {f"{G}building_mode": "insert"}))
+    assert "tail_strategy: got 'full'; stack 2 is quantised" in str(refused.value)
+    assert "use frozen or qlora" in str(refused.value)
+    config = growing(tmp_path, "base", {f"{G}building_mode": "insert", f"{G}tail_strategy": "qlora"})
+    grown(config, root)
+    anatomy = plan_in(Artifacts(root), config)[1].stages[3].spec.anatomy
+    assert anatomy.trains == ("nothing", "nothing", "everything", "adapters")
+    tail = load_rack(root, "tiny").stacks[-1]
+    assert all(p.any() for name, p in tail.named_parameters() if "lora_B" in name)
 
 
 @pytest.fixture(scope="module")

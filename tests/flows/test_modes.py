@@ -30,6 +30,8 @@ CACHED = [
     "nvfp4 top",
     "bfloat16",
     "mixed",
+    "insert",
+    "insert below quantised",
     "depth",
     "input",
     "input per sequence",
@@ -37,7 +39,7 @@ CACHED = [
     *QUANTISED_MODES,
 ]
 
-BY_DEFAULT = ("append", "prepend", "full", "nf4 dual", "int8 mixed", "input per sequence", "depth joint")
+BY_DEFAULT = ("append", "prepend", "full", "insert", "nf4 dual", "int8 mixed", "input per sequence", "depth joint")
 """Together they have every place, trunk, precision of the stream and kind of time; the others are run with the slow."""
 
 

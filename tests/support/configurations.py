@@ -104,6 +104,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "model.rope_scaling.truncate": YARN,
     "data.sample": {"data.max_sequences": 5},
     f"{GROWTH}.trunk_trainable_top": {**ADAPTED, f"{GROWTH}.trunk_strategy": "qlora"},
+    f"{GROWTH}.tail_stacks": {f"{GROWTH}.building_mode": "insert"},
+    f"{GROWTH}.tail_strategy": {f"{GROWTH}.building_mode": "insert"},
     f"{GROWTH}.qlora_rank": ADAPTED,
     f"{GROWTH}.qlora_alpha": ADAPTED,
     f"{GROWTH}.qlora_strategy": ADAPTED,

@@ -47,6 +47,14 @@ MODES: dict[str, dict[str, Any]] = {
         f"{G}stacks": [{}, {"mode": "prepend", "n_blocks": 2}, {"precision": "bfloat16", "steps": 8}, {}],
         f"{G}target_stacks": 4,
     },
+    "insert": {f"{G}building_mode": "insert"},
+    "insert full": {f"{G}building_mode": "insert", f"{G}trunk_strategy": "full", f"{G}new_stack_precision": "half"},
+    "insert below quantised": {
+        f"{G}stacks": [{}, {}, {"mode": "insert"}, {"mode": "insert", "tail_stacks": 3}],
+        f"{G}target_stacks": 4,
+        f"{G}new_stack_precision": "nvfp4",
+        f"{G}tail_strategy": "qlora",
+    },
     "depth": DEPTH,
     "depth prepend joint": {**DEPTH, f"{G}building_mode": "prepend", "training.joint_steps": 6},
     "depth joint": {**DEPTH, "training.joint_steps": 6},
@@ -67,6 +75,14 @@ QUANTISED_MODES = {
     "int8 mlm": {"cache.dtype": "int8", f"{G}training_objective": "mlm"},
     "fp8 depth": {"cache.dtype": "fp8", **DEPTH},
     "int8 qlora top": {"cache.dtype": "int8", **MODES["qlora top"]},
+    "int8 insert frozen": {
+        "cache.dtype": "int8",
+        f"{G}building_mode": "insert",
+        f"{G}tail_strategy": "frozen",
+        f"{G}tail_stacks": 2,
+        f"{G}target_stacks": 4,
+        "training.joint_steps": 6,
+    },
     "int8 mixed": {"cache.dtype": "int8", **MODES["mixed"]},
 }
 MODES |= QUANTISED_MODES
