@@ -58,7 +58,7 @@ def _capped(config: ConfigSchema, adapter: AdapterSpec) -> AdapterSpec:
 
 
 def begins_as_identity(config: ConfigSchema, new: StackSettings) -> bool:
-    """Return whether `auto` is `copy_zero`: where what stays above the new stack was trained for what it read so far."""
+    """Return whether `auto` is `copy_zero`: where the stacks above the new one are as they were trained."""
     frozen_tail = new.mode == "insert" and config.training.progressive.tail_strategy != "full"
     return new.mode == "prepend" or frozen_tail or any(stack.imported for stack in config.adopted)
 
