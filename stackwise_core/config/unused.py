@@ -53,6 +53,15 @@ _FROZEN_BELOW: list[Need] = [  # a stage may read the stream of frozen stacks
     [(f"{GROWTH}.building_mode", ("append", "insert")), (f"{GROWTH}.stacks.mode", ("append", "insert"))],
 ]
 _INSERTS: Need = [(f"{GROWTH}.building_mode", ("insert",)), (f"{GROWTH}.stacks.mode", ("insert",))]
+_FROZEN_HEAD: list[Need] = [  # it trains with the first stage, with a trunk in full, and with a prepended stack never
+    _GROWS,
+    [(f"{GROWTH}.trunk_strategy", ("frozen", "qlora"))],
+    [
+        (f"{GROWTH}.building_mode", ("append",)),
+        (f"{GROWTH}.stacks.mode", ("append",)),
+        (f"{GROWTH}.tail_strategy", ("full",)),
+    ],
+]
 _STORED: Need = [(f"{GROWTH}.cache_activations", (True,))]
 _STRETCHED: Need = [("model.rope_scaling.kind", ("linear", "llama3", "yarn"))]
 _FROM_A_CONTEXT: Need = [("model.rope_scaling.kind", ("llama3", "yarn"))]
@@ -74,6 +83,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     f"{GROWTH}.tail_stacks": [_INSERTS],
     f"{GROWTH}.tail_strategy": [_GROWS, _INSERTS],
     f"{GROWTH}.trunk_strategy": [_GROWS],
+    f"{GROWTH}.train_head": _FROZEN_HEAD,
     f"{GROWTH}.trunk_trainable_top": [[(f"{GROWTH}.trunk_strategy", ("qlora",))]],
     f"{GROWTH}.qlora_strategy": [_ADAPTED],
     f"{GROWTH}.qlora_rank": [_BY_RULE],

@@ -150,6 +150,8 @@ class StackRecipe(Recipe, frozen=True):
     mode: Mode | Literal["joint"] = "append"
     tail: WhereSaid[int] = 0
     """The stacks above an inserted one."""
+    frozen_head: bool = False
+    """Whether the head stays as it is; below a prepended stack's trunk it always does."""
     precision: Precision = "full"
     """In which the stack is stored at the end of its stage."""
     objective: str = ""

@@ -291,6 +291,7 @@ def _plan_stack(
         stream_dtype=config.cache.dtype if anatomy.boundary else None,
         mode="append" if spec.index == 0 and not joint else spec.mode,  # prepended to nothing
         tail=spec.tail,
+        frozen_head=spec.mode in ("append", "insert") and not anatomy.head_trains,
         precision="full" if joint else spec.new.precision,
         objective=resolve_objective(config),
         time_step=spec.time_step if corrupts_by_time(config) else None,  # otherwise it is only recorded

@@ -86,10 +86,11 @@ def stage_anatomy(
 ) -> Anatomy:
     """Return the anatomy of a growth stage.
 
-    The first stage trains embedding, stack and head. Later, an appended stack trains together with the head, and a
-    prepended one below a frozen head. An inserted one trains below a tail, of which `tail_strategy` decides what
-    trains, and whether the head does; `trunk_strategy` decides it for all other stacks. Of adopted stages the last
-    brings embedding and head, as if they had trained there. `settings` returns those of a stack, if they are known.
+    The first stage trains embedding, stack and head. Later, an appended stack trains together with the head, unless
+    `train_head` is false, and a prepended one below a frozen head. An inserted one trains below a tail, of which
+    `tail_strategy` decides what trains, and whether the head may; `trunk_strategy` decides it for all other stacks.
+    Of adopted stages the last brings embedding and head, as if they had trained there. `settings` returns those of a
+    stack, if they are known.
     """
     growth, settings = config.training.progressive, settings or functools.partial(settings_of, config)
     order, new = _data_flow(settings, stage + 1), settings(stage)
@@ -115,7 +116,7 @@ def stage_anatomy(
         order=order,
         trains=tuple(trains(stack) for stack in order),
         embedding_trains=first_or_full,
-        head_trains=first_or_full or with_head,
+        head_trains=first_or_full or (with_head and growth.train_head),
     )
 
 

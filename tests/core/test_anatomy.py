@@ -23,6 +23,8 @@ def config_of(growth: dict[str, Any]) -> StackWiseConfig:
     ("growth", "order", "trains", "embedding_trains", "head_trains", "boundary"),
     [  # of the third stage
         ({}, (0, 1, 2), (N, N, E), False, True, 2),
+        ({"train_head": False}, (0, 1, 2), (N, N, E), False, False, 2),
+        ({"train_head": False, "trunk_strategy": "full"}, (0, 1, 2), (E, E, E), True, True, 0),
         ({"building_mode": "prepend"}, (2, 1, 0), (E, N, N), False, False, 0),
         (THEN_PREPEND, (2, 0, 1), (E, N, N), False, False, 0),
         ({"stacks": [{}, {"mode": "prepend"}]}, (1, 0, 2), (N, N, E), False, True, 2),
@@ -64,7 +66,7 @@ def test_the_third_stage(
     assert anatomy.trained == tuple(stack for stack in order if anatomy.trains_of(stack) != N)
 
 
-@pytest.mark.parametrize("growth", [{}, {"building_mode": "prepend"}, {"new_stack_precision": "qlora"}, ADAPTED])
+@pytest.mark.parametrize("growth", [{}, {"building_mode": "prepend"}, {"train_head": False}, {"new_stack_precision": "qlora"}, ADAPTED])
 def test_the_first_stage_trains_everything_there_is(growth: dict[str, Any]) -> None:
     """Also a stack that is to be NF4: there is nothing yet to be a copy of."""
     whole = Anatomy(order=(0,), trains=(E,), embedding_trains=True, head_trains=True)

@@ -109,7 +109,8 @@ NOT_READ: dict[str, set[str]] = {
     "qlora": TOP,
     "progressive": TOP,
     "trunk of adapters": TOP | {f"{G}progressive_qlora"},  # which is so anyway
-    "one stack": {"cache.dtype", "cache.mode", *(f"{G}{key}" for key in ("building_mode", "trunk_strategy", "stacks"))},
+    "one stack": {"cache.dtype", "cache.mode"}
+    | {f"{G}{key}" for key in ("building_mode", "train_head", "trunk_strategy", "stacks")},
     "all their own": {"model.blocks_per_stack", "training.steps_per_stack"}
     | {f"{G}new_stack_precision", f"{G}building_mode"},
 }

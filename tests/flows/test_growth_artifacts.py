@@ -57,6 +57,21 @@ def test_a_prepended_stack_trains_below_a_trunk_and_head_that_stay(reference: Re
     assert losses[2] < losses[1] < losses[0]
 
 
+def test_an_appended_stack_may_leave_the_head_as_it_is(reference: Reference) -> None:
+    frozen = {f"{G}train_head": False}
+    root = reference(frozen)
+    stages, artifacts = plan_of(tiny(root.parent, frozen)).stages, Artifacts(root)
+    trained = plan_of(tiny(root.parent, {})).stages
+    assert stages[0].stack.sha256 == trained[0].stack.sha256  # shared: the first stage trains it in any case
+    assert stages[1].stack.sha256 != trained[1].stack.sha256
+    assert not (folder_of(root, "stack", 2) / "head.safetensors").exists()
+    assert tensor_digest(load_head(artifacts, stages[:1])) == tensor_digest(load_head(artifacts, stages))
+    facts = manifests(root)[stages[2].ref("stack").name]["facts"]
+    assert set(facts["frozen_unchanged"]) == {"head"}  # the trunk is read from its cache
+    losses = [manifests(root)[stage.ref("validation").name]["facts"]["validation_loss"] for stage in stages]
+    assert losses[2] < losses[1] < losses[0]
+
+
 def test_a_prepended_copy_zero_starts_at_the_loss_before_it(tmp_path: Path) -> None:
     config = tiny(tmp_path, MODES["prepend"])
     builder = built(config, 1)
