@@ -31,7 +31,8 @@ NAMES = (
     "corpora",
 )
 GROWTH = "growth"
-LONG = (GROWTH, "queued_runs", "huge_corpus")
+DEEPER = "deeper_checkpoint"
+LONG = (GROWTH, DEEPER, "queued_runs", "huge_corpus")
 """Those that take long: only by name."""
 
 
@@ -42,15 +43,21 @@ def main() -> int:
         "names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} (default: all these); {', '.join(LONG)}"
     )
     parser.add_argument("--quick", action="store_true", help="a few short rounds to try it out; writes no results")
-    parser.add_argument("--artifacts", default="", metavar="FOLDER", help="folder that growth keeps, and resumes from")
+    parser.add_argument("--artifacts", default="", metavar="FOLDER", help="folder kept, and resumed from")
+    parser.add_argument("--checkpoint", default="", metavar="FOLDER", help=f"the model of {DEEPER}")
+    parser.add_argument("--source", default="", metavar="FILE", help=f"the text of {DEEPER}")
     options = parser.parse_args()
     names = options.names or list(NAMES)
     if unknown := [name for name in names if name not in NAMES + LONG]:
         parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(NAMES + LONG)}")
-    if options.artifacts and names != [GROWTH]:
-        parser.error(f"--artifacts goes with {GROWTH} alone")
+    own = {name: value for name in ("artifacts", "checkpoint", "source") if (value := getattr(options, name))}
+    for name in own:
+        if names not in ([DEEPER], *([[GROWTH]] if name == "artifacts" else [])):
+            parser.error(f"--{name} goes with {DEEPER} alone" + (f", or with {GROWTH}" if name == "artifacts" else ""))
+    if DEEPER in names and not {"checkpoint", "source"} <= own.keys():
+        parser.error(f"{DEEPER} needs --checkpoint and --source")
     if len(names) == 1:
-        run(names[0], options.quick, **({"artifacts": options.artifacts} if options.artifacts else {}))
+        run(names[0], options.quick, **own)
         return 0
     flags = ["--quick"] if options.quick else []
     commands = [[sys.executable, "-m", "benchmarks", name, *flags] for name in names]

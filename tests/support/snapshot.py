@@ -32,6 +32,7 @@ from flows.run.events import subscribed
 from flows.run.run import grow
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import StackWiseError
+from stackwise_core.stages.plan import RunPlan
 from storage.manifest import fingerprint
 from support.records import change
 
@@ -238,9 +239,13 @@ def of_artifacts(root: Path) -> dict[str, Any]:
 
 
 def record_of(attempt: Path) -> dict[str, Any]:
-    """Return the record of one start of a run, its plan as a hash: the recipes of manifests say the same."""
+    """Return the record of one start of a run, its plan as a hash: the recipes of manifests say the same.
+
+    What is at its default is left out, so that a new key changes nothing here.
+    """
     start, plan, outcome = (json.loads((attempt / f"{name}.json").read_text()) for name in ("start", "plan", "outcome"))
-    config = yaml.safe_load((attempt / "config.yaml").read_text())
+    config = StackWiseConfig.from_yaml(attempt / "config.yaml").model_dump(mode="json", exclude_defaults=True)
+    plan = RunPlan.model_validate(plan).model_dump(mode="json", exclude_defaults=True)
     assert start.pop("files").keys() == {"config.yaml", "plan.json"}  # their checksums; what they say is below
     names = sorted(path.name for path in attempt.iterdir())
     return {"files": names, "start": start, "plan": sha256(plan), "outcome": outcome, "config": config}
