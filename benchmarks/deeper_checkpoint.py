@@ -71,6 +71,7 @@ class Trial:
     """One checkpoint and one text, for both sides. Letters: B sequences, T positions."""
 
     def __init__(self, work: Path, checkpoint: Path, source: str) -> None:
+        """Import the checkpoint, unless the folder has it."""
         work.mkdir(parents=True, exist_ok=True)
         self.work, self.checkpoint, self.source = work, checkpoint, source
         self.artifacts = artifacts_at(work).open()
@@ -180,9 +181,11 @@ def _train(model: peft.PeftModel, rows: PackedSequences, rate: float, steps: int
     warmup, order = steps // 10, np.random.default_rng(0).permutation(len(rows))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda n: (n + 1) / warmup
-        if n < warmup
-        else 0.1 + 0.45 * (1 + math.cos(math.pi * (n - warmup) / max(1, steps - warmup))),
+        lambda n: (
+            (n + 1) / warmup
+            if n < warmup
+            else 0.1 + 0.45 * (1 + math.cos(math.pi * (n - warmup) / max(1, steps - warmup)))
+        ),
     )
     model.train()
     for n in range(steps):

@@ -282,8 +282,8 @@ class ProgressiveConfig(Section):
     trunk_trainable_top: int = Field(default=0, ge=0)
     """With qlora: only the top n trunk stacks' adapters train; 0 means all."""
     train_head: bool = True
-    """Train final norm and head with a stack that is appended, or inserted below a tail in full; false keeps those of the first stage or of the
-    imported model, which spares a large vocabulary its gradients and moments."""
+    """Train final norm and head with a stack that is appended, or inserted below a tail in full; false keeps those of
+    the first stage or of the imported model, which spares a large vocabulary its gradients and moments."""
     new_stack_precision: Precision = "full"
     """Training and storage precision of a new stack."""
     cache_activations: bool = True

@@ -66,7 +66,9 @@ def test_the_third_stage(
     assert anatomy.trained == tuple(stack for stack in order if anatomy.trains_of(stack) != N)
 
 
-@pytest.mark.parametrize("growth", [{}, {"building_mode": "prepend"}, {"train_head": False}, {"new_stack_precision": "qlora"}, ADAPTED])
+@pytest.mark.parametrize(
+    "growth", [{}, {"building_mode": "prepend"}, {"train_head": False}, {"new_stack_precision": "qlora"}, ADAPTED]
+)
 def test_the_first_stage_trains_everything_there_is(growth: dict[str, Any]) -> None:
     """Also a stack that is to be NF4: there is nothing yet to be a copy of."""
     whole = Anatomy(order=(0,), trains=(E,), embedding_trains=True, head_trains=True)
