@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -43,7 +43,8 @@ NEW, LORA = "new stack", "LoRA"
 RATES = {NEW: (3e-4, 1e-3, 3e-3), LORA: (3e-4, 1e-3, 3e-3)}
 RANK = 16
 """Of LoRA, on every linear layer of the blocks."""
-N_JUDGED = 64
+N_JUDGED, N_JUDGED_IN_PILOTS = 64, 16
+"""Held-out sequences."""
 THREADS = 1
 _PREDICTED = (SEQ_LEN - 1) / SEQ_LEN
 
@@ -88,7 +89,7 @@ class Trial:
         kept = self.work / f"{side}-{rate:g}-{steps}.json".replace(" ", "-")
         if not kept.exists():
             nats = self._grown(rate, steps) if side == NEW else self._adapted(rate, steps)
-            kept.write_text(json.dumps(self._judged(nats)))
+            kept.write_text(json.dumps(self._judged(nats, N_JUDGED if steps > STEPS // PILOT else N_JUDGED_IN_PILOTS)))
         found: float = json.loads(kept.read_text())
         print(f"{side}, rate {rate:g}, {self.steps(side, steps)} steps: {found:.4f} bits per byte", flush=True)
         return found
@@ -114,10 +115,10 @@ class Trial:
 
         return nats_of
 
-    def _judged(self, nats_of: Callable[[IntArray], FloatArray]) -> float:
+    def _judged(self, nats_of: Callable[[IntArray], FloatArray], n_rows: int = N_JUDGED) -> float:
         held_out, nats, n_bytes = self._split[1], 0.0, 0
-        for batch in _batches(len(held_out), BATCH):
-            rows_BT, _ = held_out.take(batch)
+        for first in range(0, min(len(held_out), n_rows), BATCH):
+            rows_BT, _ = held_out.take(np.arange(first, min(first + BATCH, len(held_out)), dtype=np.int64))
             with torch.inference_mode():
                 nats += float(nats_of(rows_BT)[self.text.is_text(rows_BT[:, 1:])].sum())
             n_bytes += sum(self.text.n_bytes(row, 1) for row in rows_BT)
@@ -203,8 +204,3 @@ def _nats(model: peft.PeftModel, rows_BT: IntArray) -> torch.Tensor:
     tokens = torch.from_numpy(rows_BT)
     logits_BTV = model(tokens[:, :-1]).logits.float()
     return F.cross_entropy(logits_BTV.transpose(1, 2), tokens[:, 1:], reduction="none")
-
-
-def _batches(n: int, size: int) -> Iterator[IntArray]:
-    for first in range(0, min(n, N_JUDGED), size):
-        yield np.arange(first, min(first + size, n), dtype=np.int64)
