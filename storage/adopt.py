@@ -91,13 +91,9 @@ def _check_folder(artifacts: Artifacts, given: str, folder: Path) -> None:
         allowed = f"it is a checkpoint; `stackwise import {given} --name NAME` makes it a run, and then give NAME here"
         raise ConfigError([Fault("model.from", repr(given), allowed)])
     if not folder.exists() and "/" not in given:
-        runs = [name for name, found in all_attempts(artifacts).items() if _is_imported(found[0].plan)]
+        runs = [name for name, found in all_attempts(artifacts).items() if found[0].plan.is_import]
         allowed = f"there is neither a folder nor a run of this name; imported: {', '.join(runs) or 'none'}"
         raise ConfigError([Fault("model.from", repr(given), allowed)])
-
-
-def _is_imported(plan: RunPlan) -> bool:
-    return bool(plan.adopted) and bool(plan.adopted[-1].family)
 
 
 def with_tokenizer(

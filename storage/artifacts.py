@@ -12,6 +12,7 @@ from stackwise_core.failpoints import failpoint
 from stackwise_core.files import sync_tree
 from stackwise_core.stages.identity import Recipe, Ref
 from storage.errors import (
+    AGAIN,
     ArtifactCorruptError,
     ArtifactError,
     ArtifactMissingError,
@@ -29,7 +30,7 @@ from storage.unchanged import verify_once
 
 SCRATCH = "scratch"
 """Folder inside a work folder for what a task needs to resume after a kill; it is never sealed."""
-_REMAKE = "Run `stackwise train` with the configuration that made it: it will be made"
+_REMAKE = f"R{AGAIN[1:]}"
 
 
 class State(Enum):
@@ -158,7 +159,7 @@ class Artifacts:
             return Lookup(State.RETIRED, found)
         if problem := found.problem():
             path = self.place.location(f"{key}/{self.place.files_below(key, found.manifest)}{problem[0]}")
-            remedy = f"{self.place.how_to_remove(key)} and run the same command again: it will be remade"
+            remedy = f"{self.place.how_to_remove(key)} and {AGAIN}"
             return Lookup(State.CORRUPT, found, ArtifactCorruptError(path, problem[1], remedy))
         return Lookup(State.SEALED, found)
 
@@ -211,7 +212,7 @@ class Artifacts:
         if (ref.sha256, found.manifest.digest) not in self._compared:
             if problems := verify_once(folder, found.manifest.checksums(), found.manifest.digest):
                 path, _, problem = problems[0].partition(": ")
-                remedy = f"Remove {folder} and run the same command again: it will be remade"
+                remedy = f"Remove {folder} and {AGAIN}"
                 raise ArtifactCorruptError(path, problem, remedy)
             self._compared.add((ref.sha256, found.manifest.digest))
         return folder
@@ -240,7 +241,7 @@ class Artifacts:
             return [str(ArtifactUnsealedError(place.location(key), "was never sealed (no manifest)", _REMAKE))], 0
         if found.retired:
             return [], 0
-        remedy = f"{place.how_to_remove(key)} and run `stackwise train` again: it will be remade"
+        remedy = f"{place.how_to_remove(key)} and {AGAIN}"
         unlisted = "Remove it; half-written files (.tmp) are removed by `stackwise gc`"
         lines = (f"{line}. {unlisted if line.endswith(NOT_LISTED) else remedy}" for line in place.verify(found))
         return list(lines), found.manifest.n_bytes

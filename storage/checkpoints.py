@@ -36,12 +36,12 @@ from stackwise_core.training.saved_state import read_state, write_state
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import TrainingState
 from storage.artifacts import Artifacts
-from storage.errors import ArtifactCorruptError
+from storage.errors import AGAIN, ArtifactCorruptError
 from storage.files import explain_full_disk, write_bytes, write_text
 from storage.midstage import STATE_FOLDER
 
 METRICS = "metrics.jsonl"
-_REMADE = "Remove {} and run the same command again: it will be remade"
+_REMADE = f"Remove {{}} and {AGAIN}"
 Module = TypeVar("Module", bound=nn.Module)
 
 

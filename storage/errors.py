@@ -6,6 +6,9 @@ from pathlib import Path
 
 from stackwise_core.errors import StackWiseError, shown
 
+AGAIN = "run the command that made it again (`stackwise train` or `stackwise import`): it will be remade"
+"""The end of a remedy: a stack may have been trained or imported."""
+
 
 class ArtifactError(StackWiseError):
     """An artifact cannot be used."""

@@ -20,6 +20,7 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.failpoints import failpoint
 from stackwise_core.interop.checkpoint import BESIDE, CONFIG, TOKENIZER, Checkpoint, check_precision
 from stackwise_core.interop.hf_import import PRECISION, rack_tensors
+from stackwise_core.interop.tokenizer_json import end_tokens
 from stackwise_core.model.saving import serialised
 from stackwise_core.stages.adopt import adopting
 from stackwise_core.stages.costs import rack_parameters, stack_parameters
@@ -127,7 +128,7 @@ def _begun(artifacts: Artifacts, name: str) -> RunPlan | None:
     if not found:
         return None
     plan = found[-1].plan
-    if not (plan.adopted and plan.adopted[-1].family) or len(plan.adopted) != len(plan.stages):
+    if not plan.is_import:
         allowed = f"it is a run that was not imported, in {artifacts.uri}; choose another name"
         raise ConfigError([Fault("--name", repr(name), allowed)])
     return plan
@@ -172,6 +173,7 @@ def _write(checkpoint: Checkpoint, blocks: list[range], precision: Precision, sc
             write(name, data)
     if TOKENIZER in hashes:
         _check_vocabulary(load_tokenizer(str(scratch / TOKENIZER)), checkpoint)
+        end_tokens(scratch / TOKENIZER)
     for number, (path, tensors) in enumerate(rack_tensors(checkpoint, blocks, precision)):
         write(path, serialised(tensors))
         failpoint("import-write", number)

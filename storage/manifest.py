@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from stackwise_core.stages.identity import NUMERICS, Recipe, Ref, canonical_json
 from stackwise_core.strict import MOST_OF_A_LIST, parse_object, read_bounded, told
-from storage.errors import ArtifactCorruptError, ArtifactNewerError, ArtifactUnsealedError
+from storage.errors import AGAIN, ArtifactCorruptError, ArtifactNewerError, ArtifactUnsealedError
 from storage.links import link_error
 
 MANIFEST = "manifest.json"
@@ -108,7 +108,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     def count(self, fact: str) -> int:
         """Return a fact that is a count; raises ArtifactCorruptError if the artifact lacks it."""
         if fact not in self.facts:
-            remedy = "Remove it and run the same command again: it will be remade"
+            remedy = f"Remove it and {AGAIN}"
             raise ArtifactCorruptError(self.ref.name, f"its manifest lacks the fact {fact}", remedy)
         return self.facts[fact]
 
@@ -154,8 +154,7 @@ def read_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
     try:
         return load_manifest(folder, ref)
     except FileNotFoundError:
-        remedy = "Run `stackwise train` with the configuration that makes it: it will be made"
-        raise ArtifactUnsealedError(folder, "was never sealed (it has no manifest)", remedy) from None
+        raise ArtifactUnsealedError(folder, "was never sealed (it has no manifest)", f"R{AGAIN[1:]}") from None
 
 
 def load_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
@@ -173,7 +172,7 @@ def load_manifest(folder: Path, ref: Ref | None = None) -> Manifest:
 
 
 def _remake(folder: Path | str) -> str:
-    return f"Remove {folder} and run the same command again: it will be remade"
+    return f"Remove {folder} and {AGAIN}"
 
 
 def parse_manifest(data: bytes, path: Path | str, folder: Path | str, ref: Ref | None) -> Manifest:

@@ -137,6 +137,9 @@ class OpenedRun:
         return tokenizer
 
 
+_NONE_YET = "none yet: its first stage is not trained"
+
+
 def open_run(uri: str | Path, run: str, depth: int | None = None) -> OpenedRun:
     """Find the rack of a run without loading it; arguments and errors as those of `load_rack`."""
     artifacts = artifacts_at(uri).existing()
@@ -203,14 +206,17 @@ def _config(artifacts: Artifacts, attempt: Attempt) -> StackWiseConfig:
 def _stages(artifacts: Artifacts, attempt: Attempt, depth: int | None) -> tuple[StagePlan, ...]:
     """Return the stages of a run up to the one that left the rack of a depth."""
     stages = attempt.plan.stages
-    sealed = [artifacts.state(stage.ref("stack")) is State.SEALED for stage in stages]
-    trained = stages[: sealed.index(False)] if False in sealed else stages
+    # What is damaged was trained: reading it says so.
+    there_are = [artifacts.state(stage.ref("stack")) in (State.SEALED, State.CORRUPT) for stage in stages]
+    trained = stages[: there_are.index(False)] if False in there_are else stages
     # Of equal depths the first: the other is annealed. Of an adopted rack only the last stack has a head.
     by_depth = {len(stage.spec.stacks): stage for stage in reversed(trained) if stage.has_head}
     if depth is None and by_depth:
         return trained
     if depth not in by_depth:
-        there = ", ".join(map(str, sorted(by_depth))) or "none yet: its first stage is not trained"
+        imported = any(recipe.family for recipe in attempt.plan.adopted)
+        none = "none: a stack of the imported model is missing; import it again" if imported else _NONE_YET
+        there = ", ".join(map(str, sorted(by_depth))) or none
         allowed = f"the run {attempt.name} has racks of these depths: {there}"
         raise ConfigError([Fault("depth", repr(depth), allowed)])
     return stages[: by_depth[depth].index + 1]

@@ -17,7 +17,7 @@ import numpy as np
 from stackwise_core.failpoints import failpoint
 from stackwise_core.files import sync
 from stackwise_core.stages.identity import Ref
-from storage.errors import ArtifactCorruptError, ArtifactNewerError
+from storage.errors import AGAIN, ArtifactCorruptError, ArtifactNewerError
 from storage.files import NOT_LISTED, TEMPORARY_SUFFIX, Files, explain_full_disk
 from storage.manifest import MANIFEST, Manifest, parse_manifest
 from storage.object_store import ObjectStore
@@ -90,7 +90,7 @@ class RemoteFiles:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-        remedy = f"Delete all below {self.artifact_uri} and run the same command again: it will be remade"
+        remedy = f"Delete all below {self.artifact_uri} and {AGAIN}"
         try:
             with explain_full_disk(path, size), temporary.open("wb") as file:
                 now = self._checksum(name, size, file.write)

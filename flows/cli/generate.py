@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flows.cli.arguments import add_common
@@ -157,6 +158,7 @@ def _continued(
     from stackwise_core.generation.generate import generate
     from stackwise_core.generation.sampling import Sampling
     from stackwise_core.generation.text import TextStream
+    from stackwise_core.interop.tokenizer_json import end_tokens
     from stackwise_core.training.hardware import use_hardware
 
     sampling = Sampling(**_given(options, "temperature", "seed", *_CAUSAL))
@@ -170,7 +172,7 @@ def _continued(
             _show(piece)
         return streams[row].stopped
 
-    ends = () if tokenizer.end_token is None else (tokenizer.end_token,)
+    ends = {*end_tokens(Path(opened.config.data.tokenizer)), *([] if (end := tokenizer.end_token) is None else [end])}
     found = generate(rack, prompts, n_new, sampling, end_tokens=ends, on_token=on_token)
     rest = [stream.finish() for stream in streams]
     if alone:

@@ -114,6 +114,8 @@ def _missing(artifacts: Artifacts, run: Attempt) -> list[str]:
         return []
     kept = {"stack", "validation"} | ({"activations"} if run.config.cache.keep == "all" else set())
     remedy = f"run `stackwise train` with the configuration of {run.name} again: it will be made"
+    if run.plan.is_import:
+        remedy = f"import the checkpoint again as {run.name}: what is missing will be made"
     problems: list[str] = []
     for ref in run.plan.recipes:
         if ref.kind == "data" or artifacts.state(ref) is not State.ABSENT:

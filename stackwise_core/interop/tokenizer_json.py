@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stackwise_core.data.tokenizer import ByteTokenizer, Tokenizer
-from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.errors import ConfigError, Fault, shortened
+from stackwise_core.files import inside
 from stackwise_core.strict import parse_object, read_bounded, told
 
 TOKENIZER, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
+TEMPLATE, GENERATION, MODEL = "chat_template.jinja", "generation_config.json", "config.json"
 _MOST_BESIDE = 2**24
 _NAMES_CODE = ("auto_map", "processor_class", "tokenizer_file", "name_or_path")
 """Keys of a tokenizer_config.json that name files or code of the folder that it comes from."""
@@ -57,10 +59,34 @@ def tokenizer_files(tokenizer: Tokenizer, path: Path | None, seq_len: int, *, ma
         "model_max_length": seq_len,
         "clean_up_tokenization_spaces": False,
     }
+    if path and GENERATION not in files and len(ends := end_tokens(path)) > 1:
+        files[GENERATION] = _json({"eos_token_id": ends})
     if not path:
         settings["split_special_tokens"] = not masked
     files[CONFIG] = _json(settings)
     return TokenizerFiles(files, {f"{kind}_token_id": token for kind, token in known.items()})
+
+
+def end_tokens(path: Path) -> list[int]:
+    """Return the tokens that end a text by what lies beside a tokenizer.json: generation_config.json, else config.json.
+
+    Raises:
+        ConfigError: a file cannot be read, or names something else.
+    """
+    if path.name != TOKENIZER:  # others may lie among files of anybody
+        return []
+    for name in (GENERATION, MODEL):
+        with suppress(FileNotFoundError):
+            try:
+                said = parse_object(read_bounded(inside(path.parent, name), _MOST_BESIDE)).get("eos_token_id")
+            except ValueError as error:
+                raise ConfigError([Fault(name, str(path.with_name(name)), f"cannot be read ({told(error)})")]) from None
+            found = said if isinstance(said, list) else [said] * (said is not None)
+            if not all(type(token) is int and 0 <= token < 2**31 for token in found):
+                raise ConfigError([Fault(f"{name}: eos_token_id", shortened(said), "a token's id, or several")])
+            if found:
+                return found
+    return []
 
 
 def _named(tokenizer: Tokenizer, name: Any) -> int | None:

@@ -142,6 +142,11 @@ class RunPlan(Value, frozen=True):
         return tuple(SourceFacts(source.data.corpus, source.n_bytes) for source in self.sources)
 
     @property
+    def is_import(self) -> bool:
+        """Whether it is a model that was imported, with nothing grown on it."""
+        return bool(self.adopted and self.adopted[-1].family) and len(self.adopted) == len(self.stages)
+
+    @property
     def adopted(self) -> tuple[AdoptedRecipe, ...]:
         """The recipes of the adopted stacks, which are the first."""
         return tuple(stage.stack for stage in self.stages if isinstance(stage.stack, AdoptedRecipe))

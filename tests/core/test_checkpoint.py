@@ -17,7 +17,7 @@ from stackwise_core.interop.config_json import describe
 from stackwise_core.interop.families import FAMILIES
 from support.checkpoints import rewritten, saved_checkpoint
 
-LLAMA, MISTRAL, QWEN2, QWEN3 = FAMILIES
+LLAMA, MISTRAL, QWEN2, QWEN3, *_ = FAMILIES
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

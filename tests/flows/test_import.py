@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from support.runs import digests, grown, manifests, subset, tiny_values, write_c
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
-LLAMA, MISTRAL, QWEN2, QWEN3 = FAMILIES
+LLAMA, MISTRAL, QWEN2, QWEN3, *_ = FAMILIES
 TOKENS = torch.randint(0, 259, (2, 24), generator=torch.Generator().manual_seed(1))
 G = "training.progressive."
 GROWN_ON = {
@@ -197,6 +198,45 @@ def _refusal(artifacts: Artifacts, config: StackWiseConfig) -> str:
     with pytest.raises(ConfigError) as caught:
         plan_in(artifacts, config)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_all_end_tokens_of_a_checkpoint_end_a_text(file: str, imported: Path, tmp_path: Path, run: Run) -> None:
+    folder, root = shutil.copytree(imported / "model", tmp_path / "model"), tmp_path / "artifacts"
+    said = ("--prompt", "Hi", "--max-new-tokens", 6, "--json", "--artifacts")
+    (whole,) = run("generate", "base", *said, imported / "artifacts").document["completions"]
+    assert len(set(whole["tokens"])) > 2
+    another = next(token for token in whole["tokens"] if token != whole["tokens"][0])
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    settings = json.loads((folder / "config.json").read_bytes()) if file == "config.json" else {}
+    (folder / file).write_text(json.dumps({**settings, "eos_token_id": [258, another]}))
+    assert run("import", folder, "--name", "base", "--artifacts", root).code == 0
+    (text,) = run("generate", "base", *said, root).document["completions"]
+    assert text["tokens"] == whole["tokens"][: whole["tokens"].index(another)]
+    assert run("export", "base", "--artifacts", root, "--to", tmp_path / "out").code == 0
+    assert json.loads((tmp_path / "out/generation_config.json").read_bytes())["eos_token_id"] == [258, another]
+    (folder / file).write_text(json.dumps({**settings, "eos_token_id": ["</s>"]}))
+    refused = run("import", folder, "--name", "more", "--artifacts", root)
+    assert (refused.code, refused.faults) == (2, [f"{file}: eos_token_id: got ['</s>']; a token's id, or several"])
+
+
+def test_damage_of_what_was_imported_is_mended_by_importing_again(imported: Path, tmp_path: Path, run: Run) -> None:
+    root = shutil.copytree(imported / "artifacts", tmp_path / "artifacts")
+    at, (stack,) = ("--artifacts", root), (root / "stacks").glob("stack-1-*")
+    (stack / "stack.safetensors").write_bytes(b"")
+    for command in (("generate", "base", "--prompt", "a"), ("verify", "base")):
+        damaged = run(*command, *at)
+        assert damaged.code == 3
+        assert (
+            "run the command that made it again (`stackwise train` or `stackwise import`)" in damaged.out + damaged.err
+        )
+    shutil.rmtree(stack)
+    gone = run("generate", "base", "--prompt", "a", *at)
+    assert (gone.code, "a stack of the imported model is missing; import it again" in gone.err) == (2, True)
+    missing = run("verify", "base", *at)
+    assert "import the checkpoint again as base: what is missing will be made" in missing.out + missing.err
+    assert run("import", imported / "model", "--name", "base", *at).code == 0
+    assert digests(root) == digests(imported / "artifacts")
 
 
 @pytest.mark.parametrize("precision", ["half", pytest.param("qlora", marks=pytest.mark.slow)])

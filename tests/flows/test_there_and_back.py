@@ -83,7 +83,8 @@ def test_import_grow_export(name: str, tmp_path: Path, run: Run) -> None:
     assert rack.generate(TOKENS, 6) == greedy(rack, TOKENS, 6)[:, TOKENS.shape[1] :].tolist()
     card = Path("out/README.md").read_text()
     assert "It was imported from `model`; StackWise added 2 stacks" in card
-    assert json.loads(Path("out/generation_config.json").read_bytes())["temperature"] == 0.5
+    carried = json.loads(Path("out/generation_config.json").read_bytes())
+    assert (carried["temperature"], carried["eos_token_id"]) == (0.5, [258, 10])
 
 
 def test_an_import_killed_anywhere_is_completed_by_the_same_command(tmp_path: Path, run: Run) -> None:

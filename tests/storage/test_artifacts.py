@@ -131,7 +131,7 @@ def test_a_file_of_another_size_is_corrupt(name: str, damage: str, artifacts: Ar
         with pytest.raises(ArtifactCorruptError, match=problem) as caught:
             read(REF)
         assert caught.value.path == path
-        assert f"Remove {artifacts.folder(REF)} and run the same command again" in str(caught.value)
+        assert f"Remove {artifacts.folder(REF)} and run the command that made it again" in str(caught.value)
         assert caught.value.exit_code == 3
 
 

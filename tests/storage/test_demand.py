@@ -276,7 +276,7 @@ def test_damage_is_refused_where_it_matters_and_names_the_file(name: str, artifa
             needed(artifacts, keep)
         assert caught.value.path == path
         assert caught.value.exit_code == 3
-        assert f"Remove {path.parent} and run the same command again" in caught.value.remedy
+        assert f"Remove {path.parent} and run the command that made it again" in caught.value.remedy
 
 
 @pytest.mark.parametrize(("damaged", "reader"), [("data", "stack 2"), ("cache 1", "stack 2"), ("build 0", "stack 0")])

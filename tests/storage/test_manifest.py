@@ -111,7 +111,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 def test_an_edited_manifest_is_refused(path: str, value: Any, tmp_path: Path) -> None:
     error = refused(write(tmp_path, changed(path, value)))
     assert "was edited: its recipe or file list does not give its hashes" in str(error)
-    assert f"Remove {tmp_path} and run the same command again" in error.remedy
+    assert f"Remove {tmp_path} and run the command that made it again" in error.remedy
 
 
 def test_a_renamed_file_is_refused(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_file_that_is_missing_or_of_another_size_is_damage(how: str, name: str
     assert str(error).startswith(f"{where}: ")
     assert error.problem.startswith("is missing" if how == "missing" else "has ")
     assert place.called(REF) in error.remedy
-    assert "run the same command again" in error.remedy
+    assert "run the command that made it again" in error.remedy
 
 
 @pytest.mark.parametrize("name", ["stack.safetensors", "metrics.jsonl"])
