@@ -16,6 +16,7 @@ NAMES = (
     "training_step",
     "generate",
     "export",
+    "import",
     "flow_overhead",
     "rerun",
     "cache_saving",

@@ -28,7 +28,7 @@ def measure(quick: bool) -> list[Measure]:
                 export_rack(rack, out, dtype=dtype, force=True)  # pyright: ignore[reportArgumentType]
 
             def copy(out: Path = out) -> None:
-                _copied(out / "model.safetensors", Path(folder) / "copy")
+                copied(out / "model.safetensors", Path(folder) / "copy")
 
             export()
             seconds = interleaved({"export": export, "cp and sha256": copy}, 2 if quick else 7)
@@ -38,7 +38,7 @@ def measure(quick: bool) -> list[Measure]:
     return found
 
 
-def _copied(source: Path, target: Path) -> str:
+def copied(source: Path, target: Path) -> str:
     """Copy a file to the disk, as an export is, and return its hash."""
     shutil.copyfile(source, target)
     with target.open("rb") as file:

@@ -20,8 +20,8 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.failpoints import failpoint
 from stackwise_core.interop.checkpoint import BESIDE, CONFIG, TOKENIZER, Checkpoint, check_precision
 from stackwise_core.interop.hf_import import PRECISION, rack_tensors
+from stackwise_core.interop.tensor_files import write_named
 from stackwise_core.interop.tokenizer_json import end_tokens
-from stackwise_core.model.saving import serialised
 from stackwise_core.stages.adopt import adopting
 from stackwise_core.stages.costs import rack_parameters, stack_parameters
 from stackwise_core.stages.identity import AdoptedRecipe, DataRecipe, canonical_json
@@ -175,7 +175,8 @@ def _write(checkpoint: Checkpoint, blocks: list[range], precision: Precision, sc
         _check_vocabulary(load_tokenizer(str(scratch / TOKENIZER)), checkpoint)
         end_tokens(scratch / TOKENIZER)
     for number, (path, tensors) in enumerate(rack_tensors(checkpoint, blocks, precision)):
-        write(path, serialised(tensors))
+        (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+        hashes[path] = write_named(scratch / path, tensors)
         failpoint("import-write", number)
     return hashes
 

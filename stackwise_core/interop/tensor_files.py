@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +25,16 @@ from stackwise_core.strict import MOST_OF_A_LIST, parse_object, read_bounded
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_OF_A_FILE = 5 * 10**9
 """Bytes of one file, as on Hugging Face."""
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_CODES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
+"""In the order of the library, which writes the last first."""
 _ALIGNED = 8
+_SYNCED_AT_ONCE = 2**25
 
 
 class Entry(NamedTuple):
@@ -47,7 +56,7 @@ def write_tensors(
     """
     files, waiting, hashes = _by_file(entries, dtype), iter(tensors), dict[str, str]()
     for name, members in files.items():
-        hashes[name] = _write_file(folder / name, members, waiting, dtype)
+        hashes[name] = _write_file(folder / name, _contents(members, waiting, dtype))
     if len(files) > 1:
         total = sum(_n_bytes(entry, dtype) for entry in entries)
         where = {entry.name: name for name, members in files.items() for entry in members}
@@ -80,17 +89,32 @@ def _n_bytes(entry: Entry, dtype: torch.dtype) -> int:
     return math.prod(entry.shape) * dtype.itemsize
 
 
-def _write_file(path: Path, entries: list[Entry], tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> str:
-    digest = hashlib.sha256()
+def write_named(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors of any types as the bytes that the library would make of them; return the sha256.
+
+    Tensors that are views of a mapped file go from there to the other, without a copy in memory.
+    """
+    return _write_file(path, _library_contents(tensors))
+
+
+def _write_file(path: Path, contents: Iterable[bytes | memoryview]) -> str:
+    """Write the parts of a file to the disk; return the sha256."""
+    digest, unsynced = hashlib.sha256(), 0
     try:
-        # A second thread hashes what the first writes, which takes as long; one tensor waits at most.
-        with path.open("wb") as file, ThreadPoolExecutor(1) as second:
+        # Others hash what this thread writes, and bring it to the disk; one part waits at most.
+        with path.open("wb") as file, ThreadPoolExecutor(2) as others:
             hashed: Future[None] | None = None
-            for data in _contents(entries, tensors, dtype):
+            synced: Future[None] | None = None
+            for data in contents:
                 if hashed:
                     hashed.result()
-                hashed = second.submit(digest.update, data)
+                hashed = others.submit(digest.update, data)
                 file.write(data)
+                unsynced += len(data)
+                if unsynced >= _SYNCED_AT_ONCE and (synced is None or synced.done()):
+                    synced, unsynced = others.submit(os.fsync, file.fileno()), 0
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
@@ -105,12 +129,34 @@ def _contents(
     for entry in entries:
         begin, end = end, end + _n_bytes(entry, dtype)
         header[entry.name] = {"dtype": _CODES[dtype], "shape": entry.shape, "data_offsets": (begin, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _ALIGNED)
-    yield len(text).to_bytes(8, "little") + text
+    yield _header(json.dumps(header))
     for entry, (name, tensor) in zip(entries, tensors, strict=False):  # the rest of the tensors is for other files
         assert (name, tuple(tensor.shape)) == entry
-        yield tensor.detach().cpu().to(dtype).contiguous().flatten().view(torch.uint8).numpy().data
+        yield _bytes_of(tensor.detach().cpu().to(dtype))
+
+
+def _library_contents(tensors: Mapping[str, Tensor]) -> Generator[bytes | memoryview]:
+    """Yield a file with the widest types first and names in their order, as the library does."""
+    order = sorted(tensors, key=lambda name: (-list(_CODES).index(tensors[name].dtype), name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        sizes = {"shape": tuple(tensors[name].shape), "data_offsets": (begin, end)}
+        header[name] = {"dtype": _CODES[tensors[name].dtype], **sizes}
+    yield _header(json.dumps(header, separators=(",", ":")))
+    for name in order:
+        yield _bytes_of(tensors[name].detach())
+
+
+def _header(text: str) -> bytes:
+    data = text.encode()
+    data += b" " * (-len(data) % _ALIGNED)
+    return len(data).to_bytes(8, "little") + data
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class TensorFiles:

@@ -81,7 +81,7 @@ def end_tokens(path: Path) -> list[int]:
                 said = parse_object(read_bounded(inside(path.parent, name), _MOST_BESIDE)).get("eos_token_id")
             except ValueError as error:
                 raise ConfigError([Fault(name, str(path.with_name(name)), f"cannot be read ({told(error)})")]) from None
-            found = said if isinstance(said, list) else [said] * (said is not None)
+            found: list[Any] = said if isinstance(said, list) else [said] * (said is not None)
             if not all(type(token) is int and 0 <= token < 2**31 for token in found):
                 raise ConfigError([Fault(f"{name}: eos_token_id", shortened(said), "a token's id, or several")])
             if found:

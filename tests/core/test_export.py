@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -19,6 +20,7 @@ from stackwise_core.interop.read_back import ExportError
 from stackwise_core.model.blocks import Stack, TimeEmbedding, initialise
 from stackwise_core.model.growth_operators import new_rack
 from stackwise_core.model.rack import Rack
+from stackwise_core.model.saving import serialised
 from stackwise_core.stages.resolve import ModelShape, TimeShape
 from support.exports import greedy, opened
 from support.racks import SHAPE, TOKENS, mixed_rack
@@ -299,6 +301,15 @@ def test_a_folder_with_anything_else_in_it_stays(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="it is a file"):
         export_rack(rack, tmp_path / "file")
+
+
+def test_tensors_are_written_as_the_library_writes_them(tmp_path: Path) -> None:
+    types = {"a": torch.float32, "z": torch.float32, "b": torch.uint8, "c": torch.bfloat16, "e": torch.float16}
+    tensors = {f"{name}.weight": torch.randn(3, n + 1).to(dtype) for n, (name, dtype) in enumerate(types.items())}
+    tensors |= {"flag": torch.tensor(True), "turned": torch.randn(4, 3).T}
+    told = tensor_files.write_named(tmp_path / "file", tensors)
+    assert (tmp_path / "file").read_bytes() == (data := serialised(tensors))
+    assert told == hashlib.sha256(data).hexdigest()
 
 
 def test_what_reads_back_differently_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
