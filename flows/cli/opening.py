@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def add_rack(parser: argparse.ArgumentParser) -> None:
     """Add RUN|DIR and --tokenizer."""
     help_text = "name of a run, or a folder: a rack that was saved, an export, or a Hugging Face checkpoint (Llama, "
-    help_text += "Mistral, Qwen2 or Qwen3); what has no slash is a run, if there is one of this name"
+    help_text += "Mistral, Qwen, SmolLM3, OLMo2); what has no slash is a run, if there is one of this name"
     parser.add_argument("name", metavar="RUN|DIR", help=help_text)
     help_text = "of a folder: byte, or a tokenizer.json (default: the one in it)"
     parser.add_argument("--tokenizer", default="", metavar="FILE", help=help_text)
