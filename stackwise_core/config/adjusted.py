@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from stackwise_core.config.schema import ConfigSchema
 from stackwise_core.config.sizes import accumulation_steps_of, batch_size_of, layer_widths
 from stackwise_core.config.stacks import (
+    clock_of,
     given_adapter,
     n_distinct_steps,
     n_time_steps,
@@ -41,6 +42,9 @@ def _schedules(config: ConfigSchema) -> Iterator[str]:
     training, growth = config.training, config.training.progressive
     n_stages = growth.target_stacks if growth.enabled else 0
     own = {stack: entry.steps for stack, entry in enumerate(growth.stacks[:n_stages]) if entry.steps}
+    if training.schedule == "one_clock":
+        yield from _one_clock(config)
+        return
     lengths = {"steps_per_stack": training.steps_per_stack} if len(own) < max(1, n_stages) else {}
     rates = {"learning_rate": training.learning_rate}
     if n_stages and training.joint_steps:
@@ -54,6 +58,19 @@ def _schedules(config: ConfigSchema) -> Iterator[str]:
     for key, rate in rates.items():
         if rate < training.min_learning_rate:
             yield f"taken: min_learning_rate {rate} instead of {training.min_learning_rate} ({key}: {rate})"
+
+
+def _one_clock(config: ConfigSchema) -> Iterator[str]:
+    training, growth = config.training, config.training.progressive
+    clock = clock_of(config, grows=growth.enabled)
+    if (taken := clock.warmup_steps) < training.warmup_steps:
+        yield f"taken: warmup_steps {taken} instead of {training.warmup_steps} (steps of the first stage: {taken})"
+    if (taken := clock.decay_steps) < training.decay_steps:
+        because = f"steps of the last stage: {clock.last_steps}"
+        yield f"taken: decay_steps {taken} instead of {training.decay_steps} ({because})"
+    if training.learning_rate < training.min_learning_rate:
+        rate = training.learning_rate
+        yield f"taken: min_learning_rate {rate} instead of {training.min_learning_rate} (learning_rate: {rate})"
 
 
 def _time_steps(config: ConfigSchema) -> Iterator[str]:

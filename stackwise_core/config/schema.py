@@ -16,6 +16,8 @@ GROWTH = "training.progressive"
 Precision = Literal["full", "half", "bfloat16", "nvfp4", "qlora"]
 Mode = Literal["append", "prepend", "insert"]
 """Where a new stack goes: below the head, above the embedding, or below the top stacks of the trunk."""
+Decay = Literal["cosine", "linear", "sqrt"]
+"""How a learning rate falls; sqrt is 1 - sqrt(t), t from 0 to 1."""
 Strategy = Literal["frozen", "qlora", "full"]
 """What of existing stacks trains: nothing, their adapters, everything."""
 StreamDtype = Literal["bfloat16", "float16", "float32", "int8", "fp8"]
@@ -341,11 +343,18 @@ class TrainingConfig(Section):
     learning_rate: float = Field(default=2e-3, gt=0.0)
     """Peak learning rate of AdamW."""
     min_learning_rate: float = Field(default=2e-4, ge=0.0)
-    """Learning rate at the end of the cosine; at most the peak."""
+    """Learning rate at the end of the decay; at most the peak."""
     adapter_learning_rate: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate of LoRA adapters."""
     warmup_steps: int = Field(default=20, ge=0)
-    """Steps of linear warm-up at the start of every stage; at most those of the stage."""
+    """Steps of linear warm-up, at the start of every stage or of the clock; at most those of the stage."""
+    schedule: Literal["per_stage", "one_clock"] = "per_stage"
+    """Every stage warms up and decays, or the run does so once: its rate stays at the peak until the joint anneal, or
+    else until the end of the last stage."""
+    decay: Decay = "cosine"
+    """How the rate falls from the peak to min_learning_rate."""
+    decay_steps: int = Field(default=0, ge=0)
+    """one_clock: in how many of the last steps; 0 means all of the joint anneal, or else a fifth of the run's."""
     weight_decay: float = Field(default=0.1, ge=0.0)
     """AdamW weight decay of matrices; none on norms and embeddings."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)

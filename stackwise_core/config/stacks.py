@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,34 @@ def begins_as_identity(config: ConfigSchema, new: StackSettings) -> bool:
     """Return whether `auto` is `copy_zero`: where the stacks above the new one are as they were trained."""
     frozen_tail = new.mode == "insert" and config.training.progressive.tail_strategy != "full"
     return new.mode == "prepend" or frozen_tail or any(stack.imported for stack in config.adopted)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The one schedule of a run whose stages share a clock."""
+
+    warmup_steps: int = 0
+    """At the beginning of its first stage."""
+    decay_steps: int = 0
+    """At the end of its last stage."""
+    last_steps: int = 0
+    """All steps of that stage."""
+
+
+def clock_of(config: ConfigSchema, *, grows: bool) -> Clock:
+    """Return the schedule of a run with one clock: it decays in the joint anneal, or else in the last stage."""
+    training, growth = config.training, config.training.progressive
+    stages = [training.steps_per_stack]
+    if grows:
+        stages = [settings_of(config, n).steps for n in range(len(config.adopted), growth.target_stacks)]
+    anneal = training.joint_steps if grows else 0
+    stages += [anneal] if anneal else []
+    if not stages:  # of an import nothing is left to train
+        return Clock()
+    warmup, last = min(training.warmup_steps, stages[0]), stages[-1]
+    constant = warmup if len(stages) == 1 else 0
+    usual = anneal or sum(stages) // 5
+    return Clock(warmup, min(training.decay_steps or usual, last - constant), last)
 
 
 def given_adapter(growth: ProgressiveConfig, stack: int) -> AdapterSpec:

@@ -10,14 +10,16 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.config.schema import QUANTISED, Mode, Precision, StackSettings, Strategy
+from stackwise_core.config.schema import QUANTISED, Decay, Mode, Precision, StackSettings, Strategy
 from stackwise_core.config.sizes import accumulation_steps_of, batch_size_of
 from stackwise_core.config.stacks import (
     AdapterSpec,
+    Clock,
     begins_as_identity,
+    clock_of,
     corrupts_by_time,
     mask_ratio_of,
     progressive_adapter_of,
@@ -148,7 +150,7 @@ def last_trained(anatomies: Sequence[Anatomy], stack: int, part: Literal["base",
 
 
 class OptimSpec(Value, frozen=True):
-    """The optimisation of one stage: AdamW, warm-up and cosine, clipping."""
+    """The optimisation of one stage: AdamW, warm-up and decay, clipping."""
 
     steps: int
     batch_size: int
@@ -162,6 +164,9 @@ class OptimSpec(Value, frozen=True):
     accumulation_steps: int = 1
     adapter_learning_rate: float = 0.0
     """Peak rate of adapters; 0 where none trains."""
+    decay: Decay = Field(default="cosine", exclude_if=lambda value: value == "cosine")
+    decay_steps: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The last steps, in which the rate decays; None stands for all after the warm-up."""
 
 
 class StackSpec(Value, frozen=True):
@@ -268,7 +273,7 @@ def resolve_stage(config: StackWiseConfig, stage: int, known: _Stacks | None = N
         anatomy=anatomy,
         stacks=stacks,
         time_step=stack_time_step(config, stage) if by_depth else None,
-        optim=_resolve_optim(config, anatomy, stacks, settings.steps, training.learning_rate),
+        optim=_resolve_optim(config, anatomy, stacks, settings.steps, training.learning_rate, stage),
         adopted=adopted,
     )
 
@@ -280,7 +285,9 @@ def resolve_joint(config: StackWiseConfig, index: int, n_stacks: int) -> StageSp
     stacks = tuple(resolve_stack(config, stack, index) for stack in range(n_stacks))
     steps, rate = training.joint_steps, training.joint_learning_rate
     if index == 0:
-        steps, rate = training.steps_per_stack, training.learning_rate
+        steps = training.steps_per_stack
+    if index == 0 or training.schedule == "one_clock":
+        rate = training.learning_rate
     return StageSpec(
         index=index,
         mode="joint",
@@ -289,7 +296,7 @@ def resolve_joint(config: StackWiseConfig, index: int, n_stacks: int) -> StageSp
         anatomy=anatomy,
         stacks=stacks,
         time_step=None,
-        optim=_resolve_optim(config, anatomy, stacks, steps, rate),
+        optim=_resolve_optim(config, anatomy, stacks, steps, rate, index, is_joint=True),
     )
 
 
@@ -310,22 +317,37 @@ def _stack_spec(config: StackWiseConfig, stack: int, in_trunk: bool, adopted: bo
 
 
 def _resolve_optim(
-    config: StackWiseConfig, anatomy: Anatomy, stacks: tuple[StackSpec, ...], steps: int, rate: float
+    config: StackWiseConfig,
+    anatomy: Anatomy,
+    stacks: tuple[StackSpec, ...],
+    steps: int,
+    rate: float,
+    stage: int,
+    *,
+    is_joint: bool = False,
 ) -> OptimSpec:
     training = config.training
+    warmup, decay_steps = min(training.warmup_steps, steps), None
+    if training.schedule == "one_clock":
+        is_first = stage == len(config.adopted)
+        is_last = is_joint or (stage == training.progressive.target_stacks - 1 and not training.joint_steps)
+        clock = clock_of(config, grows=not is_joint or stage > 0) if is_first or is_last else Clock()
+        warmup, decay_steps = clock.warmup_steps if is_first else 0, clock.decay_steps if is_last else 0
     adapters_train = any(stacks[stack].adapters for stack in anatomy.trained)
     return OptimSpec(
         steps=steps,
         batch_size=batch_size_of(config),
         learning_rate=rate,
-        min_learning_rate=min(training.min_learning_rate, rate),
-        warmup_steps=min(training.warmup_steps, steps),
+        min_learning_rate=min(training.min_learning_rate, rate) if decay_steps != 0 else rate,
+        warmup_steps=warmup,
         weight_decay=training.weight_decay,
         beta1=training.beta1,
         beta2=training.beta2,
         gradient_clip=training.gradient_clip,
         accumulation_steps=accumulation_steps_of(config),
         adapter_learning_rate=training.adapter_learning_rate * rate / training.learning_rate if adapters_train else 0.0,
+        decay=training.decay if decay_steps != 0 else "cosine",  # not used where nothing decays
+        decay_steps=decay_steps,
     )
 
 

@@ -34,12 +34,21 @@ def make_optimizer(model: StageModel, spec: OptimSpec) -> torch.optim.AdamW:
 
 
 def learning_rate(spec: OptimSpec, step: int) -> float:
-    """Return the learning rate of a step: linear warm-up, then a cosine from the peak to the minimum."""
+    """Return the learning rate of a step: linear warm-up, the peak, then a decay to the minimum.
+
+    `sqrt` is the 1 - sqrt of Hägele et al. 2024, arXiv 2405.18392.
+    """
     if step < spec.warmup_steps:
         return spec.learning_rate * (step + 1) / spec.warmup_steps
-    progress = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return spec.min_learning_rate + (spec.learning_rate - spec.min_learning_rate) * cosine
+    decay_steps = spec.steps - spec.warmup_steps if spec.decay_steps is None else spec.decay_steps
+    if step < spec.steps - decay_steps:
+        return spec.learning_rate
+    progress = (step - (spec.steps - decay_steps)) / max(1, decay_steps)
+    if spec.decay == "cosine":
+        left = 0.5 * (1.0 + math.cos(math.pi * progress))
+    else:
+        left = 1.0 - (math.sqrt(progress) if spec.decay == "sqrt" else progress)
+    return spec.min_learning_rate + (spec.learning_rate - spec.min_learning_rate) * left
 
 
 class LossScale:

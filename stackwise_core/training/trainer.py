@@ -169,6 +169,8 @@ class ProgressiveTrainer:
             if is_new := index == builder.n_stacks:
                 builder.add_stack(self.config)
             config = builder.as_built(self.config)
+            growth = config.training.progressive  # where the run ends, one clock decays
+            growth.target_stacks = max(growth.target_stacks, target)
             spec = resolve_stage(config, index)
             settings = stage_settings(config, spec)
             if is_over:

@@ -121,6 +121,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     f"{GROWTH}.time_per_stack": DEPTH,
     f"{GROWTH}.num_time_steps": DEPTH,
     "training.adapter_learning_rate": ADAPTED,
+    "training.decay_steps": {"training.schedule": "one_clock"},
     "training.joint_learning_rate": {"training.joint_steps": 10},
     "training.mask_ratio_min": DEPTH,
     "training.mask_ratio_max": DEPTH,

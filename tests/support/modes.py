@@ -41,6 +41,7 @@ MODES: dict[str, dict[str, Any]] = {
     "bfloat16": {f"{G}new_stack_precision": "bfloat16"},
     "joint": {"training.joint_steps": 6},
     "joint nf4": {"training.joint_steps": 6, f"{G}new_stack_precision": "qlora", **LORA, **DUAL},
+    "one clock joint": {"training.joint_steps": 6, "training.schedule": "one_clock", "training.decay": "linear"},
     "whole": {f"{G}enabled": False},
     "whole nvfp4": {f"{G}enabled": False, f"{G}new_stack_precision": "nvfp4"},
     "mixed": {
