@@ -66,7 +66,7 @@ class _Steps:
         config.model.d_model, config.model.n_heads = d_model, d_model // 64
         config.training.progressive.training_objective = "clm"
         shape, stage = resolve_shape(config), resolve_stage(config, 0)
-        rack, stack = new_rack(shape, seed=0), grow_stack(shape, N_BLOCKS, 0, "random", seed=0, source=None)
+        rack, stack = new_rack(shape, seed=0), grow_stack(shape, N_BLOCKS, 0, "random", seed=0)
         self.model = StageModel(stage.anatomy, [stack], rack.head, rack.embedding)
         self.batch = _share(shape.vocab_size, batch_size, ranks)
         self.spec, self.ranks = stage.optim, ranks

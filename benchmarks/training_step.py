@@ -44,7 +44,7 @@ def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list
     config = _config(d_model, batch_size)
     shape, first, later = resolve_shape(config), resolve_stage(config, 0), resolve_stage(config, 1)
     batch = _batch(shape.vocab_size, batch_size)
-    rack, stack = new_rack(shape, seed=0), grow_stack(shape, N_BLOCKS, 0, "random", seed=0, source=None)
+    rack, stack = new_rack(shape, seed=0), grow_stack(shape, N_BLOCKS, 0, "random", seed=0)
     rack.stacks.append(stack)
     llama = llama_like(rack)
     check_same_loss(rack, llama, batch)
@@ -94,7 +94,7 @@ def _config(d_model: int, batch_size: int) -> StackWiseConfig:
 def _later_stage(shape: ModelShape, spec: StageSpec) -> StageModel:
     rack = new_rack(shape, seed=0)
     rack.untie()
-    return StageModel(spec.anatomy, [grow_stack(shape, N_BLOCKS, 1, "random", seed=0, source=None)], rack.head)
+    return StageModel(spec.anatomy, [grow_stack(shape, N_BLOCKS, 1, "random", seed=0)], rack.head)
 
 
 def _batch(vocab_size: int, batch_size: int) -> Batch:

@@ -94,9 +94,9 @@ def _new_stacks(stage: Stage) -> list[Stack]:
     if recipe is None:
         return []
     if spec.mode == "joint":
-        return [new_stack(recipe.shape, stack, "random", recipe.seed, None) for stack in spec.stacks]
-    source = None if spec.source is None else load_stack(stage.artifacts, stage.below, spec.source)
-    return [new_stack(recipe.shape, spec.new, spec.operator, recipe.seed, source)]
+        return [new_stack(recipe.shape, stack, "random", recipe.seed) for stack in spec.stacks]
+    sources = [load_stack(stage.artifacts, stage.below, source) for source in spec.sources]
+    return [new_stack(recipe.shape, spec.new, spec.operator, recipe.seed, sources, spec.init)]
 
 
 def _check_initial_tensors(stage: Stage, build: Ref, new: list[Stack]) -> None:

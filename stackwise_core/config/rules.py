@@ -12,9 +12,9 @@ from stackwise_core.config.functions import shown
 from stackwise_core.config.schema import GROWTH, QUANTISED, ConfigSchema
 from stackwise_core.config.sizes import batch_size_of, layer_widths
 from stackwise_core.config.stacks import (
-    begins_as_identity,
     n_time_steps,
     named,
+    operator_of,
     progressive_adapter_of,
     settings_of,
     stack_time_step,
@@ -124,6 +124,9 @@ def _precision_faults(config: ConfigSchema) -> Iterator[Fault]:
     if copies and growth.enabled and training.new_stack_init in ("random", "zero"):
         allowed = f"{_are(copies)} NF4 and train adapters only, so their weights must be copies; use auto or copy"
         yield _fault(config, "training.new_stack_init", allowed)
+    if copies and growth.enabled and training.new_stack_noise and is_used(config, "training.new_stack_noise"):
+        allowed = f"{_are(copies)} NF4 and train adapters only, so their weights must be copies; use 0"
+        yield _fault(config, "training.new_stack_noise", allowed)
     if held := [stack for stack in copies if config.model.norm_outputs and _begins_as_zero(config, stack)]:
         allowed = f"{_are(held)} NF4 and train adapters only: norms of outputs, which copy_zero zeroes, would stay zero"
         yield _fault(config, "training.new_stack_init", f"{allowed}; use copy")
@@ -139,9 +142,7 @@ def _precision_faults(config: ConfigSchema) -> Iterator[Fault]:
 
 
 def _begins_as_zero(config: ConfigSchema, stack: int) -> bool:
-    if stack < len(config.adopted) or config.training.new_stack_init != "auto":
-        return stack >= len(config.adopted) and config.training.new_stack_init == "copy_zero"
-    return begins_as_identity(config, settings_of(config, stack))
+    return stack >= len(config.adopted) and operator_of(config, settings_of(config, stack)) == "copy_zero"
 
 
 def _tail_faults(config: ConfigSchema) -> Iterator[Fault]:

@@ -16,6 +16,8 @@ GROWTH = "training.progressive"
 Precision = Literal["full", "half", "bfloat16", "nvfp4", "qlora"]
 Mode = Literal["append", "prepend", "insert"]
 """Where a new stack goes: below the head, above the embedding, or below the top stacks of the trunk."""
+GrowthOperator = Literal["copy", "copy_zero", "random", "zero"]
+CopiedFrom = Literal["neighbour", "top", "middle", "interleaved", "blend"]
 Decay = Literal["cosine", "linear", "sqrt"]
 """How a learning rate falls; sqrt is 1 - sqrt(t), t from 0 to 1."""
 Strategy = Literal["frozen", "qlora", "full"]
@@ -364,7 +366,15 @@ class TrainingConfig(Section):
     gradient_clip: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; 0 does not clip."""
     new_stack_init: Literal["auto", "copy", "copy_zero", "random", "zero"] = "auto"
-    """Growth operator; auto is copy in append, and copy_zero in prepend or on an imported model."""
+    """Growth operator; auto is copy, or copy_zero on an imported model and below stacks and a head that stay."""
+    new_stack_source: CopiedFrom = "neighbour"
+    """What is copied: the stack below (else above), the top or middle stack, the neighbour with each of its blocks
+    repeated in a row, or the mean of the stacks below and above."""
+    new_stack_noise: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of random weights in a copy: (1 - noise) W + noise * random."""
+    new_stack_output_scale: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Multiplies what each half of a block ends with; 0 is copy_zero, or zero if random. Where it is not 1, auto is a
+    copy."""
     joint_steps: int = Field(default=0, ge=0)
     """Steps of the joint anneal after the last stage."""
     joint_learning_rate: float = Field(default=1e-3, gt=0.0)

@@ -15,6 +15,7 @@ from stackwise_core.config.schema import (
     GROWTH,
     AdapterSpec,
     ConfigSchema,
+    GrowthOperator,
     ProgressiveConfig,
     StackOverride,
     StackSettings,
@@ -58,10 +59,17 @@ def _capped(config: ConfigSchema, adapter: AdapterSpec) -> AdapterSpec:
     return AdapterSpec(rank=min(adapter.rank, config.model.d_model), alpha=adapter.alpha)
 
 
-def begins_as_identity(config: ConfigSchema, new: StackSettings) -> bool:
-    """Return whether `auto` is `copy_zero`: where the stacks above the new one are as they were trained."""
-    frozen_tail = new.mode == "insert" and config.training.progressive.tail_strategy != "full"
-    return new.mode == "prepend" or frozen_tail or any(stack.imported for stack in config.adopted)
+def operator_of(config: ConfigSchema, new: StackSettings) -> GrowthOperator:
+    """Return the growth operator of a stack: `auto` is `copy_zero` where what is above it stays as it was trained."""
+    training = config.training
+    given, scale = training.new_stack_init, training.new_stack_output_scale
+    if given == "auto":
+        frozen_above = new.mode == "prepend" or (new.mode == "insert" and training.progressive.tail_strategy != "full")
+        as_identity = frozen_above or any(stack.imported for stack in config.adopted)
+        given = "copy_zero" if as_identity and scale == 1.0 else "copy"
+    if scale == 0.0:
+        return "zero" if given in ("random", "zero") else "copy_zero"
+    return given
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ _FROZEN_HEAD: list[Need] = [  # it trains with the first stage, with a trunk in 
         (f"{GROWTH}.tail_strategy", ("full",)),
     ],
 ]
+_COPIES: Need = [("training.new_stack_init", ("auto", "copy", "copy_zero"))]
 _STORED: Need = [(f"{GROWTH}.cache_activations", (True,))]
 _STRETCHED: Need = [("model.rope_scaling.kind", ("linear", "llama3", "yarn"))]
 _FROM_A_CONTEXT: Need = [("model.rope_scaling.kind", ("llama3", "yarn"))]
@@ -78,6 +79,9 @@ BELONGS_TO: dict[str, list[Need]] = {
     "model.rope_scaling.attention_factor": [_YARN],
     "model.rope_scaling.truncate": [_YARN],
     "training.new_stack_init": [_GROWS],
+    "training.new_stack_source": [_GROWS, _COPIES],
+    "training.new_stack_noise": [_GROWS, _COPIES],
+    "training.new_stack_output_scale": [_GROWS, [("training.new_stack_init", ("auto", "copy", "random"))]],
     "training.joint_steps": [_GROWS],
     "training.joint_learning_rate": [[("training.joint_steps", _MANY)], [("training.schedule", ("per_stage",))]],
     "training.decay_steps": [[("training.schedule", ("one_clock",))]],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import nn
 
 from stackwise_core.config.stacks import AdapterSpec
@@ -15,9 +17,10 @@ from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.precision import convert_storage
 from stackwise_core.model.rack import Rack
 from stackwise_core.stages.resolve import ModelShape
-from stackwise_core.stages.stages import AdapterName, GrowthOperator, StackSpec
+from stackwise_core.stages.stages import AdapterName, GrowthOperator, InitSpec, StackSpec
 
 _SALT_INIT = 5
+PLAIN = InitSpec()
 
 
 def new_rack(shape: ModelShape, seed: int) -> Rack:
@@ -27,14 +30,21 @@ def new_rack(shape: ModelShape, seed: int) -> Rack:
     return rack
 
 
-def new_stack(shape: ModelShape, spec: StackSpec, operator: GrowthOperator, seed: int, source: Stack | None) -> Stack:
+def new_stack(
+    shape: ModelShape,
+    spec: StackSpec,
+    operator: GrowthOperator,
+    seed: int,
+    sources: Sequence[Stack] = (),
+    init: InitSpec = PLAIN,
+) -> Stack:
     """Return a stack as it is before training, with its adapters.
 
     A stack of precision qlora that has a source is NF4 from the start; others are converted at the end of their stage.
     """
-    stack = grow_stack(shape, spec.n_blocks, spec.index, operator, seed, source)
+    stack = grow_stack(shape, spec.n_blocks, spec.index, operator, seed, sources, init)
     stack.precision = spec.precision
-    if spec.precision == "qlora" and source is not None:
+    if spec.precision == "qlora" and sources:
         convert_storage(stack, "qlora")
     give_adapters(stack, spec, seed)
     return stack
@@ -54,29 +64,58 @@ def give_adapter(stack: Stack, name: AdapterName, adapter: AdapterSpec, seed: in
 
 
 def grow_stack(
-    shape: ModelShape, n_blocks: int, index: int, operator: GrowthOperator, seed: int, source: Stack | None
+    shape: ModelShape,
+    n_blocks: int,
+    index: int,
+    operator: GrowthOperator,
+    seed: int,
+    sources: Sequence[Stack] = (),
+    init: InitSpec = PLAIN,
 ) -> Stack:
     """Return the fp32 stack that a growth operator gives, without adapters.
 
-    `copy` takes the source's blocks, the first n or repeated cyclically, dequantised and with adapters merged. `zero`
+    `copy` takes the source's blocks, the first n or repeated cyclically, dequantised and with adapters merged; of
+    several sources their mean. `zero`
     and `copy_zero` leave the function of the rack exactly as it was: they zero what each half of a block ends with, its
     output projection or, where there is one, the norm of its output.
     """
     stack = Stack(shape, n_blocks, index)
-    if operator in ("random", "zero"):
+    if operator in ("random", "zero") or init.noise:
         initialise(stack, _init_seed(seed, index))
-    else:
-        if source is None:
+    if operator in ("copy", "copy_zero"):
+        if not sources:
             raise ConfigError([Fault("training.new_stack_init", repr(operator), "there is no stack to copy yet")])
-        blocks = merged_dense(source).blocks
-        stack.blocks = nn.ModuleList(copy.deepcopy(blocks[n % len(blocks)]) for n in range(n_blocks))
-    if operator in ("zero", "copy_zero"):
+        drawn = stack.blocks
+        stack.blocks = _mean([_copied_blocks(source, n_blocks, interleaved=init.interleaved) for source in sources])
+        if init.noise:
+            _mix(stack.blocks, drawn, init.noise)
+    scale = 0.0 if operator in ("zero", "copy_zero") else init.output_scale
+    if scale != 1.0:
         # A norm would blow up whatever the first step makes of a projection of zeros.
         last = ("attention_norm", "ffn_norm") if shape.norm_outputs else ("o_proj", "down_proj")
         for name, parameter in stack.named_parameters():
             if name.removesuffix(".weight").endswith(last):
-                nn.init.zeros_(parameter)
+                parameter.data.mul_(scale) if scale else nn.init.zeros_(parameter)
     return stack
+
+
+def _copied_blocks(source: Stack, n_blocks: int, *, interleaved: bool) -> nn.ModuleList:
+    blocks = merged_dense(source).blocks
+    chosen = [n * len(blocks) // n_blocks if interleaved else n % len(blocks) for n in range(n_blocks)]
+    return nn.ModuleList(copy.deepcopy(blocks[n]) for n in chosen)
+
+
+def _mean(copies: Sequence[nn.ModuleList]) -> nn.ModuleList:
+    """Return the mean of the parameters of one or two copies, in the first."""
+    for other in copies[1:]:
+        _mix(copies[0], other, 0.5)
+    return copies[0]
+
+
+@torch.no_grad()
+def _mix(blocks: nn.ModuleList, others: nn.ModuleList, share: float) -> None:
+    for parameter, other in zip(blocks.parameters(), others.parameters(), strict=True):
+        parameter.lerp_(other, share)
 
 
 def freeze(module: nn.Module) -> None:

@@ -60,7 +60,7 @@ def create_stack_from_config(
     growth.stacks[index] = growth.stacks[index].model_copy(update=own)
     if faults := list(growth_faults(config)):
         raise ConfigError(faults)
-    return new_stack(resolve_shape(config), resolve_stack(config, index, index), "random", config.run.seed, None)
+    return new_stack(resolve_shape(config), resolve_stack(config, index, index), "random", config.run.seed)
 
 
 class ProgressiveRackBuilder(GrownRack):
@@ -185,8 +185,10 @@ class ProgressiveRackBuilder(GrownRack):
     def _new_stack(self, built: StackWiseConfig, spec: StageSpec) -> Stack:
         """Return the stack that a stage adds, as it is before training."""
         grown = built.training.progressive.enabled  # joint training from scratch does not copy
-        source = self.stack(spec.source) if grown and spec.source is not None else None
-        return new_stack(self.rack.shape, spec.new, spec.operator if grown else "random", built.run.seed, source)
+        if not grown:
+            return new_stack(self.rack.shape, spec.new, "random", built.run.seed)
+        sources = [self.stack(source) for source in spec.sources]
+        return new_stack(self.rack.shape, spec.new, spec.operator, built.run.seed, sources, spec.init)
 
     def _give_progressive(self, spec: StageSpec, index: int, seed: int) -> None:
         """Give a stack of the trunk its 'progressive' adapter; the 'stack' adapter is added at creation only."""

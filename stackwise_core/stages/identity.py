@@ -16,7 +16,7 @@ from stackwise_core.config.schema import Mode, Precision, Strategy, StreamDtype
 from stackwise_core.config.stacks import AdapterSpec
 from stackwise_core.data.masks import MaskSpec
 from stackwise_core.stages.resolve import ModelShape, Value, WhereAdopted, WhereSaid
-from stackwise_core.stages.stages import GrowthOperator, OptimSpec, StackSpec, Trains
+from stackwise_core.stages.stages import GrowthOperator, InitSpec, OptimSpec, StackSpec, Trains
 
 Kind = Literal["data", "build", "trunk", "stack", "activations", "validation"]
 
@@ -116,6 +116,9 @@ class BuildRecipe(Recipe, frozen=True):
     adapter: AdapterSpec | None = None
     quantised: bool = False
     """Whether the stack is NF4 from the start."""
+    blend: WhereSaid[str] = ""
+    """State of a second stack; the copy is the mean of both."""
+    init: InitSpec = Field(default=InitSpec(), exclude_if=lambda value: value == InitSpec())
     parts: tuple[StackSpec, ...] = ()
     """For joint training from scratch: all stacks, in data-flow order."""
 

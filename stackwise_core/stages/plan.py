@@ -332,14 +332,16 @@ def _plan_build(
     """Plan the new stack, or all stacks of joint training from scratch; None for the joint anneal."""
     if spec.mode == "joint" and states:
         return None
-    source = spec.source
+    sources = [states[source] for source in spec.sources]
     return BuildRecipe(
         shape=shape,
         index=spec.index,
         n_blocks=spec.n_blocks,
         operator=spec.operator,
         seed=config.run.seed,
-        source=None if source is None else states[source],
+        source=sources[0] if sources else None,
+        blend=sources[1] if len(sources) > 1 else "",
+        init=spec.init,
         adapter=spec.new.adapters.get("stack") if spec.mode != "joint" else None,
         quantised=spec.new.precision == "qlora" and spec.index > 0,
         parts=tuple(spec.stacks[stack] for stack in spec.anatomy.order) if spec.mode == "joint" else (),

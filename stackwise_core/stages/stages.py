@@ -13,15 +13,24 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.config.schema import QUANTISED, Decay, Mode, Precision, StackSettings, Strategy
+from stackwise_core.config.schema import (
+    QUANTISED,
+    CopiedFrom,
+    Decay,
+    GrowthOperator,
+    Mode,
+    Precision,
+    StackSettings,
+    Strategy,
+)
 from stackwise_core.config.sizes import accumulation_steps_of, batch_size_of
 from stackwise_core.config.stacks import (
     AdapterSpec,
     Clock,
-    begins_as_identity,
     clock_of,
     corrupts_by_time,
     mask_ratio_of,
+    operator_of,
     progressive_adapter_of,
     settings_of,
     stack_time_step,
@@ -29,7 +38,6 @@ from stackwise_core.config.stacks import (
 from stackwise_core.stages.resolve import Value, WhereAdopted
 
 AdapterName = Literal["stack", "progressive"]
-GrowthOperator = Literal["copy", "copy_zero", "random", "zero"]
 Trains = Literal["everything", "adapters", "nothing"]
 _TRAINS: dict[Strategy, Trains] = {"full": "everything", "qlora": "adapters", "frozen": "nothing"}
 
@@ -169,6 +177,17 @@ class OptimSpec(Value, frozen=True):
     """The last steps, in which the rate decays; None stands for all after the warm-up."""
 
 
+class InitSpec(Value, frozen=True):
+    """What is done to a new stack beside its operator."""
+
+    noise: float = 0.0
+    """Share of random weights in a copy."""
+    output_scale: float = 1.0
+    """Multiplies what each half of a block ends with."""
+    interleaved: bool = False
+    """Whether a copy repeats each block of its source in a row, and not all of them in turn."""
+
+
 class StackSpec(Value, frozen=True):
     """One stack of the rack, as it is while some stage trains."""
 
@@ -192,6 +211,9 @@ class StageSpec(Value, frozen=True):
     time_step: int | None
     """Time step of the new stack, where depth is time."""
     optim: OptimSpec
+    init: InitSpec = Field(default=InitSpec(), exclude_if=lambda value: value == InitSpec())
+    copied: CopiedFrom = Field(default="neighbour", exclude_if=lambda value: value == "neighbour")
+    """What a copy is made of."""
     adopted: WhereAdopted[bool] = False
     """Whether the stack is taken from a saved rack: nothing trains."""
 
@@ -208,12 +230,16 @@ class StageSpec(Value, frozen=True):
         return len(self.anatomy.order) - 1 - self.anatomy.order.index(self.index) if self.mode == "insert" else 0
 
     @property
-    def source(self) -> int | None:
-        """The neighbour that the new stack is a copy of: the one below it, or else the one above."""
+    def sources(self) -> tuple[int, ...]:
+        """The stacks that the new one is a copy of, or the mean of."""
         if self.operator not in ("copy", "copy_zero") or not self.trunk or self.mode == "joint":
-            return None
-        place = self.anatomy.order.index(self.index)
-        return self.anatomy.order[place - 1 if place else 1]
+            return ()
+        return _sources(self.trunk, self.anatomy.order.index(self.index), self.copied)
+
+    @property
+    def source(self) -> int | None:
+        """The stack that the new one is a copy of; of a mean the one below."""
+        return self.sources[0] if self.sources else None
 
     @property
     def new(self) -> StackSpec:
@@ -261,14 +287,13 @@ def resolve_stage(config: StackWiseConfig, stage: int, known: _Stacks | None = N
     """Return the stage that adds the stack of creation index `stage`; `known` is what other stages found out."""
     known = known or _Stacks(config)
     training, settings, adopted = config.training, known.settings(stage), stage < len(config.adopted)
-    auto: GrowthOperator = "copy_zero" if begins_as_identity(config, settings) else "copy"
-    operator = auto if training.new_stack_init == "auto" else training.new_stack_init
+    operator = operator_of(config, settings) if stage > 0 else "random"
     by_depth = training.progressive.time_interpretation == "depth"
     anatomy, stacks = stage_anatomy(config, stage, known.settings), known.at(stage)
-    return StageSpec(
+    spec = StageSpec(
         index=stage,
         mode=settings.mode,
-        operator="random" if stage == 0 else operator,
+        operator=operator,
         strategy=training.progressive.trunk_strategy,
         anatomy=anatomy,
         stacks=stacks,
@@ -276,6 +301,33 @@ def resolve_stage(config: StackWiseConfig, stage: int, known: _Stacks | None = N
         optim=_resolve_optim(config, anatomy, stacks, settings.steps, training.learning_rate, stage),
         adopted=adopted,
     )
+    return spec if stage == 0 or adopted else _with_init(config, spec)
+
+
+def _sources(trunk: Sequence[int], place: int, copied: CopiedFrom) -> tuple[int, ...]:
+    """Return the stacks that a new one, which has `place` stacks of the trunk below it, is a copy or the mean of."""
+    if copied == "top":
+        return (trunk[-1],)
+    if copied == "middle":
+        return (trunk[(len(trunk) - 1) // 2],)
+    neighbours = tuple(trunk[max(0, place - 1) : place + 1])
+    return neighbours if copied == "blend" else neighbours[:1]
+
+
+def _with_init(config: StackWiseConfig, spec: StageSpec) -> StageSpec:
+    """Return a stage with how its stack starts; what makes no difference is left at its default, to enter no id."""
+    training, n_blocks = config.training, spec.new.n_blocks
+    copied = training.new_stack_source
+    spec = spec.model_copy(update={"copied": "neighbour" if copied == "interleaved" else copied})
+    repeated = spec.stacks[spec.sources[0]].n_blocks if spec.sources else 1
+    in_turn = [n % repeated for n in range(n_blocks)]
+    in_a_row = [n * repeated // n_blocks for n in range(n_blocks)]
+    init = InitSpec(
+        noise=training.new_stack_noise if spec.sources else 0.0,
+        output_scale=training.new_stack_output_scale if spec.operator in ("copy", "random") else 1.0,
+        interleaved=copied == "interleaved" and in_turn != in_a_row,
+    )
+    return spec.model_copy(update={"init": init})
 
 
 def resolve_joint(config: StackWiseConfig, index: int, n_stacks: int) -> StageSpec:

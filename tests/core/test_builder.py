@@ -40,7 +40,7 @@ def perturbed(module: Any) -> Any:
 
 
 def source_stack(n_blocks: int) -> Stack:
-    return perturbed(grow_stack(SHAPE, n_blocks, 0, "random", 0, None))
+    return perturbed(grow_stack(SHAPE, n_blocks, 0, "random", 0))
 
 
 def weights(module: nn.Module) -> list[Tensor]:
@@ -64,7 +64,7 @@ TOKENS = torch.randint(0, 256, (2, 11), generator=torch.Generator().manual_seed(
 @pytest.mark.parametrize(("n_source", "n_new"), [(2, 2), (3, 1), (3, 2), (2, 5), (1, 3)])
 def test_copy_takes_the_first_blocks_or_repeats_them(n_source: int, n_new: int) -> None:
     source = source_stack(n_source)
-    stack = grow_stack(SHAPE, n_new, 1, "copy", 0, source)
+    stack = grow_stack(SHAPE, n_new, 1, "copy", 0, [source])
     assert (len(stack.blocks), stack.creation_index) == (n_new, 1)
     for n, block in enumerate(stack.blocks):
         assert equal(block, source.blocks[n % n_source])
@@ -77,7 +77,7 @@ def test_copies_share_no_storage_and_train() -> None:
     source = source_stack(2)
     freeze(source)
     before = [weight.clone() for weight in weights(source)]
-    stack = grow_stack(SHAPE, 5, 1, "copy", 0, source)
+    stack = grow_stack(SHAPE, 5, 1, "copy", 0, [source])
     storages = {weight.untyped_storage().data_ptr() for weight in (*weights(stack), *weights(source))}
     assert len(storages) == len(weights(stack)) + len(weights(source))
     assert all(parameter.requires_grad for parameter in stack.parameters())
@@ -108,7 +108,7 @@ def test_zero_forms_leave_the_logits_exactly_as_before(operator: GrowthOperator,
 def test_random_depends_on_seed_and_index() -> None:
     def grown(operator: GrowthOperator, index: int, seed: int) -> Stack:
         torch.rand(1)  # the global generator plays no part
-        return grow_stack(SHAPE, 2, index, operator, seed, None)
+        return grow_stack(SHAPE, 2, index, operator, seed)
 
     assert equal(grown("random", 1, 0), grown("random", 1, 0))
     assert not equal(grown("random", 1, 0), grown("random", 2, 0))
@@ -123,14 +123,14 @@ def test_random_depends_on_seed_and_index() -> None:
 
 def test_a_copy_needs_a_source() -> None:
     with pytest.raises(ConfigError, match=r"training\.new_stack_init: got 'copy'"):
-        grow_stack(SHAPE, 2, 0, "copy", 0, None)
+        grow_stack(SHAPE, 2, 0, "copy", 0)
 
 
 @pytest.mark.parametrize("operator", ["auto", "copy", "copy_zero", "random", "zero"])
 def test_the_first_stack_is_random_and_auto_is_copy(operator: Any) -> None:
     builder = ProgressiveRackBuilder(tiny(new_stack_init=operator))
     first = builder.append_stack()
-    assert equal(first, grow_stack(SHAPE, 2, 0, "random", 0, None))
+    assert equal(first, grow_stack(SHAPE, 2, 0, "random", 0))
     perturbed(first)
     second = builder.append_stack()
     assert equal(second, first) == (operator in ("auto", "copy"))
@@ -240,9 +240,9 @@ def test_builder_validates_on_entry() -> None:
 
 def test_create_stack_from_config_is_the_random_stack() -> None:
     config = tiny(progressive={"stacks": [{}, {"n_blocks": 3}]})
-    assert equal(create_stack_from_config(config, 1), grow_stack(SHAPE, 3, 1, "random", 0, None))
+    assert equal(create_stack_from_config(config, 1), grow_stack(SHAPE, 3, 1, "random", 0))
     stack = create_stack_from_config(stack_id=2, n_blocks=4, config=config, precision="half")
-    assert equal(stack, grow_stack(SHAPE, 4, 2, "random", 0, None))
+    assert equal(stack, grow_stack(SHAPE, 4, 2, "random", 0))
     assert (stack.creation_index, stack.precision) == (2, "half")
     assert len(config.training.progressive.stacks) == 2  # the caller's own is left alone
 

@@ -76,7 +76,7 @@ def test_logits_and_boundaries_have_the_bits_of_transformers(name: str, rope: st
 
 
 def grown(shape: ModelShape, operator: Any, source: Stack | None = None) -> Stack:
-    return grow_stack(shape, 2, 1, operator, 3, source)
+    return grow_stack(shape, 2, 1, operator, 3, [source])
 
 
 def randomised(shape: ModelShape) -> Stack:
@@ -156,10 +156,10 @@ def test_a_copied_block_has_rope_where_its_source_has_it_and_of_random_ones_each
     def of(stack: Stack) -> list[bool]:
         return [bool(block.attention.has_rope) for block in stack.blocks]  # pyright: ignore
 
-    source = grow_stack(MIXED, 4, 0, "random", 3, None)
+    source = grow_stack(MIXED, 4, 0, "random", 3)
     assert of(source) == [True, False, True, False]
     source.blocks = source.blocks[1:]
-    assert of(grow_stack(MIXED, 5, 1, "copy_zero", 3, source)) == [False, True, False, False, True]
+    assert of(grow_stack(MIXED, 5, 1, "copy_zero", 3, [source])) == [False, True, False, False, True]
     turned, plain = stream(), randomised(MIXED).blocks[1].attention  # pyright: ignore
     order = torch.cat([turned.flip(1)[:, 1:], turned[:, -1:]], dim=1)
     table = rotary_table(MIXED, 8, turned.device)  # without RoPE, the last position asks who is there, not where
@@ -168,7 +168,7 @@ def test_a_copied_block_has_rope_where_its_source_has_it_and_of_random_ones_each
 
 def test_wide_heads_are_counted() -> None:
     spec = StackSpec(index=0, n_blocks=2, precision="full", adapters={})
-    stack = new_stack(NORMED, spec, "random", 0, None)
+    stack = new_stack(NORMED, spec, "random", 0)
     assert base_parameters(NORMED, 2) == sum(p.numel() for p in stack.parameters())
     matrices = sum(p.numel() for p in stack.parameters() if p.dim() > 1)
     assert stack_flops(NORMED, 2, 8) == 2 * 8 * matrices + 2 * (8 * 2.0 * 8 * 64)  # half the scores of 4 heads of 16

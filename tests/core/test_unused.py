@@ -85,6 +85,7 @@ NO_RESULT |= {f"{G}max_stacks", "validation.sampled_rows"}
 # Another spelling of what is so anyway: 'causal' or 'copy' of auto, 1 of 0, constant patterns of one size, the same
 # steps by another mapping, no caching where nothing may be cached.
 SPELLINGS = {"model.attention", "training.new_stack_init", "cache.views", f"{G}qlora_strategy"}
+SPELLINGS |= {"training.new_stack_source"}  # as many blocks, or no other stack
 SPELLINGS |= {f"{G}cache_activations", f"{G}qlora_enabled", f"{G}stack_time_mapping"}
 # What a loop of one's own is given, though no stage of a run makes numbers of it: the step of a stack without masks...
 HANDED_ON = {f"{G}{key}" for key in ("time_interpretation", "time_per_stack", "num_time_steps")}
@@ -112,7 +113,7 @@ NOT_READ: dict[str, set[str]] = {
     "qlora": TOP,
     "progressive": TOP,
     "trunk of adapters": TOP | {f"{G}progressive_qlora"},  # which is so anyway
-    "one stack": {"cache.dtype", "cache.mode"}
+    "one stack": {"cache.dtype", "cache.mode", "training.new_stack_noise", "training.new_stack_output_scale"}
     | {f"{G}{key}" for key in ("building_mode", "train_head", "trunk_strategy", "stacks")},
     "all their own": {"model.blocks_per_stack", "training.steps_per_stack"}
     | {f"{G}new_stack_precision", f"{G}building_mode"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import subprocess
@@ -18,6 +19,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.adapters import adapter_names, adapter_state
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.digests import tensor_digest
+from stackwise_core.model.growth_operators import grow_stack
 from stackwise_core.model.precision import base_linears, storage_of
 from stackwise_core.stages.plan import StagePlan, plan_config
 from storage.artifacts import Artifacts
@@ -28,12 +30,13 @@ from support.runs import grown, manifests, write_corpus
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+FILES = {path.stem: path for path in CONFIGS.rglob("*.yaml")}
+NAMES = sorted(FILES)
 
 
 def small(name: str, corpus: Path) -> StackWiseConfig:
     """Return a file's configuration, cut down to seconds; how it grows is left as it is written."""
-    values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    values = yaml.safe_load(FILES[name].read_text())
     values["data"] |= {"source": str(corpus), "seq_len": 16, "max_sequences": 32, "validation_fraction": 0.1}
     values["model"]["d_model"] = 32
     training = values["training"]
@@ -124,12 +127,12 @@ Run = Callable[[str], Grown]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_is_valid_and_named_after_its_run(name: str) -> None:
-    assert StackWiseConfig.from_yaml(CONFIGS / f"{name}.yaml").run.name == name
+    assert StackWiseConfig.from_yaml(FILES[name]).run.name == name
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
 def test_every_key_is_explained(name: str) -> None:
-    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    lines = FILES[name].read_text().splitlines()
     assert lines[0].startswith("# ")
     keys = [line for line in lines if re.match(r"\s+(- )?[a-z_]+:", line)]
     sections = ("progressive:",)
@@ -223,6 +226,21 @@ def test_full_trains_everything_in_every_stage(run_of: Run) -> None:
     assert (run.order, run.cached) == ((0, 1, 2), [])
     assert run.changed(1) == {"stack 0", "stack 1", "head", "embedding"}
     assert run.changed(2) == {"stack 0", "stack 1", "stack 2", "head", "embedding"}
+
+
+def test_jump_copies_the_first_blocks_and_then_trains_all_by_one_clock(run_of: Run) -> None:
+    run = run_of("jump")
+    assert (run.order, run.cached) == ((0, 1), [])
+    assert [len(run.stack(c, 2).blocks) for c in (0, 1)] == [2, 4]
+    assert run.changed(1) == {"stack 0", "stack 1", "head", "embedding"}
+    (build,) = run.artifacts.root.glob("builds/build-1-*/build.json")
+    copied = grow_stack(run.stages[1].shape, 4, 1, "copy", 0, [run.stack(0, 1)])
+    for n, block in enumerate(copied.blocks):
+        assert tensor_digest(block) == tensor_digest(run.stack(0, 1).blocks[n % 2])
+    assert json.loads(build.read_text())["initial_tensors"] == tensor_digest(copied)
+    optims = [stage.spec.optim for stage in run.stages]
+    assert [(optim.warmup_steps, optim.decay_steps) for optim in optims] == [(1, 0), (0, 1)]
+    assert (optims[1].decay, optims[1].min_learning_rate) == ("linear", 0.0)
 
 
 def test_joint_anneal_trains_everything_once_at_the_end(run_of: Run) -> None:

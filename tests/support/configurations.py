@@ -56,6 +56,8 @@ OTHERS: dict[str, Any] = {
     "model.from": "rack",
     f"{GROWTH}.num_time_steps": 20,
     "training.new_stack_init": "random",
+    "training.new_stack_source": "middle",
+    "training.new_stack_noise": 0.2,
     f"{GROWTH}.time_embedding_dim": 32,
     "data.tokenizer": "words.json",
     "data.end_token": "[END]",

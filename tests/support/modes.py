@@ -49,7 +49,14 @@ MODES: dict[str, dict[str, Any]] = {
         f"{G}target_stacks": 4,
     },
     "insert": {f"{G}building_mode": "insert"},
-    "insert full": {f"{G}building_mode": "insert", f"{G}trunk_strategy": "full", f"{G}new_stack_precision": "half"},
+    "insert full": {
+        f"{G}building_mode": "insert",
+        f"{G}trunk_strategy": "full",
+        f"{G}new_stack_precision": "half",
+        "training.new_stack_source": "blend",
+        "training.new_stack_noise": 0.2,
+        "training.new_stack_output_scale": 0.5,
+    },
     "insert below quantised": {
         f"{G}stacks": [{}, {}, {"mode": "insert"}, {"mode": "insert", "tail_stacks": 3}],
         f"{G}target_stacks": 4,
