@@ -61,10 +61,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     masked.add_argument("--steps", type=int, metavar="N", help=help_text)
     help_text = "fill in N tokens, then the next N; default: all together"
     masked.add_argument("--block-length", type=int, metavar="N", help=help_text)
+    help_text = "follow the prompt more closely: move away by W from what is likely without it (0)"
+    masked.add_argument("--guidance", type=float, metavar="W", help=help_text)
 
 
 _CAUSAL = ("top_k", "top_p", "min_p", "repetition_penalty")
-_MASKED = ("order", "steps", "block_length")
+_MASKED = ("order", "steps", "block_length", "guidance")
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ Letters: B sequences, V vocabulary, N candidates.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,17 @@ _FIRST_CANDIDATES = 256
 """The likeliest tokens, which nearly always hold the whole of `top_p`: the rest need no sorting then."""
 
 
-def common_checks(temperature: float, seed: int) -> tuple[tuple[str, bool, str], ...]:
-    """Return key, whether it fits and what is allowed, of what every way to generate has."""
+Check = tuple[str, bool, str]
+"""A key, whether its value fits, and what is allowed."""
+
+
+def faults_of(settings: object, checks: Iterable[Check]) -> list[Fault]:
+    """Return a fault for every value that does not fit."""
+    return [Fault(key, repr(getattr(settings, key)), allowed) for key, fits, allowed in checks if not fits]
+
+
+def common_checks(temperature: float, seed: int) -> tuple[Check, ...]:
+    """Return the checks of what every way to generate has."""
     return (
         ("temperature", 0 <= temperature < float("inf"), "0 takes the most likely token; else above 0"),
         ("seed", 0 <= seed < 2**31, "from 0 to 2147483647"),
@@ -58,7 +67,7 @@ class Sampling:
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 is none"),
         )
-        faults = [Fault(key, repr(getattr(self, key)), allowed) for key, fits, allowed in checks if not fits]
+        faults = faults_of(self, checks)
         if self.temperature == 0:
             narrowing = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
             allowed = "temperature 0 takes the most likely token; set a temperature too, such as 1"

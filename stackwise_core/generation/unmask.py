@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from stackwise_core.data.masks import FloatArray, IntArray
-from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.errors import ConfigError
 from stackwise_core.generation.generate import Prompts, RackLike, checked_prompts
-from stackwise_core.generation.sampling import Draws, Sampling, choose, common_checks
+from stackwise_core.generation.sampling import Draws, Sampling, choose, common_checks, faults_of
 
 Order = Literal["confidence", "margin", "entropy", "random"]
 _USE_TOKEN, _USE_ORDER = 1, 2
@@ -39,16 +39,18 @@ class Unmasking:
     temperature: float = 0.0
     """Of the draw of a token; 0 takes the most likely one."""
     seed: int = 0
+    guidance: float = 0.0
+    """How far logits move away from those that a rack has where the given tokens are masked too (Nie et al. 2024)."""
 
     def __post_init__(self) -> None:
         checks = (
             ("order", self.order in get_args(Order), f"one of {', '.join(get_args(Order))}"),
             ("steps", self.steps >= 0, "0 chooses them; else 1 or more"),
             ("block_length", self.block_length >= 0, "0 is all at once; else 1 or more"),
+            ("guidance", 0 <= self.guidance < float("inf"), "0 is none; else above 0"),
             *common_checks(self.temperature, self.seed),
         )
-        faults = [Fault(key, repr(getattr(self, key)), allowed) for key, fits, allowed in checks if not fits]
-        if faults:
+        if faults := faults_of(self, checks):
             raise ConfigError(faults)
 
 
@@ -94,9 +96,10 @@ def unmask(
     draws = Draws(how.seed, filled)
     for number, tokens in enumerate(filled):
         masked = [place for place, token in enumerate(tokens) if token == mask_token]
-        size = how.block_length or max(1, len(masked))
+        size, never_in = how.block_length or max(1, len(masked)), [mask_token, *never]
+        given = [place for place, token in enumerate(tokens) if token != mask_token] if how.guidance else []
         for first in range(0, len(masked), size):
-            _fill_block(denoisers, tokens, masked[first:], size, how, [mask_token, *never], draws, number)
+            _fill_block(denoisers, tokens, masked[first:], size, how, never_in, given, draws, number)
     return filled
 
 
@@ -107,10 +110,14 @@ def _fill_block(
     size: int,
     how: Unmasking,
     never: list[int],
+    given: list[int],
     draws: Draws,
     number: int,
 ) -> None:
-    """Fill in the first `size` of the masked positions, in place; the others stay masked meanwhile."""
+    """Fill in the first `size` of the masked positions, in place; the others stay masked meanwhile.
+
+    The mask token is the first of `never`; `given` are the positions that guidance masks.
+    """
     block, later = masked[:size], len(masked[size:])
     n_steps = min(how.steps or len(block), len(block))
     step, n_block = 0, len(block)
@@ -123,7 +130,12 @@ def _fill_block(
             n_left = round(n_block * (1 - (step + 1) / n_steps))
         n_now = min(len(block), max(1, len(block) - n_left))
         uniform = [draws.uniform(np.asarray(block, dtype=np.int64), use, [number])[0] for use in _uses(step)]
-        found, sureness = _predict(denoisers[level], tokens, block, n_masked, how, never, uniform)
+        streams = [_stream(denoisers[level], tokens, block, n_masked)]
+        if given:
+            without = [never[0] if place in set(given) else token for place, token in enumerate(tokens)]
+            blind = denoiser_for(denoisers, n_masked + len(given), len(tokens))
+            streams.append(_stream(blind, without, block, n_masked + len(given)))
+        found, sureness = _predict(streams, how, never, uniform)
         kept = np.argsort(-sureness, kind="stable")[:n_now]  # of equally sure ones the left
         for index in kept.tolist():
             tokens[block[index]] = int(found[index])
@@ -135,29 +147,35 @@ def _uses(step: int) -> tuple[int, int]:
     return (2 * step + _USE_TOKEN, 2 * step + _USE_ORDER)
 
 
-def _predict(
-    denoiser: Denoiser,
-    tokens: list[int],
-    block: list[int],
-    n_masked: int,
-    how: Unmasking,
-    never: list[int],
-    uniform: Sequence[FloatArray],
-) -> tuple[IntArray, FloatArray]:
-    """Return a token for each position of the block and how sure it is: [M] both."""
+def _stream(denoiser: Denoiser, tokens: list[int], block: list[int], n_masked: int) -> tuple[RackLike, Tensor]:
+    """Return a denoiser's rack and its stream below the head at the positions of the block [M, D]."""
     rack = denoiser.rack
     device = rack.embedding.weight.device
     step = denoiser.time_step(n_masked / len(tokens))
     x_BTD = rack.embedding(torch.tensor([tokens], device=device), None if step is None else torch.tensor([step]))
     for stack in rack.stacks:
         x_BTD = stack(x_BTD)
-    hidden_MD, draw_M = x_BTD[0, block], torch.from_numpy(uniform[0]).to(device)
+    return rack, x_BTD[0, block]
+
+
+def _predict(
+    streams: Sequence[tuple[RackLike, Tensor]], how: Unmasking, never: list[int], uniform: Sequence[FloatArray]
+) -> tuple[IntArray, FloatArray]:
+    """Return a token for each position of a block and how sure it is: [M] both.
+
+    With guidance w there is a second stream, which was not given the tokens of the prompt: logits are (1 + w) times
+    those of the first, less w times its own.
+    """
+    n_block, vocab_size = len(streams[0][1]), streams[0][0].shape.vocab_size
+    draw_M = torch.from_numpy(uniform[0]).to(streams[0][1].device)
     found, sureness = list[Tensor](), list[Tensor]()
-    size = max(1, MOST_LOGITS // rack.shape.vocab_size)
-    for first in range(0, len(block), size):
-        logits_MV = rack.head(hidden_MD[first : first + size]).float()
+    size = max(1, MOST_LOGITS // vocab_size)
+    for some in (slice(first, first + size) for first in range(0, n_block, size)):
+        logits_MV, *blind = (rack.head(hidden_MD[some]).float() for rack, hidden_MD in streams)
+        for without_MV in blind:
+            logits_MV = (1 + how.guidance) * logits_MV - how.guidance * without_MV
         logits_MV[:, never] = -torch.inf
-        chosen_M = choose(logits_MV, Sampling(temperature=how.temperature), draw_M[first : first + size])
+        chosen_M = choose(logits_MV, Sampling(temperature=how.temperature), draw_M[some])
         found.append(chosen_M)
         sureness.append(sureness_of(logits_MV.softmax(-1), chosen_M, how.order))
     sure_M = uniform[1] if how.order == "random" else torch.cat(sureness).cpu().numpy()

@@ -58,6 +58,8 @@ def tokenizer_files(tokenizer: Tokenizer, path: Path | None, seq_len: int, *, ma
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": seq_len,
         "clean_up_tokenization_spaces": False,
+        # Without it transformers 4 adds token_type_ids, which its generate() then refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     if path and GENERATION not in files and len(ends := end_tokens(path)) > 1:
         files[GENERATION] = _json({"eos_token_id": ends})

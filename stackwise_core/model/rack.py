@@ -113,7 +113,7 @@ class Rack(nn.Module):
             tokens: ids [B, T], or lists of any lengths, some of them `mask_token`, which are filled in.
             mask_token: stands for a token that is not known yet.
             step_ratios: where time is an input, the share of masked tokens of each time step.
-            how: `order, steps, block_length, temperature, seed`, see `Unmasking`.
+            how: `order, steps, block_length, temperature, seed, guidance`, see `Unmasking`.
 
         Raises:
             ConfigError: a value cannot be, or the rack needs `step_ratios`.

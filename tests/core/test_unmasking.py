@@ -110,6 +110,42 @@ def test_what_is_not_put_in() -> None:
     assert found[0][0] == probabilities(rack, ROWS[1], (MASK, int(best), PAD))[0].argmax() != best
 
 
+def test_guidance_moves_away_from_what_is_likely_without_the_given_tokens() -> None:
+    """Against whole logits: tokens that were filled in are seen by both, given ones by the first alone."""
+    rack, row, w = rack_of(), [3, 1, MASK, 9, MASK, MASK], 1.5
+    expected = list(row)
+    for _ in range(3):
+        without = [MASK if given != MASK else token for given, token in zip(row, expected, strict=True)]
+        with torch.no_grad():
+            seen, blind = (rack(torch.tensor([tokens]))[0].double() for tokens in (expected, without))
+        logits = (1 + w) * seen - w * blind
+        logits[:, MASK] = -torch.inf
+        p = logits.softmax(-1).numpy()
+        place = max((place for place, token in enumerate(expected) if token == MASK), key=lambda at: p[at].max())
+        expected[place] = int(p[place].argmax())
+    assert rack.unmask([row], MASK, guidance=w) == [expected]
+    assert expected != rack.unmask([row], MASK)[0]
+    alone = [MASK] * 4
+    assert rack.unmask([alone], MASK, guidance=w) == rack.unmask([alone], MASK)
+
+
+def test_guidance_asks_the_depth_and_the_step_of_its_own_share() -> None:
+    racks = [rack_of(seed) for seed in (1, 2)]
+    read: list[tuple[int, int]] = []
+    for number, rack in enumerate(racks):
+        rack.embedding.register_forward_pre_hook(
+            lambda _, given, number=number: read.append((number, int((given[0] == MASK).sum())))
+        )
+    tokens = [1, 2, 3, 4, 5, 6, MASK, MASK]
+    unmask([Denoiser(racks[0], 0.9), Denoiser(racks[1], 0.3)], [tokens], MASK, Unmasking(guidance=1.0, steps=2))
+    assert read == [(1, 2), (0, 8), (1, 1), (0, 7)]
+    timed = rack_of(time=TimeShape(n_steps=2, dim=8, encoding="learned"))
+    steps: list[int] = []
+    timed.embedding.register_forward_pre_hook(lambda _, given: steps.append(int(given[1][0])))
+    timed.unmask([tokens], MASK, step_ratios=(0.2, 0.9), guidance=1.0, steps=1)
+    assert steps == [0, 1]
+
+
 def test_time_as_input_follows_the_share_of_masked_tokens() -> None:
     rack = rack_of(time=TimeShape(n_steps=5, dim=8, encoding="learned"))
     steps: list[int] = []
@@ -145,6 +181,7 @@ def test_time_as_depth_goes_from_the_noisiest_rack_to_the_cleanest() -> None:
         ({"order": "best"}, "order: got 'best'; one of confidence, margin, entropy, random"),
         ({"steps": -1, "block_length": -2}, r"steps: got -1; 0 chooses them; else 1 or more\nblock_length: got -2"),
         ({"temperature": -1.0}, "temperature: got -1.0"),
+        ({"guidance": -0.5}, "guidance: got -0.5; 0 is none; else above 0"),
     ],
 )
 def test_what_cannot_be_is_refused(how: dict[str, Any], message: str) -> None:

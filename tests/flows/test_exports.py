@@ -115,7 +115,9 @@ def test_a_tokenizer_is_carried_along(tmp_path: Path, run: Run) -> None:
     assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab</s>"
     model = opened(Path("out"))
     assert (model.config.bos_token_id, model.config.eos_token_id) == (256, 257)
-    assert "auto_map" not in Path("out/tokenizer_config.json").read_text()
+    settings = Path("out/tokenizer_config.json").read_text()
+    assert "auto_map" not in settings
+    assert json.loads(settings)["model_input_names"] == ["input_ids", "attention_mask"]
     result = run("export", "tiny", "--artifacts", root, "--to", "file", "--format", "gguf")
     assert (result.code, result.err) == (0, "")
     read = AutoTokenizer.from_pretrained("file", gguf_file="model.gguf")

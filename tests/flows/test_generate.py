@@ -160,11 +160,15 @@ def test_masked_tokens_are_filled_in(changes: dict[str, Any], depths: list[int],
     ratios = [mask_ratio_of(config, stack_time_step(config, depth - 1)) for depth in depths if len(depths) > 1] or [1.0]
     steps = tuple(time.ratios(np.arange(10)).tolist()) if time else ()
     denoisers = [Denoiser(rack, ratio, steps) for rack, ratio in zip(racks, ratios, strict=True)]
-    (filled,) = unmask(denoisers, [[*b"trunk", *[256] * 6]], 256, Unmasking("margin"), [257, *range(259, 264)])
+    rows, never = [[*b"trunk", *[256] * 6]], [257, *range(259, 264)]
+    (filled,) = unmask(denoisers, rows, 256, Unmasking("margin"), never)
     expected = filled[5 : filled.index(258)] if 258 in filled else filled[5:]
     assert (found["tokens"], found["text"]) == (expected, bytes(expected).decode(errors="replace"))
     assert found["reason"] == ("end" if 258 in filled else "length")
     answer = run(*how, "--top-k", 3)
+    (guided,) = run(*how, "--guidance", 4, "--order", "margin").document["completions"]
+    (filled,) = unmask(denoisers, rows, 256, Unmasking("margin", guidance=4.0), never)
+    assert [*guided["tokens"], 258] == [*filled[5:], 258][: len(guided["tokens"]) + 1]
     allowed = "run tiny was trained with mlm, where it means nothing; leave it out"
     assert (answer.code, answer.faults) == (2, [f"--top-k: got 3; {allowed}"])
 
