@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,15 @@ def load_sequences(artifacts: Artifacts, ref: Ref) -> tuple[PackedSequences, Pac
     """Return the train and validation sequences of a sealed data artifact; raises as `Artifacts.checked`."""
     folder = artifacts.checked(ref)
     try:
-        if parts := DataRecipe.model_validate(artifacts.manifest(ref).recipe).mixture:
-            sources = [load_sequences(artifacts, Ref(kind="data", stage=-1, sha256=part.data)) for part in parts]
-            return _mixed(folder, "train", sources), _mixed(folder, "validation", sources)
-        return load_split(folder, "train"), load_split(folder, "validation")
+        recipe = DataRecipe.model_validate(artifacts.manifest(ref).recipe)
+        if recipe.mixture:
+            refs = [Ref(kind="data", stage=-1, sha256=part.data) for part in recipe.mixture]
+            sources = [load_sequences(artifacts, ref) for ref in refs]
+            splits = _mixed(folder, "train", sources), _mixed(folder, "validation", sources)
+        else:
+            splits = load_split(folder, "train"), load_split(folder, "validation")
+        train, validation = (replace(split, end_token=recipe.separated_by) for split in splits)
+        return train, validation
     except (EOFError, OSError, TypeError, ValueError):  # sealed so, by a stranger
         remedy = f"Remove {folder} and run the same command again: it will be remade"
         raise ArtifactCorruptError(folder, "holds no sequences that can be read", remedy) from None

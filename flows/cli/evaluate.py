@@ -13,6 +13,7 @@ from flows.cli.opening import add_rack, objective_of, open_racks
 from flows.run.say import say, say_json
 from flows.run.terminal import plain_console, plain_table
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.stages.resolve import keeps_documents_apart
 
 if TYPE_CHECKING:
     import torch
@@ -101,13 +102,14 @@ def _judge_text(options: argparse.Namespace, opened: Opened, tokenizer: Tokenize
     from stackwise_core.generation.judging import TextOf, judge_masked, judge_next_tokens
 
     seq_len = options.seq_len or opened.config.data.seq_len
+    apart = tokenizer.end_token if keeps_documents_apart(opened.config) else None
     size, text = max(1, _AT_ONCE // seq_len), TextOf(tokenizer)
     batches = in_batches(_rows(options, opened, tokenizer), size)
     if objective_of(opened) == "mlm":
         assert tokenizer.mask_token is not None  # it was trained with one
-        found = judge_masked(opened.denoisers(device), batches, text, tokenizer.mask_token, options.draws)
+        found = judge_masked(opened.denoisers(device), batches, text, tokenizer.mask_token, options.draws, apart)
     else:
-        found = judge_next_tokens(opened.rack(dense=True).to(device), batches, text)
+        found = judge_next_tokens(opened.rack(dense=True).to(device), batches, text, apart)
     return {
         "bits_per_byte": found.bits_per_byte,
         "nats_per_token": found.nats_per_token,
@@ -128,7 +130,8 @@ def _rows(options: argparse.Namespace, opened: Opened, tokenizer: Tokenizer) -> 
     most = config.validation.max_sequences if options.max_sequences is None else options.max_sequences
     if options.data:
         seq_len = options.seq_len or config.data.seq_len
-        rows = rows_of(options.data, tokenizer, seq_len, config.data.token_type)
+        begin = keeps_documents_apart(config)
+        rows = rows_of(options.data, tokenizer, seq_len, config.data.token_type, begin=begin)
     else:
         rows = opened.validation_rows()
     return itertools.islice(rows, most or None)

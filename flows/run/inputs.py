@@ -172,7 +172,8 @@ def boundary_above(stage: Stage) -> Generator[tuple[RowSource, str]]:
     stacks = _next_anatomy(stage).below
     stack = load_stack(stage.artifacts, stage.so_far, stacks[-1]).to(stage.device)
     with open_store(stage.artifacts, below) as reader:
-        yield RowsFromBoundary(reader, stack, stage.device), f"boundary {len(stacks) - 1}"
+        inputs = _inputs(stage) if stage.run_plan.data.separated_by is not None else None
+        yield RowsFromBoundary(reader, stack, stage.device, inputs), f"boundary {len(stacks) - 1}"
 
 
 def rows_from_tokens(stage: Stage) -> RowsFromTokens:
@@ -206,11 +207,16 @@ def stream_of(stage: Stage, plans: tuple[StagePlan, ...], stacks: tuple[int, ...
     return Stream(dtype, {stack: load_channels(stage.artifacts, plans, stack) for stack in known})
 
 
-def _from_tokens(stage: Stage, trunk: Callable[[Tensor, Tensor | None], Tensor]) -> RowsFromTokens:
+def _from_tokens(stage: Stage, trunk: Callable[..., Tensor]) -> RowsFromTokens:
+    return RowsFromTokens(_inputs(stage), trunk)
+
+
+def _inputs(stage: Stage) -> InputsFromTokens:
+    """Return the inputs of the trunk of the next stage."""
     assert stage.plan.activations is not None
     train, validation = stage.sequences
     order = resolve_order(stage.config, len(train))
-    return RowsFromTokens(InputsFromTokens(train, validation, stage.plan.activations.mask, order), trunk)
+    return InputsFromTokens(train, validation, stage.plan.activations.mask, order)
 
 
 def _trunk_above(stage: Stage) -> LiveTrunk:

@@ -26,7 +26,7 @@ from stackwise_core.errors import ConfigError, CorpusError, Fault
 from stackwise_core.stages.costs import store_bytes
 from stackwise_core.stages.identity import DataRecipe, Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan
-from stackwise_core.stages.resolve import reads_examples, resolve_order
+from stackwise_core.stages.resolve import keeps_documents_apart, reads_examples, resolve_order
 from storage.artifacts import SCRATCH, Artifacts, State
 from storage.errors import StoreSpaceError
 from storage.midstage import PackingNotes, bytes_written
@@ -100,7 +100,8 @@ def pack_corpus(
         _check_tokens(config, corpus)
     most = 0 if data.sample == "spread" else data.max_sequences
     if not reads_examples(config):
-        return pack(corpus, tokenizer, data.seq_len, most, data.validation_fraction, folder, watch)
+        begin = keeps_documents_apart(config)
+        return pack(corpus, tokenizer, data.seq_len, most, data.validation_fraction, folder, watch, begin=begin)
     form = ExampleFormat(
         seq_len=data.seq_len,
         vocab_size=vocab_size_of(config),
@@ -152,6 +153,10 @@ def _pack_into(config: StackWiseConfig, artifacts: Artifacts, recipe: DataRecipe
     notes = PackingNotes(work / SCRATCH / "packing.json", packed)
     reading = Reading("packed", corpus.n_bytes * (corpus.token_width or 1), stop_requested)
     every = pack_corpus(config, corpus, packed, Watch(notes.read(), notes.write, reading))
+    end = recipe.separated_by
+    if corpus.is_tokens and end is not None and not any((part == end).any() for part in parts_of(every[0].tokens)):
+        what = f"the end token {end} of data.tokenizer is not in it, so documents cannot be told apart"
+        raise CorpusError(f"data.source: got {data.source!r}; {what}; set data.documents: concat")
     train, validation = sampled(config, *every, work)
     if train is every[0]:
         for path in packed.iterdir():

@@ -20,6 +20,9 @@ from stackwise_core.config.stacks import (
     stack_time_step,
 )
 from stackwise_core.config.unused import is_used
+from stackwise_core.data.files import holds_tokens
+from stackwise_core.data.mixture import sources_of
+from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import ConfigError, Fault
 
 
@@ -88,9 +91,22 @@ def _tokenizer_faults(config: ConfigSchema) -> Iterator[Fault]:
         yield _fault(
             config, "model.vocab_size", f"{which} needs at least {tokenizer.vocab_size}; 0 takes what it needs"
         )
+    yield from _documents_faults(config, tokenizer)
     if tokenizer.mask_token is None and config.training.progressive.training_objective == "mlm":
         allowed = "it has neither [MASK] nor <mask>, which mlm needs; add one to it, or use training_objective: clm"
         yield _fault(config, "data.tokenizer", allowed)
+
+
+def _documents_faults(config: ConfigSchema, tokenizer: Tokenizer) -> Iterator[Fault]:
+    if config.data.documents == "concat" or not is_used(config, "data.documents"):
+        return
+    tokens = next((source.name for source in sources_of(config.data.source) if holds_tokens(source.name)), None)
+    if config.data.tokenizer == "byte" and tokens:
+        allowed = f"what ends a document in {tokens} is not known; name the tokenizer that made it as data.tokenizer"
+        yield _fault(config, "data.documents", allowed)
+    elif tokenizer.end_token is None:
+        allowed = "the tokenizer has no end token, so documents cannot be told apart; name one with data.end_token"
+        yield _fault(config, "data.documents", allowed)
 
 
 def _training_faults(config: ConfigSchema) -> Iterator[Fault]:

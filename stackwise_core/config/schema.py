@@ -154,6 +154,9 @@ class DataConfig(Section):
     end_token: str = ""
     """The token of the tokenizer.json that ends a document, such as <|end_of_text|>; empty takes the eos_token of the
     tokenizer_config.json beside it, else a known name."""
+    documents: Literal["concat", "separate"] = "concat"
+    """One after the other in a sequence, or kept apart: none sees another, and each begins at position 0, with the
+    tokenizer's begin token if it has one."""
     token_type: Literal["auto", "uint16", "uint32"] = "auto"
     """Integers of a .bin; auto is what its header says, else uint16."""
     seq_len: int = Field(default=128, ge=8, le=131072)

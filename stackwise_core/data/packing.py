@@ -143,20 +143,25 @@ def pack(
     validation_fraction: float,
     folder: Path | None = None,
     watch: Watch | None = None,
+    *,
+    begin: bool = False,
 ) -> tuple[PackedSequences, PackedSequences]:
     """Split documents into train and validation, then cut each split into sequences of `seq_len` tokens.
 
-    Each text is followed by the tokenizer's end token, if it has one. Tokens that do not fill the last sequence are
-    dropped. `max_sequences` limits the training sequences; 0 takes all. Sequences are written into `folder` as they
-    come and mapped; without one, into files that are gone with this process. Raises CorpusError if a split is empty.
+    Each text is followed by the tokenizer's end token, if it has one, and with `begin` its start tokens stand before
+    it. Tokens that do not fill the last sequence are dropped. `max_sequences` limits the training sequences; 0 takes
+    all. Sequences are written into `folder` as they come and mapped; without one, into files that are gone with this
+    process. Raises CorpusError if a split is empty.
     """
     if folder is None:
         with tempfile.TemporaryDirectory() as passing:
-            return pack(corpus, tokenizer, seq_len, max_sequences, validation_fraction, Path(passing), watch)
+            return pack(
+                corpus, tokenizer, seq_len, max_sequences, validation_fraction, Path(passing), watch, begin=begin
+            )
     watch = watch or Watch()
     held, fraction = _held_out(corpus, validation_fraction), validation_fraction
     splits = [
-        _Split(corpus, array_path(folder, name, "tokens"), tokenizer, seq_len, most, kept)
+        _Split(corpus, array_path(folder, name, "tokens"), tokenizer, seq_len, most, kept, begin)
         for name, most, kept in (
             ("train", max_sequences, watch.start.train),
             ("validation", 0, watch.start.validation),
@@ -204,11 +209,14 @@ def _finished(corpus: Corpus, folder: Path, seq_len: int, split: _Split) -> Pack
 class _Split:
     """The tokens of one split, as they are made and written."""
 
-    def __init__(self, corpus: Corpus, path: Path, tokenizer: Tokenizer, seq_len: int, most: int, kept: int) -> None:
+    def __init__(
+        self, corpus: Corpus, path: Path, tokenizer: Tokenizer, seq_len: int, most: int, kept: int, begin: bool
+    ) -> None:
         self.name, self._tokenizer, self._width = path.name.partition("_")[0], tokenizer, corpus.token_width
         self._seq_len, self._most = seq_len, most
         dtype = f"<u{self._width}" if self._width else token_dtype(tokenizer.vocab_size)
         self.writer = ArrayWriter(path, dtype, (seq_len,), kept)
+        self._begin, self._begun = begin, list[bool]()
         self._texts, self._ended, self._n_bytes = list[bytes](), list[bool](), 0
 
     @property
@@ -227,19 +235,20 @@ class _Split:
             return
         if isinstance(content, bytes) and len(content) <= _SHORT:
             if not self.is_full:
-                self._add_text(content[start:stop], True, on_read)
+                self._add_text(content[start:stop], True, start == 0, on_read)
             return
-        text = b""
+        text, begun, n = b"", start == 0, 0
         for n, piece in enumerate(self._tokenizer.pieces(chunks_of(content, start, stop))):
             if n:
-                self._add_text(text, False, on_read)
+                self._add_text(text, False, begun and n == 1, on_read)
             if self.is_full:
                 return
             text = piece
-        self._add_text(text, True, on_read)
+        self._add_text(text, True, begun and n == 0, on_read)
 
-    def _add_text(self, text: bytes, ended: bool, on_read: OnRead) -> None:
+    def _add_text(self, text: bytes, ended: bool, begun: bool, on_read: OnRead) -> None:
         self._texts.append(text)
+        self._begun.append(begun)
         self._ended.append(ended)
         self._n_bytes += len(text)
         if self._n_bytes >= _BATCH_BYTES or len(self._texts) >= _BATCH_TEXTS:
@@ -248,8 +257,8 @@ class _Split:
 
     def _encode(self) -> None:
         if self._texts and not self.is_full:
-            self.writer.append(self._tokenizer.encode_all(self._texts, self._ended))
-        self._texts, self._ended, self._n_bytes = [], [], 0
+            self.writer.append(self._tokenizer.encode_all(self._texts, self._ended, self._begun if self._begin else ()))
+        self._texts, self._ended, self._begun, self._n_bytes = [], [], [], 0
 
     def flush(self) -> int:
         """Write everything to the disk; return the number of tokens that are there."""

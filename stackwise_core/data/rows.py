@@ -13,13 +13,16 @@ from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import CorpusError, shortened
 
 
-def rows_of(source: str, tokenizer: Tokenizer, seq_len: int, token_type: str = "auto") -> Iterator[IntArray]:
+def rows_of(
+    source: str, tokenizer: Tokenizer, seq_len: int, token_type: str = "auto", *, begin: bool = False
+) -> Iterator[IntArray]:
     """Yield the tokens of a source in sequences of `seq_len`, the last as long as it comes: [T] each.
 
-    Texts are followed by the end token, if there is one, as when they are packed. Raises CorpusError.
+    Texts are followed by the end token, if there is one, as when they are packed, and with `begin` the tokenizer's
+    start tokens stand before them. Raises CorpusError.
     """
     waiting, n = list[IntArray](), 0
-    for tokens in _tokens_of(source, tokenizer, token_type):
+    for tokens in _tokens_of(source, tokenizer, token_type, begin):
         waiting.append(tokens)
         n += len(tokens)
         if n >= seq_len:
@@ -31,7 +34,8 @@ def rows_of(source: str, tokenizer: Tokenizer, seq_len: int, token_type: str = "
         yield np.concatenate(waiting)
 
 
-def _tokens_of(source: str, tokenizer: Tokenizer, token_type: str) -> Iterator[IntArray]:
+def _tokens_of(source: str, tokenizer: Tokenizer, token_type: str, begin: bool) -> Iterator[IntArray]:
+    head = tokenizer.start_tokens if begin else []
     there, end = False, [] if tokenizer.end_token is None else [tokenizer.end_token]
     for document in documents_of(source, examples=False, token_type=token_type):
         there = there or len(document.content) > 0
@@ -39,6 +43,7 @@ def _tokens_of(source: str, tokenizer: Tokenizer, token_type: str) -> Iterator[I
             check_tokens(document, tokenizer.vocab_size, "they are not of the tokenizer of this run")
             yield from (part.astype(np.int64) for part in tokens_in(document.content, document.token_width))
         elif len(document.content):
+            yield np.asarray(head, dtype=np.int64)
             for piece in tokenizer.pieces(chunks_of(document.content)):
                 yield tokenizer.encode(piece).astype(np.int64)
             yield np.asarray(end, dtype=np.int64)

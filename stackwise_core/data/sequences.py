@@ -9,7 +9,7 @@ import io
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,16 @@ _MAPPED_AT_ONCE = 1 << 16
 """Bytes that Linux maps around one that is read."""
 
 
+_ARRAYS = ("tokens", "sequence_ids", "targets", "masks")
+"""The fields of a split that are files."""
+
+
+def documents_in(tokens: IntArray, end_token: int) -> IntArray:
+    """Return the number of each token's document in its sequence, from 0: [..., T] to [..., T]."""
+    ends = (tokens == end_token).astype(np.int64)
+    return np.cumsum(ends, axis=-1) - ends
+
+
 @dataclass(frozen=True)
 class PackedSequences:
     """One split: tokens [N, T] (unsigned) and stable ids [N] (int64)."""
@@ -42,6 +52,8 @@ class PackedSequences:
     """For a custom objective: [N, T]."""
     masks: BoolArray | MixedRows | None = None
     """For a custom objective, True at the loss positions: [N, T]."""
+    end_token: int | None = None
+    """Where documents are kept apart: the token that ends each."""
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -53,10 +65,15 @@ class PackedSequences:
 
     def fields(self, rows: IntArray) -> dict[str, NDArray[Any]]:
         """Return a batch of some rows: input_ids [B, T], sequence_ids [B], and targets and masks if there are any."""
-        tokens, ids = self.take(rows)
         own = {"targets": self.targets, "masks": self.masks}
         given = {name: taken(array, rows) for name, array in own.items() if array is not None}
-        return {"input_ids": tokens, "sequence_ids": ids, **given}
+        return {**self.inputs(rows), **given}
+
+    def inputs(self, rows: IntArray) -> dict[str, NDArray[Any]]:
+        """Return input_ids [B, T], sequence_ids [B] and, if documents are kept apart, their numbers [B, T]."""
+        tokens, ids = self.take(rows)
+        apart = {} if self.end_token is None else {"documents": documents_in(tokens, self.end_token)}
+        return {"input_ids": tokens, "sequence_ids": ids, **apart}
 
     def rows_of(self, sequence_ids: IntArray) -> IntArray:
         """Return the row numbers of sequence ids; ids are consecutive within a split."""
@@ -164,12 +181,12 @@ def array_path(folder: Path, split: str, name: str) -> Path:
 
 def write_split(folder: Path, split: str, sequences: PackedSequences, rows: IntArray | None = None) -> None:
     """Write a split into a folder, or some of its rows, which are then numbered anew."""
-    for field in fields(sequences):
-        array = getattr(sequences, field.name)
+    for name in _ARRAYS:
+        array = getattr(sequences, name)
         if array is None:
             continue
-        writer = ArrayWriter(array_path(folder, split, field.name), array.dtype, array.shape[1:])
-        of = rows if field.name != "sequence_ids" or rows is None else np.arange(len(rows), dtype=np.int64)
+        writer = ArrayWriter(array_path(folder, split, name), array.dtype, array.shape[1:])
+        of = rows if name != "sequence_ids" or rows is None else np.arange(len(rows), dtype=np.int64)
         for part in parts_of(array, of):
             writer.append(part)
         writer.finish(len(array) if rows is None else len(rows))
@@ -185,7 +202,7 @@ def write_ids(folder: Path, split: str, n_rows: int) -> None:
 
 def load_split(folder: Path, split: str) -> PackedSequences:
     """Map the arrays of a split; raises what numpy raises if they are not there or are no arrays."""
-    paths = {field.name: array_path(folder, split, field.name) for field in fields(PackedSequences)}
+    paths = {name: array_path(folder, split, name) for name in _ARRAYS}
     found = {name: path for name, path in paths.items() if path.exists()}
     return PackedSequences(**{name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in found.items()})
 

@@ -75,8 +75,11 @@ class Tokenizer(ABC):
         """Return the ids of a UTF-8 text: [number of tokens], of `token_dtype(vocab_size)`."""
 
     @abstractmethod
-    def encode_all(self, texts: Sequence[bytes], ended: Sequence[bool]) -> TokenArray:
-        """Return the ids of texts, one after the other, with the end token, if there is one, after those `ended`."""
+    def encode_all(self, texts: Sequence[bytes], ended: Sequence[bool], begun: Sequence[bool] = ()) -> TokenArray:
+        """Return the ids of texts, one after the other, with the end token, if there is one, after those `ended`.
+
+        The start tokens stand before those `begun`, if it is given.
+        """
 
     def pieces(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """Cut a text, given in chunks, so that the ids of the pieces, one after the other, are those of the whole."""
@@ -123,7 +126,9 @@ class ByteTokenizer(Tokenizer):
         """Return the bytes as token ids [len(text)]."""
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
 
-    def encode_all(self, texts: Sequence[bytes], ended: Sequence[bool]) -> NDArray[np.uint16]:
+    def encode_all(
+        self, texts: Sequence[bytes], ended: Sequence[bool], begun: Sequence[bool] = ()
+    ) -> NDArray[np.uint16]:
         """Return the bytes of texts, with [END] after those `ended`."""
         room = b"".join([part for text, end in zip(texts, ended, strict=True) for part in (text, b"\0" * end)])
         tokens = np.frombuffer(room, np.uint8).astype(np.uint16)
@@ -206,7 +211,7 @@ class FileTokenizer(Tokenizer):
         """Return the ids of a UTF-8 text, without the special tokens that a template would add around it."""
         return self.encode_all([text], [False])
 
-    def encode_all(self, texts: Sequence[bytes], ended: Sequence[bool]) -> TokenArray:
+    def encode_all(self, texts: Sequence[bytes], ended: Sequence[bool], begun: Sequence[bool] = ()) -> TokenArray:
         """Return the ids of texts, with the end token after those `ended`; the library takes a thread for each CPU."""
         readable = [text.decode("utf-8") for text in texts]
         if dropped := next(filter(None, map(self._coverage.dropped_from, readable)), ""):
@@ -218,7 +223,9 @@ class FileTokenizer(Tokenizer):
             allowed = f"it cannot encode the corpus ({error}); {_KNOWS_ALL}"
             raise ConfigError([Fault("data.tokenizer", self.name, allowed)]) from None
         ids, tail = list[int](), [] if self.end_token is None else [self.end_token]
-        for encoding, end in zip(found, ended, strict=True):
+        head = self.start_tokens if any(begun) else []
+        for encoding, end, begin in zip(found, ended, begun or [False] * len(texts), strict=True):
+            ids += head if begin else []
             ids += encoding.ids
             ids += tail if end else []
         return np.array(ids, dtype=token_dtype(self.vocab_size))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stackwise_core.data.masks import BoolArray, FloatArray, IntArray, content_ids, hash_uniform
+from stackwise_core.data.sequences import documents_in
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.generation.generate import RackLike
@@ -94,20 +95,40 @@ class _Sums:
 
 
 @torch.inference_mode()
-def judge_next_tokens(rack: RackLike, batches: Iterable[IntArray], text: TextOf) -> Judged:
-    """Return how well a causal rack predicts every token of some sequences but their first, in batches [B, T]."""
+def judge_next_tokens(
+    rack: RackLike, batches: Iterable[IntArray], text: TextOf, separated_by: int | None = None
+) -> Judged:
+    """Return how well a causal rack predicts every token of some sequences but their first, in batches [B, T].
+
+    With `separated_by`, the token that ends a document, documents are kept apart, and the first token of each is not
+    predicted.
+    """
     sums = _Sums()
     for rows in batches:
-        nats_BT = token_nats(rack, rows[:, :-1], rows[:, 1:])
-        for row, nats in zip(rows, nats_BT, strict=True):
+        documents = None if separated_by is None else documents_in(rows, separated_by)
+        nats_BT = token_nats(
+            rack, rows[:, :-1], rows[:, 1:], documents=None if documents is None else documents[:, :-1]
+        )
+        for number, (row, nats) in enumerate(zip(rows, nats_BT, strict=True)):
             counted = text.is_text(row[1:])
-            sums.add(float(nats[counted].sum()), int(counted.sum()), text.n_bytes(row, 1))
+            if documents is None:
+                n_bytes = text.n_bytes(row, 1)
+            else:
+                counted &= documents[number, 1:] == documents[number, :-1]
+                parts = np.split(row, np.flatnonzero(np.diff(documents[number])) + 1)
+                n_bytes = sum(text.n_bytes(part, 1) for part in parts)
+            sums.add(float(nats[counted].sum()), int(counted.sum()), n_bytes)
     return sums.judged()
 
 
 @torch.inference_mode()
 def judge_masked(
-    denoisers: Sequence[Denoiser], batches: Iterable[IntArray], text: TextOf, mask_token: int, n_draws: int
+    denoisers: Sequence[Denoiser],
+    batches: Iterable[IntArray],
+    text: TextOf,
+    mask_token: int,
+    n_draws: int,
+    separated_by: int | None = None,
 ) -> Judged:
     """Return an upper bound on the nats of some sequences, in batches [B, T], estimated by `n_draws` draws for each.
 
@@ -119,13 +140,13 @@ def judge_masked(
     for rows in batches:
         for row, key in zip(rows, content_ids(rows), strict=True):
             is_text, nats = text.is_text(row), 0.0
+            documents = None if separated_by is None else documents_in(row[None], separated_by)
             for n_masked, places in _masks_of(int(key), len(row), n_draws):
                 denoiser = denoiser_for(denoisers, n_masked, len(row))
                 masked = row.copy()
                 masked[places] = mask_token
-                found = token_nats(
-                    denoiser.rack, masked[None], row[None], places, denoiser.time_step(n_masked / len(row))
-                )
+                step = denoiser.time_step(n_masked / len(row))
+                found = token_nats(denoiser.rack, masked[None], row[None], places, step, documents)
                 nats += len(row) / n_masked * float(found[0][is_text[places]].sum())
             sums.add(nats / n_draws, int(is_text.sum()), text.n_bytes(row))
     return sums.judged()
@@ -142,21 +163,27 @@ def _masks_of(key: int, seq_len: int, n_draws: int) -> Iterable[tuple[int, IntAr
 
 
 def token_nats(
-    rack: RackLike, inputs: IntArray, targets: IntArray, places: IntArray | None = None, time_step: int | None = None
+    rack: RackLike,
+    inputs: IntArray,
+    targets: IntArray,
+    places: IntArray | None = None,
+    time_step: int | None = None,
+    documents: IntArray | None = None,
 ) -> FloatArray:
     """Return the negative log probability of targets [B, T] given inputs [B, T]: [B, T], or at some places [B, P]."""
-    x_BTD = hidden(rack, inputs, time_step)
+    x_BTD = hidden(rack, inputs, time_step, documents)
     if places is not None:
         x_BTD, targets = x_BTD[:, places], targets[:, places]
     return nats_of(rack, x_BTD.flatten(0, 1), targets.ravel()).reshape(targets.shape)
 
 
-def hidden(rack: RackLike, inputs: IntArray, time_step: int | None = None) -> Tensor:
+def hidden(rack: RackLike, inputs: IntArray, time_step: int | None = None, documents: IntArray | None = None) -> Tensor:
     """Return the stream below the head for tokens [B, T]: [B, T, D]."""
     step = None if time_step is None else torch.full((len(inputs),), time_step)
     x_BTD = rack.embedding(torch.from_numpy(inputs).to(rack.embedding.weight.device), step)
+    apart = None if documents is None else torch.from_numpy(documents)
     for stack in rack.stacks:
-        x_BTD = stack(x_BTD)
+        x_BTD = stack(x_BTD) if apart is None else stack(x_BTD, None, apart)
     return x_BTD
 
 

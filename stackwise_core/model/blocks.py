@@ -44,16 +44,22 @@ class Attention(nn.Module):
         # Where blocks differ in it, it is a tensor among those of the block, so that it goes wherever they go.
         self.register_buffer("has_rope", torch.tensor(has_rope) if shape.no_rope_interval else None)
 
-    def forward(self, x_BTD: Tensor, rotary: Tensor, memory: BlockMemory | None = None) -> Tensor:
-        """[B, T, D] to [B, T, D]; with a memory, of new positions that see the earlier ones too."""
+    def forward(
+        self, x_BTD: Tensor, rotary: Tensor, memory: BlockMemory | None = None, sees: Tensor | None = None
+    ) -> Tensor:
+        """[B, T, D] to [B, T, D]; with a memory, of new positions that see the earlier ones too.
+
+        `sees` [B, 1, T, T] says which positions see which; None is all, or all before.
+        """
         B, T, _ = x_BTD.shape
         q_BHTC = self._rotated(self._heads(self.q_proj(x_BTD), self.q_norm), rotary)
         k_BKTC = self._rotated(self._heads(self.k_proj(x_BTD), self.k_norm), rotary)
         v_BKTC = self._heads(self.v_proj(x_BTD), None)
         if memory is None:
             gqa = self.shape.n_kv_heads != self.shape.n_heads
+            causal = self.shape.causal and sees is None
             out_BHTC = F.scaled_dot_product_attention(
-                q_BHTC, k_BKTC, v_BKTC, is_causal=self.shape.causal, enable_gqa=gqa
+                q_BHTC, k_BKTC, v_BKTC, attn_mask=sees, is_causal=causal, enable_gqa=gqa
             )
         else:
             out_BHTC = memory.attend(q_BHTC, k_BKTC, v_BKTC)
@@ -98,12 +104,14 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
         self.ffn = FeedForward(shape)
 
-    def forward(self, x_BTD: Tensor, rotary: Tensor, memory: BlockMemory | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rotary: Tensor, memory: BlockMemory | None = None, sees: Tensor | None = None
+    ) -> Tensor:
         """[B, T, D] to [B, T, D]; see `Attention.forward`."""
         if self.norm_outputs:
-            x_BTD = x_BTD + self.attention_norm(self.attention(x_BTD, rotary, memory))
+            x_BTD = x_BTD + self.attention_norm(self.attention(x_BTD, rotary, memory, sees))
             return x_BTD + self.ffn_norm(self.ffn(x_BTD))
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, memory)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, memory, sees)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
 
@@ -121,20 +129,40 @@ class Stack(nn.Module):
         every = shape.no_rope_interval or n_blocks + 1
         self.blocks = nn.ModuleList(Block(shape, has_rope=n % every != 0) for n in range(1, n_blocks + 1))
 
-    def forward(self, x_BTD: Tensor, memory: StackMemory | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, memory: StackMemory | None = None, documents_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] to [B, T, D]; matrix products run in the stack's compute type, the stream stays float32.
 
-        With a memory, which generation keeps, x are new positions, and those before them are in it.
+        With a memory, which generation keeps, x are new positions, and those before them are in it. With `documents_BT`
+        positions see only those of the same number, and each document begins at position 0.
         """
+        sees = None
         if memory is None:
             rotary = rotary_table(self.shape, x_BTD.shape[1], x_BTD.device)
+            if documents_BT is not None:
+                documents_BT = documents_BT.to(x_BTD.device)
+                sees = _seen(documents_BT, causal=self.shape.causal)
+                rotary = rotary[:, _positions(documents_BT)][:, :, None]
         else:
             rotary = memory.cache.angles(rotary_table(self.shape, memory.cache.positions, x_BTD.device))
         compute = compute_dtype(self.precision, x_BTD.device)
         with torch.autocast(x_BTD.device.type, dtype=compute, enabled=compute != torch.float32):
             for number, block in enumerate(self.blocks):
-                x_BTD = block(x_BTD, rotary, memory and memory.blocks[number])
+                x_BTD = block(x_BTD, rotary, memory and memory.blocks[number], sees)
         return x_BTD
+
+
+def _seen(documents_BT: Tensor, *, causal: bool) -> Tensor:
+    """Return which positions see which, if documents are kept apart: [B, 1, T, T]."""
+    same = documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
+    return same.tril() if causal else same
+
+
+def _positions(documents_BT: Tensor) -> Tensor:
+    """Return the position of each token in its document [B, T]."""
+    places = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand_as(documents_BT)
+    begins = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return places - torch.where(begins, places, 0).cummax(1).values
 
 
 class Head(nn.Module):

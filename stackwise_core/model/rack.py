@@ -65,16 +65,22 @@ class Rack(nn.Module):
             self.head.projection.weight = nn.Parameter(self.embedding.weight.detach().clone())
             self.tied = False
 
-    def hidden(self, input_ids_BT: Tensor, depth: int | None = None, time_step: Tensor | None = None) -> Tensor:
-        """Return the stream after the first `depth` stacks (all by default): [B, T, D]."""
+    def hidden(
+        self,
+        input_ids_BT: Tensor,
+        depth: int | None = None,
+        time_step: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """Return the stream after the first `depth` stacks (all by default): [B, T, D]; see `Stack.forward`."""
         x_BTD = self.embedding(input_ids_BT, time_step)
         for stack in self.stacks[:depth]:
-            x_BTD = stack(x_BTD)
+            x_BTD = stack(x_BTD, documents_BT=documents)
         return x_BTD
 
-    def forward(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
-        """Return logits [B, T, V]."""
-        return self.head(self.hidden(input_ids_BT, time_step=time_step))
+    def forward(self, input_ids_BT: Tensor, time_step: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Return logits [B, T, V]; `documents` [B, T] numbers the documents that are to be kept apart."""
+        return self.head(self.hidden(input_ids_BT, time_step=time_step, documents=documents))
 
     def generate(
         self,

@@ -166,8 +166,8 @@ class ProgressiveDataLoader:
             return checked_boundary(source.rows(ids, batch["view"]), tokens)
         live, steps = cast("Callable[..., Tensor]", source), input_time_step(batch)
         if self.cache_activations:
-            return self._cache.rows(live, tokens, steps, ids, batch["view"])
-        return computed_rows(live, tokens, steps)
+            return self._cache.rows(live, tokens, steps, ids, batch["view"], batch.get("documents"))
+        return computed_rows(live, tokens, steps, batch.get("documents"))
 
     def _corruption(self) -> _Corruption:
         """Return how inputs are corrupted, as the strategy's configuration says now."""

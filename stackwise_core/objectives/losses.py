@@ -31,6 +31,13 @@ def input_time_step(batch: Batch) -> Tensor | None:
     return steps if isinstance(steps, Tensor) else None
 
 
+def several(documents_BT: Tensor | None) -> Tensor | None:
+    """Return the numbers of documents [B, T], or None if no sequence has more than one: attention is faster then."""
+    if documents_BT is None or bool((documents_BT == documents_BT[:, :1]).all()):
+        return None
+    return documents_BT
+
+
 def loss_positions(batch: Batch) -> Tensor:
     """Return the positions that carry the loss: [B, T]."""
     return batch["combined_masks"] if "combined_masks" in batch else batch["masks"]

@@ -38,7 +38,8 @@ def make_batch(fields: Batch, mask_spec: MaskSpec | None, objective: Objective |
             time steps are drawn per batch also `batch` (one number, or one per row), `slots` [B] and `batch_rows`:
             where the rows stand in their view. For the custom objective `targets` or `labels`, and `masks`. Padding
             (0 in `attention_mask` [B, T]) and labels of -100 carry no loss, and mlm masks no special token (1 in
-            `special_tokens_mask` [B, T]).
+            `special_tokens_mask` [B, T]). Tokens of different numbers in `documents` [B, T] do not see each other, and
+            none is predicted from another document.
         mask_spec: how inputs are corrupted (mlm), else None.
         objective: None is mlm with a mask spec, else clm. Custom takes the targets from the fields.
     """
@@ -51,6 +52,8 @@ def make_batch(fields: Batch, mask_spec: MaskSpec | None, objective: Objective |
         batch = (
             _clm_fields(tokens, fields, attended) if mask_spec is None else _mlm_fields(tokens, ids, mask_spec, fields)
         )
+    if (documents := _documents(fields, tokens)) is not None:
+        batch["documents"] = torch.from_numpy(documents)
     if attended is not None:
         batch["attention_mask"] = torch.from_numpy(attended)
     return {**batch, "sequence_ids": torch.from_numpy(ids)}
@@ -71,6 +74,8 @@ def _clm_fields(tokens: IntArray, fields: Batch, attended: BoolArray | None) -> 
     clm_mask = np.ones(tokens.shape, dtype=bool)
     clm_mask[:, -1] = False
     masks = np.ones(tokens.shape, dtype=bool)
+    if (documents := _documents(fields, tokens)) is not None:
+        masks[:, :-1] &= documents[:, 1:] == documents[:, :-1]
     if attended is not None:
         masks &= attended
         masks[:, :-1] &= attended[:, 1:]
@@ -94,6 +99,16 @@ def _mlm_fields(tokens: IntArray, ids: IntArray, mask_spec: MaskSpec, fields: Ba
             if maskable is not None:
                 batch["maskable"] = torch.from_numpy(maskable)
     return batch
+
+
+def _documents(fields: Batch, tokens: IntArray) -> IntArray | None:
+    """Return the number of each token's document [B, T], if a batch keeps documents apart."""
+    if fields.get("documents") is None:
+        return None
+    documents = integers("documents", fields["documents"], 2)
+    if documents.shape != tokens.shape:
+        raise _other_shape("documents", documents.shape, tokens.shape)
+    return documents
 
 
 def drawn_steps(mask_spec: MaskSpec, ids: IntArray, fields: Batch) -> IntArray | None:

@@ -28,7 +28,7 @@ class RowSource(Protocol):
 
 Boundary = Tensor | RowSource | Callable[..., Tensor]
 """A tensor [N, T, D], a source of rows, or a function of the corrupted input_ids [B, T] and, where time is an input,
-the steps [B]."""
+the steps [B]; where documents are kept apart, the steps or None, and the numbers of the documents [B, T]."""
 
 
 class TensorRows:
@@ -123,7 +123,13 @@ class RowCache:
         self._kept.clear()
 
     def rows(
-        self, live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None, ids: IntArray, view: int
+        self,
+        live: Callable[..., Tensor],
+        tokens: Tensor,
+        steps: Tensor | None,
+        ids: IntArray,
+        view: int,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Return the boundary of some sequences [B, T, D] on the CPU; only rows that are not kept are computed."""
         step_of: list[int | None] = [None] * len(ids) if steps is None else steps.tolist()
@@ -132,7 +138,8 @@ class RowCache:
         new = [n for n, key in enumerate(keys) if key not in self._kept]
         computed: dict[int, Tensor] = {}
         if new:
-            rows = computed_rows(live, tokens[new], None if steps is None else steps[new]).detach().cpu()
+            those = (None if each is None else each[new] for each in (steps, documents))
+            rows = computed_rows(live, tokens[new], *those).detach().cpu()
             computed = dict(zip(new, rows, strict=True))
         for n, row in computed.items():
             self._keep(keys[n], contents[n], row)
@@ -164,8 +171,15 @@ class RowCache:
         self.full = True
 
 
-def computed_rows(live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None) -> Tensor:
-    """Return what a function gives for inputs [B, T] and, where time is an input, steps [B]: [B, T, D]."""
+def computed_rows(
+    live: Callable[..., Tensor], tokens: Tensor, steps: Tensor | None, documents: Tensor | None = None
+) -> Tensor:
+    """Return what a function gives for inputs [B, T] and, where time is an input, steps [B]: [B, T, D].
+
+    Where documents are kept apart it is also given their numbers [B, T].
+    """
+    if documents is not None:
+        return checked_boundary(live(tokens, steps, documents), tokens)
     return checked_boundary(live(tokens) if steps is None else live(tokens, steps), tokens)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
@@ -100,6 +100,8 @@ class DataRecipe(Recipe, frozen=True):
     """Whether the corpus holds examples with targets rather than text."""
     mixture: WhereSaid[tuple[MixedIn, ...]] = ()
     """The sources, if there are several, in the order of their hashes."""
+    separated_by: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
+    """Where documents are kept apart: the token that ends each."""
 
 
 class BuildRecipe(Recipe, frozen=True):

@@ -35,6 +35,7 @@ from stackwise_core.stages.resolve import (
     ModelShape,
     Value,
     WhereSaid,
+    keeps_documents_apart,
     reads_examples,
     resolve_mask,
     resolve_objective,
@@ -209,6 +210,7 @@ def plan_run(
         validation_fraction=config.data.validation_fraction,
         sample=config.data.sample if config.data.max_sequences else "first",
         examples=reads_examples(config),
+        separated_by=tokenizer_of(config).end_token if keeps_documents_apart(config) else None,
     )
     planned = _plan_sources(data, sources) if len(sources) > 1 else ()
     if planned:

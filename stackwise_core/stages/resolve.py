@@ -194,6 +194,11 @@ def reads_examples(config: StackWiseConfig) -> bool:
     return config.training.progressive.training_objective == "custom"
 
 
+def keeps_documents_apart(config: StackWiseConfig) -> bool:
+    """Return whether documents in one sequence do not see each other; an example has its sequence to itself."""
+    return config.data.documents == "separate" and is_used(config, "data.documents")
+
+
 def resolve_objective(config: StackWiseConfig) -> str:
     """Return what enters ids for a custom objective: name and source hash of its loss; '' for other objectives."""
     if config.training.progressive.training_objective != "custom":

@@ -15,12 +15,12 @@ from stackwise_core.model.blocks import Stack, TokenEmbedding
 from stackwise_core.model.precision import held_dense
 from stackwise_core.model.stream import EXACT, Stream
 from stackwise_core.objectives.dataloader import RowSource
-from stackwise_core.objectives.losses import Batch, input_time_step
+from stackwise_core.objectives.losses import Batch, input_time_step, several
 from stackwise_core.objectives.make_batch import make_batch
 
 
 @torch.no_grad()
-def advance(stacks: Sequence[Stack], stream_BTD: Tensor, stream: Stream) -> Tensor:
+def advance(stacks: Sequence[Stack], stream_BTD: Tensor, stream: Stream, documents_BT: Tensor | None = None) -> Tensor:
     """Move the frozen trunk's stream through some stacks, casting it after each to the type it is held in.
 
     On a CPU every sequence is computed separately: the bits of a matrix product can depend on its number of rows,
@@ -33,7 +33,9 @@ def advance(stacks: Sequence[Stack], stream_BTD: Tensor, stream: Stream) -> Tens
         with held_dense(stack):  # dequantise once for all sequences
             for first in range(0, len(stream_BTD), group):
                 rows = slice(first, first + group)
-                advanced_BTD[rows] = stream.cast(stack(stream_BTD[rows].float()), stack.creation_index)
+                documents = None if documents_BT is None else several(documents_BT[rows])
+                advanced = stack(stream_BTD[rows].float(), documents_BT=documents)
+                advanced_BTD[rows] = stream.cast(advanced, stack.creation_index)
         stream_BTD = advanced_BTD
     return stream_BTD
 
@@ -48,15 +50,17 @@ class LiveTrunk:
         self.stream = stream
 
     @torch.no_grad()
-    def __call__(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, input_ids_BT: Tensor, time_step: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Return the boundary of (corrupted) inputs: [B, T, D] in the type that the stream gives."""
-        return advance(self.stacks, self._embedded(input_ids_BT, time_step), self.stream)
+        return advance(self.stacks, self._embedded(input_ids_BT, time_step), self.stream, documents)
 
     @torch.no_grad()
-    def output(self, input_ids_BT: Tensor, time_step: Tensor | None = None) -> Tensor:
+    def output(self, input_ids_BT: Tensor, time_step: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """Return the output of the last stack before it is cast: float32 [B, T, D]."""
-        below = advance(self.stacks[:-1], self._embedded(input_ids_BT, time_step), self.stream)
-        return advance(self.stacks[-1:], below, EXACT)
+        below = advance(self.stacks[:-1], self._embedded(input_ids_BT, time_step), self.stream, documents)
+        return advance(self.stacks[-1:], below, EXACT, documents)
 
     def _embedded(self, input_ids_BT: Tensor, time_step: Tensor | None) -> Tensor:
         return self.embedding(input_ids_BT.to(self.embedding.weight.device), time_step)
@@ -78,8 +82,7 @@ class InputsFromTokens:
         if view < 0:
             sequences, mask_spec = self.validation, self.mask_spec and self.mask_spec.for_validation()
         row_numbers = sequences.rows_of(sequence_ids)
-        tokens, ids = sequences.take(row_numbers)
-        fields: Batch = {"input_ids": tokens, "sequence_ids": ids, "view": view}
+        fields: Batch = {**sequences.inputs(row_numbers), "view": view}
         if mask_spec and mask_spec.time and mask_spec.time.by_batch and self.order and view >= 0:
             batches, slots = self.order.places(row_numbers, view)
             fields |= {"batch": batches, "slots": slots, "batch_rows": self.order.batch_size}
@@ -91,13 +94,13 @@ class RowsFromTokens:
     """A boundary derived from tokens through the whole trunk: it refills a store, and checks one."""
 
     inputs: InputsFromTokens
-    trunk: Callable[[Tensor, Tensor | None], Tensor]
+    trunk: Callable[..., Tensor]
     """Of the stage that reads the boundary: a `LiveTrunk`, or its `output`."""
 
     def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
         """Return the boundary of some sequences: [B, T, D]; a negative view is the validation split's."""
         batch = self.inputs.batch(sequence_ids, view)
-        return self.trunk(batch["input_ids"], input_time_step(batch))
+        return self.trunk(batch["input_ids"], input_time_step(batch), batch.get("documents"))
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,11 @@ class RowsFromBoundary:
     below: RowSource
     stack: Stack
     device: torch.device
+    inputs: InputsFromTokens | None = None
+    """Where documents are kept apart: which tokens are whose."""
 
     def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
         """Return the stack's output for some sequences: [B, T, D]."""
-        return advance([self.stack.eval()], self.below.rows(sequence_ids, view).to(self.device), EXACT)
+        stream_BTD = self.below.rows(sequence_ids, view).to(self.device)
+        documents = self.inputs.batch(sequence_ids, view).get("documents") if self.inputs else None
+        return advance([self.stack.eval()], stream_BTD, EXACT, documents)

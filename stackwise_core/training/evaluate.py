@@ -68,8 +68,11 @@ def judge_rack(
             if "attention_mask" in batch:
                 check_padding(batch["attention_mask"], causal=stack.shape.causal)
         if boundary:
-            rounded = advance([stack], rounded, stream if n < boundary else EXACT)
-        exact = [advance([stack], hidden, EXACT) for hidden in exact]
+            rounded = advance([stack], rounded, stream if n < boundary else EXACT, batches[0].get("documents"))
+        exact = [
+            advance([stack], hidden, EXACT, batch.get("documents"))
+            for hidden, batch in zip(exact, batches, strict=True)
+        ]
     losses: list[dict[str, float]] = []
     for n, (hidden, batch) in enumerate(zip(exact, batches, strict=True)):
         loss_exact = _mean_loss(hidden, head, batch, loss_function)
@@ -132,15 +135,18 @@ class ChannelMoments:
 
 
 @torch.no_grad()
-def output_statistics(stacks: Sequence[Stack], entering: Iterable[Tensor]) -> dict[int, ChannelStatistics]:
+def output_statistics(
+    stacks: Sequence[Stack], entering: Iterable[tuple[Tensor, Tensor | None]]
+) -> dict[int, ChannelStatistics]:
     """Return the channel statistics of every stack's output, by creation index; empty if nothing enters.
 
-    `entering` yields the stream [B, T, D] below the first of the stacks, which are in data-flow order.
+    `entering` yields the stream [B, T, D] below the first of the stacks, which are in data-flow order, and the numbers
+    of the documents [B, T] where they are kept apart.
     """
     moments = {stack.creation_index: ChannelMoments() for stack in stacks}
-    for stream_BTD in entering:
+    for stream_BTD, documents_BT in entering:
         for stack in stacks:
-            stream_BTD = advance([stack.eval()], stream_BTD, EXACT)
+            stream_BTD = advance([stack.eval()], stream_BTD, EXACT, documents_BT)
             moments[stack.creation_index].add(stream_BTD)
     return {index: _statistics(found) for index, found in moments.items() if found.count}
 

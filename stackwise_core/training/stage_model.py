@@ -15,7 +15,7 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import adapter_parameters
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
 from stackwise_core.model.precision import convert_storage
-from stackwise_core.objectives.losses import Batch, LossFunction, input_time_step, loss_positions, summed_loss
+from stackwise_core.objectives.losses import Batch, LossFunction, input_time_step, loss_positions, several, summed_loss
 from stackwise_core.objectives.raw_batch import check_padding
 from stackwise_core.stages.resolve import resolve_loss
 from stackwise_core.stages.stages import Anatomy
@@ -53,7 +53,7 @@ class StageModel(nn.Module):
         self.head = head
         self.loss_function = loss_function
         self.checkpointing = checkpointing
-        self.compiled: dict[int, Callable[[Tensor], Tensor]] = {}
+        self.compiled: dict[int, Callable[..., Tensor]] = {}
         """Compiled stacks by creation index; not registered, since they share the parameters of `stacks`."""
         self._set_requires_grad()
 
@@ -109,15 +109,15 @@ class StageModel(nn.Module):
 
         Where joint training draws a depth, stacks created after `stack_idx` are left out.
         """
-        stream_BTD = self.entering(batch)
+        stream_BTD, documents = self.entering(batch), several(batch.get("documents"))
         for stack in self.live_stacks():
             if stack.creation_index > batch["stack_idx"]:
                 continue
             run = self.compiled.get(stack.creation_index, stack)
             if self.checkpointing:
-                stream_BTD = cast("Tensor", checkpoint(run, stream_BTD, use_reentrant=False))
+                stream_BTD = cast("Tensor", checkpoint(run, stream_BTD, None, documents, use_reentrant=False))
             else:
-                stream_BTD = run(stream_BTD)
+                stream_BTD = run(stream_BTD, None, documents)
         return stream_BTD
 
     def entering(self, batch: Batch) -> Tensor:

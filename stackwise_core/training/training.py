@@ -124,7 +124,8 @@ def end_stage(model: StageModel, first_batches: Iterable[Batch] = ()) -> dict[in
         if stack.creation_index in model.anatomy.trained:
             convert_storage(stack, stack.precision)
     freeze(model)
-    return output_statistics(model.live_stacks(), map(model.entering, first_batches))
+    entering = ((model.entering(batch), batch.get("documents")) for batch in first_batches)
+    return output_statistics(model.live_stacks(), entering)
 
 
 def train_stack(
