@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 from stackwise_core.data.packing import Progress
@@ -13,6 +14,7 @@ from stackwise_core.strict import parse_object, read_bounded
 from storage.artifacts import SCRATCH, Artifacts
 from storage.files import write_text
 
+_READ = 1 << 22
 STATE_FOLDER = f"{SCRATCH}/checkpoint"
 
 
@@ -35,21 +37,38 @@ class PackingNotes:
     def __init__(self, path: Path, folder: Path) -> None:
         """Name the file of the notes, and the folder with the tokens."""
         self._path, self._files = path, [array_path(folder, split, "tokens") for split in SPLITS]
+        self._sums = [(0, 0) for _ in self._files]
+        """Of each file: how many bytes were noted, and their CRC-32."""
 
     def write(self, progress: Progress) -> None:
         """Note that everything before some document is on the disk."""
-        sizes = [path.stat().st_size for path in self._files]
-        write_text(self._path, json.dumps({"documents": progress.documents, "sizes": sizes, "tokens": progress.tokens}))
+        known = zip(self._files, self._sums, strict=True)
+        self._sums = [(size := path.stat().st_size, _crc(path, *summed, size)) for path, summed in known]
+        noted = {"documents": progress.documents, "sums": self._sums, "tokens": progress.tokens}
+        write_text(self._path, json.dumps(noted))
 
     def read(self) -> Progress:
-        """Return what was noted last, if the files still hold as much; else the beginning."""
+        """Return what was noted last, if the files still hold the same bytes; else the beginning."""
         try:
             found = parse_object(read_bounded(self._path))
-            documents, sizes, tokens = int(found["documents"]), list(found["sizes"]), list(found["tokens"])
-            held = [path.stat().st_size for path in self._files]
-            whole = all(now >= size for now, size in zip(held, sizes, strict=True))
-            train, validation = map(int, tokens)
+            documents, (train, validation) = int(found["documents"]), map(int, found["tokens"])
+            sums = [(int(size), int(crc)) for size, crc in found["sums"]]
+            whole = all(
+                size <= path.stat().st_size and crc == _crc(path, 0, 0, size)
+                for path, (size, crc) in zip(self._files, sums, strict=True)
+            )
         except (OSError, KeyError, TypeError, ValueError):
             return Progress()
-        is_sane = whole and documents > 0 <= min(train, validation)
-        return Progress(documents, train, validation) if is_sane else Progress()
+        if not whole or not documents > 0 <= min(train, validation):
+            return Progress()
+        self._sums = sums
+        return Progress(documents, train, validation)
+
+
+def _crc(path: Path, start: int, crc: int, stop: int) -> int:
+    """Return the CRC-32 of the first `stop` bytes of a file, from that of its first `start` bytes."""
+    with path.open("rb") as file:
+        file.seek(start)
+        for at in range(start, stop, _READ):
+            crc = zlib.crc32(file.read(min(_READ, stop - at)), crc)
+    return crc

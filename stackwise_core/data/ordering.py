@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stackwise_core.data.content import SpooledContent
+from stackwise_core.data.content import Content, SpooledContent
 from stackwise_core.data.sources import Document
 
 _RECORD = np.dtype([("digest", "S32"), ("kept", "<i4"), ("start", "<i8"), ("size", "<i8")])
@@ -109,6 +109,20 @@ class OrderedDocuments:
                     else:
                         content = texts.get(start) or SpooledContent(self._spool, start, size)
                         yield Document(_TEXT_NAME, content, digests[64 * n : 64 * n + 64])
+
+    def contents(self) -> Iterator[list[Content]]:
+        """Yield what all documents hold, in the same order, some of them at a time."""
+        assert self._keep_texts
+        for group in self.records():
+            for records in _blocks(group):
+                texts = self._texts_of(records)
+                columns = (records[name].tolist() for name in ("kept", "start", "size"))
+                yield [
+                    self._kept[kept].content
+                    if kept >= 0
+                    else texts.get(start) or SpooledContent(self._spool, start, size)
+                    for kept, start, size in zip(*columns, strict=True)
+                ]
 
     def _texts_of(self, records: Records) -> dict[int, bytes]:
         """Read the short texts of some documents, those that lie side by side at once: where each begins, and it."""

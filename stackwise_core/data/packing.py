@@ -30,6 +30,8 @@ _SAMPLE_SEED = 20_260_102
 _BATCH_BYTES = min(32, max(8, os.cpu_count() or 1)) << 18
 """Text that is tokenised at once: a piece of a long text for each CPU, so that all have work, and not much more."""
 _BATCH_TEXTS = 1 << 13
+_AT_ONCE = 1 << 8
+"""Short texts that are added at once."""
 _SHORT = 1 << 16
 """Bytes of a text that no tokenizer cuts."""
 _BYTES_BETWEEN_NOTES = 1 << 26
@@ -168,29 +170,46 @@ def pack(
         )
     ]
     train, validation = splits
-    unnoted = 0
+    number = unnoted = 0
     try:
-        for number, document in enumerate(corpus.documents):
-            if number < watch.start.documents:
-                watch.on_read(len(document.content))
+        for contents in _contents(corpus.documents):
+            first, number = number, number + len(contents)
+            done = min(len(contents), max(0, watch.start.documents - first))
+            watch.on_read(sum(map(len, contents[:done])))
+            if done == len(contents):
                 continue
-            if train.is_full and (held is not None and number >= held):
+            if train.is_full and (held is not None and first >= held):
                 break
-            content, size = document.content, len(document.content)
-            if held is None:
+            for content in contents[done:] if held is None else ():
                 cut = _cut_before(content, 1 - fraction, corpus.token_width)
                 train.add(content, 0, cut, watch.on_read)
-                validation.add(content, cut, size, watch.on_read)
-            else:
-                (validation if number < held else train).add(content, 0, size, watch.on_read)
-            unnoted += size
+                validation.add(content, cut, len(content), watch.on_read)
+            if held is not None:
+                parts = max(done, min(len(contents), held - first))
+                validation.add_all(contents[done:parts], watch.on_read)
+                train.add_all(contents[parts:], watch.on_read)
+            unnoted += sum(map(len, contents[done:]))
             if unnoted >= _BYTES_BETWEEN_NOTES:
                 unnoted = 0
-                watch.note(Progress(number + 1, train.flush(), validation.flush()))
+                watch.note(Progress(number, train.flush(), validation.flush()))
         return _finished(corpus, folder, seq_len, train), _finished(corpus, folder, seq_len, validation)
     finally:
         train.writer.close()
         validation.writer.close()
+
+
+def _contents(documents: Documents) -> Iterator[list[Content]]:
+    """Yield what documents hold: some short texts at a time, anything else alone."""
+    if not isinstance(documents, OrderedDocuments):
+        yield from ([document.content] for document in documents)
+        return
+    for group in documents.contents():
+        for at in range(0, len(group), _AT_ONCE):
+            part = group[at : at + _AT_ONCE]
+            if all(isinstance(each, bytes) and len(each) <= _SHORT for each in part):
+                yield part
+            else:
+                yield from ([each] for each in part)
 
 
 def _finished(corpus: Corpus, folder: Path, seq_len: int, split: _Split) -> PackedSequences:
@@ -224,6 +243,19 @@ class _Split:
         """Whether all sequences that are wanted are written."""
         return 0 < self._most * self._seq_len <= self.writer.n_items
 
+    def add_all(self, contents: list[Content], on_read: OnRead) -> None:
+        """Add documents: several short texts, or one of any kind."""
+        texts = [each for each in contents if isinstance(each, bytes)]
+        if len(contents) == 1 or len(texts) < len(contents):
+            for content in contents:
+                self.add(content, 0, len(content), on_read)
+        elif not self.is_full:
+            self._texts += texts
+            self._ended += [True] * len(texts)
+            self._begun += [True] * len(texts)
+            self._n_bytes += sum(map(len, texts))
+            self._encode_if_many(on_read)
+
     def add(self, content: Content, start: int, stop: int, on_read: OnRead) -> None:
         """Add the bytes of a document from `start` to `stop`."""
         if self._width:
@@ -251,6 +283,9 @@ class _Split:
         self._begun.append(begun)
         self._ended.append(ended)
         self._n_bytes += len(text)
+        self._encode_if_many(on_read)
+
+    def _encode_if_many(self, on_read: OnRead) -> None:
         if self._n_bytes >= _BATCH_BYTES or len(self._texts) >= _BATCH_TEXTS:
             on_read(self._n_bytes)
             self._encode()

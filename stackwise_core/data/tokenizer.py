@@ -130,7 +130,10 @@ class ByteTokenizer(Tokenizer):
         self, texts: Sequence[bytes], ended: Sequence[bool], begun: Sequence[bool] = ()
     ) -> NDArray[np.uint16]:
         """Return the bytes of texts, with [END] after those `ended`."""
-        room = b"".join([part for text, end in zip(texts, ended, strict=True) for part in (text, b"\0" * end)])
+        if all(ended):
+            room = b"\0".join([*texts, b""])
+        else:
+            room = b"".join([part for text, end in zip(texts, ended, strict=True) for part in (text, b"\0" * end)])
         tokens = np.frombuffer(room, np.uint8).astype(np.uint16)
         is_end = np.array(ended, dtype=np.bool_)
         ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)) + is_end)[is_end] - 1

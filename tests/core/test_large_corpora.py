@@ -169,6 +169,7 @@ def test_packing_goes_on_where_it_was_killed(
 ) -> None:
     """With whole documents held out, or, since one is as large as all others, the end of each."""
     monkeypatch.setattr("stackwise_core.data.packing._BATCH_BYTES", 200)
+    monkeypatch.setattr("stackwise_core.data.packing._AT_ONCE", 3)
     monkeypatch.setattr("stackwise_core.data.packing._BYTES_BETWEEN_NOTES", 500)
     texts = [*TEXTS, *(["long " * 5000] if fraction == 0.05 else [])]
     corpus = read_corpus(write_rows(tmp_path / "a.jsonl", texts))
@@ -187,6 +188,11 @@ def test_packing_goes_on_where_it_was_killed(
     last, read = notes.read(), list[int]()
     pack(corpus, ByteTokenizer(), 16, most, fraction, tmp_path / "killed", Watch(last, on_read=read.append))
     assert saved(tmp_path / "killed") == whole
+    before = (tmp_path / "killed" / "train_tokens.npy").read_bytes()
+    assert notes.read() != Progress()
+    (tmp_path / "killed" / "train_tokens.npy").write_bytes(before[:300] + bytes([before[300] ^ 1]) + before[301:])
+    assert notes.read() == Progress()  # a byte that a power failure changed
+    (tmp_path / "killed" / "train_tokens.npy").write_bytes(before)
     os.truncate(tmp_path / "killed" / "train_tokens.npy", 200)  # somebody else was there
     assert notes.read() == Progress()
     (tmp_path / "notes.json").write_text('{"documents": 3, "sizes": [0, 0], "tokens": [-1, 5]}')
@@ -211,6 +217,7 @@ def test_progress_of_a_long_reading_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_full_disk_names_the_file_and_what_is_packed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(tmp_path, {"data.source": write_rows(tmp_path / "a.jsonl", TEXTS), "data.max_sequences": 0})
     monkeypatch.setattr("stackwise_core.data.packing._BATCH_BYTES", 200)
+    monkeypatch.setattr("stackwise_core.data.packing._AT_ONCE", 3)
     monkeypatch.setattr("stackwise_core.data.packing._BYTES_BETWEEN_NOTES", 500)
     artifacts, plan, write, written = Artifacts(tmp_path / "artifacts").open(), plan_config(config), os.write, [0]
 
