@@ -17,6 +17,7 @@ from stackwise_core.data.content import OnRead, nobody
 from stackwise_core.data.files import paths_of
 from stackwise_core.data.mixture import sources_of
 from stackwise_core.data.packing import corpus_facts
+from stackwise_core.data.sources import hub_revision
 from stackwise_core.errors import StackWiseError
 from stackwise_core.stages.identity import canonical_json
 from stackwise_core.stages.plan import SourceFacts
@@ -71,9 +72,10 @@ def _facts_of(artifacts: Artifacts, config: StackWiseConfig, source: str, on_rea
 
 
 def _look_at(source: str) -> Look | None:
-    """Look at the files of a source; None if it names none, or none that can be seen: whoever reads it says why."""
+    """Look at the files of a source, or ask the hub which commit a dataset is at; None if neither can be seen."""
     if source.startswith("hf:"):
-        return None
+        revision = hub_revision(source)
+        return Look(_hash(f"hub {revision}"), settled=True) if revision else None
     try:
         return look_at(paths_of(source))
     except (OSError, StackWiseError):

@@ -15,6 +15,8 @@ from storage.artifacts import SCRATCH, Artifacts
 from storage.files import write_text
 
 _READ = 1 << 22
+_HEADER = 128
+"""Bytes of an .npy before its numbers: those are written last."""
 STATE_FOLDER = f"{SCRATCH}/checkpoint"
 
 
@@ -37,7 +39,7 @@ class PackingNotes:
     def __init__(self, path: Path, folder: Path) -> None:
         """Name the file of the notes, and the folder with the tokens."""
         self._path, self._files = path, [array_path(folder, split, "tokens") for split in SPLITS]
-        self._sums = [(0, 0) for _ in self._files]
+        self._sums = [(_HEADER, 0) for _ in self._files]
         """Of each file: how many bytes were noted, and their CRC-32."""
 
     def write(self, progress: Progress) -> None:
@@ -54,7 +56,7 @@ class PackingNotes:
             documents, (train, validation) = int(found["documents"]), map(int, found["tokens"])
             sums = [(int(size), int(crc)) for size, crc in found["sums"]]
             whole = all(
-                size <= path.stat().st_size and crc == _crc(path, 0, 0, size)
+                size <= path.stat().st_size and crc == _crc(path, _HEADER, 0, size)
                 for path, (size, crc) in zip(self._files, sums, strict=True)
             )
         except (OSError, KeyError, TypeError, ValueError):
@@ -66,7 +68,7 @@ class PackingNotes:
 
 
 def _crc(path: Path, start: int, crc: int, stop: int) -> int:
-    """Return the CRC-32 of the first `stop` bytes of a file, from that of its first `start` bytes."""
+    """Return the CRC-32 of a file up to byte `stop`, from that up to byte `start`."""
     with path.open("rb") as file:
         file.seek(start)
         for at in range(start, stop, _READ):

@@ -387,6 +387,19 @@ def _hub_rows(source: str, examples: bool) -> Iterator[NumberedRow]:
         raise _undecodable(source, number + 1, ", ".join(names), error) from None
 
 
+def hub_revision(source: str) -> str:
+    """Return the commit of the Hugging Face dataset that a source names; '' if the hub cannot be asked for it."""
+    named = _HUB_NAME.fullmatch(source)
+    if named is None or Path(named["name"]).exists():  # the library prefers such a folder
+        return ""
+    try:
+        from huggingface_hub import HfApi
+
+        return HfApi().dataset_info(named["name"], timeout=10).sha or ""
+    except Exception:  # the library may raise anything; whoever loads it says why
+        return ""
+
+
 def _columns_to_read(where: str, names: list[str], examples: bool) -> list[str]:
     if not examples and _TEXT not in names:
         raise CorpusError(f"data.source: {where}: {_no_text(names)}")

@@ -185,14 +185,14 @@ def test_packing_goes_on_where_it_was_killed(
         with pytest.raises(Stopped):
             pack(corpus, ByteTokenizer(), 16, 0, fraction, tmp_path / "killed", watch)
         assert notes.read().documents > started.documents
-    last, read = notes.read(), list[int]()
+    last, read, tokens = notes.read(), list[int](), tmp_path / "killed" / "train_tokens.npy"
+    before = tokens.read_bytes()
+    tokens.write_bytes(before[:300] + bytes([before[300] ^ 1]) + before[301:])
+    assert notes.read() == Progress()  # a byte that is not as it was written
+    tokens.write_bytes(before)
+    assert notes.read() == last
     pack(corpus, ByteTokenizer(), 16, most, fraction, tmp_path / "killed", Watch(last, on_read=read.append))
     assert saved(tmp_path / "killed") == whole
-    before = (tmp_path / "killed" / "train_tokens.npy").read_bytes()
-    assert notes.read() != Progress()
-    (tmp_path / "killed" / "train_tokens.npy").write_bytes(before[:300] + bytes([before[300] ^ 1]) + before[301:])
-    assert notes.read() == Progress()  # a byte that a power failure changed
-    (tmp_path / "killed" / "train_tokens.npy").write_bytes(before)
     os.truncate(tmp_path / "killed" / "train_tokens.npy", 200)  # somebody else was there
     assert notes.read() == Progress()
     (tmp_path / "notes.json").write_text('{"documents": 3, "sizes": [0, 0], "tokens": [-1, 5]}')

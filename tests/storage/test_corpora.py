@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,33 @@ def test_files_that_were_just_written_are_read_again(
         patch.setattr("storage.unchanged._TICK_NS", 10**12)
         assert [reads(artifacts, config) for _ in range(2)] == [True, True]
     assert [reads(artifacts, config) for _ in range(2)] == [True, False]
+
+
+def test_a_dataset_is_read_again_when_it_has_another_commit(
+    artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, commit = list[str](), ["a" * 40]
+
+    def facts(source: str, **how: Any) -> tuple[str, int]:
+        read.append(source)
+        return "0" * 64, 7
+
+    class Hub:
+        def dataset_info(self, name: str, timeout: float) -> SimpleNamespace:
+            if not commit[0]:
+                raise OSError(f"{name}: no connection")
+            return SimpleNamespace(sha=commit[0])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("storage.corpora.corpus_facts", facts)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    config = tiny(tmp_path, {"data.source": "hf:owner/name:train"})
+    for commit[0], n_read in (("a" * 40, 1), ("a" * 40, 1), ("b" * 40, 2), ("", 3), ("", 4), ("b" * 40, 4)):
+        assert facts_of(artifacts, config) == [("0" * 64, 7)]
+        assert len(read) == n_read
+    (tmp_path / "owner" / "name").mkdir(parents=True)  # which the library prefers
+    facts_of(artifacts, config)
+    assert len(read) == 5
 
 
 def test_a_damaged_record_counts_for_nothing(artifacts: Artifacts, config: StackWiseConfig, tmp_path: Path) -> None:
