@@ -110,14 +110,15 @@ class StageModel(nn.Module):
         Where joint training draws a depth, stacks created after `stack_idx` are left out.
         """
         stream_BTD, documents = self.entering(batch), several(batch.get("documents"))
+        others = () if documents is None else (None, documents)
         for stack in self.live_stacks():
             if stack.creation_index > batch["stack_idx"]:
                 continue
             run = self.compiled.get(stack.creation_index, stack)
             if self.checkpointing:
-                stream_BTD = cast("Tensor", checkpoint(run, stream_BTD, None, documents, use_reentrant=False))
+                stream_BTD = cast("Tensor", checkpoint(run, stream_BTD, *others, use_reentrant=False))
             else:
-                stream_BTD = run(stream_BTD, None, documents)
+                stream_BTD = run(stream_BTD, *others)
         return stream_BTD
 
     def entering(self, batch: Batch) -> Tensor:
