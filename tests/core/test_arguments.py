@@ -121,7 +121,7 @@ CALLS: list[tuple[str, Callable[[], object]]] = [
     ("stack_id: got -1; an integer", lambda: create_stack_from_config(config_of(), -1)),
     ("n_blocks: got 0; an integer from 1", lambda: create_stack_from_config(config_of(), n_blocks=0)),
     ("precision: got 'int4'; 'full' or", lambda: create_stack_from_config(config_of(), precision=cast(Any, "int4"))),
-    ("building_mode: got 'insert'; 'append' or", lambda: ProgressiveRackBuilder(building_mode=cast(Any, "insert"))),
+    ("building_mode: got 'middle'; 'append'", lambda: ProgressiveRackBuilder(building_mode=cast(Any, "middle"))),
     ("default_precision: got 16; 'full' or", lambda: ProgressiveRackBuilder(default_precision=cast(Any, 16))),
     ("model.d_model: got '32'", lambda: ProgressiveRackBuilder(d_model="32")),
     ("width: got 32; there is no such dimension", lambda: ProgressiveRackBuilder(width=32)),

@@ -44,7 +44,7 @@ PROMISED_KEYS = {
 def test_every_promised_key_exists_with_a_default() -> None:
     promised = {f"{section}.{name}" for section, names in PROMISED_KEYS.items() for name in names.split()}
     assert promised - set(LEAVES) == set()
-    assert set(StackOverride.model_fields) == {"n_blocks", "precision", "mode", "steps"}
+    assert set(StackOverride.model_fields) == {"n_blocks", "precision", "mode", "tail_stacks", "steps"}
     assert set(LoraOverride.model_fields) == {"rank", "alpha"}
     assert [path for path, field in LEAVES.items() if field.is_required()] == []
 

@@ -126,8 +126,8 @@ def test_statistics_are_mean_and_deviation_of_each_stacks_output_in_any_split() 
     stacks, entering = [tiny_stack(3), tiny_stack(1)], 3 * draw(7, 5, 32)
     first = torch.cat([stacks[0](row[None]) for row in entering])
     outputs = {3: first, 1: torch.cat([stacks[1](row[None]) for row in first])}
-    whole = output_statistics(stacks, [entering])
-    parts = output_statistics(stacks, entering.split(3))
+    whole = output_statistics(stacks, [(entering, None)])
+    parts = output_statistics(stacks, [(part, None) for part in entering.split(3)])
     assert set(whole) == {1, 3}
     for index, expected in outputs.items():
         mean, std = whole[index]
@@ -143,7 +143,7 @@ class _Given(torch.nn.Module):
 
     creation_index = 0
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         return x_BTD
 
 
@@ -151,7 +151,7 @@ class _Given(torch.nn.Module):
 def test_a_dead_channel_divides_nothing_by_zero_and_silences_none_when_it_comes_alive(dtype: StreamDtype) -> None:
     entering = draw(8, T, D)
     entering[..., 7] = 3.0
-    (channels,) = output_statistics([_Given()], [entering]).values()  # pyright: ignore[reportArgumentType]
+    (channels,) = output_statistics([_Given()], [(entering, None)]).values()  # pyright: ignore[reportArgumentType]
     assert channels.mean[7] == 3.0
     assert channels.std[7].item() == pytest.approx(1e-3 * channels.std.mean().item(), rel=2e-2)
     assert Stream(dtype, {0: channels}).cast(entering, 0)[..., 7].eq(3.0).all()
@@ -160,7 +160,7 @@ def test_a_dead_channel_divides_nothing_by_zero_and_silences_none_when_it_comes_
     others = torch.arange(D) != 7
     error = (Stream(dtype, {0: channels}).cast(later, 0) - later)[..., others]
     assert error.square().mean().sqrt() < 0.03
-    (dead,) = output_statistics([_Given()], [torch.ones(2, 3, D)]).values()  # pyright: ignore[reportArgumentType]
+    (dead,) = output_statistics([_Given()], [(torch.ones(2, 3, D), None)]).values()  # pyright: ignore[reportArgumentType]
     assert Stream(dtype, {0: dead}).cast(torch.ones(2, 3, D), 0).eq(1.0).all()
 
 

@@ -113,8 +113,8 @@ def test_literals_are_drop_downs_with_their_defaults() -> None:
     assert growth["trunk_strategy"]["default"] == "frozen"
     assert growth["stack_time_mapping"]["enum"] == ["linear", "exponential", "custom"]
     stack = schema_of(add_stack)["definitions"]["StackOverride"]["properties"]
-    assert stack["mode"]["enum"] == ["default", "append", "prepend"]
-    assert {name: field["default"] for name, field in stack.items()} == StackOverride().model_dump()
+    assert stack["mode"]["enum"] == ["default", "append", "prepend", "insert"]
+    assert {name: field["default"] for name, field in stack.items()} == dict(StackOverride())
     assert schema_of(train_rack)["properties"]["force"]["enum"] == ["", "build", "trunk", "train", "cache", "validate"]
 
 
