@@ -40,10 +40,10 @@ SEQ_LEN, BATCH, STEPS = 256, 8, 100
 PILOT = 8
 """The grid of rates is tried on this part of the compute."""
 NEW, LORA = "new stack", "LoRA"
-RATES = {NEW: (3e-4, 1e-3, 3e-3), LORA: (3e-4, 1e-3, 3e-3)}
+RATES = {NEW: (1e-4, 3e-4, 1e-3), LORA: (3e-4, 1e-3, 3e-3)}
 RANK = 16
 """Of LoRA, on every linear layer of the blocks."""
-N_JUDGED, N_JUDGED_IN_PILOTS = 64, 16
+N_JUDGED = 64
 """Held-out sequences."""
 THREADS = 1
 _PREDICTED = (SEQ_LEN - 1) / SEQ_LEN
@@ -89,7 +89,7 @@ class Trial:
         kept = self.work / f"{side}-{rate:g}-{steps}.json".replace(" ", "-")
         if not kept.exists():
             nats = self._grown(rate, steps) if side == NEW else self._adapted(rate, steps)
-            kept.write_text(json.dumps(self._judged(nats, N_JUDGED if steps > STEPS // PILOT else N_JUDGED_IN_PILOTS)))
+            kept.write_text(json.dumps(self._judged(nats)))
         found: float = json.loads(kept.read_text())
         print(f"{side}, rate {rate:g}, {self.steps(side, steps)} steps: {found:.4f} bits per byte", flush=True)
         return found
@@ -115,9 +115,9 @@ class Trial:
 
         return nats_of
 
-    def _judged(self, nats_of: Callable[[IntArray], FloatArray], n_rows: int = N_JUDGED) -> float:
+    def _judged(self, nats_of: Callable[[IntArray], FloatArray]) -> float:
         held_out, nats, n_bytes = self._split[1], 0.0, 0
-        for first in range(0, min(len(held_out), n_rows), BATCH):
+        for first in range(0, min(len(held_out), N_JUDGED), BATCH):
             rows_BT, _ = held_out.take(np.arange(first, min(first + BATCH, len(held_out)), dtype=np.int64))
             with torch.inference_mode():
                 nats += float(nats_of(rows_BT)[self.text.is_text(rows_BT[:, 1:])].sum())
