@@ -62,7 +62,7 @@ def measure(quick: bool, checkpoint: str, source: str, artifacts: str = "") -> l
             measures += [Measure(side, f"loss of the pilot at {rate:g}", "bits/byte", [pilots[rate]]) for rate in rates]
             measures += [
                 Measure(side, "loss", "bits/byte", [trial.loss(side, best, steps)]),
-                Measure(side, "tokens", "k", [trial.steps(side, steps) * BATCH * SEQ_LEN / 1e3]),
+                Measure(side, "trained on", "tokens", [float(trial.steps(side, steps) * BATCH * SEQ_LEN)]),
                 Measure(side, "compute", "TFLOP", [trial.flops(side, steps) / 1e12]),
             ]
         return measures

@@ -175,7 +175,7 @@ run, and a ratio is taken within each round. Spread: the quartiles, or the extre
 
 _BUSY_CORES = 0.2
 """Cores that other processes may use at the start; a result that lacks this number is judged by its load average."""
-_UNTIMED = frozenset({"nats", "TFLOP", "blocks"})
+_UNTIMED = frozenset({"nats", "TFLOP", "blocks", "bits/byte", "tokens"})
 """Units of quantities that do not depend on how busy the machine is."""
 _BUSY = ("", "**The machine was busy with other work: these numbers judge no goal. Run it again on a quiet one.**")
 
