@@ -75,9 +75,8 @@ def grow_stack(
     """Return the fp32 stack that a growth operator gives, without adapters.
 
     `copy` takes the source's blocks, the first n or repeated cyclically, dequantised and with adapters merged; of
-    several sources their mean. `zero`
-    and `copy_zero` leave the function of the rack exactly as it was: they zero what each half of a block ends with, its
-    output projection or, where there is one, the norm of its output.
+    several sources their mean. `zero` and `copy_zero` leave the function of the rack exactly as it was: they zero what
+    each half of a block ends with, its output projection or, where there is one, the norm of its output.
     """
     stack = Stack(shape, n_blocks, index)
     if operator in ("random", "zero") or init.noise:
