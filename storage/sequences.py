@@ -11,7 +11,7 @@ from stackwise_core.data.mixture import mixed
 from stackwise_core.data.sequences import SPLITS, PackedSequences, array_path, load_split, parts_of
 from stackwise_core.stages.identity import DataRecipe, Ref
 from storage.artifacts import Artifacts
-from storage.errors import ArtifactCorruptError
+from storage.errors import AGAIN, ArtifactCorruptError
 
 
 def load_sequences(artifacts: Artifacts, ref: Ref) -> tuple[PackedSequences, PackedSequences]:
@@ -28,7 +28,7 @@ def load_sequences(artifacts: Artifacts, ref: Ref) -> tuple[PackedSequences, Pac
         train, validation = (replace(split, end_token=recipe.separated_by) for split in splits)
         return train, validation
     except (EOFError, OSError, TypeError, ValueError):  # sealed so, by a stranger
-        remedy = f"Remove {folder} and run the same command again: it will be remade"
+        remedy = f"Remove {folder} and {AGAIN}"
         raise ArtifactCorruptError(folder, "holds no sequences that can be read", remedy) from None
 
 

@@ -150,7 +150,7 @@ def pairs_in(path: Path) -> Iterator[Pair]:
                     if not (isinstance(good, str) and isinstance(bad, str)):
                         raise ValueError("has no texts `good` and `bad`")
                     if not isinstance(phenomenon, str):
-                        raise ValueError("its `phenomenon` is no text")
+                        raise ValueError("its `phenomenon` is not a string")
                     yield Pair(phenomenon, good, bad, f"{path}:{number}")
     except OSError as error:
         raise ConfigError([Fault("--pairs", repr(str(path)), f"it cannot be read ({error.strerror})")]) from None

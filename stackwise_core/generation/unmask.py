@@ -47,7 +47,7 @@ class Unmasking:
             ("order", self.order in get_args(Order), f"one of {', '.join(get_args(Order))}"),
             ("steps", self.steps >= 0, "0 chooses them; else 1 or more"),
             ("block_length", self.block_length >= 0, "0 is all at once; else 1 or more"),
-            ("guidance", 0 <= self.guidance < float("inf"), "0 is none; else above 0"),
+            ("guidance", 0 <= self.guidance < float("inf"), "0 for no guidance, or a number above 0"),
             *common_checks(self.temperature, self.seed),
         )
         if faults := faults_of(self, checks):

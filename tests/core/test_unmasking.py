@@ -181,7 +181,7 @@ def test_time_as_depth_goes_from_the_noisiest_rack_to_the_cleanest() -> None:
         ({"order": "best"}, "order: got 'best'; one of confidence, margin, entropy, random"),
         ({"steps": -1, "block_length": -2}, r"steps: got -1; 0 chooses them; else 1 or more\nblock_length: got -2"),
         ({"temperature": -1.0}, "temperature: got -1.0"),
-        ({"guidance": -0.5}, "guidance: got -0.5; 0 is none; else above 0"),
+        ({"guidance": -0.5}, "guidance: got -0.5; 0 for no guidance, or a number above 0"),
     ],
 )
 def test_what_cannot_be_is_refused(how: dict[str, Any], message: str) -> None:

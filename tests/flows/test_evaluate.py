@@ -119,7 +119,7 @@ def test_the_shipped_pairs(
         (("--pairs", "nothing.jsonl"), "--pairs: got 'nothing.jsonl'; it cannot be read (No such file or directory)"),
         (("--pairs", "one.txt"), "--pairs: got one.txt:1; is not JSON"),
         (("--pairs", "half.jsonl"), "--pairs: got half.jsonl:2; has no texts `good` and `bad`"),
-        (("--pairs", "named.jsonl"), "--pairs: got named.jsonl:1; its `phenomenon` is no text"),
+        (("--pairs", "named.jsonl"), "--pairs: got named.jsonl:1; its `phenomenon` is not a string"),
         (("--pairs", "empty.jsonl"), "--pairs: got 'empty.jsonl'; it has no line"),
         (("--pairs",), "The teacher sings every morning.: got a text of 32; of 1 to 15 tokens"),
         (("--pairs", "long.jsonl"), "long.jsonl:1: got a text of 17; of 1 to 15 tokens, as the rack was trained on"),
