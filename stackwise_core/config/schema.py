@@ -229,6 +229,11 @@ class ModelConfig(Section):
     """Inner width of the feed-forward [channels]; 0 means 8/3 d_model rounded up to 32."""
     blocks_per_stack: int = Field(default=2, ge=1, le=128)
     """Transformer blocks in a stack."""
+    residual_scale: Literal["one", "depth"] = "one"
+    """What attention and feed-forward are multiplied by before they are added to the stream: one, or 1 / sqrt(2 L) for
+    the L blocks of the deepest rack, so that the stream of a deep rack grows no further than that of a shallow one."""
+    residual_blocks: int = Field(default=0, ge=0, le=2**17)
+    """residual_scale depth: L; 0 means the blocks of training.progressive.max_stacks stacks."""
     tie_embeddings: bool = True
     """Tie head and embedding in the first stage; afterwards the head is its own tensor."""
     rope_theta: float = Field(default=10000.0, gt=1.0)

@@ -40,6 +40,18 @@ def layer_widths(config: ConfigSchema) -> dict[str, int]:
     return widths
 
 
+def residual_blocks_of(config: ConfigSchema) -> int:
+    """Return the L of a residual scale of 1 / sqrt(2 L): the blocks of as many stacks as there may ever be; 0 for one.
+
+    So raising the target changes no scale.
+    """
+    model, growth = config.model, config.training.progressive
+    if model.residual_scale == "one":
+        return 0
+    own = [stack.n_blocks or model.blocks_per_stack for stack in growth.stacks[: growth.max_stacks]]
+    return model.residual_blocks or sum(own) + (growth.max_stacks - len(own)) * model.blocks_per_stack
+
+
 def batch_size_of(config: ConfigSchema) -> int:
     """Return the sequences of a batch: no more than there are."""
     most = config.data.max_sequences

@@ -78,6 +78,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     "model.rope_scaling.beta_slow": [_YARN],
     "model.rope_scaling.attention_factor": [_YARN],
     "model.rope_scaling.truncate": [_YARN],
+    "model.residual_blocks": [[("model.residual_scale", ("depth",))]],
     "training.new_stack_init": [_GROWS],
     "training.new_stack_source": [_GROWS, _COPIES],
     "training.new_stack_noise": [_GROWS, _COPIES],

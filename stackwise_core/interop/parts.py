@@ -14,6 +14,7 @@ from stackwise_core.model.adapters import adapter_names, merged_dense
 from stackwise_core.model.blocks import Block, Stack
 from stackwise_core.model.precision import base_linears, storage_of
 from stackwise_core.model.rack import Rack
+from stackwise_core.stages.resolve import ModelShape
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,7 +61,7 @@ class Parts:
         """Yield names and float32 tensors; one stack is dense at a time."""
         yield EMBEDDING, self.embedding()
         for stack, names in self.numbered():
-            state = dense(stack).state_dict()
+            state = folded(stack).state_dict()
             yield from ((theirs, state[ours]) for ours, theirs in names.items())
         yield NORM, self._rack.head.norm.weight.detach()
         if not self.tied:
@@ -88,3 +89,25 @@ def dense(stack: Stack) -> Stack:
     """Return a float32 stack of the same function, itself if it is one without adapters."""
     plain = {storage_of(linear) for linear in base_linears(stack).values()} == {"float32"}
     return stack if plain and not adapter_names(stack) else merged_dense(stack)
+
+
+@torch.no_grad()
+def folded(stack: Stack) -> Stack:
+    """Return a dense stack of the same function, up to rounding, that adds its residual branches as they are.
+
+    What they are multiplied by is in the weights: other programs know no such factor.
+    """
+    found, scale = dense(stack), stack.shape.residual_scale
+    if scale == 1.0:
+        return found
+    with torch.device("meta"):
+        plain = Stack(unscaled(stack.shape), len(stack.blocks), stack.creation_index)
+    plain.load_state_dict(found.state_dict(), assign=True)
+    for weight in plain.last_weights():
+        weight.data = weight * scale
+    return plain
+
+
+def unscaled(shape: ModelShape) -> ModelShape:
+    """Return a shape whose residual branches are added as they are."""
+    return shape.model_copy(update={"residual_blocks": 0})

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
 from stackwise_core.interop.families import EMBEDDING, HEAD, NORM
-from stackwise_core.interop.parts import Dtype, Parts, dense
+from stackwise_core.interop.parts import Dtype, Parts, folded, unscaled
 from stackwise_core.model.adapters import adapter_names
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.rack import Rack
 
 Read = Callable[[str], Tensor]
 _MOST_OF_MERGING = 1e-4
-"""The largest difference of logits that merging adapters may make, as a share of the largest logit."""
+"""The most that merging adapters or a residual scale may change a logit, as a share of the largest logit."""
 
 
 class ExportError(StackWiseError):
@@ -63,9 +63,9 @@ def read_back(read: Read, rack: Rack, time_step: int | None, dtype: Dtype, seq_l
     of_files = F.embedding(tokens_BT, checked(EMBEDDING, parts.embedding()))
     for stack, names in parts.numbered():
         mine = on_cpu(stack)
-        of_rack, state = mine(of_rack), dense(mine).state_dict()
+        of_rack, state = mine(of_rack), folded(mine).state_dict()
         with torch.device("meta"):
-            again = Stack(stack.shape, len(stack.blocks))
+            again = Stack(unscaled(stack.shape), len(stack.blocks))
         read_state = {ours: checked(theirs, state[ours]) for ours, theirs in names.items()}
         again.load_state_dict({**state, **read_state}, assign=True)  # which blocks have RoPE is in config.json
         of_files = again(of_files)
@@ -73,16 +73,17 @@ def read_back(read: Read, rack: Rack, time_step: int | None, dtype: Dtype, seq_l
     of_rack = mine(of_rack)
     of_files = F.rms_norm(of_files, norm.normalized_shape, checked(NORM, norm.weight), norm.eps)
     of_files = F.linear(of_files, checked(EMBEDDING if parts.tied else HEAD, mine.projection.weight))
-    return _compared(of_rack, of_files, dtype, adapted=any(adapter_names(stack) for stack in parts.stacks))
+    merged = rack.shape.residual_scale != 1.0 or any(adapter_names(stack) for stack in parts.stacks)
+    return _compared(of_rack, of_files, dtype, merged=merged)
 
 
-def _compared(of_rack: Tensor, of_files: Tensor, dtype: Dtype, *, adapted: bool) -> Comparison:
+def _compared(of_rack: Tensor, of_files: Tensor, dtype: Dtype, *, merged: bool) -> Comparison:
     if not of_rack.isfinite().all():
         raise ConfigError([Fault("rack", "logits that are not finite", "train it again")])
     if not of_files.isfinite().all():
         raise ConfigError([Fault("dtype", dtype, "some weights are too large for it; use bfloat16 or float32")])
     difference = float((of_files - of_rack).abs().max() / of_rack.abs().max().clamp_min(1e-30))
-    equal, most = of_files.equal(of_rack), _MOST_OF_MERGING if adapted else 0.0
+    equal, most = of_files.equal(of_rack), _MOST_OF_MERGING if merged else 0.0
     if dtype == "float32" and not equal and difference >= most:
         raise ExportError(f"the logits differ from those of the rack by {difference:.1e} of the largest; report this")
     same = float((of_files.argmax(-1) == of_rack.argmax(-1)).float().mean())

@@ -12,7 +12,7 @@ from typing import Any
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import describe
 from stackwise_core.config.schema import GROWTH, ConfigSchema, Mode, ModelConfig, Precision, StackOverride
-from stackwise_core.config.sizes import feed_forward_width, head_width, vocab_size_of
+from stackwise_core.config.sizes import feed_forward_width, head_width, residual_blocks_of, vocab_size_of
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.resolve import ModelShape, TimeShape
 
@@ -54,6 +54,7 @@ def agreed_model(told: Told, config: ConfigSchema) -> ModelConfig:
     for key in ModelConfig.model_fields:
         free = key == "blocks_per_stack" and key not in told.dimensions
         said = free or (_says_vocabulary(told, model) if key == "vocab_size" else key in model.model_fields_set)
+        said = said and (key != "residual_blocks" or model.residual_blocks != 0)  # 0 is whatever the rack has
         if not said or told.overrides(model, key) or _value(config, key) == _value(ConfigSchema(model=told.model), key):
             continue
         if told.binds(key):
@@ -63,6 +64,8 @@ def agreed_model(told: Told, config: ConfigSchema) -> ModelConfig:
             setattr(agreed, key, vocab_size_of(config) if key == "vocab_size" else getattr(model, key))
     if faults:
         raise ConfigError(faults)
+    if agreed.residual_scale == "depth" and not agreed.residual_blocks:  # fixed, whatever is added by hand later
+        agreed.residual_blocks = residual_blocks_of(config.model_copy(update={"model": agreed}))
     return agreed
 
 
@@ -121,6 +124,10 @@ def shape_faults(config: StackWiseConfig, has: ModelShape, wants: ModelShape) ->
             faults.append(_attention_fault(config, causal=new))
         elif name == "time":
             faults.append(_time_fault(config, old, new))
+        elif name == "residual_blocks":
+            had, said = (f"depth for {blocks} blocks" if blocks else "one" for blocks in (old, new))
+            allowed = f"the rack is trained or edited with {had}: set model.residual_scale and model.residual_blocks to"
+            faults.append(Fault("model.residual_scale", said, f"{allowed} that, or make a new builder"))
         else:
             allowed = f"the rack is trained or edited with {old}: set it to that, or make a new builder"
             faults.append(Fault(f"model.{name}", repr(new), allowed))

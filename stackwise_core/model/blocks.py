@@ -93,12 +93,13 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind its norm, or before it, and added to the stream."""
+    """Attention and feed-forward, each behind its norm, or before it, and added to the stream, scaled or as it is."""
 
     def __init__(self, shape: ModelShape, *, has_rope: bool = True) -> None:
         """Create both halves."""
         super().__init__()
         self.norm_outputs = shape.norm_outputs
+        self.residual_scale = shape.residual_scale
         self.attention_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
         self.attention = Attention(shape, has_rope=has_rope)
         self.ffn_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
@@ -109,10 +110,14 @@ class Block(nn.Module):
     ) -> Tensor:
         """[B, T, D] to [B, T, D]; see `Attention.forward`."""
         if self.norm_outputs:
-            x_BTD = x_BTD + self.attention_norm(self.attention(x_BTD, rotary, memory, sees))
-            return x_BTD + self.ffn_norm(self.ffn(x_BTD))
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, memory, sees)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+            x_BTD = x_BTD + self._scaled(self.attention_norm(self.attention(x_BTD, rotary, memory, sees)))
+            return x_BTD + self._scaled(self.ffn_norm(self.ffn(x_BTD)))
+        x_BTD = x_BTD + self._scaled(self.attention(self.attention_norm(x_BTD), rotary, memory, sees))
+        return x_BTD + self._scaled(self.ffn(self.ffn_norm(x_BTD)))
+
+    def _scaled(self, branch_BTD: Tensor) -> Tensor:
+        # Not torch.add(alpha=...), which may fuse: the bits of a row would depend on where in a batch it is.
+        return branch_BTD if self.residual_scale == 1.0 else branch_BTD * self.residual_scale
 
 
 class Stack(nn.Module):
@@ -128,6 +133,14 @@ class Stack(nn.Module):
         self.precision: Precision = precision
         every = shape.no_rope_interval or n_blocks + 1
         self.blocks = nn.ModuleList(Block(shape, has_rope=n % every != 0) for n in range(1, n_blocks + 1))
+
+    def last_weights(self) -> list[nn.Parameter]:
+        """Return what each half of a block ends with: its output projection or, if it has one, the norm of its output.
+
+        Both scale the residual branch; the stack must have no adapters and be dense.
+        """
+        last = ("attention_norm", "ffn_norm") if self.shape.norm_outputs else ("o_proj", "down_proj")
+        return [weight for name, weight in self.named_parameters() if name.removesuffix(".weight").endswith(last)]
 
     def forward(self, x_BTD: Tensor, memory: StackMemory | None = None, documents_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] to [B, T, D]; matrix products run in the stack's compute type, the stream stays float32.

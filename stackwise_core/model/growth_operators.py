@@ -89,12 +89,9 @@ def grow_stack(
         if init.noise:
             _mix(stack.blocks, drawn, init.noise)
     scale = 0.0 if operator in ("zero", "copy_zero") else init.output_scale
-    if scale != 1.0:
-        # A norm would blow up whatever the first step makes of a projection of zeros.
-        last = ("attention_norm", "ffn_norm") if shape.norm_outputs else ("o_proj", "down_proj")
-        for name, parameter in stack.named_parameters():
-            if name.removesuffix(".weight").endswith(last):
-                parameter.data.mul_(scale) if scale else nn.init.zeros_(parameter)
+    # Not the projection before a norm, which would blow up whatever the first step makes of zeros.
+    for parameter in stack.last_weights() if scale != 1.0 else ():
+        parameter.data.mul_(scale) if scale else nn.init.zeros_(parameter)
     return stack
 
 

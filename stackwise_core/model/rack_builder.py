@@ -13,7 +13,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_choice, check_integer, check_type
 from stackwise_core.config.rules import growth_faults
 from stackwise_core.config.schema import GROWTH, Mode, ModelConfig, Precision, StackOverride
-from stackwise_core.config.sizes import vocab_size_of
+from stackwise_core.config.sizes import residual_blocks_of, vocab_size_of
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault
@@ -51,7 +51,7 @@ def create_stack_from_config(
     config.validate(corpus=False)
     check_integer("stack_id", stack_id, 0, config.training.progressive.max_stacks - 1)
     _check_stack(n_blocks, precision)
-    config, index = config.model_copy(deep=True), int(stack_id)
+    shape, config, index = resolve_shape(config), config.model_copy(deep=True), int(stack_id)
     growth = config.training.progressive
     growth.target_stacks = max(growth.target_stacks, index + 1)
     growth.stacks = growth.stacks + [StackOverride()] * (index + 1 - len(growth.stacks))
@@ -60,7 +60,7 @@ def create_stack_from_config(
     growth.stacks[index] = growth.stacks[index].model_copy(update=own)
     if faults := list(growth_faults(config)):
         raise ConfigError(faults)
-    return new_stack(resolve_shape(config), resolve_stack(config, index, index), "random", config.run.seed)
+    return new_stack(shape, resolve_stack(config, index, index), "random", config.run.seed)
 
 
 class ProgressiveRackBuilder(GrownRack):
@@ -92,7 +92,7 @@ class ProgressiveRackBuilder(GrownRack):
         self._own = self.config if config is None else config
         """The configuration that rules what is added by hand; its sizes are as they were written."""
         self._told = Told(
-            self.config.model.model_copy(update={"vocab_size": vocab_size_of(self.config)}),
+            self.config.model.model_copy(update=_settled(self.config, given=config is not None)),
             frozenset(name for name in dimensions if (name, dimensions[name]) != ("vocab_size", 0)),
             None if config is None else config.model,
             {name: getattr(whole.model, name) for name in dimensions},
@@ -414,6 +414,12 @@ def _with_dimensions(config: StackWiseConfig, dimensions: dict[str, Any]) -> Sta
         except ValidationError as error:
             raise ConfigError([Fault(f"model.{name}", repr(value), error.errors()[0]["msg"])]) from None
     return config.model_copy(update={"model": model})
+
+
+def _settled(config: StackWiseConfig, *, given: bool) -> dict[str, int]:
+    """Return the sizes that 0 stands for; without a configuration, that of the trainer will say how deep a rack is."""
+    sizes = {"vocab_size": vocab_size_of(config)}
+    return {**sizes, "residual_blocks": residual_blocks_of(config)} if given else sizes
 
 
 def _check_stack(n_blocks: Any, precision: Any) -> None:

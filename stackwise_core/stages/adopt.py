@@ -101,6 +101,8 @@ def _described(
     model, growth = config.model, config.training.progressive
     for key in _AS_IT_IS:
         yield model, key, getattr(shape, key)
+    yield model, "residual_scale", "depth" if shape.residual_blocks else "one"
+    yield model, "residual_blocks", shape.residual_blocks
     yield model, "rope_scaling", shape.rope_scaling or RopeScaling()
     yield model, "head_dim", 0 if shape.has_usual_heads and not model.head_dim else shape.head_dim
     yield model, "attention", "causal" if shape.causal else "bidirectional"

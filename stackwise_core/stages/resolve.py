@@ -6,6 +6,7 @@ artifacts. Needs no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,7 +16,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.functions import load_function, source_digest
 from stackwise_core.config.schema import GROWTH, QUANTISED_STREAMS, RopeScaling
-from stackwise_core.config.sizes import batch_size_of, feed_forward_width, head_width, vocab_size_of
+from stackwise_core.config.sizes import batch_size_of, feed_forward_width, head_width, residual_blocks_of, vocab_size_of
 from stackwise_core.config.stacks import (
     mask_ratio_of,
     n_time_steps,
@@ -77,6 +78,8 @@ class ModelShape(Value, frozen=True):
     norm_outputs: WhereSaid[bool] = False
     no_rope_interval: WhereSaid[int] = 0
     rope_scaling: WhereSaid[RopeScaling | None] = None
+    residual_blocks: WhereSaid[int] = 0
+    """L, where residual branches are multiplied by 1 / sqrt(2 L); 0: they are added as they are."""
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -89,6 +92,11 @@ class ModelShape(Value, frozen=True):
     def has_usual_heads(self) -> bool:
         """Whether the heads are as wide as the stream divided by their number."""
         return self.head_dim == self.d_model // self.n_heads
+
+    @property
+    def residual_scale(self) -> float:
+        """What each residual branch, attention and feed-forward, is multiplied by."""
+        return 1.0 / math.sqrt(2 * self.residual_blocks) if self.residual_blocks else 1.0
 
     @property
     def qk_norm_widths(self) -> tuple[int, int]:
@@ -127,6 +135,7 @@ def resolve_shape(config: StackWiseConfig) -> ModelShape:
         norm_outputs=model.norm_outputs,
         no_rope_interval=model.no_rope_interval,
         rope_scaling=_resolve_rope_scaling(config),
+        residual_blocks=residual_blocks_of(config),
     )
 
 

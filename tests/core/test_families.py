@@ -182,6 +182,7 @@ def test_a_default_is_neither_in_an_id_nor_in_a_record() -> None:
     for shape in (plain, ModelShape(**QWEN, head_dim=8), ModelShape(**QWEN, qk_norm=False, rope_scaling=None)):
         assert shape == plain
         newer = {"head_dim", "qkv_bias", "qk_norm", "rope_scaling", "norm_outputs", "no_rope_interval"}
+        newer |= {"residual_blocks"}
         assert not newer & shape.model_dump().keys()
         assert ModelShape.model_validate_json(shape.model_dump_json()) == shape
     build = BuildRecipe(shape=plain, index=0, n_blocks=1, operator="random", seed=0)
@@ -194,7 +195,7 @@ SCALED = {"kind": "llama3", "factor": 8.0, "original_max_position_embeddings": 6
 
 def test_the_keys_of_a_block_survive_yaml_and_are_taken_from_an_adopted_rack() -> None:
     said = {"head_dim": 64, "qkv_bias": True, "qk_norm": True, "norm_outputs": True, "no_rope_interval": 2}
-    said["rope_scaling"] = SCALED
+    said |= {"rope_scaling": SCALED, "residual_scale": "depth", "residual_blocks": 8}
     config = StackWiseConfig.from_dict({"model": said})
     assert resolve_shape(config).head_dim == 64
     again = StackWiseConfig.read_unchecked(Path(__file__), config.to_yaml().encode())

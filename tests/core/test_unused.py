@@ -46,6 +46,7 @@ MODES: dict[str, dict[str, Any]] = {
     "full": {f"{G}trunk_strategy": "full"},
     "qlora": QLORA,
     "qlora top": {**QLORA, f"{G}trunk_trainable_top": 1},
+    "depth-stable": {"model.residual_scale": "depth"},
     "one clock": {"training.schedule": "one_clock"},
     "one clock, annealed": {"training.schedule": "one_clock", "training.joint_steps": 20, "training.decay": "sqrt"},
     "whole by one clock": {**WHOLE, "training.schedule": "one_clock"},

@@ -104,6 +104,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "model.rope_scaling.beta_slow": YARN,
     "model.rope_scaling.attention_factor": YARN,
     "model.rope_scaling.truncate": YARN,
+    "model.residual_blocks": {"model.residual_scale": "depth"},
     "data.sample": {"data.max_sequences": 5},
     f"{GROWTH}.trunk_trainable_top": {**ADAPTED, f"{GROWTH}.trunk_strategy": "qlora"},
     f"{GROWTH}.tail_stacks": {f"{GROWTH}.building_mode": "insert"},

@@ -45,6 +45,7 @@ MODES: dict[str, dict[str, Any]] = {
     "whole": {f"{G}enabled": False},
     "whole nvfp4": {f"{G}enabled": False, f"{G}new_stack_precision": "nvfp4"},
     "mixed": {
+        "model.residual_scale": "depth",
         f"{G}stacks": [{}, {"mode": "prepend", "n_blocks": 2}, {"precision": "bfloat16", "steps": 8}, {}],
         f"{G}target_stacks": 4,
     },
