@@ -126,17 +126,15 @@ def _boundary(plan: RunPlan, index: int) -> list[Ref]:
 
 
 def advance_source(stage: StagePlan, plan: RunPlan, artifacts: Artifacts) -> Ref | None:
-    """Return the store below, if the stage's boundary can be computed from it by one stack forward.
+    """Return the store below, if rows of the stage's boundary can be computed from it by one stack forward.
 
-    It must be sealed and hold the rows that the next stage visits: the same order, and no fewer steps. A damaged
-    store raises ArtifactCorruptError.
+    It must be sealed; it need not hold all rows that the next stage visits. A damaged store raises
+    ArtifactCorruptError.
     """
-    if stage.index == 0 or stage.activations is None:
+    below = plan.store_below(stage)
+    if below is None:
         return None
-    below, above = plan.stages[stage.index - 1].activations, stage.activations
-    if below is None or below.steps < above.steps or below.mask != above.mask or below.stacks != above.stacks[:-1]:
-        return None
-    ref = plan.stages[stage.index - 1].ref("activations")
+    ref = below.ref("activations")
     found = artifacts.lookup(ref)
     if found.error:
         raise found.error

@@ -19,9 +19,16 @@ from stackwise_core.config.unused import notes
 from stackwise_core.data.mixture import mixture_counts, shares_of, sources_of
 from stackwise_core.data.packing import read_corpus
 from stackwise_core.errors import shown
-from stackwise_core.stages.costs import rack_parameters, stage_flops, store_bytes, trainable_parameters, training_bytes
+from stackwise_core.stages.costs import (
+    fill_flops,
+    rack_parameters,
+    stage_flops,
+    store_bytes,
+    trainable_parameters,
+    training_bytes,
+)
 from stackwise_core.stages.identity import AdoptedRecipe, Kind, Ref
-from stackwise_core.stages.plan import RunPlan, StagePlan
+from stackwise_core.stages.plan import RunPlan, StagePlan, rows_read_again
 from stackwise_core.stages.resolve import reads_examples, resolve_order
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts, State, artifacts_at
@@ -125,11 +132,13 @@ def _stage(
     spec, shape, seq_len = stage.spec, stage.shape, config.data.seq_len
     ratio = stage.mask.mean_ratio if stage.mask else None
     live, below = stage_flops(shape, spec, seq_len, ratio or 1.0)
-    cache = None
+    cache, fill = None, dict[str, Any]()
     if stage.activations is not None:
         rows = resolve_order(config, n_train).count_visited(stage.activations.steps)
-        rows += min(stage.activations.validation_sequences, n_validation)
-        cache = store_bytes(rows, seq_len, shape.d_model, stage.activations.dtype)
+        validation = min(stage.activations.validation_sequences, n_validation)
+        cache = store_bytes(rows + validation, seq_len, shape.d_model, stage.activations.dtype)
+        if config.data.rows == "fresh":
+            fill["cache_fill"] = _fill(config, plan, stage, n_train, rows, validation)
     cached_below = index > 0 and plan.stages[index - 1].activations is not None
     kinds: dict[str, Kind] = {task: kind for task, kind in TASK_KINDS.items() if stage.recipe(kind) is not None}
     return {
@@ -158,12 +167,26 @@ def _stage(
         "flops_saved_by_cache": below if cached_below else 0.0,
         "memory_bytes": 0 if spec.adopted else training_bytes(shape, spec, seq_len),
         "cache_bytes": cache,
+        **fill,
         "cache_note": stage.no_cache_reason,
         "measured": _measured(stage, artifacts),
         "states": {kind: artifacts.state(stage.ref(kind)).value for kind in kinds.values()},
         "artifacts": {kind: stage.ref(kind).name for kind in kinds.values()},
         "to_run": [task for task, kind in kinds.items() if stage.ref(kind) in demand.needed],
     }
+
+
+def _fill(
+    config: StackWiseConfig, plan: RunPlan, stage: StagePlan, n_train: int, n_rows: int, n_validation: int
+) -> dict[str, float]:
+    """Return how a store is filled where each stage reads on, and the FLOPs of that."""
+    reader, advanced = plan.stages[stage.index + 1].spec, 0
+    if plan.store_below(stage):
+        advanced = n_validation + min(n_rows, rows_read_again(config, stage.spec, reader, n_train))
+    from_tokens = n_rows + n_validation - advanced
+    below = [reader.stacks[index] for index in reader.anatomy.below]
+    flops = fill_flops(stage.shape, below, config.data.seq_len, from_tokens, advanced)
+    return {"rows_from_tokens": from_tokens, "rows_advanced": advanced, "flops": flops}
 
 
 def _source(config: StackWiseConfig, stage: StagePlan) -> str | None:
@@ -202,6 +225,15 @@ def _source_line(part: dict[str, Any]) -> str:
     return f"  {part['share']:.1%} {shown(part['source'])}: {n:,} sequences, {how} {there:,}"
 
 
+def _filled(row: dict[str, Any]) -> str:
+    """Return what filling the store of a stage costs, where that is shown."""
+    if (fill := row.get("cache_fill")) is None:
+        return ""
+    advanced = f" and {fill['rows_advanced']:,} through one stack" if fill["rows_advanced"] else ""
+    how = f"{fill['rows_from_tokens']:,} rows from tokens{advanced}"
+    return f", filled by {fill['flops'] / 1e12:.3g} TFLOP: {how}"
+
+
 def _paragraph(row: dict[str, Any]) -> str:
     """Return one stage of the plan as a few short lines."""
     masks = "inputs as they are" if row["mask_ratio"] is None else f"{row['mask_ratio']:.0%} of the positions masked"
@@ -223,7 +255,7 @@ def _paragraph(row: dict[str, Any]) -> str:
         "LoRA": "; ".join(f"stack {stack}: {', '.join(names)}" for stack, names in ranks.items()),
         "trains": f"{parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters",
         "costs": f"{row['flops'] / 1e12:.3g} TFLOP{saving}; about {size(row['memory_bytes'])} of memory",
-        "cache": row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"]),
+        "cache": row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"]) + _filled(row),
         "was": ", ".join(speeds),
         "to run": ", ".join(row["to_run"]) or "nothing, all is there",
     }

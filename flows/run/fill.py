@@ -52,8 +52,9 @@ Workers = Callable[[Stage], contextlib.AbstractContextManager[Submit]]
 def fill_shard(stage: Stage, writer: StoreWriter, shard: ShardRange) -> dict[str, Any]:
     """Compute one shard, write it, and return which it was, as JSON."""
     use_hardware(stage.config.hardware)  # with another number of threads than the parent, sums can have other bits
-    with boundary_above(stage) as (source, _):
-        write_shard(rows_to_store(stage), source, writer, shard)
+    rows = rows_to_store(stage)
+    with boundary_above(stage, rows) as (source, _):
+        write_shard(rows, source, writer, shard)
     failpoint("fill", shard.index)
     return {"group": shard.group, "index": shard.index, "rows": shard.n_rows}
 

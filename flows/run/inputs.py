@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from flows.run.events import Message, emit
-from flows.run.stage import Stage, fingerprint_of
+from flows.run.stage import Facts, Stage, fingerprint_of
 from stackwise_core.config.schema import QUANTISED_STREAMS
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.growth_operators import give_adapters, new_rack, new_stack
@@ -26,7 +26,13 @@ from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.resolve import resolve_order
 from stackwise_core.stages.stages import Anatomy
 from stackwise_core.strict import parse_object, read_bounded
-from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFromBoundary, RowsFromTokens
+from stackwise_core.training.boundary import (
+    InputsFromTokens,
+    LiveTrunk,
+    RowsFromBoundary,
+    RowsFromEither,
+    RowsFromTokens,
+)
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import StageInputs, TrainingState, fits, tensor_digest
 from storage.activations.fill import StoreRows
@@ -151,7 +157,8 @@ def _batches(
     train, _ = stage.sequences
     spec, config = stage.plan.spec, stage.config
     order = resolve_order(config, len(train))
-    packed = PackedBatches(train, order, first_step, spec.optim.steps, ranks.rank, ranks.count)
+    first, last = spec.order_step + first_step, spec.order_step + spec.optim.steps
+    packed = PackedBatches(train, order, first, last, ranks.rank, ranks.count)
     if not isinstance(boundary, StoreReader):
         # A live trunk computes on the device that trains: batches made ahead would only compete with training.
         return stage_batches(config, spec, packed, boundary, first_step=first_step)
@@ -163,17 +170,27 @@ def _batches(
 
 
 @contextlib.contextmanager
-def boundary_above(stage: Stage) -> Generator[tuple[RowSource, str]]:
-    """Open the next stage's boundary, before the cast to the stored type, and name what it is made from."""
+def boundary_above(stage: Stage, rows: StoreRows) -> Generator[tuple[RowSource, Facts]]:
+    """Open some rows of the next stage's boundary, before the cast to the stored type, and say where they are from.
+
+    Rows that the store below has are advanced from it; all others are derived from tokens.
+    """
     below = advance_source(stage.plan, stage.run_plan, stage.artifacts)
     if below is None:
-        yield _from_tokens(stage, _trunk_above(stage).output), "tokens"
+        yield _from_tokens(stage, _trunk_above(stage).output), {"from": "tokens"}
         return
     stacks = _next_anatomy(stage).below
     stack = load_stack(stage.artifacts, stage.so_far, stacks[-1]).to(stage.device)
     with open_store(stage.artifacts, below) as reader:
         inputs = _inputs(stage) if stage.run_plan.data.separated_by is not None else None
-        yield RowsFromBoundary(reader, stack, stage.device, inputs), f"boundary {len(stacks) - 1}"
+        advanced, name = RowsFromBoundary(reader, stack, stage.device, inputs), f"boundary {len(stacks) - 1}"
+        there = [reader.has(rows.sequence_ids[rows.views == view], view) for view in np.unique(rows.views).tolist()]
+        if not (n_lacking := len(rows.sequence_ids) - sum(int(which.sum()) for which in there)):
+            yield advanced, {"from": name}
+            return
+        origin = f"{name} and tokens" if n_lacking < len(rows.sequence_ids) else "tokens"
+        either = RowsFromEither(advanced, _from_tokens(stage, _trunk_above(stage).output), reader.has)
+        yield either, {"from": origin, "rows_from_tokens": n_lacking}
 
 
 def rows_from_tokens(stage: Stage) -> RowsFromTokens:
@@ -186,7 +203,7 @@ def rows_to_store(stage: Stage) -> StoreRows:
     recipe = stage.plan.activations
     assert recipe is not None
     train, validation = stage.sequences
-    rows, views = resolve_order(stage.config, len(train)).visited(recipe.steps)
+    rows, views = resolve_order(stage.config, len(train)).visited(recipe.steps, recipe.order_step)
     top = _next_anatomy(stage).below[-1]
     return StoreRows(
         sequence_ids=train.sequence_ids[rows],

@@ -193,13 +193,13 @@ def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers
 
     def work(folder: Path) -> Made:
         rows = rows_to_store(stage)
-        with boundary_above(stage) as (source, origin):
+        with boundary_above(stage, rows) as (source, origin):
             parallel = stage.config.cache.fill_workers > 1
             write = partial(write_by_workers, stage, workers) if parallel else partial(write_shards, rows, source)
             counts, checksums = fill_store(write, folder, rows, on_progress, stop_requested)
             with StoreReader(folder, checksums) as stored:
                 error = stored_error(stored, source, rows.sample(_ERROR_ROWS))
-        return Made({"from": origin, "boundary": recipe.boundary, **counts, "error": error}, checksums)
+        return Made({**origin, "boundary": recipe.boundary, **counts, "error": error}, checksums)
 
     return make(stage, "cache", [stage.run_plan.data_ref, *stage.stacks_below, stack], work)
 

@@ -165,6 +165,8 @@ class DataConfig(Section):
     """At most this many training sequences; 0 takes all."""
     sample: Literal["spread", "first"] = "spread"
     """Which of them: spread over the corpus, beside the same share of the validation sequences, or the first."""
+    rows: Literal["shared", "fresh"] = "shared"
+    """Every stage reads the training order from its beginning, or goes on where the one before stopped."""
     validation_fraction: float = Field(default=0.05, gt=0.0, lt=0.5)
     """Fraction of the corpus held out for validation."""
 

@@ -120,6 +120,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     f"{GROWTH}.num_time_steps": [_TIMED],
     f"{GROWTH}.cache_activations": _FROZEN_BELOW,
     "data.documents": [[(f"{GROWTH}.training_objective", ("mlm", "clm"))]],
+    "data.rows": [_GROWS],
     "data.sample": [[("data.max_sequences", _MANY)]],
     "cache.dtype": _FROZEN_BELOW,
     "cache.views": [_MLM],

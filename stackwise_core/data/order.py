@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -105,30 +106,63 @@ class RowOrder(BaseModel, frozen=True):
         per_view = self.n_rows // self.batch_size * self.batch_size if self.fixed_batches else self.n_rows
         return min(reads, self.views * min(per_view, reads))
 
-    def visited(self, steps: int) -> tuple[IntArray, IntArray]:
-        """Return the distinct pairs of row [R] and view [R] that `steps` steps read, ordered by view, then row.
+    def visited(self, steps: int, first: int = 0) -> tuple[IntArray, IntArray]:
+        """Return the distinct pairs of row [R] and view [R] that `steps` steps from `first` on read.
 
-        If every row is visited under every view, entry view * n_rows + n is row n.
+        They are ordered by view, then row. If every row is visited under every view, entry view * n_rows + n is row n.
         """
         seen = np.zeros((self.views, self.n_rows), dtype=bool)
-        epochs = -(-steps // self.steps_per_epoch)
-        for epoch in range(epochs):
-            n_steps = min(steps - epoch * self.steps_per_epoch, self.steps_per_epoch)
-            for rows in self._first_rows(epoch, n_steps * self.batch_size):
+        for epoch, start, stop in self._parts(steps, first):
+            for rows in self._rows_between(epoch, start * self.batch_size, stop * self.batch_size):
                 seen[epoch % self.views, rows] = True
             if seen.all():
                 break
         views, rows = np.nonzero(seen)
         return rows.astype(np.int64), views.astype(np.int64)
 
-    def _first_rows(self, epoch: int, count: int) -> Iterator[IntArray]:
-        """Yield the first rows of an epoch, some at a time."""
+    def count_again(self, steps: int, first: int, before: int) -> int:
+        """Return about how many pairs that `steps` steps from `first` on visit were visited by the `before` last ones.
+
+        That is what can be expected of shuffled rows, without drawing an order.
+        """
+        read, earlier = self._shares_read(steps, first), self._shares_read(before, first - before)
+        found = 0.0
+        for view in range(self.views):
+            missed = [
+                math.prod(1.0 - share for epoch, share in shares.items() if epoch % self.views == view)
+                for shares in (read, earlier)
+            ]
+            neither = math.prod(
+                1.0 - read.get(epoch, 0.0) - earlier.get(epoch, 0.0)
+                for epoch in read.keys() | earlier.keys()
+                if epoch % self.views == view
+            )
+            found += self.n_rows * (1.0 - sum(missed) + neither)
+        return round(found)
+
+    def _shares_read(self, steps: int, first: int) -> dict[int, float]:
+        """Return the share of its rows that is read of each epoch, of the last ones if all views come round."""
+        most = (self.views + 2) * self.steps_per_epoch
+        first, steps = first + max(0, steps - most), min(steps, most)
+        return {
+            epoch: (stop - start) * self.batch_size / self.n_rows for epoch, start, stop in self._parts(steps, first)
+        }
+
+    def _parts(self, steps: int, first: int) -> Iterator[tuple[int, int, int]]:
+        """Yield each epoch that `steps` steps from `first` on read of, and between which of its steps."""
+        last = first + steps
+        for epoch in range(first // self.steps_per_epoch, -(-last // self.steps_per_epoch)):
+            begins = epoch * self.steps_per_epoch
+            yield epoch, max(0, first - begins), min(self.steps_per_epoch, last - begins)
+
+    def _rows_between(self, epoch: int, start: int, stop: int) -> Iterator[IntArray]:
+        """Yield the rows at some places of an epoch, some at a time."""
         if self.fixed_batches:
-            yield self.epoch_rows(epoch)[:count]
+            yield self.epoch_rows(epoch)[start:stop]
             return
         shuffle = self._shuffle(epoch)
-        for at in range(0, count, _SORTED_ROWS):
-            yield shuffle.rows(at, min(at + _SORTED_ROWS, count))
+        for at in range(start, stop, _SORTED_ROWS):
+            yield shuffle.rows(at, min(at + _SORTED_ROWS, stop))
 
 
 class _Shuffle:

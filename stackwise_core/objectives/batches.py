@@ -104,13 +104,16 @@ class PackedBatches:
 class RepeatedLoader:
     """The raw batches of a user's loader, pass after pass without end, from one step on."""
 
-    def __init__(self, loader: Iterable[Any], views: int, first_step: int = 0, keep_rows: int = 0) -> None:
-        """Skip `first_step` batches; pass e has view e modulo `views`, unless the loader gives its own.
+    def __init__(
+        self, loader: Iterable[Any], views: int, order_step: int = 0, first_step: int = 0, keep_rows: int = 0
+    ) -> None:
+        """Skip `order_step` batches, which are of earlier stages, and `first_step` of this one.
 
-        The batches with the first `keep_rows` rows, skipped or not, are kept in `kept`, since a loader need not yield
-        the same rows twice.
+        Pass e has view e modulo `views`, unless the loader gives its own. The batches with the stage's first
+        `keep_rows` rows, skipped or not, are kept in `kept`, since a loader need not yield the same rows twice.
         """
-        self.loader, self.views, self.first_step, self.keep_rows = loader, views, first_step, keep_rows
+        self.loader, self.views, self.keep_rows = loader, views, keep_rows
+        self.order_step, self.first_step = order_step, order_step + first_step
         self.kept: list[Batch] = []
 
     def __iter__(self) -> Iterator[Batch]:
@@ -119,7 +122,8 @@ class RepeatedLoader:
         for number in count():
             for batch, raw in enumerate(one_pass(self.loader)):
                 fields = {"view": number % self.views, "batch": batch, **raw_fields(raw)}
-                if sum(len(kept["input_ids"]) for kept in self.kept) < self.keep_rows:
+                n_kept = sum(len(kept["input_ids"]) for kept in self.kept)
+                if step >= self.order_step and n_kept < self.keep_rows:
                     self.kept.append(fields)
                 if step >= self.first_step:
                     yield fields

@@ -7,7 +7,7 @@ A multiply-add is two FLOPs. Norms, rotations and the optimizer are left out: be
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from stackwise_core.config.schema import QUANTISED_STREAMS, StreamDtype
 from stackwise_core.stages.resolve import ModelShape
@@ -114,6 +114,12 @@ def stage_flops(shape: ModelShape, spec: StageSpec, seq_len: int, loss_fraction:
         live += products * stack_flops(shape, spec.stacks[index].n_blocks, seq_len)
     below = stack_flops(shape, sum(spec.stacks[index].n_blocks for index in spec.anatomy.below), seq_len)
     return sequences * live, sequences * below
+
+
+def fill_flops(shape: ModelShape, below: Sequence[StackSpec], seq_len: int, from_tokens: int, advanced: int) -> float:
+    """FLOPs of filling a store: rows from tokens through all stacks below the boundary, others through the last one."""
+    flops = [stack_flops(shape, stack.n_blocks, seq_len) for stack in below]
+    return from_tokens * sum(flops) + advanced * flops[-1]
 
 
 def store_bytes(rows: int, seq_len: int, d_model: int, dtype: StreamDtype) -> int:

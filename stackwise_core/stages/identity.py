@@ -169,6 +169,8 @@ class StackRecipe(Recipe, frozen=True):
     shuffle_block: int = 0
     statistics_rows: int = 0
     """Number of first rows over which channel statistics are taken; 0 if no stream needs them."""
+    order_step: WhereSaid[int] = 0
+    """The step of the order with which the stage begins."""
 
 
 class AdoptedRecipe(Recipe, frozen=True):
@@ -208,6 +210,8 @@ class ActivationRecipe(Recipe, frozen=True):
     steps: int
     validation_sequences: int
     shuffle_block: int = 0
+    order_step: WhereSaid[int] = 0
+    """The step of the order with which the next stage begins."""
 
 
 class ValidationRecipe(Recipe, frozen=True):

@@ -12,12 +12,12 @@ from pydantic import Field, field_validator
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.schema import ValidationConfig
-from stackwise_core.config.stacks import corrupts_by_time, settings_of
+from stackwise_core.config.stacks import corrupts_by_time
 from stackwise_core.data.masks import MaskSpec
 from stackwise_core.data.mixture import shares_of, sources_of
 from stackwise_core.data.packing import corpus_facts
 from stackwise_core.errors import CorpusError
-from stackwise_core.stages.costs import stack_flops, store_bytes
+from stackwise_core.stages.costs import fill_flops, store_bytes
 from stackwise_core.stages.identity import (
     ActivationRecipe,
     AdoptedRecipe,
@@ -39,6 +39,7 @@ from stackwise_core.stages.resolve import (
     reads_examples,
     resolve_mask,
     resolve_objective,
+    resolve_order,
     resolve_shape,
     resolve_statistics_rows,
     resolve_views,
@@ -151,6 +152,13 @@ class RunPlan(Value, frozen=True):
     def adopted(self) -> tuple[AdoptedRecipe, ...]:
         """The recipes of the adopted stacks, which are the first."""
         return tuple(stage.stack for stage in self.stages if isinstance(stage.stack, AdoptedRecipe))
+
+    def store_below(self, stage: StagePlan) -> StagePlan | None:
+        """Return the stage before if its store is one stack below that of a stage, which can be advanced from it."""
+        before = self.stages[stage.index - 1] if stage.index else None
+        above, below = stage.activations, before.activations if before else None
+        same = above and below and below.mask == above.mask and below.stacks == above.stacks[:-1]
+        return before if same else None
 
     @property
     def recipes(self) -> dict[Ref, Recipe]:
@@ -305,6 +313,7 @@ def _plan_stack(
         joint_times=resolve_joint_times(config) if joint else (),
         weighting=config.training.loss_weighting,
         statistics_rows=0 if joint else resolve_statistics_rows(config),  # no stage reads the output of a joint one
+        order_step=spec.order_step,
     )
 
 
@@ -366,6 +375,7 @@ def _plan_activations(
         batch_size=reader.optim.batch_size,
         steps=reader.optim.steps,
         validation_sequences=config.validation.max_sequences,
+        order_step=reader.order_step,
     )
 
 
@@ -402,15 +412,24 @@ def _why_it_does_not_pay(config: StackWiseConfig, writer: StageSpec, reader: Sta
     """Compare the work of the frozen trunk with and without a store, by counts, since ids cannot depend on timing."""
     reads = reader.optim.steps * reader.optim.batch_size
     rows = min(reads, resolve_views(config) * _training_rows(config, corpus_bytes)) if corpus_bytes else reads
-    shape, seq_len = resolve_shape(config), config.data.seq_len
-    flops = [stack_flops(shape, settings_of(config, stack).n_blocks, seq_len) for stack in reader.anatomy.below]
-    live, filling = reads * sum(flops), rows * (flops[-1] if _advances(config, writer, reader) else sum(flops))
-    if filling >= live:
+    shape, seq_len, below = resolve_shape(config), config.data.seq_len, [reader.stacks[n] for n in reader.anatomy.below]
+    advanced = rows if _advances(config, writer, reader) else 0
+    if advanced and config.data.rows == "fresh":
+        n_rows = max(_training_rows(config, corpus_bytes), reader.optim.batch_size)
+        advanced = min(rows, rows_read_again(config, writer, reader, n_rows)) if corpus_bytes else 0
+    live = fill_flops(shape, below, seq_len, reads, 0)
+    if fill_flops(shape, below, seq_len, rows - advanced, advanced) >= live:
         return f"filling {rows:,} rows costs as much as running the trunk for {reads:,} reads"
     n_bytes = store_bytes(rows, seq_len, shape.d_model, config.cache.dtype)
     if n_bytes > config.cache.max_gb * 2**30:
         return f"{n_bytes / 2**30:.1f} GiB exceed cache.max_gb = {config.cache.max_gb}"
     return ""
+
+
+def rows_read_again(config: StackWiseConfig, writer: StageSpec, reader: StageSpec, n_rows: int) -> int:
+    """Return about how many of the rows that a stage reads the one before has read, where each reads on."""
+    before = 0 if writer.adopted else writer.optim.steps
+    return resolve_order(config, n_rows).count_again(reader.optim.steps, reader.order_step, before)
 
 
 def _training_rows(config: StackWiseConfig, corpus_bytes: int) -> int:

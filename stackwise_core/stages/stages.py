@@ -35,7 +35,7 @@ from stackwise_core.config.stacks import (
     settings_of,
     stack_time_step,
 )
-from stackwise_core.stages.resolve import Value, WhereAdopted
+from stackwise_core.stages.resolve import Value, WhereAdopted, WhereSaid
 
 AdapterName = Literal["stack", "progressive"]
 Trains = Literal["everything", "adapters", "nothing"]
@@ -216,6 +216,8 @@ class StageSpec(Value, frozen=True):
     """What a copy is made of."""
     adopted: WhereAdopted[bool] = False
     """Whether the stack is taken from a saved rack: nothing trains."""
+    order_step: WhereSaid[int] = 0
+    """The step of the common order of rows with which the stage begins."""
 
     @functools.cached_property
     def trunk(self) -> tuple[int, ...]:
@@ -300,6 +302,7 @@ def resolve_stage(config: StackWiseConfig, stage: int, known: _Stacks | None = N
         time_step=stack_time_step(config, stage) if by_depth else None,
         optim=_resolve_optim(config, anatomy, stacks, settings.steps, training.learning_rate, stage),
         adopted=adopted,
+        order_step=_order_step(config, stage, known),
     )
     return spec if stage == 0 or adopted else _with_init(config, spec)
 
@@ -349,7 +352,16 @@ def resolve_joint(config: StackWiseConfig, index: int, n_stacks: int) -> StageSp
         stacks=stacks,
         time_step=None,
         optim=_resolve_optim(config, anatomy, stacks, steps, rate, index, is_joint=True),
+        order_step=_order_step(config, index),
     )
+
+
+def _order_step(config: StackWiseConfig, stage: int, known: _Stacks | None = None) -> int:
+    """Return how many steps a run has taken before a stage, if each stage reads other rows."""
+    if config.data.rows == "shared":
+        return 0
+    settings = known.settings if known else functools.partial(settings_of, config)
+    return sum(settings(earlier).steps for earlier in range(len(config.adopted), stage))
 
 
 def resolve_stack(config: StackWiseConfig, stack: int, stage: int) -> StackSpec:

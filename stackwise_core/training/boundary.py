@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from stackwise_core.data.masks import IntArray, MaskSpec
+from stackwise_core.data.masks import BoolArray, IntArray, MaskSpec
 from stackwise_core.data.order import RowOrder
 from stackwise_core.data.sequences import PackedSequences
 from stackwise_core.model.blocks import Stack, TokenEmbedding
@@ -101,6 +102,27 @@ class RowsFromTokens:
         """Return the boundary of some sequences: [B, T, D]; a negative view is the validation split's."""
         batch = self.inputs.batch(sequence_ids, view)
         return self.trunk(batch["input_ids"], input_time_step(batch), batch.get("documents"))
+
+
+@dataclass(frozen=True)
+class RowsFromEither:
+    """A boundary of which some rows are advanced from the one below, and the others derived from tokens."""
+
+    below: RowSource
+    tokens: RowSource
+    is_below: Callable[[IntArray, int], BoolArray]
+    """Which sequences [B] of a view are rows of the boundary below: [B]."""
+
+    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
+        """Return the boundary of some sequences: [B, T, D]."""
+        is_below = self.is_below(sequence_ids, view)
+        parts = [
+            (np.flatnonzero(which), source.rows(sequence_ids[which], view))
+            for which, source in ((is_below, self.below), (~is_below, self.tokens))
+            if which.any()
+        ]
+        order = np.argsort(np.concatenate([places for places, _ in parts]))
+        return torch.cat([rows for _, rows in parts])[torch.from_numpy(order)]
 
 
 @dataclass(frozen=True)

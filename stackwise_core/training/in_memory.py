@@ -74,13 +74,15 @@ def stage_inputs(
         below = [stacks[index].to(device) for index in anatomy.below]
         stream = Stream(config.cache.dtype, builder.channels)
         boundary = LiveTrunk(rack.embedding.to(device), below, stream)
-    first_step, n_rows, views = state.step if state else 0, resolve_statistics_rows(config), resolve_views(config)
+    n_rows, views, first_step = resolve_statistics_rows(config), resolve_views(config), state.step if state else 0
     loader = unwrapped(dataloader, stage_masks(config, spec), config.training.progressive.training_objective)
-    raw = RepeatedLoader(loader, views, first_step, n_rows)
+    raw = RepeatedLoader(loader, views, spec.order_step, first_step, n_rows)
     record = config.training.progressive.cache_activations
 
     def first_batches() -> Iterator[Batch]:
-        base = raw.kept or RepeatedLoader(loader, views)  # a state of the last step leaves nothing to read
+        base = raw.kept or RepeatedLoader(
+            loader, views, spec.order_step
+        )  # a state of the last step leaves nothing to read
         yield from first_rows(stage_batches(config, spec, base, boundary), n_rows)
 
     batches = stage_batches(config, spec, raw, boundary, first_step=first_step, record=record)

@@ -79,6 +79,11 @@ class RowIndex:
             raise KeyError(f"sequence {sequence_ids[found.argmin()]}, view {view}")
         return rows[places]
 
+    def has(self, sequence_ids: np.ndarray, view: int) -> np.ndarray:
+        """Return which sequences have a row in one view: bool `[B]`."""
+        ids, _ = self._rows_of_view.get(view, (np.empty(0, np.int64), None))
+        return np.isin(sequence_ids, ids)
+
 
 # "." keeps the shards of an array in one folder; "/" would create two folders for each shard.
 _CHUNK_KEYS: Any = {"name": "default", "configuration": {"separator": "."}}

@@ -114,6 +114,11 @@ class StoreReader:
             raise RowMissingError(self.folder, f"no {group} row of {error.args[0]}", remedy) from None
         return self.read(group, rows, out)
 
+    def has(self, sequence_ids: torch.Tensor | np.ndarray, view: int) -> np.ndarray:
+        """Return which sequences have a row in one view, as `rows` takes it: bool `[B]`."""
+        group: Group = "validation" if view == VALIDATION_VIEW else "train"
+        return self._groups[group].rows.has(np.asarray(sequence_ids, np.int64), view)
+
     def read(self, group: Group, row_indices: Indices, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the rows of these indices, in any order, in a group: `[B, T, D]` in `dtype`, dequantised.
 

@@ -54,12 +54,38 @@ def test_resuming_reads_the_tail(order: RowOrder, start: int, more: int) -> None
     assert as_lists(order, start, start + more) == as_lists(order, 0, start + more)[start:]
 
 
-@given(orders(), st.integers(0, 80))
-def test_visited_is_what_the_steps_read(order: RowOrder, steps: int) -> None:
-    read = {(row, view) for rows, view in as_lists(order, 0, steps) for row in rows}
-    rows, views = order.visited(steps)
+@given(orders(), st.integers(0, 80), st.integers(0, 40))
+def test_visited_is_what_the_steps_read(order: RowOrder, steps: int, first: int) -> None:
+    read = {(row, view) for rows, view in as_lists(order, first, first + steps) for row in rows}
+    rows, views = order.visited(steps, first)
     pairs = list(zip(rows.tolist(), views.tolist(), strict=True))
     assert pairs == sorted(read, key=lambda pair: (pair[1], pair[0]))
+
+
+@pytest.mark.parametrize(
+    ("steps", "first", "before", "expected"),
+    [
+        (25, 25, 25, 0),  # the other half of the epoch
+        (50, 50, 50, 0),  # the other view
+        (50, 100, 100, 100),
+        (50, 150, 50, 0),
+        (25, 100, 25, 0),
+        (50, 125, 50, 25),  # half of the epoch before in the other view, and half of this in it
+        (10**9, 10**9, 10**9, 200),
+        (30, 30, 0, 0),
+    ],
+)
+def test_how_much_is_read_again_is_what_can_be_expected(steps: int, first: int, before: int, expected: int) -> None:
+    """Of 100 rows under two views, 50 steps to an epoch."""
+    orders = [RowOrder(seed=seed, n_rows=100, batch_size=2, views=2) for seed in range(20)]
+    assert orders[0].count_again(steps, first, before) == pytest.approx(expected, abs=1)
+    if first < 1000:
+        pairs = [
+            [set(zip(*order.visited(*of), strict=True)) for of in ((steps, first), (before, first - before))]
+            for order in orders
+        ]
+        found = [len(now & earlier) for now, earlier in pairs]
+        assert sum(found) / len(found) == pytest.approx(expected, abs=2)
 
 
 @given(orders(), st.integers(0, 80))
@@ -67,6 +93,7 @@ def test_count_visited_bounds_visited(order: RowOrder, steps: int) -> None:
     """Exact while no view comes round again, and where batches are fixed or leave no row over."""
     exact = len(order.visited(steps)[0])
     assert order.count_visited(steps) >= exact
+    assert order.count_visited(steps) >= len(order.visited(steps, 3)[0])
     if order.fixed_batches or steps <= order.views * order.steps_per_epoch or order.n_rows % order.batch_size == 0:
         assert order.count_visited(steps) == exact
 

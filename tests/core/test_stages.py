@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 Reference = Callable[..., Path]
 
 MLM = {"training.progressive.training_objective": "mlm", "cache.views": 8}
-UNEVEN = {  # stage 1 takes fewer steps than stage 2, whose boundary can then not be advanced
+UNEVEN = {  # stage 1 takes fewer steps than stage 2, of whose boundary some rows can then not be advanced
     "training.progressive.stacks": [{"n_blocks": 2}, {"steps": 8}, {"steps": 16, "n_blocks": 2}],
 }
 SETTINGS = [
@@ -114,7 +114,9 @@ def test_a_boundary_has_the_same_bytes_advanced_or_refilled(
     root = tmp_path / "a"
     shutil.copytree(reference(changes), root)
     facts = manifests(root)[folder_of(root, "activations", 1).name]["facts"]
-    assert facts["from"] == ("tokens" if "training.progressive.stacks" in changes else "boundary 1")
+    uneven = "training.progressive.stacks" in changes
+    assert facts["from"] == ("boundary 1 and tokens" if uneven else "boundary 1")
+    assert facts.get("rows_from_tokens") == (32 if uneven else None)
     before = files_below(folder_of(root, "activations", 1) / "store.zarr")
     # The boundary below is retired, so what stage 2 reads can only come from tokens now.
     shutil.rmtree(folder_of(root, "activations", 1))

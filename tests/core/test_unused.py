@@ -114,7 +114,13 @@ NOT_READ: dict[str, set[str]] = {
     "qlora": TOP,
     "progressive": TOP,
     "trunk of adapters": TOP | {f"{G}progressive_qlora"},  # which is so anyway
-    "one stack": {"cache.dtype", "cache.mode", "training.new_stack_noise", "training.new_stack_output_scale"}
+    "one stack": {
+        "data.rows",
+        "cache.dtype",
+        "cache.mode",
+        "training.new_stack_noise",
+        "training.new_stack_output_scale",
+    }
     | {f"{G}{key}" for key in ("building_mode", "train_head", "trunk_strategy", "stacks")},
     "all their own": {"model.blocks_per_stack", "training.steps_per_stack"}
     | {f"{G}new_stack_precision", f"{G}building_mode"},

@@ -78,6 +78,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "cache.dtype": st.sampled_from(["bfloat16", "float16", "float32", "int8", "fp8"]),
     "cache.views": st.sampled_from([0, 1, 2]),
     "cache.max_gb": st.sampled_from([1.0, 1e-3]),
+    "data.rows": st.sampled_from(["shared", "fresh"]),
     "cache.keep": st.sampled_from(["last", "all"]),
     "cache.mode": st.sampled_from(["always", "auto"]),
     "cache.fill_workers": st.sampled_from([1, 3]),

@@ -32,6 +32,7 @@ CACHED = [
     "mixed",
     "insert",
     "insert below quantised",
+    "fresh",
     "depth",
     "input",
     "input per sequence",
@@ -40,6 +41,7 @@ CACHED = [
 ]
 
 BY_DEFAULT = ("append", "prepend", "full", "insert", "nf4 dual", "int8 mixed", "input per sequence", "depth joint")
+BY_DEFAULT += ("fresh",)
 """Together they have every place, trunk, precision of the stream and kind of time; the others are run with the slow."""
 
 
