@@ -25,6 +25,7 @@ from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.runtime import flow_run
 
+from flows.pages.comparison import markdown
 from flows.pages.report import loss_plot, report
 from flows.run.events import Event, RowsCached, RunStarted, StageDone, StageOpened, StepTaken, Subscriber, subscribed
 from flows.run.numbers import loss, size
@@ -168,6 +169,12 @@ def publish_run(config: StackWiseConfig, root: str) -> Subscriber:
                 _publish(loss_plot(done), key_of(name, "loss"), f"Validation loss of {name} by stage")
 
     return publish
+
+
+def publish_comparison(document: dict[str, Any]) -> None:
+    """Show a comparison on the page of the current flow run."""
+    with _never_failing("comparison"):
+        _publish(markdown(document), key_of(document["name"], "comparison"), f"Comparison {document['name']}")
 
 
 def _row(summary: StageSummary) -> dict[str, Any]:

@@ -127,6 +127,9 @@ class CorpusError(StackWiseError, ValueError):
 class NonFiniteLossError(StackWiseError, ArithmeticError):
     """A loss or gradient was infinite or NaN; the stage stopped before the weights were touched."""
 
+    SIGN = "No weight was touched by this step"
+    """What its message holds."""
+
 
 class StageInterruptedError(StackWiseError):
     """A stop was asked for (SIGTERM, Ctrl-C); a checkpoint was written first."""

@@ -29,6 +29,8 @@ FOLDERS: dict[Kind, str] = {
 }
 """Kind of artifact -> the room it is kept in; each kind comes after those that it is made from."""
 RUNS, PINS, QUARANTINE = "runs", "pins", "quarantine"
+COMPARISONS = "comparisons"
+"""Pages and tables of what runs were compared, and the logs of those; nothing reads them but people."""
 REASON = "reason.txt"
 """Why a folder is in quarantine."""
 OUTCOME = "outcome.json"

@@ -378,6 +378,15 @@ def retire_unless_read(artifacts: Artifacts, ref: Ref, own_run: str) -> bool:
     return True
 
 
+def retire_stores(artifacts: Artifacts, plan: RunPlan, run_name: str) -> None:
+    """Retire the stores of a run that is done and will not be grown, unless another run plans them too."""
+    others = [found[-1].plan for name, found in all_attempts(artifacts).items() if name != run_name]
+    planned = set[Ref]().union(*map(_stores_of, others))
+    for ref in _stores_of(plan) - planned:
+        if artifacts.state(ref) is State.SEALED:
+            retire_unless_read(artifacts, ref, run_name)
+
+
 def register_complete(artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan) -> None:
     """Register a run whose artifacts all exist, unless its newest attempt is the same; retire what it does not keep."""
     before = attempts(artifacts, config.run.name)

@@ -34,6 +34,10 @@ _COMMANDS = {
         "configs/quickstart.yaml --set training.progressive.target_stacks=4",
     ),
     "plan": Command("show what would run, what it costs and which artifacts exist", "configs/quickstart.yaml --json"),
+    "compare": Command(
+        "compare a configuration with other ways to spend its FLOPs",
+        "configs/quickstart.yaml --arms full,jump --seeds 3",
+    ),
     "status": Command("show the runs, or the stages and artifacts of one run", "quickstart"),
     "export": Command("write the rack of a run for transformers", "quickstart --to model --dtype bfloat16"),
     "import": Command("make a Hugging Face checkpoint a run, to grow on", "./SmolLM2-135M --name smol", "imports"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 
 from flows.cli.arguments import add_common, add_config, load_config, print_waiting
@@ -69,7 +71,19 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
 
 
 def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, force: str) -> None:
-    """Run the flow on the server of PREFECT_API_URL, or on an embedded one, which starts while prefect is imported."""
+    with on_server(artifacts):
+        from flows.train_rack import run_to_the_end
+
+        with showing() as listener, subscribed(listener):
+            run_to_the_end(config, artifacts.uri, from_stack, force)
+
+
+@contextmanager
+def on_server(artifacts: Artifacts) -> Generator[None]:
+    """Let flows of the block run on the server of PREFECT_API_URL, or on an embedded one.
+
+    It starts while prefect and what trains are imported.
+    """
     quiet_prefect()
     send_heartbeats()
     check_proxies()
@@ -85,12 +99,11 @@ def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, fo
     complain(f"starting Prefect (seconds; {server})")
     with nullcontext() if url else embedded_server(artifacts.root / "prefect" / "server.log") as server:
         load_prefect()
-        from flows.train_rack import run_to_the_end
-
+        import_module("flows.train_rack")
         if server is not None:
             server.wait_until_ready()
-        with watching(os.environ["PREFECT_API_URL"]), showing() as listener, subscribed(listener):
-            run_to_the_end(config, artifacts.uri, from_stack, force)
+        with watching(os.environ["PREFECT_API_URL"]):
+            yield
 
 
 def _print_result(config: StackWiseConfig, command: list[str], artifacts: Artifacts, *, reused: bool) -> None:

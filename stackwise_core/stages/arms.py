@@ -7,94 +7,46 @@ whatever else is not named here stay as they are, so that only the way to grow d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import GROWTH
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.stages.costs import n_adapter_parameters, stack_flops, stage_flops
-from stackwise_core.stages.plan import RunPlan, StagePlan, advances, plan_run
-from stackwise_core.stages.resolve import resolve_order
+from stackwise_core.stages.charges import cost
 
 CONFIGURED, END_TO_END = "configured", "end-to-end"
 ANNEAL_SHARE = 0.2
 """Of the FLOPs of `frozen+anneal`: what joint training at the end may cost."""
+AN_ANNEAL = 1
+"""Steps of an anneal that is to get its share; with another number it keeps its ratio to the other stages."""
 _JUMP_SHARE = 1 / 3
 """Of the steps of `jump`: those of its shallow first stage."""
 _FEWEST = 2
 """Steps of the shortest stage that can still be balanced."""
 
 
-class Charge(NamedTuple):
-    """FLOPs of a run or a stage. Validation is left out: all arms are judged alike."""
-
-    trained: float
-    """Of the live stacks and the head, forward and backward."""
-    frozen: float
-    """Of forward passes of frozen stacks, as they are executed: once to fill a store, or at every step without one."""
-    recomputed: float
-    """Of the same passes, if every step made them."""
-
-    @property
-    def total(self) -> float:
-        """What was executed."""
-        return self.trained + self.frozen
-
-
-def charge(config: StackWiseConfig, plan: RunPlan, n_rows: int) -> list[Charge]:
-    """Return what every stage of a run costs, given the number of training sequences.
-
-    A store is charged to the stage that reads it.
-    """
-    pairs = zip([None, *plan.stages[:-1]], plan.stages, strict=True)
-    return [_charge_of(config, before, stage, n_rows) for before, stage in pairs]
-
-
-def _charge_of(config: StackWiseConfig, before: StagePlan | None, stage: StagePlan, n_rows: int) -> Charge:
-    shape, spec, seq_len = stage.shape, stage.spec, config.data.seq_len
-    fraction = stage.mask.mean_ratio if stage.mask else (seq_len - 1) / seq_len
-    trained, recomputed = stage_flops(shape, spec, seq_len, fraction)
-    trained += _adapter_flops(stage, seq_len)
-    if before is None or before.activations is None:
-        return Charge(trained, recomputed, recomputed)
-    filled = spec.anatomy.below[-1:] if advances(config, before.spec, spec) else spec.anatomy.below
-    a_row = stack_flops(shape, sum(spec.stacks[stack].n_blocks for stack in filled), seq_len)
-    return Charge(trained, resolve_order(config, n_rows).count_visited(spec.optim.steps) * a_row, recomputed)
-
-
-def _adapter_flops(stage: StagePlan, seq_len: int) -> float:
-    """Return the FLOPs of the adapters of live stacks: three products of each, which matter where models are narrow."""
-    spec = stage.spec
-    n_parameters = sum(
-        n_adapter_parameters(stage.shape, spec.stacks[index].n_blocks, adapter.rank)
-        for index in spec.anatomy.live
-        for adapter in spec.stacks[index].adapters.values()
-    )
-    return 3 * 2.0 * n_parameters * seq_len * spec.optim.batch_size * spec.optim.steps
-
-
-# ---------------------------------------------------------------- arms
-
 Changes = dict[str, Any]
-_ONE_CLOCK = {"training.schedule": "one_clock"}
+"""New values of dotted keys."""
 
 
-def _grown(config: StackWiseConfig, **changes: Any) -> Changes:
-    """Return the changes of an arm that grows by the stacks of the configuration, with one clock."""
-    return {**_ONE_CLOCK, "training.joint_steps": 0, **{f"{GROWTH}.{key}": value for key, value in changes.items()}}
+def _one_clock(config: StackWiseConfig) -> Changes:
+    """Return the changes of every arm but the configured one: one rate, that of the configuration, and no anneal."""
+    rate = config.training.learning_rate
+    return {"training.schedule": "one_clock", "training.joint_steps": 0, "training.joint_learning_rate": rate}
 
 
-def _flat(n_blocks: int) -> Changes:
-    return {
-        **_ONE_CLOCK,
-        "training.joint_steps": 0,
-        "model.blocks_per_stack": n_blocks,
-        f"{GROWTH}.stacks": [],
-        f"{GROWTH}.target_stacks": 1,
-        f"{GROWTH}.enabled": False,
-    }
+def _grown(config: StackWiseConfig, **growth: Any) -> Changes:
+    """Return the changes of an arm that grows by the stacks of the configuration, under one clock."""
+    return {**_one_clock(config), **{f"{GROWTH}.{key}": value for key, value in growth.items()}}
+
+
+def _flat(config: StackWiseConfig, share: float) -> Changes:
+    """Return the changes of an arm that trains a share of the blocks from scratch, all together."""
+    n_blocks = max(1, round(share * sum(blocks_of(config))))
+    one_stack = {f"{GROWTH}.stacks": [], f"{GROWTH}.target_stacks": 1, f"{GROWTH}.enabled": False}
+    return {**_one_clock(config), "model.blocks_per_stack": n_blocks, **one_stack}
 
 
 def _jump(config: StackWiseConfig) -> Changes:
@@ -106,18 +58,23 @@ def _jump(config: StackWiseConfig) -> Changes:
     return _grown(config, stacks=stacks, target_stacks=2, building_mode="append", trunk_strategy="full")
 
 
-_APPEND = {"building_mode": "append"}
+def _frozen(config: StackWiseConfig) -> Changes:
+    return _grown(config, building_mode="append", trunk_strategy="frozen")
+
+
 ARMS: Mapping[str, Callable[[StackWiseConfig], Changes]] = {
     CONFIGURED: lambda config: {},
-    END_TO_END: lambda config: _flat(sum(blocks_of(config))),
-    "flat-1/3": lambda config: _flat(max(1, round(sum(blocks_of(config)) / 3))),
-    "flat-2/3": lambda config: _flat(max(1, round(2 * sum(blocks_of(config)) / 3))),
+    END_TO_END: lambda config: _flat(config, 1),
+    "flat-1/3": lambda config: _flat(config, 1 / 3),
+    "flat-2/3": lambda config: _flat(config, 2 / 3),
     "jump": _jump,
-    "full": lambda config: _grown(config, **_APPEND, trunk_strategy="full"),
+    "full": lambda config: _grown(config, building_mode="append", trunk_strategy="full"),
     "insert": lambda config: _grown(config, building_mode="insert", trunk_strategy="frozen", tail_strategy="full"),
-    "frozen": lambda config: _grown(config, **_APPEND, trunk_strategy="frozen"),
-    "frozen+anneal": lambda config: {**_grown(config, **_APPEND, trunk_strategy="frozen"), "training.joint_steps": 1},
+    "frozen": _frozen,
+    "frozen+anneal": lambda config: {**_frozen(config), "training.joint_steps": AN_ANNEAL},
 }
+CONTROLS = (CONFIGURED, END_TO_END, "flat-1/3", "flat-2/3")
+"""Arms of every comparison: what is asked about, and what a sceptic would do with the same FLOPs instead."""
 
 
 def blocks_of(config: StackWiseConfig) -> list[int]:
@@ -134,8 +91,8 @@ def arm(config: StackWiseConfig, changes: Changes, budget: float, n_rows: int) -
 
     Args:
         config: what all arms share.
-        changes: the keys of this arm, as `ARMS` gives them. `training.joint_steps` above 0 asks for an anneal, which
-            gets `ANNEAL_SHARE` of the budget.
+        changes: the keys of this arm, as `ARMS` gives them. With `training.joint_steps` = `AN_ANNEAL` the anneal gets
+            `ANNEAL_SHARE` of the budget; otherwise all stages keep the ratios of their steps.
         budget: of all stages, as executed [FLOP].
         n_rows: the number of training sequences.
 
@@ -143,8 +100,7 @@ def arm(config: StackWiseConfig, changes: Changes, budget: float, n_rows: int) -
         ConfigError: if the budget is less than two steps of each stage.
     """
     base = changed(config, changes)
-    joint = base.training.joint_steps
-    if changes.get("training.joint_steps"):
+    if changes.get("training.joint_steps") == AN_ANNEAL:
         one = cost(_with_steps(base, 1.0, 1), n_rows) - cost(_with_steps(base, 1.0, 0), n_rows)
         joint = max(_FEWEST, round(ANNEAL_SHARE * budget / one))
         budget -= joint * one
@@ -179,7 +135,8 @@ def _with_steps(config: StackWiseConfig, factor: float, joint_steps: int | None 
     if growth.enabled:
         for index, stack in enumerate(stacks):
             stack["steps"] = max(1, round(factor * settings_of(config, index).steps))
-    joint = round(factor * training.joint_steps) if joint_steps is None else joint_steps
+    joint = max(1, round(factor * training.joint_steps)) if training.joint_steps else 0
+    joint = joint if joint_steps is None else joint_steps
     return changed(
         config,
         {
@@ -188,11 +145,6 @@ def _with_steps(config: StackWiseConfig, factor: float, joint_steps: int | None 
             "training.joint_steps": joint,
         },
     )
-
-
-def cost(config: StackWiseConfig, n_rows: int) -> float:
-    """Return the FLOPs of a configuration as executed. What a store costs does not depend on what the corpus says."""
-    return sum(each.total for each in charge(config, plan_run(config, "0" * 64), n_rows))
 
 
 def changed(config: StackWiseConfig, changes: Changes) -> StackWiseConfig:

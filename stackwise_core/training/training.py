@@ -210,7 +210,7 @@ def train_step(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         ids = ranks.gather(batch["sequence_ids"].tolist())
         raise NonFiniteLossError(
-            f"step {step}: loss {loss}, gradient norm {norm}; sequence ids {ids}. No weight was touched by this step; "
+            f"step {step}: loss {loss}, gradient norm {norm}; sequence ids {ids}. {NonFiniteLossError.SIGN}; "
             f"lower training.learning_rate (now {spec.learning_rate}) or raise training.warmup_steps "
             f"(now {spec.warmup_steps})"
         )

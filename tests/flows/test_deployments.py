@@ -12,6 +12,7 @@ from prefect.exceptions import CancelledRun
 from prefect.utilities.callables import parameter_schema
 
 from flows.add_stack import add_stack, grown
+from flows.compare import compare
 from flows.operations import collect, validate_run
 from flows.services import HEARTBEAT_SECONDS, TAG
 from flows.train_rack import train_rack
@@ -26,7 +27,9 @@ from support.runs import tiny
 
 REPOSITORY = Path(__file__).parents[2]
 FILE: dict[str, Any] = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())
-FLOWS = {f"{flow.fn.__module__}.{flow.fn.__name__}": flow for flow in (train_rack, add_stack, validate_run, collect)}
+FLOWS = {
+    f"{flow.fn.__module__}.{flow.fn.__name__}": flow for flow in (train_rack, compare, add_stack, validate_run, collect)
+}
 DEPLOYMENTS = {f"{FLOWS[entry['entrypoint']].name}/{entry['name']}": entry for entry in FILE["deployments"]}
 
 
@@ -48,7 +51,7 @@ def nodes(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 def test_the_deployments_have_their_names() -> None:
     names = ["train-rack/quickstart", "train-rack/local", "train-rack/docker"]
-    assert list(DEPLOYMENTS) == [*names, "add-stack/grow", "validate/verify", "gc/nightly"]
+    assert list(DEPLOYMENTS) == [*names, "compare/against", "add-stack/grow", "validate/verify", "gc/nightly"]
     assert len({entry["name"] for entry in DEPLOYMENTS.values()}) == len(DEPLOYMENTS)  # a list of them shows no more
     assert {entry["work_pool"]["name"] for entry in DEPLOYMENTS.values()} == {"stackwise"}
 

@@ -1,0 +1,353 @@
+"""What a comparison says: losses with intervals, what they cost, and where growing wins and loses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flows.run.comparing import Chosen, Field, Grid, Result, Results
+from flows.run.numbers import loss
+from stackwise_core.stages.arms import CONFIGURED, CONTROLS, END_TO_END
+from stackwise_core.stages.charges import charge
+from stackwise_core.stages.costs import trainable_parameters, training_bytes
+
+Document = dict[str, Any]
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131, 2.12)
+_T_95_OF_MORE = (2.11, 2.101, 2.093)
+"""Quantiles of Student's t distribution, two-sided 95 %, by degrees of freedom from 1 on."""
+AXES = {"tflop": "FLOPs", "tflop_recomputed": "recomputed FLOPs", "tokens": "tokens", "seconds": "seconds"}
+"""What runs are charged in."""
+
+
+# ---------------------------------------------------------------- numbers
+
+
+class Interval(NamedTuple):
+    """A mean over seeds, with a 95 % t-interval; without one of a single seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def interval(values: Sequence[float]) -> Interval | None:
+    """Return the mean of some values with its interval, None of none."""
+    if not values:
+        return None
+    mean, n = statistics.mean(values), len(values)
+    if n == 1:
+        return Interval(mean, None, None, 1)
+    half = (*_T_95, *_T_95_OF_MORE)[n - 2] * statistics.stdev(values) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+Curve = Sequence[tuple[float, float]]
+"""What was spent, rising, and the loss that it gave."""
+
+
+def loss_at(curve: Curve, spent: float) -> float | None:
+    """Return the loss at something spent, by interpolation of logarithms; None outside the curve."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        if x0 <= spent <= x1:
+            share = math.log(spent / x0) / math.log(x1 / x0)
+            return math.exp(math.log(y0) + share * math.log(y1 / y0))
+    return None
+
+
+def spent_for(curve: Curve, loss: float) -> float | None:
+    """Return what the curve spends until it first has a loss, by interpolation of logarithms; None if it never has."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        if y1 <= loss <= y0:
+            share = math.log(loss / y0) / math.log(y1 / y0) if y1 != y0 else 0.0
+            return math.exp(math.log(x0) + share * math.log(x1 / x0))
+    return None
+
+
+def share_of(curve: Curve, spent: float, loss: float) -> tuple[float | None, str]:
+    """Return which share of what the curve spends for a loss was spent here, and a bound in words beyond the curve."""
+    if (theirs := spent_for(curve, loss)) is not None:
+        return spent / theirs, ""
+    if len(curve) < 2:
+        return None, ""
+    if loss < min(y for _, y in curve):
+        return None, f"< {spent / curve[-1][0]:.0%}"
+    return None, f"> {spent / curve[0][0]:.0%}" if loss > curve[0][1] else ""
+
+
+# ---------------------------------------------------------------- the document
+
+
+def judge(field: Field, results: Results) -> Document:
+    """Return the comparison as a JSON document, as far as there are results."""
+    comparison, config = field.comparison, field.comparison.config
+    grids = {name: field.grid(name, results) for name in comparison.arms}
+    arms = [_arm(field, results, name, grid) for name, grid in grids.items()]
+    by_bytes = config.data.tokenizer == "byte" and config.training.progressive.training_objective == "clm"
+    document: Document = {
+        "name": comparison.name,
+        "artifacts": field.artifacts.uri,
+        "objective": config.training.progressive.training_objective,
+        "unit": "nats per byte" if by_bytes else "nats per token",
+        "seq_len": config.data.seq_len,
+        "train_sequences": field.n_rows,
+        "judged_on": field.judged_on,
+        "budget_tflop": field.unit / 1e12,
+        "budgets": list(comparison.budgets),
+        "rates": list(comparison.rates),
+        "seeds": list(comparison.seeds),
+        "arms": arms,
+    }
+    _add_differences(document)
+    if by_bytes:
+        for row in rows_of(document):
+            row["bits_per_byte"] = row["loss"] and row["loss"]["mean"] / math.log(2)
+    document["total_tflop"] = _total(field, results)
+    document["notes"] = [*_edges(document), *_machines(results)]
+    document["failures"] = _failures(field, results)
+    document["verdict"], document["loses"] = verdict(document), loses(document)
+    return document
+
+
+def failures_of(document: Document) -> list[str]:
+    """Return a line for each run that has no loss."""
+    return [f"{each['run']}: {each['state']}: {each['message']}" for each in document["failures"]]
+
+
+def rows_of(document: Document) -> list[Document]:
+    """Return what every arm gave at every budget."""
+    return [row for arm in document["arms"] for row in arm["budgets"]]
+
+
+def _arm(field: Field, results: Results, name: str, grid: Grid) -> Document:
+    comparison = field.comparison
+    pilots = {run.factor: run for run in field.pilots(name, grid.factors)}
+    tried = [run for factor, run in pilots.items() if factor != grid.best and run in results]
+    factor = comparison.rates[0] if grid.best is None else grid.best
+    return {
+        "arm": name,
+        "grows": len(field.plan_of(pilots[grid.factors[0]]).stages) > 1,
+        "rate": None if grid.best is None else field.config_of(pilots[grid.best]).training.learning_rate,
+        "edge": grid.edge and ("lowest" if grid.best == grid.factors[0] else "highest"),
+        "tried": [_tried(field, run, results.get(run)) for run in pilots.values()],
+        "tuning_tflop": math.fsum(_spent(field, run)["tflop"] for run in tried),
+        "budgets": [
+            _row(field, results, [Chosen(name, budget, factor, seed) for seed in comparison.seeds])
+            for budget in comparison.budgets_of(name)
+        ],
+    }
+
+
+def _tried(field: Field, run: Chosen, result: Result | None) -> Document:
+    rate = field.config_of(run).training.learning_rate
+    return {"factor": run.factor, "rate": rate, "loss": _known(result), "state": result.state if result else "to run"}
+
+
+def _known(result: Result | None) -> float | None:
+    return result.loss if result and result.state == "done" else None
+
+
+def _spent(field: Field, run: Chosen) -> dict[str, float]:
+    """Return what a run costs by its plan."""
+    config, plan = field.config_of(run), field.plan_of(run)
+    charges = charge(config, plan, field.n_rows)
+    steps = sum(stage.spec.optim.steps * stage.spec.optim.batch_size for stage in plan.stages)
+    return {
+        "tflop": math.fsum(each.total for each in charges) / 1e12,
+        "tflop_recomputed": math.fsum(each.trained + each.recomputed for each in charges) / 1e12,
+        "tokens": steps * config.data.seq_len,
+    }
+
+
+def _row(field: Field, results: Results, runs: list[Chosen]) -> Document:
+    """Return what the seeds of an arm gave at a budget."""
+    config, plan = field.config_of(runs[0]), field.plan_of(runs[0])
+    spent, seq_len = _spent(field, runs[0]), config.data.seq_len
+    known = {run: results[run] for run in runs if run in results and results[run].state == "done"}
+    return {
+        "arm": runs[0].arm,
+        "budget": runs[0].budget,
+        "steps": [stage.spec.optim.steps for stage in plan.stages],
+        "blocks": sum(stack.n_blocks for stack in plan.stages[-1].spec.stacks),
+        **spent,
+        "trained_parameters": max(trainable_parameters(stage.shape, stage.spec) for stage in plan.stages),
+        "memory_bytes_forecast": max(training_bytes(stage.shape, stage.spec, seq_len) for stage in plan.stages),
+        "seconds": statistics.mean(each.seconds for each in known.values()) if known else None,
+        "loss": _dumped(interval([each.loss for each in known.values()])),
+        "runs": [
+            {
+                "run": field.config_of(run).run.name,
+                "seed": run.seed,
+                "state": results[run].state if run in results else "to run",
+                "loss": _known(results.get(run)),
+                "seconds": results[run].seconds if run in known else None,
+            }
+            for run in runs
+        ],
+    }
+
+
+def _dumped(found: Interval | None) -> Document | None:
+    return found and found._asdict()
+
+
+def _add_differences(document: Document) -> None:
+    """Add to every row its differences to the end-to-end arm, seed by seed."""
+    (reference,) = (arm for arm in document["arms"] if arm["arm"] == END_TO_END)
+    for row in rows_of(document):
+        same = next((other for other in reference["budgets"] if other["budget"] == row["budget"]), None)
+        theirs = _losses(same) if same else {}
+        gaps = [mine - theirs[seed] for seed, mine in _losses(row).items() if seed in theirs]
+        row["above_end_to_end"] = None if row["arm"] == END_TO_END else _dumped(interval(gaps))
+        row["against"] = {} if row["arm"] == END_TO_END else {axis: _against(reference, row, axis) for axis in AXES}
+
+
+def _losses(row: Document) -> dict[int, float]:
+    return {run["seed"]: run["loss"] for run in row["runs"] if run["loss"] is not None}
+
+
+def _against(reference: Document, row: Document, axis: str) -> Document:
+    """Return the share of what the end-to-end curve spends for the same loss, and the gap at the same spending."""
+    shares, gaps, bounds = list[float](), list[float](), list[str]()
+    for run in row["runs"]:
+        if run["loss"] is None:
+            continue
+        spent, curve = _amount(row, run, axis), _curve(reference, run["seed"], axis)
+        share, bound = share_of(curve, spent, run["loss"])
+        shares += [] if share is None else [share]
+        bounds += [bound] if bound else []
+        gaps += [] if (theirs := loss_at(curve, spent)) is None else [run["loss"] - theirs]
+    n_known = len(_losses(row))
+    return {
+        "share": _dumped(interval(shares)) if len(shares) == n_known else None,
+        "bound": max(bounds, key=lambda text: float(text[2:-1])) if bounds else "",
+        "gap": _dumped(interval(gaps)) if len(gaps) == n_known else None,
+    }
+
+
+def _amount(row: Document, run: Document, axis: str) -> float:
+    return run["seconds"] if axis == "seconds" else row[axis]
+
+
+def _curve(reference: Document, seed: int, axis: str) -> Curve:
+    runs = [(row, run) for row in reference["budgets"] for run in row["runs"] if run["seed"] == seed]
+    return sorted((_amount(row, run, axis), run["loss"]) for row, run in runs if run["loss"] is not None)
+
+
+def _total(field: Field, results: Results) -> float:
+    """Return the FLOPs of all runs; runs that are the same are counted once, stages that runs share are not."""
+    different = {tuple(field.plan_of(run).recipes): run for run in results}
+    return math.fsum(_spent(field, run)["tflop"] for run in different.values())
+
+
+def _failures(field: Field, results: Results) -> list[Document]:
+    return [
+        {"run": field.config_of(run).run.name, "arm": run.arm, "state": each.state, "message": each.message}
+        for run, each in results.items()
+        if each.state != "done"
+    ]
+
+
+def _edges(document: Document) -> list[str]:
+    at_edge = [arm["arm"] for arm in document["arms"] if arm["edge"]]
+    if not at_edge:
+        return []
+    if len(document["rates"]) == 1:
+        return ["No rate was tuned: --rates has one factor."]
+    which = "all arms" if len(at_edge) == len(document["arms"]) else ", ".join(at_edge)
+    return [f"The best rate is at the edge of the grid, so that more may be in it: {which}. --extend tries on."]
+
+
+def _machines(results: Results) -> list[str]:
+    """Return a line if the runs were made by different code or machines, since their seconds say little then."""
+    made = [result.made_by for result in results.values() if result.state == "done"]
+    differing = [key for key in (made[0] if made else {}) if len({str(each.get(key)) for each in made}) > 1]
+    if not differing:
+        return []
+    return [f"Not all runs are of one {' and '.join(differing)}: compare their seconds with care."]
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def verdict(document: Document) -> str:
+    """Return in a sentence how the best way to grow compares with training end to end."""
+    budget = document["budgets"][-1]
+    rows = {row["arm"]: row for row in rows_of(document) if row["budget"] == budget and row["loss"]}
+    grown = [rows[arm["arm"]] for arm in document["arms"] if arm["grows"] and arm["arm"] in rows]
+    if END_TO_END not in rows or not grown:
+        return "No verdict yet: end-to-end training and a way to grow need a loss each."
+    best, flat = min(grown, key=lambda row: row["loss"]["mean"]), rows[END_TO_END]
+    gap = best["above_end_to_end"]
+    if gap is None:
+        return "No verdict yet: no seed has both losses."
+    share = best["against"]["tflop"]["share"]
+    bound = best["against"]["tflop"]["bound"]
+    of_theirs = f"{share['mean']:.0%}" if share else bound
+    cost = f"it has its loss for {of_theirs} of the end-to-end FLOPs" if of_theirs else ""
+    relative = gap["mean"] / flat["loss"]["mean"]
+    how = {-1: "beats", 1: "loses to", 0: "cannot be told from"}[_sign(gap)]
+    numbers = f"{loss(best['loss']['mean'])} against {loss(flat['loss']['mean'])} {document['unit']}, {relative:+.1%}"
+    n = gap["n"]
+    seeds = "one seed, so chance is not ruled out" if n == 1 else f"{n} seeds"
+    return f"At equal FLOPs {best['arm']} {how} end-to-end training: {'; '.join(filter(None, (numbers, cost, seeds)))}."
+
+
+def _sign(gap: Document) -> int:
+    """Return -1 or 1 if a difference is below or above 0 for sure, or was seen for one seed, else 0."""
+    low = gap["mean"] if gap["low"] is None else gap["low"]
+    high = gap["mean"] if gap["high"] is None else gap["high"]
+    return -1 if high < 0 else 1 if low > 0 else 0
+
+
+def loses(document: Document) -> str:
+    """Return in a sentence where growing is worse than what it is compared with."""
+    grows = {arm["arm"] for arm in document["arms"] if arm["grows"]}
+    grown = [row for row in rows_of(document) if row["arm"] in grows and row["loss"]]
+    many = len(document["budgets"]) > 1
+    found = [
+        _losing(grown, "end-to-end training at equal FLOPs", many, lambda row: row["above_end_to_end"]),
+        *(
+            _losing(grown, f"it at equal {AXES[axis]}", many, lambda row, axis=axis: row["against"][axis]["gap"])
+            for axis in ("tflop_recomputed", "tokens", "seconds")
+        ),
+        *(
+            _beaten(document, row, grown)
+            for row in rows_of(document)
+            if row["arm"] in CONTROLS and row["arm"] not in grows
+        ),
+    ]
+    said = [each for each in found if each]
+    if not grown:
+        return ""
+    return f"Growing loses: {'; '.join(said)}." if said else "Growing lost nowhere in what was tried here."
+
+
+def _losing(
+    rows: Sequence[Document], to: str, many: bool, gap_of: Callable[[Document], Mapping[str, Any] | None]
+) -> str:
+    """Return which rows are above something, those that may be chance left out."""
+    named = [
+        f"{row['arm']}{_at(row, many=many)} ({gap['mean']:+.4f})"
+        for row in rows
+        if (gap := gap_of(row)) and _sign(dict(gap)) > 0
+    ]
+    return f"to {to}, {', '.join(named)}" if named else ""
+
+
+def _beaten(document: Document, control: Document, grown: Sequence[Document]) -> str:
+    """Return that a smaller flat model beats every way to grow at a budget, if it does."""
+    rivals = [row["loss"]["mean"] for row in grown if row["budget"] == control["budget"]]
+    if control["arm"] in (END_TO_END, CONFIGURED) or not control["loss"] or not rivals:
+        return ""
+    if control["loss"]["mean"] >= min(rivals):
+        return ""
+    at = _at(control, many=len(document["budgets"]) > 1)
+    return f"all of it to {control['arm']}, a smaller model{at} ({loss(control['loss']['mean'])})"
+
+
+def _at(row: Document, *, many: bool) -> str:
+    return f" at a budget of {row['budget']:g}" if many else ""

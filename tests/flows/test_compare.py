@@ -1,0 +1,285 @@
+"""`stackwise compare`: which runs it makes, how rates are tuned, what it says of them, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.run.comparing import Comparison, comparison_of, grid_of, known_results, open_field, run_missing
+from flows.run.run import grow
+from flows.run.verdict import Interval, failures_of, interval, judge, loses, loss_at, share_of, spent_for, verdict
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.errors import StackWiseError, StageInterruptedError
+from storage.artifacts import Artifacts
+from support.commands import Run
+from support.runs import digests, tiny
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+G = "training.progressive"
+SMALL = {"training.steps_per_stack": 6, f"{G}.target_stacks": 2, "training.min_learning_rate": 0.0}
+
+
+def small(folder: Path, changes: dict[str, Any] | None = None) -> StackWiseConfig:
+    return tiny(folder, SMALL | (changes or {}))
+
+
+class HereAndNow:
+    """A job that trains in this process, when it is started."""
+
+    def __init__(self, config: StackWiseConfig, artifacts: Artifacts) -> None:
+        self.problem = ""
+        try:
+            grow(config, artifacts.uri)
+        except StageInterruptedError:
+            raise
+        except StackWiseError as error:
+            self.problem = str(error)
+
+    def poll(self) -> str:
+        return self.problem
+
+    def stop(self) -> None:
+        pass
+
+
+def compared(comparison: Comparison, root: Path) -> dict[str, Any]:
+    field = open_field(comparison, str(root))
+    return judge(field, run_missing(field, HereAndNow, 1))
+
+
+# ---------------------------------------------------------------- the grid of rates
+
+
+def grid(losses: dict[float, float], *, extend: bool = False, rates: tuple[float, ...] = (0.5, 1.0, 2.0)) -> Any:
+    comparison = Comparison.model_construct(rates=rates, extend=extend)
+    return grid_of(comparison, losses)
+
+
+def test_the_best_rate_is_known_when_all_were_tried() -> None:
+    assert grid({0.5: 1.4, 1.0: 1.2}) == ((0.5, 1.0, 2.0), None, False)
+    assert grid({0.5: 1.4, 1.0: 1.2, 2.0: 1.3}) == ((0.5, 1.0, 2.0), 1.0, False)
+
+
+def test_a_tie_goes_to_the_lower_rate() -> None:
+    assert grid({0.5: 1.4, 1.0: 1.2, 2.0: 1.2}).best == 1.0
+    assert grid({0.5: 1.2, 1.0: 1.2, 2.0: 1.2}) == ((0.5, 1.0, 2.0), 0.5, True)
+
+
+def test_an_edge_is_said_and_a_grid_that_may_grow_goes_on_beyond_it() -> None:
+    falling = {0.5: 1.4, 1.0: 1.3, 2.0: 1.2}
+    assert grid(falling) == ((0.5, 1.0, 2.0), 2.0, True)
+    assert grid(falling, extend=True) == ((0.5, 1.0, 2.0, 4.0), None, False)
+    assert grid(falling | {4.0: 1.25}, extend=True) == ((0.5, 1.0, 2.0, 4.0), 2.0, False)
+    rising = {0.5: 1.2, 1.0: 1.3, 2.0: 1.4}
+    assert grid(rising, extend=True).factors == (0.25, 0.5, 1.0, 2.0)
+    endless = {2.0**n: 2.0 - n / 10 for n in range(-1, 9)}
+    assert grid(endless, extend=True) == ((0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0), 32.0, True)  # four points more
+
+
+def test_one_rate_is_extended_to_both_sides() -> None:
+    assert grid({1.0: 1.3}, rates=(1.0,)) == ((1.0,), 1.0, True)
+    assert grid({1.0: 1.3}, rates=(1.0,), extend=True).factors == (0.5, 1.0)
+    assert grid({1.0: 1.3, 0.5: 1.4}, rates=(1.0,), extend=True).factors == (0.5, 1.0, 2.0)
+
+
+def test_a_rate_that_diverged_is_not_the_best_and_closes_the_grid() -> None:
+    assert grid({0.5: 1.4, 1.0: 1.2, 2.0: math.inf}, extend=True) == ((0.5, 1.0, 2.0), 1.0, False)
+    assert grid(dict.fromkeys((0.5, 1.0, 2.0), math.inf), extend=True).best is None
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_an_interval_of_three_seeds_is_that_of_student() -> None:
+    found = interval([1.30, 1.32, 1.37])
+    assert found
+    assert found.mean == pytest.approx(1.33)
+    half = 4.302653 * math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2) / math.sqrt(3)
+    assert (found.low, found.high) == (pytest.approx(1.33 - half, abs=1e-4), pytest.approx(1.33 + half, abs=1e-4))
+    assert interval([1.3]) == Interval(1.3, None, None, 1)
+    assert interval([]) is None
+    assert interval([1.0, 2.0] * 10)  # as many seeds as are allowed
+
+
+POWER = [(x, 3 * x**-0.2) for x in (1.0, 2.0, 8.0)]
+"""A curve on which interpolation of logarithms is exact."""
+
+
+@pytest.mark.parametrize("x", [1.0, 1.7, 2.0, 5.0, 8.0])
+def test_interpolation_is_exact_on_a_power_law_both_ways(x: float) -> None:
+    loss = 3 * x**-0.2
+    assert loss_at(POWER, x) == pytest.approx(loss)
+    assert spent_for(POWER, loss) == pytest.approx(x)
+    assert share_of(POWER, 0.6 * x, loss) == (pytest.approx(0.6), "")
+
+
+def test_nothing_is_extrapolated_a_bound_is_said() -> None:
+    assert loss_at(POWER, 9) is loss_at(POWER, 0.9) is spent_for(POWER, 1.0) is None
+    assert share_of(POWER, 4, 1.0) == (None, "< 50%")  # even twice as much does not give it
+    assert share_of(POWER, 4, 3.1) == (None, "> 400%")
+    assert share_of(POWER[:1], 4, 2.0) == (None, "")
+    assert loss_at([], 1.0) is None
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def row(arm: str, *losses: float, budget: float = 1.0, gap: float = 0.0, **gaps: float) -> dict[str, Any]:
+    above = Interval(gap, gap - 0.01, gap + 0.01, len(losses))._asdict()
+    against = {
+        axis: {"share": None, "bound": "", "gap": found and Interval(found, found, found, 3)._asdict()}
+        for axis, found in {"tflop": 0.0, "tflop_recomputed": 0.0, "tokens": 0.0, "seconds": 0.0, **gaps}.items()
+    }
+    loss = interval(losses)
+    return {
+        "arm": arm,
+        "budget": budget,
+        "loss": loss and loss._asdict(),
+        "above_end_to_end": None if arm == "end-to-end" else above,
+        "against": {} if arm == "end-to-end" else against,
+    }
+
+
+def document(*rows: dict[str, Any], flat: tuple[str, ...] = ("end-to-end", "flat-1/3", "flat-2/3")) -> dict[str, Any]:
+    names = list(dict.fromkeys(each["arm"] for each in rows))
+    arms = [
+        {"arm": name, "grows": name not in flat, "budgets": [each for each in rows if each["arm"] == name]}
+        for name in names
+    ]
+    return {"unit": "nats per byte", "budgets": sorted({each["budget"] for each in rows}), "arms": arms}
+
+
+def test_the_verdict_is_of_the_best_way_to_grow_at_the_largest_budget() -> None:
+    rows = [
+        row("end-to-end", 1.5, 1.5, 1.5),
+        row("jump", 1.3, 1.3, 1.3, gap=-0.2),
+        row("end-to-end", 1.4, 1.4, 1.4, budget=3),
+        row("frozen", 1.45, 1.45, 1.45, budget=3, gap=0.05),
+        row("jump", 1.33, 1.33, 1.33, budget=3, gap=-0.07),
+    ]
+    rows[-1]["against"]["tflop"]["share"] = Interval(0.6, 0.5, 0.7, 3)._asdict()
+    found = verdict(document(*rows))
+    assert found == (
+        "At equal FLOPs jump beats end-to-end training: 1.3300 against 1.4000 nats per byte, -5.0%; "
+        "it has its loss for 60% of the end-to-end FLOPs; 3 seeds."
+    )
+
+
+def test_a_difference_within_its_interval_is_none() -> None:
+    rows = [row("end-to-end", 1.5, 1.5), row("jump", 1.495, 1.495, gap=-0.005)]
+    assert "jump cannot be told from end-to-end training" in verdict(document(*rows))
+    assert loses(document(*rows)) == "Growing lost nowhere in what was tried here."
+
+
+def test_no_verdict_without_both_losses() -> None:
+    assert verdict(document(row("end-to-end"), row("jump", 1.4))).startswith("No verdict yet")
+    assert verdict(document(row("end-to-end", 1.4), row("flat-1/3", 1.5))).startswith("No verdict yet")
+
+
+def test_where_growing_loses_names_arms_measures_and_smaller_models() -> None:
+    rows = [
+        row("end-to-end", 1.5, 1.5),
+        row("flat-2/3", 1.2, 1.2),
+        row("frozen", 1.6, 1.6, gap=0.1, tokens=0.2),
+        row("jump", 1.4, 1.4, gap=-0.1, tokens=0.05),
+    ]
+    assert loses(document(*rows)) == (
+        "Growing loses: to end-to-end training at equal FLOPs, frozen (+0.1000); "
+        "to it at equal tokens, frozen (+0.2000), jump (+0.0500); "
+        "all of it to flat-2/3, a smaller model (1.2000)."
+    )
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_comparison_runs_what_is_missing_once(tmp_path: Path) -> None:
+    """Four controls, two rates of which the larger diverges, a curve of two budgets; then all of it is there."""
+    config = small(tmp_path)
+    comparison = comparison_of(config, rates=(1.0, 1e12), seeds=1, curve=(2.0,))
+    found = compared(comparison, tmp_path / "artifacts")
+    rows = {(each["arm"], each["budget"]): each for arm in found["arms"] for each in arm["budgets"]}
+    assert list(rows) == [("configured", 1), ("end-to-end", 1), ("end-to-end", 2), ("flat-1/3", 1), ("flat-2/3", 1)]
+    for arm in found["arms"]:
+        assert [each["state"] for each in arm["tried"]] == ["done", "diverged"]
+        assert (arm["rate"], arm["edge"]) == (0.002, "lowest")
+        assert arm["tuning_tflop"] == pytest.approx(found["budget_tflop"], rel=0.2)
+    flat = {budget: rows["end-to-end", budget]["loss"]["mean"] for budget in (1, 2)}
+    gap = rows["configured", 1]["above_end_to_end"]
+    assert gap["mean"] == pytest.approx(rows["configured", 1]["loss"]["mean"] - flat[1])
+    assert rows["configured", 1]["bits_per_byte"] == pytest.approx(rows["configured", 1]["loss"]["mean"] / math.log(2))
+    assert len(failures_of(found)) == 4
+    assert "diverged: step" in failures_of(found)[0]
+
+    before = digests(tmp_path / "artifacts")
+    field = open_field(comparison, str(tmp_path / "artifacts"))
+    again = judge(field, run_missing(field, pytest.fail, 1))  # nothing is started
+    assert again == found
+    assert digests(tmp_path / "artifacts") == before
+
+
+def test_the_runs_are_those_of_the_configuration_itself(tmp_path: Path) -> None:
+    """A run that was made before, under another name, is part of the comparison."""
+    config = small(tmp_path)
+    grow(config, str(tmp_path / "artifacts"))
+    field = open_field(comparison_of(config, rates=(1.0,), seeds=1), str(tmp_path / "artifacts"))
+    assert [run.arm for run in known_results(field)] == ["configured"]
+
+
+# ---------------------------------------------------------------- what is refused
+
+REFUSED = {
+    "an unknown arm": (["--arms", "forzen"], "--arms: got 'forzen'; there is no such arm; did you mean frozen?"),
+    "a rate": (["--rates", "1,-2"], "--rates: got -2; a number above 0 is expected"),
+    "no number": (["--rates", "1,x"], "--rates: got 'x'; a number is expected, such as 0.5"),
+    "no rate": (["--rates", ","], "--rates: got nothing; at least one number is expected, such as 1"),
+    "seeds": (["--seeds", "0"], "--seeds: got 0; 1 to 20 are expected"),
+    "half a seed": (["--seeds", "1.5"], "--seeds: got '1.5'; a whole number is expected, such as 3"),
+    "a budget": (["--budgets", "inf"], "--budgets: got inf; a number above 0 is expected"),
+    "jobs": (["--jobs", "0"], "--jobs: got 0; at least 1 is expected"),
+    "too few steps": (
+        ["--budgets", "0.1"],
+        "arm configured at budget 0.1: training.steps_per_stack: got 0 in",
+    ),
+    "other text": (["--arms", "other.yaml"], "the text, tokenizer or sequences of arm other: got data-"),
+    "an unknown key": (
+        ["--arms", "full:training.decays=linear"],
+        "arm full decays=linear at budget 1: training.decays: got",
+    ),
+    "a seed of its own": (["--arms", "full:run.seed=3"], "run.seed of full seed=3: got a value; runs are named and"),
+    "no such file": (["--arms", "none.yaml"], "none.yaml: got no such file"),
+    "a long name": (["--name", "n" * 60], "--name: got 'nnn"),
+    "no name": (["--name", "a b"], "run.name: got 'a b'"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_comparison_that_makes_no_sense_is_refused_before_anything_is_trained(
+    what: str, tmp_path: Path, run: Run
+) -> None:
+    small(tmp_path).to_yaml(tmp_path / "c.yaml")
+    (tmp_path / "other.yaml").write_text("arm: frozen\ndata: {seq_len: 8}\n")
+    words, message = REFUSED[what]
+    result = run("compare", "c.yaml", *words)
+    assert result.code == 2
+    assert f"stackwise: {message}" in result.err
+    assert len(result.err.splitlines()) <= 5
+    assert not list(tmp_path.glob("artifacts/stacks/*"))
+
+
+def test_the_plan_names_every_run_and_trains_nothing(tmp_path: Path, run: Run) -> None:
+    small(tmp_path).to_yaml(tmp_path / "c.yaml")
+    (tmp_path / "no-clock.yaml").write_text("arm: frozen\ntraining: {schedule: per_stage}\n")
+    words = ("--arms", "full,no-clock.yaml,full:training.decay=linear", "--seeds", 2, "--budgets", "1,3", "--json")
+    found = json.loads(run("compare", "c.yaml", "--plan", *words).out)["runs"]
+    arms = ("configured", "end-to-end", "flat-1/3", "flat-2/3", "full", "no-clock", "full decay=linear")
+    assert tuple(dict.fromkeys(each["arm"] for each in found)) == arms
+    assert len(found) == len(arms) * (3 + 1 + 2)  # three rates; the other seed; both at the other budget
+    assert {each["rate"] for each in found} == {0.001, 0.002, 0.004, None}
+    assert {each["state"] for each in found} == {"to run"}
+    assert not list(tmp_path.glob("artifacts/stacks/*"))
