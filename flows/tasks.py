@@ -35,7 +35,7 @@ from flows.run.stage import Stage
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.stages.identity import Ref
 from storage.activations.writer import ShardRange, StoreWriter
-from storage.demand import TASK_KINDS
+from storage.demand import TASK_KINDS, made_by
 from storage.links import delete_path
 
 
@@ -100,18 +100,18 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
     return steps.validate(stage, stack, activations)
 
 
-def prepared(stage: Stage, made_by: Task[..., Any], verb: str) -> Task[..., Any]:
+def prepared(stage: Stage, task: Task[..., Any], verb: str) -> Task[..., Any]:
     """Return a task with a readable name for this stage, and its result record beside the artifacts.
 
     Prefect's record says that the work was done once; only the disk shows whether the artifact still exists.
     So a task whose artifact must be made ignores the record.
     """
     records = stage.artifacts.root / "prefect"
-    _distrust_record(records, stage, made_by.name)
-    return made_by.with_options(
+    _distrust_record(records, stage, task.name)
+    return task.with_options(
         task_run_name=f"{verb} {stage.what}",
         result_storage=records,
-        refresh_cache=TASK_KINDS[made_by.name] in stage.needed | stage.forced,
+        refresh_cache=not (stage.needed | stage.forced).isdisjoint(made_by(task.name, stage.plan)),
     )
 
 
@@ -154,9 +154,9 @@ def _add_stage(stage: Stage) -> Ref:
     return _made(stage, validate, "validate", stack, activations)
 
 
-def _made(stage: Stage, made_by: Task[..., Any], verb: str, *inputs: Ref | None) -> Any:
+def _made(stage: Stage, task: Task[..., Any], verb: str, *inputs: Ref | None) -> Any:
     """Run a task and return its result; raise if it was stopped, so that the stage and the run end too."""
-    result = prepared(stage, made_by, verb)(stage, *inputs)
+    result = prepared(stage, task, verb)(stage, *inputs)
     if isinstance(result, State):
         raise StageInterruptedError(str(result.message))
     return result

@@ -40,7 +40,7 @@ from storage.errors import AGAIN, ArtifactCorruptError
 from storage.files import explain_full_disk, write_bytes, write_text
 from storage.midstage import STATE_FOLDER
 
-METRICS = "metrics.jsonl"
+METRICS, MOMENTS = "metrics.jsonl", "moments.safetensors"
 _REMADE = f"Remove {{}} and {AGAIN}"
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -180,6 +180,16 @@ def _fill(module: Module, load: Callable[[dict[str, Tensor]], object], path: Pat
     except ValueError as error:
         raise ArtifactCorruptError(path, str(error), "Check that it belongs to this artifact's recipe") from None
     return module
+
+
+def save_moments(work: Path, moments: Mapping[str, Tensor]) -> None:
+    """Write the state of a stage's optimizer after its last step."""
+    save_tensors(work / MOMENTS, moments)
+
+
+def load_moments(artifacts: Artifacts, stage: StagePlan) -> dict[str, Tensor]:
+    """Return the state that a stage's optimizer was left in, as `<name>.<moment>`."""
+    return load_tensors(artifacts.checked(stage.ref("optimizer")) / MOMENTS)
 
 
 # ---------------------------------------------------------------- the middle of a stage

@@ -14,7 +14,7 @@ from storage.artifacts import Artifacts
 from storage.errors import ArtifactsFolderError, RunBusyError
 from storage.files import TEMPORARY_SUFFIX
 from storage.inventory import Found, Inventory, by_folder, is_artifact_name
-from storage.local import ROOMS, empty_trash
+from storage.local import NEWER_ROOMS, ROOMS, empty_trash
 from storage.locks import OnWait, no_wait
 from storage.place import QUARANTINE, RUNS
 from storage.reachability import find_reachable, newest_first
@@ -200,7 +200,7 @@ def exclusive(artifacts: Artifacts) -> Generator[None]:
         RunBusyError: one is at work; it is named.
         ArtifactsFolderError: this is not an artifacts folder, or it cannot be written.
     """
-    lacking = [name for name in ROOMS if not (artifacts.root / name).is_dir()]
+    lacking = [name for name in ROOMS if not (artifacts.root / name).is_dir() and name not in NEWER_ROOMS]
     if lacking:  # a mistyped folder: what lies in its work/ or trash/ is not ours
         raise ArtifactsFolderError(
             f"--artifacts {artifacts.root}: is not an artifacts folder (it has no {lacking[0]}/); nothing was removed"

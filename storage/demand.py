@@ -23,6 +23,12 @@ TASK_KINDS: dict[str, Kind] = {
 _Lookups = Callable[[Ref], Lookup]
 
 
+def made_by(task: str, stage: StagePlan) -> list[Kind]:
+    """Return what a task makes in a stage: training also leaves the state of its optimizer, if it may be read."""
+    kinds: list[Kind] = [TASK_KINDS[task], *(["optimizer"] if task == "train" else [])]
+    return [kind for kind in kinds if stage.recipe(kind) is not None]
+
+
 @dataclass
 class Demand:
     """The states of a run's artifacts, and which of them must be made."""
@@ -58,7 +64,7 @@ def compute_demand(plan: RunPlan, artifacts: Artifacts, keep: str, forced: froze
 
     An artifact is needed if it is not sealed, or is `forced`, and is a goal or is read by something that must be made.
     Goals are every stack and every validation, and with `keep` = all (see `cache.keep`) every store. A retired store
-    is made again only if something that must be made reads it.
+    is made again only if something that must be made reads it, and so is the state of an optimizer.
 
     Raises:
         ArtifactCorruptError: a goal or something that is needed is damaged, or was made from other inputs.
@@ -110,7 +116,10 @@ def reads(ref: Ref, plan: RunPlan, known: int = 0) -> list[Ref]:
         return below
     if ref.kind == "stack":
         build = [stage.ref("build")] if stage.build else []
-        return [plan.data_ref, *below, *build, stage.ref("trunk"), *_boundary(plan, ref.stage)]
+        state = [plan.stages[ref.stage - 1].ref("optimizer")] if stage.spec.state != "nothing" else []
+        return [plan.data_ref, *below, *build, stage.ref("trunk"), *_boundary(plan, ref.stage), *state]
+    if ref.kind == "optimizer":  # the stage is trained again, unless its stack is made anyway
+        return [*reads(stage.ref("stack"), plan, known), stage.ref("stack")]
     if ref.kind == "activations":
         return [plan.data_ref, *below, stage.ref("stack")]
     cache = [stage.ref("activations")] if stage.activations is not None else []

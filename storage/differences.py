@@ -17,6 +17,7 @@ from stackwise_core.stages.identity import (
     BuildRecipe,
     DataRecipe,
     Kind,
+    OptimizerRecipe,
     Recipe,
     Ref,
     StackRecipe,
@@ -32,7 +33,15 @@ from storage.runs import attempts, run_names
 
 _RECIPES: dict[Kind, type[Recipe]] = {
     recipe.kind: recipe
-    for recipe in (DataRecipe, BuildRecipe, TrunkRecipe, StackRecipe, ActivationRecipe, ValidationRecipe)
+    for recipe in (
+        DataRecipe,
+        BuildRecipe,
+        TrunkRecipe,
+        StackRecipe,
+        OptimizerRecipe,
+        ActivationRecipe,
+        ValidationRecipe,
+    )
 }
 _PARENT = re.compile(r"([0-9a-f]{64})(?:#\d+)?")
 NOTHING = "nothing"

@@ -24,6 +24,8 @@ from storage.manifest import MANIFEST, Manifest, load_manifest
 from storage.place import FOLDERS, PINS, QUARANTINE, REASON, RUNS, Entry, Leftovers, SealedFolder
 from storage.retirement import RETIRED, is_retired
 
+NEWER_ROOMS = (FOLDERS["optimizer"],)
+"""Rooms that an artifacts folder of an earlier version lacks."""
 ROOMS = (*FOLDERS.values(), RUNS, "work", "locks", "trash", QUARANTINE)
 
 

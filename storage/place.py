@@ -24,6 +24,7 @@ FOLDERS: dict[Kind, str] = {
     "build": "builds",
     "trunk": "trunks",
     "stack": "stacks",
+    "optimizer": "optimizers",
     "activations": "activations",
     "validation": "validations",
 }

@@ -11,7 +11,7 @@ from storage.manifest import Manifest
 from storage.records import sealed, unsealed
 
 RETIRED = "retired.json"
-RETIRABLE: frozenset[Kind] = frozenset({"activations"})
+RETIRABLE: frozenset[Kind] = frozenset({"activations", "optimizer"})
 """What can be derived again from the rest. A statement about anything else is none: it is only a stray file."""
 
 

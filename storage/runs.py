@@ -27,6 +27,7 @@ from storage.links import check_no_link
 from storage.locks import Holder, OnWait, no_wait, this_process
 from storage.place import OUTCOME, PLANS_LOCK, RUNS
 from storage.records import CHANGED, as_sealed, hash_of, sealed, unsealed
+from storage.retirement import RETIRABLE
 
 START = "start.json"
 """Written last when an attempt begins: without it the attempt does not exist, and it vouches for the others."""
@@ -349,29 +350,32 @@ def _write_outcome(artifacts: Artifacts, attempt: Attempt, state: str, message: 
         artifacts.place.share(attempt.folder / OUTCOME)
 
 
-def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name: str) -> Ref | None:
-    """Retire the store below stage `index` once the one above it is sealed and validated.
+def retire_superseded(artifacts: Artifacts, plan: RunPlan, index: int, run_name: str) -> list[Ref]:
+    """Retire the store and the optimizer state of the stage below once those of stage `index` are sealed and validated.
 
-    Returns the store if it stays because another live run plans to read it.
+    Returns which of them stay because another live run plans to read them.
     """
-    if index == 0 or plan.stages[index].activations is None or plan.stages[index - 1].activations is None:
-        return None
-    stage, below = plan.stages[index], plan.stages[index - 1].ref("activations")
-    state, above = artifacts.state(below), artifacts.state(stage.ref("activations"))
-    superseded = above in (State.SEALED, State.RETIRED) and artifacts.state(stage.ref("validation")) is State.SEALED
-    if state is State.RETIRED:
-        artifacts.retire(below)  # again: a kill may have left some of its data
-    elif superseded and state is State.SEALED and not retire_unless_read(artifacts, below, run_name):
-        return below
-    return None
+    stage, kept = plan.stages[index], list[Ref]()
+    below = plan.stages[index - 1] if index else None
+    for kind in sorted(RETIRABLE):
+        if below is None or stage.recipe(kind) is None or below.recipe(kind) is None:
+            continue
+        ref, above = below.ref(kind), artifacts.state(stage.ref(kind))
+        state = artifacts.state(ref)
+        superseded = above in (State.SEALED, State.RETIRED) and artifacts.state(stage.ref("validation")) is State.SEALED
+        if state is State.RETIRED:
+            artifacts.retire(ref)  # again: a kill may have left some of its data
+        elif superseded and state is State.SEALED and not retire_unless_read(artifacts, ref, run_name):
+            kept.append(ref)
+    return kept
 
 
 def retire_unless_read(artifacts: Artifacts, ref: Ref, own_run: str) -> bool:
-    """Retire a store unless another live run plans to read it; say whether it was retired."""
+    """Retire an artifact unless another live run plans to read it; say whether it was retired."""
     with artifacts.lock(PLANS_LOCK):
         artifacts.place.refresh_records()
         for name, found in all_attempts(artifacts).items():
-            if name != own_run and is_live(artifacts, name) and ref in _stores_of(found[-1].plan):
+            if name != own_run and is_live(artifacts, name) and ref in found[-1].plan.recipes:
                 return False
         artifacts.mark_retired(ref)
     artifacts.retire(ref)  # without the lock, because deleting takes long
@@ -396,7 +400,3 @@ def register_complete(artifacts: Artifacts, config: StackWiseConfig, plan: RunPl
     if config.cache.keep == "last":
         for index in range(len(plan.stages)):
             retire_superseded(artifacts, plan, index, config.run.name)
-
-
-def _stores_of(plan: RunPlan) -> set[Ref]:
-    return {stage.ref("activations") for stage in plan.stages if stage.activations is not None}

@@ -27,12 +27,12 @@ from stackwise_core.stages.costs import (
     trainable_parameters,
     training_bytes,
 )
-from stackwise_core.stages.identity import AdoptedRecipe, Kind, Ref
+from stackwise_core.stages.identity import AdoptedRecipe, Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan, rows_read_again
 from stackwise_core.stages.resolve import reads_examples, resolve_order
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts, State, artifacts_at
-from storage.demand import TASK_KINDS, Demand, compute_demand
+from storage.demand import TASK_KINDS, Demand, compute_demand, made_by
 
 _PACKED_TO_COUNT = 1 << 26
 """Bytes of the largest corpus that is packed only to count its sequences."""
@@ -140,7 +140,8 @@ def _stage(
         if config.data.rows == "fresh":
             fill["cache_fill"] = _fill(config, plan, stage, n_train, rows, validation)
     cached_below = index > 0 and plan.stages[index - 1].activations is not None
-    kinds: dict[str, Kind] = {task: kind for task, kind in TASK_KINDS.items() if stage.recipe(kind) is not None}
+    makes = {task: made_by(task, stage) for task in TASK_KINDS}
+    refs = [stage.ref(kind) for kinds in makes.values() for kind in kinds]
     return {
         "stage": index,
         "name": spec.name,
@@ -170,9 +171,9 @@ def _stage(
         **fill,
         "cache_note": stage.no_cache_reason,
         "measured": _measured(stage, artifacts),
-        "states": {kind: artifacts.state(stage.ref(kind)).value for kind in kinds.values()},
-        "artifacts": {kind: stage.ref(kind).name for kind in kinds.values()},
-        "to_run": [task for task, kind in kinds.items() if stage.ref(kind) in demand.needed],
+        "states": {ref.kind: artifacts.state(ref).value for ref in refs},
+        "artifacts": {ref.kind: ref.name for ref in refs},
+        "to_run": [task for task, kinds in makes.items() if any(stage.ref(kind) in demand.needed for kind in kinds)],
     }
 
 

@@ -24,6 +24,7 @@ _FACTS: dict[Kind, dict[str, Callable[[Any], str]]] = {
         "steps": "{:,} steps".format,
         "rack_parameters": lambda count: f"rack of {parameters(count)}",
     },
+    "optimizer": {"tensors": "{:,} tensors".format},
     "activations": {"boundary": "boundary {}".format, "train_rows": "{:,} rows".format, "store_bytes": size},
     "validation": {"validation_loss": "loss {:.4f}".format, "cache": "cache {}".format},
 }

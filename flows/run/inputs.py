@@ -33,13 +33,14 @@ from stackwise_core.training.boundary import (
     RowsFromEither,
     RowsFromTokens,
 )
+from stackwise_core.training.kept_state import kept_moments
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import StageInputs, TrainingState, fits, tensor_digest
 from storage.activations.fill import StoreRows
 from storage.activations.reader import ReusedRows, StoreReader
-from storage.checkpoints import load_channels, load_embedding, load_head, load_stack, load_state
+from storage.checkpoints import load_channels, load_embedding, load_head, load_moments, load_stack, load_state
 from storage.demand import advance_source
-from storage.errors import ArtifactCorruptError
+from storage.errors import AGAIN, ArtifactCorruptError
 from storage.stores import open_store
 
 _BATCHES_AHEAD = 2
@@ -56,12 +57,13 @@ def open_stage(stage: Stage, build: Ref | None, folder: Path, ranks: Ranks = ALO
     """
     model = open_model(stage, build)
     state = _open_checkpoint(stage, folder, model)
+    moments = _open_moments(stage, model) if state is None else {}
     with _boundary_below(stage) as boundary:
         recipe = stage.plan.stack
         assert isinstance(recipe, StackRecipe)
         first = first_rows(_batches(stage, boundary, 0), recipe.statistics_rows)
         batches = _batches(stage, boundary, state.step if state else 0, ranks)
-        yield StageInputs(stage.plan.spec, model, batches, state, first)
+        yield StageInputs(stage.plan.spec, model, batches, state, first, moments)
 
 
 def open_model(stage: Stage, build: Ref | None) -> StageModel:
@@ -92,6 +94,22 @@ def initial_digest(stage: Stage) -> str:
 def store_below(stage: Stage) -> list[Ref]:
     """Return the store this stage trains on, if there is one."""
     return [stage.below[-1].ref("activations")] if stage.below and stage.below[-1].activations else []
+
+
+def state_below(stage: Stage) -> list[Ref]:
+    """Return the optimizer state this stage goes on from, if it does."""
+    return [stage.below[-1].ref("optimizer")] if stage.plan.spec.state != "nothing" else []
+
+
+def _open_moments(stage: Stage, model: StageModel) -> dict[str, Tensor]:
+    """Return what the optimizer begins with; raises ArtifactCorruptError if its artifact holds nothing of that."""
+    if not state_below(stage):
+        return {}
+    found = kept_moments(model, stage.plan.spec, load_moments(stage.artifacts, stage.below[-1]))
+    if not found:
+        where = stage.artifacts.where(state_below(stage)[0])
+        raise ArtifactCorruptError(where, f"holds nothing that stage {stage.index} trains", f"Remove it and {AGAIN}")
+    return found
 
 
 def _new_stacks(stage: Stage) -> list[Stack]:

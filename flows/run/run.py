@@ -84,7 +84,8 @@ def grow(
                 still_forced = frozenset(ref for ref in forced if ref.stage >= index)
                 demand = compute_demand(plan, artifacts, config.cache.keep, still_forced)
                 add(_stage(filled, root, plan, index, demand))
-                if config.cache.keep == "last" and (kept := retire_superseded(artifacts, plan, index, config.run.name)):
+                superseded = config.cache.keep == "last"
+                for kept in retire_superseded(artifacts, plan, index, config.run.name) if superseded else ():
                     emit(Message(f"{kept.name} is kept: another run that is alive plans to read it"))
                 done = summarise(artifacts, plan)[: index + 1]
                 emit(StageDone(index, done[-1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +135,14 @@ class Stage(BaseModel, frozen=True):
         return load_sequences(self.artifacts, self.run_plan.data_ref)
 
 
-def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made]) -> Ref:
-    """Make the artifact of a task unless it exists: lock, work, seal.
+def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made], kind: Kind | None = None) -> Ref:
+    """Make the artifact of a task, or that of another `kind`, unless it exists: lock, work, seal.
 
     It may be sealed already: another process was first, or this one died between the seal and Prefect's record of
     it. A retired artifact that is not needed stays retired. `work` fills the work folder, resuming from what a killed
     attempt left there; the digests of the `inputs` that it reads go into the manifest.
     """
-    kind = TASK_KINDS[task]
+    kind = kind or TASK_KINDS[task]
     ref, artifacts = stage.plan.ref(kind), stage.artifacts
     with (
         stopping_on_signals(),
@@ -165,17 +165,21 @@ def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made
         began = time.monotonic()
         made = work(artifacts.work(ref))
         facts = {**made.facts, "seconds": round(time.monotonic() - began, 3)}
-        recipe = stage.plan.recipe(kind)
-        assert recipe is not None
-        entries = tuple(artifacts.input_entry(read) for read in inputs)
         failpoint(f"seal-{task}", stage.index)
-        artifacts.seal(
-            ref, recipe, entries, facts, fingerprint_of(stage), checksums=made.checksums, records=made.records
-        )
+        seal(stage, ref, inputs, replace(made, facts=facts))
         failpoint(f"sealed-{task}", stage.index)
         if stop_requested():
             raise StageInterruptedError(f"stopped on request after {ref.name} was sealed; {GO_ON}")
     return ref
+
+
+def seal(stage: Stage, ref: Ref, inputs: list[Ref], made: Made) -> None:
+    """Seal what was made in the work folder of an artifact; the digests of its `inputs` go into the manifest."""
+    artifacts, recipe = stage.artifacts, stage.plan.recipe(ref.kind)
+    assert recipe is not None
+    entries = tuple(artifacts.input_entry(read) for read in inputs)
+    fingerprint = fingerprint_of(stage)
+    artifacts.seal(ref, recipe, entries, made.facts, fingerprint, checksums=made.checksums, records=made.records)
 
 
 def _is_there(stage: Stage, ref: Ref) -> bool:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from flows.run.events import GO_ON, Message, RowsCached, StepTaken, emit, stop_requested
 from flows.run.fill import Workers, plain_workers, write_by_workers
@@ -17,11 +18,12 @@ from flows.run.inputs import (
     open_stage,
     rows_from_tokens,
     rows_to_store,
+    state_below,
     store_below,
     stream_of,
 )
 from flows.run.ranks import train_by_ranks
-from flows.run.stage import Facts, Made, Stage, fingerprint_of, make
+from flows.run.stage import Facts, Made, Stage, fingerprint_of, make, seal
 from stackwise_core.errors import SavedRackError, StackWiseError
 from stackwise_core.model.precision import count_parameters
 from stackwise_core.objectives.make_batch import validation_batch
@@ -32,11 +34,22 @@ from stackwise_core.stages.resolve import resolve_loss
 from stackwise_core.stages.saved_rack import SavedRack
 from stackwise_core.training.evaluate import differing_rows, judge_rack, stored_error
 from stackwise_core.training.stage_model import ALONE, Ranks
-from stackwise_core.training.training import Hooks, TrainingState, end_stage, train_stage
+from stackwise_core.training.training import Hooks, TrainingState, end_stage, moments_of, train_stage
 from storage.activations.fill import fill_store, write_shards
 from storage.activations.reader import StoreReader
-from storage.checkpoints import METRICS, load_embedding, load_head, load_stack, save_channels, save_state, save_trained
-from storage.files import write_bytes, write_text
+from storage.artifacts import SCRATCH, State
+from storage.checkpoints import (
+    METRICS,
+    load_embedding,
+    load_head,
+    load_stack,
+    save_channels,
+    save_moments,
+    save_state,
+    save_trained,
+)
+from storage.errors import ArtifactCorruptError
+from storage.files import checksum_file, write_bytes, write_text
 from storage.stores import open_store
 
 _ERROR_ROWS = 64
@@ -96,39 +109,84 @@ def configure_trunk(stage: Stage) -> Ref | None:
 def train(stage: Stage, build: Ref | None, trunk: Ref | None) -> Ref:
     """Train the live stacks on their boundary, cached or live, from the last checkpoint if there is one.
 
-    An adopted stack is taken from its rack instead.
+    An adopted stack is taken from its rack instead. Where a later stage may go on from the optimizer's state, it is
+    sealed too, before the stack; if only the state is missing, the stage is trained again for it.
     """
     if trunk is None:
         return _adopt(stage)
-    inputs = [stage.run_plan.data_ref, *stage.stacks_below, *([build] if build else []), trunk, *store_below(stage)]
-    spec, shape = stage.plan.spec, stage.plan.shape
-    added = spec.stacks if spec.mode == "joint" else (spec.new,)
+    below = [*stage.stacks_below, *([build] if build else []), trunk, *store_below(stage), *state_below(stage)]
+    inputs = [stage.run_plan.data_ref, *below]
+    state = stage.plan.ref("optimizer") if stage.plan.optimizer else None
 
     def work(folder: Path) -> Made:
-        by_ranks = train_by_ranks(stage, build, folder) if stage.config.hardware.processes > 1 else None
-        with open_stage(stage, build, folder) as opened:
-            # After ranks have trained, the checkpoint is that of the last step, and this only restores it.
-            trained = train_stage(opened, hooks_of(stage, folder))
-            trainable = count_parameters(opened.model)["trainable_parameters"]
-            channels = end_stage(opened.model, opened.first_batches)
-        save_trained(folder, spec, opened.model, trained.records)
-        if channels:
-            save_channels(folder, channels)
-        attempt = by_ranks or trained
-        n_tokens = (spec.optim.steps - attempt.first_step) * spec.optim.batch_size * stage.config.data.seq_len
-        facts = {
-            "stack_parameters": sum(stack_parameters(shape, stack) for stack in added),
-            "trainable_parameters": trainable,
-            "rack_parameters": rack_parameters(shape, spec),
-            "frozen_unchanged": attempt.frozen,
-            "steps": spec.optim.steps,
-            "first_step": attempt.first_step,
-            "train_loss": trained.records[-1]["loss"],
-            "tokens_per_second": round(n_tokens / attempt.seconds),
-        }
-        return Made(facts, records=(METRICS,))
+        made, moments = _train(stage, build, folder, folder)
+        if state is not None:
+            with stage.artifacts.lock(state.name):
+                save_moments(stage.artifacts.work(state), moments)
+                seal(stage, state, inputs, Made({"tensors": len(moments)}))
+        return made
 
-    return make(stage, "train", inputs, work)
+    def again(folder: Path) -> Made:
+        reader = f"stage {stage.index + 1} goes on from the state of its optimizer, which was not kept"
+        emit(Message(f"stage {stage.index} is trained again: {reader}"))
+        weights = folder / SCRATCH / "weights"
+        weights.mkdir(parents=True, exist_ok=True)
+        _, moments = _train(stage, build, folder, weights)
+        _check_same(stage, stack, weights)
+        save_moments(folder, moments)
+        return Made({"tensors": len(moments)})
+
+    stack = make(stage, "train", inputs, work)
+    if state is not None and state.kind in stage.needed and stage.artifacts.state(state) is not State.SEALED:
+        make(stage, "train", inputs, again, state.kind)
+    return stack
+
+
+def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tuple[Made, dict[str, Tensor]]:
+    """Train a stage in a work folder, write what it trained to `weights`, and return its optimizer's state if kept."""
+    spec, shape, moments = stage.plan.spec, stage.plan.shape, dict[str, Tensor]()
+    added = spec.stacks if spec.mode == "joint" else (spec.new,)
+    hooks = hooks_of(stage, folder)
+
+    def keep(state: TrainingState) -> None:
+        moments.update(moments_of(state))
+
+    hooks = replace(hooks, on_end=keep if stage.plan.optimizer else None)
+    by_ranks = train_by_ranks(stage, build, folder) if stage.config.hardware.processes > 1 else None
+    with open_stage(stage, build, folder) as opened:
+        # After ranks have trained, the checkpoint is that of the last step, and this only restores it.
+        trained = train_stage(opened, hooks)
+        trainable = count_parameters(opened.model)["trainable_parameters"]
+        channels = end_stage(opened.model, opened.first_batches)
+    save_trained(weights, spec, opened.model, trained.records)
+    if channels:
+        save_channels(weights, channels)
+    attempt = by_ranks or trained
+    n_tokens = (spec.optim.steps - attempt.first_step) * spec.optim.batch_size * stage.config.data.seq_len
+    facts = {
+        "stack_parameters": sum(stack_parameters(shape, stack) for stack in added),
+        "trainable_parameters": trainable,
+        "rack_parameters": rack_parameters(shape, spec),
+        "frozen_unchanged": attempt.frozen,
+        "steps": spec.optim.steps,
+        "first_step": attempt.first_step,
+        "train_loss": trained.records[-1]["loss"],
+        "tokens_per_second": round(n_tokens / attempt.seconds),
+    }
+    return Made(facts, records=(METRICS,)), moments
+
+
+def _check_same(stage: Stage, stack: Ref, weights: Path) -> None:
+    """Raise ArtifactCorruptError unless a stage that was trained again has the weights that it was sealed with."""
+    sealed = stage.artifacts.manifest(stack)
+    for name, entry in sealed.files.items():
+        if entry.content and checksum_file(weights / name, "sha256") != entry.checksum:
+            raise ArtifactCorruptError(
+                stage.artifacts.where(stack),
+                f"has other weights in {name} than training it again gives, so no optimizer state fits it (was it made "
+                "by another machine, device, number of threads or version of torch?)",
+                f"Redo it and what follows: run the same command with --from-stack {stage.index}",
+            )
 
 
 def _adopt(stage: Stage) -> Ref:

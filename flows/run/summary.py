@@ -11,7 +11,7 @@ from flows.run.numbers import clock, loss, parameters, size
 from stackwise_core.stages.identity import Kind
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from storage.artifacts import Artifacts, State
-from storage.demand import TASK_KINDS
+from storage.demand import TASK_KINDS, made_by
 from storage.midstage import bytes_written, step_reached
 
 
@@ -121,9 +121,10 @@ def summarise(artifacts: Artifacts, plan: RunPlan) -> list[StageSummary]:
 
 
 def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
-    kinds: list[Kind] = [kind for kind in TASK_KINDS.values() if stage.recipe(kind) is not None]
+    kinds: list[Kind] = [kind for task in TASK_KINDS for kind in made_by(task, stage)]
     found = {kind: artifacts.lookup(stage.ref(kind)) for kind in kinds}
-    states = {kind: lookup.state for kind, lookup in found.items()}
+    states: dict[str, str] = dict.fromkeys(TASK_KINDS.values(), "none")
+    states |= {kind: lookup.state.value for kind, lookup in found.items()}
     made = {kind: lookup.folder for kind, lookup in found.items() if lookup.state in (State.SEALED, State.RETIRED)}
     manifests = {kind: folder.manifest for kind, folder in made.items() if folder}
     facts = {kind: manifest.facts for kind, manifest in manifests.items()}
@@ -132,7 +133,7 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
     return StageSummary(
         stage=stage.index,
         name=stage.spec.name,
-        states={kind: states[kind].value if kind in states else "none" for kind in TASK_KINDS.values()},
+        states=states,
         artifacts={kind: stage.ref(kind).name for kind in kinds},
         steps=stage.spec.optim.steps,
         steps_kept=None if stack else step_reached(artifacts, stage.ref("stack")),

@@ -367,6 +367,12 @@ class TrainingConfig(Section):
     """How the rate falls from the peak to min_learning_rate."""
     decay_steps: int = Field(default=0, ge=0)
     """one_clock: in how many of the last steps; 0 means all of the joint anneal, or else a fifth of the run's."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Every stage begins with a fresh optimizer, or what trained in the stage right before keeps moments and step
+    count."""
+    new_state: Literal["zero", "copy"] = "zero"
+    """keep: a new stack begins with zeros, or a copy with the moments of its source, if that trained in the stage right
+    before."""
     weight_decay: float = Field(default=0.1, ge=0.0)
     """AdamW weight decay of matrices; none on norms and embeddings."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)

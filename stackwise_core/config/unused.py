@@ -62,8 +62,17 @@ _FROZEN_HEAD: list[Need] = [  # it trains with the first stage, with a trunk in 
         (f"{GROWTH}.tail_strategy", ("full",)),
     ],
 ]
+_TRAINS_TWICE: Need = [  # something trains in two stages in a row, or begins with the state of what did
+    (f"{GROWTH}.trunk_strategy", ("full", "qlora")),
+    (f"{GROWTH}.building_mode", ("append",)),
+    (f"{GROWTH}.stacks.mode", ("append",)),
+    (f"{GROWTH}.tail_strategy", ("full", "qlora")),
+    ("training.joint_steps", _MANY),
+    ("training.new_state", ("copy",)),
+]
 _COPIES: Need = [("training.new_stack_init", ("auto", "copy", "copy_zero"))]
 _STORED: Need = [(f"{GROWTH}.cache_activations", (True,))]
+_KEPT: Need = [("training.optimizer_state", ("keep",))]
 _STRETCHED: Need = [("model.rope_scaling.kind", ("linear", "llama3", "yarn"))]
 _FROM_A_CONTEXT: Need = [("model.rope_scaling.kind", ("llama3", "yarn"))]
 _LLAMA3: Need = [("model.rope_scaling.kind", ("llama3",))]
@@ -86,6 +95,8 @@ BELONGS_TO: dict[str, list[Need]] = {
     "training.joint_steps": [_GROWS],
     "training.joint_learning_rate": [[("training.joint_steps", _MANY)], [("training.schedule", ("per_stage",))]],
     "training.decay_steps": [[("training.schedule", ("one_clock",))]],
+    "training.optimizer_state": [_GROWS, _TRAINS_TWICE],
+    "training.new_state": [_KEPT, _COPIES],
     f"{GROWTH}.tail_stacks": [_INSERTS],
     f"{GROWTH}.tail_strategy": [_GROWS, _INSERTS],
     f"{GROWTH}.trunk_strategy": [_GROWS],
@@ -125,7 +136,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     "cache.dtype": _FROZEN_BELOW,
     "cache.views": [_MLM],
     "cache.max_gb": [_STORED],
-    "cache.keep": [_STORED],
+    "cache.keep": [[*_STORED, *_KEPT]],
     "cache.mode": [_STORED],
     "cache.fill_workers": [_STORED],
     "cache.task_runner": [[("cache.fill_workers", _MANY[1:])]],
@@ -160,10 +171,12 @@ def is_used(config: ConfigSchema, path: str) -> bool:
     return _blocker(config, path) is None
 
 
-def _blocker(config: ConfigSchema, path: str) -> str | None:
-    """Return the key whose value leaves `path` without effect."""
+def _blocker(config: ConfigSchema, path: str, asked: frozenset[str] = frozenset()) -> str | None:
+    """Return the key whose value leaves `path` without effect; `asked` are the keys that need this one."""
+    if path in asked:  # two keys that need each other
+        return None
     for need in BELONGS_TO.get(path, []):
-        missing = [_blocker(config, key) or _unless(config, key, values) for key, values in need]
+        missing = [_blocker(config, key, asked | {path}) or _unless(config, key, values) for key, values in need]
         if all(missing):
             return missing[0]
     return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from stackwise_core.config.arguments import check_type, describe
 from stackwise_core.config.schema import GROWTH, Mode, StackOverride
 from stackwise_core.errors import ConfigError, Fault
@@ -30,6 +32,8 @@ class GrownRack:
         """The joint anneal that the rack has had, if any; growth goes on from the rack before it."""
         self.interrupted: Interrupted | None = None
         """The stage that a trainer was stopped in, if any; the same call goes on there."""
+        self.moments: dict[str, Tensor] = {}
+        """The optimizer state that the last growth stage left, as `<name>.<moment>`, if it is kept."""
         self.added: list[StackOverride] = []
         """How each stack was built, in creation order."""
         self.trained: set[int] = set()

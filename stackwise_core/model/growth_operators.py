@@ -97,8 +97,13 @@ def grow_stack(
 
 def _copied_blocks(source: Stack, n_blocks: int, *, interleaved: bool) -> nn.ModuleList:
     blocks = merged_dense(source).blocks
-    chosen = [n * len(blocks) // n_blocks if interleaved else n % len(blocks) for n in range(n_blocks)]
+    chosen = (copied_block(n, n_blocks, len(blocks), interleaved=interleaved) for n in range(n_blocks))
     return nn.ModuleList(copy.deepcopy(blocks[n]) for n in chosen)
+
+
+def copied_block(block: int, n_blocks: int, of: int, *, interleaved: bool) -> int:
+    """Return which of a source's blocks, `of` in number, a block of a copy of `n_blocks` is a copy of."""
+    return block * of // n_blocks if interleaved else block % of
 
 
 def _mean(copies: Sequence[nn.ModuleList]) -> nn.ModuleList:

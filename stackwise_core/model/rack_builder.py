@@ -345,7 +345,7 @@ class ProgressiveRackBuilder(GrownRack):
         self.rack.stacks.extend(have.get(stack.creation_index, stack) for stack in other.stacks)
         self.added, self.trained, self.seed = other.added, other.trained, other.seed
         self.created, self.created_ends = other.created, other.created_ends
-        self.annealed, self.interrupted = other.annealed, other.interrupted
+        self.annealed, self.interrupted, self.moments = other.annealed, other.interrupted, other.moments
 
     def take_rack(
         self, rack: Rack, trained: Iterable[int], channels: Mapping[int, ChannelStatistics], modes: Sequence[Mode]

@@ -22,6 +22,7 @@ from stackwise_core.stages.saved_rack import (
     BEFORE_STOP,
     BUILDER,
     CONFIG,
+    MOMENTS,
     STOPPED,
     SavedAnneal,
     SavedBuilder,
@@ -49,6 +50,8 @@ def builder_files(
     annealed, stopped = grown.annealed, grown.interrupted
     if stopped:
         others.append((STOPPED, serialised(stopped.tensors)))
+    if grown.moments:
+        others.append((MOMENTS, serialised(grown.moments)))
     before = [(annealed and annealed.before, BEFORE_JOINT), (stopped and stopped.before, BEFORE_STOP)]
     yield from rack_files(
         grown.rack,
@@ -120,6 +123,7 @@ def take_record(grown: GrownRack, record: SavedBuilder, saved: SavedRack) -> Non
     """Have a rack that was loaded go on from its record: what is as created, its anneal, its stop."""
     grown.created, grown.created_ends = record.created, record.created_ends
     grown.seed = grown.seed if saved.seed is None else saved.seed
+    grown.moments = tensors_of(saved, MOMENTS) if MOMENTS in saved.files else {}
     if kept := record.annealed:
         grown.annealed = Annealed(kept.settings, _snapshot_in(saved.folder / BEFORE_JOINT), kept.after)
     if stop := record.stopped:

@@ -18,9 +18,17 @@ from stackwise_core.data.masks import MaskSpec
 from stackwise_core.stages.resolve import ModelShape, Value, WhereAdopted, WhereSaid
 from stackwise_core.stages.stages import GrowthOperator, InitSpec, OptimSpec, StackSpec, Trains
 
-Kind = Literal["data", "build", "trunk", "stack", "activations", "validation"]
+Kind = Literal["data", "build", "trunk", "stack", "optimizer", "activations", "validation"]
 
-NUMERICS: dict[Kind, int] = {"data": 1, "build": 1, "trunk": 1, "stack": 1, "activations": 1, "validation": 1}
+NUMERICS: dict[Kind, int] = {
+    "data": 1,
+    "build": 1,
+    "trunk": 1,
+    "stack": 1,
+    "optimizer": 1,
+    "activations": 1,
+    "validation": 1,
+}
 """Raise a version when the numbers of its kind change for an unchanged recipe; the golden tests show when."""
 
 
@@ -171,6 +179,17 @@ class StackRecipe(Recipe, frozen=True):
     """Number of first rows over which channel statistics are taken; 0 if no stream needs them."""
     order_step: WhereSaid[int] = 0
     """The step of the order with which the stage begins."""
+    optimizer: WhereSaid[str] = ""
+    """The optimizer state of the stage before, if the stage goes on from it."""
+    copied_state: WhereSaid[bool] = False
+    """Whether a new stack begins with that of its source."""
+
+
+class OptimizerRecipe(Recipe, frozen=True):
+    """The state of a stage's optimizer after its last step, which the next stage goes on from."""
+
+    kind = "optimizer"
+    stack: str
 
 
 class AdoptedRecipe(Recipe, frozen=True):

@@ -25,6 +25,7 @@ from stackwise_core.stages.identity import (
     DataRecipe,
     Kind,
     MixedIn,
+    OptimizerRecipe,
     Recipe,
     Ref,
     StackRecipe,
@@ -44,7 +45,7 @@ from stackwise_core.stages.resolve import (
     resolve_statistics_rows,
     resolve_views,
 )
-from stackwise_core.stages.stages import StageSpec, resolve_joint_times, resolve_stages
+from stackwise_core.stages.stages import StageSpec, leaves_state, resolve_joint_times, resolve_stages
 
 _GRID = (0.15, 0.3, 0.5, 0.7, 0.9)
 """Mask ratios at which stages of different ratios are compared."""
@@ -68,6 +69,8 @@ class StagePlan(Value, frozen=True):
     trunk: TrunkRecipe | None
     """None for an adopted stack."""
     stack: StackRecipe | AdoptedRecipe
+    optimizer: WhereSaid[OptimizerRecipe | None] = None
+    """None where no stage may go on from the optimizer state of this one."""
     activations: ActivationRecipe | None
     no_cache_reason: str
     validation: ValidationRecipe | None
@@ -166,7 +169,7 @@ class RunPlan(Value, frozen=True):
         found: dict[Ref, Recipe] = {source.data.ref(-1): source.data for source in self.sources}
         found[self.data_ref] = self.data
         for stage in self.stages:
-            recipes = (stage.build, stage.trunk, stage.stack, stage.activations, stage.validation)
+            recipes = (stage.build, stage.trunk, stage.stack, stage.optimizer, stage.activations, stage.validation)
             found |= {recipe.ref(stage.index): recipe for recipe in recipes if recipe is not None}
         return found
 
@@ -259,7 +262,7 @@ def _plan_stage(
     index, anatomy = spec.index, spec.anatomy
     build = None if adopted else _plan_build(config, resolve_shape(config), spec, states)
     trunk = None if adopted else _plan_trunk(spec, states, below)
-    stack = adopted or _plan_stack(config, spec, build, trunk, data)
+    stack = adopted or _plan_stack(config, spec, build, trunk, data, below[-1].stack.sha256 if below else "")
     sha256 = stack.sha256
     states |= {c: sha256 if c == anatomy.newest else f"{sha256}#{c}" for c in (anatomy.trained or (index,))}
     activations = _plan_activations(config, reader, states, data) if reader and not no_cache else None
@@ -269,6 +272,7 @@ def _plan_stage(
         build=build,
         trunk=trunk,
         stack=stack,
+        optimizer=OptimizerRecipe(stack=sha256) if leaves_state(config, spec, reader) else None,
         activations=activations,
         no_cache_reason=no_cache,
         validation=_plan_validation(config, spec, stack, activations, data) if anatomy.head_trains or trunk else None,
@@ -290,7 +294,12 @@ def _plan_trunk(spec: StageSpec, states: dict[int, str], below: Sequence[StagePl
 
 
 def _plan_stack(
-    config: StackWiseConfig, spec: StageSpec, build: BuildRecipe | None, trunk: TrunkRecipe | None, data: str
+    config: StackWiseConfig,
+    spec: StageSpec,
+    build: BuildRecipe | None,
+    trunk: TrunkRecipe | None,
+    data: str,
+    before: str,
 ) -> StackRecipe:
     assert trunk is not None
     anatomy, joint = spec.anatomy, spec.mode == "joint"
@@ -314,6 +323,8 @@ def _plan_stack(
         weighting=config.training.loss_weighting,
         statistics_rows=0 if joint else resolve_statistics_rows(config),  # no stage reads the output of a joint one
         order_step=spec.order_step,
+        optimizer=OptimizerRecipe(stack=before).sha256 if spec.state != "nothing" else "",
+        copied_state=spec.state == "kept and copied",
     )
 
 

@@ -18,6 +18,7 @@ from stackwise_core.stages.stages import StackSpec
 from stackwise_core.strict import parse_json, told
 
 RACK, CONFIG, BUILDER, STOPPED = "rack.json", "config.yaml", "builder.json", "stopped.safetensors"
+MOMENTS = "moments.safetensors"
 BEFORE_JOINT, BEFORE_STOP = "before-joint", "before-stop"
 Storage = Literal["float32", "float16", "bfloat16", "nvfp4", "nf4"]
 _FORMAT, _VERSION = "stackwise-rack", 1
@@ -139,7 +140,7 @@ class SavedRack(Value, frozen=True):
     def tensor_files(self) -> list[str]:
         """The files of the rack itself, without what its builder needs beside it."""
         own = (name for name in self.files if name.partition("/")[0] not in (BEFORE_JOINT, BEFORE_STOP))
-        return [name for name in own if name.endswith(".safetensors") and name != STOPPED]
+        return [name for name in own if name.endswith(".safetensors") and name not in (STOPPED, MOMENTS)]
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one of its files; raises SavedRackError if they are not what was saved."""

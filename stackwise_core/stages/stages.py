@@ -35,11 +35,15 @@ from stackwise_core.config.stacks import (
     settings_of,
     stack_time_step,
 )
+from stackwise_core.errors import ConfigError
 from stackwise_core.stages.resolve import Value, WhereAdopted, WhereSaid
 
 AdapterName = Literal["stack", "progressive"]
 Trains = Literal["everything", "adapters", "nothing"]
 _TRAINS: dict[Strategy, Trains] = {"full": "everything", "qlora": "adapters", "frozen": "nothing"}
+KeptState = Literal["nothing", "kept", "kept and copied"]
+"""What a stage takes of the optimizer state that the stage before left: that of what trains in both, and also, for
+a new stack, that of what it is a copy of."""
 
 
 # ---------------------------------------------------------------- anatomy
@@ -218,6 +222,8 @@ class StageSpec(Value, frozen=True):
     """Whether the stack is taken from a saved rack: nothing trains."""
     order_step: WhereSaid[int] = 0
     """The step of the common order of rows with which the stage begins."""
+    state: KeptState = Field(default="nothing", exclude_if=lambda value: value == "nothing")
+    """What the optimizer goes on from."""
 
     @functools.cached_property
     def trunk(self) -> tuple[int, ...]:
@@ -304,7 +310,48 @@ def resolve_stage(config: StackWiseConfig, stage: int, known: _Stacks | None = N
         adopted=adopted,
         order_step=_order_step(config, stage, known),
     )
-    return spec if stage == 0 or adopted else _with_init(config, spec)
+    if stage == 0 or adopted:
+        return spec
+    spec = _with_init(config, spec)
+    return spec.model_copy(update={"state": _kept_state(config, spec, known)})
+
+
+def _kept_state(config: StackWiseConfig, spec: StageSpec, known: _Stacks) -> KeptState:
+    """Return what a stage takes of the state that the growth stage right before it left."""
+    before = spec.index - 1
+    if config.training.optimizer_state == "reset" or before < len(config.adopted):
+        return "nothing"
+    anatomy = stage_anatomy(config, before, known.settings)
+    of_new = spec.mode != "joint" and spec.anatomy.trains_of(spec.index) == "everything"
+    copied = of_new and spec.sources and all(anatomy.trains_of(source) == "everything" for source in spec.sources)
+    if copied and config.training.new_state == "copy":
+        return "kept and copied"
+    shared = _training_parts(anatomy, known.at(before)) & _training_parts(spec.anatomy, spec.stacks)
+    return "kept" if shared else "nothing"
+
+
+def _training_parts(anatomy: Anatomy, stacks: Sequence[StackSpec]) -> set[tuple[str, int]]:
+    """Return what trains: embedding, head, and the base and the adapters of every stack."""
+    parts = {("embedding", -1)} if anatomy.embedding_trains else set[tuple[str, int]]()
+    parts |= {("head", -1)} if anatomy.head_trains else set()
+    parts |= {("base", stack) for stack in anatomy.trained if anatomy.trains_of(stack) == "everything"}
+    return parts | {(name, stack) for stack in anatomy.trained for name in stacks[stack].adapters}
+
+
+def leaves_state(config: StackWiseConfig, spec: StageSpec, reader: StageSpec | None) -> bool:
+    """Return whether the optimizer state of a stage is kept: the next one goes on from it, or may when it is added.
+
+    Where the last stage decays on the run's one clock, raising the target trains it again, from the state before it.
+    """
+    training, growth = config.training, config.training.progressive
+    if reader is not None or spec.adopted or spec.mode == "joint":
+        return reader is not None and reader.state != "nothing"
+    if training.optimizer_state == "reset" or training.schedule == "one_clock" or spec.index + 1 >= growth.max_stacks:
+        return False
+    try:
+        return resolve_stage(config, spec.index + 1).state != "nothing"
+    except ConfigError:  # such as one past the last time step
+        return False
 
 
 def _sources(trunk: Sequence[int], place: int, copied: CopiedFrom) -> tuple[int, ...]:
@@ -343,7 +390,7 @@ def resolve_joint(config: StackWiseConfig, index: int, n_stacks: int) -> StageSp
         steps = training.steps_per_stack
     if index == 0 or training.schedule == "one_clock":
         rate = training.learning_rate
-    return StageSpec(
+    spec = StageSpec(
         index=index,
         mode="joint",
         operator="random",
@@ -354,6 +401,7 @@ def resolve_joint(config: StackWiseConfig, index: int, n_stacks: int) -> StageSp
         optim=_resolve_optim(config, anatomy, stacks, steps, rate, index, is_joint=True),
         order_step=_order_step(config, index),
     )
+    return spec.model_copy(update={"state": _kept_state(config, spec, _Stacks(config))}) if index else spec
 
 
 def _order_step(config: StackWiseConfig, stage: int, known: _Stacks | None = None) -> int:

@@ -21,6 +21,7 @@ from stackwise_core.stages.stages import AdapterName, StackSpec, StageSpec
 from stackwise_core.training.boundary import LiveTrunk
 from stackwise_core.training.evaluate import judge_rack
 from stackwise_core.training.hardware import use_hardware
+from stackwise_core.training.kept_state import kept_moments
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import StageInputs, TrainingState, fits
 
@@ -86,7 +87,8 @@ def stage_inputs(
         yield from first_rows(stage_batches(config, spec, base, boundary), n_rows)
 
     batches = stage_batches(config, spec, raw, boundary, first_step=first_step, record=record)
-    return StageInputs(spec, model, batches, state, first_batches() if n_rows else ())
+    moments = kept_moments(model, spec, builder.moments)
+    return StageInputs(spec, model, batches, state, first_batches() if n_rows else (), moments)
 
 
 def validation_loss_of(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import NoneType
 from typing import Any
+
+from torch import Tensor
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_type
@@ -28,7 +30,7 @@ from stackwise_core.training.in_memory import adapters_of, as_adapted, stage_inp
 from stackwise_core.training.progress import Progress
 from stackwise_core.training.results import StageResult, result_of
 from stackwise_core.training.settings import digest_of, stage_settings
-from stackwise_core.training.training import Hooks, TrainingState, end_stage, train_stage
+from stackwise_core.training.training import Hooks, TrainingState, end_stage, moments_of, train_stage
 
 _log = logging.getLogger("stackwise")
 
@@ -222,6 +224,9 @@ class ProgressiveTrainer:
         config = builder.as_built(self.config)
         config.training.progressive.target_stacks = n_stacks
         spec = resolve_joint(config, index, n_stacks)
+        grows = config.training.progressive.enabled
+        if index == 0 and grows and config.training.optimizer_state == "keep":  # training of a rack that has grown
+            spec = spec.model_copy(update={"state": "kept"})
         anatomy, settings = spec.anatomy, stage_settings(config, spec)
         pairs = zip(anatomy.order, anatomy.trains, strict=True)
         trains = tuple(what if builder.is_trained(stack) else "everything" for stack, what in pairs)
@@ -251,10 +256,13 @@ class ProgressiveTrainer:
         builder.build_rack().to("cpu")  # where the copy is kept
         builder.prepare_stage(spec, config.run.seed)
         before = Snapshot.of(builder.build_rack(), spec.anatomy, builder.channels)
+        hooks, left = call.hooks_of(settings), dict[str, Tensor]()
+        if config.training.optimizer_state == "keep" and anneal is None:
+            hooks = _keeping(hooks, left)
         try:
             inputs = stage_inputs(builder, config, spec, call.dataloader, call.cache.get(spec.anatomy.boundary), state)
             parameters = {"trained": count_parameters(inputs.model)["trainable_parameters"]}
-            trained = train_stage(inputs, call.hooks_of(settings))
+            trained = train_stage(inputs, hooks)
             builder.channels.update(end_stage(inputs.model, inputs.first_batches))
         except StageInterruptedError as stopped:
             kept: TrainingState = stopped.state.copy()
@@ -266,7 +274,9 @@ class ProgressiveTrainer:
             builder.build_rack().to("cpu")
             raise
         builder.finish_stage(spec.anatomy)
-        if anneal is not None:
+        if anneal is None:
+            builder.moments = left
+        else:  # growth goes on from the rack before it, and from the state before it
             builder.keep_annealed(anneal, before)
         result = result_of(config, spec, trained, {**parameters, "total": builder.get_rack_info()["parameters"]})
         self._record(result, config, spec, inputs.batches)
@@ -292,6 +302,18 @@ class ProgressiveTrainer:
                 "limit": int(config.cache.max_gb * 2**30),
                 "full": batches.cache_full,
             }
+
+
+def _keeping(hooks: Hooks, left: dict[str, Tensor]) -> Hooks:
+    """Return hooks that also keep the state that the optimizer is left in."""
+    on_end = hooks.on_end
+
+    def keep(state: TrainingState) -> None:
+        if on_end is not None:
+            on_end(state)
+        left.update({name: value.detach().cpu() for name, value in moments_of(state).items()})
+
+    return replace(hooks, on_end=keep)
 
 
 def _ruled_out(own: StackWiseConfig, ruling: StackWiseConfig) -> Iterator[str]:

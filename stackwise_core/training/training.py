@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Hooks:
     """Steps between checkpoints; 0 makes none."""
     checkpoint_last: bool = False
     """Whether to make one after the last step too, where another process reads the result from it."""
+    on_end: Callable[[TrainingState], None] | None = None
+    """Gets the live tensors after the last step."""
     should_stop: Callable[[], bool] = lambda: False
     """Asked after every step; training then makes a checkpoint and raises `StageInterruptedError`."""
     checkpoint_folder: str | Path | None = None
@@ -81,6 +83,8 @@ class StageInputs:
     """Where an interrupted attempt stood; the result has the same bits as without the interruption."""
     first_batches: Iterable[Batch] = ()
     """The rows over which channel statistics are taken at the end; empty where the stream needs none."""
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the optimizer begins with, as `<name>.<moment>`, unless it resumes; see `kept_moments`."""
 
 
 @dataclass
@@ -108,7 +112,8 @@ def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trai
     """
     frozen = _frozen_digests(inputs.model)
     began, first_step = time.monotonic(), inputs.state.step if inputs.state else 0
-    records = train_stack(inputs.model, inputs.batches, inputs.spec.optim, state=inputs.state, hooks=hooks, ranks=ranks)
+    how: dict[str, Any] = {"state": inputs.state, "moments": inputs.moments, "hooks": hooks, "ranks": ranks}
+    records = train_stack(inputs.model, inputs.batches, inputs.spec.optim, **how)
     seconds = time.monotonic() - began
     if _frozen_digests(inputs.model) != frozen:
         raise FrozenChangedError(f"stage {inputs.spec.index}: training changed frozen weights")
@@ -134,6 +139,7 @@ def train_stack(
     spec: OptimSpec,
     *,
     state: TrainingState | None = None,
+    moments: Mapping[str, Tensor] | None = None,
     hooks: Hooks | None = None,
     ranks: Ranks = ALONE,
 ) -> list[Record]:
@@ -145,6 +151,8 @@ def train_stack(
     if state is not None:
         restore(model, optimizer, state, ranks)
         records = list(state.records)
+    else:
+        give_moments(model, optimizer, moments or {}, ranks)
     scale = LossScale.of(model, records)
     model.train()
     for step, batch in zip(range(len(records), spec.steps), batches, strict=False):
@@ -163,6 +171,8 @@ def train_stack(
     if len(records) < spec.steps:
         fault = Fault("dataloader", f"{len(records)} batches", f"training.steps_per_stack = {spec.steps} are needed")
         raise ConfigError([fault])
+    if hooks.on_end is not None:
+        hooks.on_end(capture(model, optimizer, records, ranks))
     optimizer.zero_grad(set_to_none=True)  # or the gradients of what is frozen from now on would stay in memory
     return records
 
@@ -260,7 +270,7 @@ def capture(
 ) -> TrainingState:
     """Return the state after the last record; its tensors are the live ones: save them before the next step."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter in _trainable(model):
+    for name, parameter in trainable(model):
         tensors[f"model.{name}"] = ranks.full_tensor(parameter.detach())
         for moment, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{moment}"] = ranks.full_tensor(value)
@@ -270,28 +280,42 @@ def capture(
 def fits(model: nn.Module, state: TrainingState) -> bool:
     """Return whether a state holds exactly what trains in this model, by name and shape."""
     saved = {key: tensor.shape for key, tensor in state.tensors.items() if key.startswith("model.")}
-    return saved == {f"model.{name}": parameter.shape for name, parameter in _trainable(model)}
+    return saved == {f"model.{name}": parameter.shape for name, parameter in trainable(model)}
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, ranks: Ranks = ALONE) -> None:
     """Restore a captured state, bit for bit."""
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.tensors.items():
-        if key.startswith("optimizer."):
-            name, moment = key.removeprefix("optimizer.").rsplit(".", 1)
-            moments.setdefault(name, {})[moment] = value
     with torch.no_grad():
-        for name, parameter in _trainable(model):
+        for name, parameter in trainable(model):
             parameter.copy_(ranks.local_shard(state.tensors[f"model.{name}"], parameter))
-            if name in moments:
+    give_moments(model, optimizer, moments_of(state), ranks)
+
+
+def moments_of(state: TrainingState) -> dict[str, Tensor]:
+    """Return the state of the optimizer alone, as `<name>.<moment>`."""
+    named = {key: value for key, value in state.tensors.items() if key.startswith("optimizer.")}
+    return {key.removeprefix("optimizer."): value for key, value in named.items()}
+
+
+def give_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor], ranks: Ranks = ALONE
+) -> None:
+    """Have an optimizer that has made no step go on from `moments`, which are copied; others begin with zeros."""
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in moments.items():
+        name, moment = key.rsplit(".", 1)
+        by_name.setdefault(name, {})[moment] = value
+    with torch.no_grad():
+        for name, parameter in trainable(model):
+            if name in by_name:
                 # `step` is a scalar that fused AdamW wants on the parameter's device.
                 optimizer.state[parameter] = {
                     moment: ranks.local_shard(value.clone().to(parameter.device), parameter)
-                    for moment, value in moments[name].items()
+                    for moment, value in by_name[name].items()
                 }
 
 
-def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return what trains, by name: nothing else changes, so checkpoints hold nothing else."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 

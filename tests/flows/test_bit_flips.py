@@ -35,6 +35,7 @@ QUICK, ALL = 10, 150
 
 def config_of(folder: Path, stacks: int) -> StackWiseConfig:
     small = {"training.steps_per_stack": 2, "validation.sampled_rows": 2, "training.checkpoint_every": 1}
+    small |= {"training.optimizer_state": "keep"}
     return tiny(folder, {f"{GROWTH}.target_stacks": stacks, "cache.keep": "all", **small})
 
 

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 
 CACHED = [
     "append",
+    "kept",
     "qlora top",
     "nf4",
     "nvfp4 top",

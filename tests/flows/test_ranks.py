@@ -65,6 +65,11 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "elbo": ({**MODES["elbo"]}, 0),
     "joint": ({"training.joint_steps": 8, **MODES["nf4"]}, 3),
     "whole": ({f"{G}enabled": False, "training.activation_checkpointing": True}, 0),
+    "kept": ({"training.optimizer_state": "keep", "training.new_state": "copy", "cache.keep": "all"}, 1),
+    "kept joint": (
+        {"training.optimizer_state": "keep", f"{G}trunk_strategy": "full", "training.joint_steps": 8},
+        3,
+    ),
     "joint in time": (  # shares of two rows and of three, in two parts each
         {**DEPTH, "training.joint_steps": 8, "training.accumulation_steps": 3, "training.batch_size": 5},
         3,
@@ -72,7 +77,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-_SLOW = ("from a cache", "nf4 dual", "joint", "prepend half", "elbo", "whole")
+_SLOW = ("from a cache", "nf4 dual", "joint", "prepend half", "elbo", "whole", "kept joint")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in _SLOW else c for c in CASES])

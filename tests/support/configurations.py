@@ -125,6 +125,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     f"{GROWTH}.num_time_steps": DEPTH,
     "training.adapter_learning_rate": ADAPTED,
     "training.decay_steps": {"training.schedule": "one_clock"},
+    "training.new_state": {"training.optimizer_state": "keep"},
     "training.joint_learning_rate": {"training.joint_steps": 10},
     "training.mask_ratio_min": DEPTH,
     "training.mask_ratio_max": DEPTH,
@@ -159,7 +160,7 @@ def ids(run: RunPlan) -> dict[str, str]:
     """Every id of a run: {"data": ..., "stack-1": ...}."""
     found = {"data": run.data_ref.sha256}
     for stage in run.stages:
-        for kind in KINDS:
+        for kind in (*KINDS, "optimizer"):
             if stage.recipe(kind) is not None:
                 found[f"{kind}-{stage.index}"] = stage.ref(kind).sha256
     return found

@@ -42,6 +42,17 @@ MODES: dict[str, dict[str, Any]] = {
     "joint": {"training.joint_steps": 6},
     "joint nf4": {"training.joint_steps": 6, f"{G}new_stack_precision": "qlora", **LORA, **DUAL},
     "one clock joint": {"training.joint_steps": 6, "training.schedule": "one_clock", "training.decay": "linear"},
+    "kept": {"training.optimizer_state": "keep", f"{G}qlora_enabled": True, **LORA, **DUAL},
+    "kept full": {
+        "training.optimizer_state": "keep",
+        "training.new_state": "copy",
+        "training.new_stack_source": "interleaved",
+        "training.joint_steps": 6,
+        "training.schedule": "one_clock",
+        f"{G}stacks": [{"n_blocks": 2}, {"n_blocks": 3}, {"mode": "prepend"}],
+        f"{G}trunk_strategy": "full",
+        f"{G}new_stack_precision": "bfloat16",
+    },
     "whole": {f"{G}enabled": False},
     "whole nvfp4": {f"{G}enabled": False, f"{G}new_stack_precision": "nvfp4"},
     "mixed": {
