@@ -383,11 +383,11 @@ def retire_unless_read(artifacts: Artifacts, ref: Ref, own_run: str) -> bool:
 
 
 def retire_stores(artifacts: Artifacts, plan: RunPlan, run_name: str) -> None:
-    """Retire the stores of a run that is done and will not be grown, unless another run plans them too."""
+    """Retire stores and optimizer states of a run that is done and will not be grown, unless another plans them too."""
     others = [found[-1].plan for name, found in all_attempts(artifacts).items() if name != run_name]
-    planned = set[Ref]().union(*map(_stores_of, others))
-    for ref in _stores_of(plan) - planned:
-        if artifacts.state(ref) is State.SEALED:
+    planned = set[Ref]().union(*(other.recipes for other in others))
+    for ref in plan.recipes.keys() - planned:
+        if ref.kind in RETIRABLE and artifacts.state(ref) is State.SEALED:
             retire_unless_read(artifacts, ref, run_name)
 
 
