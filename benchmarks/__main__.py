@@ -31,9 +31,8 @@ NAMES = (
     "data_parallel",
     "corpora",
 )
-GROWTH = "growth"
 DEEPER = "deeper_checkpoint"
-LONG = (GROWTH, DEEPER, "queued_runs", "huge_corpus")
+LONG = (DEEPER, "queued_runs", "huge_corpus")
 """Those that take long: only by name."""
 
 
@@ -52,9 +51,8 @@ def main() -> int:
     if unknown := [name for name in names if name not in NAMES + LONG]:
         parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(NAMES + LONG)}")
     own = {name: value for name in ("artifacts", "checkpoint", "source") if (value := getattr(options, name))}
-    for name in own:
-        if names not in ([DEEPER], *([[GROWTH]] if name == "artifacts" else [])):
-            parser.error(f"--{name} goes with {DEEPER} alone" + (f", or with {GROWTH}" if name == "artifacts" else ""))
+    if own and names != [DEEPER]:
+        parser.error(f"--{next(iter(own))} goes with {DEEPER} alone")
     if DEEPER in names and not {"checkpoint", "source"} <= own.keys():
         parser.error(f"{DEEPER} needs --checkpoint and --source")
     if len(names) == 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flows.cli.arguments import add_common, add_config, load_config
 from flows.cli.train import on_server
-from flows.pages.comparison import EXPLAINED, markdown, tables, write_comparison
+from flows.pages.comparison import EXPLAINED, comparison_page, markdown, tables, write_comparison
 from flows.run.comparing import (
     Comparison,
     Field,
@@ -19,7 +19,7 @@ from flows.run.comparing import (
     unknown_arm,
 )
 from flows.run.events import subscribed
-from flows.run.say import complain, say, say_json
+from flows.run.say import say, say_json
 from flows.run.terminal import PlainLines, plain_console, plain_table, reading_shown
 from flows.run.verdict import failures_of, judge
 from stackwise_core.config.yaml import load_yaml, parse_value
@@ -50,6 +50,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--name", default="", help="of the comparison, and the beginning of its runs' (default: run.name)"
     )
     parser.add_argument("--plan", action="store_true", help="print the runs and what they cost, and train nothing")
+    parser.add_argument("--html", default="", metavar="FILE", help="write the page there, too")
     parser.add_argument("--markdown", default="", metavar="FILE", help="write the tables as Markdown, too")
 
 
@@ -74,9 +75,9 @@ def _run(options: argparse.Namespace) -> None:
     if options.plan:
         return _show_plan(field, as_json=options.json)
     failed = _complete(comparison, field, {"config": config, "arms": arms, "own": own, "jobs": jobs, **given})
-    _show(options, field)
-    if failed:
-        raise failed
+    failures = _show(options, field)
+    if failed or failures:
+        raise failed or RunsFailedError("\n".join(failures))
     return None
 
 
@@ -96,13 +97,15 @@ def _complete(comparison: Comparison, field: Field, given: dict[str, Any]) -> Ru
     return None
 
 
-def _show(options: argparse.Namespace, field: Field) -> None:
-    results = known_results(field)
+def _show(options: argparse.Namespace, field: Field) -> list[str]:
+    """Print and write what there is, and return a line for each run without a loss."""
+    results = known_results(field, failed=True)
     field.register(results)
     document = judge(field, results)
     folder = write_comparison(document, field.artifacts)
-    if options.markdown:
-        write_text(Path(options.markdown), markdown(document))
+    for file, drawn in ((options.markdown, markdown), (options.html, comparison_page)):
+        if file:
+            write_text(Path(file), drawn(document))
     if options.json:
         say_json(document)
     else:
@@ -115,7 +118,7 @@ def _show(options: argparse.Namespace, field: Field) -> None:
             say("")
         say(*EXPLAINED, *document["notes"], "", document["verdict"], *filter(None, [document["loses"]]), "")
         say(f"everything together: {document['total_tflop']:.4g} TFLOP; in {folder}")
-    complain(*failures_of(document))
+    return failures_of(document)
 
 
 def _show_plan(field: Field, *, as_json: bool) -> None:

@@ -8,9 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
+from flows.pages.page import render
+from flows.pages.plots import LEFT, WIDTH, Mark, Plot, scale_of
 from flows.pages.report import escaped
 from flows.run.numbers import clock, loss, parameters, size
-from flows.run.verdict import AXES, rows_of
+from flows.run.verdict import AXES, failures_of, rows_of
+from stackwise_core.stages.arms import END_TO_END
 from storage.artifacts import Artifacts
 from storage.files import write_text
 from storage.place import COMPARISONS
@@ -160,11 +165,75 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+# ---------------------------------------------------------------- the page
+
+_CHARTS = {
+    "tflop": ("FLOPs as executed [TFLOP]", "Equal budgets stand above each other."),
+    "tokens": ("tokens read", "Growing reads more tokens for the same FLOPs."),
+    "seconds": ("seconds", "Of this machine, without validation."),
+    "memory_bytes_forecast": ("memory [MiB]", "The planner's forecast for the largest stage of a run."),
+}
+_LABEL_HEIGHT, _LABEL_WIDTH = 17, 8.5
+"""Of a name in a chart and of a letter of it, on the smallest screen [px]."""
+_LONGEST_LABEL = 20
+_WIDE = 8
+"""Ratio of an axis' ends from which on it is logarithmic."""
+
+
+def comparison_page(document: Document) -> str:
+    """Return the comparison as one self-contained HTML page."""
+    charts = [(_chart(document, axis, *words), caption) for axis, (*words, caption) in _CHARTS.items()]
+    notes = [*EXPLAINED, *document["notes"]]
+    values = {"charts": charts, "tables": tables(document), "notes": notes, "failures": failures_of(document)}
+    return str(render("comparison.html.j2", document=document, **values))
+
+
+def _chart(document: Document, axis: str, x_label: str) -> Markup:
+    """Return the losses of all arms against an axis: a line for end-to-end training, a named dot for every other."""
+    rows = [row for row in rows_of(document) if row["loss"] and row[axis]]
+    unit = 2.0**20 if axis.startswith("memory") else 1.0
+    xs = {id(row): row[axis] / unit for row in rows}
+    bounds = [value for row in rows for value in (row["loss"]["low"], row["loss"]["high"], row["loss"]["mean"])]
+    wide = bool(rows) and max(xs.values()) > _WIDE * min(xs.values())
+    plot = Plot(scale_of(xs.values(), log=wide), scale_of(bounds), x_label, f"loss [{document['unit']}]")
+    curve = sorted((xs[id(row)], row["loss"]["mean"]) for row in rows if row["arm"] == END_TO_END)
+    plot.line([x for x, _ in curve], [y for _, y in curve], "line thin")
+    grows = {arm["arm"] for arm in document["arms"] if arm["grows"]}
+    for row in rows:
+        x, found = plot.x(xs[id(row)]), row["loss"]
+        if found["low"] is not None:
+            ends = {"y1": plot.y(found["high"]), "y2": plot.y(found["low"])}
+            plot.marks.append(Mark("line", {"class": "line thin", "x1": x, "x2": x, **ends}))
+        dot = {"class": "dot" if row["arm"] in grows else "outlier", "cx": x, "cy": plot.y(found["mean"]), "r": 4}
+        plot.marks.append(Mark("circle", dot, tip=f"{row['arm']}, budget {row['budget']:g}: {_mean(found)}"))
+    plot.marks += _labels([(plot.x(xs[id(row)]), plot.y(row["loss"]["mean"]), row["arm"]) for row in rows])
+    return plot.svg()
+
+
+def _labels(points: Sequence[tuple[float, float, str]]) -> list[Mark]:
+    """Return the names of points, moved down from each other where they would overlap."""
+    placed: list[tuple[float, float, float]] = []  # left, right, height
+    marks: list[Mark] = []
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        text = name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}\u2026"
+        on_the_left = x > (LEFT + WIDTH) / 2
+        width = _LABEL_WIDTH * len(text)
+        left, right = (x - 8 - width, x - 8) if on_the_left else (x + 8, x + 8 + width)
+        for other_left, other_right, height in placed:
+            if left < other_right and other_left < right and abs(y - height) < _LABEL_HEIGHT:
+                y = height + _LABEL_HEIGHT
+        placed.append((left, right, y))
+        place = {"class": "note", "x": x - 8 if on_the_left else x + 8, "y": y + 4}
+        marks.append(Mark("text", {**place, "text-anchor": "end" if on_the_left else "start"}, text, tip=name))
+    return marks
+
+
 def write_comparison(document: Document, artifacts: Artifacts) -> Path:
     """Write the comparison into the artifacts folder, and return its folder."""
     folder = artifacts.root / COMPARISONS / document["name"]
     folder.mkdir(parents=True, exist_ok=True)
     files = {"comparison.json": json.dumps(document, indent=1), "comparison.md": markdown(document)}
+    files["index.html"] = comparison_page(document)
     for name, text in files.items():
         write_text(folder / name, text)
         artifacts.place.share(folder / name)

@@ -464,10 +464,17 @@ def open_field(comparison: Comparison, root: str) -> Field:
     return Field(comparison, artifacts, data)
 
 
-def known_results(field: Field) -> dict[Chosen, Result]:
-    """Return the results that there are; they decide which further runs are looked for."""
+def known_results(field: Field, *, failed: bool = False) -> dict[Chosen, Result]:
+    """Return the results that there are, those of runs that failed only if asked: they are tried again.
+
+    They decide which further runs are looked for.
+    """
     results: dict[Chosen, Result] = {}
-    while found := {run: found for run in field.wanted(results) if run not in results and (found := field.look(run))}:
+    while found := {
+        run: result
+        for run in field.wanted(results)
+        if run not in results and (result := field.look(run) or (field.ended(run) if failed else None))
+    }:
         results |= found
     return results
 

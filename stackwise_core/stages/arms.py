@@ -11,6 +11,7 @@ from typing import Any
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import GROWTH
+from stackwise_core.config.sizes import residual_blocks_of
 from stackwise_core.config.stacks import settings_of
 from stackwise_core.config.yaml import apply_overrides
 from stackwise_core.errors import ConfigError, Fault
@@ -32,9 +33,14 @@ Changes = dict[str, Any]
 
 
 def _one_clock(config: StackWiseConfig) -> Changes:
-    """Return the changes of every arm but the configured one: one rate, that of the configuration, and no anneal."""
-    rate = config.training.learning_rate
-    return {"training.schedule": "one_clock", "training.joint_steps": 0, "training.joint_learning_rate": rate}
+    """Return the changes of every arm but the configured one: one clock, one rate, no anneal, one scale."""
+    scale = residual_blocks_of(config)
+    return {
+        "training.schedule": "one_clock",
+        "training.joint_steps": 0,
+        "training.joint_learning_rate": config.training.learning_rate,
+        **({"model.residual_blocks": scale} if scale else {}),
+    }
 
 
 def _grown(config: StackWiseConfig, **growth: Any) -> Changes:

@@ -9,8 +9,11 @@ import pytest
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError
+from stackwise_core.model.adapters import adapter_parameters
+from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.stages.arms import ANNEAL_SHARE, ARMS, END_TO_END, arm, changed
 from stackwise_core.stages.charges import charge, cost
+from stackwise_core.stages.costs import stage_flops
 from stackwise_core.stages.plan import plan_run
 from support.runs import tiny
 
@@ -54,6 +57,30 @@ def test_without_a_cache_frozen_stacks_are_passed_at_every_step(config: StackWis
     config = changed(config, {f"{G}.cache_activations": False})
     found = charge(config, plan_run(config, "0" * 64), N_ROWS)
     assert [each.frozen for each in found] == [each.recomputed for each in found] == [0, 400 * BLOCK, 800 * BLOCK]
+
+
+def test_adapters_are_charged_three_products_of_each(config: StackWiseConfig) -> None:
+    config = changed(config, {f"{G}.trunk_strategy": "qlora", f"{G}.progressive_qlora": True})
+    builder = ProgressiveRackBuilder(config)
+    for _ in range(3):
+        builder.add_stack()
+    plan = plan_run(config, "0" * 64)
+    bare = sum(stage_flops(plan.stages[2].shape, plan.stages[2].spec, LENGTH, (LENGTH - 1) / LENGTH))
+    parameters = sum(each.numel() for stack in builder.stacks for each in adapter_parameters(stack))
+    assert charge(config, plan, N_ROWS)[2].trained - bare == pytest.approx(6 * parameters * 100 * BATCH * LENGTH)
+
+
+def test_where_every_stage_reads_on_new_rows_are_filled_from_tokens(config: StackWiseConfig) -> None:
+    found = charge(
+        changed(config, {"data.rows": "fresh"}), plan_run(changed(config, {"data.rows": "fresh"}), "0" * 64), 10**6
+    )
+    assert [each.frozen for each in found] == [0, 400 * BLOCK, 2 * 400 * BLOCK]
+
+
+def test_a_scale_by_depth_is_that_of_the_configuration_in_every_arm(config: StackWiseConfig) -> None:
+    config = changed(config, {"model.residual_scale": "depth"})
+    shapes = {plan_run(changed(config, ARMS[name](config)), "0" * 64).stages[-1].shape for name in ARMS}
+    assert {shape.residual_blocks for shape in shapes} == {12}
 
 
 @pytest.mark.parametrize("name", ARMS)

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from flows.pages.comparison import comparison_page, markdown, tables
 from flows.run.comparing import Comparison, comparison_of, grid_of, known_results, open_field, run_missing
+from flows.run.events import request_stop
 from flows.run.run import grow
 from flows.run.verdict import Interval, failures_of, interval, judge, loses, loss_at, share_of, spent_for, verdict
 from stackwise_core.config import StackWiseConfig
@@ -45,6 +47,19 @@ class HereAndNow:
 
     def stop(self) -> None:
         pass
+
+
+class Fake:
+    """A job that has ended with a problem, or runs until it is stopped."""
+
+    def __init__(self, problem: str | None) -> None:
+        self.problem, self.stopped = problem, False
+
+    def poll(self) -> str | None:
+        return self.problem
+
+    def stop(self) -> None:
+        self.problem, self.stopped = "stopped", True
 
 
 def compared(comparison: Comparison, root: Path) -> dict[str, Any]:
@@ -198,7 +213,7 @@ def test_where_growing_loses_names_arms_measures_and_smaller_models() -> None:
 # ---------------------------------------------------------------- runs
 
 
-def test_a_comparison_runs_what_is_missing_once(tmp_path: Path) -> None:
+def test_a_comparison_runs_what_is_missing_once(tmp_path: Path, run: Run) -> None:
     """Four controls, two rates of which the larger diverges, a curve of two budgets; then all of it is there."""
     config = small(tmp_path)
     comparison = comparison_of(config, rates=(1.0, 1e12), seeds=1, curve=(2.0,))
@@ -213,6 +228,7 @@ def test_a_comparison_runs_what_is_missing_once(tmp_path: Path) -> None:
     gap = rows["configured", 1]["above_end_to_end"]
     assert gap["mean"] == pytest.approx(rows["configured", 1]["loss"]["mean"] - flat[1])
     assert rows["configured", 1]["bits_per_byte"] == pytest.approx(rows["configured", 1]["loss"]["mean"] / math.log(2))
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert len(failures_of(found)) == 4
     assert "diverged: step" in failures_of(found)[0]
 
@@ -220,7 +236,63 @@ def test_a_comparison_runs_what_is_missing_once(tmp_path: Path) -> None:
     field = open_field(comparison, str(tmp_path / "artifacts"))
     again = judge(field, run_missing(field, pytest.fail, 1))  # nothing is started
     assert again == found
+    config.to_yaml(tmp_path / "c.yaml")
+    words = ("--rates", "1,1e12", "--seeds", 1, "--curve", 2, "--html", "c.html", "--markdown", "c.md")
+    printed = run("compare", "c.yaml", *words)
+    assert printed.code == 1  # something has diverged
+    assert printed.err.splitlines() == ["stackwise: " + line for line in failures_of(found)[:1]] + failures_of(found)[1:]
+    assert all(said in printed.out for said in (found["verdict"], found["loses"], "budget", "bits/byte"))
+    assert run("status", "--json").out.count('"done"') == 5  # the runs, under their names
     assert digests(tmp_path / "artifacts") == before
+
+    page, text = (tmp_path / "c.html").read_text(), (tmp_path / "c.md").read_text()
+    assert page == (tmp_path / "artifacts" / "comparisons" / "tiny" / "index.html").read_text()
+    assert page.count("<svg") == 4
+    for table in tables(found):
+        assert all(f"| {' | '.join(row)} |" in text.replace("\\", "") for row in table.rows)
+        assert all(f">{cell}</td>" in page for row in table.rows for cell in row if "<" not in cell and ">" not in cell)
+
+
+def test_a_failed_run_is_told_and_does_not_stop_the_others(tmp_path: Path) -> None:
+    field = open_field(comparison_of(small(tmp_path), rates=(1.0,), seeds=1), str(tmp_path / "artifacts"))
+    started: list[str] = []
+
+    def killed(config: StackWiseConfig, artifacts: Artifacts) -> Fake:
+        started.append(config.run.name)
+        return Fake("killed by signal 9; its log is elsewhere")
+
+    found = judge(field, run_missing(field, killed, 2))
+    assert len(started) == len(set(started)) == 4
+    assert len(failures_of(found)) == 4
+    assert failures_of(found)[0].endswith("failed: killed by signal 9; its log is elsewhere")
+    assert found["verdict"].startswith("No verdict yet")
+    assert "1 failed" in markdown(found)
+    assert known_results(field) == {}  # the same command tries again
+
+
+def test_a_stop_reaches_every_run_at_work(tmp_path: Path) -> None:
+    field = open_field(comparison_of(small(tmp_path), rates=(1.0,), seeds=1), str(tmp_path / "artifacts"))
+    jobs: list[Fake] = []
+
+    def start(config: StackWiseConfig, artifacts: Artifacts) -> Fake:
+        jobs.append(Fake(None))
+        if len(jobs) == 2:
+            request_stop()
+        return jobs[-1]
+
+    with pytest.raises(StageInterruptedError, match="run the same command to go on"):
+        run_missing(field, start, 2)
+    assert [job.stopped for job in jobs] == [True, True]
+
+
+def test_an_arm_keeps_its_name_only_as_text(tmp_path: Path) -> None:
+    field = open_field(
+        comparison_of(small(tmp_path), own={"<i>|*": {"arm": "full"}}, rates=(1.0,), seeds=1),
+        str(tmp_path / "artifacts"),
+    )
+    found = judge(field, {})
+    assert "<i>" not in comparison_page(found)
+    assert "\\<i\\>\\|\\*" in markdown(found)
 
 
 def test_the_runs_are_those_of_the_configuration_itself(tmp_path: Path) -> None:
