@@ -124,6 +124,7 @@ def growth_faults(config: ConfigSchema) -> Iterator[Fault]:
     """Yield every broken rule about stacks, precisions, adapters and trunk strategies."""
     yield from _limited(config, f"{GROWTH}.target_stacks", f"{GROWTH}.max_stacks")
     yield from _precision_faults(config)
+    yield from _residual_warmup_faults(config)
     yield from _tail_faults(config)
     yield from _adapter_faults(config)
 
@@ -159,6 +160,15 @@ def _precision_faults(config: ConfigSchema) -> Iterator[Fault]:
 
 def _begins_as_zero(config: ConfigSchema, stack: int) -> bool:
     return stack >= len(config.adopted) and operator_of(config, settings_of(config, stack)) == "copy_zero"
+
+
+def _residual_warmup_faults(config: ConfigSchema) -> Iterator[Fault]:
+    growth, warmup = config.training.progressive, config.training.residual_warmup_steps
+    for stack in range(max(1, len(config.adopted)), growth.target_stacks if growth.enabled else 0):
+        if warmup > (steps := settings_of(config, stack).steps):
+            allowed = f"the stage of stack {stack} has {steps} steps: at most as many, or more steps"
+            yield _fault(config, "training.residual_warmup_steps", allowed)
+            return
 
 
 def _tail_faults(config: ConfigSchema) -> Iterator[Fault]:

@@ -391,6 +391,9 @@ class TrainingConfig(Section):
     new_stack_output_scale: float = Field(default=1.0, ge=0.0, le=1.0)
     """Multiplies what each half of a block ends with; 0 is copy_zero, or zero if random. Where it is not 1, auto is a
     copy."""
+    residual_warmup_steps: int = Field(default=0, ge=0)
+    """Steps at the start of a stage in which what the new stack adds to the stream rises evenly from nothing to all of
+    it; at most those of the stage. The first step has the loss of the trunk alone, and nothing of it stays."""
     joint_steps: int = Field(default=0, ge=0)
     """Steps of the joint anneal after the last stage."""
     joint_learning_rate: float = Field(default=1e-3, gt=0.0)

@@ -92,6 +92,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     "training.new_stack_source": [_GROWS, _COPIES],
     "training.new_stack_noise": [_GROWS, _COPIES],
     "training.new_stack_output_scale": [_GROWS, [("training.new_stack_init", ("auto", "copy", "random"))]],
+    "training.residual_warmup_steps": [_GROWS],
     "training.joint_steps": [_GROWS],
     "training.joint_learning_rate": [[("training.joint_steps", _MANY)], [("training.schedule", ("per_stage",))]],
     "training.decay_steps": [[("training.schedule", ("one_clock",))]],

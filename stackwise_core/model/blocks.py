@@ -106,18 +106,24 @@ class Block(nn.Module):
         self.ffn = FeedForward(shape)
 
     def forward(
-        self, x_BTD: Tensor, rotary: Tensor, memory: BlockMemory | None = None, sees: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        rotary: Tensor,
+        memory: BlockMemory | None = None,
+        sees: Tensor | None = None,
+        share: Tensor | None = None,
     ) -> Tensor:
-        """[B, T, D] to [B, T, D]; see `Attention.forward`."""
+        """[B, T, D] to [B, T, D]; see `Attention.forward`, and `Stack.forward` for `share`."""
         if self.norm_outputs:
-            x_BTD = x_BTD + self._scaled(self.attention_norm(self.attention(x_BTD, rotary, memory, sees)))
-            return x_BTD + self._scaled(self.ffn_norm(self.ffn(x_BTD)))
-        x_BTD = x_BTD + self._scaled(self.attention(self.attention_norm(x_BTD), rotary, memory, sees))
-        return x_BTD + self._scaled(self.ffn(self.ffn_norm(x_BTD)))
+            x_BTD = x_BTD + self._scaled(self.attention_norm(self.attention(x_BTD, rotary, memory, sees)), share)
+            return x_BTD + self._scaled(self.ffn_norm(self.ffn(x_BTD)), share)
+        x_BTD = x_BTD + self._scaled(self.attention(self.attention_norm(x_BTD), rotary, memory, sees), share)
+        return x_BTD + self._scaled(self.ffn(self.ffn_norm(x_BTD)), share)
 
-    def _scaled(self, branch_BTD: Tensor) -> Tensor:
+    def _scaled(self, branch_BTD: Tensor, share: Tensor | None) -> Tensor:
         # Not torch.add(alpha=...), which may fuse: the bits of a row would depend on where in a batch it is.
-        return branch_BTD if self.residual_scale == 1.0 else branch_BTD * self.residual_scale
+        branch_BTD = branch_BTD if self.residual_scale == 1.0 else branch_BTD * self.residual_scale
+        return branch_BTD if share is None else branch_BTD * share
 
 
 class Stack(nn.Module):
@@ -142,11 +148,18 @@ class Stack(nn.Module):
         last = ("attention_norm", "ffn_norm") if self.shape.norm_outputs else ("o_proj", "down_proj")
         return [weight for name, weight in self.named_parameters() if name.removesuffix(".weight").endswith(last)]
 
-    def forward(self, x_BTD: Tensor, memory: StackMemory | None = None, documents_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        memory: StackMemory | None = None,
+        documents_BT: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> Tensor:
         """[B, T, D] to [B, T, D]; matrix products run in the stack's compute type, the stream stays float32.
 
         With a memory, which generation keeps, x are new positions, and those before them are in it. With `documents_BT`
-        positions see only those of the same number, and each document begins at position 0.
+        positions see only those of the same number, and each document begins at position 0. While a new stack comes in,
+        `share` is how much of what its blocks would add is added.
         """
         sees = None
         if memory is None:
@@ -160,7 +173,7 @@ class Stack(nn.Module):
         compute = compute_dtype(self.precision, x_BTD.device)
         with torch.autocast(x_BTD.device.type, dtype=compute, enabled=compute != torch.float32):
             for number, block in enumerate(self.blocks):
-                x_BTD = block(x_BTD, rotary, memory and memory.blocks[number], sees)
+                x_BTD = block(x_BTD, rotary, memory and memory.blocks[number], sees, share)
         return x_BTD
 
 

@@ -179,6 +179,8 @@ class OptimSpec(Value, frozen=True):
     decay: Decay = Field(default="cosine", exclude_if=lambda value: value == "cosine")
     decay_steps: int | None = Field(default=None, exclude_if=lambda value: value is None)
     """The last steps, in which the rate decays; None stands for all after the warm-up."""
+    residual_warmup_steps: WhereSaid[int] = 0
+    """The first steps, in which what the new stack adds to the stream rises from nothing."""
 
 
 class InitSpec(Value, frozen=True):
@@ -365,7 +367,7 @@ def _sources(trunk: Sequence[int], place: int, copied: CopiedFrom) -> tuple[int,
 
 
 def _with_init(config: StackWiseConfig, spec: StageSpec) -> StageSpec:
-    """Return a stage with how its stack starts; what makes no difference is left at its default, to enter no id."""
+    """Return a stage with how its stack starts and comes in; what makes no difference stays at its default."""
     training, n_blocks = config.training, spec.new.n_blocks
     copied = training.new_stack_source
     spec = spec.model_copy(update={"copied": "neighbour" if copied == "interleaved" else copied})
@@ -377,7 +379,8 @@ def _with_init(config: StackWiseConfig, spec: StageSpec) -> StageSpec:
         output_scale=training.new_stack_output_scale if spec.operator in ("copy", "random") else 1.0,
         interleaved=copied == "interleaved" and in_turn != in_a_row,
     )
-    return spec.model_copy(update={"init": init})
+    optim = spec.optim.model_copy(update={"residual_warmup_steps": training.residual_warmup_steps})
+    return spec.model_copy(update={"init": init, "optim": optim})
 
 
 def resolve_joint(config: StackWiseConfig, index: int, n_stacks: int) -> StageSpec:

@@ -53,6 +53,7 @@ class StageModel(nn.Module):
         self.head = head
         self.loss_function = loss_function
         self.checkpointing = checkpointing
+        self._share: Tensor | None = None
         self.compiled: dict[int, Callable[..., Tensor]] = {}
         """Compiled stacks by creation index; not registered, since they share the parameters of `stacks`."""
         self._set_requires_grad()
@@ -110,16 +111,21 @@ class StageModel(nn.Module):
         Where joint training draws a depth, stacks created after `stack_idx` are left out.
         """
         stream_BTD, documents = self.entering(batch), several(batch.get("documents"))
-        others = () if documents is None else (None, documents)
         for stack in self.live_stacks():
             if stack.creation_index > batch["stack_idx"]:
                 continue
+            others = (None, documents, self._share if stack.creation_index == self.anatomy.newest else None)
             run = self.compiled.get(stack.creation_index, stack)
             if self.checkpointing:
                 stream_BTD = cast("Tensor", checkpoint(run, stream_BTD, *others, use_reentrant=False))
             else:
                 stream_BTD = run(stream_BTD, *others)
         return stream_BTD
+
+    def let_in(self, share: float | None) -> None:
+        """Set how much of what the newest stack would add to the stream is added; None stands for all of it."""
+        # A tensor, which changes from step to step without being compiled anew.
+        self._share = None if share is None else torch.tensor(share, device=self.head.projection.weight.device)
 
     def entering(self, batch: Batch) -> Tensor:
         """Return the stream below the first live stack, float32: from the tokens, or the trunk's boundary."""

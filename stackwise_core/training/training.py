@@ -173,6 +173,7 @@ def train_stack(
         raise ConfigError([fault])
     if hooks.on_end is not None:
         hooks.on_end(capture(model, optimizer, records, ranks))
+    model.let_in(None)
     optimizer.zero_grad(set_to_none=True)  # or the gradients of what is frozen from now on would stay in memory
     return records
 
@@ -202,6 +203,7 @@ def train_step(
         NonFiniteLossError: before any weight was changed; it names step and sequence ids.
     """
     rate = learning_rate(spec, step)
+    model.let_in(step / spec.residual_warmup_steps if step < spec.residual_warmup_steps else None)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"] / spec.learning_rate
     optimizer.zero_grad(set_to_none=True)

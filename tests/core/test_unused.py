@@ -121,6 +121,7 @@ NOT_READ: dict[str, set[str]] = {
         "training.new_stack_noise",
         "training.new_stack_output_scale",
         "training.optimizer_state",
+        "training.residual_warmup_steps",
     }
     | {f"{G}{key}" for key in ("building_mode", "train_head", "trunk_strategy", "stacks")},
     "all their own": {"model.blocks_per_stack", "training.steps_per_stack"}

@@ -58,7 +58,15 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "first": ({}, 0),
     "from a cache": ({"cache.keep": "all"}, 1),
     # Each process has two rows of four, and so two parts: what one process has cut into three.
-    "live trunk, in parts": ({**MLM, f"{G}cache_activations": False, "training.accumulation_steps": 3}, 1),
+    "live trunk, in parts": (
+        {
+            **MLM,
+            f"{G}cache_activations": False,
+            "training.accumulation_steps": 3,
+            "training.residual_warmup_steps": 5,
+        },
+        1,
+    ),
     "few positions": ({**MLM, "training.mask_ratio": 0.02}, 0),
     "nf4 dual": ({**MODES["nf4 dual"]}, 2),
     "prepend half": ({**MODES["full prepend half"]}, 1),

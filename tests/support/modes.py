@@ -60,7 +60,7 @@ MODES: dict[str, dict[str, Any]] = {
         f"{G}stacks": [{}, {"mode": "prepend", "n_blocks": 2}, {"precision": "bfloat16", "steps": 8}, {}],
         f"{G}target_stacks": 4,
     },
-    "insert": {f"{G}building_mode": "insert"},
+    "insert": {f"{G}building_mode": "insert", "training.residual_warmup_steps": 6},
     "insert full": {
         f"{G}building_mode": "insert",
         f"{G}trunk_strategy": "full",
