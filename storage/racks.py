@@ -91,13 +91,15 @@ class OpenedRun:
             return [Denoiser(self.rack(dense=True).to(device), step_ratios=ratios)]
         if isinstance(last.stack, StackRecipe) and last.stack.joint_times:
             whole, order = self.rack(dense=True), last.spec.anatomy.order
-            ratios = [ratio for _, ratio in last.stack.joint_times]
+            spans = last.stack.joint_spans or (None,) * len(order)
+            pairs = zip(last.stack.joint_times, spans, strict=True)
+            ratios = [span.up_to if span else ratio for (_, ratio), span in pairs]
             racks = [
                 _part(whole, [number for number, stack in enumerate(order) if stack <= c]) for c in range(len(order))
             ]
         else:
             having = [stage for stage in stages if stage.mask is not None and stage.has_head]
-            ratios = [stage.mask.ratio for stage in having if stage.mask]
+            ratios = [mask.span.up_to if mask.span else mask.ratio for stage in having if (mask := stage.mask)]
             racks = self._racks(having)
         found = [Denoiser(rack.to(device), ratio) for rack, ratio in zip(racks, ratios, strict=True)]
         return sorted(found, key=lambda denoiser: denoiser.ratio, reverse=True)

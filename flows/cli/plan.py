@@ -153,6 +153,7 @@ def _stage(
         "operator": spec.operator,
         "time_step": spec.time_step,
         "mask_ratio": ratio,
+        **({"mask_ratios": [span.low, span.high]} if stage.mask and (span := stage.mask.span) else {}),
         "draws_depth": bool(stage.stack.joint_times),
         "precision": spec.new.precision,
         "adapters": [
@@ -238,6 +239,8 @@ def _filled(row: dict[str, Any]) -> str:
 def _paragraph(row: dict[str, Any]) -> str:
     """Return one stage of the plan as a few short lines."""
     masks = "inputs as they are" if row["mask_ratio"] is None else f"{row['mask_ratio']:.0%} of the positions masked"
+    if between := row.get("mask_ratios"):
+        masks = f"{between[0]:.0%} to {between[1]:.0%} of the positions masked, {row['mask_ratio']:.0%} on average"
     masks = "each step at the mask ratio of one stack" if row["draws_depth"] else masks
     time = "" if row["time_step"] is None else f" (time step {row['time_step']})"
     saved = row["flops_saved_by_cache"]

@@ -251,7 +251,7 @@ def check_validation(config: StackWiseConfig, artifacts: Artifacts, plan: RunPla
             continue
         if config.training.progressive.time_interpretation == "none":
             raise ConfigError([Fault("training.mask_ratio", str(mask.ratio), f"{found}; raise it")])
-        remedy = f"{found} at a mask ratio of {mask.mean_ratio:.3g}; raise it or the ratio, or give more text"
+        remedy = f"{found} at a mask ratio of {own.mean_ratio:.3g}; raise it or the ratio, or give more text"
         raise ConfigError([Fault("validation.max_sequences", str(most), remedy)])
 
 

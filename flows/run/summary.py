@@ -144,7 +144,7 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         trainable_parameters=stack.get("trainable_parameters"),
         train_loss=stack.get("train_loss"),
         validation_loss=validation.get("validation_loss"),
-        mask_ratio=stage.mask.mean_ratio if stage.mask else None,
+        mask_ratio=stage.mask.for_validation().mean_ratio if stage.mask else None,
         by_mask_ratio=validation.get("by_mask_ratio", {}),
         seconds=round(sum(seconds), 1) if stack else None,
         tokens_per_second=stack.get("tokens_per_second"),

@@ -18,6 +18,7 @@ from stackwise_core.config.stacks import (
     progressive_adapter_of,
     settings_of,
     stack_time_step,
+    step_above,
 )
 from stackwise_core.config.unused import is_used
 from stackwise_core.data.files import holds_tokens
@@ -228,6 +229,9 @@ def _depth_faults(config: ConfigSchema) -> Iterator[Fault]:
     try:
         for c in range(min(growth.target_stacks, growth.max_stacks)):
             steps.append(stack_time_step(config, c))
+        by_intervals = growth.stack_time_span == "interval" and is_used(config, f"{GROWTH}.stack_time_span")
+        if by_intervals and (above := step_above(config, len(steps) - 1)) is not None:
+            steps.append(above)
     except ConfigError as error:
         yield from error.faults  # only those of the first stack, since the stacks after it have the same
     linear, exponential = growth.stack_time_mapping == "linear", growth.stack_time_mapping == "exponential"

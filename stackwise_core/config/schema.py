@@ -332,6 +332,9 @@ class ProgressiveConfig(Section):
     """How a time step is embedded."""
     stack_time_mapping: StackTimeMapping = "linear"
     """Which time step a stack of time-as-depth has; in the library also a function, as time_mapping."""
+    stack_time_span: Literal["point", "interval"] = "point"
+    """mlm: a stack trains at the mask ratio of its time step, or at all ratios between those of its neighbours that are
+    nearer to its own, and some beyond: one for each sequence."""
     time_mapping: TimeMapping = Field(default_factory=list)
     """Custom mapping: the time step of each stack in creation order, or 'module:name'."""
     time_per_stack: int = Field(default=1, ge=1, le=2**20)

@@ -20,7 +20,7 @@ from stackwise_core.config.schema import (
     StackOverride,
     StackSettings,
 )
-from stackwise_core.data.masks import TimeInput
+from stackwise_core.data.masks import RatioSpan, TimeInput
 from stackwise_core.errors import ConfigError, Fault
 
 
@@ -242,6 +242,45 @@ def stack_time_step(config: ConfigSchema, c: int) -> int:
             raise ConfigError([Fault("training.mask_ratio_table", f"{n_steps} ratios", allowed)])
         raise ConfigError([Fault(f"{GROWTH}.{key}", shown(getattr(growth, key)), allowed)])
     return step
+
+
+_OVERLAP = 0.2
+"""The share of the way from one stack's mask ratio to the next in which both train."""
+
+
+def ratio_span(config: ConfigSchema, c: int) -> RatioSpan | None:
+    """Return the mask ratios that the c-th created stack trains at, where depth is time; None if there is only one.
+
+    They reach half way to the ratios of its neighbours, those of the first stack down to the ratio of step 0 and those
+    of the last one up to that of step T - 1. In the middle fifth of that way one stack gives over to the next, so that
+    what all stacks take adds up to the same at every ratio. Raises what `stack_time_step` raises.
+    """
+    if config.training.progressive.stack_time_span == "point":
+        return None
+    own, above = mask_ratio_of(config, stack_time_step(config, c)), step_above(config, c)
+    low = full_from = mask_ratio_of(config, 0)
+    full_to = high = mask_ratio_of(config, n_time_steps(config) - 1)
+    if c:
+        low, full_from = _given_over(mask_ratio_of(config, stack_time_step(config, c - 1)), own)
+    if above is not None:
+        full_to, high = _given_over(own, mask_ratio_of(config, above))
+    return RatioSpan(low=low, full_from=full_from, full_to=full_to, high=high) if low < high else None
+
+
+def _given_over(below: float, above: float) -> tuple[float, float]:
+    """Return between which ratios one stack gives over to the next."""
+    middle, half = (below + above) / 2, _OVERLAP / 2 * (above - below)
+    return middle - half, middle + half
+
+
+def step_above(config: ConfigSchema, c: int) -> int | None:
+    """Return the time step of the stack after the c-th, to be reached or not; None if there can be none."""
+    growth = config.training.progressive
+    if c + 1 >= growth.max_stacks:
+        return None
+    if growth.stack_time_mapping == "linear" and (c + 1) * growth.time_per_stack >= n_time_steps(config):
+        return None
+    return stack_time_step(config, c + 1)
 
 
 def _mapped_step(config: ConfigSchema, key: str, c: int) -> int:

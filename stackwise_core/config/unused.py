@@ -123,6 +123,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     f"{GROWTH}.time_embedding_dim": [_INPUT],
     f"{GROWTH}.time_encoding_type": [_INPUT],
     f"{GROWTH}.stack_time_mapping": [_DEPTH],
+    f"{GROWTH}.stack_time_span": [_DEPTH, _MLM],
     f"{GROWTH}.time_mapping": [[(f"{GROWTH}.stack_time_mapping", ("custom",))]],
     f"{GROWTH}.time_per_stack": [  # linear steps are its multiples; else it may set how many steps there are
         _DEPTH,

@@ -124,6 +124,46 @@ class TimeInput(BaseModel, frozen=True):
         return (u_B * self.n_steps).astype(np.int64)
 
 
+class RatioSpan(BaseModel, frozen=True):
+    """A range of mask ratios, of which each sequence draws one. Enters ids unchanged.
+
+    The density rises evenly from `low` to `full_from`, is the same up to `full_to`, and falls evenly to `high`.
+    """
+
+    low: float
+    full_from: float
+    full_to: float
+    high: float
+
+    @property
+    def up_to(self) -> float:
+        """The ratio at which the next stack takes over: the middle of the fall, where both draw as often."""
+        return (self.full_to + self.high) / 2
+
+    @property
+    def mean(self) -> float:
+        """The mean of the ratios that are drawn."""
+        rise, flat, fall = self._areas
+        middles = (self.low + 2 * self.full_from) / 3, (self.full_from + self.full_to) / 2
+        moment = rise * middles[0] + flat * middles[1] + fall * (2 * self.full_to + self.high) / 3
+        return moment / (rise + flat + fall)
+
+    @property
+    def _areas(self) -> tuple[float, float, float]:
+        """What lies below the density, which is 1 at most, in its three parts."""
+        return (self.full_from - self.low) / 2, self.full_to - self.full_from, (self.high - self.full_to) / 2
+
+    def ratios(self, u: FloatArray) -> FloatArray:
+        """Return the ratios below which a share u, from 0 to 1, of all draws lies: [...] to [...]."""
+        rise, flat, fall = self._areas
+        area = u * (rise + flat + fall)
+        left = (rise + flat + fall) - area
+        rising = self.low + np.sqrt(2 * (self.full_from - self.low) * area)
+        falling = self.high - np.sqrt(2 * (self.high - self.full_to) * left)
+        drawn = np.where(area < rise, rising, np.where(left < fall, falling, self.full_from + (area - rise)))
+        return drawn.clip(self.low, self.high)
+
+
 class MaskSpec(BaseModel, frozen=True):
     """How inputs are corrupted in one stage. Enters ids unchanged."""
 
@@ -138,38 +178,42 @@ class MaskSpec(BaseModel, frozen=True):
     """For time-as-input: each sequence has the ratio of its step, and `ratio` is not used."""
     special_tokens: tuple[int, ...] = ()
     """Ids that are not regular, ascending; a tokenizer may have them anywhere."""
+    span: RatioSpan | None = Field(default=None, exclude_if=lambda value: value is None)
+    """For time-as-depth by intervals: each sequence draws its ratio. At `ratio` the stack is judged."""
 
     @property
     def mean_ratio(self) -> float:
-        """The fraction of positions that is masked, averaged over time-as-input."""
+        """The fraction of positions that is masked, averaged over the ratios or steps that are drawn."""
         if self.time is None:
-            return self.ratio
+            return self.span.mean if self.span else self.ratio
         ratios = self.time.ratios(np.arange(self.time.n_steps, dtype=np.int64))
         return float(ratios.mean() if self.time.fixed < 0 else ratios[self.time.fixed])
 
     def at_ratio(self, ratio: float) -> MaskSpec:
         """Return the same corruption at one ratio; for time-as-input, at the step with the nearest ratio."""
         if self.time is None:
-            return self.model_copy(update={"ratio": ratio})
+            return self.model_copy(update={"ratio": ratio, "span": None})
         ratios = self.time.ratios(np.arange(self.time.n_steps, dtype=np.int64))
         fixed = {"fixed": int(np.abs(ratios - ratio).argmin()), "elbo": False, "table": tuple(ratios.tolist())}
         return self.model_copy(update={"time": self.time.model_copy(update=fixed)})
 
     def for_validation(self) -> MaskSpec:
-        """Return the same corruption under the seed that every run validates with."""
-        return self.model_copy(update={"seed": VALIDATION_SEED})
+        """Return the same corruption under the seed that every run validates with, a stack at its own ratio."""
+        return self.model_copy(update={"seed": VALIDATION_SEED, "span": None})
 
     def masks(self, sequence_ids: IntArray, view: int, seq_len: int, steps: IntArray | None = None) -> BoolArray:
         """Return which positions are masked: [B, T] for sequence ids [B].
 
         Position p of sequence s is masked iff hash(seed, s, view, p) < ratio. So the masks of a lower ratio are
         contained in those of a higher one, and a row does not depend on its batch. Time-as-input, and only it, needs
-        the time `steps` [B] of the sequences.
+        the time `steps` [B] of the sequences. With a span each sequence has a ratio of its own under each view.
         """
         if (self.time is None) != (steps is None):
             allowed = "the steps of time-as-input are needed" if steps is None else "this corruption has one ratio"
             raise ConfigError([Fault("steps", "None" if steps is None else "steps", allowed)])
         ratio = self.ratio if self.time is None or steps is None else self.time.ratios(steps)[:, None]
+        if self.span:
+            ratio = self.span.ratios(hash_uniform(self.seed, _SALT_TIME, sequence_ids, view))[:, None]
         return hash_uniform(self.seed, _SALT_MASKED, *_keys(sequence_ids, view, seq_len)) < ratio
 
     def corrupt(self, tokens: IntArray, masks: BoolArray, sequence_ids: IntArray, view: int) -> IntArray:

@@ -58,10 +58,8 @@ def stage_masks(config: StackWiseConfig, spec: StageSpec) -> dict[int, MaskSpec 
 
     That is the newest stack, but in joint training over depth as time any of them.
     """
-    mask = resolve_mask(config, spec.anatomy.newest)
-    if mask and spec.mode == "joint" and (times := resolve_joint_times(config)):
-        return {stack: mask.at_ratio(ratio) for stack, (_, ratio) in enumerate(times)}
-    return {spec.anatomy.newest: mask}
+    stacks = range(len(resolve_joint_times(config))) if spec.mode == "joint" else ()
+    return {stack: resolve_mask(config, stack) for stack in stacks or (spec.anatomy.newest,)}
 
 
 def _joint_batches(

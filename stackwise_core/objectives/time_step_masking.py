@@ -26,8 +26,9 @@ _INTERPRETATION = "training.progressive.time_interpretation"
 class TimeStepMasking:
     """The masks of a configuration: at one ratio (`none`), by stack (`depth`) or by drawn time steps (`input`).
 
-    Only mlm masks inputs; with clm and custom every mask is empty, and `depth` is a step that batches record. Edits of
-    the configuration take effect at the next call.
+    With `depth` by intervals each sequence draws one of its stack's ratios. Only mlm masks inputs; with clm and custom
+    every mask is empty, and `depth` is a step that batches record. Edits of the configuration take effect at the next
+    call.
 
     A `batch` below is a tensor [B, T] of clean tokens, or a mapping with `input_ids` and, optionally, the fields that
     `make_batch` reads; a batch that a `ProgressiveDataLoader` made has the masks that it was made with. Masks are
@@ -116,7 +117,7 @@ class TimeStepMasking:
         n_rows = len(fields["sequence_ids"])
         each = isinstance(time_step, Tensor) and time_step.ndim > 0
         steps = self._valid_steps(time_step if each else [time_step] * n_rows, n_rows)
-        timed = spec and spec.model_copy(update={"time": time_schedule(self.config)})
+        timed = spec and spec.model_copy(update={"time": time_schedule(self.config), "span": None})
         return self._masks(fields, timed, steps).to(_device(batch))
 
     def _valid_steps(self, given: Any, n_rows: int) -> IntArray:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from stackwise_core.config.schema import Mode, Precision, Strategy, StreamDtype
 from stackwise_core.config.stacks import AdapterSpec
-from stackwise_core.data.masks import MaskSpec
+from stackwise_core.data.masks import MaskSpec, RatioSpan
 from stackwise_core.stages.resolve import ModelShape, Value, WhereAdopted, WhereSaid
 from stackwise_core.stages.stages import GrowthOperator, InitSpec, OptimSpec, StackSpec, Trains
 
@@ -173,6 +173,8 @@ class StackRecipe(Recipe, frozen=True):
     """For time-as-depth."""
     joint_times: tuple[tuple[int, float], ...] = ()
     """For joint training with time-as-depth: step and mask ratio of every stack, by creation index."""
+    joint_spans: WhereSaid[tuple[RatioSpan | None, ...]] = ()
+    """For joint training with time-as-depth by intervals: the ratios of every stack, by creation index."""
     weighting: Literal["mean", "elbo"] = "mean"
     shuffle_block: int = 0
     statistics_rows: int = 0

@@ -45,7 +45,13 @@ from stackwise_core.stages.resolve import (
     resolve_statistics_rows,
     resolve_views,
 )
-from stackwise_core.stages.stages import StageSpec, leaves_state, resolve_joint_times, resolve_stages
+from stackwise_core.stages.stages import (
+    StageSpec,
+    leaves_state,
+    resolve_joint_spans,
+    resolve_joint_times,
+    resolve_stages,
+)
 
 _GRID = (0.15, 0.3, 0.5, 0.7, 0.9)
 """Mask ratios at which stages of different ratios are compared."""
@@ -320,6 +326,7 @@ def _plan_stack(
         objective=resolve_objective(config),
         time_step=spec.time_step if corrupts_by_time(config) else None,  # otherwise it is only recorded
         joint_times=resolve_joint_times(config) if joint else (),
+        joint_spans=resolve_joint_spans(config) if joint else (),
         weighting=config.training.loss_weighting,
         statistics_rows=0 if joint else resolve_statistics_rows(config),  # no stage reads the output of a joint one
         order_step=spec.order_step,

@@ -20,6 +20,7 @@ from stackwise_core.config.sizes import batch_size_of, feed_forward_width, head_
 from stackwise_core.config.stacks import (
     mask_ratio_of,
     n_time_steps,
+    ratio_span,
     resolve_time_input,
     stack_time_step,
 )
@@ -167,7 +168,8 @@ def resolve_mask(config: StackWiseConfig, stage: int) -> MaskSpec | None:
         raise ConfigError([Fault("data.tokenizer", repr(config.data.tokenizer), allowed)])
     interpretation = config.training.progressive.time_interpretation
     ratio = config.training.mask_ratio if interpretation == "none" else 0.0
-    if interpretation == "depth":
+    by_depth = interpretation == "depth"
+    if by_depth:
         ratio = mask_ratio_of(config, stack_time_step(config, stage))
     return MaskSpec(
         seed=config.run.seed,
@@ -177,6 +179,7 @@ def resolve_mask(config: StackWiseConfig, stage: int) -> MaskSpec | None:
         n_regular_tokens=tokenizer.n_regular_tokens,
         special_tokens=tokenizer.special_tokens,
         time=resolve_time_input(config),
+        span=ratio_span(config, stage) if by_depth else None,
     )
 
 

@@ -32,9 +32,11 @@ from stackwise_core.config.stacks import (
     mask_ratio_of,
     operator_of,
     progressive_adapter_of,
+    ratio_span,
     settings_of,
     stack_time_step,
 )
+from stackwise_core.data.masks import RatioSpan
 from stackwise_core.errors import ConfigError
 from stackwise_core.stages.resolve import Value, WhereAdopted, WhereSaid
 
@@ -473,3 +475,9 @@ def resolve_joint_times(config: StackWiseConfig) -> tuple[tuple[int, float], ...
         return ()
     steps = [stack_time_step(config, stack) for stack in range(growth.target_stacks)]
     return tuple((step, mask_ratio_of(config, step)) for step in steps)
+
+
+def resolve_joint_spans(config: StackWiseConfig) -> tuple[RatioSpan | None, ...]:
+    """Return the mask ratios of every stack in such joint training; () where each has one."""
+    spans = tuple(ratio_span(config, stack) for stack, _ in enumerate(resolve_joint_times(config)))
+    return spans if any(spans) else ()

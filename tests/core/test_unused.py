@@ -59,6 +59,8 @@ MODES: dict[str, dict[str, Any]] = {
     "one stack": ALONE,
     "depth": DEPTH,
     "depth exponential": EXPONENTIAL,
+    "depth intervals": {**DEPTH, f"{G}stack_time_span": "interval"},
+    "whole depth intervals": {**WHOLE, **DEPTH, f"{G}stack_time_span": "interval"},
     "depth custom": {**DEPTH, f"{G}stack_time_mapping": "custom", f"{G}time_mapping": [0, 0, 1]},
     "depth table": {**DEPTH, "training.mask_ratio_table": [0.1, 0.2, 0.3]},
     "depth clm": {**DEPTH, **CLM},

@@ -173,19 +173,20 @@ def test_masked_tokens_are_filled_in(changes: dict[str, Any], depths: list[int],
     assert (answer.code, answer.faults) == (2, [f"--top-k: got 3; {allowed}"])
 
 
-def test_the_annealed_rack_is_every_depth(tmp_path: Path) -> None:
-    config, root = (
-        tiny(tmp_path, {**BY_DEPTH, f"{G}building_mode": "prepend", "training.joint_steps": 1}),
-        tmp_path / "a",
-    )
+@pytest.mark.parametrize(("span", "lightest"), [("point", 0.3), ("interval", 0.6)])
+def test_the_annealed_rack_is_every_depth(span: str, lightest: float, tmp_path: Path) -> None:
+    """Trained by intervals, the lighter denoiser is used up to half way to the heavier one."""
+    changes = {**BY_DEPTH, f"{G}building_mode": "prepend", "training.joint_steps": 1, f"{G}stack_time_span": span}
+    config, root = tiny(tmp_path, changes), tmp_path / "a"
     grown(config, root)
     opened, whole = open_run(root, "tiny"), load_rack(root, "tiny")
     deep, flat = opened.denoisers()
-    assert (deep.ratio, flat.ratio) == pytest.approx((0.9, 0.3))
+    assert (deep.ratio, flat.ratio) == pytest.approx((0.9, lightest))
     tokens = torch.tensor([[1, 2, 3, 256]])
     assert torch.equal(deep.rack(tokens), whole(tokens))
     assert torch.equal(flat.rack(tokens), whole.head(whole.stacks[1](whole.embedding(tokens))))  # a suffix: prepended
     before = open_run(root, "tiny", 2).denoisers()
+    assert [denoiser.ratio for denoiser in before] == [deep.ratio, flat.ratio]
     assert torch.equal(before[1].rack(tokens), load_rack(root, "tiny", 1)(tokens))
     assert before[0].rack.stacks[1] is before[1].rack.stacks[0]  # the trunk is frozen, and loaded once
     assert not torch.equal(before[1].rack(tokens), flat.rack(tokens))

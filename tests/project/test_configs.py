@@ -243,6 +243,20 @@ def test_jump_copies_the_first_blocks_and_then_trains_all_by_one_clock(run_of: R
     assert (optims[1].decay, optims[1].min_learning_rate) == ("linear", 0.0)
 
 
+def test_diffusion_depth_spreads_all_ratios_over_its_stacks(run_of: Run) -> None:
+    run = run_of("diffusion-depth")
+    assert (run.order, run.cached) == ((0, 1, 2, 3), [])  # no row is read twice
+    assert run.changed(3) == {"stack 3", "head"}
+    masks = [stage.mask for stage in run.stages if stage.mask]
+    assert [mask.ratio for mask in masks] == pytest.approx([0.15, 0.40, 0.65, 0.90])
+    spans = [mask.span for mask in masks if mask.span]
+    assert [span.low for span in spans] == pytest.approx([0.15, 0.25, 0.50, 0.75])
+    assert [span.high for span in spans] == pytest.approx([0.30, 0.55, 0.80, 0.90])
+    positions = [run.facts("validation", stage)["loss_positions"] for stage in range(4)]
+    assert positions == sorted(set(positions))  # judged at its own ratio
+    assert set(run.facts("validation", 3)["by_mask_ratio"]) == {"0.15", "0.3", "0.5", "0.7", "0.9"}
+
+
 def test_joint_anneal_trains_everything_once_at_the_end(run_of: Run) -> None:
     run = run_of("joint-anneal")
     assert [stage.spec.mode for stage in run.stages] == ["append", "append", "append", "joint"]

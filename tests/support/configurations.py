@@ -122,6 +122,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     f"{GROWTH}.stack_time_mapping": {**DEPTH, f"{GROWTH}.num_time_steps": 100},
     f"{GROWTH}.time_mapping": {**DEPTH, f"{GROWTH}.stack_time_mapping": "custom"},
     f"{GROWTH}.time_per_stack": DEPTH,
+    f"{GROWTH}.stack_time_span": DEPTH,
     f"{GROWTH}.num_time_steps": DEPTH,
     "training.adapter_learning_rate": ADAPTED,
     "training.decay_steps": {"training.schedule": "one_clock"},

@@ -85,7 +85,7 @@ MODES: dict[str, dict[str, Any]] = {
     },
     "depth": DEPTH,
     "depth prepend joint": {**DEPTH, f"{G}building_mode": "prepend", "training.joint_steps": 6},
-    "depth joint": {**DEPTH, "training.joint_steps": 6},
+    "depth joint": {**DEPTH, "training.joint_steps": 6, f"{G}stack_time_span": "interval"},
     "input": INPUT,
     "input per sequence": {**INPUT, "training.time_sampling": "per_sequence", f"{G}time_encoding_type": "learned"},
     "elbo": {
