@@ -50,6 +50,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--name", default="", help="of the comparison, and the beginning of its runs' (default: run.name)"
     )
     parser.add_argument("--plan", action="store_true", help="print the runs and what they cost, and train nothing")
+    parser.add_argument("--so-far", action="store_true", help="judge the runs that are done, and train nothing")
     parser.add_argument("--html", default="", metavar="FILE", help="write the page there, too")
     parser.add_argument("--markdown", default="", metavar="FILE", help="write the tables as Markdown, too")
 
@@ -74,6 +75,9 @@ def _run(options: argparse.Namespace) -> None:
         field = open_field(comparison, options.artifacts)
     if options.plan:
         return _show_plan(field, as_json=options.json)
+    if options.so_far:
+        _show(options, field)
+        return None
     failed = _complete(comparison, field, {"config": config, "arms": arms, "own": own, "jobs": jobs, **given})
     failures = _show(options, field)
     if failed or failures:
@@ -100,7 +104,8 @@ def _complete(comparison: Comparison, field: Field, given: dict[str, Any]) -> Ru
 def _show(options: argparse.Namespace, field: Field) -> list[str]:
     """Print and write what there is, and return a line for each run without a loss."""
     results = known_results(field, failed=True)
-    field.register(results)
+    if not options.so_far:
+        field.register(results)
     document = judge(field, results)
     folder = write_comparison(document, field.artifacts)
     for file, drawn in ((options.markdown, markdown), (options.html, comparison_page)):
@@ -123,7 +128,7 @@ def _show(options: argparse.Namespace, field: Field) -> list[str]:
 
 def _show_plan(field: Field, *, as_json: bool) -> None:
     """Print every run with its steps, its FLOPs and whether it is there; a rate that is still to be tuned is `best`."""
-    rows = field.planned()
+    rows = field.planned(known_results(field))
     if as_json:
         say_json({"name": field.comparison.name, "budget_tflop": field.unit / 1e12, "runs": rows})
         return

@@ -46,7 +46,7 @@ def tables(document: Document) -> list[TableOf]:
 
     bits = ["|bits/byte"] if any("bits_per_byte" in row for row in rows) else []
     compared = [row for row in rows if row["against"]]
-    return [
+    found = [
         table(
             f"Validation loss [{document['unit']}] on {document['judged_on']}",
             ["|rate", "|loss", *bits, "|above end-to-end", "|seeds"],
@@ -96,6 +96,7 @@ def tables(document: Document) -> list[TableOf]:
             compared,
         ),
     ]
+    return [each for each in found if any(set(row[many + 1 :]) != {"-"} for row in each.rows)]
 
 
 _GAPS = ("tflop_recomputed", "tokens", "seconds")
@@ -178,6 +179,8 @@ _LABEL_HEIGHT, _LABEL_WIDTH = 17, 8.5
 _LONGEST_LABEL = 20
 _WIDE = 8
 """Ratio of an axis' ends from which on it is logarithmic."""
+_ROOM = 1.15
+"""Factor by which an axis goes beyond its first and last value."""
 
 
 def comparison_page(document: Document) -> str:
@@ -194,8 +197,9 @@ def _chart(document: Document, axis: str, x_label: str) -> Markup:
     unit = 2.0**20 if axis.startswith("memory") else 1.0
     xs = {id(row): row[axis] / unit for row in rows}
     bounds = [value for row in rows for value in (row["loss"]["low"], row["loss"]["high"], row["loss"]["mean"])]
-    wide = bool(rows) and max(xs.values()) > _WIDE * min(xs.values())
-    plot = Plot(scale_of(xs.values(), log=wide), scale_of(bounds), x_label, f"loss [{document['unit']}]")
+    least, most = min(xs.values(), default=1.0), max(xs.values(), default=1.0)
+    around = [least / _ROOM, most * _ROOM]  # so that what is nearly the same stands together
+    plot = Plot(scale_of(around, log=most > _WIDE * least), scale_of(bounds), x_label, f"loss [{document['unit']}]")
     curve = sorted((xs[id(row)], row["loss"]["mean"]) for row in rows if row["arm"] == END_TO_END)
     plot.line([x for x, _ in curve], [y for _, y in curve], "line thin")
     grows = {arm["arm"] for arm in document["arms"] if arm["grows"]}

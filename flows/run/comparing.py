@@ -29,6 +29,7 @@ from storage.adopt import plan_in
 from storage.artifacts import Artifacts, artifacts_at
 from storage.collect import without_gc
 from storage.demand import compute_demand
+from storage.errors import ArtifactError
 from storage.runs import attempts, register_complete, retire_stores
 
 MOST_SEEDS = 20
@@ -357,9 +358,8 @@ class Field:
         ]
         return list(dict.fromkeys((*pilots, *sorted(rest, key=lambda run: (run.budget, run.seed)))))
 
-    def planned(self) -> list[dict[str, Any]]:
+    def planned(self, results: Results) -> list[dict[str, Any]]:
         """Return every run with its steps, its FLOPs and whether it is there; rate None is the best one to come."""
-        results = known_results(self)
         rows = [self._told(run, results) for run in self.wanted(results)]
         for name in self.comparison.arms:
             grid = self.grid(name, results)
@@ -520,7 +520,10 @@ def _result(field: Field, run: Chosen, problem: str) -> Result:
     """Return the result of a run that has ended, and drop the stores that only growing on it would read."""
     if found := field.look(run):
         if found.state == "done" and field.config_of(run).cache.keep == "last":
-            retire_stores(field.artifacts, field.plan_of(run), field.config_of(run).run.name)
+            try:
+                retire_stores(field.artifacts, field.plan_of(run), field.config_of(run).run.name)
+            except ArtifactError as error:  # of another run, whose plan cannot be read
+                emit(Message(f"the stores of {told(field, run)} are kept: {error}"))
         return found
     return field.ended(run) or Result("failed", math.inf, message=problem or "it ended without a result")
 

@@ -106,7 +106,7 @@ def judge(field: Field, results: Results) -> Document:
         for row in rows_of(document):
             row["bits_per_byte"] = row["loss"] and row["loss"]["mean"] / math.log(2)
     document["total_tflop"] = _total(field, results)
-    document["notes"] = [*_edges(document), *_machines(results)]
+    document["notes"] = [*_missing(field, results), *_edges(document), *_machines(results)]
     document["failures"] = _failures(field, results)
     document["verdict"], document["loses"] = verdict(document), loses(document)
     return document
@@ -125,17 +125,20 @@ def rows_of(document: Document) -> list[Document]:
 def _arm(field: Field, results: Results, name: str, grid: Grid) -> Document:
     comparison = field.comparison
     pilots = {run.factor: run for run in field.pilots(name, grid.factors)}
-    tried = [run for factor, run in pilots.items() if factor != grid.best and run in results]
-    factor = comparison.rates[0] if grid.best is None else grid.best
+    best = grid.best
+    if best is None:  # so far
+        best = min(pilots, key=lambda factor: results[pilots[factor]].loss if pilots[factor] in results else math.inf)
+    tried = [run for factor, run in pilots.items() if factor != best and run in results]
+    rate = field.config_of(pilots[best]).training.learning_rate if pilots[best] in results else None
     return {
         "arm": name,
         "grows": len(field.plan_of(pilots[grid.factors[0]]).stages) > 1,
-        "rate": None if grid.best is None else field.config_of(pilots[grid.best]).training.learning_rate,
+        "rate": rate,
         "edge": grid.edge and ("lowest" if grid.best == grid.factors[0] else "highest"),
         "tried": [_tried(field, run, results.get(run)) for run in pilots.values()],
         "tuning_tflop": math.fsum(_spent(field, run)["tflop"] for run in tried),
         "budgets": [
-            _row(field, results, [Chosen(name, budget, factor, seed) for seed in comparison.seeds])
+            _row(field, results, [Chosen(name, budget, best, seed) for seed in comparison.seeds])
             for budget in comparison.budgets_of(name)
         ],
     }
@@ -249,6 +252,12 @@ def _failures(field: Field, results: Results) -> list[Document]:
         for run, each in results.items()
         if each.state != "done"
     ]
+
+
+def _missing(field: Field, results: Results) -> list[str]:
+    """Return a line if there are runs without a result: then rates may change, too."""
+    left = [run for run in field.planned(results) if run["state"] == "to run"]
+    return [f"So far: {len(left)} runs of {len(left) + len(results)} are still to come."] if left else []
 
 
 def _edges(document: Document) -> list[str]:

@@ -295,12 +295,16 @@ def test_an_arm_keeps_its_name_only_as_text(tmp_path: Path) -> None:
     assert "\\<i\\>\\|\\*" in markdown(found)
 
 
-def test_the_runs_are_those_of_the_configuration_itself(tmp_path: Path) -> None:
+def test_the_runs_are_those_of_the_configuration_itself(tmp_path: Path, run: Run) -> None:
     """A run that was made before, under another name, is part of the comparison."""
     config = small(tmp_path)
     grow(config, str(tmp_path / "artifacts"))
     field = open_field(comparison_of(config, rates=(1.0,), seeds=1), str(tmp_path / "artifacts"))
     assert [run.arm for run in known_results(field)] == ["configured"]
+    config.to_yaml(tmp_path / "c.yaml")
+    told = run("compare", "c.yaml", "--rates", 1, "--seeds", 1, "--so-far")
+    assert told.code == 0
+    assert "So far: 3 runs of 4 are still to come." in told.out
 
 
 # ---------------------------------------------------------------- what is refused
