@@ -1,4 +1,4 @@
-"""One stage on Prefect: its flow, its five tasks, and the task runners whose workers fill a store."""
+"""One stage on Prefect: its flow, its tasks, and the task runners whose workers fill a store."""
 
 from __future__ import annotations
 
@@ -87,6 +87,13 @@ def train(stage: Stage, build: Ref | None, trunk: Ref | None) -> Ref:
         return steps.train(stage, build, trunk)
 
 
+@_stage_task("cool")
+def cool_down(stage: Stage, build: Ref | None, stack: Ref) -> Ref | None:
+    """Measure what the stage would come to if its rate decayed now; the weights are thrown away."""
+    with progress_artifact(stage):
+        return steps.cool_down(stage, build, stack)
+
+
 @_stage_task("cache")
 def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
     """Write the boundary that the next stage reads, or report why none is written."""
@@ -148,6 +155,8 @@ def _add_stage(stage: Stage) -> Ref:
     build = _made(stage, build_stack, "build") if stage.plan.build else None
     trunk = _made(stage, configure_trunk, "configure trunk of") if stage.plan.trunk else None
     stack = _made(stage, train, "train" if trunk else "adopt", build, trunk)
+    if stage.plan.cooldown:
+        _made(stage, cool_down, "cool down", build, stack)
     if stage.plan.validation is None:
         return stack
     activations = _made(stage, cache_activations, "cache activations of", stack)

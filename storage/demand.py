@@ -16,6 +16,7 @@ TASK_KINDS: dict[str, Kind] = {
     "build": "build",
     "trunk": "trunk",
     "train": "stack",
+    "cool": "cooldown",
     "cache": "activations",
     "validate": "validation",
 }
@@ -63,15 +64,15 @@ def compute_demand(plan: RunPlan, artifacts: Artifacts, keep: str, forced: froze
     """Find what must be made. Each artifact is looked up once, so that the answers agree with each other.
 
     An artifact is needed if it is not sealed, or is `forced`, and is a goal or is read by something that must be made.
-    Goals are every stack and every validation, and with `keep` = all (see `cache.keep`) every store. A retired store
-    is made again only if something that must be made reads it, and so is the state of an optimizer.
+    Goals are every stack, cool-down and validation, and with `keep` = all (see `cache.keep`) every store. A retired
+    store is made again only if something that must be made reads it, and so is the state of an optimizer.
 
     Raises:
         ArtifactCorruptError: a goal or something that is needed is damaged, or was made from other inputs.
     """
     demand, lookup = Demand(forced=forced), functools.cache(artifacts.lookup)
     for stage in plan.stages:
-        goals: list[Kind] = ["stack", "validation", *(["activations"] if keep == "all" else [])]
+        goals: list[Kind] = ["stack", "cooldown", "validation", *(["activations"] if keep == "all" else [])]
         for kind in goals:
             if stage.recipe(kind) is not None:
                 _need(stage.ref(kind), plan, lookup, demand)
@@ -114,12 +115,14 @@ def reads(ref: Ref, plan: RunPlan, known: int = 0) -> list[Ref]:
         return below[-1:]
     if ref.kind == "trunk":
         return below
+    build = [stage.ref("build")] if stage.build else []
+    state = [plan.stages[ref.stage - 1].ref("optimizer")] if stage.spec.state != "nothing" else []
     if ref.kind == "stack":
-        build = [stage.ref("build")] if stage.build else []
-        state = [plan.stages[ref.stage - 1].ref("optimizer")] if stage.spec.state != "nothing" else []
         return [plan.data_ref, *below, *build, stage.ref("trunk"), *_boundary(plan, ref.stage), *state]
     if ref.kind == "optimizer":  # the stage is trained again, unless its stack is made anyway
         return [*reads(stage.ref("stack"), plan, known), stage.ref("stack")]
+    if ref.kind == "cooldown":
+        return [plan.data_ref, *below, *build, stage.ref("trunk"), *state, stage.ref("stack")]
     if ref.kind == "activations":
         return [plan.data_ref, *below, stage.ref("stack")]
     cache = [stage.ref("activations")] if stage.activations is not None else []

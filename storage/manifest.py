@@ -58,6 +58,7 @@ class _KnownFacts(BaseModel):
     train_loss: _Number = 0
     validation_loss: _Number = 0
     seconds: _Number = 0
+    flops: _Number = 0
     by_mask_ratio: dict[Annotated[float, Field(allow_inf_nan=False)], _Number] = {}
     operator: str = ""
     strategy: str = ""

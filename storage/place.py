@@ -25,6 +25,7 @@ FOLDERS: dict[Kind, str] = {
     "trunk": "trunks",
     "stack": "stacks",
     "optimizer": "optimizers",
+    "cooldown": "cooldowns",
     "activations": "activations",
     "validation": "validations",
 }

@@ -28,7 +28,7 @@ from stackwise_core.stages.costs import (
     training_bytes,
 )
 from stackwise_core.stages.identity import AdoptedRecipe, Ref
-from stackwise_core.stages.plan import RunPlan, StagePlan, rows_read_again
+from stackwise_core.stages.plan import RunPlan, StagePlan, cooldown_flops, rows_read_again
 from stackwise_core.stages.resolve import reads_examples, resolve_order
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts, State, artifacts_at
@@ -167,6 +167,7 @@ def _stage(
         "rack_parameters": rack_parameters(shape, spec),
         "flops": live + (0.0 if cached_below else below),
         "flops_saved_by_cache": below if cached_below else 0.0,
+        **({"cooldown_flops": cooldown_flops(stage, seq_len)} if stage.cooldown else {}),
         "memory_bytes": 0 if spec.adopted else training_bytes(shape, spec, seq_len),
         "cache_bytes": cache,
         **fill,
@@ -245,6 +246,7 @@ def _paragraph(row: dict[str, Any]) -> str:
     time = "" if row["time_step"] is None else f" (time step {row['time_step']})"
     saved = row["flops_saved_by_cache"]
     saving = f", {saved / 1e12:.3g} saved by the cache below" if saved else ""
+    saving += f", {row['cooldown_flops'] / 1e12:.3g} more to cool down" if "cooldown_flops" in row else ""
     plural = "block" if row["blocks"] == 1 else "blocks"
     how = "all stacks together" if row["mode"] == "joint" else f"{row['blocks']} {plural}, {row['operator']}"
     ranks: dict[int, list[str]] = {}

@@ -24,7 +24,7 @@ from storage.locks import Holder
 from storage.runs import Attempt, all_attempts, counting, holder_of_run, is_live, known_attempts
 
 Lookups = Callable[[Ref], Lookup]
-_GOALS: tuple[Kind, ...] = ("stack", "validation")
+_GOALS: tuple[Kind, ...] = ("stack", "cooldown", "validation")
 
 
 def add_status(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +160,7 @@ def _describe(artifacts: Artifacts, found: list[Attempt], lookup: Lookups) -> di
 
 
 def _is_finished(stage: StagePlan, lookup: Lookups) -> bool:
-    """Return whether stack and validation are there; adopted stacks have no validation but the last."""
+    """Return whether stack, cool-down and validation are there; adopted stacks have no validation but the last."""
     goals = [stage.ref(kind) for kind in _GOALS if stage.recipe(kind) is not None]
     return all(lookup(ref).state is State.SEALED for ref in goals)
 

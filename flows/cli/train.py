@@ -37,7 +37,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add_common(parser, _run)
     add_config(parser)
     parser.add_argument("--from-stack", type=int, default=-1, metavar="K", help="redo the stages from K on (0-based)")
-    parser.add_argument("--force", default="", metavar="TASK", help="redo build, trunk, train, cache or validate")
+    parser.add_argument("--force", default="", metavar="TASK", help="redo build, trunk, train, cool, cache or validate")
 
 
 def _run(options: argparse.Namespace) -> None:

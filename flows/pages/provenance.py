@@ -25,6 +25,7 @@ _FACTS: dict[Kind, dict[str, Callable[[Any], str]]] = {
         "rack_parameters": lambda count: f"rack of {parameters(count)}",
     },
     "optimizer": {"tensors": "{:,} tensors".format},
+    "cooldown": {"validation_loss": "cooled {:.4f}".format, "steps": "{:,} steps".format},
     "activations": {"boundary": "boundary {}".format, "train_rows": "{:,} rows".format, "store_bytes": size},
     "validation": {"validation_loss": "loss {:.4f}".format, "cache": "cache {}".format},
 }

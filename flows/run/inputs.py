@@ -146,7 +146,8 @@ def _open_checkpoint(stage: Stage, folder: Path, model: StageModel) -> TrainingS
     if not fits(model, state):
         emit(Message(f"stage {stage.index} starts anew: its checkpoint is of another version of StackWise"))
         return None
-    if state.step < stage.plan.spec.optim.steps:
+    begins_at = stage.run_plan.stages[stage.index].spec.optim.steps if stage.cooling else 0
+    if begins_at < state.step < stage.plan.spec.optim.steps:
         emit(Message(f"stage {stage.index} goes on from its checkpoint at step {state.step}"))
         then, now = state.fingerprint, fingerprint_of(stage)
         changed = [f"{name} ({then[name]}, now {now.get(name)})" for name in then if then[name] != now.get(name)]
@@ -158,11 +159,14 @@ def _open_checkpoint(stage: Stage, folder: Path, model: StageModel) -> TrainingS
 
 @contextlib.contextmanager
 def _boundary_below(stage: Stage) -> Generator[RowSource | LiveTrunk | None]:
-    """Open what the live stacks read: nothing, a store, or the live trunk."""
+    """Open what the live stacks read: nothing, a store, or the live trunk.
+
+    A store has no rows for the steps of a cool-down.
+    """
     anatomy = stage.plan.spec.anatomy
     if anatomy.boundary == 0:
         yield None
-    elif store := store_below(stage):
+    elif not stage.cooling and (store := store_below(stage)):
         with open_store(stage.artifacts, store[0]) as reader:
             yield reader
     else:

@@ -112,7 +112,7 @@ def _missing(artifacts: Artifacts, run: Attempt) -> list[str]:
     """Return which artifacts of a completed run are missing or have lost their manifest."""
     if run.outcome is None or run.outcome["state"] != "done":
         return []
-    kept = {"stack", "validation"} | ({"activations"} if run.config.cache.keep == "all" else set())
+    kept = {"stack", "cooldown", "validation"} | ({"activations"} if run.config.cache.keep == "all" else set())
     remedy = f"run `stackwise train` with the configuration of {run.name} again: it will be made"
     if run.plan.is_import:
         remedy = f"import the checkpoint again as {run.name}: what is missing will be made"

@@ -18,7 +18,7 @@ from flows.run.fill import check_plain, check_runner
 from flows.run.prepare import check_space, check_validation, prepare_data
 from flows.run.reading import Reading
 from flows.run.stage import Stage
-from flows.run.steps import build_stack, cache_activations, configure_trunk, train, validate
+from flows.run.steps import build_stack, cache_activations, configure_trunk, cool_down, train, validate
 from flows.run.summary import StageSummary, rise, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
@@ -41,6 +41,7 @@ def add_stage(stage: Stage) -> None:
     build = build_stack(stage)
     trunk = configure_trunk(stage)
     stack = train(stage, build, trunk)
+    cool_down(stage, build, stack)
     activations = cache_activations(stage, stack)
     if stage.plan.validation:
         validate(stage, stack, activations)
@@ -56,7 +57,7 @@ def grow(
 ) -> list[StageSummary]:
     """Complete a run in the artifacts folder `root`, making only the artifacts that are missing.
 
-    `from_stack` redoes the stages from that one on (-1: none), and `force` one task (build, trunk, train, cache,
+    `from_stack` redoes the stages from that one on (-1: none), and `force` one task (build, trunk, train, cool, cache,
     validate) in those stages, or in all. `add` adds one stage; the flow passes its own. Raises `StackWiseError` with
     one clear message; the same call resumes from the sealed artifacts.
     """

@@ -62,6 +62,8 @@ class Stage(BaseModel, frozen=True):
     """Kinds that are made again although they are sealed."""
     redo: frozenset[Ref] = frozenset()
     """Artifacts of this stage and later ones that the run still has to make again."""
+    cooling: bool = False
+    """Whether this is the stage with the steps of its cool-down."""
     recorded: RunPlan | None = Field(default=None, exclude=True)
     """The plan of a run that is only read: planning it again would import the functions that its configuration names.
     """
@@ -94,7 +96,8 @@ class Stage(BaseModel, frozen=True):
     @property
     def plan(self) -> StagePlan:
         """The recipes of this stage."""
-        return self.run_plan.stages[self.index]
+        planned = self.run_plan.stages[self.index]
+        return planned.cooled if self.cooling else planned
 
     @property
     def what(self) -> str:
@@ -160,7 +163,7 @@ def make(stage: Stage, task: str, inputs: list[Ref], work: Callable[[Path], Made
             raise StageInterruptedError(f"stopped on request before {ref.name}; {GO_ON}")
         adopts = task == "train" and stage.plan.spec.adopted
         emit(TaskStarted(stage.index, "adopt" if adopts else task))
-        if forced:
+        if forced and task != "cool":  # which goes on from what training has just left there
             artifacts.discard_work(ref)
         began = time.monotonic()
         made = work(artifacts.work(ref))

@@ -1,8 +1,9 @@
-"""The five steps of a stage, without Prefect: open what they read, compute, seal, return a reference."""
+"""The steps of a stage, without Prefect: open what they read, compute, seal, return a reference."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,15 +26,17 @@ from flows.run.inputs import (
 from flows.run.ranks import train_by_ranks
 from flows.run.stage import Facts, Made, Stage, fingerprint_of, make, seal
 from stackwise_core.errors import SavedRackError, StackWiseError
+from stackwise_core.model.blocks import Stack
 from stackwise_core.model.precision import count_parameters
 from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.adopt import adopted_recipes, rack_files
 from stackwise_core.stages.costs import rack_parameters, stack_parameters
 from stackwise_core.stages.identity import Ref
+from stackwise_core.stages.plan import cooldown_flops
 from stackwise_core.stages.resolve import resolve_loss
 from stackwise_core.stages.saved_rack import SavedRack
 from stackwise_core.training.evaluate import differing_rows, judge_rack, stored_error
-from stackwise_core.training.stage_model import ALONE, Ranks
+from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import Hooks, TrainingState, end_stage, moments_of, train_stage
 from storage.activations.fill import fill_store, write_shards
 from storage.activations.reader import StoreReader
@@ -43,6 +46,7 @@ from storage.checkpoints import (
     load_embedding,
     load_head,
     load_stack,
+    load_state,
     save_channels,
     save_moments,
     save_state,
@@ -149,9 +153,14 @@ def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tupl
     hooks = hooks_of(stage, folder)
 
     def keep(state: TrainingState) -> None:
-        moments.update(moments_of(state))
+        if stage.plan.optimizer:
+            moments.update(moments_of(state))
+        if cools:
+            state.fingerprint = fingerprint_of(stage)
+            save_state(stage.artifacts.work(stage.plan.ref("cooldown")), state)
 
-    hooks = replace(hooks, on_end=keep if stage.plan.optimizer else None)
+    cools = "cooldown" in stage.needed
+    hooks = replace(hooks, on_end=keep if stage.plan.optimizer or cools else None)
     by_ranks = train_by_ranks(stage, build, folder) if stage.config.hardware.processes > 1 else None
     with open_stage(stage, build, folder) as opened:
         # After ranks have trained, the checkpoint is that of the last step, and this only restores it.
@@ -187,6 +196,35 @@ def _check_same(stage: Stage, stack: Ref, weights: Path) -> None:
                 "by another machine, device, number of threads or version of torch?)",
                 f"Redo it and what follows: run the same command with --from-stack {stage.index}",
             )
+
+
+def cool_down(stage: Stage, build: Ref | None, stack: Ref) -> Ref | None:
+    """Train a copy of a stage on while its rate decays, measure its losses, and throw its weights away.
+
+    It goes on from the last step's checkpoint, with the moments of its optimizer; where that is gone, since the stage
+    was trained earlier, from the first step. Returns None for a stage that has no cool-down.
+    """
+    recipe = stage.plan.cooldown
+    if recipe is None:
+        return None
+    cooling = stage.model_copy(update={"cooling": True})
+    inputs = [stage.run_plan.data_ref, *stage.stacks_below, *([build] if build else []), stack]
+
+    def work(folder: Path) -> Made:
+        if load_state(folder) is None:
+            emit(Message(f"stage {stage.index} trains again before its cool-down: its last checkpoint is not there"))
+        if stage.config.hardware.processes > 1:
+            train_by_ranks(cooling, build, folder)
+        with open_stage(cooling, build, folder) as opened:
+            trained = train_stage(opened, hooks_of(cooling, folder))
+            end_stage(opened.model)
+            losses = _losses(cooling, recipe.sequences, recipe.grid, opened.model)
+        flops = cooldown_flops(stage.plan, stage.config.data.seq_len)
+        facts = {**losses, "steps": recipe.steps, "train_loss": trained.records[-1]["loss"], "flops": flops}
+        write_text(folder / "report.json", json.dumps(facts, indent=1))
+        return Made(facts)
+
+    return make(cooling, "cool", inputs, work)
 
 
 def _adopt(stage: Stage) -> Ref:
@@ -270,7 +308,9 @@ def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
 
     def work(folder: Path) -> Made:
         compared = _check_store(stage, activations) if activations else {"cache": "none"}
-        facts: Facts = {**_losses(stage), **compared}
+        recipe = stage.plan.validation
+        assert recipe
+        facts: Facts = {**_losses(stage, recipe.sequences, recipe.grid), **compared}
         write_text(folder / "report.json", json.dumps(facts, indent=1))
         return Made(facts)
 
@@ -304,21 +344,25 @@ def _check_store(stage: Stage, ref: Ref) -> Facts:
     return {"cache": "equals live", "cache_rows_checked": checked}
 
 
-def _losses(stage: Stage) -> Facts:
-    """Return the validation losses of the rack up to this stage, with the rounded and the exact stream."""
+def _losses(stage: Stage, n_rows: int, grid: Sequence[float], trained: StageModel | None = None) -> Facts:
+    """Return the validation losses of the rack up to this stage, with the rounded and the exact stream.
+
+    What `trained` has is taken from there, and all else from the artifacts.
+    """
     _, sequences = stage.sequences
-    plans, anatomy, recipe = stage.so_far, stage.plan.spec.anatomy, stage.plan.validation
-    assert recipe
+    plans, anatomy = stage.so_far, stage.plan.spec.anatomy
     objective = stage.config.training.progressive.training_objective
-    rows = np.arange(min(len(sequences), recipe.sequences))
+    rows = np.arange(min(len(sequences), n_rows))
+    live = {stack.creation_index: stack for stack in trained.live_stacks()} if trained else dict[int, Stack]()
+    embedding = trained.embedding if trained else None
     mask = stage.plan.mask
     # The stage's own corruption, then those at which all stages are compared.
-    masks = [mask, *(mask.at_ratio(ratio) for ratio in recipe.grid)] if mask else [None]
-    own, *grid = judge_rack(
-        load_embedding(stage.artifacts, plans).to(stage.device),
+    masks = [mask, *(mask.at_ratio(ratio) for ratio in grid)] if mask else [None]
+    own, *others = judge_rack(
+        embedding or load_embedding(stage.artifacts, plans).to(stage.device),
         # Loaded one by one, so that memory does not grow with the rack.
-        (load_stack(stage.artifacts, plans, index).to(stage.device) for index in anatomy.order),
-        load_head(stage.artifacts, plans).to(stage.device),
+        (live.get(index) or load_stack(stage.artifacts, plans, index).to(stage.device) for index in anatomy.order),
+        trained.head if trained else load_head(stage.artifacts, plans).to(stage.device),
         [validation_batch(sequences.fields(rows), mask, objective) for mask in masks],
         stream=stream_of(stage, plans, anatomy.below),
         boundary=anatomy.boundary,
@@ -327,7 +371,7 @@ def _losses(stage: Stage) -> Facts:
     assert own["loss_positions"]  # check_validation rejects a run that would have none
     by_ratio = {
         str(round(mask.mean_ratio, 4)): loss["validation_loss_exact"]
-        for mask, loss in zip(masks[1:], grid, strict=True)
+        for mask, loss in zip(masks[1:], others, strict=True)
         if mask and loss["loss_positions"]
     }
     return {"validation_sequences": len(rows), **own, **({"by_mask_ratio": by_ratio} if by_ratio else {})}

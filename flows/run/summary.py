@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from flows.run.numbers import clock, loss, parameters, size
 from stackwise_core.stages.identity import Kind
@@ -40,12 +40,14 @@ class StageSummary(BaseModel, frozen=True):
     """At the last step [nats per loss position]."""
     validation_loss: float | None = None
     """[nats per loss position]"""
+    cooled_loss: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Validation loss after its cool-down, if it has one [nats per loss position]."""
     mask_ratio: float | None = None
     """Mean mask ratio of a masked objective; losses at different ratios are not comparable."""
     by_mask_ratio: dict[str, float] = {}
     """Validation losses at ratios that all stages share, if their own differ [nats per loss position]."""
     seconds: float | None = None
-    """Duration of all five tasks [s]."""
+    """Duration of all tasks [s]."""
     tokens_per_second: int | None = None
     cache_bytes: int | None = None
     """Size of the store that this stage wrote, even if it was retired since."""
@@ -55,7 +57,8 @@ class StageSummary(BaseModel, frozen=True):
     @property
     def unfinished(self) -> bool:
         """Whether the stack or its validation is still to be made; adopted stacks have no validation but the last."""
-        return self.states["stack"] != "sealed" or self.states["validation"] not in ("sealed", "none")
+        judged = (self.states.get(kind, "none") for kind in ("cooldown", "validation"))
+        return self.states["stack"] != "sealed" or any(state not in ("sealed", "none") for state in judged)
 
     @property
     def cells(self) -> list[str]:
@@ -66,15 +69,19 @@ class StageSummary(BaseModel, frozen=True):
             self.name,
             parameters(self.rack_parameters),
             loss(self.train_loss),
-            loss(self.validation_loss),
+            loss(self.validation_loss) + self._cooled,
             "-" if self.seconds is None else clock(self.seconds),
             size(self.cache_bytes) if self.cache_bytes is not None and state == "sealed" else state,
         ]
 
     @property
+    def _cooled(self) -> str:
+        return "" if self.cooled_loss is None else f", cooled {loss(self.cooled_loss)}"
+
+    @property
     def line(self) -> str:
         """The result in one line."""
-        parts = [f"validation loss {loss(self.validation_loss)}"]
+        parts = [f"validation loss {loss(self.validation_loss)}{self._cooled}"]
         if self.validation_loss is None:
             parts = ["unfinished" if self.unfinished else "adopted"]
         if self.by_mask_ratio and self.mask_ratio is not None:  # losses of other stages are at other ratios
@@ -123,7 +130,7 @@ def summarise(artifacts: Artifacts, plan: RunPlan) -> list[StageSummary]:
 def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
     kinds: list[Kind] = [kind for task in TASK_KINDS for kind in made_by(task, stage)]
     found = {kind: artifacts.lookup(stage.ref(kind)) for kind in kinds}
-    states: dict[str, str] = dict.fromkeys(TASK_KINDS.values(), "none")
+    states: dict[str, str] = {kind: "none" for kind in TASK_KINDS.values() if kind != "cooldown"}
     states |= {kind: lookup.state.value for kind, lookup in found.items()}
     made = {kind: lookup.folder for kind, lookup in found.items() if lookup.state in (State.SEALED, State.RETIRED)}
     manifests = {kind: folder.manifest for kind, folder in made.items() if folder}
@@ -144,6 +151,7 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         trainable_parameters=stack.get("trainable_parameters"),
         train_loss=stack.get("train_loss"),
         validation_loss=validation.get("validation_loss"),
+        cooled_loss=facts.get("cooldown", {}).get("validation_loss"),
         mask_ratio=stage.mask.for_validation().mean_ratio if stage.mask else None,
         by_mask_ratio=validation.get("by_mask_ratio", {}),
         seconds=round(sum(seconds), 1) if stack else None,

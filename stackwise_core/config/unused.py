@@ -143,6 +143,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     "cache.fill_workers": [_STORED],
     "cache.task_runner": [[("cache.fill_workers", _MANY[1:])]],
     "validation.sampled_rows": [_STORED],
+    "validation.cooldown_steps": [_GROWS, [("training.schedule", ("one_clock",))]],  # else each stage has cooled down
 }
 """What each key needs to have an effect: all of its entries. Keys that always have an effect are left out."""
 

@@ -8,27 +8,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, Field
 
-from stackwise_core.config.schema import Mode, Precision, Strategy, StreamDtype
+from stackwise_core.config.schema import Decay, Mode, Precision, Strategy, StreamDtype
 from stackwise_core.config.stacks import AdapterSpec
 from stackwise_core.data.masks import MaskSpec, RatioSpan
 from stackwise_core.stages.resolve import ModelShape, Value, WhereAdopted, WhereSaid
 from stackwise_core.stages.stages import GrowthOperator, InitSpec, OptimSpec, StackSpec, Trains
 
-Kind = Literal["data", "build", "trunk", "stack", "optimizer", "activations", "validation"]
+Kind = Literal["data", "build", "trunk", "stack", "optimizer", "cooldown", "activations", "validation"]
 
-NUMERICS: dict[Kind, int] = {
-    "data": 1,
-    "build": 1,
-    "trunk": 1,
-    "stack": 1,
-    "optimizer": 1,
-    "activations": 1,
-    "validation": 1,
-}
+NUMERICS: dict[Kind, int] = dict.fromkeys(get_args(Kind), 1)
 """Raise a version when the numbers of its kind change for an unchanged recipe; the golden tests show when."""
 
 
@@ -192,6 +184,19 @@ class OptimizerRecipe(Recipe, frozen=True):
 
     kind = "optimizer"
     stack: str
+
+
+class CooldownRecipe(Recipe, frozen=True):
+    """The validation of a stage after further steps in which its rate decays; their weights are not kept."""
+
+    kind = "cooldown"
+    stack: str
+    steps: int
+    min_learning_rate: float
+    decay: Decay
+    sequences: int
+    grid: tuple[float, ...] = ()
+    """As in the validation of the stage."""
 
 
 class AdoptedRecipe(Recipe, frozen=True):

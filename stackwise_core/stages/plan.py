@@ -17,11 +17,12 @@ from stackwise_core.data.masks import MaskSpec
 from stackwise_core.data.mixture import shares_of, sources_of
 from stackwise_core.data.packing import corpus_facts
 from stackwise_core.errors import CorpusError
-from stackwise_core.stages.costs import fill_flops, store_bytes
+from stackwise_core.stages.costs import fill_flops, stage_flops, store_bytes
 from stackwise_core.stages.identity import (
     ActivationRecipe,
     AdoptedRecipe,
     BuildRecipe,
+    CooldownRecipe,
     DataRecipe,
     Kind,
     MixedIn,
@@ -81,6 +82,17 @@ class StagePlan(Value, frozen=True):
     no_cache_reason: str
     validation: ValidationRecipe | None
     """None for an adopted stack without a head, which is any but the last."""
+    cooldown: CooldownRecipe | None = Field(default=None, exclude_if=lambda value: value is None)
+    """None for a stage whose rate has decayed when it ends, and unless a cool-down is asked for."""
+
+    @property
+    def cooled(self) -> StagePlan:
+        """The same stage with the steps of its cool-down, in which the rate decays from the peak."""
+        assert self.cooldown
+        optim, recipe = self.spec.optim, self.cooldown
+        decay = {"decay": recipe.decay, "decay_steps": recipe.steps, "min_learning_rate": recipe.min_learning_rate}
+        longer = optim.model_copy(update={"steps": optim.steps + recipe.steps, **decay})
+        return self.model_copy(update={"spec": self.spec.model_copy(update={"optim": longer})})
 
     @property
     def mask(self) -> MaskSpec | None:
@@ -175,7 +187,8 @@ class RunPlan(Value, frozen=True):
         found: dict[Ref, Recipe] = {source.data.ref(-1): source.data for source in self.sources}
         found[self.data_ref] = self.data
         for stage in self.stages:
-            recipes = (stage.build, stage.trunk, stage.stack, stage.optimizer, stage.activations, stage.validation)
+            trained = (stage.stack, stage.optimizer, stage.cooldown)
+            recipes = (stage.build, stage.trunk, *trained, stage.activations, stage.validation)
             found |= {recipe.ref(stage.index): recipe for recipe in recipes if recipe is not None}
         return found
 
@@ -282,6 +295,7 @@ def _plan_stage(
         activations=activations,
         no_cache_reason=no_cache,
         validation=_plan_validation(config, spec, stack, activations, data) if anatomy.head_trains or trunk else None,
+        cooldown=_plan_cooldown(config, spec, stack),
     )
 
 
@@ -348,11 +362,40 @@ def _plan_validation(
         sequences=config.validation.max_sequences,
         # Without a store this key is not used, so its default enters the id.
         sampled_rows=config.validation.sampled_rows if activations else ValidationConfig().sampled_rows,
-        grid=_GRID if corrupts_by_time(config) else (),  # otherwise all stages share one ratio
+        grid=_grid(config),
         data=data if spec.adopted else "",
         mask=resolve_mask(config, spec.index) if spec.adopted else None,
         objective=resolve_objective(config) if spec.adopted else "",
     )
+
+
+def cooldown_flops(stage: StagePlan, seq_len: int) -> float:
+    """FLOPs of the steps of a stage's cool-down, whose trunk runs live; 0 if it has none."""
+    if stage.cooldown is None:
+        return 0.0
+    optim = stage.spec.optim.model_copy(update={"steps": stage.cooldown.steps})
+    spec, ratio = stage.spec.model_copy(update={"optim": optim}), stage.mask.mean_ratio if stage.mask else 1.0
+    return sum(stage_flops(stage.shape, spec, seq_len, ratio))
+
+
+def _plan_cooldown(
+    config: StackWiseConfig, spec: StageSpec, stack: StackRecipe | AdoptedRecipe
+) -> CooldownRecipe | None:
+    """Plan the cool-down of a stage that ends at the peak rate, if one is asked for."""
+    if not config.validation.cooldown_steps or spec.adopted or spec.optim.decay_steps != 0:
+        return None
+    return CooldownRecipe(
+        stack=stack.sha256,
+        steps=config.validation.cooldown_steps,
+        min_learning_rate=min(config.training.min_learning_rate, spec.optim.learning_rate),
+        decay=config.training.decay,
+        sequences=config.validation.max_sequences,
+        grid=_grid(config),
+    )
+
+
+def _grid(config: StackWiseConfig) -> tuple[float, ...]:
+    return _GRID if corrupts_by_time(config) else ()  # otherwise all stages share one ratio
 
 
 def _plan_build(

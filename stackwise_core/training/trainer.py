@@ -16,7 +16,7 @@ from stackwise_core.config.functions import shown
 from stackwise_core.config.rules import rule_faults
 from stackwise_core.config.schema import GROWTH, ProgressiveConfig
 from stackwise_core.config.sizes import vocab_size_of
-from stackwise_core.config.unused import notes
+from stackwise_core.config.unused import is_used, notes
 from stackwise_core.errors import ConfigError, Fault, StageInterruptedError
 from stackwise_core.model.precision import count_parameters
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
@@ -128,6 +128,9 @@ class ProgressiveTrainer:
         if (count := self.config.hardware.processes) > 1:
             allowed = "this trains in the process that calls it; `stackwise train` starts several, else set it to 1"
             raise ConfigError([Fault("hardware.processes", str(count), allowed)])
+        if (steps := self.config.validation.cooldown_steps) and is_used(self.config, "validation.cooldown_steps"):
+            allowed = "`stackwise train` cools a stage down to judge it; in the library use 0"
+            raise ConfigError([Fault("validation.cooldown_steps", str(steps), allowed)])
         self._check_target(builder, target)
         builder.check_additions(self.config, target)
         built = builder.as_built(self.config)

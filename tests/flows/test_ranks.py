@@ -42,7 +42,8 @@ def stage_of(root: Path, changes: dict[str, Any], index: int, processes: int) ->
     """Return a stage of a run whose stages below lie in `root`."""
     config = tiny(root.parent, {**changes, "hardware.processes": processes, "hardware.threads": processes})
     corpus, n_bytes = corpus_facts(config.data.source)
-    return Stage(config=config, root=str(root), corpus=corpus, corpus_bytes=n_bytes, index=index)
+    stage = Stage(config=config, root=str(root), corpus=corpus, corpus_bytes=n_bytes, index=index)
+    return stage.model_copy(update={"cooling": stage.plan.cooldown is not None})
 
 
 def alone(stage: Stage, folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
@@ -85,7 +86,23 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
+BY_CLOCK = {
+    "training.schedule": "one_clock",
+    "training.joint_steps": 6,
+    "data.rows": "fresh",
+    "cache.keep": "all",
+    f"{G}building_mode": "insert",
+}
+CASES |= {
+    "insert by one clock": (BY_CLOCK, 2),
+    "insert frozen": ({**BY_CLOCK, f"{G}tail_strategy": "frozen", f"{G}tail_stacks": 2}, 2),
+    "anneal by one clock": (BY_CLOCK, 3),
+    "cool-down": ({**BY_CLOCK, "validation.cooldown_steps": 4}, 2),
+}
+
+
 _SLOW = ("from a cache", "nf4 dual", "joint", "prepend half", "elbo", "whole", "kept joint")
+_SLOW += ("insert frozen", "anneal by one clock", "cool-down")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in _SLOW else c for c in CASES])

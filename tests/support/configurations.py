@@ -134,6 +134,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "training.time_sampling": INPUT,
     "training.loss_weighting": {**INPUT, "training.corruption": "mask"},
     "training.custom_loss": {f"{GROWTH}.training_objective": "custom"},
+    "validation.cooldown_steps": {"training.schedule": "one_clock"},
     "cache.task_runner": {"cache.fill_workers": 2},
 }
 NOT_BUILT = {"data.tokenizer", "data.end_token", "model.from"}
@@ -154,7 +155,7 @@ def values_of(path: str) -> list[Any]:
 
 
 CORPUS = "0" * 64
-KINDS: tuple[Kind, ...] = ("build", "trunk", "stack", "activations", "validation")
+KINDS: tuple[Kind, ...] = ("build", "trunk", "stack", "cooldown", "activations", "validation")
 
 
 def ids(run: RunPlan) -> dict[str, str]:

@@ -66,7 +66,7 @@ def digests(root: Path) -> dict[str, str]:
     return sealed
 
 
-_ROOMS = ("data", "builds", "trunks", "stacks", "optimizers", "activations", "validations")
+_ROOMS = ("data", "builds", "trunks", "stacks", "optimizers", "cooldowns", "activations", "validations")
 
 
 def folder_of(root: Path, kind: str, stage: int) -> Path:
