@@ -357,6 +357,10 @@ class TrainingConfig(Section):
     """Optimizer steps of a stage."""
     learning_rate: float = Field(default=2e-3, gt=0.0)
     """Peak learning rate of AdamW."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything, or Muon for the matrices of stacks that train in full, and AdamW for the rest."""
+    muon_learning_rate: float = Field(default=0.0, ge=0.0)
+    """Peak learning rate of Muon, whose steps are scaled to the size of AdamW's; 0 means learning_rate."""
     min_learning_rate: float = Field(default=2e-4, ge=0.0)
     """Learning rate at the end of the decay; at most the peak."""
     adapter_learning_rate: float = Field(default=1e-3, gt=0.0)

@@ -96,6 +96,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     "training.joint_steps": [_GROWS],
     "training.joint_learning_rate": [[("training.joint_steps", _MANY)], [("training.schedule", ("per_stage",))]],
     "training.decay_steps": [[("training.schedule", ("one_clock",))]],
+    "training.muon_learning_rate": [[("training.optimizer", ("muon",))]],
     "training.optimizer_state": [_GROWS, _TRAINS_TWICE],
     "training.new_state": [_KEPT, _COPIES],
     f"{GROWTH}.tail_stacks": [_INSERTS],

@@ -1,7 +1,7 @@
 """Parameters, FLOPs and bytes of a stage, counted from shapes. Needs no torch.
 
 A weight is one parameter however it is stored; `model.precision.count_parameters` counts the same from modules.
-A multiply-add is two FLOPs. Norms, rotations and the optimizer are left out: below 1 % at usual sizes.
+A multiply-add is two FLOPs. Norms, rotations and AdamW are left out: below 1 % at usual sizes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stackwise_core.stages.stages import StackSpec, StageSpec
 
 STREAM_BYTES: dict[StreamDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 """Bytes of one stored value of the stream."""
-_TRAINING_BYTES = 16  # per trainable parameter: fp32 weight, gradient and AdamW's two moments
+_TRAINING_BYTES = 16  # per trainable parameter: fp32 weight, gradient and AdamW's two moments (of Muon it has one)
 
 
 def base_parameters(shape: ModelShape, n_blocks: int) -> int:
@@ -113,7 +113,19 @@ def stage_flops(shape: ModelShape, spec: StageSpec, seq_len: int, loss_fraction:
         products = 3.0 if spec.anatomy.trains_of(index) == "everything" else 2.0
         live += products * stack_flops(shape, spec.stacks[index].n_blocks, seq_len)
     below = stack_flops(shape, sum(spec.stacks[index].n_blocks for index in spec.anatomy.below), seq_len)
-    return sequences * live, sequences * below
+    return sequences * live + _muon_flops(shape, spec), sequences * below
+
+
+def _muon_flops(shape: ModelShape, spec: StageSpec) -> float:
+    """FLOPs of Muon's own products: five iterations over every matrix in each step, whatever the batch is."""
+    if not spec.optim.muon_learning_rate:
+        return 0.0
+    widths = [shape.q_width] * 2 + [shape.kv_width] * 2 + [shape.d_ff] * 3
+    sides = (sorted((shape.d_model, width)) for width in widths)
+    per_block = sum(5 * (4.0 * short**2 * long + 2.0 * short**3) for short, long in sides)
+    anatomy = spec.anatomy
+    whole = [spec.stacks[index].n_blocks for index in anatomy.trained if anatomy.trains_of(index) == "everything"]
+    return spec.optim.steps * per_block * sum(whole)
 
 
 def fill_flops(shape: ModelShape, below: Sequence[StackSpec], seq_len: int, from_tokens: int, advanced: int) -> float:

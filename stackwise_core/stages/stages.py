@@ -164,7 +164,7 @@ def last_trained(anatomies: Sequence[Anatomy], stack: int, part: Literal["base",
 
 
 class OptimSpec(Value, frozen=True):
-    """The optimisation of one stage: AdamW, warm-up and decay, clipping."""
+    """The optimisation of one stage: AdamW or Muon, warm-up and decay, clipping."""
 
     steps: int
     batch_size: int
@@ -183,6 +183,8 @@ class OptimSpec(Value, frozen=True):
     """The last steps, in which the rate decays; None stands for all after the warm-up."""
     residual_warmup_steps: WhereSaid[int] = 0
     """The first steps, in which what the new stack adds to the stream rises from nothing."""
+    muon_learning_rate: WhereSaid[float] = 0.0
+    """Peak rate of Muon for the matrices of stacks that train in full; 0 where AdamW trains them, or none does."""
 
 
 class InitSpec(Value, frozen=True):
@@ -451,6 +453,8 @@ def _resolve_optim(
         clock = clock_of(config, grows=not is_joint or stage > 0) if is_first or is_last else Clock()
         warmup, decay_steps = clock.warmup_steps if is_first else 0, clock.decay_steps if is_last else 0
     adapters_train = any(stacks[stack].adapters for stack in anatomy.trained)
+    by_muon = training.optimizer == "muon" and "everything" in anatomy.trains
+    muon = (training.muon_learning_rate or training.learning_rate) if by_muon else 0.0
     return OptimSpec(
         steps=steps,
         batch_size=batch_size_of(config),
@@ -465,6 +469,7 @@ def _resolve_optim(
         adapter_learning_rate=training.adapter_learning_rate * rate / training.learning_rate if adapters_train else 0.0,
         decay=training.decay if decay_steps != 0 else "cosine",  # not used where nothing decays
         decay_steps=decay_steps,
+        muon_learning_rate=muon * rate / training.learning_rate,
     )
 
 

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from stackwise_core.model.growth_operators import copied_block
 from stackwise_core.stages.stages import StageSpec
+from stackwise_core.training.optimizer import muon_parameters
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import trainable
 
 _TIED, _EMBEDDING = "head.projection.weight", "embedding.weight"
-_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-"""Of AdamW: everything that it keeps for a parameter; `step` is a scalar, so that each has its bias correction."""
+_ADAMW, _MUON = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+"""What each keeps for a parameter; `step` is a scalar, so that each has its bias correction."""
 
 
 def kept_moments(model: StageModel, spec: StageSpec, left: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -32,12 +33,12 @@ def kept_moments(model: StageModel, spec: StageSpec, left: Mapping[str, Tensor])
         name, _, moment = key.rpartition(".")
         by_name.setdefault(_bare(name), {})[moment] = value
     was_tied = "head.norm.weight" in by_name and _TIED not in by_name
-    found: dict[str, Tensor] = {}
+    by_muon, found = {id(p) for p in muon_parameters(model, spec.optim)}, dict[str, Tensor]()
     for name, parameter in trainable(model):
         kept = by_name.get(_EMBEDDING if name == _TIED and was_tied else _bare(name), {})
         if not kept and spec.state == "kept and copied":
             kept = _of_sources(name, spec, by_name)
-        if _fit(kept, parameter):
+        if set(kept) == (_MUON if id(parameter) in by_muon else _ADAMW) and _fit(kept, parameter):
             found |= {f"{name}.{moment}": value for moment, value in kept.items()}
     return found
 
@@ -68,6 +69,5 @@ def _bare(name: str) -> str:
 
 
 def _fit(moments: Mapping[str, Tensor], parameter: nn.Parameter) -> bool:
-    """Return whether moments are of this optimizer and this parameter."""
-    shapes = (value.shape == (() if moment == "step" else parameter.shape) for moment, value in moments.items())
-    return set(moments) == _MOMENTS and all(shapes)
+    """Return whether moments have the shapes of a parameter's."""
+    return all(value.shape == (() if moment == "step" else parameter.shape) for moment, value in moments.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +15,28 @@ from stackwise_core.stages.stages import OptimSpec
 from stackwise_core.training.stage_model import StageModel
 
 
-def make_optimizer(model: StageModel, spec: OptimSpec) -> torch.optim.AdamW:
-    """Return AdamW over what trains: no weight decay on norms and embeddings, adapters at their own learning rate."""
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for some parameters and AdamW for the others, in one object."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        """Take the two; their groups and their state are shared with this."""
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step of each."""
+        for part in self._parts:
+            part.step()
+
+
+def make_optimizer(model: StageModel, spec: OptimSpec) -> torch.optim.Optimizer:
+    """Return AdamW over what trains: no weight decay on norms and embeddings, adapters at their own learning rate.
+
+    With a rate for it, Muon (Jordan et al. 2024) trains the matrices of stacks. Its steps have the size that AdamW's
+    usually have, so that rate and weight decay of AdamW serve (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     adapters = {id(p) for stack in model.live_stacks() for p in adapter_parameters(stack)}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -24,13 +45,29 @@ def make_optimizer(model: StageModel, spec: OptimSpec) -> torch.optim.AdamW:
         raise ConfigError([Fault("training.progressive.trunk_strategy", received, allowed)])
     decayed = [p for p in trainable if p.dim() > 1 and id(p) not in embeddings | adapters]
     others = [p for p in trainable if p.dim() <= 1 or id(p) in embeddings]
+    matrices = {id(p) for p in muon_parameters(model, spec)}
     kinds = [
-        (decayed, spec.weight_decay, spec.learning_rate),
+        ([p for p in decayed if id(p) not in matrices], spec.weight_decay, spec.learning_rate),
         (others, 0.0, spec.learning_rate),
         ([p for p in trainable if id(p) in adapters], 0.0, spec.adapter_learning_rate),
     ]
     groups = [{"params": params, "weight_decay": decay, "peak": peak} for params, decay, peak in kinds if params]
-    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=True)
+    if not matrices:
+        return adamw
+    muon = [{"params": [p for p in decayed if id(p) in matrices], "peak": spec.muon_learning_rate}]
+    how: dict[str, Any] = {"weight_decay": spec.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return MuonAndAdamW(torch.optim.Muon(muon, lr=spec.muon_learning_rate, **how), adamw)
+
+
+def muon_parameters(model: StageModel, spec: OptimSpec) -> list[nn.Parameter]:
+    """Return what Muon trains: the matrices of stacks, without adapters; embeddings and head are never among them."""
+    if not spec.muon_learning_rate:
+        return []
+    stacks = model.live_stacks()
+    adapters = {id(p) for stack in stacks for p in adapter_parameters(stack)}
+    found = (p for stack in stacks for p in stack.parameters())
+    return [p for p in found if p.requires_grad and p.dim() == 2 and id(p) not in adapters]
 
 
 def learning_rate(spec: OptimSpec, step: int) -> float:

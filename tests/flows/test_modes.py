@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 CACHED = [
     "append",
     "kept",
+    "muon",
     "qlora top",
     "nf4",
     "nvfp4 top",

@@ -53,6 +53,14 @@ MODES: dict[str, dict[str, Any]] = {
         f"{G}trunk_strategy": "full",
         f"{G}new_stack_precision": "bfloat16",
     },
+    "muon": {
+        "training.optimizer": "muon",
+        "training.optimizer_state": "keep",
+        "training.new_state": "copy",
+        "training.joint_steps": 6,
+        f"{G}qlora_enabled": True,
+        **LORA,
+    },
     "whole": {f"{G}enabled": False},
     "whole nvfp4": {f"{G}enabled": False, f"{G}new_stack_precision": "nvfp4"},
     "mixed": {
