@@ -307,6 +307,11 @@ def test_the_runs_are_those_of_the_configuration_itself(tmp_path: Path, run: Run
     assert "So far: 3 runs of 4 are still to come." in told.out
 
 
+def test_no_run_cools_down_which_would_not_be_charged(tmp_path: Path) -> None:
+    comparison = comparison_of(small(tmp_path, {"training.schedule": "one_clock", "validation.cooldown_steps": 2}))
+    assert comparison.config.validation.cooldown_steps == 0
+
+
 # ---------------------------------------------------------------- what is refused
 
 REFUSED = {
