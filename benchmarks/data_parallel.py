@@ -70,7 +70,7 @@ class _Steps:
         self.model = StageModel(stage.anatomy, [stack], rack.head, rack.embedding)
         self.batch = _share(shape.vocab_size, batch_size, ranks)
         self.spec, self.ranks = stage.optim, ranks
-        ranks.share(self.model)
+        ranks.wrap(self.model)
         self.optimizer = make_optimizer(self.model, self.spec)
 
     def __call__(self) -> float:

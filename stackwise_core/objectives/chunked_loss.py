@@ -22,13 +22,16 @@ def chunked_cross_entropy(hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tenso
     Its gradients are computed in the same pass over the chunks, each into its own rows or by one product, so that
     equal inputs give equal bits on every device.
     """
-    return _Chunked.apply(hidden_PD, weight_VD, targets_P, scale_P)  # pyright: ignore[reportReturnType]
+    with_grad = torch.is_grad_enabled()  # which autograd hides from a function's forward pass
+    return _Chunked.apply(hidden_PD, weight_VD, targets_P, scale_P, with_grad)  # pyright: ignore[reportReturnType]
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, scale_P: Tensor | None) -> Tensor:
-        of_hidden, of_weight = ctx.needs_input_grad[:2]
+    def forward(
+        ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, scale_P: Tensor | None, with_grad: bool
+    ) -> Tensor:
+        of_hidden, of_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         losses_P = hidden_PD.new_empty(len(targets_P))
         grad_PD = torch.empty_like(hidden_PD) if of_hidden else None
         grad_VD = torch.zeros_like(weight_VD) if of_weight else None
@@ -55,4 +58,4 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (*(None if of is None else of * grad for of in ctx.saved_tensors), None, None)
+        return (*(None if of is None else of * grad for of in ctx.saved_tensors), None, None, None)

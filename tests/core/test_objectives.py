@@ -173,12 +173,13 @@ def test_in_chunks_the_loss_and_its_gradients_are_the_dense_ones(
 
 
 class _Largest(TorchDispatchMode):
-    """Notes the most numbers that any result has."""
+    """Notes the most numbers that any result has, and how many operations there were."""
 
-    most = 0
+    most = n_operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.n_operations += 1
         if isinstance(result, Tensor):
             self.most = max(self.most, result.numel())
         return result
@@ -195,6 +196,18 @@ def test_the_logits_of_a_large_vocabulary_never_exist_at_once(monkeypatch: pytes
             summed_loss(hidden, head, batch)[0].backward()
         largest.append(mode.most)
     assert largest == [n * V, max(V * D, n * D, 3 * V)]
+
+
+def test_judging_in_chunks_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "MOST_LOGITS", V)
+    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 3 * V)
+    batch, found = batch_of("clm"), list[tuple[int, float]]()
+    for trains in (True, False):
+        head, hidden = new_head().requires_grad_(trains), torch.ones(B, T, D)
+        with torch.no_grad(), _Largest() as mode:
+            loss, _ = summed_loss(hidden, head, batch)
+        found.append((mode.n_operations, loss.item()))
+    assert found[0] == found[1]
 
 
 def test_no_loss_position_gives_zero_loss_and_zero_gradients() -> None:
