@@ -257,8 +257,25 @@ def test_diffusion_depth_spreads_all_ratios_over_its_stacks(run_of: Run) -> None
     assert set(run.facts("validation", 3)["by_mask_ratio"]) == {"0.15", "0.3", "0.5", "0.7", "0.9"}
 
 
-def test_joint_anneal_trains_everything_once_at_the_end(run_of: Run) -> None:
-    run = run_of("joint-anneal")
+def test_frozen_has_one_clock_over_what_the_cache_feeds(run_of: Run) -> None:
+    run = run_of("frozen")
+    assert (run.order, run.cached) == ((0, 1, 2), [1, 2])
+    assert run.changed(1) == {"stack 1", "head"}
+    assert run.changed(2) == {"stack 2", "head"}
+    optims = [stage.spec.optim for stage in run.stages]
+    assert [(optim.warmup_steps, optim.decay_steps) for optim in optims] == [(1, 0), (0, 0), (0, 3)]
+    assert [optim.min_learning_rate for optim in optims] == [0.002, 0.002, 0.0]
+
+
+def test_insert_trains_the_stack_above_the_new_one_with_it(run_of: Run) -> None:
+    run = run_of("insert")
+    assert (run.order, run.cached) == ((1, 2, 0), [1])  # nothing is below the first that is inserted
+    assert run.changed(1) == {"stack 0", "stack 1", "head"}
+    assert run.changed(2) == {"stack 0", "stack 2", "head"}
+
+
+def test_frozen_anneal_trains_everything_once_at_the_end(run_of: Run) -> None:
+    run = run_of("frozen-anneal")
     assert [stage.spec.mode for stage in run.stages] == ["append", "append", "append", "joint"]
     assert run.changed(2) == {"stack 2", "head"}
     assert run.changed(3) == {"stack 0", "stack 1", "stack 2", "head", "embedding"}
