@@ -21,7 +21,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import StageInterruptedError
 
 StageNumber = Annotated[int, Field(ge=-1, le=10_000)]
-Task = Literal["", "build", "trunk", "train", "cache", "validate"]
+Task = Literal["", "build", "trunk", "train", "cool", "cache", "validate"]
 
 
 @flow(name="train-rack", flow_run_name="grow {config.run.name} to {config.training.progressive.target_stacks} stacks")

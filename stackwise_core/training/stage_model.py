@@ -114,12 +114,14 @@ class StageModel(nn.Module):
         for stack in self.live_stacks():
             if stack.creation_index > batch["stack_idx"]:
                 continue
-            others = (None, documents, self._share if stack.creation_index == self.anatomy.newest else None)
+            share = self._share if stack.creation_index == self.anatomy.newest else None
+            # What is None is left out: hooks on a stack see no more than there is.
+            others = {name: each for name, each in (("documents_BT", documents), ("share", share)) if each is not None}
             run = self.compiled.get(stack.creation_index, stack)
             if self.checkpointing:
-                stream_BTD = cast("Tensor", checkpoint(run, stream_BTD, *others, use_reentrant=False))
+                stream_BTD = cast("Tensor", checkpoint(run, stream_BTD, **others, use_reentrant=False))
             else:
-                stream_BTD = run(stream_BTD, *others)
+                stream_BTD = run(stream_BTD, **others)
         return stream_BTD
 
     def let_in(self, share: float | None) -> None:

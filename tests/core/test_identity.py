@@ -412,7 +412,7 @@ def test_kind_and_numerics_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Elsewhere(corpus="x").ref(-1).sha256 not in (before.sha256, Old(corpus="x").ref(-1).sha256)
 
 
-@pytest.mark.parametrize("kind", sorted(NUMERICS.keys() - {"optimizer"}))
+@pytest.mark.parametrize("kind", sorted(NUMERICS.keys() - {"optimizer", "cooldown"}))
 def test_a_bump_of_numerics_renames_what_is_made_from_it(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ids(plan())
     monkeypatch.setitem(NUMERICS, kind, NUMERICS[kind] + 1)
@@ -427,6 +427,29 @@ def test_a_bump_of_numerics_renames_what_is_made_from_it(kind: Kind, monkeypatch
         "validation": EVERYTHING - {f"validation-{n}" for n in range(3)},
     }
     assert EVERYTHING - renamed == below[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        ("cooldown", {"validation.cooldown_steps": 3}, {"cooldown-0", "cooldown-1"}),
+        # What goes on from a state is named by it.
+        (
+            "optimizer",
+            {"training.optimizer_state": "keep"},
+            {"optimizer-0", "stack-1", "validation-1", "optimizer-1"}
+            | {"trunk-2", "build-2", "stack-2", "validation-2"},
+        ),
+    ],
+)
+def test_a_bump_renames_what_only_some_runs_have(
+    kind: Kind, settings: dict[str, Any], expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"training.schedule": "one_clock", f"{G}trunk_strategy": "full", **settings}
+    before = ids(plan(settings))
+    monkeypatch.setitem(NUMERICS, kind, NUMERICS[kind] + 1)
+    renamed = {name for name, value in ids(plan(settings)).items() if before[name] != value}
+    assert renamed == expected
 
 
 JSON = st.recursive(

@@ -180,7 +180,10 @@ def test_a_configuration_that_cannot_be_read(name: str, text: str | None, where:
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (("--force", "everything"), "--force: got 'everything'; the tasks are build, trunk, train, cache, validate"),
+        (
+            ("--force", "everything"),
+            "--force: got 'everything'; the tasks are build, trunk, train, cool, cache, validate",
+        ),
         (("--from-stack", 3), "--from-stack: got 3; the stages are 0 to 2"),
         (("--from-stack", -2), "--from-stack: got -2; stages are counted from 0"),
     ],

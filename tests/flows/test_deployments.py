@@ -21,6 +21,7 @@ from stackwise_core.config.schema import StackOverride
 from stackwise_core.errors import ConfigError, StackWiseError
 from stackwise_core.stages.plan import plan_run
 from storage.artifacts import artifacts_at
+from storage.demand import TASK_KINDS
 from storage.records import sealed, unsealed
 from storage.runs import asking, begin_attempt
 from support.runs import tiny
@@ -54,6 +55,10 @@ def test_the_deployments_have_their_names() -> None:
     assert list(DEPLOYMENTS) == [*names, "compare/against", "add-stack/grow", "validate/verify", "gc/nightly"]
     assert len({entry["name"] for entry in DEPLOYMENTS.values()}) == len(DEPLOYMENTS)  # a list of them shows no more
     assert {entry["work_pool"]["name"] for entry in DEPLOYMENTS.values()} == {"stackwise"}
+
+
+def test_the_form_offers_every_task_that_can_be_forced() -> None:
+    assert parameter_schema(train_rack).properties["force"]["enum"] == ["", *TASK_KINDS]
 
 
 def test_no_run_holds_what_a_server_forgets() -> None:

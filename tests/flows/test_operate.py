@@ -220,7 +220,7 @@ def test_the_deployment_of_the_containers_is_registered_by_their_worker(
     services._deploy(in_containers=parse(["worker", *arguments]).in_containers)
     known = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["deployments"]
     assert applied[0]["deployments"] == [each for each in known if there or each["name"] != "docker"]
-    assert len(applied[0]["deployments"]) == 5 + there
+    assert len(applied[0]["deployments"]) == 6 + there
 
 
 @pytest.mark.parametrize(

@@ -157,14 +157,14 @@ def values_of(path: str) -> list[Any]:
 
 
 CORPUS = "0" * 64
-KINDS: tuple[Kind, ...] = ("build", "trunk", "stack", "cooldown", "activations", "validation")
+KINDS: tuple[Kind, ...] = ("build", "trunk", "stack", "activations", "validation")
 
 
 def ids(run: RunPlan) -> dict[str, str]:
     """Every id of a run: {"data": ..., "stack-1": ...}."""
     found = {"data": run.data_ref.sha256}
     for stage in run.stages:
-        for kind in (*KINDS, "optimizer"):
+        for kind in (*KINDS, "optimizer", "cooldown"):
             if stage.recipe(kind) is not None:
                 found[f"{kind}-{stage.index}"] = stage.ref(kind).sha256
     return found
