@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -117,11 +118,11 @@ class StageModel(nn.Module):
             share = self._share if stack.creation_index == self.anatomy.newest else None
             # What is None is left out: hooks on a stack see no more than there is.
             others = {name: each for name, each in (("documents_BT", documents), ("share", share)) if each is not None}
-            run = self.compiled.get(stack.creation_index, stack)
+            run = functools.partial(self.compiled.get(stack.creation_index, stack), **others)
             if self.checkpointing:
-                stream_BTD = cast("Tensor", checkpoint(run, stream_BTD, **others, use_reentrant=False))
+                stream_BTD = cast("Tensor", checkpoint(run, stream_BTD, use_reentrant=False))
             else:
-                stream_BTD = run(stream_BTD, **others)
+                stream_BTD = run(stream_BTD)
         return stream_BTD
 
     def let_in(self, share: float | None) -> None:
