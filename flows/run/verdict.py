@@ -302,7 +302,17 @@ def verdict(document: Document) -> str:
     numbers = f"{loss(best['loss']['mean'])} against {loss(flat['loss']['mean'])} {document['unit']}, {relative:+.1%}"
     n = gap["n"]
     seeds = "one seed, so chance is not ruled out" if n == 1 else f"{n} seeds"
-    return f"At equal FLOPs {best['arm']} {how} end-to-end training: {'; '.join(filter(None, (numbers, cost, seeds)))}."
+    said = f"At equal FLOPs {best['arm']} {how} end-to-end training: {'; '.join(filter(None, (numbers, cost, seeds)))}."
+    return said + _smaller(rows, flat)
+
+
+def _smaller(rows: Mapping[str, Document], flat: Document) -> str:
+    """Return a sentence on the best smaller model that was trained from scratch, if the whole one is not better."""
+    controls = [rows[name] for name in CONTROLS if name in rows and name not in (END_TO_END, CONFIGURED)]
+    best = min(controls, key=lambda row: row["loss"]["mean"], default=flat)
+    if best["loss"]["mean"] >= flat["loss"]["mean"]:
+        return ""
+    return f" A smaller model from scratch, {best['arm']}, has {loss(best['loss']['mean'])}."
 
 
 def _sign(gap: Document) -> int:

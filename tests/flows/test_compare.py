@@ -185,6 +185,15 @@ def test_the_verdict_is_of_the_best_way_to_grow_at_the_largest_budget() -> None:
     )
 
 
+def test_the_verdict_names_a_smaller_model_that_ends_below_the_whole_one() -> None:
+    rows = [row("end-to-end", 1.5), row("flat-1/3", 1.6), row("flat-2/3", 1.45), row("jump", 1.44, gap=-0.06)]
+    assert verdict(document(*rows)).endswith(
+        "chance is not ruled out. A smaller model from scratch, flat-2/3, has 1.4500."
+    )
+    rows[2] = row("flat-2/3", 1.5)
+    assert verdict(document(*rows)).endswith("chance is not ruled out.")
+
+
 def test_a_difference_within_its_interval_is_none() -> None:
     rows = [row("end-to-end", 1.5, 1.5), row("jump", 1.495, 1.495, gap=-0.005)]
     assert "jump cannot be told from end-to-end training" in verdict(document(*rows))
