@@ -153,10 +153,14 @@ class Attempt:
 
 
 def _unknown_keys(error: Exception) -> str:
-    """Return the unknown keys of a record, if only those are wrong with it, because newer code wrote it."""
+    """Return the unknown keys of a record, if there are any because newer code wrote it.
+
+    Of alternatives, such as the kinds of a recipe, all but the right one lack keys too and are left out.
+    """
     faults = error.errors() if isinstance(error, ValidationError) else []
-    newer = bool(faults) and all(fault["type"] == "extra_forbidden" for fault in faults)
-    return ", ".join(".".join(map(str, fault["loc"])) for fault in faults) if newer else ""
+    otherwise = {fault["loc"][:-1] for fault in faults if fault["type"] != "extra_forbidden"}
+    unknown = [fault["loc"] for fault in faults if fault["loc"][:-1] not in otherwise]
+    return ", ".join(".".join(map(str, place)) for place in unknown)
 
 
 def attempts(artifacts: Artifacts, name: str) -> list[Attempt]:

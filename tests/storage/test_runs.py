@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -421,6 +422,16 @@ def test_a_record_of_newer_code_is_neither_damaged_nor_replaced(artifacts: Artif
     with pytest.raises(ArtifactCorruptError, match=expected):  # the deployment's older code starts the run again
         run(artifacts)
     assert (path.read_text(), len(attempts(artifacts, "one"))) == (before, 1)
-    rewrite(path, before.replace("seed: 0", "seed: -1"))
+    rewrite(path, before.replace("\n  colour: red", "").replace("seed: 0", "seed: -1"))
     with pytest.raises(ArtifactCorruptError, match="is damaged"):
         _ = find_run(artifacts, "one").config
+
+
+def test_a_plan_of_newer_code_is_not_damaged_either(artifacts: Artifacts) -> None:
+    path = run(artifacts).folder / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["stages"][0]["stack"]["colour"] = "red"  # a recipe is one of several kinds, of which the others lack keys
+    rewrite(path, json.dumps(plan))
+    expected = r"plan.json: has keys that this version does not know \(stages\.0\.stack\.\S*colour\)\. Use the version"
+    with pytest.raises(ArtifactCorruptError, match=expected):
+        _ = find_run(artifacts, "one").plan
