@@ -21,7 +21,12 @@ from stackwise_core.model.blocks import Stack
 from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.growth_operators import grow_stack
 from stackwise_core.model.precision import base_linears, storage_of
+from stackwise_core.stages.arms import ARMS, END_TO_END, arm
+from stackwise_core.stages.charges import cost
+from stackwise_core.stages.costs import rack_parameters
 from stackwise_core.stages.plan import StagePlan, plan_config
+from stackwise_core.stages.resolve import resolve_shape
+from stackwise_core.stages.stages import resolve_stages
 from storage.artifacts import Artifacts
 from storage.checkpoints import load_embedding, load_head, load_stack
 from storage.sequences import load_sequences
@@ -313,3 +318,11 @@ def test_every_cache_was_compared_with_the_live_trunk(name: str, run_of: Run) ->
 def test_every_file_has_a_test_of_its_own() -> None:
     source = Path(__file__).read_text()
     assert [name for name in NAMES if f'run_of("{name}")' not in source] == []
+
+
+def test_the_setting_of_the_results_spends_what_its_first_lines_say() -> None:
+    setting = StackWiseConfig.from_yaml(CONFIGS.parent / "benchmarks" / "setting_s.yaml")
+    assert cost(setting, 400_000) == pytest.approx(63e12, rel=0.01)
+    quarter = arm(setting, ARMS[END_TO_END](setting), 63e12 / 4, 400_000)
+    tokens = quarter.training.steps_per_stack * quarter.training.batch_size * quarter.data.seq_len
+    assert tokens / rack_parameters(resolve_shape(quarter), resolve_stages(quarter)[0]) == pytest.approx(5, rel=0.02)
