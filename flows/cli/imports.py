@@ -8,7 +8,7 @@ from typing import Any
 from flows.cli.arguments import add_common, print_waiting
 from flows.run.numbers import parameters, size
 from flows.run.say import say, say_json
-from stackwise_core.config.schema import RunConfig
+from stackwise_core.config.schema import ProgressiveConfig, RunConfig
 from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import artifacts_at
 from storage.collect import without_gc
@@ -58,12 +58,14 @@ def _import(options: argparse.Namespace) -> None:
         say_json(document)
         return
     n_stacks = len(stages)
+    target = f"training.progressive.target_stacks: {n_stacks + 1}"
+    target += f", max_stacks: {n_stacks + 1}" if n_stacks >= ProgressiveConfig().max_stacks else ""
     counts = f"{described.n_layers} blocks in {n_stacks} {'stack' if n_stacks == 1 else 'stacks'}"
     what = f"{described.family.name}, {counts}, {parameters(document['parameters'])} parameters"
     say(
         f"{options.name} {'was there already' if found.was_there else 'is imported'}: {what}, "
         f"{spec.new.precision}, {size(document['bytes'])}, in {artifacts.uri}",
-        f"grow: model.from: {options.name} and training.progressive.target_stacks: {n_stacks + 1} in a configuration",
+        f"grow: model.from: {options.name} and {target} in a configuration",
     )
 
 

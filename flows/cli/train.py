@@ -22,6 +22,8 @@ from flows.server import check_api, check_home, embedded_server, quiet_prefect
 from flows.services import send_heartbeats
 from flows.settings import find_api, load_prefect
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import GROWTH
+from stackwise_core.config.sizes import residual_blocks_of
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.resolve import imports
@@ -122,7 +124,10 @@ def _print_result(config: StackWiseConfig, command: list[str], artifacts: Artifa
         command = ["stackwise", "train", str(run.folder / "config.yaml")]  # stacks may have been added in another way
     root = [] if artifacts.uri == str(Path("artifacts").absolute()) else ["--artifacts", artifacts.uri]
     look = shlex.join([name, *root])
-    grow = shlex.join([*command, *root, "--set", f"training.progressive.target_stacks={grown + 1}"])
+    more = keys_of_one_more(run.config if grown > asked else config, grown + 1)
+    grow = shlex.join([*command, *root, *(word for key in more for word in ("--set", key))])
+    if not more:
+        grow = f"not beyond the {grown} stacks of {GROWTH}.max_stacks, from which the time step of every stack follows"
     say(
         "",
         f"{name} {made}: {counts}, validation loss {last.validation_loss:.4f}, in {artifacts.uri}",
@@ -130,3 +135,15 @@ def _print_result(config: StackWiseConfig, command: list[str], artifacts: Artifa
         f"      stackwise verify {look}",
         f"grow: {grow}",
     )
+
+
+def keys_of_one_more(config: StackWiseConfig, n_stacks: int) -> list[str]:
+    """Return the settings with which a run grows to one stack more and keeps those it has; [] if none does."""
+    growth, keys = config.training.progressive, [f"{GROWTH}.target_stacks={n_stacks}"]
+    if n_stacks <= growth.max_stacks:
+        return keys
+    if growth.time_interpretation == "depth":
+        return []
+    scale = residual_blocks_of(config)
+    keys += [f"{GROWTH}.max_stacks={n_stacks}"]
+    return [*keys, f"model.residual_blocks={scale}"] if scale else keys

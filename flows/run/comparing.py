@@ -21,7 +21,17 @@ from flows.run.summary import StageSummary, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import TrainingConfig
 from stackwise_core.errors import ConfigError, Fault, NonFiniteLossError, StackWiseError, StageInterruptedError
-from stackwise_core.stages.arms import ARMS, CONFIGURED, CONTROLS, END_TO_END, Changes, arm, changed
+from stackwise_core.stages.arms import (
+    ANNEAL,
+    ARMS,
+    CONFIGURED,
+    CONTROLS,
+    END_TO_END,
+    JOINT_STEPS,
+    Changes,
+    arm,
+    changed,
+)
 from stackwise_core.stages.charges import charge, cost
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan, StagePlan
@@ -84,7 +94,8 @@ def comparison_of(
     Args:
         config: what all arms share.
         arms: names of `ARMS`, or of `own`.
-        own: other arms: the keys that each changes, dotted or nested, and as `arm` which of `ARMS` it starts from.
+        own: other arms: the keys that each changes, dotted or nested, as `arm` which of `ARMS` it starts from, and as
+            `anneal` the share of its FLOPs for joint training at the end.
         rates: factors of the learning rates, for every arm.
         seeds: how many; the first is that of the configuration.
         budgets: multiples of the FLOPs of the configuration, or of `tflop`. Rates are tuned at the first.
@@ -145,6 +156,9 @@ def _faults_of_names(arms: Sequence[str], own: Mapping[str, Mapping[str, Any]]) 
             yield Fault("--arms", repr(name), "there is an arm of this name; give the file another")
         if (start := changes.get("arm", CONFIGURED)) not in ARMS:
             yield Fault(f"arm of {name}", repr(start), unknown_arm(str(start)))
+        share = changes.get(ANNEAL, 0.5)
+        if not (isinstance(share, int | float) and 0 < share < 1):
+            yield Fault(f"{ANNEAL} of {name}", repr(share), "a share of the FLOPs between 0 and 1 is expected, as 0.2")
         for key in _dotted(changes):
             if key.split(".")[0] == "run":
                 yield Fault(f"{key} of {name}", "a value", "runs are named and seeded by the comparison; leave it out")
@@ -159,7 +173,11 @@ def unknown_arm(name: str) -> str:
 
 def _changes_of(config: StackWiseConfig, own: Mapping[str, Any]) -> Changes:
     keys = dict(own)
-    return {**ARMS[keys.pop("arm", CONFIGURED)](config), **_dotted(keys)}
+    changes = ARMS[keys.pop("arm", CONFIGURED)](config)
+    keys = _dotted(keys)
+    if JOINT_STEPS in keys:  # which are its own then
+        changes.pop(ANNEAL, None)
+    return {**changes, **keys}
 
 
 def _dotted(values: Mapping[str, Any], before: str = "") -> Changes:

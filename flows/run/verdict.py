@@ -106,7 +106,7 @@ def judge(field: Field, results: Results) -> Document:
         for row in rows_of(document):
             row["bits_per_byte"] = row["loss"] and row["loss"]["mean"] / math.log(2)
     document["total_tflop"] = _total(field, results)
-    document["notes"] = [*_missing(field, results), *_edges(document), *_machines(results)]
+    document["notes"] = [*_missing(field, results), *_lost(document), *_edges(document), *_machines(results)]
     document["failures"] = _failures(field, results)
     document["verdict"], document["loses"] = verdict(document), loses(document)
     return document
@@ -258,6 +258,13 @@ def _missing(field: Field, results: Results) -> list[str]:
     """Return a line if there are runs without a result: then rates may change, too."""
     left = [run for run in field.planned(results) if run["state"] == "to run"]
     return [f"So far: {len(left)} runs of {len(left) + len(results)} are still to come."] if left else []
+
+
+def _lost(document: Document) -> list[str]:
+    """Return a line if there are means over some seeds only."""
+    rows = [row for row in rows_of(document) if row["loss"]]
+    lost = dict.fromkeys(row["arm"] for row in rows for run in row["runs"] if run["state"] in ("diverged", "failed"))
+    return [f"Means are without the seeds that diverged or failed, which flatters {', '.join(lost)}."] if lost else []
 
 
 def _edges(document: Document) -> list[str]:

@@ -18,10 +18,10 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.charges import cost
 
 CONFIGURED, END_TO_END = "configured", "end-to-end"
+ANNEAL, JOINT_STEPS = "anneal", "training.joint_steps"
+"""The share of an arm's FLOPs that joint training at the end gets, and the key that gives it steps instead."""
 ANNEAL_SHARE = 0.2
-"""Of the FLOPs of `frozen+anneal`: what joint training at the end may cost."""
-AN_ANNEAL = 1
-"""Steps of an anneal that is to get its share; with another number it keeps its ratio to the other stages."""
+"""That share in `frozen+anneal`."""
 _JUMP_SHARE = 1 / 3
 """Of the steps of `jump`: those of its shallow first stage."""
 _FEWEST = 2
@@ -29,7 +29,7 @@ _FEWEST = 2
 
 
 Changes = dict[str, Any]
-"""New values of dotted keys."""
+"""New values of dotted keys, and perhaps of `ANNEAL`."""
 
 
 def _one_clock(config: StackWiseConfig) -> Changes:
@@ -37,27 +37,37 @@ def _one_clock(config: StackWiseConfig) -> Changes:
     scale = residual_blocks_of(config)
     return {
         "training.schedule": "one_clock",
-        "training.joint_steps": 0,
+        JOINT_STEPS: 0,
         "training.joint_learning_rate": config.training.learning_rate,
         **({"model.residual_blocks": scale} if scale else {}),
     }
 
 
 def _grown(config: StackWiseConfig, **growth: Any) -> Changes:
-    """Return the changes of an arm that grows by the stacks of the configuration, under one clock."""
+    """Return the changes of an arm that grows, by default by the stacks of the configuration, all in one way."""
+    as_all = {"mode": "default", "tail_stacks": 0}
+    stacks = [stack.model_dump() | as_all for stack in config.training.progressive.stacks]
+    growth = {"enabled": True, "stacks": stacks, "tail_stacks": 1, **growth}
     return {**_one_clock(config), **{f"{GROWTH}.{key}": value for key, value in growth.items()}}
 
 
 def _flat(config: StackWiseConfig, share: float) -> Changes:
-    """Return the changes of an arm that trains a share of the blocks from scratch, all together."""
+    """Return the changes of an arm that trains a share of the blocks from scratch, all together.
+
+    A smaller model has a residual scale of its own depth; the whole one is the same model as that which was grown.
+    """
     n_blocks = max(1, round(share * sum(blocks_of(config))))
-    one_stack = {f"{GROWTH}.stacks": [], f"{GROWTH}.target_stacks": 1, f"{GROWTH}.enabled": False}
-    return {**_one_clock(config), "model.blocks_per_stack": n_blocks, **one_stack}
+    changes = {**_one_clock(config), "model.blocks_per_stack": n_blocks}
+    if share < 1 and residual_blocks_of(config):
+        changes["model.residual_blocks"] = n_blocks
+    return {**changes, f"{GROWTH}.stacks": [], f"{GROWTH}.target_stacks": 1, f"{GROWTH}.enabled": False}
 
 
 def _jump(config: StackWiseConfig) -> Changes:
-    """One hop from a third of the depth to all of it, everything training."""
+    """One hop from a third of the depth to all of it, everything training; raises ConfigError if there is one block."""
     n_blocks, steps = sum(blocks_of(config)), sum(_steps_of(config))
+    if n_blocks < 2:
+        raise ConfigError([Fault("--arms", "'jump'", "CONFIG has one block: there is no depth to jump to")])
     first = max(1, round(n_blocks / 3))
     stacks = [{"n_blocks": first, "steps": max(1, round(_JUMP_SHARE * steps))}]
     stacks.append({"n_blocks": n_blocks - first, "steps": max(1, steps - stacks[0]["steps"])})
@@ -77,7 +87,7 @@ ARMS: Mapping[str, Callable[[StackWiseConfig], Changes]] = {
     "full": lambda config: _grown(config, building_mode="append", trunk_strategy="full"),
     "insert": lambda config: _grown(config, building_mode="insert", trunk_strategy="frozen", tail_strategy="full"),
     "frozen": _frozen,
-    "frozen+anneal": lambda config: {**_frozen(config), "training.joint_steps": AN_ANNEAL},
+    "frozen+anneal": lambda config: {**_frozen(config), ANNEAL: ANNEAL_SHARE},
 }
 CONTROLS = (CONFIGURED, END_TO_END, "flat-1/3", "flat-2/3")
 """Arms of every comparison: what is asked about, and what a sceptic would do with the same FLOPs instead."""
@@ -97,29 +107,31 @@ def arm(config: StackWiseConfig, changes: Changes, budget: float, n_rows: int) -
 
     Args:
         config: what all arms share.
-        changes: the keys of this arm, as `ARMS` gives them. With `training.joint_steps` = `AN_ANNEAL` the anneal gets
-            `ANNEAL_SHARE` of the budget; otherwise all stages keep the ratios of their steps.
+        changes: the keys of this arm, as `ARMS` gives them. With `ANNEAL` joint training at the end gets that share of
+            the budget; all other stages keep the ratios of their steps.
         budget: of all stages, as executed [FLOP].
         n_rows: the number of training sequences.
 
     Raises:
-        ConfigError: if the budget is less than two steps of each stage.
+        ConfigError: if the budget is less than two steps of each stage, or an arm that does not grow is to anneal.
     """
-    base = changed(config, changes)
-    if changes.get("training.joint_steps") == AN_ANNEAL:
-        one = cost(_with_steps(base, 1.0, 1), n_rows) - cost(_with_steps(base, 1.0, 0), n_rows)
-        joint = max(_FEWEST, round(ANNEAL_SHARE * budget / one))
-        budget -= joint * one
-        balanced = _scaled(_with_steps(base, 1.0, 0), budget, n_rows)
-        return changed(balanced, {"training.joint_steps": joint})
-    return _scaled(base, budget, n_rows)
+    base = changed(config, {key: value for key, value in changes.items() if key != ANNEAL})
+    if not (share := changes.get(ANNEAL)):
+        return _scaled(base, budget, n_rows)
+    if not base.training.progressive.enabled:
+        allowed = f"joint training at the end needs an arm that grows: {GROWTH}.enabled is false"
+        raise ConfigError([Fault(ANNEAL, f"{share:g}", allowed)])
+    one = cost(_with_steps(base, 1.0, 1), n_rows) - cost(_with_steps(base, 1.0, 0), n_rows)
+    joint = max(_FEWEST, round(share * budget / one))
+    balanced = _scaled(_with_steps(base, 1.0, 0), budget - joint * one, n_rows)
+    return changed(balanced, {JOINT_STEPS: joint})
 
 
 def _scaled(config: StackWiseConfig, budget: float, n_rows: int) -> StackWiseConfig:
     """Return a configuration with all its steps scaled to a budget."""
     factor = 1.0
     for _ in range(6):  # nearly linear: only rows that are read twice and rounding are not
-        factor *= budget / cost(_with_steps(config, factor), n_rows)
+        factor *= max(0.0, budget) / cost(_with_steps(config, factor), n_rows)
     if (fewest := round(factor * min(_all_steps(config)))) < _FEWEST:
         allowed = f"at least {_FEWEST} steps in every stage, from a larger budget or fewer stages"
         raise ConfigError([Fault("training.steps_per_stack", f"{fewest} in the shortest stage of an arm", allowed)])
@@ -148,7 +160,7 @@ def _with_steps(config: StackWiseConfig, factor: float, joint_steps: int | None 
         {
             f"{GROWTH}.stacks": stacks if growth.enabled else [],
             "training.steps_per_stack": max(1, round(factor * training.steps_per_stack)),
-            "training.joint_steps": joint,
+            JOINT_STEPS: joint,
         },
     )
 

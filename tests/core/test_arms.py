@@ -11,7 +11,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError
 from stackwise_core.model.adapters import adapter_parameters
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
-from stackwise_core.stages.arms import ANNEAL_SHARE, ARMS, END_TO_END, arm, changed
+from stackwise_core.stages.arms import ANNEAL, ANNEAL_SHARE, ARMS, END_TO_END, arm, changed
 from stackwise_core.stages.charges import charge, cost
 from stackwise_core.stages.costs import stage_flops
 from stackwise_core.stages.plan import plan_run
@@ -77,10 +77,48 @@ def test_where_every_stage_reads_on_new_rows_are_filled_from_tokens(config: Stac
     assert [each.frozen for each in found] == [0, 400 * BLOCK, 2 * 400 * BLOCK]
 
 
-def test_a_scale_by_depth_is_that_of_the_configuration_in_every_arm(config: StackWiseConfig) -> None:
+def test_a_scale_by_depth_is_that_of_the_configuration_and_of_smaller_models_their_own(config: StackWiseConfig) -> None:
     config = changed(config, {"model.residual_scale": "depth"})
-    shapes = {plan_run(changed(config, ARMS[name](config)), "0" * 64).stages[-1].shape for name in ARMS}
-    assert {shape.residual_blocks for shape in shapes} == {12}
+    arms = {name: arm(config, ARMS[name](config), total(config), N_ROWS) for name in ARMS}
+    found = {name: plan_run(each, "0" * 64).stages[-1].shape.residual_blocks for name, each in arms.items()}
+    assert found == dict.fromkeys(ARMS, 12) | {"flat-1/3": 1, "flat-2/3": 2}
+
+
+MIXED = [{}, {"mode": "prepend", "steps": 50}, {"mode": "insert", "tail_stacks": 2}]
+WAYS = {"full": "append", "frozen": "append", "insert": "insert", "frozen+anneal": "append"}
+
+
+@pytest.mark.parametrize("base", [{f"{G}.stacks": MIXED, f"{G}.tail_stacks": 2}, {f"{G}.enabled": False}], ids=str)
+@pytest.mark.parametrize(("name", "mode"), WAYS.items())
+def test_an_arm_grows_as_its_name_says_whatever_single_stacks_do(
+    name: str, mode: str, base: dict[str, Any], config: StackWiseConfig
+) -> None:
+    config = changed(config, base)
+    found = arm(config, ARMS[name](config), total(config), N_ROWS)
+    stages = plan_run(found, "0" * 64).stages
+    assert [stage.spec.mode for stage in stages[1:3]] == [mode] * 2
+    assert [stage.spec.tail for stage in stages[1:3]] == [int(mode == "insert")] * 2
+    assert all(stage.spec.anatomy.boundary == 0 for stage in stages) == (name == "full")
+    if base.get(f"{G}.stacks"):
+        assert found.training.progressive.stacks[1].steps == pytest.approx(steps(found)[0] / 2, abs=1)
+
+
+def test_the_share_of_an_anneal_is_a_key_of_an_arm(config: StackWiseConfig) -> None:
+    found = arm(config, {**ARMS["full"](config), ANNEAL: 0.4}, total(config), N_ROWS)
+    assert charge(found, plan_run(found, "0" * 64), N_ROWS)[-1].total / total(found) == pytest.approx(0.4, abs=0.01)
+    with pytest.raises(ConfigError, match=r"anneal: got 0\.4; joint training at the end needs an arm that grows"):
+        arm(config, {**ARMS[END_TO_END](config), ANNEAL: 0.4}, total(config), N_ROWS)
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-6])
+def test_what_an_anneal_leaves_of_too_small_a_budget_is_refused(share: float, config: StackWiseConfig) -> None:
+    with pytest.raises(ConfigError, match="in the shortest stage of an arm"):
+        arm(config, ARMS["frozen+anneal"](config), share * total(config), N_ROWS)
+
+
+def test_a_single_block_has_no_depth_to_jump_to(config: StackWiseConfig) -> None:
+    with pytest.raises(ConfigError, match="'jump'; CONFIG has one block"):
+        ARMS["jump"](changed(config, {f"{G}.target_stacks": 1}))
 
 
 @pytest.mark.parametrize("name", ARMS)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flows.pages.comparison import comparison_page, markdown, tables
-from flows.run.comparing import Comparison, comparison_of, grid_of, known_results, open_field, run_missing
+from flows.run.comparing import Comparison, Result, comparison_of, grid_of, known_results, open_field, run_missing
 from flows.run.events import request_stop
 from flows.run.run import grow
 from flows.run.verdict import Interval, failures_of, interval, judge, loses, loss_at, share_of, spent_for, verdict
@@ -294,6 +294,16 @@ def test_a_stop_reaches_every_run_at_work(tmp_path: Path) -> None:
     assert [job.stopped for job in jobs] == [True, True]
 
 
+def test_a_seed_without_a_loss_and_runs_of_other_code_are_a_sentence_each(tmp_path: Path) -> None:
+    field = open_field(comparison_of(small(tmp_path), rates=(1.0,), seeds=2), str(tmp_path / "artifacts"))
+    results = {run: Result("done", 1.5, made_by={"commit": "a", "torch": "2"}) for run in field.wanted({})}
+    results = {run: results.get(run) or Result("done", 1.6, made_by={"commit": "b"}) for run in field.wanted(results)}
+    other = next(run for run in results if run.arm == "flat-1/3" and run.seed)
+    said = judge(field, results | {other: Result("diverged", math.inf, message="step 3: loss nan")})["notes"]
+    assert "Means are without the seeds that diverged or failed, which flatters flat-1/3." in said
+    assert "Not all runs are of one commit and torch: compare their seconds with care." in said
+
+
 def test_an_arm_keeps_its_name_only_as_text(tmp_path: Path) -> None:
     field = open_field(
         comparison_of(small(tmp_path), own={"<i>|*": {"arm": "full"}}, rates=(1.0,), seeds=1),
@@ -340,6 +350,15 @@ REFUSED = {
     "an unknown key": (
         ["--arms", "full:training.decays=linear"],
         "arm full decays=linear at budget 1: training.decays: got",
+    ),
+    "a share": (["--arms", "full:anneal=2"], "anneal of full anneal=2: got 2; a share of the FLOPs between 0 and 1"),
+    "an anneal of one step, not of its share": (
+        ["--arms", "frozen+anneal:training.joint_steps=1"],
+        "arm frozen+anneal joint_steps=1 at budget 1: training.steps_per_stack: got 1 in the shortest stage",
+    ),
+    "another objective": (
+        ["--arms", f"frozen:{G}.training_objective=mlm"],
+        "training_objective of arm frozen training_objective=mlm: got mlm; clm end to end: no measure is common",
     ),
     "a seed of its own": (["--arms", "full:run.seed=3"], "run.seed of full seed=3: got a value; runs are named and"),
     "no such file": (["--arms", "none.yaml"], "none.yaml: got no such file"),

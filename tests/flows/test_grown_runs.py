@@ -10,12 +10,16 @@ import pytest
 import yaml
 
 from flows.add_stack import grown as grown_by_one
+from flows.cli.train import keys_of_one_more
 from stackwise_core.config.schema import StackOverride
+from stackwise_core.config.yaml import parse_value
+from stackwise_core.stages.plan import plan_run
 from storage.artifacts import Artifacts
 from storage.collect import collect
 from storage.locks import no_wait
 from storage.runs import attempts, begin_attempt, find_run
 from support.commands import Run
+from support.configurations import CORPUS, configuration, ids
 from support.house import plan_of, planned, pretend
 from support.runs import grown, tiny, tiny_values
 
@@ -89,4 +93,30 @@ def test_started_again_it_says_what_it_has_and_grows_on(tmp_path: Path, run: Run
     assert f"grow: stackwise train {again} --set training.progressive.target_stacks=3" in told.out
     planned_next = run("plan", again, "--set", "training.progressive.target_stacks=3", "--json").document
     assert json.dumps(planned_next).count('"sealed"') >= 2
+    values["training"]["progressive"] |= {"target_stacks": 2, "max_stacks": 2}
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(values))
+    told = run("train", "first.yaml")
+    more = "--set training.progressive.target_stacks=3 --set training.progressive.max_stacks=3"
+    assert f"grow: stackwise train first.yaml {more}\n" in told.out
     assert grown_by_one(str(root), "tiny", StackOverride(), "me").training.progressive.target_stacks == 3
+
+
+@pytest.mark.parametrize("scale", ["one", "depth"])
+def test_what_is_said_of_growing_beyond_the_limit_keeps_every_stack(scale: str) -> None:
+    full: dict[str, Any] = {
+        "model.residual_scale": scale,
+        "training.progressive.max_stacks": 3,
+        "training.progressive.target_stacks": 3,
+    }
+    config = configuration(full)
+    keys = {key: parse_value(value) for key, _, value in (each.partition("=") for each in keys_of_one_more(config, 4))}
+    before, after = (ids(plan_run(configuration(changes), CORPUS)) for changes in (full, full | keys))
+    assert "stack-3" in after
+    assert all(after[name] == digest for name, digest in before.items() if not name.startswith("validation-2"))
+
+
+def test_where_time_follows_from_the_limit_none_is_said_to_be_possible() -> None:
+    by_depth = {"training.progressive.time_interpretation": "depth", "training.progressive.max_stacks": 3}
+    config = configuration(by_depth | {"training.progressive.training_objective": "mlm"})
+    assert keys_of_one_more(config, 3) == ["training.progressive.target_stacks=3"]
+    assert keys_of_one_more(config, 4) == []
