@@ -220,12 +220,17 @@ def _hash(value: Any) -> str:
 
 
 def fingerprint(threads: int, device: str, compiled: bool, processes: int = 1) -> dict[str, Any]:
-    """Return what else the numbers may depend on: versions, device, CPU, threads, processes, commit."""
+    """Return what else the numbers may depend on: versions, device, CPU, card, threads, processes, commit."""
     import torch
 
+    card = {}
+    if device.startswith("cuda"):
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        card = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "deterministic": deterministic}
     return {
         "torch": torch.__version__,
         "device": device,
+        **card,
         "cpu": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,

@@ -150,7 +150,9 @@ def _open_checkpoint(stage: Stage, folder: Path, model: StageModel) -> TrainingS
     if begins_at < state.step < stage.plan.spec.optim.steps:
         emit(Message(f"stage {stage.index} goes on from its checkpoint at step {state.step}"))
         then, now = state.fingerprint, fingerprint_of(stage)
-        changed = [f"{name} ({then[name]}, now {now.get(name)})" for name in then if then[name] != now.get(name)]
+        changed = [
+            f"{name} ({then[name]}, now {now.get(name, 'none')})" for name in then if then[name] != now.get(name)
+        ]
         if changed:
             made_with = f"the checkpoint was made with another {', '.join(changed)}"
             emit(Message(f"{made_with}: bits may differ from an undisturbed run's"))

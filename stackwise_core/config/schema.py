@@ -457,6 +457,9 @@ class HardwareConfig(Section):
     """'auto', 'cpu', 'cuda' or 'cuda:N'."""
     compile: bool = False
     """Run the new stack through torch.compile."""
+    deterministic: bool = True
+    """With CUDA, use only kernels that give the same bits every time. False may be faster, but a run that is killed and
+    resumed may then end with other bits. A CPU always gives the same bits."""
     processes: int = Field(default=1, ge=1)
     """Processes of this machine that train one stage together: each has a share of every batch, of the threads, and
     with CUDA a device of its own."""

@@ -109,7 +109,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     tokens_BN, probabilities_BN = candidates(logits_BV, sampling)
-    cumulative_BN = probabilities_BN.cumsum(-1, dtype=torch.float64)
+    cumulative_BN = _running_sum(probabilities_BN, torch.float64)
     # Of the last sum, not of 1, so that rounding cannot lead past the last candidate.
     wanted_B1 = (uniform_B * cumulative_BN[:, -1])[:, None]
     n_below_B1 = torch.searchsorted(cumulative_BN, wanted_B1, right=True)
@@ -143,8 +143,13 @@ def _narrowed(scaled_BN: Tensor, share_BN: Tensor, sampling: Sampling) -> Tensor
     """Return the probabilities of sorted candidates, of which the first is always kept."""
     kept_BN = torch.ones_like(share_BN, dtype=torch.bool)
     if sampling.top_p < 1:  # rounded sums reach 1 before the last token
-        kept_BN = share_BN.cumsum(-1) - share_BN < sampling.top_p
+        kept_BN = _running_sum(share_BN, share_BN.dtype) - share_BN < sampling.top_p
     if sampling.min_p > 0:
         kept_BN &= share_BN >= sampling.min_p * share_BN[:, :1]
     kept_BN[:, 0] = True
     return scaled_BN.masked_fill(~kept_BN, -torch.inf).softmax(-1)
+
+
+def _running_sum(values_BN: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sums up to each place, added on the CPU: in CUDA's order the last bits change from call to call."""
+    return values_BN.cpu().cumsum(-1, dtype=dtype).to(values_BN.device)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Generator
+from typing import Any
 
 import torch
 
 from stackwise_core.config.schema import HardwareConfig
 from stackwise_core.errors import ConfigError, Fault
 
+_DETERMINISTIC: Any = torch.utils.deterministic  # a module whose only attribute is made when it is imported
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_WORKSPACES = (":4096:8", ":16:8")
+"""With one of these cuBLAS gives the same bits every time (cuBLAS documentation, "Results reproducibility")."""
+
 
 def use_hardware(hardware: HardwareConfig) -> torch.device:
-    """Set torch's threads and return the device; a rank of several processes gets its share of both."""
+    """Set torch's threads and return the device; a rank of several processes gets its share of both.
+
+    With CUDA, also make torch deterministic or not, as configured.
+    """
     rank = os.environ.get("LOCAL_RANK") if hardware.processes > 1 else None  # set by torchrun
     torch.set_num_threads(n_threads(hardware) if rank is None else threads_of_rank(hardware))
     n_devices = torch.cuda.device_count()
@@ -24,7 +35,28 @@ def use_hardware(hardware: HardwareConfig) -> torch.device:
     if hardware.processes > n_devices:
         allowed = f"{there}, and each process needs its own; lower it, or set hardware.device: cpu"
         raise ConfigError([Fault("hardware.processes", str(hardware.processes), allowed)])
+    _use_determinism(hardware.deterministic)
     return device if rank is None else torch.device("cuda", int(rank))
+
+
+def _use_determinism(deterministic: bool) -> None:
+    """Have torch use kernels that give the same bits every time, or any; cuBLAS reads its variable at its first use."""
+    if deterministic and os.environ.setdefault(_WORKSPACE, _WORKSPACES[0]) not in _WORKSPACES:
+        allowed = f"cuBLAS is not deterministic with {_WORKSPACE}={os.environ[_WORKSPACE]}; unset it, or use false"
+        raise ConfigError([Fault("hardware.deterministic", "true", allowed)])
+    torch.use_deterministic_algorithms(deterministic)
+    _DETERMINISTIC.fill_uninitialized_memory = False  # everything that is read here was written before
+
+
+@contextlib.contextmanager
+def determinism_restored() -> Generator[None]:
+    """At the end, make torch as deterministic as it was: a library's setting is not the whole program's."""
+    fills, mode = _DETERMINISTIC.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        _DETERMINISTIC.fill_uninitialized_memory = fills
 
 
 def n_threads(hardware: HardwareConfig) -> int:

@@ -26,6 +26,7 @@ from stackwise_core.objectives.losses import Batch
 from stackwise_core.stages.resolve import resolve_mask
 from stackwise_core.stages.stages import StageSpec, resolve_joint, resolve_stage
 from stackwise_core.training.call import Call
+from stackwise_core.training.hardware import determinism_restored
 from stackwise_core.training.in_memory import adapters_of, as_adapted, stage_inputs, validation_loss_of
 from stackwise_core.training.progress import Progress
 from stackwise_core.training.results import StageResult, result_of
@@ -53,6 +54,7 @@ class ProgressiveTrainer:
         """Return boundary, rows, bytes, limit [bytes] and whether full, of the last activations kept in RAM, or {}."""
         return dict(self._cached)
 
+    @determinism_restored()
     def train_progressively(
         self,
         rack_builder: ProgressiveRackBuilder,
@@ -96,6 +98,7 @@ class ProgressiveTrainer:
             raise ConfigError([Fault("state", "a checkpoint", "no stage is left to train: leave it out")])
         return results
 
+    @determinism_restored()
     def train_rack(
         self,
         rack_builder: ProgressiveRackBuilder,

@@ -332,6 +332,7 @@ NOT_IN_THE_PLAN = {
     "hardware.device",
     "hardware.processes",
     "hardware.compile",
+    "hardware.deterministic",
     "hardware.threads",
 }
 

@@ -56,6 +56,7 @@ def test_a_run_has_these_artifacts() -> None:
         ("training.checkpoint_every", 7),
         ("hardware.device", "cpu"),
         ("hardware.compile", True),
+        ("hardware.deterministic", False),
         ("hardware.threads", 3),
         ("cache.keep", "all"),
         ("cache.max_gb", 1.0),

@@ -7,21 +7,21 @@ itself, and processes that die, are in test_launch.
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from flows.run import stage as stage_module
 from flows.run.events import subscribed
 from flows.run.inputs import open_stage
 from flows.run.stage import Stage
 from flows.run.steps import hooks_of
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
-from stackwise_core.config.schema import HardwareConfig
 from stackwise_core.data.packing import corpus_facts
 from stackwise_core.errors import ConfigError, NonFiniteLossError, StageInterruptedError
-from stackwise_core.training.hardware import threads_of_rank, use_hardware
 from stackwise_core.training.training import train_stage
 from storage.checkpoints import load_state
 from support.modes import DEPTH, MODES, G
@@ -159,25 +159,27 @@ def test_a_loss_that_explodes_is_told_by_all_with_the_ids_of_the_whole_batch(
 # ---------------------------------------------------------------- what each process has
 
 
-def test_processes_share_out_the_threads(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    hardware = HardwareConfig(device="cpu", processes=2, threads=5)
-    use_hardware(hardware)
-    assert torch.get_num_threads() == 5  # what is done by one process
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    use_hardware(hardware)
-    assert torch.get_num_threads() == 2
-    assert threads_of_rank(HardwareConfig(processes=4, threads=2)) == 1
+@pytest.mark.parametrize("card", ["NVIDIA L4", None])
+def test_a_run_that_goes_on_on_another_card_says_so(
+    card: str | None, tmp_path: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, real, recorder = stage_of(reference({}), {}, 0, 1), stage_module.fingerprint, Recorder()
 
+    def made_on(name: str | None) -> None:
+        on_it = {"device": "cuda", "gpu": name} if name else {"device": "cpu"}
+        monkeypatch.setattr(stage_module, "fingerprint", lambda *_: {**real(1, "cpu", False), **on_it})
 
-def test_each_process_has_a_cuda_device_of_its_own(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    hardware = HardwareConfig(device="auto", processes=2, threads=2)
-    assert use_hardware(hardware) == torch.device("cuda")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert use_hardware(hardware) == torch.device("cuda:1")
-    with pytest.raises(ConfigError, match=r"hardware.processes: got 3; this machine has 2 CUDA devices, and each"):
-        use_hardware(HardwareConfig(device="auto", processes=3))
-    assert use_hardware(HardwareConfig(device="cpu", processes=3, threads=3)) == torch.device("cpu")
+    made_on("NVIDIA H200")
+    with open_stage(stage, stage.plan.ref("build"), tmp_path) as inputs, pytest.raises(StageInterruptedError):
+        train_stage(inputs, replace(hooks_of(stage, tmp_path), should_stop=lambda: True))
+    made_on(card)
+    with subscribed(recorder), open_stage(stage, stage.plan.ref("build"), tmp_path):
+        pass
+    told = "gpu (NVIDIA H200, now NVIDIA L4)" if card else "device (cuda, now cpu), gpu (NVIDIA H200, now none)"
+    assert recorder.messages == [
+        "stage 0 goes on from its checkpoint at step 1",
+        f"the checkpoint was made with another {told}: bits may differ from an undisturbed run's",
+    ]
 
 
 def test_the_library_says_that_it_is_one_process(tmp_path: Path) -> None:
