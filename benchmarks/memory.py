@@ -22,7 +22,9 @@ from benchmarks.harness import RESULTS, Measure
 from benchmarks.plot import line_chart
 from flows.run.run import grow
 from flows.run.stage import Stage
-from flows.run.steps import build_stack, cache_activations, configure_trunk, train, validate
+from flows.run.steps import build_stack, cache_activations, configure_trunk
+from flows.run.training import train
+from flows.run.validating import validate
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
 

@@ -14,7 +14,8 @@ from flows.artifacts import publish_comparison, run_log
 from flows.errors import explained_server_errors, one_line_errors, outlive_the_worker
 from flows.flow_runs import end, tagged, tags_of, watched
 from flows.pages.comparison import write_comparison
-from flows.run.comparing import MOST_SEEDS, Comparison, RunsFailedError, comparison_of, open_field, run_missing
+from flows.run.comparing import RunsFailedError, open_field, run_missing
+from flows.run.comparison import MOST_SEEDS, Comparison, comparison_of
 from flows.run.events import GO_ON, subscribed
 from flows.run.train_process import TrainProcess
 from flows.run.verdict import failures_of, judge

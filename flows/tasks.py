@@ -28,7 +28,7 @@ from prefect.transactions import get_transaction
 from flows.artifacts import progress_artifact
 from flows.flow_runs import end_killed_tasks
 from flows.run import fill as filling
-from flows.run import steps
+from flows.run import steps, training, validating
 from flows.run.events import StageOpened, emit, stopping_on_signals
 from flows.run.fill import ShardFuture, Submit, begin_worker
 from flows.run.stage import Stage
@@ -84,14 +84,14 @@ def configure_trunk(stage: Stage) -> Ref | None:
 def train(stage: Stage, build: Ref | None, trunk: Ref | None) -> Ref:
     """Train the new stack, from its last checkpoint if there is one; an adopted one is taken from its rack."""
     with progress_artifact(stage):
-        return steps.train(stage, build, trunk)
+        return training.train(stage, build, trunk)
 
 
 @_stage_task("cool")
 def cool_down(stage: Stage, build: Ref | None, stack: Ref) -> Ref | None:
     """Measure what the stage would come to if its rate decayed now; the weights are thrown away."""
     with progress_artifact(stage):
-        return steps.cool_down(stage, build, stack)
+        return training.cool_down(stage, build, stack)
 
 
 @_stage_task("cache")
@@ -104,7 +104,7 @@ def cache_activations(stage: Stage, stack: Ref) -> Ref | None:
 @_stage_task("validate")
 def validate(stage: Stage, stack: Ref, activations: Ref | None) -> Ref:
     """Measure the validation loss, and compare cached rows with live ones."""
-    return steps.validate(stage, stack, activations)
+    return validating.validate(stage, stack, activations)
 
 
 def prepared(stage: Stage, task: Task[..., Any], verb: str) -> Task[..., Any]:

@@ -9,16 +9,10 @@ from typing import Any
 from flows.cli.arguments import add_common, add_config, load_config
 from flows.cli.train import on_server
 from flows.pages.comparison import EXPLAINED, comparison_page, markdown, tables, write_comparison
-from flows.run.comparing import (
-    Comparison,
-    Field,
-    RunsFailedError,
-    comparison_of,
-    known_results,
-    open_field,
-    unknown_arm,
-)
+from flows.run.comparing import RunsFailedError, known_results, open_field
+from flows.run.comparison import Comparison, comparison_of, unknown_arm
 from flows.run.events import subscribed
+from flows.run.field import Field
 from flows.run.say import say, say_json
 from flows.run.terminal import PlainLines, plain_console, plain_table, reading_shown
 from flows.run.verdict import failures_of, judge

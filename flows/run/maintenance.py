@@ -129,7 +129,7 @@ def _missing(artifacts: Artifacts, run: Attempt) -> list[str]:
 def _recompute_rows(artifacts: Artifacts, run: Attempt, chosen: set[str], problems: list[str]) -> int:
     """Recompute sampled rows of a run's stores from tokens, add what differs to the problems, and count the rows."""
     from flows.run.stage import Stage  # these import torch
-    from flows.run.steps import compare_store
+    from flows.run.validating import compare_store
 
     n_rows = 0
     plan = run.plan

@@ -15,7 +15,7 @@ from flows.run.children import end_with_parent
 from flows.run.events import Event, Message, StepTaken, request_stop, subscribed
 from flows.run.inputs import open_stage
 from flows.run.ranks import Ending, Job, encode_event
-from flows.run.steps import hooks_of
+from flows.run.training import hooks_of
 from stackwise_core.errors import StackWiseError, StageInterruptedError
 from stackwise_core.training.distributed import init_process_group
 from stackwise_core.training.training import train_stage

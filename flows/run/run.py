@@ -18,8 +18,10 @@ from flows.run.fill import check_plain, check_runner
 from flows.run.prepare import check_space, check_validation, prepare_data
 from flows.run.reading import Reading
 from flows.run.stage import Stage
-from flows.run.steps import build_stack, cache_activations, configure_trunk, cool_down, train, validate
+from flows.run.steps import build_stack, cache_activations, configure_trunk
 from flows.run.summary import StageSummary, rise, summarise
+from flows.run.training import cool_down, train
+from flows.run.validating import validate
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import StageInterruptedError

@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flows.run.comparing import Chosen, Field, Grid, Result, Results
+from flows.run.comparison import Chosen, Grid, Result, Results
+from flows.run.field import Field
 from flows.run.numbers import loss
 from stackwise_core.stages.arms import CONFIGURED, CONTROLS, END_TO_END
 from stackwise_core.stages.charges import charge

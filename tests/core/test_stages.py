@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from flows.run.events import subscribed
 from flows.run.run import add_stage, grow
-from flows.run.steps import CacheMismatchError
+from flows.run.validating import CacheMismatchError
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.data.packing import pack, read_corpus

@@ -13,7 +13,7 @@ import torch
 
 from flows.run.run import grow
 from flows.run.stage import Stage
-from flows.run.steps import train
+from flows.run.training import train
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, SavedRackError, StackWiseError

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from flows.run import steps
+from flows.run import validating
 from flows.run.events import Message
 from flows.run.run import add_stage
 from storage.activations import fill
@@ -467,7 +467,7 @@ def test_verify_derives_what_checksums_cannot_tell(
         return values
 
     monkeypatch.setattr(fill, "_compute", wrong)
-    monkeypatch.setattr(steps, "_check_store", lambda stage, ref: {})
+    monkeypatch.setattr(validating, "_check_store", lambda stage, ref: {})
     grown(tiny(tmp_path, {"cache.keep": "all"}), tmp_path / "artifacts")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from flows.pages.comparison import comparison_page, markdown, tables
-from flows.run.comparing import Comparison, Result, comparison_of, grid_of, known_results, open_field, run_missing
+from flows.run.comparing import known_results, open_field, run_missing
+from flows.run.comparison import Comparison, Result, comparison_of, grid_of
 from flows.run.events import request_stop
 from flows.run.run import grow
 from flows.run.verdict import Interval, failures_of, interval, judge, loses, loss_at, share_of, spent_for, verdict

@@ -18,7 +18,7 @@ from flows.run import stage as stage_module
 from flows.run.events import subscribed
 from flows.run.inputs import open_stage
 from flows.run.stage import Stage
-from flows.run.steps import hooks_of
+from flows.run.training import hooks_of
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.data.packing import corpus_facts
 from stackwise_core.errors import ConfigError, NonFiniteLossError, StageInterruptedError

@@ -30,7 +30,7 @@ _GROW = (
     "sys.path.insert(0, sys.argv[1])\n"
     "from support.runs import grown\n"
     "from stackwise_core.config import StackWiseConfig\n"
-    "import flows.run.run, flows.run.steps\n"
+    "import flows.run.run\n"
     "print(socket.gethostname(), flush=True)\n"
     "config = StackWiseConfig.from_dict(json.loads(sys.stdin.readline()))\n"
     "print(json.dumps(grown(config, sys.argv[2]).made), flush=True)\n"

@@ -12,7 +12,7 @@ from flows.run.events import StepTaken, request_stop, stopping_on_signals, subsc
 from flows.run.inputs import open_stage
 from flows.run.ranks import Job
 from flows.run.stage import Stage
-from flows.run.steps import hooks_of
+from flows.run.training import hooks_of
 from stackwise_core.errors import StackWiseError
 from stackwise_core.training.training import train_stage
 from support.runs import Recorder
@@ -21,7 +21,7 @@ COUNT = 2
 TOLERANCE = 5e-6
 """Of weights of 0.02 and losses of 5: twelve steps of float32 sums in another order; 2e-6 was seen."""
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["pytest", "torch._dynamo", "flows.run.steps", "stackwise_core.training.distributed"])
+_FORKED.set_forkserver_preload(["pytest", "torch._dynamo", "flows.run.training", "stackwise_core.training.distributed"])
 
 
 def _rank(pipe: Connection, rank: int, store: str) -> None:
