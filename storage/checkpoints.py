@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.model.adapters import load_adapter_state, load_base_state
+from stackwise_core.model.adapters import load_adapter_state
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
 from stackwise_core.model.growth_operators import give_adapter
 from stackwise_core.model.saving import (
     CHANNELS,
+    CPU,
     EMBEDDING,
     HEAD,
     STACK,
@@ -25,12 +27,14 @@ from stackwise_core.model.saving import (
     deserialised,
     empty_stack,
     fill,
+    hold,
     serialised,
     stack_tensors,
 )
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.identity import AdoptedRecipe
 from stackwise_core.stages.plan import StagePlan
+from stackwise_core.stages.resolve import ModelShape
 from stackwise_core.stages.stages import StageSpec, last_trained
 from stackwise_core.training.saved_state import read_state, write_state
 from stackwise_core.training.stage_model import StageModel
@@ -91,13 +95,14 @@ def save_trained(work: Path, spec: StageSpec, model: StageModel, records: list[d
     write_text(work / METRICS, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def load_stack(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) -> Stack:
+def load_stack(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int, device: torch.device = CPU) -> Stack:
     """Return a stack as successive stages left it: its base and its adapters, each from the last that trained it.
 
     Args:
         artifacts: of the run.
         stages: from the first to the one whose result is wanted; the adapters are those of that stage.
         stack: creation index.
+        device: where its tensors go, straight from the file.
     """
     anatomies = [stage.spec.anatomy for stage in stages]
     spec = stages[-1].spec.stacks[stack]
@@ -105,7 +110,7 @@ def load_stack(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) ->
     base = stages[last_trained(anatomies, stack, "base")]
     checked = functools.cache(artifacts.checked)  # both are often one artifact, looked up once
     path = checked(base.ref("stack")) / _folder_of(base.spec, stack) / STACK
-    _fill(loaded, functools.partial(load_base_state, loaded), path)
+    _fill(loaded, functools.partial(hold, loaded, device=device), path)
     trained = stages[last_trained(anatomies, stack, "adapters")]
     there = trained.spec.stacks[stack].adapters
     for name, adapter in spec.adapters.items():
@@ -116,18 +121,24 @@ def load_stack(artifacts: Artifacts, stages: Sequence[StagePlan], stack: int) ->
     return loaded.requires_grad_(False)
 
 
-def load_head(artifacts: Artifacts, stages: Sequence[StagePlan]) -> Head:
+def load_head(artifacts: Artifacts, stages: Sequence[StagePlan], device: torch.device = CPU) -> Head:
     """Return the head as the last of some stages left it; it has a separate tensor even where it is tied."""
     trained = _last_with([stage for stage in stages if stage.spec.anatomy.head_trains], stages)
-    head = Head(trained.shape)
-    return _fill(head, head.load_state_dict, artifacts.checked(trained.ref("stack")) / HEAD)
+    return _load_end(Head, artifacts, trained, HEAD, device)
 
 
-def load_embedding(artifacts: Artifacts, stages: Sequence[StagePlan]) -> TokenEmbedding:
+def load_embedding(artifacts: Artifacts, stages: Sequence[StagePlan], device: torch.device = CPU) -> TokenEmbedding:
     """Return the embedding as the last of some stages left it."""
     trained = _last_with([stage for stage in stages if stage.spec.anatomy.embedding_trains], stages)
-    embedding = TokenEmbedding(trained.shape)
-    return _fill(embedding, embedding.load_state_dict, artifacts.checked(trained.ref("stack")) / EMBEDDING)
+    return _load_end(TokenEmbedding, artifacts, trained, EMBEDDING, device)
+
+
+def _load_end(
+    kind: Callable[[ModelShape], Module], artifacts: Artifacts, trained: StagePlan, file: str, device: torch.device
+) -> Module:
+    with torch.device("meta"):
+        end = kind(trained.shape)
+    return _fill(end, functools.partial(hold, end, device=device), artifacts.checked(trained.ref("stack")) / file)
 
 
 def _last_with(found: list[StagePlan], stages: Sequence[StagePlan]) -> StagePlan:

@@ -229,13 +229,13 @@ def _rack(
 ) -> Rack:
     """Return the rack that stages left; stacks that are `loaded`, by their state, are taken from there."""
     last, loaded = stages[-1], loaded or {}
-    with torch.random.fork_rng(devices=[]):  # modules draw numbers, which are then replaced
+    with torch.device("meta"):
         rack = Rack(last.shape)
-        rack.untie()
-        rack.embedding, rack.head = load_embedding(artifacts, stages), load_head(artifacts, stages)
-        for stack in last.spec.anatomy.order:
-            there = loaded.get(_state_of(stages, stack)) if loaded else None
-            rack.stacks.append(load_stack(artifacts, stages, stack) if there is None else there)
+    rack.untie()
+    rack.embedding, rack.head = load_embedding(artifacts, stages), load_head(artifacts, stages)
+    for stack in last.spec.anatomy.order:
+        there = loaded.get(_state_of(stages, stack)) if loaded else None
+        rack.stacks.append(load_stack(artifacts, stages, stack) if there is None else there)
     ends = rack.embedding.weight, rack.head.projection.weight
     if last.shape.tie_embeddings and len(stages) == 1 and torch.equal(*ends):  # one matrix, until a second stage
         rack.tie()

@@ -75,11 +75,11 @@ def open_model(stage: Stage, build: Ref | None) -> StageModel:
     stacks = {stack.creation_index: stack for stack in new}
     for index in anatomy.live:
         if index not in stacks:
-            stacks[index] = load_stack(stage.artifacts, stage.below, index)
+            stacks[index] = load_stack(stage.artifacts, stage.below, index, stage.device)
             give_adapters(stacks[index], stage.plan.spec.stacks[index], config.run.seed)
     if stage.below:
-        head = load_head(stage.artifacts, stage.below)
-        embedding = None if anatomy.boundary else load_embedding(stage.artifacts, stage.below)
+        head = load_head(stage.artifacts, stage.below, stage.device)
+        embedding = None if anatomy.boundary else load_embedding(stage.artifacts, stage.below, stage.device)
     else:
         rack = new_rack(stage.plan.shape, config.run.seed)
         head, embedding = rack.head, rack.embedding
@@ -204,7 +204,7 @@ def boundary_above(stage: Stage, rows: StoreRows) -> Generator[tuple[RowSource, 
         yield _from_tokens(stage, _trunk_above(stage).output), {"from": "tokens"}
         return
     stacks = _next_anatomy(stage).below
-    stack = load_stack(stage.artifacts, stage.so_far, stacks[-1]).to(stage.device)
+    stack = load_stack(stage.artifacts, stage.so_far, stacks[-1], stage.device)
     with open_store(stage.artifacts, below) as reader:
         inputs = _inputs(stage) if stage.run_plan.data.separated_by is not None else None
         advanced, name = RowsFromBoundary(reader, stack, stage.device, inputs), f"boundary {len(stacks) - 1}"
@@ -271,6 +271,6 @@ def _next_anatomy(stage: Stage) -> Anatomy:
 
 def _live_trunk(stage: Stage, plans: tuple[StagePlan, ...], below: tuple[int, ...]) -> LiveTrunk:
     """Return the stacks below a boundary, as the last of `plans` left them."""
-    embedding = load_embedding(stage.artifacts, plans).to(stage.device)
-    stacks = [load_stack(stage.artifacts, plans, stack).to(stage.device) for stack in below]
+    embedding = load_embedding(stage.artifacts, plans, stage.device)
+    stacks = [load_stack(stage.artifacts, plans, stack, stage.device) for stack in below]
     return LiveTrunk(embedding, stacks, stream_of(stage, plans, below))

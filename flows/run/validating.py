@@ -85,10 +85,10 @@ def losses_of(stage: Stage, n_rows: int, grid: Sequence[float], trained: StageMo
     # The stage's own corruption, then those at which all stages are compared.
     masks = [mask, *(mask.at_ratio(ratio) for ratio in grid)] if mask else [None]
     own, *others = judge_rack(
-        embedding or load_embedding(stage.artifacts, plans).to(stage.device),
+        embedding or load_embedding(stage.artifacts, plans, stage.device),
         # Loaded one by one, so that memory does not grow with the rack.
-        (live.get(index) or load_stack(stage.artifacts, plans, index).to(stage.device) for index in anatomy.order),
-        trained.head if trained else load_head(stage.artifacts, plans).to(stage.device),
+        (live.get(index) or load_stack(stage.artifacts, plans, index, stage.device) for index in anatomy.order),
+        trained.head if trained else load_head(stage.artifacts, plans, stage.device),
         [validation_batch(sequences.fields(rows), mask, objective) for mask in masks],
         stream=stream_of(stage, plans, anatomy.below),
         boundary=anatomy.boundary,

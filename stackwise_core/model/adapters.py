@@ -102,9 +102,13 @@ def adapter_state(stack: Stack, name: AdapterName) -> dict[str, Tensor]:
     return state
 
 
+@torch.no_grad()
 def load_adapter_state(stack: Stack, name: AdapterName, state: Mapping[str, Tensor]) -> None:
-    """Copy a saved adapter into one of the same rank that was added before."""
-    _copy_exactly(adapter_state(stack, name), state)
+    """Copy a saved adapter into one of the same rank that was added before: all of it, or nothing if it differs."""
+    targets = adapter_state(stack, name)
+    check_same_kind(targets, state)
+    for key, target in targets.items():
+        target.copy_(state[key])
 
 
 def base_state(stack: Stack) -> dict[str, Tensor]:
@@ -113,14 +117,8 @@ def base_state(stack: Stack) -> dict[str, Tensor]:
     return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
 
 
-def load_base_state(stack: Stack, state: Mapping[str, Tensor]) -> None:
-    """Copy a saved `base_state` into a stack of the same shape and storage type, with or without adapters."""
-    _copy_exactly(base_state(stack), state)
-
-
-@torch.no_grad()
-def _copy_exactly(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy all tensors, or none if a key, shape or dtype differs.
+def check_same_kind(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a key, shape or dtype differs.
 
     `load_state_dict` would cast instead, and a cast of packed bits is nonsense.
     """
@@ -128,13 +126,11 @@ def _copy_exactly(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
     if wrong:
         missing = ", ".join(key for key in wrong if key in targets) or "none"
         unknown = ", ".join(key for key in wrong if key in state) or "none"
-        raise ValueError(f"the saved tensors are not those of this stack; missing: {missing}; unknown: {unknown}")
+        raise ValueError(f"the saved tensors are others; missing: {missing}; unknown: {unknown}")
     for key, target in targets.items():
         if (state[key].shape, state[key].dtype) != (target.shape, target.dtype):
             saved, here = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (state[key], target))
             raise ValueError(f"{key} was saved as {saved} but is {here} here")
-    for key, target in targets.items():
-        target.copy_(state[key])
 
 
 @torch.no_grad()

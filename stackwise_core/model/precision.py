@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Generator
 from functools import cache
 from typing import Any
@@ -86,8 +87,13 @@ def quantise(weight: Tensor, storage: str) -> dict[str, Tensor]:
     """Return the tensors that store a float32 matrix [out, in].
 
     fp16, bf16: `weight`. NVFP4: `weight` (two E2M1 values a byte), `scale` (E4M3 bits, one per 16), `per_tensor_scale`.
-    NF4: `weight` (two codes a byte), `absmax` (8-bit codes, one per 64), `absmax_scale`, `absmax_offset`.
+    NF4: `weight` (two codes a byte), `absmax` (8-bit codes, one per 64), `absmax_scale`, `absmax_offset`. Of a matrix
+    on the device `meta` they lie there too, without content.
     """
+    if storage == "nvfp4":
+        _check_nvfp4(weight)
+    if weight.is_meta:
+        return _unfilled(weight.shape, storage)
     if storage == "nvfp4":
         return _quantise_nvfp4(weight)
     if storage == "nf4":
@@ -104,14 +110,38 @@ def dequantise(stored: dict[str, Tensor], storage: str, shape: tuple[int, int]) 
     return stored["weight"].float()
 
 
-def _quantise_nvfp4(weight: Tensor) -> dict[str, Tensor]:
-    with silent_import():
-        from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
+def _unfilled(shape: torch.Size, storage: str) -> dict[str, Tensor]:
+    """Return, on the device `meta`, what `quantise` gives for a matrix of this shape."""
 
+    def of(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows, columns = shape
+    if storage == "nvfp4":
+        scale = of(torch.uint8, rows, columns // _NVFP4_BLOCK)
+        return {"weight": of(torch.uint8, rows, columns // 2), "scale": scale, "per_tensor_scale": of(torch.float32)}
+    if storage == "nf4":
+        blocks = math.ceil(rows * columns / _NF4_BLOCK)
+        return {
+            "weight": of(torch.uint8, blocks * _NF4_BLOCK // 2, 1),
+            "absmax": of(torch.uint8, blocks),
+            "absmax_scale": of(torch.float32, math.ceil(blocks / _NF4_NESTED_BLOCK)),
+            "absmax_offset": of(torch.float32),
+        }
+    return {"weight": of(_LOW_DTYPES[storage], rows, columns)}
+
+
+def _check_nvfp4(weight: Tensor) -> None:
     if any(size % _NVFP4_BLOCK for size in weight.shape):
         received = " x ".join(str(size) for size in weight.shape)
         allowed = f"nvfp4 needs both dimensions of every matrix to divide by {_NVFP4_BLOCK}"
         raise ConfigError([Fault("precision", f"a matrix of {received}", allowed)])
+
+
+def _quantise_nvfp4(weight: Tensor) -> dict[str, Tensor]:
+    with silent_import():
+        from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
+
     # A matrix of zeros (a fresh copy_zero) would divide by zero; no trained weight is as small as the clamp.
     per_tensor_scale = weight.abs().amax().clamp(min=1e-12) / _NVFP4_LARGEST
     scale, packed = nvfp4_quantize(weight.contiguous(), _NVFP4_BLOCK, per_tensor_scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from stackwise_core.model.saving import (
     described_stacks,
     fill_from,
     folder_of,
+    hold,
     load_saved_channels,
     load_saved_stack,
     serialised,
@@ -178,13 +180,14 @@ def load_rack(folder: str | Path) -> tuple[Rack, SavedRack, dict[int, ChannelSta
         SavedRackError: there is none, a file is missing or damaged, or another version wrote it.
     """
     saved = SavedRack.at(folder)
-    with torch.random.fork_rng(devices=[]):  # the modules draw numbers for what is replaced
+    with torch.device("meta"):
         rack = Rack(saved.shape)
-        by_index = [load_saved_stack(saved, stack) for stack in saved.stacks]
-    if not saved.tied:
-        rack.untie()
-    fill_from(saved, EMBEDDING, rack.embedding.load_state_dict)
-    fill_from(saved, HEAD, rack.head.load_state_dict)
+    by_index = [load_saved_stack(saved, stack) for stack in saved.stacks]
+    fill_from(saved, HEAD, partial(hold, rack.head))
+    fill_from(saved, EMBEDDING, partial(hold, rack.embedding))
+    rack.tied = saved.tied
+    if saved.tied:
+        rack.tie()
     rack.stacks.extend(by_index[index] for index in saved.order)
     for name, parameter in rack.named_parameters():
         parameter.requires_grad_(name in saved.trainable)

@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from stackwise_core.config.schema import Mode, Precision
 from stackwise_core.errors import ConfigError, Fault, SavedRackError
@@ -24,8 +25,8 @@ from stackwise_core.model.adapters import (
     adapter_state,
     add_adapter,
     base_state,
+    check_same_kind,
     load_adapter_state,
-    load_base_state,
 )
 from stackwise_core.model.blocks import Stack
 from stackwise_core.model.precision import STORAGE, base_linears, convert_storage, storage_of
@@ -35,6 +36,7 @@ from stackwise_core.stages.saved_rack import RACK, SavedRack, SavedStack, Storag
 from stackwise_core.stages.stages import StackSpec
 
 STACK, HEAD, EMBEDDING, CHANNELS = (f"{part}.safetensors" for part in ("stack", "head", "embedding", "channels"))
+CPU = torch.device("cpu")
 _PRECISIONS: dict[str, Precision] = {storage: precision for precision, storage in STORAGE.items()}
 
 
@@ -82,6 +84,17 @@ def deserialised(data: bytes) -> dict[str, Tensor]:
         return load_safetensors(data)
     except Exception as error:  # safetensors raises SafetensorError for bad headers, and others for bad shapes
         raise ValueError(f"is not a safetensors file ({error})") from None
+
+
+def hold(module: nn.Module, tensors: dict[str, Tensor], device: torch.device = CPU) -> None:
+    """Have a module without storage, made on the device `meta`, take over its tensors, one by one, on a device.
+
+    Nothing is drawn, quantised or copied before; raises ValueError if a name, shape or dtype differs.
+    """
+    check_same_kind(module.state_dict(), tensors)
+    for name in tensors:  # a copy lies where torch aligns it, which bits of products may depend on
+        tensors[name] = tensors[name].to(device, copy=True)
+    module.load_state_dict(tensors, assign=True)
 
 
 def fill(load: Callable[[dict[str, Tensor]], object], tensors: dict[str, Tensor]) -> None:
@@ -159,7 +172,7 @@ def _added(order: Sequence[int], stack: int, modes: Sequence[Mode]) -> tuple[Mod
 def load_saved_stack(saved: SavedRack, spec: SavedStack) -> Stack:
     """Return a stack of a saved rack, with its adapters."""
     stack, folder = empty_stack(saved.shape, spec, _PRECISIONS[spec.storage]), folder_of(spec.index)
-    fill_from(saved, f"{folder}/{STACK}", partial(load_base_state, stack))
+    fill_from(saved, f"{folder}/{STACK}", partial(hold, stack))
     for name, adapter in spec.adapters.items():
         add_adapter(stack, name, adapter.rank, adapter.alpha, seed=0)
         fill_from(saved, f"{folder}/{adapter_file(name)}", partial(load_adapter_state, stack, name))
@@ -175,8 +188,9 @@ def load_saved_channels(saved: SavedRack) -> dict[int, ChannelStatistics]:
 
 
 def empty_stack(shape: ModelShape, spec: StackSpec, stored: Precision) -> Stack:
-    """Return a stack without adapters whose tensors are to be replaced, with the storage type of a precision."""
-    stack = Stack(shape, spec.n_blocks, spec.index, spec.precision)
+    """Return a stack without adapters in the storage type of a precision, to be given to `hold`."""
+    with torch.device("meta"):
+        stack = Stack(shape, spec.n_blocks, spec.index, spec.precision)
     convert_storage(stack, stored)
     return stack
 
@@ -190,9 +204,8 @@ def tensors_of(saved: SavedRack, name: str) -> dict[str, Tensor]:
 
 def fill_from(saved: SavedRack, name: str, load: Callable[[dict[str, Tensor]], object]) -> None:
     """Load a file of a saved rack into a module; raises SavedRackError if it is damaged or does not fit."""
-    data = saved.read(name)
     try:
-        fill(load, deserialised(data))
+        fill(load, deserialised(saved.read(name)))  # the bytes of the file are gone before a module is filled
     except ValueError as error:
         raise SavedRackError(saved.folder / name, str(error), "Save the rack again") from None
 

@@ -23,18 +23,20 @@ from stackwise_core.model.adapters import (
     add_adapter,
     base_state,
     load_adapter_state,
-    load_base_state,
     merged_dense,
 )
 from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.precision import STORAGE, StoredLinear, base_linears, convert_storage, dense_weight
+from stackwise_core.model.saving import empty_stack, hold
 from stackwise_core.stages.costs import n_adapter_parameters
 from stackwise_core.stages.resolve import ModelShape
+from stackwise_core.stages.stages import StackSpec
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 SHAPE = ModelShape(vocab_size=40, d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, causal=True)
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])]
+SPEC = StackSpec(index=3, n_blocks=2, precision="full", adapters={})
 COMBINATIONS: list[tuple[AdapterName, ...]] = [(), ("stack",), ("progressive",), ("stack", "progressive")]
 LAYERS = [
     *(f"attention.{name}_proj" for name in ("q", "k", "v", "o")),
@@ -69,7 +71,10 @@ def as_if_trained(stack: Stack, name: AdapterName, seed: int = 5) -> None:
 
 def adapted(precision: Precision, names: tuple[AdapterName, ...] = ADAPTERS, seed: int = 0) -> Stack:
     """A stack with trained adapters of different ranks and scales."""
-    stack = new_stack(precision, seed)
+    return with_adapters(new_stack(precision, seed), names, seed)
+
+
+def with_adapters(stack: Stack, names: tuple[AdapterName, ...], seed: int) -> Stack:
     for name in names:
         add_adapter(stack, name, rank=4 if name == "stack" else 2, alpha=8.0 if name == "stack" else 3.0, seed=seed)
         as_if_trained(stack, name, seed + 5)
@@ -307,16 +312,16 @@ def test_a_deep_copy_has_adapters_of_its_own() -> None:
 
 @pytest.mark.parametrize("names", COMBINATIONS)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_saved_tensors_load_bit_for_bit_into_a_stack_of_another_seed(
+def test_saved_tensors_load_bit_for_bit_into_an_empty_stack(
     precision: Precision, names: tuple[AdapterName, ...], tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    source, target = adapted(precision, names), adapted(precision, names, seed=1)
-    assert not torch.equal(source(stream()), target(stream()))
+    source, target = adapted(precision, names), empty_stack(SHAPE, SPEC, precision)
     save_file(base_state(source), tmp_path / "base.safetensors")
-    load_base_state(target, load_file(tmp_path / "base.safetensors"))
+    hold(target, load_file(tmp_path / "base.safetensors"))
     for name in names:
+        with_adapters(target, (name,), seed=1)
         save_file(adapter_state(source, name), tmp_path / f"{name}.safetensors")
         load_adapter_state(target, name, load_file(tmp_path / f"{name}.safetensors"))
     assert torch.equal(source(stream()), target(stream()))
@@ -339,20 +344,48 @@ def test_adapters_are_saved_under_the_keys_of_peft() -> None:
     assert next(iter(adapter_state(stack, "stack"))) == "blocks.0.attention.q_proj.lora_A.weight"
 
 
-def test_loading_refuses_other_keys_shapes_and_types_and_copies_nothing() -> None:
-    stack = adapted("nvfp4")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nothing_is_drawn_or_quantised_for_a_stack_that_is_loaded(
+    precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every storage type, also where 64 and 256 do not divide what they cut into blocks."""
+    shape = SHAPE.model_copy(update={"d_model": 48, "d_ff": 80})
+    source = Stack(shape, 2)
+    convert_storage(source, precision)
+    for library in ("_quantise_nf4", "_quantise_nvfp4"):
+        monkeypatch.setattr(f"stackwise_core.model.precision.{library}", lambda weight: pytest.fail("quantised"))
+    randomness = torch.get_rng_state()
+    empty = empty_stack(shape, SPEC, precision)
+    state = {name: (tensor.shape, tensor.dtype) for name, tensor in source.state_dict().items()}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in empty.state_dict().items()} == state
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    hold(empty, dict(source.state_dict()))
+    assert torch.equal(torch.get_rng_state(), randomness)
+    assert equal(empty.state_dict(), source.state_dict())
+    assert not {t.data_ptr() for t in empty.state_dict().values()} & {
+        t.data_ptr() for t in source.state_dict().values()
+    }
+    names = [name for name, parameter in source.named_parameters() if parameter.requires_grad]
+    assert [name for name, parameter in empty.named_parameters() if parameter.requires_grad] == names
+    x = torch.randn(2, 6, 48)
+    assert torch.equal(empty(x), source(x))
+
+
+def test_loading_refuses_other_keys_shapes_and_types_and_takes_nothing() -> None:
+    stack, empty = adapted("nvfp4"), empty_stack(SHAPE, SPEC, "nvfp4")
     before = clones(stack.state_dict())
     key = "blocks.0.attention.q_proj.weight"
     other = base_state(adapted("nvfp4", seed=1))
     with pytest.raises(ValueError, match=f"missing: {key}; unknown: none"):
-        load_base_state(stack, {name: tensor for name, tensor in other.items() if name != key})
+        hold(empty, {name: tensor for name, tensor in other.items() if name != key})
     with pytest.raises(ValueError, match="missing: none; unknown: more"):
-        load_base_state(stack, {**other, "more": torch.zeros(1)})
+        hold(empty, {**other, "more": torch.zeros(1)})
     with pytest.raises(ValueError, match=rf"{key} was saved as torch.float32 \[32, 16\] but is torch.uint8"):
-        load_base_state(stack, {**other, key: other[key].float()})
+        hold(empty, {**other, key: other[key].float()})
     with pytest.raises(ValueError, match=r"saved as torch.float32 \[2, 32\] but is .* \[4, 32\] here"):
         load_adapter_state(stack, "stack", adapter_state(stack, "progressive"))
     assert equal(stack.state_dict(), before)
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

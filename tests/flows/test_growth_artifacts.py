@@ -280,9 +280,9 @@ def test_a_cached_stage_loads_no_stack_of_its_trunk(
     loaded: list[int] = []
     load = inputs.load_stack
 
-    def spy(artifacts: Artifacts, stages: Any, stack: int) -> Stack:
+    def spy(artifacts: Artifacts, stages: Any, stack: int, *device: torch.device) -> Stack:
         loaded.append(stack)
-        return load(artifacts, stages, stack)
+        return load(artifacts, stages, stack, *device)
 
     monkeypatch.setattr(inputs, "load_stack", spy)
     config = tiny(tmp_path, {f"{G}target_stacks": 4})

@@ -252,8 +252,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
 # ---------------------------------------------------------------- a trained stage
 
 
-def load_first(artifacts: Artifacts, stages: Sequence[StagePlan]) -> Stack:
-    return load_stack(artifacts, stages, 0)
+def load_first(artifacts: Artifacts, stages: Sequence[StagePlan], **device: torch.device) -> Stack:
+    return load_stack(artifacts, stages, 0, **device)
 
 
 LOADERS: tuple[Callable[..., torch.nn.Module], ...] = (load_first, load_head, load_embedding)
@@ -276,8 +276,9 @@ def seal_stage(root: Path, model: StageModel, stage: StagePlan = FIRST, **instea
 
 
 def test_a_trained_stage_comes_back(model: StageModel, tmp_path: Path) -> None:
-    artifacts = seal_stage(tmp_path, model)
+    artifacts, randomness = seal_stage(tmp_path, model), torch.get_rng_state()
     stack, head, embedding = (load(artifacts, [FIRST]) for load in LOADERS)
+    assert torch.equal(torch.get_rng_state(), randomness)  # nothing is drawn for tensors that are read
     for loaded, module in ((stack, model.live_stacks()[0]), (head, model.head), (embedding, model.embedding)):
         assert module is not None
         expected = module.state_dict()
@@ -289,6 +290,13 @@ def test_a_trained_stage_comes_back(model: StageModel, tmp_path: Path) -> None:
     folder = artifacts.folder(FIRST.ref("stack"))
     assert [json.loads(line) for line in (folder / METRICS).read_text().splitlines()] == RECORDS
     assert not artifacts.manifest(FIRST.ref("stack")).files[METRICS].content
+
+
+def test_a_trained_stage_goes_straight_to_a_device(model: StageModel, tmp_path: Path) -> None:
+    artifacts = seal_stage(tmp_path, model)
+    for load in LOADERS:
+        loaded = load(artifacts, [FIRST], device=torch.device("meta"))
+        assert all(tensor.is_meta for tensor in loaded.state_dict().values())
 
 
 def test_head_and_embedding_are_tied_while_training_and_two_tensors_afterwards(
@@ -333,6 +341,7 @@ NORM = "blocks.0.ffn_norm.weight"
         ({NORM: torch.ones(17)}, "does not fit"),
         ({NORM: torch.ones(1)}, "does not fit"),
         ({NORM: torch.ones(16, 1)}, "does not fit"),
+        ({NORM: torch.ones(16, dtype=torch.bfloat16)}, "does not fit"),
         ({NORM: None}, "does not fit"),
         ({"blocks.1.ffn_norm.weight": torch.ones(16)}, "does not fit"),
     ],
