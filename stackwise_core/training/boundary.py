@@ -19,26 +19,47 @@ from stackwise_core.objectives.dataloader import RowSource
 from stackwise_core.objectives.losses import Batch, input_time_step, several
 from stackwise_core.objectives.make_batch import make_batch
 
+_POSITIONS_AT_ONCE = 2048
+"""On a GPU: enough for its matrix products, and a bound for what they need."""
+
+
+def rows_at_once(device: torch.device, positions: int) -> int:
+    """Return how many rows of `positions` go through a frozen stack together: always so many, on this device.
+
+    See docs/decisions/0001-one-sequence-at-a-time.md.
+    """
+    return 1 if device.type == "cpu" else max(1, _POSITIONS_AT_ONCE // positions)
+
 
 @torch.no_grad()
 def advance(stacks: Sequence[Stack], stream_BTD: Tensor, stream: Stream, documents_BT: Tensor | None = None) -> Tensor:
     """Move the frozen trunk's stream through some stacks, casting it after each to the type it is held in.
 
-    On a CPU every sequence is computed separately: the bits of a matrix product can depend on its number of rows,
-    and a row must have the same bytes in a training batch, in a cache being filled and in a check of sampled rows.
-    See docs/decisions/0001-one-sequence-at-a-time.md. Without stacks, `stream_BTD` itself is returned.
+    The stacks compute on their device, on `rows_at_once` rows at a time: the bits of a matrix product can depend on
+    its number of rows, and a row must have the same bytes in a training batch, in a cache being filled and in a check
+    of sampled rows. What is returned lies where `stream_BTD` does; without stacks it is `stream_BTD` itself.
     """
-    group = 1 if stream_BTD.device.type == "cpu" else max(1, len(stream_BTD))
     for stack in stacks:
+        device = next(stack.parameters()).device
+        group = rows_at_once(device, stream_BTD.shape[1])
         advanced_BTD = torch.empty(stream_BTD.shape, dtype=stream.given, device=stream_BTD.device)
         with held_dense(stack):  # dequantise once for all sequences
             for first in range(0, len(stream_BTD), group):
-                rows = slice(first, first + group)
-                documents = None if documents_BT is None else several(documents_BT[rows])
-                advanced = stack(stream_BTD[rows].float(), documents_BT=documents)
+                rows = slice(first, min(first + group, len(stream_BTD)))
+                documents = None if documents_BT is None else _padded(documents_BT[rows], group)
+                if group == 1:  # of more rows, one must not decide by which kernel the others are computed
+                    documents = several(documents)
+                entering = _padded(stream_BTD[rows], group).to(device).float()
+                advanced = stack(entering, documents_BT=documents)[: rows.stop - first]
                 advanced_BTD[rows] = stream.cast(advanced, stack.creation_index)
         stream_BTD = advanced_BTD
     return stream_BTD
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """Return `count` rows: those there are, and the last of them as often as one is missing."""
+    lacking = count - len(rows)
+    return torch.cat([rows, rows[-1:].expand(lacking, *rows.shape[1:])]) if lacking else rows
 
 
 class LiveTrunk:
