@@ -14,7 +14,7 @@ from flows.run.comparison import Comparison, comparison_of, unknown_arm
 from flows.run.events import subscribed
 from flows.run.field import Field
 from flows.run.say import say, say_json
-from flows.run.terminal import PlainLines, plain_console, plain_table, reading_shown
+from flows.run.terminal import PlainLines, plain_console, plain_table, print_tables, reading_shown
 from flows.run.verdict import failures_of, judge
 from stackwise_core.config.yaml import load_yaml, parse_value
 from stackwise_core.errors import ConfigError, Fault
@@ -108,14 +108,8 @@ def _show(options: argparse.Namespace, field: Field) -> list[str]:
     if options.json:
         say_json(document)
     else:
-        for table in tables(document):
-            say(table.title)
-            drawn = plain_table(*table.columns)
-            for row in table.rows:
-                drawn.add_row(*row)
-            plain_console().print(drawn)
-            say("")
-        say(*EXPLAINED, *document["notes"], "", document["verdict"], *filter(None, [document["loses"]]), "")
+        print_tables(tables(document))
+        say("", *EXPLAINED, *document["notes"], "", document["verdict"], *filter(None, [document["loses"]]), "")
         say(f"everything together: {document['total_tflop']:.4g} TFLOP; in {folder}")
     return failures_of(document)
 

@@ -34,11 +34,16 @@ _COMMANDS = {
         "configs/quickstart.yaml --set training.progressive.target_stacks=4",
     ),
     "plan": Command("show what would run, what it costs and which artifacts exist", "configs/quickstart.yaml --json"),
+    "config": Command(
+        "print every key with its default and description, or what a file changes",
+        "--diff configs/quickstart.yaml",
+    ),
     "compare": Command(
         "compare a configuration with other ways to spend its FLOPs",
         "configs/quickstart.yaml --arms full,jump --seeds 3",
     ),
     "status": Command("show the runs, or the stages and artifacts of one run", "quickstart"),
+    "report": Command("show what came of a run, or of several side by side", "quickstart --html quickstart.html"),
     "export": Command("write the rack of a run for transformers", "quickstart --to model --dtype bfloat16"),
     "import": Command("make a Hugging Face checkpoint a run, to grow on", "./SmolLM2-135M --name smol", "imports"),
     "inspect": Command("show one artifact: layout, provenance, statistics", "activations-1-3f2a --html store.html"),

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
@@ -14,6 +14,7 @@ from flows.pages.page import render
 from flows.pages.plots import LEFT, WIDTH, Mark, Plot, scale_of
 from flows.pages.report import escaped
 from flows.run.numbers import clock, loss, parameters, size
+from flows.run.terminal import TableOf
 from flows.run.verdict import AXES, failures_of, rows_of
 from stackwise_core.stages.arms import END_TO_END
 from storage.artifacts import Artifacts
@@ -21,15 +22,6 @@ from storage.files import write_text
 from storage.place import COMPARISONS
 
 Document = dict[str, Any]
-
-
-class TableOf(NamedTuple):
-    """A table in text."""
-
-    title: str
-    columns: Sequence[str]
-    """| before a name aligns the column right."""
-    rows: Sequence[Sequence[str]]
 
 
 def tables(document: Document) -> list[TableOf]:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from flows.pages.provenance import phrase
-from flows.run.numbers import parameters, size
+from flows.run.numbers import clock, parameters, size
 from stackwise_core.errors import is_drawn
 from stackwise_core.stages.identity import Ref
 
@@ -73,6 +73,7 @@ _ENVIRONMENT = Environment(
     finalize=_finalize,
 )
 _FILTERS: dict[str, Callable[..., Any]] = {
+    "clock": clock,
     "count": "{:,}".format,
     "minute": minute,
     "number": number,
@@ -81,6 +82,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "prod": math.prod,
     "shape": shape,
     "size": size,
+    "visible": visible,
 }
 _ENVIRONMENT.filters.update(_FILTERS)
 

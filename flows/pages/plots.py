@@ -132,9 +132,12 @@ class Plot:
         """Draw a dot per point; its tooltip names it."""
         for x, y in zip(xs, ys, strict=True):
             if y is not None:
-                tip, radius = f"{what} {x}: {y:.4g}", 2 if class_ == "dot" else 4
-                circle = {"class": class_, "cx": self.x(x), "cy": self.y(y), "r": radius}
-                self.marks.append(Mark("circle", circle, tip=tip))
+                self.dot(x, y, class_, f"{what} {x}")
+
+    def dot(self, x: float, y: float, class_: str, what: str) -> None:
+        """Draw one dot; its tooltip says what it is, and its value."""
+        circle = {"class": class_, "cx": self.x(x), "cy": self.y(y), "r": 2 if class_ == "dot" else 4}
+        self.marks.append(Mark("circle", circle, tip=f"{what}: {y:.4g}"))
 
     def name(self, x: float, y: float, text: str) -> None:
         """Write a name beside a point, on the side with room for it."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -31,7 +31,7 @@ from flows.run.events import (
     subscribed,
 )
 from flows.run.numbers import clock, size
-from flows.run.say import complain
+from flows.run.say import complain, say
 from flows.run.summary import STAGE_COLUMNS, StageSummary
 from stackwise_core.errors import shown
 
@@ -222,6 +222,27 @@ def plain_table(*columns: str) -> Table:
     for name in columns:
         table.add_column(name.removeprefix("|"), justify="right" if name.startswith("|") else "left")
     return table
+
+
+class TableOf(NamedTuple):
+    """A table in text."""
+
+    title: str
+    columns: Sequence[str]
+    """| before a name aligns the column right."""
+    rows: Sequence[Sequence[str]]
+
+
+def print_tables(tables: Iterable[TableOf]) -> None:
+    """Print tables under their titles."""
+    for each in tables:
+        say("", each.title)
+        drawn = plain_table(*each.columns)
+        for column in drawn.columns:
+            column.overflow, column.no_wrap = "fold", column.justify == "right"
+        for row in each.rows:
+            drawn.add_row(*row)
+        plain_console().print(drawn)
 
 
 def plain_console(*, stderr: bool = False) -> Console:

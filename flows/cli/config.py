@@ -1,0 +1,64 @@
+"""`stackwise config`: every key of a configuration with its default and description, or what a file changes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from flows.cli.arguments import add_json, load_config
+from flows.run.say import say, say_json
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.keys import Key, keys_of
+from stackwise_core.errors import ConfigError, Fault
+
+_WIDTH = 100
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `config`."""
+    parser.set_defaults(run=_run)
+    parser.add_argument("section", nargs="?", default="", metavar="SECTION", help="only keys that begin with this")
+    parser.add_argument("--diff", dest="config", default="", metavar="FILE", help="what a configuration changes")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of FILE")
+    add_json(parser)
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.set and not options.config:
+        raise ConfigError([Fault("--set", options.set[0], "it changes a key of a file; name one by --diff")])
+    config = load_config(options) if options.config else StackWiseConfig()
+    keys = [key for key in keys_of(config) if _is_in(key.name, options.section)]
+    if not keys:
+        sections = ", ".join(dict.fromkeys(key.name.split(".")[0] for key in keys_of(config)))
+        raise ConfigError([Fault("SECTION", repr(options.section), f"no key begins with it; the sections: {sections}")])
+    if options.config:
+        keys = [key for key in keys if key.changed]
+    if options.json:
+        say_json({"keys": [key._asdict() for key in keys]})
+    elif options.config:
+        say(*(_changed(keys) or [f"{options.config} changes no key"]))
+    else:
+        say(*(line for key in keys for line in _described(key)))
+
+
+def _is_in(name: str, section: str) -> bool:
+    return not section or name == section or name.startswith(f"{section}.")
+
+
+def _changed(keys: Sequence[Key]) -> list[str]:
+    """Return a line for each key: its value, and its default behind a sign that begins a comment."""
+    lines = [f"{key.name}: {_text(key.value)}" for key in keys]
+    width = max(map(len, lines), default=0)
+    return [f"{line:<{width}}  # {_text(key.default)}" for line, key in zip(lines, keys, strict=True)]
+
+
+def _described(key: Key) -> list[str]:
+    about = textwrap.wrap(key.description, _WIDTH - 4)
+    return [f"{key.name}: {_text(key.default)}", *(f"    {line}" for line in about)]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)

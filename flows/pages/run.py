@@ -1,0 +1,226 @@
+"""What came of a run, as one document, read from its artifacts: nothing is recorded for it while a run trains."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from flows.pages.provenance import trace
+from flows.run.summary import StageSummary, rise, summarise
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.keys import keys_of
+from stackwise_core.config.unused import notes
+from stackwise_core.stages.charges import charge
+from stackwise_core.stages.costs import training_bytes
+from stackwise_core.stages.plan import RunPlan, StagePlan
+from stackwise_core.strict import parse_object
+from storage.artifacts import Artifacts
+from storage.checkpoints import METRICS
+from storage.errors import ArtifactCorruptError
+from storage.manifest import Manifest
+from storage.runs import find_run
+
+Document = dict[str, Any]
+POINTS = 200
+"""Most points of the training curve of a stage; each is the mean of the steps around it."""
+_CURVES = ("loss", "gradient_norm", "learning_rate")
+
+
+def describe_run(artifacts: Artifacts, name: str) -> Document:
+    """Return the document of a run: what it was told, what came of each stage, and what all of it was made from.
+
+    A stage that is not over yet has numbers only where something sealed knows them.
+
+    Raises:
+        ConfigError: there is no such run.
+        ArtifactError: what the run recorded of itself is damaged.
+    """
+    attempt = find_run(artifacts, name)
+    config, plan = attempt.config, attempt.plan
+    summaries = summarise(artifacts, plan)
+    stages = _stages(artifacts, config, plan, summaries)
+    manifests = [found for stage in plan.stages if (found := artifacts.sealed(stage.ref("stack")))]
+    judged = [stage for stage in stages if stage["validation_loss"] is not None]
+    return {
+        "run": name,
+        "artifacts": artifacts.uri,
+        "attempt": attempt.number,
+        "started": attempt.start["started"],
+        "verdict": _verdict(summaries),
+        "warnings": [line for n in range(1, len(summaries) + 1) if (line := rise(summaries[:n]))],
+        "notes": notes(config),
+        "objective": config.training.progressive.training_objective,
+        "parameters": max((stage["rack_parameters"] or 0 for stage in stages), default=0),
+        "validation_loss": judged[-1]["validation_loss"] if judged else None,
+        "tflop": _sum(stage["tflop"] for stage in stages),
+        "tflop_recomputed": _sum(stage["tflop_recomputed"] for stage in stages),
+        "seconds": _sum(stage["seconds"] for stage in stages),
+        "tokens": _sum(stage["tokens"] for stage in stages),
+        "cache_bytes": _sum(stage["cache_bytes"] for stage in stages),
+        "changes": [key._asdict() for key in keys_of(config) if key.changed],
+        "config": {key.name: key.value for key in keys_of(config)},
+        "stages": stages,
+        "parts": _parts(plan),
+        "machines": _machines(manifests),
+        "lineage": trace(artifacts, manifests[-1]) if manifests else [],
+        "command": f"stackwise train {attempt.where}/config.yaml --artifacts {artifacts.uri}",
+        "samples": [],
+    }
+
+
+def _sum(values: Any) -> float:
+    return math.fsum(value for value in values if value is not None)
+
+
+def _verdict(stages: Sequence[StageSummary]) -> str:
+    """Return what came of the run in a sentence or two."""
+    over = [stage for stage in stages if not stage.unfinished]
+    judged = [stage for stage in stages if stage.validation_loss is not None]
+    so_far = f"All {len(stages)} stages are" if len(over) == len(stages) else f"{len(over)} of {len(stages)} stages are"
+    if len(stages) == 1:
+        so_far = "Its one stage is" if over else "Its one stage is not"
+    done = f"{so_far} done."
+    if not judged:
+        return done
+    first, last = judged[0], judged[-1]
+    unit = f"{last.validation_loss:.4f} nats"
+    at = "" if last.mask_ratio is None else f" at {last.mask_ratio:.0%} masked"
+    if len(judged) == 1:
+        return f"{done} Validation loss is {unit}{at}, with {_stacks(last)}."
+    if first.mask_ratio != last.mask_ratio:
+        return f"{done} Validation loss of the last is {unit}{at}; stages at other ratios compare in the table."
+    fell = (first.validation_loss or 0.0) - (last.validation_loss or 0.0)
+    moved = "fell" if fell > 0 else "rose"
+    gain = (judged[-2].validation_loss or 0.0) - (last.validation_loss or 0.0)
+    what = "the joint anneal" if last.stacks == judged[-2].stacks else "the last stack"
+    gave = f"{what} lowered it by {gain:.4f}" if gain > 0 else f"{what} raised it by {-gain:.4f}"
+    return (
+        f"{done} Validation loss {moved} from {first.validation_loss:.4f} with {_stacks(first)} to {unit}{at} with "
+        f"{_stacks(last)}; {gave}."
+    )
+
+
+def _stacks(stage: StageSummary) -> str:
+    return "one stack" if stage.stacks == 1 else f"{stage.stacks} stacks"
+
+
+# ---------------------------------------------------------------- stages
+
+
+def _stages(
+    artifacts: Artifacts, config: StackWiseConfig, plan: RunPlan, summaries: Sequence[StageSummary]
+) -> list[Document]:
+    """Return a document of each stage, with what it added to the one before it."""
+    data = artifacts.sealed(plan.data_ref)
+    n_rows = data.count("train_sequences") if data else 0
+    charges = charge(config, plan, n_rows) if n_rows else []
+    documents: list[Document] = []
+    for stage, summary in zip(plan.stages, summaries, strict=True):
+        charged = charges[stage.index] if charges and not stage.spec.adopted else None
+        before = next((each for each in reversed(documents) if each["validation_loss"] is not None), None)
+        documents.append(
+            {
+                **_stage(artifacts, config, stage, summary),
+                "tflop": charged and charged.total / 1e12,
+                "tflop_recomputed": charged and (charged.trained + charged.recomputed) / 1e12,
+                "gain": _gain(before, summary),
+            }
+        )
+    return documents
+
+
+def _stage(artifacts: Artifacts, config: StackWiseConfig, stage: StagePlan, summary: StageSummary) -> Document:
+    kinds = summary.artifacts
+    found = {
+        kind: artifacts.sealed(stage.ref(kind)) for kind in ("stack", "validation", "activations") if kind in kinds
+    }
+    facts = {kind: manifest.facts if manifest else {} for kind, manifest in found.items()}
+    stack, validation = facts["stack"], facts.get("validation", {})
+    manifest, optim = found["stack"], stage.spec.optim
+    rounded, exact = validation.get("validation_loss"), validation.get("validation_loss_exact")
+    trained = 0 if stage.spec.adopted else optim.steps * optim.batch_size * config.data.seq_len
+    return {
+        **summary.model_dump(exclude={"states"}),
+        "state": "unfinished" if summary.unfinished else "done",
+        "tokens": trained if stack else 0,
+        "memory_bytes_forecast": 0
+        if stage.spec.adopted
+        else training_bytes(stage.shape, stage.spec, config.data.seq_len),
+        "memory_bytes_measured": stack.get("peak_bytes"),
+        "cache_error": None if rounded is None or exact is None else rounded - exact,
+        "precision": {str(each.index): each.precision for each in stage.spec.stacks},
+        "adapters": {
+            str(each.index): {name: adapter.rank for name, adapter in each.adapters.items()}
+            for each in stage.spec.stacks
+            if each.adapters
+        },
+        "digest": manifest.digest if manifest else None,
+        "curve": _curve(artifacts, manifest),
+    }
+
+
+def _gain(before: Document | None, stage: StageSummary) -> float | None:
+    """Return by how much a stage lowered the validation loss, if its loss is comparable with that before it."""
+    if before is None or stage.validation_loss is None or before["mask_ratio"] != stage.mask_ratio:
+        return None
+    return before["validation_loss"] - stage.validation_loss
+
+
+def _curve(artifacts: Artifacts, manifest: Manifest | None) -> Document:
+    """Return the training curve of a sealed stack: for a number of spans of steps, the mean of what was recorded."""
+    if manifest is None or METRICS not in manifest.files:
+        return {}
+    path = artifacts.checked(manifest.ref) / METRICS
+    try:
+        records = [parse_object(line) for line in path.read_bytes().splitlines()]
+    except ValueError as error:
+        raise ArtifactCorruptError(path, f"has a line that is no record of a step ({error})", "Do not use it") from None
+    n = min(POINTS, len(records))
+    edges = [round(at * len(records) / n) for at in range(n + 1)] if n else [0]
+    spans = [records[start:end] for start, end in itertools.pairwise(edges)]
+    curve: Document = {"steps": [span[-1]["step"] + 1 for span in spans], "of": len(records)}
+    return curve | {name: [_mean(span, name) for span in spans] for name in _CURVES}
+
+
+def _mean(span: Sequence[Document], name: str) -> float | None:
+    values = [record[name] for record in span if record.get(name) is not None]
+    return math.fsum(values) / len(values) if values else None
+
+
+def _parts(plan: RunPlan) -> list[Document]:
+    """Return for each part of the rack, in data-flow order, what of it every stage trained; None before it is there."""
+    anatomies = [stage.spec.anatomy for stage in plan.stages]
+    rows: list[Document] = [
+        {"part": "embedding", "trained": ["everything" if each.embedding_trains else "nothing" for each in anatomies]}
+    ]
+    for stack in anatomies[-1].order:
+        there = [each.trains_of(stack) if stack in each.order else None for each in anatomies]
+        rows.append({"part": f"stack {stack}", "trained": there})
+    rows.append({"part": "head", "trained": ["everything" if each.head_trains else "nothing" for each in anatomies]})
+    return rows
+
+
+def _machines(manifests: Sequence[Manifest]) -> list[Document]:
+    """Return on what each stage was trained; stages in a row that were trained alike are one entry."""
+    found: list[Document] = []
+    for manifest in manifests:
+        if found and found[-1]["fingerprint"] == manifest.fingerprint:
+            found[-1]["stages"].append(manifest.ref.stage)
+        else:
+            found.append({"stages": [manifest.ref.stage], "fingerprint": dict(manifest.fingerprint)})
+    return found
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def differences(documents: Sequence[Document]) -> list[Document]:
+    """Return the keys whose values are not the same in all runs, without their names."""
+    first = documents[0]["config"]
+    return [
+        {"name": name, "values": [document["config"].get(name) for document in documents]}
+        for name in first
+        if name != "run.name" and any(document["config"].get(name) != first[name] for document in documents)
+    ]

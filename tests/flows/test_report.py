@@ -1,0 +1,165 @@
+"""`stackwise report`: what it says of a run is what the run's manifests, files and metrics say."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.pages.run_page import tables
+from stackwise_core.stages.charges import cost
+from storage.artifacts import Artifacts
+from storage.racks import load_rack
+from storage.runs import find_run
+from support.commands import Run
+from support.modes import G
+from support.runs import folder_of, grown, manifests, tiny
+
+pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
+
+Reference = Callable[..., Path]
+
+
+@pytest.fixture
+def told(reference: Reference, run: Run) -> Any:
+    return run("report", "tiny", "--artifacts", reference(), "--json").document
+
+
+def test_numbers_are_those_of_the_manifests(reference: Reference, told: Any) -> None:
+    root = reference()
+    facts = {(m["ref"]["kind"], m["ref"]["stage"]): m["facts"] for m in manifests(root).values()}
+    losses = [facts["validation", n]["validation_loss"] for n in range(3)]
+    assert [stage["validation_loss"] for stage in told["stages"]] == losses
+    assert told["validation_loss"] == losses[-1]
+    assert [stage["gain"] for stage in told["stages"]] == [None, losses[0] - losses[1], losses[1] - losses[2]]
+    assert f"to {losses[2]:.4f} nats with 3 stacks" in told["verdict"]
+    assert [stage["digest"] for stage in told["stages"]] == [
+        json.loads((folder_of(root, "stack", n) / "manifest.json").read_text())["digest"] for n in range(3)
+    ]
+    assert told["tokens"] == 3 * 12 * 4 * 16
+    assert told["parameters"] == sum(p.numel() for p in load_rack(root, "tiny").parameters())
+
+
+def test_what_it_cost_is_what_a_comparison_charges(reference: Reference, told: Any) -> None:
+    root = reference()
+    (data,) = (m for m in manifests(root).values() if m["ref"]["kind"] == "data")
+    config = find_run(Artifacts(root), "tiny").config
+    assert told["tflop"] * 1e12 == pytest.approx(cost(config, data["facts"]["train_sequences"]), rel=1e-12)
+    assert told["tflop"] < told["tflop_recomputed"]  # 3 epochs of a cached trunk
+
+
+def test_a_curve_is_the_mean_of_spans_of_steps(reference: Reference, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.pages.run.POINTS", 4)
+    root = reference()
+    records = [json.loads(line) for line in (folder_of(root, "stack", 1) / "metrics.jsonl").read_text().splitlines()]
+    curve = run("report", "tiny", "--artifacts", root, "--json").document["stages"][1]["curve"]
+    assert curve["steps"] == [3, 6, 9, 12]
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        means = [math.fsum(record[name] for record in records[at : at + 3]) / 3 for at in range(0, 12, 3)]
+        assert curve[name] == pytest.approx(means)
+
+
+def test_what_trained_is_what_a_stage_wrote(run: Run, tmp_path: Path) -> None:
+    """In a growth stage the new stack's files lie at the top of its artifact, those of others in folders."""
+    root = tmp_path / "a"
+    grown(tiny(tmp_path, {f"{G}trunk_strategy": "qlora", f"{G}target_stacks": 2, "training.steps_per_stack": 2}), root)
+    document = run("report", "tiny", "--artifacts", root, "--json").document
+    trained = {row["part"]: row["trained"] for row in document["parts"]}
+    assert list(trained) == ["embedding", "stack 0", "stack 1", "head"]
+    for n in range(2):
+        files = {p.relative_to(folder_of(root, "stack", n)).as_posix() for p in folder_of(root, "stack", n).rglob("*")}
+        assert (trained["head"][n] == "everything") == ("head.safetensors" in files)
+        assert (trained["embedding"][n] == "everything") == ("embedding.safetensors" in files)
+    assert trained["stack 1"] == [None, "everything"]
+    assert trained["stack 0"] == ["everything", "adapters"]
+    (parts,) = (table for table in tables(document) if table.title.startswith("What trained"))
+    assert [row[-1] for row in parts.rows] == ["", "full, LoRA of rank 8", "full", ""]
+
+
+def test_a_page_needs_nothing_and_is_beside_its_data(reference: Reference, run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "out.html"
+    said = run("report", "tiny", "--artifacts", reference(), "--html", page, "--prompt", "<script>the of")
+    text, document = page.read_text(), json.loads(page.with_suffix(".json").read_text())
+    assert not re.search(r"""(?:src|href)\s*=|https?://(?!www\.w3\.org)|@import|url\(""", text)
+    assert "<script>the of" not in text
+    assert "&lt;script&gt;the of" in text
+    assert text.count("<svg") == 5
+    assert document["verdict"] in text
+    assert document["verdict"] in said.out
+    assert [sample["depth"] for sample in document["samples"]] == [1, 2, 3]
+    again = run("report", "tiny", "--artifacts", reference(), "--prompt", "<script>the of", "--json").document
+    assert again["samples"] == document["samples"]
+
+
+def test_samples_of_a_masked_run_go_on_from_a_withheld_row(run: Run, tmp_path: Path) -> None:
+    root = tmp_path / "a"
+    by_depth = {f"{G}training_objective": "mlm", f"{G}time_interpretation": "depth", f"{G}max_stacks": 2}
+    grown(tiny(tmp_path, {**by_depth, f"{G}target_stacks": 2, "training.steps_per_stack": 2}), root)
+    document = run("report", "tiny", "--artifacts", root, "--samples", 5, "--json").document
+    assert [len(sample["prompt"]) for sample in document["samples"]] == [8, 8]
+    assert document["samples"][0]["prompt"] in (tmp_path / "corpus.txt").read_text()
+    assert all(sample["text"] for sample in document["samples"])
+    ratios = [list(stage["by_mask_ratio"]) for stage in document["stages"]]
+    assert ratios[0] == ratios[1] != []
+    assert document["stages"][1]["gain"] is None  # another ratio
+    (by_ratio,) = (table for table in tables(document) if "share of masked" in table.title)
+    assert len(by_ratio.rows) == 2
+
+
+def test_a_run_that_is_not_over(reference: Reference, run: Run, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(reference(), tmp_path / "artifacts"))
+    for kind in ("stack", "validation"):
+        shutil.rmtree(folder_of(root, kind, 2))
+    said = run("report", "tiny", "--artifacts", root, "--html", tmp_path / "page.html")
+    assert said.code == 0
+    assert "2 of 3 stages are done." in said.out
+    document = json.loads((tmp_path / "page.json").read_text())
+    assert [stage["state"] for stage in document["stages"]] == ["done", "done", "unfinished"]
+    assert document["stages"][2]["digest"] is None
+    assert document["validation_loss"] == document["stages"][1]["validation_loss"]
+
+
+def test_runs_side_by_side(run: Run, tmp_path: Path) -> None:
+    root, quick = tmp_path / "a", {"training.steps_per_stack": 2, f"{G}target_stacks": 1}
+    grown(tiny(tmp_path, quick), root)
+    grown(tiny(tmp_path, {**quick, "run.name": "other", "training.learning_rate": 1e-3, "run.seed": 7}), root)
+    page = tmp_path / "both.html"
+    said = run("report", "tiny", "other", "--artifacts", root, "--html", page)
+    assert [word in said.out for word in ("training.learning_rate", "run.seed", "run.name")] == [True, True, False]
+    assert len(json.loads(page.with_suffix(".json").read_text())["runs"]) == 2
+    assert len(re.findall(r'class="dot judged run-1"', page.read_text())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("nobody",), "no such run"),
+        (("tiny", "tiny"), "once"),
+        (("a", "b", "c", "d", "e"), "at most 4"),
+        (("tiny", "--html", "missing/page.html"), "its folder does not exist"),
+        (("tiny", "--html", "page.json"), "end in .html"),
+        (("tiny", "--samples", "-1"), "0 or more"),
+        (("tiny", "other", "--samples", "3"), "one run only"),
+    ],
+)
+def test_what_makes_no_sense_is_a_sentence(
+    reference: Reference, run: Run, arguments: tuple[str, ...], word: str
+) -> None:
+    said = run("report", *arguments, "--artifacts", reference())
+    assert said.code == 2
+    assert word in said.err
+
+
+def test_damaged_metrics_are_said(reference: Reference, run: Run, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(reference(), tmp_path / "artifacts"))
+    path = folder_of(root, "stack", 0) / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-2] + b"x\n")
+    said = run("report", "tiny", "--artifacts", root)
+    assert said.code == 3
+    assert str(path) in said.err
