@@ -76,7 +76,7 @@ def summed_loss(
         return chunked_cross_entropy(hidden_PD, weight_VD, targets_P, scale_P), normaliser
     if loss_function is None:
         reduction = "sum" if scale_P is None else "none"
-        losses = F.linear_cross_entropy(hidden_PD, weight_VD, targets_P, reduction=reduction)
+        losses = F.cross_entropy(F.linear(hidden_PD, weight_VD), targets_P, reduction=reduction)
     else:
         losses = _checked(loss_function(head.projection(hidden_PD), targets_P), len(targets_P))
     return (losses if scale_P is None else losses * scale_P).sum(), normaliser

@@ -6,16 +6,18 @@ Importing this module imports torch.distributed, which takes a second.
 from __future__ import annotations
 
 import contextlib
+import inspect
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from stackwise_core.objectives.losses import Batch
+from stackwise_core.objectives.losses import Batch, loss_positions
 from stackwise_core.training.stage_model import Ranks, StageModel
 
 
@@ -64,12 +66,18 @@ class DistributedRanks(Ranks):
 class _SummedLoss(nn.Module):
     """The model and its loss as one module, so that DDP and FSDP2 see the whole graph including the head."""
 
-    def __init__(self, model: StageModel) -> None:
+    def __init__(self, model: StageModel, *, head_always: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.head_always = head_always
+        """Whether the head gets a gradient, of zeros, where no position carries the loss."""
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.model.summed_loss(batch)[0]
+        loss = self.model.summed_loss(batch)[0]
+        if self.head_always and not loss_positions(batch).any():
+            for parameter in self.model.head.parameters():
+                loss = loss + 0.0 * parameter.sum()
+        return loss
 
 
 class Replicas(DistributedRanks):
@@ -83,13 +91,19 @@ class Replicas(DistributedRanks):
             _SummedLoss(model),
             # Where a process has no loss position of a batch, it has no gradient of the head.
             find_unused_parameters=True,
-            forward_sync_buffers=False,  # packed weights, which do not change
             gradient_as_bucket_view=True,
+            **_sync_no_buffers(),  # packed weights, which do not change
         )
 
     def gradient_sync(self, *, enabled: bool) -> contextlib.AbstractContextManager[None]:
         """Return a context in which a backward pass reduces gradients over the processes, if enabled."""
         return contextlib.nullcontext() if enabled else self.replica.no_sync()
+
+
+def _sync_no_buffers() -> dict[str, Any]:
+    """Return the key that keeps DDP from syncing buffers in every forward pass, by the name that this torch has."""
+    newer = "forward_sync_buffers"
+    return {newer if newer in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers": False}
 
 
 class Shards(DistributedRanks):
@@ -98,15 +112,17 @@ class Shards(DistributedRanks):
     def wrap(self, model: StageModel) -> None:
         """Shard every parameter along its first dimension; embedding and head are gathered with the loss."""
         mesh = init_device_mesh(self.device.type, (self.count,))
-        self.live = _SummedLoss(model)
+        # Where a process has no loss position of a batch, it has no gradient of the head, and would not take part in
+        # the reduction. Blocks that a step leaves out are left out by all processes and have no gradient in any.
+        torch_fills_in = hasattr(FSDPModule, "set_reduce_scatter_unused_params")  # from 2.12 or 2.13 on
+        self.live = _SummedLoss(model, head_always=not torch_fills_in)
         blocks = [block for stack in model.live_stacks() for block in stack.blocks]
         for module in (*blocks, self.live):
             sharded = fully_shard(module, mesh=mesh)
             sharded.set_gradient_divide_factor(1.0)  # the sum: FSDP2 itself takes the mean
             sharded.set_force_sum_reduction_for_comms(True)
-            # Where a process has no loss position of a batch, it has no gradient of the head. Blocks that a step
-            # leaves out are left out by all processes and have no gradient in any.
-            sharded.set_reduce_scatter_unused_params(module is self.live, recurse=False)
+            if torch_fills_in:
+                sharded.set_reduce_scatter_unused_params(module is self.live, recurse=False)
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
         """Return a tensor gathered from all processes; all of them must call this."""

@@ -18,7 +18,7 @@ from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.growth_operators import freeze
 from stackwise_core.model.precision import convert_storage
 from stackwise_core.model.stream import ChannelStatistics
-from stackwise_core.objectives.losses import Batch, batch_rows, loss_normaliser
+from stackwise_core.objectives.losses import Batch, batch_rows, loss_normaliser, loss_positions
 from stackwise_core.stages.stages import OptimSpec, StageSpec
 from stackwise_core.training.evaluate import output_statistics
 from stackwise_core.training.optimizer import LossScale, learning_rate, make_optimizer
@@ -239,6 +239,11 @@ def _backward(model: StageModel, batch: Batch, n_parts: int, factor: float, rank
             part_loss = ranks.summed_loss(model, part) / positions
             (part_loss * (factor * ranks.gradient_divisor)).backward()
         loss += part_loss.item()
+    if ranks.count > 1 and not ranks.any(bool(loss_positions(batch).any())):
+        # As in one process: no gradient, where sharding leaves zeros. A matrix tied to the embedding has one.
+        entry = set(model.embedding.parameters()) if model.embedding is not None else set[nn.Parameter]()
+        for parameter in set(model.head.parameters()) - entry:
+            parameter.grad = None
     return ranks.sum(loss)
 
 

@@ -26,6 +26,7 @@ from stackwise_core.stages.stages import resolve_stage
 from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFromTokens
 from stackwise_core.training.evaluate import judge_rack
 from stackwise_core.training.training import train_stack
+from support.older_torch import older_torch
 from support.runs import stage_model
 
 CONFIG = {
@@ -139,3 +140,8 @@ def test_numbers_are_what_they_were(name: str) -> None:
 def test_every_kind_with_numbers_is_pinned() -> None:
     """`trunk` is a list of stacks; `optimizer` and `cooldown` have the numbers of a stack and of a validation."""
     assert {name.split()[0] for name in GOLDEN} == NUMERICS.keys() - {"trunk", "optimizer", "cooldown"}
+
+
+def test_torch_2_11_gives_the_same_bits() -> None:
+    with older_torch():
+        assert numbers_of_the_run.__wrapped__() == numbers_of_the_run()

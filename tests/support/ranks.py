@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,19 @@ def _rank(pipe: Connection, rank: int, store: str) -> None:
     import torch.distributed as dist
 
     from stackwise_core.training.distributed import Replicas, Shards
+    from support.older_torch import older_torch
 
     os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     os.fsync = lambda fd: None
     dist.init_process_group("gloo", store=dist.FileStore(store, COUNT), rank=rank, world_size=COUNT)
     kept: list[Any] = []  # see `init_process_group`
     while (message := pipe.recv()) is not None:
-        text, stop = message
+        text, stop, older = message
         job = Job.model_validate_json(text)
         kind = Shards if job.stage.plan.spec.mode == "joint" else Replicas
         recorder = Recorder()
         try:
-            with stopping_on_signals(), subscribed(recorder):
+            with stopping_on_signals(), subscribed(recorder), older_torch() if older else nullcontext():
                 if stop:
                     request_stop()
                 kept.append(kind(job.stage.device))
@@ -68,11 +70,14 @@ class Pair:
             self.pipes.append(mine)
             self.processes.append(process)
 
-    def train(self, stage: Stage, folder: Path, stop: int = -1) -> list[Any]:
-        """Train a stage into a work folder; return what each rank came to. One may be asked to `stop`."""
+    def train(self, stage: Stage, folder: Path, stop: int = -1, *, older: bool = False) -> list[Any]:
+        """Train a stage into a work folder; return what each rank came to. One may be asked to `stop`.
+
+        `older` takes away what torch 2.11 lacks.
+        """
         build = stage.plan.ref("build") if stage.plan.build else None
         for rank, pipe in enumerate(self.pipes):
-            pipe.send((Job(stage=stage, build=build, folder=folder).model_dump_json(), rank == stop))
+            pipe.send((Job(stage=stage, build=build, folder=folder).model_dump_json(), rank == stop, older))
         found: list[Any] = []
         for pipe in self.pipes:
             assert pipe.poll(600), "a rank hangs"
