@@ -28,7 +28,7 @@ from stackwise_core.errors import StageInterruptedError
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan
 from stackwise_core.stages.resolve import imports
-from stackwise_core.training.hardware import use_hardware
+from stackwise_core.training.hardware import compiler_fault, use_hardware
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts, artifacts_at
 from storage.demand import Demand, compute_demand, forced_refs
@@ -64,7 +64,7 @@ def grow(
     one clear message; the same call resumes from the sealed artifacts.
     """
     config.validate()
-    use_hardware(config.hardware)  # a missing device fails here, before anything is made
+    device = use_hardware(config.hardware)  # a missing device fails here, before anything is made
     check_runner(config)  # so does a missing task runner
     artifacts = artifacts_at(root).open()
     filled, plan = plan_in(artifacts, config, Reading("read"))
@@ -78,6 +78,8 @@ def grow(
         needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed
         if needed:
             check_validation(filled, artifacts, plan)
+            if filled.hardware.compile and (fault := compiler_fault(device)):
+                emit(Message(fault))
         check_space(filled, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in needed])
         with stopping_on_signals():
             for index in range(len(plan.stages)):

@@ -20,7 +20,7 @@ from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.adopt import adopting
 from stackwise_core.stages.identity import AdoptedRecipe, Kind, Ref
 from stackwise_core.stages.plan import RunPlan, SourceFacts, StagePlan, plan_run
-from stackwise_core.training.hardware import n_threads, use_hardware
+from stackwise_core.training.hardware import compiler_fault, n_threads, use_hardware
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.demand import TASK_KINDS, compute_demand
 from storage.manifest import fingerprint
@@ -201,4 +201,5 @@ def fingerprint_of(stage: Stage) -> dict[str, Any]:
     """Return what the numbers of this stage may depend on besides its recipe."""
     hardware = stage.config.hardware
     device = str(stage.device) if hardware.processes == 1 else stage.device.type  # each process has its own
-    return fingerprint(n_threads(hardware), device, hardware.compile, hardware.processes)
+    compiled = hardware.compile and not compiler_fault(stage.device)
+    return fingerprint(n_threads(hardware), device, compiled, hardware.processes)

@@ -408,7 +408,7 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints inside a stage. Changes no result."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass, keeping only those between stacks. Changes no result."""
+    """Recompute activations in the backward pass, keeping only those between blocks. Changes no result."""
     mask_ratio: float = Field(default=0.15, gt=0.0, le=1.0)
     """mlm without time: the probability that a position is masked."""
     mask_ratio_min: float = Field(default=0.15, gt=0.0, le=1.0)
@@ -456,7 +456,7 @@ class HardwareConfig(Section):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     """'auto', 'cpu', 'cuda' or 'cuda:N'."""
     compile: bool = False
-    """Run the new stack through torch.compile."""
+    """Run the blocks of the stacks that train through torch.compile; where it does not work, as they are."""
     deterministic: bool = True
     """With CUDA, use only kernels that give the same bits every time. False may be faster, but a run that is killed and
     resumed may then end with other bits. A CPU always gives the same bits."""

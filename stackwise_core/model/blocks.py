@@ -9,10 +9,12 @@ Letters: H heads, K key/value heads, C channels of a head, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from stackwise_core.config.schema import Precision
 from stackwise_core.errors import ConfigError, Fault
@@ -154,12 +156,15 @@ class Stack(nn.Module):
         memory: StackMemory | None = None,
         documents_BT: Tensor | None = None,
         share: Tensor | None = None,
+        *,
+        recompute: bool = False,
     ) -> Tensor:
         """[B, T, D] to [B, T, D]; matrix products run in the stack's compute type, the stream stays float32.
 
         With a memory, which generation keeps, x are new positions, and those before them are in it. With `documents_BT`
         positions see only those of the same number, and each document begins at position 0. While a new stack comes in,
-        `share` is how much of what its blocks would add is added.
+        `share` is how much of what its blocks would add is added. With `recompute` only the stream between blocks is
+        kept for the backward pass, which computes the rest of one block after the other again.
         """
         sees = None
         if memory is None:
@@ -173,7 +178,11 @@ class Stack(nn.Module):
         compute = compute_dtype(self.precision, x_BTD.device)
         with torch.autocast(x_BTD.device.type, dtype=compute, enabled=compute != torch.float32):
             for number, block in enumerate(self.blocks):
-                x_BTD = block(x_BTD, rotary, memory and memory.blocks[number], sees, share)
+                inputs = (x_BTD, rotary, memory and memory.blocks[number], sees, share)
+                if recompute:  # nothing in a block draws random numbers
+                    x_BTD = cast("Tensor", checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False))
+                else:
+                    x_BTD = block(*inputs)
         return x_BTD
 
 

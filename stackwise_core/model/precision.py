@@ -83,6 +83,13 @@ def silent_import() -> Generator[None]:
         logging.disable(before)
 
 
+@cache
+def _bitsandbytes() -> Any:
+    with silent_import():
+        from bitsandbytes import functional
+    return functional
+
+
 def quantise(weight: Tensor, storage: str) -> dict[str, Tensor]:
     """Return the tensors that store a float32 matrix [out, in].
 
@@ -158,27 +165,24 @@ def _dequantise_nvfp4(stored: dict[str, Tensor]) -> Tensor:
 
 
 def _quantise_nf4(weight: Tensor) -> dict[str, Tensor]:
-    with silent_import():
-        from bitsandbytes.functional import quantize_4bit
-
     # One block a row: bitsandbytes cuts blocks from the flat matrix but on a CPU reads them back row by row, so
     # that a width which 64 does not divide came back with errors of 12 to 40 % instead of 9 [measured, 0.50.2].
     blocks = F.pad(weight.flatten(), (0, -weight.numel() % _NF4_BLOCK)).view(-1, _NF4_BLOCK)
     state: Any
-    packed, state = quantize_4bit(blocks, blocksize=_NF4_BLOCK, quant_type="nf4", compress_statistics=True)
+    packed, state = _bitsandbytes().quantize_4bit(
+        blocks, blocksize=_NF4_BLOCK, quant_type="nf4", compress_statistics=True
+    )
     absmax_scale, offset = state.state2.absmax, state.offset
     return {"weight": packed, "absmax": state.absmax, "absmax_scale": absmax_scale, "absmax_offset": offset}
 
 
 def _dequantise_nf4(stored: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    with silent_import():
-        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
-
-    nested = dequantize_blockwise(stored["absmax"], absmax=stored["absmax_scale"], blocksize=_NF4_NESTED_BLOCK)
+    bnb = _bitsandbytes()
+    nested = bnb.dequantize_blockwise(stored["absmax"], absmax=stored["absmax_scale"], blocksize=_NF4_NESTED_BLOCK)
     absmax = nested + stored["absmax_offset"]
     blocks = torch.Size((absmax.numel(), _NF4_BLOCK))
-    state = QuantState(absmax, shape=blocks, dtype=torch.float32, blocksize=_NF4_BLOCK, quant_type="nf4")
-    return dequantize_4bit(stored["weight"], state).flatten()[: shape[0] * shape[1]].view(shape)
+    state = bnb.QuantState(absmax, shape=blocks, dtype=torch.float32, blocksize=_NF4_BLOCK, quant_type="nf4")
+    return bnb.dequantize_4bit(stored["weight"], state).flatten()[: shape[0] * shape[1]].view(shape)
 
 
 @cache
@@ -234,9 +238,8 @@ class StoredLinear(nn.Linear):
         bias = None if bias is None else bias.to(dtype)
         if self.held is not None:
             return F.linear(input.to(dtype), self.held.to(dtype), bias)
-        stored, shape = self._stored(), (self.out_features, self.in_features)
-        product: Callable[..., Tensor] = _StoredProduct.apply
-        return product(input, self.storage, shape, dtype, bias, tuple(stored), *stored.values())
+        stored, shape = self._stored(), [self.out_features, self.in_features]
+        return _stored_product(input, list(stored.values()), list(stored), self.storage, shape, dtype, bias, False)
 
     def extra_repr(self) -> str:
         """Return shape and storage type for `repr`."""
@@ -263,31 +266,47 @@ class StoredLinear(nn.Linear):
         return self
 
 
-class _StoredProduct(torch.autograd.Function):
-    """x @ weight.T + bias that keeps the stored tensors for its backward pass, never the dense matrix."""
+# An operator, not a torch.autograd.Function: a compiler that sees inside takes decoding for the forward and for the
+# backward pass as the same work done twice, and would keep the dense matrix in between.
+@torch.library.custom_op(
+    "stackwise::stored_product",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] stored, str[] names, str storage, int[] shape, ScalarType dtype, "
+    "Tensor? bias, bool transposed) -> Tensor",
+)
+def _stored_product(
+    x: Tensor,
+    stored: list[Tensor],
+    names: list[str],
+    storage: str,
+    shape: list[int],
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    transposed: bool,
+) -> Tensor:
+    """Return x @ weight.T + bias, or x @ weight; for the backward pass only what is stored is kept."""
+    weight = dequantise(dict(zip(names, stored, strict=True)), storage, (shape[0], shape[1])).to(dtype)
+    return x.to(dtype) @ weight if transposed else F.linear(x.to(dtype), weight, bias)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        storage: str,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        bias: Tensor | None,
-        names: tuple[str, ...],
-        *stored: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(*stored)
-        ctx.storage, ctx.shape, ctx.names, ctx.dtype, ctx.x_dtype = storage, shape, names, dtype, x.dtype
-        weight = dequantise(dict(zip(names, stored, strict=True)), storage, shape)
-        return F.linear(x.to(dtype), weight.to(dtype), bias)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,) = grad_outputs
-        stored = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        weight = dequantise(stored, ctx.storage, ctx.shape).to(ctx.dtype)
-        return (grad.to(ctx.dtype) @ weight).to(ctx.x_dtype), *(None for _ in range(5 + len(stored)))
+@_stored_product.register_fake
+def _(x: Tensor, stored: Any, names: Any, storage: Any, shape: list[int], dtype: torch.dtype, *others: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], shape[others[-1]]), dtype=dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, stored, *ctx.how, _, ctx.transposed = inputs
+    ctx.save_for_backward(*stored)
+    ctx.x_dtype = x.dtype
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    stored = list(ctx.saved_tensors)  # once: under activation checkpointing a second look is an error
+    of_x = _stored_product(grad, stored, *ctx.how, None, not ctx.transposed).to(ctx.x_dtype)
+    return (of_x, [None] * len(stored), *[None] * 6)
+
+
+_stored_product.register_autograd(_gradients, setup_context=_keep)
 
 
 # ---------------------------------------------------------------- a whole stack

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Generator
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from stackwise_core.config.schema import HardwareConfig
 from stackwise_core.errors import ConfigError, Fault
 
+BACKEND = "inductor"
+"""What torch.compile makes of a block."""
 _DETERMINISTIC: Any = torch.utils.deterministic  # a module whose only attribute is made when it is imported
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _WORKSPACES = (":4096:8", ":16:8")
@@ -67,3 +70,33 @@ def n_threads(hardware: HardwareConfig) -> int:
 def threads_of_rank(hardware: HardwareConfig) -> int:
     """Return the CPU threads of each of the processes that train together: they divide those of one process."""
     return max(1, n_threads(hardware) // hardware.processes)
+
+
+def compiler_fault(device: torch.device) -> str:
+    """Return why blocks cannot be compiled here, or ''.
+
+    It is tried out, which takes some seconds the first time: C++ compiler, headers and triton can all be missing.
+    """
+    return _fault_of(device, BACKEND)
+
+
+@cache
+def _fault_of(device: torch.device, backend: str) -> str:
+    try:
+        torch.compile(torch.neg, backend=backend)(torch.ones(8, device=device))
+    except Exception as error:  # whatever is missing: training goes on without
+        lines = [line for line in str(error).splitlines() if line and not line.startswith("backend=")]
+        return f"hardware.compile: torch.compile does not work here, so blocks run as they are ({lines[0]})"
+    return ""
+
+
+@contextlib.contextmanager
+def many_kinds_of_code() -> Generator[None]:
+    """Let one function be compiled for as many kinds of block, batch and gradient as a rack has.
+
+    From the ninth on torch would, with a warning, run them as they are.
+    """
+    import torch._dynamo.config  # takes seconds
+
+    with torch._dynamo.config.patch(recompile_limit=256):
+        yield

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from collections.abc import Generator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, Fault
@@ -20,6 +17,8 @@ from stackwise_core.objectives.losses import Batch, LossFunction, input_time_ste
 from stackwise_core.objectives.raw_batch import check_padding
 from stackwise_core.stages.resolve import resolve_loss
 from stackwise_core.stages.stages import Anatomy
+from stackwise_core.training import hardware
+from stackwise_core.training.hardware import compiler_fault, many_kinds_of_code
 
 
 class StageModel(nn.Module):
@@ -34,6 +33,7 @@ class StageModel(nn.Module):
         *,
         loss_function: LossFunction | None = None,
         checkpointing: bool = False,
+        compiles: bool = False,
     ) -> None:
         """Take modules, which stay shared with their rack, and set `requires_grad` as the anatomy says.
 
@@ -43,7 +43,8 @@ class StageModel(nn.Module):
             head: trained or frozen, as the anatomy says.
             embedding: None where the live part begins at a boundary.
             loss_function: None is cross-entropy.
-            checkpointing: keep only the stream between stacks for the backward pass, and recompute the rest.
+            checkpointing: keep only the stream between blocks for the backward pass, and recompute the rest.
+            compiles: see `compiled`.
         """
         super().__init__()
         assert [stack.creation_index for stack in stacks] == list(anatomy.live)
@@ -54,9 +55,8 @@ class StageModel(nn.Module):
         self.head = head
         self.loss_function = loss_function
         self.checkpointing = checkpointing
+        self.compiles = compiles
         self._share: Tensor | None = None
-        self.compiled: dict[int, Callable[..., Tensor]] = {}
-        """Compiled stacks by creation index; not registered, since they share the parameters of `stacks`."""
         self._set_requires_grad()
 
     @classmethod
@@ -77,17 +77,15 @@ class StageModel(nn.Module):
         for stack in live:
             if anatomy.trains_of(stack.creation_index) == "everything":
                 convert_storage(stack, "full")
-        model = cls(
+        return cls(
             anatomy,
             live,
             head,
             None if anatomy.boundary else embedding,
             loss_function=resolve_loss(config),
             checkpointing=config.training.activation_checkpointing,
+            compiles=config.hardware.compile and not compiler_fault(device),
         ).to(device)
-        if config.hardware.compile:
-            model.compiled = {stack.creation_index: torch.compile(stack) for stack in live}
-        return model
 
     def live_stacks(self) -> list[Stack]:
         """Return the stacks in data-flow order."""
@@ -116,14 +114,27 @@ class StageModel(nn.Module):
             if stack.creation_index > batch["stack_idx"]:
                 continue
             share = self._share if stack.creation_index == self.anatomy.newest else None
+            given = {"documents_BT": documents, "share": share, "recompute": self.checkpointing or None}
             # What is None is left out: hooks on a stack see no more than there is.
-            others = {name: each for name, each in (("documents_BT", documents), ("share", share)) if each is not None}
-            run = functools.partial(self.compiled.get(stack.creation_index, stack), **others)
-            if self.checkpointing:
-                stream_BTD = cast("Tensor", checkpoint(run, stream_BTD, use_reentrant=False))
-            else:
-                stream_BTD = run(stream_BTD)
+            stream_BTD = stack(stream_BTD, **{name: each for name, each in given.items() if each is not None})
         return stream_BTD
+
+    @contextlib.contextmanager
+    def compiled(self) -> Generator[None]:
+        """Run the blocks through torch.compile inside the block, if they are to be; what else runs them is not.
+
+        One at a time: blocks that are alike share their code, and FSDP2 gathers one at a time. It is begun before the
+        model is distributed.
+        """
+        blocks = [block for stack in self.live_stacks() for block in stack.blocks] if self.compiles else []
+        try:
+            for block in blocks:
+                block.compile(backend=hardware.BACKEND)
+            with many_kinds_of_code() if blocks else contextlib.nullcontext():
+                yield
+        finally:
+            for block in blocks:
+                block._compiled_call_impl = None
 
     def let_in(self, share: float | None) -> None:
         """Set how much of what the newest stack would add to the stream is added; None stands for all of it."""

@@ -26,7 +26,7 @@ from stackwise_core.objectives.losses import Batch
 from stackwise_core.stages.resolve import resolve_mask
 from stackwise_core.stages.stages import StageSpec, resolve_joint, resolve_stage
 from stackwise_core.training.call import Call
-from stackwise_core.training.hardware import determinism_restored
+from stackwise_core.training.hardware import compiler_fault, determinism_restored, use_hardware
 from stackwise_core.training.in_memory import adapters_of, as_adapted, stage_inputs, validation_loss_of
 from stackwise_core.training.progress import Progress
 from stackwise_core.training.results import StageResult, result_of
@@ -145,6 +145,9 @@ class ProgressiveTrainer:
             raise ConfigError([Fault("model.vocab_size", str(vocab_size_of(built)), allowed)])
         for line in [*notes(built), *_ruled_out(builder.config, self.config)]:
             _log.info(line)
+        hardware = self.config.hardware
+        if hardware.compile and (fault := compiler_fault(use_hardware(hardware))):
+            _log.warning(fault)
         builder.undo_interrupted()
         builder.adopt(self.config)
         first = builder.n_trained

@@ -113,7 +113,8 @@ def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trai
     frozen = _frozen_digests(inputs.model)
     began, first_step = time.monotonic(), inputs.state.step if inputs.state else 0
     how: dict[str, Any] = {"state": inputs.state, "moments": inputs.moments, "hooks": hooks, "ranks": ranks}
-    records = train_stack(inputs.model, inputs.batches, inputs.spec.optim, **how)
+    with inputs.model.compiled():
+        records = train_stack(inputs.model, inputs.batches, inputs.spec.optim, **how)
     seconds = time.monotonic() - began
     if _frozen_digests(inputs.model) != frozen:
         raise FrozenChangedError(f"stage {inputs.spec.index}: training changed frozen weights")

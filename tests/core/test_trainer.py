@@ -336,28 +336,3 @@ def test_held_out_batches_without_a_loss_position_are_an_error() -> None:
         ProgressiveTrainer(config).train_progressively(
             ProgressiveRackBuilder(config), loader_of(), 1, validation=one_token
         )
-
-
-def test_compilation_is_that_of_the_live_stacks_while_they_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against eager stacks that count their calls: the compiler itself needs a C++ toolchain."""
-    expected, losses = grown(tiny())
-    compiled: list[int] = []
-    calls: list[int] = []
-
-    def compiling(stack: Any) -> Callable[[Tensor], Tensor]:
-        compiled.append(stack.creation_index)
-
-        def run(stream: Tensor) -> Tensor:
-            calls.append(stack.creation_index)
-            return stack(stream)
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", compiling)
-    config = tiny()
-    config.hardware.compile = True
-    builder, found = grown(config)
-    assert compiled == [0, 1]
-    assert calls == [0] * STEPS + [1] * STEPS
-    assert found == losses
-    assert same_bits(weights(builder.build_rack()), weights(expected.build_rack()))

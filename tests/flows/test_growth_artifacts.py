@@ -18,6 +18,7 @@ from stackwise_core.model.precision import base_linears, storage_of
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.stages import resolve_stages
+from stackwise_core.training import hardware
 from stackwise_core.training.evaluate import judge_rack
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import tensor_digest, train_stack
@@ -269,6 +270,22 @@ def test_checkpointing_activations_changes_no_bit(tmp_path: Path, reference: Ref
     root = tmp_path / "a"
     grown(tiny(tmp_path, changes), root)
     assert digests(root) == digests(reference(MODES["prepend"]))
+
+
+def test_without_a_compiler_a_run_says_so_once_and_records_it(
+    tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(hardware, "BACKEND", broken)
+    root = tmp_path / "a"
+    changes = {**MODES["prepend"], "hardware.compile": True}
+    messages = grown(tiny(tmp_path, changes), root).messages
+    assert sum("no C++ compiler" in message for message in messages) == 1
+    assert digests(root) == digests(reference(MODES["prepend"]))
+    recorded = [manifest["fingerprint"] for manifest in manifests(root).values()]
+    assert {found["compile"] for found in recorded if "compile" in found} == {False}
 
 
 def test_a_cached_stage_loads_no_stack_of_its_trunk(
