@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install -c constraints.txt
 CONFIG ?= configs/quickstart.yaml
 
-.PHONY: setup train server worker test test-slow check bench docs clean
+.PHONY: setup train server worker test test-slow check bench gpu docs clean
 
 train: $(VENV)/run ## grow the quickstart rack: three stacks, about four minutes
 	@$(BIN)/stackwise train $(CONFIG)
@@ -32,6 +32,9 @@ check: $(VENV)/check ## check style, types, import layers and spelling
 
 bench: $(VENV)/bench ## run the benchmarks: JSON and a table in benchmarks/results/
 	@$(BIN)/python -m benchmarks
+
+gpu: $(VENV)/run ## download the wheels to carry to a machine with a GPU, and print the command that measures it
+	@$(BIN)/python -m benchmarks.gpu.wheels
 
 docs: $(VENV)/test ## run every snippet of the docs
 	@$(BIN)/python -m pytest tests/project/test_docs.py

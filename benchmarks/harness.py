@@ -118,7 +118,7 @@ def machine() -> dict[str, Any]:
         "transformers": version("transformers"),
         "prefect": version("prefect"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -140,13 +140,16 @@ def _busy_cores() -> float:
     return round((ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - began), 2)
 
 
-def _commit() -> str:
-    """Return the commit, with a plus if the code differs from it."""
+def commit() -> str:
+    """Return the commit, with a plus if the code differs from it; 'unknown' where the folder is no git repository."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 # ---------------------------------------------------------------- what is written
@@ -195,17 +198,22 @@ def page(result: Mapping[str, Any]) -> str:
         f"prefect {where['prefect']}, Python {where['python']}; commit {where['commit']}, {where['date']}.",
         *(_BUSY if busy and timed else ()),
         "",
-        "| case | what | median | spread | rounds | goal |",
-        "|---|---|--:|--:|--:|---|",
+        *table(result["measures"]),
     ]
-    for m in result["measures"]:
+    return "\n".join([*lines, ""])
+
+
+def table(measures: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table of measures, each as `Measure.dump` gives it."""
+    lines = ["| case | what | median | spread | rounds | goal |", "|---|---|--:|--:|--:|---|"]
+    for m in measures:
         low, high = m["quartiles"]
         spread = f"{number(low)} to {number(high)}"
         lines.append(
             f"| {m['case']} | {m['what']} | {number(m['median'])} {m['unit']} | {spread} | {len(m['values'])} "
             f"| {_goal(m)} |"
         )
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def number(value: float) -> str:

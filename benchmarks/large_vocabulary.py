@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import Measure, interleaved, ratios
-from benchmarks.memory import peak_bytes
+from benchmarks.peak import peak_bytes
 from stackwise_core.objectives.chunked_loss import chunked_cross_entropy
 
 N_POSITIONS, VOCABULARY, D_MODEL = 2048, 128_256, 576

@@ -49,13 +49,13 @@ def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list
     llama = llama_like(rack)
     check_same_loss(rack, llama, batch)
 
-    optim = first.optim
+    optim, ids = first.optim, batch["input_ids"]
     step_flops = stage_flops(shape, first, SEQ_LEN, loss_fraction=1.0)[0] / optim.steps
     seconds = interleaved(
         {
             "first stage": stackwise_step(StageModel(first.anatomy, [stack], rack.head, rack.embedding), batch, optim),
             "later stage": stackwise_step(_later_stage(shape, later), _on_trunk(batch, d_model), optim),
-            "Llama": llama_step(llama, batch["input_ids"], optim),
+            "Llama": llama_step(llama, lambda: llama(input_ids=ids, labels=ids).loss, optim),
             "matmul": matmul,
         },
         rounds,
@@ -164,7 +164,8 @@ def stackwise_step(model: StageModel, batch: Batch, optim: OptimSpec) -> Step:
     return lambda: train_step(model, batch, optimizer, optim, 0)["loss"]
 
 
-def llama_step(llama: LlamaForCausalLM, ids: torch.Tensor, optim: OptimSpec) -> Step:
+def llama_step(llama: nn.Module, loss_of: Callable[[], torch.Tensor], optim: OptimSpec) -> Step:
+    """Return a step of AdamW on a loss, with the groups and the clipping of a stage."""
     parameters = list(llama.parameters())
     optimizer = torch.optim.AdamW(
         [
@@ -178,7 +179,7 @@ def llama_step(llama: LlamaForCausalLM, ids: torch.Tensor, optim: OptimSpec) -> 
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = llama(input_ids=ids, labels=ids).loss
+        loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, optim.gradient_clip)
         optimizer.step()

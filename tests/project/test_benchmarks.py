@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.memory import peak_bytes, peak_of
+from benchmarks.peak import peak_bytes, peak_of
 from benchmarks.plot import line_chart, ticks
 
 # ---------------------------------------------------------------- bytes
