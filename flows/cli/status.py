@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.arguments import add_common
+from flows.run.live import read_live, told
 from flows.run.numbers import size
 from flows.run.say import say, say_json
 from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import plain_console, plain_table, stage_tables
-from stackwise_core.errors import shown
+from stackwise_core.errors import ConfigError, Fault, shown
 from stackwise_core.stages.identity import Kind, Ref
 from stackwise_core.stages.plan import StagePlan
 from storage.artifacts import Artifacts, Lookup, State, artifacts_at
@@ -31,13 +33,46 @@ def add_status(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `status`."""
     add_common(parser, _run, json=True)
     parser.add_argument("name", nargs="?", metavar="RUN", help="name of a run; default: all runs")
+    parser.add_argument("--follow", action="store_true", help="print how far a live run is until it ends")
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.follow:
+        _follow(options)
     if options.name is None:
         show_runs(options.artifacts, as_json=options.json)
     else:
         show_stages(options.artifacts, options.name, as_json=options.json)
+
+
+def _follow(options: argparse.Namespace) -> None:
+    """Print how far a run is whenever that has changed, until no process holds it.
+
+    Raises:
+        ConfigError: no run is named, there is no such run, or JSON was asked for.
+    """
+    if options.name is None or options.json:
+        wrong = ("RUN", "nothing", "name the run to follow") if options.name is None else _NO_JSON
+        raise ConfigError([Fault(*wrong)])
+    artifacts, last = artifacts_at(options.artifacts).existing(), ""
+    known_attempts(artifacts, options.name)
+    while is_live(artifacts, options.name):
+        line = _progress_line(read_live(known_attempts(artifacts, options.name)[-1].folder))
+        if line and line != last:
+            say(line)
+        last = line
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+_NO_JSON = ("--follow", "--json", "a document is printed once; leave one of them out")
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def _progress_line(live: dict[str, Any] | None) -> str:
+    if live is None:
+        return ""
+    where = f"stage {live['stage']}, {live['task']}" if live["stage"] >= 0 else live["task"]
+    return ": ".join(filter(None, [where, told(live)]))
 
 
 def show_runs(root: str, *, as_json: bool) -> None:
@@ -84,7 +119,8 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     message = "; ".join(run["message"].splitlines())
     shorter = len(attempt.plan.stages)
     fewer = [f"its newest attempt asked for {shorter} of these {len(stages)} stages"] if shorter < len(stages) else []
-    say(*([message] if message else []), *fewer, *_holders(run))
+    going = [line] if (line := _progress_line(run.get("progress"))) else []
+    say(*([message] if message else []), *fewer, *_holders(run), *going)
     console.print(stage_tables(stages))
     console.print()
     console.print(_artifact_table(stages))
@@ -156,6 +192,7 @@ def _describe(artifacts: Artifacts, found: list[Attempt], lookup: Lookups) -> di
         "started": attempt.start["started"],
         "holder": holder_of_run(attempt)._asdict() if live else None,
         "locks": {name: holder._asdict() for name, holder in holders.items() if holder is not None},
+        **({"progress": progress} if live and (progress := read_live(attempt.folder)) else {}),
     }
 
 

@@ -45,6 +45,14 @@ class DataReady:
 
 
 @dataclass(frozen=True)
+class StagesPriced:
+    """What the training of every stage costs."""
+
+    flops: tuple[float, ...]
+    """0 of a stage that is there already."""
+
+
+@dataclass(frozen=True)
 class StageOpened:
     """A flow run, given by its id, works on a stage; Prefect has a page for it."""
 
@@ -107,6 +115,7 @@ Event = (
     RunStarted
     | CorpusRead
     | DataReady
+    | StagesPriced
     | StageOpened
     | TaskStarted
     | TaskReused

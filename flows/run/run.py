@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from flows.run.events import (
     GO_ON,
     Message,
     RunStarted,
     StageDone,
+    StagesPriced,
     emit,
     emit_waiting,
     stop_requested,
     stopping_on_signals,
 )
 from flows.run.fill import check_plain, check_runner
+from flows.run.live import live_file
 from flows.run.prepare import check_space, check_validation, prepare_data
 from flows.run.reading import Reading
 from flows.run.stage import Stage
@@ -25,6 +27,7 @@ from flows.run.validating import validate
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import StageInterruptedError
+from stackwise_core.stages.charges import charge
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan
 from stackwise_core.stages.resolve import imports
@@ -70,7 +73,11 @@ def grow(
     filled, plan = plan_in(artifacts, config, Reading("read"))
     forced = forced_refs(plan, from_stack, force)
     _refuse_newer(artifacts, forced)
-    with begin_attempt(artifacts, config, plan, emit_waiting), explain_full_disk(artifacts.root):
+    with (
+        begin_attempt(artifacts, config, plan, emit_waiting) as attempt,
+        live_file(attempt),
+        explain_full_disk(artifacts.root),
+    ):
         emit(RunStarted(config.run.name, len(plan.stages), artifacts.uri))
         for line in (*imports(filled), *notes(filled)):
             emit(Message(line))
@@ -80,6 +87,7 @@ def grow(
             check_validation(filled, artifacts, plan)
             if filled.hardware.compile and (fault := compiler_fault(device)):
                 emit(Message(fault))
+        emit(StagesPriced(_prices(filled, artifacts, plan, needed)))
         check_space(filled, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in needed])
         with stopping_on_signals():
             for index in range(len(plan.stages)):
@@ -112,6 +120,16 @@ def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand
         needed=frozenset(ref.kind for ref in demand.needed if ref.stage == index and ref.kind != "data"),
         forced=frozenset(ref.kind for ref in demand.forced if ref.stage == index),
         redo=demand.forced,
+    )
+
+
+def _prices(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan, needed: Collection[Ref]) -> tuple[float, ...]:
+    """Return the FLOPs of the training of every stage that is still to be trained; 0 of the others."""
+    n_rows = artifacts.manifest(plan.data_ref).count("train_sequences")
+    charges = charge(config, plan, n_rows)
+    return tuple(
+        charged.total if stage.ref("stack") in needed and not stage.spec.adopted else 0.0
+        for stage, charged in zip(plan.stages, charges, strict=True)
     )
 
 

@@ -24,12 +24,14 @@ from flows.run.events import (
     RunStarted,
     StageDone,
     StageOpened,
+    StagesPriced,
     StepTaken,
     Subscriber,
     TaskReused,
     TaskStarted,
     subscribed,
 )
+from flows.run.live import Meter, Pace, told
 from flows.run.numbers import clock, size
 from flows.run.say import complain, say
 from flows.run.summary import STAGE_COLUMNS, StageSummary
@@ -49,13 +51,14 @@ class _Progress:
 
 
 class _Describer:
-    """Says in words what an event means; measures the speed since a task began."""
+    """Says in words what an event means."""
 
     def __init__(self) -> None:
-        self._began, self._n_steps = time.monotonic(), 0
+        self._meter = Meter()
 
     def describe(self, event: Event) -> str | _Progress | None:
         """Return a text about the whole run, the progress of a stage, or None if there is nothing to show."""
+        pace = self._meter(event)
         match event:
             case RunStarted():
                 return f"run {event.name}: {event.n_stages} stages in {event.folder}"
@@ -65,13 +68,12 @@ class _Describer:
             case DataReady():
                 text = f"{event.n_train:,} training and {event.n_validation:,} validation sequences"
                 return _Progress(-1, "ready", text)
-            case StageOpened() | TaskReused():
+            case StageOpened() | StagesPriced() | TaskReused():
                 return None
             case TaskStarted():
-                self._began, self._n_steps = time.monotonic(), 0
                 return _Progress(event.stage, event.task, "", 0, None)
             case StepTaken():
-                return _Progress(event.stage, "train", self._step(event), event.step, event.steps)
+                return _Progress(event.stage, "train", _step(event, pace), event.step, event.steps)
             case RowsCached():
                 text = f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
                 return _Progress(event.stage, "cache", text, event.n_bytes, event.of_bytes)
@@ -80,11 +82,9 @@ class _Describer:
             case Message():
                 return event.text
 
-    def _step(self, event: StepTaken) -> str:
-        self._n_steps += 1
-        elapsed = max(time.monotonic() - self._began, 1e-9)
-        speed, left = self._n_steps * event.n_tokens / elapsed, (event.steps - event.step) * elapsed / self._n_steps
-        return f"step {event.step}/{event.steps}, loss {event.loss:.4f}, {speed:,.0f} tokens/s, {clock(left)} left"
+
+def _step(event: StepTaken, pace: Pace | None) -> str:
+    return told({"step": event.step, "steps": event.steps, "loss": event.loss, **(pace._asdict() if pace else {})})
 
 
 def _reading(event: CorpusRead) -> str:

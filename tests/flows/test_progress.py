@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows.run import terminal
+from flows.run import live, terminal
 from flows.run.events import (
     DataReady,
     Message,
@@ -292,6 +292,7 @@ def test_plain_lines_begin_end_and_every_ten_seconds(
 ) -> None:
     now = Clock()
     monkeypatch.setattr(terminal, "time", now)
+    monkeypatch.setattr(live, "time", now)
     lines = PlainLines()
     lines(RunStarted("tiny", 3, "/a"))
     lines(TaskStarted(-1, "prepare data"))
@@ -318,19 +319,23 @@ def test_plain_lines_begin_end_and_every_ten_seconds(
     ]
 
 
-def test_speed_counts_from_where_the_task_began(
+def test_speed_counts_from_the_second_step_of_the_task(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A resumed stage has 10 steps left at 1 s each: not 90 steps in no time."""
+    """A resumed stage has 10 steps left at 1 s each: not 90 steps in no time. Its first step took 30 s to warm up."""
     now = Clock()
+    monkeypatch.setattr(live, "time", now)
     monkeypatch.setattr(terminal, "time", now)
-    lines = PlainLines()
+    lines = PlainLines(seconds_between_steps=0.0)
     now.now += 1000.0  # earlier tasks
     lines(TaskStarted(1, "train"))
     for number in range(91, 101):
-        now.now += 1.0
+        now.now += 30.0 if number == 91 else 1.0
         lines(step(number))
-    assert "step 100/100, loss 1.5000, 64 tokens/s, 0 s left" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()
+    assert said[1].endswith("step 91/100, loss 1.5900")
+    assert said[2].endswith("step 92/100, loss 1.5800, 64 tokens/s, 8 s left")
+    assert said[-1].endswith("step 100/100, loss 1.5000, 64 tokens/s, 0 s left")
 
 
 def test_no_bars_where_there_is_no_terminal(

@@ -1,0 +1,94 @@
+"""How far a run is while it lives: its pace, the file beside its attempt, and what `status` says of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from flows.cli import status
+from flows.run import live, terminal
+from flows.run.events import StagesPriced, StepTaken, TaskStarted, subscribed
+from flows.run.live import LIVE, LiveFile, read_live
+from flows.run.terminal import PlainLines
+from support.commands import Run
+from support.runs import grown, tiny
+
+pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
+
+
+def test_time_left_of_the_run_is_by_flops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stage 1 takes 100 steps of 0.5 s; stage 2 costs three times as much, and stage 0 is there already."""
+    now = SimpleNamespace(now=1000.0)
+    now.monotonic = lambda: now.now
+    monkeypatch.setattr(live, "time", now)
+    monkeypatch.setattr(terminal, "time", now)
+    lines = PlainLines(seconds_between_steps=0.0)
+    lines(StagesPriced((0.0, 2e12, 6e12)))
+    lines(TaskStarted(1, "train"))
+    for number in range(1, 41):
+        now.now += 0.5
+        lines(StepTaken(1, number, 100, 2.0, n_tokens=64))
+    assert capsys.readouterr().err.splitlines()[-1].endswith("30 s left, 3:00 for the run")
+    lines(TaskStarted(2, "train"))
+    for number in (1, 2):
+        now.now += 1.5
+        lines(StepTaken(2, number, 100, 2.0, n_tokens=64))
+    assert capsys.readouterr().err.splitlines()[-1].endswith("2:27 left")  # the last stage: the run's is the same
+
+
+def test_a_live_run_says_how_far_it_is(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "_SECONDS_BETWEEN_WRITES", 0.0)
+    root, said = tmp_path / "a", list[str]()
+
+    def look(event: object) -> None:
+        if isinstance(event, StepTaken) and (event.stage, event.step) == (1, 5):
+            said.append(run("status", "tiny", "--artifacts", root).out)
+            said.append(run("status", "tiny", "--artifacts", root, "--json").out)
+
+    quick = {"training.steps_per_stack": 6, "training.progressive.target_stacks": 2}
+    with subscribed(look):
+        grown(tiny(tmp_path, quick), root)
+    assert re.search(r"^stage 1, train: step 4/6, loss \d\.\d{4}, [\d,]+ tokens/s, \d+ s left$", said[0], re.MULTILINE)
+    progress = json.loads(said[1])["progress"]
+    assert (progress["stage"], progress["task"], progress["step"], progress["steps"]) == (1, "train", 4, 6)
+    after = run("status", "tiny", "--artifacts", root, "--json").document
+    assert "progress" not in after
+    assert not list(root.rglob("*live.json*"))
+
+
+def test_a_full_disk_or_a_damaged_file_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = LiveFile(tmp_path / "missing")
+    file(StepTaken(1, 1, 3, 2.0, 64))
+    file = LiveFile(tmp_path)
+    file(StepTaken(1, 1, 3, 2.0, 64))
+    assert read_live(tmp_path) is not None
+    file(StepTaken(1, 2, 3, 2.0, 64))
+    assert (read_live(tmp_path) or {})["step"] == 1  # two seconds are not over
+    for text in ("", "[1]", '{"stage": 1}', "{" * 10_000):
+        (tmp_path / LIVE).write_text(text)
+        assert read_live(tmp_path) is None
+    (tmp_path / LIVE).unlink()
+    assert read_live(tmp_path) is None
+
+
+def test_follow_prints_what_changed_until_the_run_ends(
+    reference: Callable[..., Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [{"stage": 1, "task": "train", "at": 0.0, "step": n, "steps": 3, "loss": 2.0} for n in (1, 1, 2)]
+    monkeypatch.setattr(status, "read_live", lambda folder: states.pop(0))
+    monkeypatch.setattr(status, "is_live", lambda artifacts, name: bool(states))
+    monkeypatch.setattr(status, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    lines = run("status", "tiny", "--artifacts", reference(), "--follow").out.splitlines()
+    assert lines[:2] == ["stage 1, train: step 1/3, loss 2.0000", "stage 1, train: step 2/3, loss 2.0000"]
+    assert lines[2].startswith("tiny: done")
+
+
+@pytest.mark.parametrize("arguments", [(), ("tiny", "--json"), ("nobody",)])
+def test_follow_wants_one_run(reference: Callable[..., Path], run: Run, arguments: tuple[str, ...]) -> None:
+    said = run("status", *arguments, "--artifacts", reference(), "--follow")
+    assert said.code == 2
