@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextvars import copy_context
 from functools import partial
 from typing import Any, cast
@@ -26,6 +26,7 @@ from prefect.client.schemas.filters import ArtifactFilter
 from prefect.runtime import flow_run
 
 from flows.pages.comparison import markdown
+from flows.pages.progress import RunProgress
 from flows.pages.report import loss_plot, report
 from flows.run.events import Event, RowsCached, RunStarted, StageDone, StageOpened, StepTaken, Subscriber, subscribed
 from flows.run.numbers import loss, size
@@ -36,7 +37,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import shown
 
-_SECONDS_BETWEEN_UPDATES = 10.0  # an update costs the server tens of milliseconds
+_SECONDS_BETWEEN_UPDATES = 5.0  # an update costs the server tens of milliseconds
 _SECONDS_TO_FINISH = 5.0
 
 
@@ -56,50 +57,106 @@ def progress_artifact(stage: Stage) -> Generator[None]:
             page.finish()
 
 
+class _Renewed:
+    """Something on Prefect's pages that is renewed in threads: an update can take minutes if the server is down."""
+
+    def __init__(self, what: str, show: Callable[[Any], None]) -> None:
+        """Keep what to show with, in the context of now, which says whose page it is on."""
+        self._what, self._show, self._context = what, show, copy_context()
+        self._update: threading.Thread | None = None
+        self._last = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for an update, and the last one has ended."""
+        return time.monotonic() - self._last >= _SECONDS_BETWEEN_UPDATES and not self.is_under_way
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether an update has not ended yet."""
+        return self._update is not None and self._update.is_alive()
+
+    def start(self, content: Any) -> None:
+        """Begin an update, behind the one before."""
+        self._last = time.monotonic()
+        renew = partial(self._context.copy().run, self._renew, self._update, content)
+        self._update = threading.Thread(target=renew, daemon=True, name="progress")
+        self._update.start()
+
+    def _renew(self, before: threading.Thread | None, content: Any) -> None:
+        if before is not None:
+            before.join()
+        with _never_failing(self._what):
+            self._show(content)
+
+    def wait(self) -> None:
+        """Wait for the last update, at most some seconds."""
+        if self._update is not None:
+            self._update.join(_SECONDS_TO_FINISH)
+
+
 class ProgressPage:
-    """A progress artifact. Updates run in threads, because an update can take minutes if the server is down."""
+    """A progress artifact; it is created at the first update, so that a short task has none."""
 
     def __init__(self, key: str) -> None:
-        """Set the key; the artifact is created at the first update, so that a short task has none."""
+        """Set the key."""
         self.key = key
         self.artifact: UUID | None = None
-        self.update: threading.Thread | None = None
-        self.last = time.monotonic()
         self.latest = self.shown = (0.0, "")
+        self._renewed = _Renewed("progress", self._show)
 
     def __call__(self, event: Event) -> None:
         """Start an update if one is due and the last one has ended."""
         if not isinstance(event, (StepTaken, RowsCached)):
             return
         self.latest = _progress_of(event)
-        waiting = self.update is not None and self.update.is_alive()
-        due = time.monotonic() - self.last >= _SECONDS_BETWEEN_UPDATES and not waiting
-        begun = waiting or self.artifact is not None
-        if due or (self.latest[0] == 100.0 and begun):  # an artifact that exists must reach 100 %
+        begun = self._renewed.is_under_way or self.artifact is not None
+        if self._renewed.is_due or (self.latest[0] == 100.0 and begun):  # an artifact that exists must reach 100 %
             self._start()
 
     def _start(self) -> None:
-        self.last, self.shown = time.monotonic(), self.latest
-        show = partial(copy_context().run, self._show, self.update, *self.latest)
-        self.update = threading.Thread(target=show, daemon=True, name="progress")
-        self.update.start()
+        self.shown = self.latest
+        self._renewed.start(self.latest)
 
-    def _show(self, before: threading.Thread | None, percent: float, text: str) -> None:
-        if before is not None:
-            before.join()
-        with _never_failing("progress"):
-            self.artifact = self.artifact or _there(self.key)
-            if self.artifact is None:
-                self.artifact = cast("UUID", create_progress_artifact(percent, self.key, text))  # typed for async too
-            else:
-                update_progress_artifact(self.artifact, percent, text)
+    def _show(self, latest: tuple[float, str]) -> None:
+        percent, text = latest
+        self.artifact = self.artifact or _there(self.key)
+        if self.artifact is None:
+            self.artifact = cast("UUID", create_progress_artifact(percent, self.key, text))  # typed for async too
+        else:
+            update_progress_artifact(self.artifact, percent, text)
 
     def finish(self) -> None:
         """Show where the task ended, if it has an artifact, and wait for that, at most some seconds."""
-        if self.update is not None:
+        if self._renewed.is_under_way or self.artifact is not None:
             if self.shown != self.latest:
                 self._start()
-            self.update.join(_SECONDS_TO_FINISH)
+            self._renewed.wait()
+
+
+@contextlib.contextmanager
+def live_page(name: str) -> Generator[None]:
+    """Show on the page of the current flow run how far the run is, renewed every few seconds while the block lasts."""
+    progress = RunProgress()
+
+    def show(outcome: str) -> None:  # drawn in the thread of the update, not in that of the training
+        _publish(progress.markdown(outcome), key_of(name, "now"), f"{name}: now")
+
+    renewed = _Renewed("page of now", show)
+
+    def on_event(event: Event) -> None:
+        progress(event)
+        if renewed.is_due:
+            renewed.start("")
+
+    outcome = "Stopped or failed; the log says why."
+    try:
+        with subscribed(on_event):
+            yield
+        outcome = "All stages are done; the report below has the results."
+    finally:
+        renewed.start(outcome)
+        renewed.wait()
 
 
 def _there(key: str) -> UUID | None:

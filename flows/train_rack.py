@@ -10,7 +10,7 @@ from prefect.exceptions import CancelledRun, Pause, TerminationSignal
 from prefect.logging.handlers import APILogHandler
 from pydantic import Field
 
-from flows.artifacts import publish_run, run_log
+from flows.artifacts import live_page, publish_run, run_log
 from flows.errors import explained_server_errors, one_line_errors, outlive_the_worker
 from flows.flow_runs import end, end_killed_tasks, tagged, tags_of, watched
 from flows.run.events import GO_ON, subscribed
@@ -46,7 +46,7 @@ def train_rack(
     with one_line_errors(), tagged(config.run.name), watched():
         end_killed_tasks()
         try:
-            with subscribed(run_log()), subscribed(publish):
+            with subscribed(run_log()), subscribed(publish), live_page(config.run.name):
                 grow(config, artifacts, from_stack=from_stack, force=force, add=_add)
         except (StageInterruptedError, KeyboardInterrupt, TerminationSignal) as stop:
             return end(str(stop) if isinstance(stop, StageInterruptedError) else f"stopped on request; {GO_ON}")

@@ -10,7 +10,7 @@ from flows.pages.plots import Plot, places, scale_of
 from flows.run.summary import STAGE_COLUMNS, StageSummary, rise
 from stackwise_core.errors import shown
 
-_STYLE = """
+STYLE = """
 text { font: 12.5px system-ui, sans-serif; fill: #555b64; } .label, .note { fill: #1d1f23; }
 .grid { stroke: #e4e3df; } .axis { stroke: #646a73; } .line { fill: none; stroke: #2458c5; stroke-width: 2; }
 .point { fill: #2458c5; }
@@ -61,8 +61,12 @@ def loss_plot(stages: Sequence[StageSummary]) -> str:
         plot.dots(numbers, losses, "point", "stage")
         if what and losses[-1] is not None:
             plot.name(numbers[-1], losses[-1], what)
-    drawn = plot.image(_STYLE, _MARGIN).encode()
-    return f"![Validation loss by stage](data:image/svg+xml;base64,{base64.b64encode(drawn).decode()})"
+    return as_image("Validation loss by stage", plot.image(STYLE, _MARGIN))
+
+
+def as_image(what: str, drawn: str) -> str:
+    """Return an SVG as a markdown image with embedded data."""
+    return f"![{what}](data:image/svg+xml;base64,{base64.b64encode(drawn.encode()).decode()})"
 
 
 def _table(stages: Sequence[StageSummary], flow_runs: Mapping[int, str]) -> list[str]:

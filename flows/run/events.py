@@ -85,6 +85,7 @@ class StepTaken:
     steps: int
     loss: float
     n_tokens: int
+    learning_rate: float = 0.0
 
 
 @dataclass(frozen=True)

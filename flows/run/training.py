@@ -174,7 +174,8 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
     n_tokens = optim.batch_size * stage.config.data.seq_len
 
     def on_step(record: dict[str, float]) -> None:
-        emit(StepTaken(stage.index, int(record["step"]) + 1, optim.steps, record["loss"], n_tokens))
+        step, rate = int(record["step"]) + 1, record["learning_rate"]
+        emit(StepTaken(stage.index, step, optim.steps, record["loss"], n_tokens, rate))
 
     def on_checkpoint(state: TrainingState) -> None:
         state.fingerprint = fingerprint_of(stage)

@@ -1,0 +1,131 @@
+"""How far a live run is, as markdown for its page: numbers of now, and the curve of its losses so far."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+
+from flows.pages.plots import Plot, places, scale_of
+from flows.pages.report import STYLE, as_image
+from flows.run.events import Event, RowsCached, RunStarted, StageDone, StepTaken, TaskStarted
+from flows.run.live import Meter, Pace
+from flows.run.numbers import clock, loss, size
+
+_MOST_POINTS = 300
+_FORGOTTEN = 0.1
+"""Share of the points at the beginning that do not stretch the axis of losses: they are far above the others."""
+_MARGIN = 10  # px
+
+
+class Curve:
+    """The means of spans of steps, of which there are never more than a few hundred: full spans grow twice as long."""
+
+    def __init__(self) -> None:
+        """Begin without a step."""
+        self.points: list[tuple[int, float]] = []
+        """The last step of each span, and its mean."""
+        self._span, self._sum, self._count = 1, 0.0, 0
+
+    def add(self, step: int, value: float) -> None:
+        """Add the value of a step; steps rise."""
+        self._sum, self._count = self._sum + value, self._count + 1
+        if self._count < self._span:
+            return
+        self.points.append((step, self._sum / self._count))
+        self._sum, self._count = 0.0, 0
+        if len(self.points) >= _MOST_POINTS:
+            pairs = zip(self.points[::2], self.points[1::2], strict=False)
+            self.points = [(after[0], (before[1] + after[1]) / 2) for before, after in pairs]
+            self._span *= 2
+
+
+class RunProgress:
+    """Collects the events of a run, and writes them up."""
+
+    def __init__(self) -> None:
+        """Begin before the first event."""
+        self._meter, self._began = Meter(), time.monotonic()
+        self._n_stages = 0
+        self._before, self._of_stage = 0, (-1, 0)
+        """Steps of earlier stages, and the stage that trains with its steps."""
+        self._step: StepTaken | None = None
+        self._pace: Pace | None = None
+        self._doing = "preparing data"
+        self._trained, self._validated = Curve(), list[tuple[int, float]]()
+
+    def __call__(self, event: Event) -> None:
+        """Take in an event."""
+        pace = self._meter(event)
+        match event:
+            case RunStarted():
+                self._n_stages = event.n_stages
+            case TaskStarted():
+                self._doing = f"{self._stage(event.stage)}: {_DOING.get(event.task, event.task)}"
+                self._step = self._pace = None
+            case StepTaken():
+                self._doing = f"{self._stage(event.stage)}: step {event.step:,} of {event.steps:,}"
+                self._step, self._pace = event, pace
+                if event.stage != self._of_stage[0]:
+                    self._before += self._of_stage[1]
+                    self._of_stage = event.stage, event.steps
+                self._trained.add(self._before + event.step, event.loss)
+            case RowsCached():
+                done = f"{size(event.n_bytes)} of {size(event.of_bytes)}"
+                self._doing, self._step = f"{self._stage(event.stage)}: caching activations, {done}", None
+            case StageDone() if event.summary.validation_loss is not None:
+                self._validated.append((self._before + self._of_stage[1], event.summary.validation_loss))
+                self._doing, self._step = f"{self._stage(event.stage)} is done", None
+            case _:
+                pass
+
+    def _stage(self, index: int) -> str:
+        return f"Stage {index} ({index + 1} of {self._n_stages})" if index >= 0 else "Corpus"
+
+    def markdown(self, outcome: str = "") -> str:
+        """Return the page as of now; `outcome` says how the run ended, if it did."""
+        now = datetime.now(UTC).strftime("%H:%M:%S")
+        lines = [f"**{outcome or self._doing}**", "", *self._numbers(), *self._plot(), ""]
+        return "\n".join([*lines, f"As of {now} UTC, {clock(time.monotonic() - self._began)} after the start."])
+
+    def _numbers(self) -> list[str]:
+        """Return a table of now, without what is not known."""
+        step, pace = self._step, self._pace
+        cells: dict[str, str] = {}
+        if step is not None:
+            cells["loss"] = loss(step.loss)
+            cells["learning rate"] = f"{step.learning_rate:.3g}"
+        if pace is not None:
+            cells["tokens/s"] = f"{pace.tokens_per_second:,.0f}"
+            cells["left of the stage"] = clock(pace.seconds_left)
+            if pace.run_seconds_left is not None:
+                cells["left of the run"] = clock(pace.run_seconds_left)
+        if self._validated:
+            cells["last validation loss"] = loss(self._validated[-1][1])
+        if not cells:
+            return []
+        return [f"| {' | '.join(row)} |" for row in (cells, ["--:"] * len(cells), cells.values())] + [""]
+
+    def _plot(self) -> list[str]:
+        points = self._trained.points
+        if len(points) < 2:
+            return []
+        settled = [value for _, value in points[int(len(points) * _FORGOTTEN) :]]
+        shown = [*settled, *(value for _, value in self._validated)]
+        plot = Plot(places(0, points[-1][0]), scale_of(shown), "step of all stages", "loss [nats per loss position]")
+        plot.line(*zip(*points, strict=True), "line")
+        for step, value in self._validated:
+            plot.dot(step, value, "validated", "validation")
+        drawn = as_image("Training loss (line) and validation loss (dots)", plot.image(STYLE + _DOTS, _MARGIN))
+        return [drawn, "", "Line: training loss. Dots: validation loss after each stage."]
+
+
+_DOING = {
+    "build": "building the new stack",
+    "trunk": "configuring the trunk",
+    "train": "training begins",
+    "adopt": "taking a stack from another rack",
+    "cool": "cooling down",
+    "cache": "caching activations",
+    "validate": "validating",
+}
+_DOTS = ".validated { fill: #b8460b; }"

@@ -1,0 +1,145 @@
+"""What Prefect's page of a run shows while it lives: the numbers of now, and its curve so far."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import math
+import re
+import threading
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from flows.pages import progress as progress_module
+from flows.pages.progress import Curve, RunProgress
+from flows.run import live
+from flows.run.events import RowsCached, RunStarted, StageDone, StagesPriced, StepTaken, TaskStarted, emit
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+class Clock:
+    """Stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(live, "time", clock)
+    monkeypatch.setattr(progress_module, "time", clock)
+    return clock
+
+
+def test_a_curve_keeps_the_mean_of_everything_in_few_points() -> None:
+    curve, values = Curve(), [math.sin(step) for step in range(10_000)]
+    for step, value in enumerate(values, 1):
+        curve.add(step, value)
+    assert 100 <= len(curve.points) <= 300
+    ends = [0, *(step for step, _ in curve.points)]
+    for (start, end), (_, mean) in zip(itertools.pairwise(ends), curve.points, strict=True):
+        assert mean == pytest.approx(math.fsum(values[start:end]) / (end - start))
+
+
+def steps(progress: RunProgress, now: Clock, stage: int, n: int, seconds: float) -> None:
+    progress(TaskStarted(stage, "train"))
+    for number in range(1, n + 1):
+        now.now += seconds
+        progress(StepTaken(stage, number, 10, 3.0 - number / 10, 640, 2e-3))
+
+
+def test_the_numbers_of_now(now: Clock) -> None:
+    progress = RunProgress()
+    progress(RunStarted("tiny", 3, "/a"))
+    assert "**preparing data**" in progress.markdown()
+    progress(StagesPriced((1e12, 2e12, 4e12)))
+    steps(progress, now, 0, 5, 1.0)
+    text = progress.markdown()
+    assert "**Stage 0 (1 of 3): step 5 of 10**" in text
+    cells = dict(zip(*(re.findall(r"[^|]+", line.strip("| ")) for line in text.splitlines()[2:5:2]), strict=True))
+    assert {name.strip(): value.strip() for name, value in cells.items()} == {
+        "loss": "2.5000",
+        "learning rate": "0.002",
+        "tokens/s": "640",
+        "left of the stage": "5 s",
+        "left of the run": "1:05",  # 5 s, and six times the 10 s of this stage
+    }
+    progress(RowsCached(0, 2**20, 2**21))
+    assert "**Stage 0 (1 of 3): caching activations, 1.0 MiB of 2.0 MiB**" in progress.markdown()
+    progress(TaskStarted(0, "validate"))
+    assert "**Stage 0 (1 of 3): validating**" in progress.markdown()
+    assert "After all" in progress.markdown("After all")
+
+
+def test_the_curve_goes_on_from_stage_to_stage(now: Clock) -> None:
+    progress = RunProgress()
+    progress(RunStarted("tiny", 2, "/a"))
+    for stage in range(2):
+        steps(progress, now, stage, 10, 1.0)
+        progress(StageDone(stage, SimpleNamespace(validation_loss=2.5 - stage)))
+    text = progress.markdown()
+    assert "1.5000" in text
+    (drawn,) = re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", text)
+    image = ElementTree.fromstring(base64.b64decode(drawn))
+    (line,) = [each.get("points") for each in image.iter(f"{SVG}polyline")]
+    xs = [float(point.split(",")[0]) for point in line.split()]
+    assert len(xs) == 20
+    assert xs == sorted(xs)
+    dots = [float(each.get("cx")) for each in image.iter(f"{SVG}circle")]
+    assert dots == [xs[9], xs[19]]
+
+
+@pytest.mark.flow
+def test_it_is_renewed_by_time_and_not_by_the_thread_that_trains(now: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import artifacts
+
+    shown: list[tuple[str, str, str]] = []
+    monkeypatch.setattr(artifacts, "_SECONDS_BETWEEN_UPDATES", 5.0)
+    monkeypatch.setattr(artifacts, "time", now)
+    publish = lambda text, key, _: shown.append((threading.current_thread().name, key, text))  # noqa: E731
+    monkeypatch.setattr(artifacts, "_publish", publish)
+    with artifacts.live_page("My_Run"):
+        emit(RunStarted("My_Run", 1, "/a"))
+        for number in range(1, 13):
+            now.now += 1.0
+            emit(StepTaken(0, number, 12, 2.5, 64, 1e-3))
+            settle()
+    assert [name for name, _, _ in shown] == ["progress"] * 3
+    assert {key for _, key, _ in shown} == {"my-run-now"}
+    assert ["step 5 of 12" in shown[0][2], "step 10 of 12" in shown[1][2]] == [True, True]
+    assert "All stages are done" in shown[-1][2]
+
+
+@pytest.mark.flow
+def test_a_failed_run_says_so_and_a_server_that_is_away_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import artifacts
+
+    shown, warnings = list[str](), list[str]()
+
+    def away(text: str, *_: Any) -> None:
+        shown.append(text)
+        raise ConnectionError("the server is away")
+
+    monkeypatch.setattr(artifacts, "_publish", away)
+    logger = SimpleNamespace(warning=lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(artifacts, "get_run_logger", lambda: logger)
+    with pytest.raises(KeyError), artifacts.live_page("tiny"):
+        raise KeyError
+    assert "the log says why" in shown[0]
+    assert warnings == ["the page of now on Prefect's pages was not updated: the server is away"]
+
+
+def settle() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "progress":
+            thread.join(60)
