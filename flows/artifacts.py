@@ -153,7 +153,7 @@ def live_page(name: str) -> Generator[None]:
     try:
         with subscribed(on_event):
             yield
-        outcome = "All stages are done; the report below has the results."
+        outcome = f"All stages are done; {key_of(name, 'report')} has the results."
     finally:
         renewed.start(outcome)
         renewed.wait()

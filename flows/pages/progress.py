@@ -112,7 +112,7 @@ class RunProgress:
         settled = [value for _, value in points[int(len(points) * _FORGOTTEN) :]]
         shown = [*settled, *(value for _, value in self._validated)]
         plot = Plot(places(0, points[-1][0]), scale_of(shown), "step of all stages", "loss [nats per loss position]")
-        plot.line(*zip(*points, strict=True), "line")
+        plot.line([step for step, _ in points], [value for _, value in points])
         for step, value in self._validated:
             plot.dot(step, value, "validated", "validation")
         drawn = as_image("Training loss (line) and validation loss (dots)", plot.image(STYLE + _DOTS, _MARGIN))
