@@ -207,7 +207,7 @@ def told_by(config: Path, **how: Any) -> list[Any]:
         except StackWiseError as error:
             events.append(error)
     lines = [[type(event).__name__, *_content(event)] for event in events]
-    return [line for line in lines if line[0] not in ("StepTaken", "StageDone")]
+    return [line for line in lines if line[0] not in ("StepTaken", "StageDone", "StagesPriced")]
 
 
 def _content(event: Any) -> list[Any]:
