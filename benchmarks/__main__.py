@@ -21,6 +21,7 @@ NAMES = (
     "rerun",
     "cache_saving",
     "memory",
+    "checkpoint",
     "large_vocabulary",
     "storage_types",
     "stream_types",

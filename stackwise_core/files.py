@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 _FREE = "free some space (`stackwise gc` removes what no run needs) and run the same command again"
@@ -27,6 +29,25 @@ def write_file(path: Path, data: bytes) -> None:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write a file piece by piece and return its SHA-256; an error names it."""
+    digest = hashlib.sha256()
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            for piece in pieces:
+                digest.update(piece)
+                left = memoryview(piece)
+                while left:
+                    left = left[os.write(file, left) :]
+        finally:
+            os.close(file)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from stackwise_core.stages.costs import rack_parameters, stack_parameters
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import cooldown_flops
 from stackwise_core.stages.saved_rack import SavedRack
+from stackwise_core.training.saved_state import StateWriter
 from stackwise_core.training.stage_model import ALONE, Ranks
 from stackwise_core.training.training import Hooks, TrainingState, end_stage, moments_of, train_stage
 from storage.artifacts import SCRATCH, State
@@ -177,14 +179,17 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
         step, rate = int(record["step"]) + 1, record["learning_rate"]
         emit(StepTaken(stage.index, step, optim.steps, record["loss"], n_tokens, rate))
 
+    writer = StateWriter(partial(save_state, folder))
+
     def on_checkpoint(state: TrainingState) -> None:
         state.fingerprint = fingerprint_of(stage)
-        save_state(folder, state)
+        writer.put(state)
 
-    hooks = Hooks(on_step, on_checkpoint) if ranks.rank == 0 else Hooks()
+    hooks = Hooks(on_step, on_checkpoint, settle=writer.settle) if ranks.rank == 0 else Hooks()
     return replace(
         hooks,
         checkpoint_every=stage.config.training.checkpoint_every,
+        checkpoint_minutes=stage.config.training.checkpoint_minutes,
         checkpoint_last=ranks.count > 1,
         should_stop=stop_requested,
         go_on=GO_ON,

@@ -405,8 +405,10 @@ class TrainingConfig(Section):
     """Steps of the joint anneal after the last stage."""
     joint_learning_rate: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate of the joint anneal."""
-    checkpoint_every: int = Field(default=50, ge=1)
-    """Steps between checkpoints inside a stage. Changes no result."""
+    checkpoint_every: int = Field(default=50, ge=0)
+    """Steps between checkpoints inside a stage; 0 makes none by steps. Changes no result."""
+    checkpoint_minutes: float = Field(default=0.0, ge=0.0)
+    """Minutes after a checkpoint when the next is made, whatever its step; 0 makes none by time. Changes no result."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass, keeping only those between blocks. Changes no result."""
     mask_ratio: float = Field(default=0.15, gt=0.0, le=1.0)

@@ -5,11 +5,12 @@ Safetensors and JSON, nothing that runs code when opened; see `stages.saved_rack
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -37,6 +38,7 @@ from stackwise_core.stages.stages import StackSpec
 
 STACK, HEAD, EMBEDDING, CHANNELS = (f"{part}.safetensors" for part in ("stack", "head", "embedding", "channels"))
 CPU = torch.device("cpu")
+_PIECE = 8 * 2**20
 _PRECISIONS: dict[str, Precision] = {storage: precision for precision, storage in STORAGE.items()}
 
 
@@ -76,6 +78,28 @@ def channels_in(tensors: Mapping[str, Tensor]) -> dict[int, ChannelStatistics]:
 def serialised(tensors: Mapping[str, Tensor]) -> bytes:
     """Return named tensors as the bytes of a safetensors file."""
     return save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file in pieces of a few MiB, so that no second copy of the tensors is held."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # which aligns each
+    header, at = dict[str, Any](), 0
+    for name in names:
+        end = at + tensors[name].nbytes
+        header[name] = {"dtype": _kind(tensors[name].dtype), "shape": [*tensors[name].shape], "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        yield from (data[start : start + _PIECE].data for start in range(0, len(data), _PIECE))
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """Return the name of a type in safetensors; float8 is none that is written here."""
+    named = {torch.bfloat16: "BF16", torch.bool: "BOOL", torch.uint8: "U8"}
+    return named.get(dtype) or f"{'F' if dtype.is_floating_point else 'I'}{8 * dtype.itemsize}"
 
 
 def deserialised(data: bytes) -> dict[str, Tensor]:

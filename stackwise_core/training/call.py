@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.objectives.dataloader import RowSource, check_loader
 from stackwise_core.stages.stages import StageSpec
 from stackwise_core.training.progress import Progress
+from stackwise_core.training.saved_state import StateWriter
 from stackwise_core.training.settings import digest_of
 from stackwise_core.training.training import Hooks, TrainingState
 
@@ -67,8 +69,15 @@ class Call:
         if progress is None:
             return hooks
 
+        writer = StateWriter(functools.partial(progress.keep_state, settings))
+
         def on_checkpoint(state: TrainingState) -> None:
             hooks.on_checkpoint(state)
-            progress.keep_state(settings, state)
+            writer.put(state)
 
-        return replace(hooks, on_checkpoint=on_checkpoint, go_on="the same call goes on there, also in another process")
+        def settle() -> None:
+            hooks.settle()
+            writer.settle()
+
+        go_on = "the same call goes on there, also in another process"
+        return replace(hooks, on_checkpoint=on_checkpoint, settle=settle, go_on=go_on)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 
 Record = dict[str, float]
 """What one step measured: step, loss, learning_rate, gradient_norm."""
+_now = time.monotonic
 
 
 class FrozenChangedError(StackWiseError):
@@ -56,8 +58,13 @@ class Hooks:
     on_step: Callable[[Record], None] = lambda record: None
     on_checkpoint: Callable[[TrainingState], None] = lambda state: None
     """Gets the live tensors: save or `copy()` them before returning."""
+    settle: Callable[[], None] = lambda: None
+    """Called before a stage is stopped and at its end: waits for a checkpoint that is still being written, and raises
+    what failed."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 makes none."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after a checkpoint when the next is due, whatever its step; 0 is never."""
     checkpoint_last: bool = False
     """Whether to make one after the last step too, where another process reads the result from it."""
     on_end: Callable[[TrainingState], None] | None = None
@@ -113,12 +120,24 @@ def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trai
     frozen = _frozen_digests(inputs.model)
     began, first_step = time.monotonic(), inputs.state.step if inputs.state else 0
     how: dict[str, Any] = {"state": inputs.state, "moments": inputs.moments, "hooks": hooks, "ranks": ranks}
-    with inputs.model.compiled():
+    with inputs.model.compiled(), _settling(hooks):
         records = train_stack(inputs.model, inputs.batches, inputs.spec.optim, **how)
     seconds = time.monotonic() - began
     if _frozen_digests(inputs.model) != frozen:
         raise FrozenChangedError(f"stage {inputs.spec.index}: training changed frozen weights")
     return Trained(records, first_step, seconds, sorted(frozen))
+
+
+@contextlib.contextmanager
+def _settling(hooks: Hooks) -> Generator[None]:
+    """Wait at the end for a checkpoint that is still being written; an error of training is told before one of that."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            hooks.settle()
+        raise
+    hooks.settle()
 
 
 def end_stage(model: StageModel, first_batches: Iterable[Batch] = ()) -> dict[int, ChannelStatistics]:
@@ -156,17 +175,23 @@ def train_stack(
         give_moments(model, optimizer, moments or {}, ranks)
     scale = LossScale.of(model, records)
     model.train()
+    kept = _now()
     for step, batch in zip(range(len(records), spec.steps), batches, strict=False):
         record = train_step(model, batch, optimizer, spec, step, scale, ranks)
         records.append(record)
         hooks.on_step(record)
         failpoint(ranks.failpoint, step + 1)
         stop, is_last = ranks.any(hooks.should_stop()), step + 1 == spec.steps
-        due = hooks.checkpoint_every and (step + 1) % hooks.checkpoint_every == 0
+        late = hooks.checkpoint_minutes > 0 and ranks.any(_now() - kept >= 60 * hooks.checkpoint_minutes)
+        due = late or (hooks.checkpoint_every and (step + 1) % hooks.checkpoint_every == 0)
         if hooks.checkpoint_last if is_last else stop or due:
-            state = capture(model, optimizer, records, ranks)
+            state, kept = capture(model, optimizer, records, ranks), _now()
             hooks.on_checkpoint(state)
             if stop and not is_last:
+                hooks.settle()
+                ranks.any(
+                    False
+                )  # torchrun would kill the first rank, which may still be writing, soon after others end
                 stopped = f"stopped on request after step {step + 1} of {spec.steps}; {hooks.go_on}"
                 raise StageInterruptedError(stopped, state)
     if len(records) < spec.steps:

@@ -322,6 +322,7 @@ NOT_IN_THE_PLAN = {
     "data.source",  # its content is
     "data.token_type",  # as tokens of this type
     "training.checkpoint_every",
+    "training.checkpoint_minutes",
     "training.activation_checkpointing",
     f"{GROWTH}.max_stacks",  # it is a limit
     f"{GROWTH}.qlora_strategy",  # the ranks it gives are

@@ -159,9 +159,13 @@ def test_other_settings_start_the_stage_anew() -> None:
 # ---------------------------------------------------------------- from a folder, in another process
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_same_script_goes_on_from_its_folder(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("case", "in_a_thread"), [*((case, False) for case in CASES), ("frozen", True)])
+def test_the_same_script_goes_on_from_its_folder(
+    case: str, in_a_thread: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed again and again, each time two steps further; every attempt has a fresh builder."""
+    if in_a_thread:
+        monkeypatch.setattr("stackwise_core.training.saved_state._IN_A_THREAD", 0)
     changes, build, target = CASES[case]
     digest, results = undisturbed(case)
     taken = list[Record]()

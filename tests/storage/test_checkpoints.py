@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -23,7 +24,9 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.blocks import Stack, initialise
 from stackwise_core.model.growth_operators import new_rack
 from stackwise_core.stages.plan import StagePlan, plan_run
+from stackwise_core.training import saved_state
 from stackwise_core.training.optimizer import make_optimizer
+from stackwise_core.training.saved_state import StateWriter
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import TrainingState, capture, tensor_digest
 from storage.artifacts import SCRATCH, Artifacts
@@ -229,23 +232,49 @@ class SaveState:
         }
 
 
-def test_a_kill_leaves_the_old_checkpoint_or_the_new_one() -> None:
-    died = die_everywhere(SaveState)
-    assert (died["rename"], died["write"], died["fsync"]) == (2, 2, 4)
+class SaveStateInAThread(SaveState):
+    """The same, while training goes on."""
+
+    @staticmethod
+    def act(folder: Path) -> None:
+        saved_state._IN_A_THREAD = 0
+        state, writer = a_state(2), StateWriter(functools.partial(save_state, folder))
+        writer.put(state)
+        for tensor in state.tensors.values():
+            tensor.zero_()
+        writer.settle()
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_state(tmp_path, a_state(1))
+@pytest.mark.parametrize("story", [SaveState, SaveStateInAThread])
+def test_a_kill_leaves_the_old_checkpoint_or_the_new_one(story: type[SaveState]) -> None:
+    died = die_everywhere(story)
+    n_writes = 2 + sum(tensor.numel() > 0 for tensor in a_state(2).tensors.values())  # and two headers
+    assert (died["rename"], died["write"], died["fsync"]) == (2, n_writes, 4)
 
-    def full(path: Path, data: bytes) -> int:
+
+@pytest.mark.parametrize("in_a_thread", [0, 2**40])
+@pytest.mark.parametrize("writer", ["os.write", "pathlib.Path.write_bytes"])  # of the tensors, and of the header
+def test_a_full_disk_keeps_the_old_checkpoint(
+    writer: str, in_a_thread: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved_state, "_IN_A_THREAD", in_a_thread)
+    states = StateWriter(functools.partial(save_state, tmp_path))
+
+    def keep(step: int) -> None:
+        states.put(a_state(step))
+        states.settle()
+
+    keep(1)
+
+    def full(*args: Any) -> int:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(writer, full)
         with pytest.raises(StoreSpaceError, match=str(tmp_path)):
-            save_state(tmp_path, a_state(2))
+            keep(2)
     assert same(load_state(tmp_path), a_state(1))
-    save_state(tmp_path, a_state(3))
+    keep(3)
     assert same(load_state(tmp_path), a_state(3))
 
 
