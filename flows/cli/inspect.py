@@ -12,10 +12,13 @@ from flows.pages.provenance import trace
 from flows.run.maintenance import find_artifact
 from flows.run.numbers import size
 from flows.run.say import say, say_json
+from flows.run.terminal import plain_console, plain_table
 from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import Artifacts, State, artifacts_at
+from storage.demand import TASK_KINDS, made_by
 from storage.files import write_text
 from storage.manifest import Manifest, read_manifest
+from storage.runs import attempts, find_run
 
 if TYPE_CHECKING:
     from flows.pages.drift import Boundary
@@ -28,7 +31,10 @@ _PAGES = ("activations", "stack")
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `inspect`."""
     add_common(parser, show_artifact, json=True)
-    help_text = "folder or name of an artifact; a unique prefix of its name is enough"
+    help_text = (
+        "folder or name of an artifact, of which a unique prefix is enough; RUN/STAGE for the stack of a stage, "
+    )
+    help_text += "RUN/STAGE/activations and so on; or RUN, to list what it made"
     parser.add_argument("uri", metavar="URI", help=help_text)
     parser.add_argument("--html", default="", metavar="FILE", help="write a web page about a store or a stack")
     help_text = "measure the drift of a store from URI2 instead of from the boundary below"
@@ -48,6 +54,8 @@ def show_artifact(options: argparse.Namespace) -> int:
         ConfigError: an option does not apply to this kind, or the page cannot be written.
     """
     named = artifacts_at(options.artifacts).existing()
+    if attempts(named, options.uri) and not options.html:
+        return _list_run(named, options)
     folder = find_artifact(named, options.uri)
     manifest = read_manifest(folder)
     _check_options(options, manifest)
@@ -64,9 +72,31 @@ def show_artifact(options: argparse.Namespace) -> int:
         _write_page(options.html, document)
     if options.json:
         say_json(document)
+    elif options.html:
+        say(f"{manifest.ref.name}: page in {options.html}")
     else:
         _print_artifact(document, manifest)
     return 3 if state is State.CORRUPT else 0
+
+
+def _list_run(artifacts: Artifacts, options: argparse.Namespace) -> int:
+    """Print what a run made, each with the address that this command takes."""
+    plan = find_run(artifacts, options.uri).plan
+    rows = [
+        {"address": f"{options.uri}/{stage.index}/{kind}", "artifact": stage.ref(kind).name, "state": state}
+        for stage in plan.stages
+        for task in TASK_KINDS
+        for kind in made_by(task, stage)
+        if (state := artifacts.state(stage.ref(kind)).value)
+    ]
+    if options.json:
+        say_json({"run": options.uri, "artifacts": rows})
+        return 0
+    table = plain_table("address", "artifact", "state")
+    for row in rows:
+        table.add_row(*row.values())
+    plain_console().print(table)
+    return 0
 
 
 def _home(named: Artifacts, folder: Path, manifest: Manifest) -> Artifacts:

@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from flows.run.numbers import size
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.stages.identity import Kind, Ref
 from storage.artifacts import Artifacts, State, artifacts_at
 from storage.collect import Collection, collect, in_use_by, leftovers, plan_collection
+from storage.demand import TASK_KINDS, made_by
 from storage.errors import ArtifactError, ArtifactMissingError
 from storage.manifest import read_manifest
 from storage.reachability import pins
 from storage.retirement import RETIRED
-from storage.runs import Attempt, all_attempts, find_run, run_names
+from storage.runs import Attempt, all_attempts, attempts, find_run, run_names
 
 
 def find_artifact(artifacts: Artifacts, uri: str) -> Path:
-    """Return the folder of an artifact given by path, by name, or by a unique prefix of its name."""
+    """Return the folder of an artifact given by path, by name or a unique prefix of it, or by RUN/STAGE[/KIND]."""
     if (Path(uri) / "manifest.json").exists():
         path = Path(uri).absolute()
         return path.resolve() if path.is_symlink() else path  # the user's own link
+    if (parts := uri.split("/"))[1:] and parts[1].isdecimal() and attempts(artifacts, parts[0]):
+        return artifacts.folder(_of_run(artifacts, *parts))
     name = Path(uri).name
     found = [folder for folder in artifacts.everything() if folder.name.startswith(name)]
     exact = [folder for folder in found if folder.name == name]
@@ -35,6 +40,20 @@ def find_artifact(artifacts: Artifacts, uri: str) -> Path:
         names = ", ".join(folder.name for folder in found[:5])
         raise ConfigError([Fault("URI", repr(uri), f"{len(found)} artifacts begin so in {artifacts.uri}: {names}")])
     return (exact or found)[0]
+
+
+def _of_run(artifacts: Artifacts, run: str, number: str, kind: str = "stack", *more: str) -> Ref:
+    """Return what a run made in a stage, or raise ConfigError with what there is."""
+    plan = find_run(artifacts, run).plan
+    stage = plan.stages[int(number)] if int(number) < len(plan.stages) else None
+    kinds = [] if stage is None else [made for task in TASK_KINDS for made in made_by(task, stage)]
+    if stage is None or kind not in kinds or more:
+        there = f"stage {number} made {', '.join(kinds)}" if stage else f"it has stages 0 to {len(plan.stages) - 1}"
+        raise ConfigError([Fault("URI", repr("/".join((run, number, kind, *more))), f"RUN/STAGE/KIND: {there}")])
+    ref = stage.ref(cast("Kind", kind))
+    if artifacts.state(ref) is State.ABSENT:
+        artifacts.sealed_folder(ref)  # raises, and says that it is not made yet
+    return ref
 
 
 # ---------------------------------------------------------------- verify

@@ -448,6 +448,40 @@ def test_a_retired_store_has_no_page(reference: Reference, look: Look, tmp_path:
     assert look(reference(), "activations-1", "--against", "activations-0").code == 3
 
 
+def test_addresses_of_a_run(kept: Path, look: Look) -> None:
+    for address, kind in (("tiny/1", "stack"), ("tiny/1/stack", "stack"), ("tiny/0/activations", "activations")):
+        stage = int(address.split("/")[1])
+        assert look(kept, address, "--json").document["folder"] == str(folder_of(kept, kind, stage))
+    listed = look(kept, "tiny", "--json").document["artifacts"]
+    assert [row["address"] for row in listed if row["address"].startswith("tiny/2")] == [
+        f"tiny/2/{kind}" for kind in ("build", "trunk", "stack", "validation")
+    ]
+    for row in listed:
+        assert look(kept, row["address"], "--json").document["folder"].endswith(row["artifact"])
+    assert "tiny/0/activations  activations-0-" in look(kept, "tiny").out
+
+
+@pytest.mark.parametrize(
+    ("address", "word"),
+    [
+        ("tiny/3", "it has stages 0 to 2"),
+        ("tiny/2/activations", "stage 2 made build, trunk, stack, validation"),
+        ("tiny/0/stack/x", "stage 0 made"),
+        ("nobody/1", "is no artifact"),
+    ],
+)
+def test_an_address_of_nothing_says_what_there_is(kept: Path, look: Look, address: str, word: str) -> None:
+    found = look(kept, address)
+    assert found.code == (3 if address == "nobody/1" else 2)
+    assert word in found.err
+
+
+def test_with_a_page_the_terminal_says_where_it_is(kept: Path, look: Look, tmp_path: Path) -> None:
+    assert look(kept, "tiny/1/stack", "--html", tmp_path / "p.html").out.splitlines() == [
+        f"{folder_of(kept, 'stack', 1).name}: page in {tmp_path / 'p.html'}"
+    ]
+
+
 @pytest.mark.parametrize("html", [False, True])
 def test_a_damaged_shard_is_named(html: bool, changeable: Path, look: Look, tmp_path: Path) -> None:
     path = folder_of(changeable, "activations", 1) / shard_path("train", 0)
