@@ -357,8 +357,9 @@ class TrainingConfig(Section):
     """Optimizer steps of a stage."""
     learning_rate: float = Field(default=2e-3, gt=0.0)
     """Peak learning rate of AdamW."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW for everything, or Muon for the matrices of stacks that train in full, and AdamW for the rest."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """AdamW for everything; the same with the moments of large matrices in 8 bits; or Muon for the matrices of stacks
+    that train in full, and AdamW for the rest."""
     muon_learning_rate: float = Field(default=0.0, ge=0.0)
     """Peak learning rate of Muon, whose steps are scaled to the size of AdamW's; 0 means learning_rate."""
     min_learning_rate: float = Field(default=2e-4, ge=0.0)

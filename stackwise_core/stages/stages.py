@@ -185,6 +185,8 @@ class OptimSpec(Value, frozen=True):
     """The first steps, in which what the new stack adds to the stream rises from nothing."""
     muon_learning_rate: WhereSaid[float] = 0.0
     """Peak rate of Muon for the matrices of stacks that train in full; 0 where AdamW trains them, or none does."""
+    eight_bit: WhereSaid[bool] = False
+    """Whether AdamW keeps the moments of large matrices in 8 bits."""
 
 
 class InitSpec(Value, frozen=True):
@@ -470,6 +472,7 @@ def _resolve_optim(
         decay=training.decay if decay_steps != 0 else "cosine",  # not used where nothing decays
         decay_steps=decay_steps,
         muon_learning_rate=muon * rate / training.learning_rate,
+        eight_bit=training.optimizer == "adamw8bit",
     )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 import torch
 from torch import Tensor, nn
 
 from stackwise_core.model.growth_operators import copied_block
 from stackwise_core.stages.stages import StageSpec
-from stackwise_core.training.optimizer import muon_parameters
+from stackwise_core.training.adamw8bit import BLOCK, SCALES, STATE, in_8_bits, in_float32
+from stackwise_core.training.optimizer import eight_bit_parameters, muon_parameters
 from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import trainable
 
@@ -33,19 +34,34 @@ def kept_moments(model: StageModel, spec: StageSpec, left: Mapping[str, Tensor])
         name, _, moment = key.rpartition(".")
         by_name.setdefault(_bare(name), {})[moment] = value
     was_tied = "head.norm.weight" in by_name and _TIED not in by_name
-    by_muon, found = {id(p) for p in muon_parameters(model, spec.optim)}, dict[str, Tensor]()
+    wanted = dict.fromkeys((id(p) for p in muon_parameters(model, spec.optim)), _MUON)
+    wanted |= dict.fromkeys((id(p) for p in eight_bit_parameters(model, spec.optim)), STATE)
+    found = dict[str, Tensor]()
     for name, parameter in trainable(model):
         kept = by_name.get(_EMBEDDING if name == _TIED and was_tied else _bare(name), {})
         if not kept and spec.state == "kept and copied":
             kept = _of_sources(name, spec, by_name)
-        if set(kept) == (_MUON if id(parameter) in by_muon else _ADAMW) and _fit(kept, parameter):
+        kept = _as(wanted.get(id(parameter), _ADAMW), kept)
+        if kept and _fit(kept, parameter):
             found |= {f"{name}.{moment}": value for moment, value in kept.items()}
     return found
+
+
+def _as(wanted: Set[str], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of a parameter as its optimizer has it, nothing if that of another cannot become it."""
+    if set(kept) == STATE and wanted == _ADAMW:
+        return in_float32(kept)
+    if set(kept) == _ADAMW and wanted == STATE:
+        return in_8_bits(kept)
+    return dict(kept) if set(kept) == wanted else {}
 
 
 def _of_sources(name: str, spec: StageSpec, left: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the moments of what a parameter of the new stack is a copy of; of two sources the mean."""
     found = [left.get(source, {}) for source in _copied_from(_bare(name), spec)]
+    if len(found) == 1:
+        return dict(found[0])
+    found = [in_float32(each) for each in found]
     if not found or not all(each.keys() == found[0].keys() for each in found):
         return {}
     return {moment: torch.stack([each[moment] for each in found]).mean(0) for moment in found[0]}
@@ -70,4 +86,5 @@ def _bare(name: str) -> str:
 
 def _fit(moments: Mapping[str, Tensor], parameter: nn.Parameter) -> bool:
     """Return whether moments have the shapes of a parameter's."""
-    return all(value.shape == (() if moment == "step" else parameter.shape) for moment, value in moments.items())
+    others = {"step": (), **dict.fromkeys(SCALES, (-(-parameter.numel() // BLOCK),))}
+    return all(value.shape == others.get(moment, parameter.shape) for moment, value in moments.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import adapter_parameters
 from stackwise_core.model.precision import compute_dtype
 from stackwise_core.stages.stages import OptimSpec
+from stackwise_core.training.adamw8bit import SMALLEST, AdamW8bit
 from stackwise_core.training.stage_model import StageModel
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for some parameters and AdamW for the others, in one object."""
+class WithAdamW(torch.optim.Optimizer):
+    """Another optimizer for some parameters and AdamW for the others, in one object."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         """Take the two; their groups and their state are shared with this."""
@@ -36,6 +38,7 @@ def make_optimizer(model: StageModel, spec: OptimSpec) -> torch.optim.Optimizer:
 
     With a rate for it, Muon (Jordan et al. 2024) trains the matrices of stacks. Its steps have the size that AdamW's
     usually have, so that rate and weight decay of AdamW serve (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    With `eight_bit`, large matrices keep their moments in 8 bits.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     adapters = {id(p) for stack in model.live_stacks() for p in adapter_parameters(stack)}
@@ -45,19 +48,27 @@ def make_optimizer(model: StageModel, spec: OptimSpec) -> torch.optim.Optimizer:
         raise ConfigError([Fault("training.progressive.trunk_strategy", received, allowed)])
     decayed = [p for p in trainable if p.dim() > 1 and id(p) not in embeddings | adapters]
     others = [p for p in trainable if p.dim() <= 1 or id(p) in embeddings]
-    matrices = {id(p) for p in muon_parameters(model, spec)}
+    by_muon, in_8_bits = ({id(p) for p in found(model, spec)} for found in (muon_parameters, eight_bit_parameters))
     kinds = [
-        ([p for p in decayed if id(p) not in matrices], spec.weight_decay, spec.learning_rate),
+        (decayed, spec.weight_decay, spec.learning_rate),
         (others, 0.0, spec.learning_rate),
         ([p for p in trainable if id(p) in adapters], 0.0, spec.adapter_learning_rate),
     ]
-    groups = [{"params": params, "weight_decay": decay, "peak": peak} for params, decay, peak in kinds if params]
-    adamw = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=True)
-    if not matrices:
-        return adamw
-    muon = [{"params": [p for p in decayed if id(p) in matrices], "peak": spec.muon_learning_rate}]
-    how: dict[str, Any] = {"weight_decay": spec.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return MuonAndAdamW(torch.optim.Muon(muon, lr=spec.muon_learning_rate, **how), adamw)
+
+    def groups(chosen: Callable[[nn.Parameter], bool]) -> list[dict[str, Any]]:
+        found = [([p for p in params if chosen(p)], decay, peak) for params, decay, peak in kinds]
+        return [{"params": params, "weight_decay": decay, "peak": peak} for params, decay, peak in found if params]
+
+    how: dict[str, Any] = {"lr": spec.learning_rate, "betas": (spec.beta1, spec.beta2)}
+    rest = groups(lambda p: id(p) not in by_muon | in_8_bits)
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, **how, fused=True)] if rest else []
+    if in_8_bits:
+        parts.insert(0, AdamW8bit(groups(lambda p: id(p) in in_8_bits), **how))
+    if by_muon:
+        muon = [{"params": [p for p in decayed if id(p) in by_muon], "peak": spec.muon_learning_rate}]
+        scaled: dict[str, Any] = {"weight_decay": spec.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        parts.insert(0, torch.optim.Muon(muon, lr=spec.muon_learning_rate, **scaled))
+    return parts[0] if len(parts) == 1 else WithAdamW(*parts)
 
 
 def muon_parameters(model: StageModel, spec: OptimSpec) -> list[nn.Parameter]:
@@ -68,6 +79,18 @@ def muon_parameters(model: StageModel, spec: OptimSpec) -> list[nn.Parameter]:
     adapters = {id(p) for stack in stacks for p in adapter_parameters(stack)}
     found = (p for stack in stacks for p in stack.parameters())
     return [p for p in found if p.requires_grad and p.dim() == 2 and id(p) not in adapters]
+
+
+def eight_bit_parameters(model: StageModel, spec: OptimSpec) -> list[nn.Parameter]:
+    """Return what keeps its moments in 8 bits: large matrices, but not the embedding, whose rows seldom have gradients.
+
+    Dettmers et al. 2022, arXiv 2110.02861, section 2.3.
+    """
+    if not spec.eight_bit:
+        return []
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    trainable = (p for p in model.parameters() if p.requires_grad)
+    return [p for p in trainable if p.dim() > 1 and p.numel() >= SMALLEST and id(p) not in embeddings]
 
 
 def learning_rate(spec: OptimSpec, step: int) -> float:

@@ -11,39 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer, StackWiseConfig
+from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.stages.identity import NUMERICS
 from stackwise_core.stages.plan import plan_run
 from stackwise_core.stages.stages import resolve_stage
-from stackwise_core.training.in_memory import stage_inputs
 from stackwise_core.training.training import Hooks, TrainingState
 from support.configurations import CORPUS, configuration, ids
-from support.training import loader_of, same_bits, tiny, weights
+from support.training import begins_with, grown, loader_of, same_bits, tiny, weights
 
 G = "training.progressive."
 FLAT: dict[str, Any] = {"warmup_steps": 0, "min_learning_rate": 2e-3, "learning_rate": 2e-3}
 KEPT: dict[str, Any] = {"optimizer_state": "keep", **FLAT}
 FULL = {"trunk_strategy": "full"}
-
-
-def grown(config: StackWiseConfig, target: int, builder: Any = None, **how: Any) -> ProgressiveRackBuilder:
-    builder = builder or ProgressiveRackBuilder(config)
-    ProgressiveTrainer(config).train_progressively(builder, loader_of(), target, **how)
-    return builder
-
-
-def begins_with(builder: ProgressiveRackBuilder, config: StackWiseConfig) -> dict[str, Tensor]:
-    """The moments with which the next growth stage of a rack begins."""
-    builder = copy.deepcopy(builder)
-    index = builder.n_stacks
-    built = builder.as_built(config)
-    built.training.progressive.target_stacks = index + 1
-    spec = resolve_stage(built, index)
-    builder.add_stack(config)
-    builder.prepare_stage(spec)
-    return dict(stage_inputs(builder, built, spec, loader_of()).moments)
 
 
 def parameters_of(moments: dict[str, Tensor], part: str) -> dict[str, Tensor]:

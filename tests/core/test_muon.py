@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer, StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.stages.costs import stage_flops
@@ -20,7 +19,7 @@ from stackwise_core.stages.stages import resolve_stage
 from stackwise_core.training.optimizer import learning_rate, make_optimizer, muon_parameters
 from stackwise_core.training.training import Hooks, TrainingState, train_step
 from support.configurations import CORPUS, configuration, ids
-from support.training import loader_of, same_bits, stage_of, tiny, weights
+from support.training import grown, same_bits, stage_of, tiny, weights
 
 MUON: dict[str, Any] = {"optimizer": "muon"}
 G = "training.progressive."
@@ -73,12 +72,6 @@ def test_matrices_of_stacks_go_by_muon_and_the_rest_by_adamw_on_one_schedule() -
     for name, rate in rates.items():
         adamw = config.training.adapter_learning_rate if "lora" in name else config.training.learning_rate
         assert rate == pytest.approx((0.02 if name in by_muon else adamw) / 2), name  # the first of two of warm-up
-
-
-def grown(config: StackWiseConfig, target: int, builder: Any = None, **how: Any) -> ProgressiveRackBuilder:
-    builder = builder or ProgressiveRackBuilder(config)
-    ProgressiveTrainer(config).train_progressively(builder, loader_of(), target, **how)
-    return builder
 
 
 def test_kept_and_resumed_state_has_the_same_bits(tmp_path: Path) -> None:

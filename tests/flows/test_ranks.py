@@ -78,6 +78,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "whole, few positions": ({f"{G}enabled": False, **MLM, "training.mask_ratio": 0.02}, 0),
     "whole, few positions, torch 2.11": ({f"{G}enabled": False, **MLM, "training.mask_ratio": 0.02}, 0),
     "kept": ({"training.optimizer_state": "keep", "training.new_state": "copy", "cache.keep": "all"}, 1),
+    "8 bits": ({"training.optimizer": "adamw8bit", "training.optimizer_state": "keep", "cache.keep": "all"}, 1),
     "kept joint": (
         {"training.optimizer_state": "keep", f"{G}trunk_strategy": "full", "training.joint_steps": 8},
         3,
@@ -110,7 +111,7 @@ CASES |= {
 
 
 _SLOW = ("from a cache", "nf4 dual", "joint", "prepend half", "elbo", "whole", "whole, few positions", "kept joint")
-_SLOW += ("insert frozen", "anneal by one clock", "cool-down", "compiled", "compiled joint")
+_SLOW += ("insert frozen", "anneal by one clock", "cool-down", "compiled", "compiled joint", "8 bits")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in _SLOW else c for c in CASES])
@@ -130,7 +131,9 @@ def test_two_processes_train_as_one(case: str, tmp_path: Path, reference: Any, p
     assert state.step == len(records)
     found = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
     assert found.keys() == weights.keys()
-    assert max((found[name] - weights[name]).abs().max().item() for name in weights) <= TOLERANCE
+    # A sum in another order may round a moment to another code.
+    tolerance = 0.01 * 2e-3 if case == "8 bits" else TOLERANCE
+    assert max((found[name] - weights[name]).abs().max().item() for name in weights) <= tolerance
 
 
 def test_a_request_to_one_process_stops_all(tmp_path: Path, reference: Any, pair: Pair) -> None:

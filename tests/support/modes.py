@@ -61,6 +61,13 @@ MODES: dict[str, dict[str, Any]] = {
         f"{G}qlora_enabled": True,
         **LORA,
     },
+    "8 bits": {
+        "training.optimizer": "adamw8bit",
+        "training.optimizer_state": "keep",
+        "training.new_state": "copy",
+        f"{G}trunk_strategy": "full",
+        **{"model.d_model": 64, "model.d_ff": 64},
+    },
     "whole": {f"{G}enabled": False},
     "whole nvfp4": {f"{G}enabled": False, f"{G}new_stack_precision": "nvfp4"},
     "mixed": {

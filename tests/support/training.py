@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +20,9 @@ from stackwise_core.objectives.losses import Batch
 from stackwise_core.stages.resolve import resolve_mask, resolve_order
 from stackwise_core.stages.stages import OptimSpec, resolve_stage
 from stackwise_core.training.boundary import LiveTrunk
+from stackwise_core.training.in_memory import stage_inputs
 from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.trainer import ProgressiveTrainer
 from support.runs import stage_model
 
 T, STEPS = 10, 7
@@ -71,3 +74,21 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def grown(config: StackWiseConfig, target: int, builder: Any = None, **how: Any) -> ProgressiveRackBuilder:
+    builder = builder or ProgressiveRackBuilder(config)
+    ProgressiveTrainer(config).train_progressively(builder, loader_of(), target, **how)
+    return builder
+
+
+def begins_with(builder: ProgressiveRackBuilder, config: StackWiseConfig) -> dict[str, Tensor]:
+    """The moments with which the next growth stage of a rack begins."""
+    builder = copy.deepcopy(builder)
+    index = builder.n_stacks
+    built = builder.as_built(config)
+    built.training.progressive.target_stacks = index + 1
+    spec = resolve_stage(built, index)
+    builder.add_stack(config)
+    builder.prepare_stage(spec)
+    return dict(stage_inputs(builder, built, spec, loader_of()).moments)
