@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,31 +56,49 @@ def loss_normaliser(batch: Batch) -> int:
 
 
 def summed_loss(
-    hidden_BTD: Tensor, head: Head, batch: Batch, loss_function: LossFunction | None = None
+    hidden_BTD: Tensor,
+    head: Head,
+    batch: Batch,
+    loss_function: LossFunction | None = None,
+    compute: torch.dtype = torch.float32,
 ) -> tuple[Tensor, int]:
     """Return the loss (by default cross-entropy [nats]) summed over the loss positions, and `loss_normaliser(batch)`.
 
     `loss_weights` [B] of the batch, if present, multiply a sequence's losses. Without a loss position the sum is 0
-    and its gradient zero.
+    and its gradient zero. Cross-entropy on CUDA has its products in `compute`.
     """
-    normaliser = loss_normaliser(batch)
-    positions = loss_positions(batch).to(hidden_BTD.device)
-    targets_P = batch["targets"].to(hidden_BTD.device)[positions]
-    if not len(targets_P):
+    normaliser, device = loss_normaliser(batch), hidden_BTD.device
+    positions = loss_positions(batch)
+    # Counted where the batch lies, which is host memory: asking a GPU would wait for all that it still computes.
+    at_P = positions.flatten().nonzero().squeeze(1)
+    if not len(at_P):
         return hidden_BTD.sum() * 0.0, normaliser
-    hidden_PD = head.norm(hidden_BTD[positions])
+    targets_P = _taken(batch["targets"], at_P, device)
     scale_P = None
     if "loss_weights" in batch:
-        scale_P = batch["loss_weights"].to(hidden_BTD.device)[:, None].expand(positions.shape)[positions]
+        scale_P = _taken(batch["loss_weights"][:, None].expand(positions.shape), at_P, device)
+    hidden_PD = head.norm(hidden_BTD.flatten(0, 1).index_select(0, _sent(at_P, device)))
     weight_VD = head.projection.weight
-    if loss_function is None and len(targets_P) * len(weight_VD) > MOST_LOGITS:
-        return chunked_cross_entropy(hidden_PD, weight_VD, targets_P, scale_P), normaliser
+    if loss_function is None and (device.type == "cuda" or len(targets_P) * len(weight_VD) > MOST_LOGITS):
+        return chunked_cross_entropy(hidden_PD, weight_VD, targets_P, scale_P, compute), normaliser
     if loss_function is None:
         reduction = "sum" if scale_P is None else "none"
         losses = F.cross_entropy(F.linear(hidden_PD, weight_VD), targets_P, reduction=reduction)
     else:
         losses = _checked(loss_function(head.projection(hidden_PD), targets_P), len(targets_P))
     return (losses if scale_P is None else losses * scale_P).sum(), normaliser
+
+
+def _taken(values_BT: Tensor, at_P: Tensor, device: torch.device) -> Tensor:
+    """Return the values at some positions of the batch, on a device: [P]."""
+    return _sent(values_BT.flatten().index_select(0, at_P.to(values_BT.device)), device)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; the copy to a GPU is queued there, and nobody waits for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _checked(losses: Any, n_positions: int) -> Tensor:

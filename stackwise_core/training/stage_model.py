@@ -12,7 +12,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import adapter_parameters
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
-from stackwise_core.model.precision import convert_storage
+from stackwise_core.model.precision import compute_dtype, convert_storage
 from stackwise_core.objectives.losses import Batch, LossFunction, input_time_step, loss_positions, several, summed_loss
 from stackwise_core.objectives.raw_batch import check_padding
 from stackwise_core.stages.resolve import resolve_loss
@@ -160,7 +160,11 @@ class StageModel(nn.Module):
         if self.loss_function is None:  # the targets of a custom loss need not be tokens
             targets = batch["targets"][loss_positions(batch)]
             _check_tokens("target", targets, self.head.projection.out_features)
-        return summed_loss(hidden_BTD, self.head, batch, self.loss_function)
+        newest = max(self.live_stacks(), key=lambda stack: stack.creation_index)
+        # Not in float16, which would flush the gradient of every unlikely token to zero.
+        low = compute_dtype(newest.precision, hidden_BTD.device) is torch.bfloat16
+        compute = torch.bfloat16 if low else torch.float32
+        return summed_loss(hidden_BTD, self.head, batch, self.loss_function, compute)
 
 
 def _check_tokens(what: str, tokens: Tensor, vocab_size: int) -> None:

@@ -5,6 +5,7 @@ Letters: B sequences, T positions, D channels, V vocabulary.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.memory import peak_bytes
+from stackwise_core import ProgressiveRackBuilder
 from stackwise_core.data.masks import MaskSpec, TimeInput
 from stackwise_core.errors import ConfigError
 from stackwise_core.model.blocks import Head, initialise
@@ -29,6 +32,9 @@ from stackwise_core.objectives.losses import (
 )
 from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.stages.resolve import ModelShape
+from stackwise_core.training import stage_model
+from support.runs import stage_model as model_of_stage
+from support.runs import tiny
 
 B, T, D, V = 3, 7, 8, 23
 SHAPE = ModelShape(vocab_size=V, d_model=D, n_heads=2, n_kv_heads=2, d_ff=16, causal=True)
@@ -148,7 +154,7 @@ def test_in_chunks_the_loss_and_its_gradients_are_the_dense_ones(
 ) -> None:
     """Two positions at a time, the last alone; in float64, so that only the formula counts."""
     monkeypatch.setattr(losses, "MOST_LOGITS", 2 * V)
-    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 2 * V)
+    monkeypatch.setattr(chunked_loss, "chunk_positions", lambda d_model, device: 2)
     batch, weights = batch_of("clm"), torch.rand(B, dtype=torch.float64) + 0.5
     positions = loss_positions(batch)
     positions[0, 0] = False
@@ -191,7 +197,7 @@ def test_the_logits_of_a_large_vocabulary_never_exist_at_once(monkeypatch: pytes
     largest: list[int] = []
     for limit in (n * V, n * V - 1):
         monkeypatch.setattr(losses, "MOST_LOGITS", limit)
-        monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 3 * V)
+        monkeypatch.setattr(chunked_loss, "chunk_positions", lambda d_model, device: 3)
         with _Largest() as mode:
             summed_loss(hidden, head, batch)[0].backward()
         largest.append(mode.most)
@@ -200,7 +206,7 @@ def test_the_logits_of_a_large_vocabulary_never_exist_at_once(monkeypatch: pytes
 
 def test_judging_in_chunks_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "MOST_LOGITS", V)
-    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 3 * V)
+    monkeypatch.setattr(chunked_loss, "chunk_positions", lambda d_model, device: 3)
     batch, found = batch_of("clm"), list[tuple[int, float]]()
     for trains in (True, False):
         head, hidden = new_head().requires_grad_(trains), torch.ones(B, T, D)
@@ -208,6 +214,70 @@ def test_judging_in_chunks_computes_no_gradients(monkeypatch: pytest.MonkeyPatch
             loss, _ = summed_loss(hidden, head, batch)
         found.append((mode.n_operations, loss.item()))
     assert found[0] == found[1]
+
+
+def loss_and_gradients(compute: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Of 64 positions and 4,096 tokens, whose matrix is large beside the logits of 64."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(64, 384, generator=generator).to(device).requires_grad_()
+    weight = (0.2 * torch.randn(4096, 384, generator=generator)).to(device).requires_grad_()
+    targets = torch.randint(4096, (64,), generator=generator).to(device)
+    loss = chunked_loss.chunked_cross_entropy(hidden, weight, targets, None, compute)
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return [each.detach().cpu() for each in (loss, hidden.grad, weight.grad)]
+
+
+def test_in_chunks_little_memory_is_needed_beside_the_matrix_and_the_gradients() -> None:
+    given = 4 * (64 + 4096) * 384
+    with peak_bytes(torch.device("cpu")) as peak:
+        loss_and_gradients(torch.float32)
+    assert 2 * given < peak[0] <= 1.1 * 2 * given + 64 * 16
+
+
+def test_products_in_bfloat16_leave_the_softmax_and_the_sums_exact() -> None:
+    """Factors are rounded to 2^-9 of their size, so that a sum of many is off by about as much."""
+    exact, low = loss_and_gradients(torch.float32), loss_and_gradients(torch.bfloat16)
+    for one, other in zip(exact, low, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert 0 < (one - other).norm() <= 4e-3 * one.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_products_in_bfloat16_are_those_of_a_cpu_and_equal_twice() -> None:
+    expected = loss_and_gradients(torch.bfloat16)
+    once, again = (loss_and_gradients(torch.bfloat16, "cuda") for _ in range(2))
+    for here, there, repeated in zip(once, expected, again, strict=True):
+        assert here.equal(repeated)
+        assert (here - there).norm() <= 1e-3 * there.norm()
+
+
+def test_nothing_waits_for_the_device_of_the_head() -> None:
+    """On `meta` there are no values: whatever asks for one, as a boolean mask does for their number, fails."""
+    batch, head = batch_of("mlm"), new_head().to("meta")
+    hidden = torch.zeros(B, T, D, device="meta", requires_grad=True)
+    loss, _ = summed_loss(hidden, head, {**batch, "loss_weights": torch.ones(B)})
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == hidden.shape
+
+
+@pytest.mark.parametrize(
+    ("of_stack", "of_head"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
+)
+def test_the_head_computes_in_bfloat16_with_the_newest_stack(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, of_stack: torch.dtype, of_head: torch.dtype
+) -> None:
+    builder, seen = ProgressiveRackBuilder(tiny(tmp_path)), list[torch.dtype]()
+    builder.append_stack()
+    monkeypatch.setattr(stage_model, "compute_dtype", lambda precision, device: of_stack)
+    monkeypatch.setattr(stage_model, "summed_loss", lambda *arguments: seen.append(arguments[4]))
+    model = model_of_stage(builder.build_rack(), 0)
+    model.summed_loss({**batch_of("clm"), "stack_idx": 0})
+    assert seen == [of_head]
 
 
 def test_no_loss_position_gives_zero_loss_and_zero_gradients() -> None:
