@@ -1,8 +1,7 @@
 """Head and loss of vocabularies of 50,257 and 128,256 tokens at 2,048 positions: in chunks, and whole.
 
-Forward and backward.
-The chunks are ours; beside them torch's cross-entropy of the whole logits, and with torch's own chunks. A peak
-is that of the tensors that a step makes, the gradients among them.
+Forward and backward. The chunks are ours; beside them torch's cross-entropy of the whole logits, and with torch's own
+chunks. A peak is that of the tensors that a step makes, the gradients among them.
 """
 
 from __future__ import annotations
