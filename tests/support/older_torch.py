@@ -24,7 +24,7 @@ LATER = {
     "set_symm_mem_for_comm": FSDPModule,
 }
 """Names of 2.12 and 2.13, and where they are."""
-MORE = "forward_sync_buffers acc_policy batch_chunk_size batched_grad_copy isolate_recompiles recompile_limit "
+MORE = "forward_sync_buffers acc_policy batch_chunk_size batched_grad_copy isolate_recompiles "
 MORE += "cublas_workspace_size cublaslt_workspace_size blas_workspace_size DataParallelMeshDims all_gather_single "
 MORE += "shapes_spec reduce_scatter_single thread_safe_generator reset_iter_state swap_in_optimizer_params_and_state "
 MORE += "region_activation_memory_budget caching_allocator_disabled is_ck_sdpa_available override_cudagraphs"
