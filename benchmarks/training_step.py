@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -25,9 +25,17 @@ from stackwise_core.training.training import train_step
 
 SEQ_LEN = 256
 N_BLOCKS = 2
-SHAPES = ((256, 8), (512, 4))
-"""Width of the stream and sequences per batch."""
-HEAD_DIM = 64
+SHAPES: dict[str, tuple[int, dict[str, int]]] = {
+    "d=256": (8, {"d_model": 256, "n_heads": 4}),
+    "d=512": (4, {"d_model": 512, "n_heads": 8}),
+    "d=768": (4, {"d_model": 768, "n_heads": 12}),
+    # So many loss positions that the logits of the head are computed in chunks.
+    "SmolLM2-135M's blocks and vocabulary": (
+        8,
+        {"d_model": 576, "n_heads": 9, "n_kv_heads": 3, "d_ff": 1536, "vocab_size": 49_152},
+    ),
+}
+"""By name: sequences per batch, and keys of the model."""
 MATMUL_SIZE = 1024
 
 Step = Callable[[], float]
@@ -36,12 +44,12 @@ Step = Callable[[], float]
 def measure(quick: bool) -> list[Measure]:
     threads = [1] if quick else [n for n in (1, 2) if n <= len(os.sched_getaffinity(0))]
     rounds = 5 if quick else 20
-    return [m for d_model, batch_size in SHAPES for n in threads for m in _measure(d_model, batch_size, n, rounds)]
+    return [m for name in SHAPES for n in threads for m in measure_shape(name, *SHAPES[name], n, rounds)]
 
 
-def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list[Measure]:
+def measure_shape(name: str, batch_size: int, model: Mapping[str, int], n_threads: int, rounds: int) -> list[Measure]:
     torch.set_num_threads(n_threads)
-    config = _config(d_model, batch_size)
+    config = _config(batch_size, model)
     shape, first, later = resolve_shape(config), resolve_stage(config, 0), resolve_stage(config, 1)
     batch = _batch(shape.vocab_size, batch_size)
     rack, stack = new_rack(shape, seed=0), grow_stack(shape, N_BLOCKS, 0, "random", seed=0)
@@ -54,14 +62,14 @@ def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list
     seconds = interleaved(
         {
             "first stage": stackwise_step(StageModel(first.anatomy, [stack], rack.head, rack.embedding), batch, optim),
-            "later stage": stackwise_step(_later_stage(shape, later), _on_trunk(batch, d_model), optim),
+            "later stage": stackwise_step(_later_stage(shape, later), _on_trunk(batch, shape.d_model), optim),
             "Llama": llama_step(llama, lambda: llama(input_ids=ids, labels=ids).loss, optim),
             "matmul": matmul,
         },
         rounds,
     )
 
-    case = f"d={d_model}, batch {batch_size}, {n_threads} thread{'s' if n_threads > 1 else ''}"
+    case = f"{name}, batch {batch_size}, {n_threads} thread{'s' if n_threads > 1 else ''}"
     tokens = batch_size * SEQ_LEN
     measures = [
         Measure(case, name, "tokens/s", [tokens / s for s in seconds[name]])
@@ -81,14 +89,14 @@ def _measure(d_model: int, batch_size: int, n_threads: int, rounds: int) -> list
 # ---------------------------------------------------------------- what is compared
 
 
-def _config(d_model: int, batch_size: int) -> StackWiseConfig:
-    config = StackWiseConfig()
-    config.model.d_model = d_model
-    config.model.n_heads = d_model // HEAD_DIM
-    config.model.blocks_per_stack = N_BLOCKS
-    config.training.batch_size = batch_size
-    config.training.progressive.training_objective = "clm"
-    return config
+def _config(batch_size: int, model: Mapping[str, int]) -> StackWiseConfig:
+    return StackWiseConfig.from_dict(
+        {
+            "data": {"seq_len": SEQ_LEN},
+            "model": {**model, "blocks_per_stack": N_BLOCKS},
+            "training": {"batch_size": batch_size, "progressive": {"training_objective": "clm"}},
+        }
+    )
 
 
 def _later_stage(shape: ModelShape, spec: StageSpec) -> StageModel:

@@ -13,6 +13,8 @@ import torch
 from benchmarks.gpu import card, proofs, ranks, stages, stores
 from benchmarks.gpu.record import Run, Section, append, begun, facts, page, publish, run_sections
 from benchmarks.harness import RESULTS, ROOT
+from stackwise_core.config.schema import HardwareConfig
+from stackwise_core.training.hardware import use_hardware
 
 # In the order of their value, with the seconds that each may take: eight minutes together.
 SECTIONS = (
@@ -56,6 +58,7 @@ def main() -> int:
         parser.error("--device cpu goes with --quick: at full size it would take days")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         parser.error(f"--device {options.device}: torch sees {torch.cuda.device_count()} CUDA devices")
+    use_hardware(HardwareConfig(device=str(device)))  # cuBLAS is told to be deterministic before it is used
     options.out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         append(path, facts(device, options.quick, options.commit))

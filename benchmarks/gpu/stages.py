@@ -24,6 +24,7 @@ from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.stages.costs import stage_flops
 from stackwise_core.stages.resolve import ModelShape, resolve_shape
 from stackwise_core.stages.stages import StageSpec, resolve_stage
+from stackwise_core.training.hardware import determinism_restored, use_hardware
 from stackwise_core.training.optimizer import make_optimizer
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import capture, train_step
@@ -72,7 +73,7 @@ class Later:
 
 
 def settings(run: Run, shape: Shape, changes: Values, batch_size: int = 0) -> StackWiseConfig:
-    """Return the configuration of a second stage in bf16 with AdamW."""
+    """Return the configuration of a second stage in bf16, and have torch use its hardware."""
     shape = shape.of(run)
     values: dict[str, Any] = {
         "data": {"seq_len": shape.seq_len},
@@ -81,10 +82,12 @@ def settings(run: Run, shape: Shape, changes: Values, batch_size: int = 0) -> St
             "batch_size": batch_size or shape.batch_size,
             "progressive": {"target_stacks": 2, "training_objective": "clm", "new_stack_precision": "bfloat16"},
         },
-        "hardware": {"device": str(run.device)},
+        "hardware": {"device": str(run.device), "threads": run.size(0, 1)},
     }
     apply_overrides(values, dict(changes))
-    return StackWiseConfig.from_dict(values)
+    config = StackWiseConfig.from_dict(values)
+    use_hardware(config.hardware)
+    return config
 
 
 def later(run: Run, shape: Shape, changes: Values, batch_size: int = 0, ranks: Ranks = ALONE) -> Later:
@@ -129,7 +132,13 @@ def later_stage(run: Run) -> Iterator[Measure]:
     for name, changes in cases.items():
         with peak_bytes(run.device) as peak:
             stage = later(run, SHAPE_8B, changes)
-            seconds[name] = run.seconds(stage.step)
+            with stage.model.compiled():
+                seconds[name] = run.seconds(stage.step)
+        if name == "eager":
+            with determinism_restored():
+                torch.use_deterministic_algorithms(False)
+                free = run.seconds(stage.step)
+            yield Measure("8B shape", "step, eager, any kernel / deterministic", "x", ratios(free, seconds[name]))
         goal = 200.0 if name == "compiled" else None
         yield Measure("8B shape", f"step, {name}", "ms", [s * 1e3 for s in seconds[name]], at_most=goal)
         yield Measure("8B shape", f"peak, {name}", "GB", [peak[0] / 1e9])
@@ -141,7 +150,9 @@ def later_stage(run: Run) -> Iterator[Measure]:
             yield Measure("8B shape", f"share of A's bf16 product, {name}", "x", shares, at_least=goal)
         if name != "checkpointed":
             del stage
-    llama = run.seconds(_llama(run, stage))
+    with determinism_restored():
+        torch.use_deterministic_algorithms(False)  # as it is used elsewhere
+        llama = run.seconds(_llama(run, stage))
     yield Measure("8B shape", "step, Llama compiled", "ms", [s * 1e3 for s in llama])
     best = ratios(llama, seconds["compiled"])
     yield Measure("8B shape", "Llama compiled / compiled", "x", best, at_least=1.0)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from benchmarks import training_step
 from benchmarks.peak import peak_bytes, peak_of
 from benchmarks.plot import line_chart, ticks
+from stackwise_core.objectives import chunked_loss, losses
 
 # ---------------------------------------------------------------- bytes
 
@@ -43,6 +46,21 @@ def test_the_peak_holds_what_a_backward_pass_keeps() -> None:
 )
 def test_the_peak_of_allocations(allocations: list[Any], peak: int) -> None:
     assert peak_of(allocations) == peak
+
+
+# ---------------------------------------------------------------- steps
+
+
+def test_a_step_of_the_shape_of_smollm2_does_the_work_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_step, "SEQ_LEN", 8)
+    monkeypatch.setattr(losses, "MOST_LOGITS", 1)
+    chunked = mock.Mock(wraps=chunked_loss.chunked_cross_entropy)
+    monkeypatch.setattr(losses, "chunked_cross_entropy", chunked)
+    batch_size, model = training_step.SHAPES["SmolLM2-135M's blocks and vocabulary"]
+    small = {**model, "d_model": 36, "d_ff": 48, "vocab_size": 264}
+    measures = training_step.measure_shape("small", batch_size, small, 1, 1)  # raises unless the losses are equal
+    assert [m.what for m in measures if m.at_least] == ["first stage / Llama", "later stage / Llama"]
+    assert chunked.call_count == 5  # the comparison, a round to warm up and another, of both stages
 
 
 # ---------------------------------------------------------------- charts
