@@ -56,8 +56,10 @@ def main() -> int:
     device = torch.device(options.device)
     if device.type == "cpu" and not options.quick:
         parser.error("--device cpu goes with --quick: at full size it would take days")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device {options.device}: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # NCCL wants a number
+        if device.index >= torch.cuda.device_count():
+            parser.error(f"--device {options.device}: torch sees {torch.cuda.device_count()} CUDA devices")
     use_hardware(HardwareConfig(device=str(device)))  # cuBLAS is told to be deterministic before it is used
     options.out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
