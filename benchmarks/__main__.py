@@ -29,7 +29,6 @@ NAMES = (
     "store_writing",
     "store_growth",
     "cache_feeding",
-    "cache_fill",
     "data_parallel",
     "corpora",
 )

@@ -226,7 +226,9 @@ def fingerprint(threads: int, device: str, compiled: bool, processes: int = 1) -
     card = {}
     if device.startswith("cuda"):
         deterministic = torch.are_deterministic_algorithms_enabled()
-        card = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "deterministic": deterministic}
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        card = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        card |= {"deterministic": deterministic, "tf32": tf32}
     return {
         "torch": torch.__version__,
         "device": device,

@@ -24,7 +24,7 @@ from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.stages.costs import stage_flops
 from stackwise_core.stages.resolve import ModelShape, resolve_shape
 from stackwise_core.stages.stages import StageSpec, resolve_stage
-from stackwise_core.training.hardware import determinism_restored, use_hardware
+from stackwise_core.training.hardware import torch_restored, use_hardware
 from stackwise_core.training.optimizer import make_optimizer
 from stackwise_core.training.saved_state import StateWriter
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
@@ -136,7 +136,7 @@ def later_stage(run: Run) -> Iterator[Measure]:
             with stage.model.compiled():
                 seconds[name] = run.seconds(stage.step)
         if name == "eager":
-            with determinism_restored():
+            with torch_restored():
                 torch.use_deterministic_algorithms(False)
                 free = run.seconds(stage.step)
             yield Measure("8B shape", "step, eager, any kernel / deterministic", "x", ratios(free, seconds[name]))
@@ -151,7 +151,7 @@ def later_stage(run: Run) -> Iterator[Measure]:
             yield Measure("8B shape", f"share of A's bf16 product, {name}", "x", shares, at_least=goal)
         if name != "checkpointed":
             del stage
-    with determinism_restored():
+    with torch_restored():
         torch.use_deterministic_algorithms(False)  # as it is used elsewhere
         llama = run.seconds(_llama(run, stage))
     yield Measure("8B shape", "step, Llama compiled", "ms", [s * 1e3 for s in llama])

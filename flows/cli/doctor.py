@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from flows.cli.arguments import add_common
+from flows.cli.gpus import ADVICE, gpu_names
 from flows.network import ask, shown
 from flows.run.numbers import size
 from flows.run.say import say, say_json
@@ -89,29 +89,12 @@ def _check_libraries() -> tuple[bool, str]:
 
 def _check_device() -> tuple[bool, str]:
     n_cores = len(os.sched_getaffinity(0))
-    gpus = _gpus()
+    gpus = gpu_names()
     if not gpus:
         return True, f"cpu, {n_cores} cores; no CUDA device"
     if version("torch").endswith("+cpu"):
         return False, f"{', '.join(gpus)}, but torch is built without CUDA: install one that has it, or set device: cpu"
-    return True, f"{', '.join(gpus)}; {n_cores} CPU cores"
-
-
-def _gpus() -> list[str]:
-    """Ask the CUDA driver (docs.nvidia.com/cuda/cuda-driver-api) for its devices: importing torch takes seconds."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return []
-    count, names = ctypes.c_int(0), list[str]()
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):  # 0 is success
-        return []
-    for index in range(count.value):
-        device, name = ctypes.c_int(), ctypes.create_string_buffer(100)
-        if not cuda.cuDeviceGet(ctypes.byref(device), index):
-            cuda.cuDeviceGetName(name, len(name), device)
-            names.append(name.value.decode())
-    return names
+    return True, f"{', '.join(gpus)}; {n_cores} CPU cores; {ADVICE}"
 
 
 def _check_disk(folder: Path) -> tuple[bool, str]:

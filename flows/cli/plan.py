@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from flows.cli.arguments import add_common, add_config, load_config
+from flows.cli.gpus import ADVICE, gpu_names
 from flows.run.estimate import estimate_sequences
 from flows.run.numbers import parameters, size
 from flows.run.prepare import alone, pack_corpus, sampled
@@ -61,7 +62,7 @@ def show_plan(options: argparse.Namespace) -> None:
         **({} if exact else {"sequences_estimated": True}),
         **({"sources": parts} if parts else {}),
         "complete": demand.complete,
-        "notes": notes(config),
+        "notes": [*notes(config), *_advice(config, plan)],
         "stages": [
             _stage(config, plan, at, demand, artifacts, n_train, n_validation) for at in range(len(plan.stages))
         ],
@@ -70,6 +71,13 @@ def show_plan(options: argparse.Namespace) -> None:
         say_json(document)
     else:
         _print_plan(document, config.data.seq_len)
+
+
+def _advice(config: StackWiseConfig, plan: RunPlan) -> list[str]:
+    """Return what would be faster on the device of a configuration."""
+    device, stacks = config.hardware.device, plan.stages[-1].spec.stacks
+    on_gpu = device.startswith("cuda") or (device == "auto" and gpu_names())
+    return [ADVICE] if on_gpu and any(stack.precision == "full" for stack in stacks) else []
 
 
 class _Count(NamedTuple):

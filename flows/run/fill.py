@@ -9,9 +9,8 @@ import contextlib
 import importlib.util
 import multiprocessing
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import takewhile
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -55,16 +54,16 @@ def fill_shard(stage: Stage, writer: StoreWriter, shard: ShardRange) -> dict[str
     use_hardware(stage.config.hardware)  # with another number of threads than the parent, sums can have other bits
     rows = rows_to_store(stage)
     with boundary_above(stage, rows) as (source, _):
-        write_shard(rows, source, writer, shard, pinned=stage.device.type == "cuda")
+        write_shard(rows, source, writer, shard)
     failpoint("fill", shard.index)
     return {"group": shard.group, "index": shard.index, "rows": shard.n_rows}
 
 
 def write_by_workers(
-    stage: Stage, workers: Workers, writer: StoreWriter, missing: Sequence[ShardRange], stopping: Callable[[], bool]
+    stage: Stage, workers: Workers, writer: StoreWriter, wanted: Iterator[ShardRange]
 ) -> Generator[ShardRange]:
     """Fill the store of a stage by workers, as a `WriteShards`; raises `WorkerDiedError` if one is killed."""
-    n_workers, wanted = stage.config.cache.fill_workers, takewhile(lambda _: not stopping(), missing)
+    n_workers = stage.config.cache.fill_workers
     try:
         with workers(stage) as submit:
             yield from _submit_all(lambda shard: submit(writer, shard), wanted, n_workers)

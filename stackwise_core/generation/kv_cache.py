@@ -12,6 +12,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def grouped_attention(
+    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, *, causal: bool, sees: Tensor | None = None
+) -> Tensor:
+    """Return what H heads see, of which as many share each of K heads of keys and values: [B, H, T, C].
+
+    `sees` [B, 1, T, T] says which positions see which.
+    """
+    sharing = q_BHTC.shape[1] // k_BKTC.shape[1]
+    if sharing > 1 and _must_not_share(q_BHTC):
+        k_BKTC, v_BKTC = (each[:, :, None].expand(-1, -1, sharing, -1, -1).flatten(1, 2) for each in (k_BKTC, v_BKTC))
+        sharing = 1
+    return F.scaled_dot_product_attention(
+        q_BHTC, k_BKTC, v_BKTC, attn_mask=sees, is_causal=causal, enable_gqa=sharing > 1
+    )
+
+
+def _must_not_share(q_BHTC: Tensor) -> bool:
+    """Return whether heads that share would be computed by torch's slowest kernel, which holds all scores [B, H, T, T].
+
+    With CUDA that of the low types can share, but none of float32 does.
+    """
+    kind = q_BHTC.device.type
+    return kind == "cuda" and q_BHTC.dtype == torch.float32 and not torch.is_autocast_enabled(kind)
+
+
 class KVCache:
     """The keys and values of every block, for a batch of sequences that may begin at different columns.
 
@@ -65,8 +90,7 @@ class KVCache:
         if self._rows:
             held.keys[self._rows, :, columns] = k_BKTC.to(v_BKTC.dtype)
             held.values[self._rows, :, columns] = v_BKTC
-            gqa = q_BHTC.shape[1] != k_BKTC.shape[1]
-            return F.scaled_dot_product_attention(q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=gqa)
+            return grouped_attention(q_BHTC, k_BKTC, v_BKTC, causal=True)
         held.keys[:, :, columns] = k_BKTC
         held.values[:, :, columns] = v_BKTC
         # One new position sees all columns, so that the heads that share keys can stand in the place of positions.

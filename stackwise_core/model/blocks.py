@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from stackwise_core.config.schema import Precision
 from stackwise_core.errors import ConfigError, Fault
-from stackwise_core.generation.kv_cache import BlockMemory, StackMemory
-from stackwise_core.model.precision import compute_dtype
+from stackwise_core.generation.kv_cache import BlockMemory, StackMemory, grouped_attention
+from stackwise_core.model.precision import compute_dtype, product_dtype
 from stackwise_core.model.rotary import rotary_table, rotate
 from stackwise_core.stages.resolve import ModelShape, TimeShape
 
@@ -54,15 +54,13 @@ class Attention(nn.Module):
         `sees` [B, 1, T, T] says which positions see which; None is all, or all before.
         """
         B, T, _ = x_BTD.shape
+        x_BTD = x_BTD.to(product_dtype(x_BTD))  # once, not for each of the three, which would keep a copy each
         q_BHTC = self._rotated(self._heads(self.q_proj(x_BTD), self.q_norm), rotary)
         k_BKTC = self._rotated(self._heads(self.k_proj(x_BTD), self.k_norm), rotary)
         v_BKTC = self._heads(self.v_proj(x_BTD), None)
         if memory is None:
-            gqa = self.shape.n_kv_heads != self.shape.n_heads
             causal = self.shape.causal and sees is None
-            out_BHTC = F.scaled_dot_product_attention(
-                q_BHTC, k_BKTC, v_BKTC, attn_mask=sees, is_causal=causal, enable_gqa=gqa
-            )
+            out_BHTC = grouped_attention(q_BHTC, k_BKTC, v_BKTC, causal=causal, sees=sees)
         else:
             out_BHTC = memory.attend(q_BHTC, k_BKTC, v_BKTC)
         return self.o_proj(out_BHTC.transpose(1, 2).reshape(B, T, -1))
@@ -91,6 +89,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Transform each position; [B, T, D] to [B, T, D]."""
+        x_BTD = x_BTD.to(product_dtype(x_BTD))  # as in `Attention`
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 

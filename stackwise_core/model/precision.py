@@ -35,6 +35,8 @@ _LOW_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _NVFP4_BLOCK = 16
 _NVFP4_LARGEST = 448.0 * 6.0
 """The largest E4M3 block scale times the largest E2M1 value."""
+_NVFP4_AT_ONCE = 2**22
+"""Weights that are decoded at once."""
 _NF4_BLOCK = 64
 _NF4_NESTED_BLOCK = 256
 
@@ -48,6 +50,12 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if device.type == "cpu" or precision == "full":
         return torch.float32
     return torch.float16 if precision == "half" else torch.bfloat16
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that a product with `x` runs in here: that of autocast if it is on, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def stored_bytes(stack: nn.Module) -> int:
@@ -108,13 +116,15 @@ def quantise(weight: Tensor, storage: str) -> dict[str, Tensor]:
     return {"weight": weight.to(_LOW_DTYPES[storage])}
 
 
-def dequantise(stored: dict[str, Tensor], storage: str, shape: tuple[int, int]) -> Tensor:
-    """Return the float32 matrix [out, in] that is stored."""
+def dequantise(
+    stored: dict[str, Tensor], storage: str, shape: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the matrix [out, in] that is stored, computed in float32 and rounded to `dtype`."""
     if storage == "nvfp4":
-        return _dequantise_nvfp4(stored)
+        return _dequantise_nvfp4(stored, dtype)
     if storage == "nf4":
-        return _dequantise_nf4(stored, shape)
-    return stored["weight"].float()
+        return _dequantise_nf4(stored, shape).to(dtype)
+    return stored["weight"].to(dtype)
 
 
 def _unfilled(shape: torch.Size, storage: str) -> dict[str, Tensor]:
@@ -156,12 +166,17 @@ def _quantise_nvfp4(weight: Tensor) -> dict[str, Tensor]:
     return {"weight": packed, "scale": scale.view(torch.uint8), "per_tensor_scale": per_tensor_scale}
 
 
-def _dequantise_nvfp4(stored: dict[str, Tensor]) -> Tensor:
+def _dequantise_nvfp4(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     # torchao's own takes 10 times as long on a CPU: it decodes by arithmetic, this by a table [measured, 0.18.0].
-    packed = stored["weight"]
-    values = F.embedding(packed.int(), _e2m1_pairs(packed.device)).view(packed.shape[0], -1, _NVFP4_BLOCK)
-    scale = stored["per_tensor_scale"] * stored["scale"].view(torch.float8_e4m3fn).float()
-    return (values * scale[..., None]).flatten(1)
+    # Some rows at a time: the indices, and the products in float32, take 10 bytes a weight, the result often only two.
+    packed, scale = stored["weight"], stored["scale"].view(torch.float8_e4m3fn)
+    dense = torch.empty(packed.shape[0], 2 * packed.shape[1], dtype=dtype, device=packed.device)
+    n_rows = max(1, _NVFP4_AT_ONCE // dense.shape[1])
+    for each in zip(packed.split(n_rows), scale.split(n_rows), dense.split(n_rows), strict=True):
+        bytes_, scales, out = each
+        values = F.embedding(bytes_.int(), _e2m1_pairs(packed.device)).view(len(out), -1, _NVFP4_BLOCK)
+        out.copy_((values * (stored["per_tensor_scale"] * scales.float())[..., None]).flatten(1))
+    return dense
 
 
 def _quantise_nf4(weight: Tensor) -> dict[str, Tensor]:
@@ -226,14 +241,13 @@ class StoredLinear(nn.Linear):
         return {name: tensor for name, tensor in self.named_buffers() if name != "bias"}
 
     @torch.no_grad()
-    def dense(self) -> Tensor:
-        """Return the weight as float32: [out, in]."""
-        return dequantise(self._stored(), self.storage, (self.out_features, self.in_features))
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight: [out, in]."""
+        return dequantise(self._stored(), self.storage, (self.out_features, self.in_features), dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] to [..., out], in the autocast type if autocast is on, else in the input's."""
-        kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        dtype = product_dtype(input)
         bias = bias_of(self)
         bias = None if bias is None else bias.to(dtype)
         if self.held is not None:
@@ -285,7 +299,7 @@ def _stored_product(
     transposed: bool,
 ) -> Tensor:
     """Return x @ weight.T + bias, or x @ weight; for the backward pass only what is stored is kept."""
-    weight = dequantise(dict(zip(names, stored, strict=True)), storage, (shape[0], shape[1])).to(dtype)
+    weight = dequantise(dict(zip(names, stored, strict=True)), storage, (shape[0], shape[1]), dtype)
     return x.to(dtype) @ weight if transposed else F.linear(x.to(dtype), weight, bias)
 
 
@@ -348,11 +362,14 @@ def convert_storage(stack: nn.Module, precision: Precision) -> None:
 
 
 @contextlib.contextmanager
-def held_dense(stack: nn.Module) -> Generator[None]:
-    """Dequantise the stored matrices of a stack once for all forward passes inside the block; not for training."""
+def held_dense(stack: nn.Module, dtype: torch.dtype) -> Generator[None]:
+    """Dequantise the stored matrices of a stack once for all forward passes inside the block; not for training.
+
+    `dtype` is what the products run in.
+    """
     stored = [linear for linear in base_linears(stack).values() if isinstance(linear, StoredLinear)]
     for linear in stored:
-        linear.held = linear.dense()
+        linear.held = linear.dense(dtype)
     try:
         yield
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,11 +13,11 @@ from stackwise_core.data.masks import BoolArray, IntArray, MaskSpec
 from stackwise_core.data.order import RowOrder
 from stackwise_core.data.sequences import PackedSequences
 from stackwise_core.model.blocks import Stack, TokenEmbedding
-from stackwise_core.model.precision import held_dense
+from stackwise_core.model.precision import compute_dtype, held_dense
 from stackwise_core.model.stream import EXACT, Stream
+from stackwise_core.objectives.dataloader import RowSource
 from stackwise_core.objectives.losses import Batch, input_time_step, several
 from stackwise_core.objectives.make_batch import make_batch
-from stackwise_core.objectives.trunk_activations import ReadingSource, RowSource
 
 _POSITIONS_AT_ONCE = 2048
 """On a GPU: enough for its matrix products, and a bound for what they need."""
@@ -44,7 +43,7 @@ def advance(stacks: Sequence[Stack], stream_BTD: Tensor, stream: Stream, documen
         device = next(stack.parameters()).device
         group = rows_at_once(device, stream_BTD.shape[1])
         advanced_BTD = torch.empty(stream_BTD.shape, dtype=stream.given, device=stream_BTD.device)
-        with held_dense(stack):  # dequantise once for all sequences
+        with held_dense(stack, compute_dtype(stack.precision, device)):  # dequantise once for all sequences
             for first in range(0, len(stream_BTD), group):
                 rows = slice(first, min(first + group, len(stream_BTD)))
                 documents = None if documents_BT is None else _padded(documents_BT[rows], group)
@@ -112,55 +111,43 @@ class InputsFromTokens:
         return make_batch(fields, mask_spec)
 
 
-class _ReadThenComputed:
-    """Rows that are read and computed, one after the other."""
-
-    def read(self, sequence_ids: IntArray, view: int) -> Callable[[], Tensor]:
-        """Read what the rows of some sequences need, and return what computes them."""
-        raise NotImplementedError
-
-    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
-        """Return the boundary of some sequences: [B, T, D]; a negative view is the validation split's."""
-        return self.read(sequence_ids, view)()
-
-
 @dataclass(frozen=True)
-class RowsFromTokens(_ReadThenComputed):
+class RowsFromTokens:
     """A boundary derived from tokens through the whole trunk: it refills a store, and checks one."""
 
     inputs: InputsFromTokens
     trunk: Callable[..., Tensor]
     """Of the stage that reads the boundary: a `LiveTrunk`, or its `output`."""
 
-    def read(self, sequence_ids: IntArray, view: int) -> Callable[[], Tensor]:
-        """Corrupt the inputs of some sequences, and return what derives their boundary."""
+    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
+        """Return the boundary of some sequences: [B, T, D]; a negative view is the validation split's."""
         batch = self.inputs.batch(sequence_ids, view)
-        return partial(self.trunk, batch["input_ids"], input_time_step(batch), batch.get("documents"))
+        return self.trunk(batch["input_ids"], input_time_step(batch), batch.get("documents"))
 
 
 @dataclass(frozen=True)
-class RowsFromEither(_ReadThenComputed):
+class RowsFromEither:
     """A boundary of which some rows are advanced from the one below, and the others derived from tokens."""
 
-    below: ReadingSource
-    tokens: ReadingSource
+    below: RowSource
+    tokens: RowSource
     is_below: Callable[[IntArray, int], BoolArray]
     """Which sequences [B] of a view are rows of the boundary below: [B]."""
 
-    def read(self, sequence_ids: IntArray, view: int) -> Callable[[], Tensor]:
-        """Read what is below some sequences, or their inputs, and return what computes their boundary."""
+    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
+        """Return the boundary of some sequences: [B, T, D]."""
         is_below = self.is_below(sequence_ids, view)
         parts = [
-            (np.flatnonzero(which), source.read(sequence_ids[which], view))
+            (np.flatnonzero(which), source.rows(sequence_ids[which], view))
             for which, source in ((is_below, self.below), (~is_below, self.tokens))
             if which.any()
         ]
         order = np.argsort(np.concatenate([places for places, _ in parts]))
-        return lambda: torch.cat([compute() for _, compute in parts])[torch.from_numpy(order)]
+        return torch.cat([rows for _, rows in parts])[torch.from_numpy(order)]
 
 
 @dataclass(frozen=True)
-class RowsFromBoundary(_ReadThenComputed):
+class RowsFromBoundary:
     """The output of the next stack on the rows of a boundary, before it is cast: float32."""
 
     below: RowSource
@@ -169,8 +156,8 @@ class RowsFromBoundary(_ReadThenComputed):
     inputs: InputsFromTokens | None = None
     """Where documents are kept apart: which tokens are whose."""
 
-    def read(self, sequence_ids: IntArray, view: int) -> Callable[[], Tensor]:
-        """Read the rows below some sequences, and return what gives the stack's output: [B, T, D]."""
-        stream_BTD = self.below.rows(sequence_ids, view)
+    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
+        """Return the stack's output for some sequences: [B, T, D]."""
+        stream_BTD = self.below.rows(sequence_ids, view).to(self.device)
         documents = self.inputs.batch(sequence_ids, view).get("documents") if self.inputs else None
-        return lambda: advance([self.stack.eval()], stream_BTD.to(self.device), EXACT, documents)
+        return advance([self.stack.eval()], stream_BTD, EXACT, documents)

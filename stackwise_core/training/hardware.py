@@ -24,7 +24,7 @@ _WORKSPACES = (":4096:8", ":16:8")
 def use_hardware(hardware: HardwareConfig) -> torch.device:
     """Set torch's threads and return the device; a rank of several processes gets its share of both.
 
-    With CUDA, also make torch deterministic or not, as configured.
+    With CUDA, also make torch deterministic or not, and let it round to TF32 or not, as configured.
     """
     rank = os.environ.get("LOCAL_RANK") if hardware.processes > 1 else None  # set by torchrun
     torch.set_num_threads(n_threads(hardware) if rank is None else threads_of_rank(hardware))
@@ -39,6 +39,7 @@ def use_hardware(hardware: HardwareConfig) -> torch.device:
         allowed = f"{there}, and each process needs its own; lower it, or set hardware.device: cpu"
         raise ConfigError([Fault("hardware.processes", str(hardware.processes), allowed)])
     _use_determinism(hardware.deterministic)
+    torch.backends.cuda.matmul.allow_tf32 = hardware.tf32
     return device if rank is None else torch.device("cuda", int(rank))
 
 
@@ -52,12 +53,14 @@ def _use_determinism(deterministic: bool) -> None:
 
 
 @contextlib.contextmanager
-def determinism_restored() -> Generator[None]:
-    """At the end, make torch as deterministic as it was: a library's setting is not the whole program's."""
+def torch_restored() -> Generator[None]:
+    """At the end, make torch as deterministic and as exact as it was: a library's is not the whole program's."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     fills, mode = _DETERMINISTIC.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
     try:
         yield
     finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.set_deterministic_debug_mode(mode)
         _DETERMINISTIC.fill_uninitialized_memory = fills
 

@@ -26,7 +26,7 @@ from stackwise_core.objectives.losses import Batch
 from stackwise_core.stages.resolve import resolve_mask
 from stackwise_core.stages.stages import StageSpec, resolve_joint, resolve_stage
 from stackwise_core.training.call import Call
-from stackwise_core.training.hardware import compiler_fault, determinism_restored, use_hardware
+from stackwise_core.training.hardware import compiler_fault, torch_restored, use_hardware
 from stackwise_core.training.in_memory import adapters_of, as_adapted, stage_inputs, validation_loss_of
 from stackwise_core.training.progress import Progress
 from stackwise_core.training.results import StageResult, result_of
@@ -54,7 +54,7 @@ class ProgressiveTrainer:
         """Return boundary, rows, bytes, limit [bytes] and whether full, of the last activations kept in RAM, or {}."""
         return dict(self._cached)
 
-    @determinism_restored()
+    @torch_restored()
     def train_progressively(
         self,
         rack_builder: ProgressiveRackBuilder,
@@ -98,7 +98,7 @@ class ProgressiveTrainer:
             raise ConfigError([Fault("state", "a checkpoint", "no stage is left to train: leave it out")])
         return results
 
-    @determinism_restored()
+    @torch_restored()
     def train_rack(
         self,
         rack_builder: ProgressiveRackBuilder,

@@ -34,7 +34,7 @@ PROMISED_KEYS = {
     "progressive_qlora_alpha time_interpretation time_embedding_dim time_encoding_type stack_time_mapping "
     "time_mapping time_per_stack num_time_steps stacks",
     "cache": "dtype views max_gb keep mode fill_workers task_runner",
-    "hardware": "device compile deterministic processes threads",
+    "hardware": "device compile deterministic processes threads tf32",
 }
 
 

@@ -335,6 +335,7 @@ NOT_IN_THE_PLAN = {
     "hardware.compile",
     "hardware.deterministic",
     "hardware.threads",
+    "hardware.tf32",
 }
 
 

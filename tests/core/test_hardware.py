@@ -14,7 +14,7 @@ from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.config.schema import HardwareConfig
 from stackwise_core.errors import ConfigError
 from stackwise_core.training import in_memory
-from stackwise_core.training.hardware import determinism_restored, threads_of_rank, use_hardware
+from stackwise_core.training.hardware import threads_of_rank, torch_restored, use_hardware
 from storage.manifest import fingerprint
 from support.runs import tiny
 
@@ -29,7 +29,7 @@ def two_cards(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Generator[No
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv(WORKSPACE, "")  # noted, so that what is set in its place goes with the test
     monkeypatch.delenv(WORKSPACE)
-    with determinism_restored():
+    with torch_restored():
         yield
 
 
@@ -100,8 +100,23 @@ def test_the_library_leaves_torch_as_deterministic_as_it_was(tmp_path: Path, mon
 
 
 @pytest.mark.usefixtures("two_cards")
+def test_products_are_rounded_to_tf32_only_where_that_is_asked_for() -> None:
+    matmul = torch.backends.cuda.matmul
+    with torch_restored():
+        use_hardware(HardwareConfig(device="cpu", threads=1, tf32=True))
+        assert not matmul.allow_tf32
+        use_hardware(HardwareConfig(device="cuda", threads=1, tf32=True))
+        assert matmul.allow_tf32
+        assert fingerprint(1, "cuda", False)["tf32"]
+        use_hardware(HardwareConfig(device="cuda", threads=1))
+        assert not matmul.allow_tf32
+        use_hardware(HardwareConfig(device="cuda", threads=1, tf32=True))
+    assert not matmul.allow_tf32  # a library's setting is not the whole program's
+
+
+@pytest.mark.usefixtures("two_cards")
 def test_the_fingerprint_names_the_card() -> None:
     use_hardware(HardwareConfig(device="cuda", threads=1))
-    card = {"device": "cuda:1", "gpu": "NVIDIA H200 cuda:1", "cuda": "13.0", "deterministic": True}
+    card = {"device": "cuda:1", "gpu": "NVIDIA H200 cuda:1", "cuda": "13.0", "deterministic": True, "tf32": False}
     assert card.items() <= fingerprint(1, "cuda:1", False).items()
     assert card.keys() & fingerprint(1, "cpu", False) == {"device"}

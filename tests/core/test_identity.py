@@ -59,6 +59,7 @@ def test_a_run_has_these_artifacts() -> None:
         ("hardware.compile", True),
         ("hardware.deterministic", False),
         ("hardware.threads", 3),
+        ("hardware.tf32", True),
         ("cache.keep", "all"),
         ("cache.max_gb", 1.0),
         ("cache.fill_workers", 4),

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from flows.cli import plan
 from flows.run import validating
 from flows.run.events import Message
 from flows.run.run import add_stage
@@ -277,6 +278,20 @@ def test_unused_keys_are_noted_and_nothing_is_made_anew(run: Run, config: Path, 
     trained = run("train", config, *override)
     assert (trained.code, trained.err) == (0, f"{NOTE}\n")
     assert run("plan", config, "--json").document["notes"] == []
+
+
+def test_a_plan_says_what_would_be_faster_on_a_gpu(run: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(*settings: str) -> bool:
+        changes = [part for setting in settings for part in ("--set", setting)]
+        return plan.ADVICE in run("plan", config, "--json", *changes).document["notes"]
+
+    low = "training.progressive.new_stack_precision=bfloat16"
+    assert not said()
+    monkeypatch.setattr(plan, "gpu_names", lambda: ["H100"])
+    assert said("hardware.device=auto")
+    assert not said("hardware.device=auto", low)
+    assert not said("hardware.device=cpu")
+    assert said("hardware.device=cuda")
 
 
 def test_a_run_reports_unused_keys_before_it_begins(tmp_path: Path) -> None:

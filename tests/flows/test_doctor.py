@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flows.cli import doctor
+from flows.cli import doctor, gpus
 from flows.services import AUTOMATION
 from storage import files
 from support.commands import Run
@@ -176,14 +176,15 @@ def test_a_missing_library_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_gpu_that_torch_cannot_use_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_gpus", lambda: ["H100"])
+    monkeypatch.setattr(doctor, "gpu_names", lambda: ["H100"])
     builds = {"+cpu": False, "+cu128": True, "": True}
     for build, works in builds.items():
         monkeypatch.setattr(doctor, "version", lambda name, build=build: f"2.13.0{build}")
         found = findings(run)["device"]
         assert found["ok"] == works
         assert found["says"].startswith("H100")
-    monkeypatch.setattr(doctor, "_gpus", list)
+        assert ("new_stack_precision=bfloat16" in found["says"]) == works
+    monkeypatch.setattr(doctor, "gpu_names", list)
     assert findings(run)["device"]["says"] == f"cpu, {len(os.sched_getaffinity(0))} cores; no CUDA device"
 
 
@@ -206,5 +207,5 @@ def test_the_driver_is_asked_as_its_interface_says(monkeypatch: pytest.MonkeyPat
             name.value = f"GPU {device.value}".encode()[: length - 1]
             return 0
 
-    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: Driver())
-    assert doctor._gpus() == ["GPU 1"]
+    monkeypatch.setattr(gpus.ctypes, "CDLL", lambda name: Driver())
+    assert gpus.gpu_names() == ["GPU 1"]
