@@ -142,19 +142,23 @@ def arms_of(text: str) -> tuple[list[str], dict[str, dict[str, Any]]]:
         ConfigError: a file cannot be read, or an entry is neither an arm, nor a file, nor ARM:KEY=VALUE.
     """
     names, own = list[str](), dict[str, dict[str, Any]]()
-    for entry in filter(None, (part.strip() for part in text.split(","))):
+    for entry in dict.fromkeys(filter(None, (part.strip() for part in text.split(",")))):
         start, colon, changes = entry.partition(":")
         if Path(entry).suffix in _YAML:
-            own[Path(entry).stem] = load_yaml(Path(entry))
+            name, keys = Path(entry).stem, load_yaml(Path(entry))
         elif colon:
             pairs = [pair.partition("=") for pair in changes.split(":")]
             if start not in ARMS or not all(key and equals for key, equals, _ in pairs):
                 allowed = "ARM:KEY=VALUE is expected, such as frozen:training.optimizer_state=keep"
                 raise ConfigError([Fault("--arms", repr(entry), allowed if start in ARMS else unknown_arm(start))])
             name = " ".join([start, *(f"{key.split('.')[-1]}={value}" for key, _, value in pairs)])
-            own[name] = {"arm": start, **{key: parse_value(value) for key, _, value in pairs}}
+            keys = {"arm": start, **{key: parse_value(value) for key, _, value in pairs}}
         else:
             names.append(entry)
+            continue
+        if name in own:
+            raise ConfigError([Fault("--arms", repr(entry), f"another arm is called {name}, too; rename a file")])
+        own[name] = keys
     return names, own
 
 

@@ -291,8 +291,8 @@ def _hardware_faults(config: ConfigSchema) -> Iterator[Fault]:
         )
     growth = config.training.progressive
     joint = bool(config.training.joint_steps) or not growth.enabled
-    if hardware.processes > 1 and joint and (optimizer := config.training.optimizer) != "adamw":
-        allowed = f"several processes shard the matrices of joint training, which {optimizer} needs whole; use adamw"
+    if hardware.processes > 1 and joint and config.training.optimizer == "adamw8bit":
+        allowed = "several processes shard the matrices of joint training, which adamw8bit needs whole; use adamw"
         yield _fault(config, "training.optimizer", f"{allowed}, or set hardware.processes to 1")
     if hardware.processes > most:
         yield _fault(config, "hardware.processes", f"each process needs a row of every batch: at most {most}")

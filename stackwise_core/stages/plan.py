@@ -48,6 +48,8 @@ from stackwise_core.stages.resolve import (
 )
 from stackwise_core.stages.stages import (
     StageSpec,
+    cooled,
+    ends_at_peak,
     leaves_state,
     resolve_joint_spans,
     resolve_joint_times,
@@ -89,10 +91,9 @@ class StagePlan(Value, frozen=True):
     def cooled(self) -> StagePlan:
         """The same stage with the steps of its cool-down, in which the rate decays from the peak."""
         assert self.cooldown
-        optim, recipe = self.spec.optim, self.cooldown
-        decay = {"decay": recipe.decay, "decay_steps": recipe.steps, "min_learning_rate": recipe.min_learning_rate}
-        longer = optim.model_copy(update={"steps": optim.steps + recipe.steps, **decay})
-        return self.model_copy(update={"spec": self.spec.model_copy(update={"optim": longer})})
+        recipe = self.cooldown
+        spec = cooled(self.spec, recipe.steps, recipe.decay, recipe.min_learning_rate)
+        return self.model_copy(update={"spec": spec})
 
     @property
     def mask(self) -> MaskSpec | None:
@@ -382,7 +383,7 @@ def _plan_cooldown(
     config: StackWiseConfig, spec: StageSpec, stack: StackRecipe | AdoptedRecipe
 ) -> CooldownRecipe | None:
     """Plan the cool-down of a stage that ends at the peak rate, if one is asked for."""
-    if not config.validation.cooldown_steps or spec.adopted or spec.optim.decay_steps != 0:
+    if not ends_at_peak(config, spec):
         return None
     return CooldownRecipe(
         stack=stack.sha256,

@@ -413,6 +413,19 @@ def resolve_joint(config: StackWiseConfig, index: int, n_stacks: int) -> StageSp
     return spec.model_copy(update={"state": _kept_state(config, spec, _Stacks(config))}) if index else spec
 
 
+def ends_at_peak(config: StackWiseConfig, spec: StageSpec) -> bool:
+    """Return whether a stage is to be judged by a cool-down: it ends before its rate has decayed."""
+    return bool(config.validation.cooldown_steps) and not spec.adopted and spec.optim.decay_steps == 0
+
+
+def cooled(spec: StageSpec, steps: int, decay: Decay, min_learning_rate: float) -> StageSpec:
+    """Return a stage with further steps, in which the rate decays from its peak."""
+    optim = spec.optim
+    lowest = min(min_learning_rate, optim.learning_rate)
+    falls = {"decay": decay, "decay_steps": steps, "min_learning_rate": lowest}
+    return spec.model_copy(update={"optim": optim.model_copy(update={"steps": optim.steps + steps, **falls})})
+
+
 def _order_step(config: StackWiseConfig, stage: int, known: _Stacks | None = None) -> int:
     """Return how many steps a run has taken before a stage, if each stage reads other rows."""
     if config.data.rows == "shared":

@@ -59,10 +59,13 @@ def stage_inputs(
     dataloader: Iterable[Any],
     store: RowSource | None = None,
     state: TrainingState | None = None,
+    *,
+    record: bool = True,
 ) -> StageInputs:
     """Return the inputs of a stage that the builder has prepared, in memory, as the flow opens them from artifacts.
 
-    `store` gives the rows of the boundary; without it the trunk computes them. `state` is a checkpoint of this stage.
+    `store` gives the rows of the boundary; without it the trunk computes them, and if they are to be cached they are
+    recorded, unless `record` is false. `state` is a checkpoint of this stage.
     """
     anatomy, device, rack = spec.anatomy, use_hardware(config.hardware), builder.build_rack()
     stacks = {stack.creation_index: stack for stack in builder.stacks}
@@ -78,7 +81,7 @@ def stage_inputs(
     n_rows, views, first_step = resolve_statistics_rows(config), resolve_views(config), state.step if state else 0
     loader = unwrapped(dataloader, stage_masks(config, spec), config.training.progressive.training_objective)
     raw = RepeatedLoader(loader, views, spec.order_step, first_step, n_rows)
-    record = config.training.progressive.cache_activations
+    record = record and config.training.progressive.cache_activations
 
     def first_batches() -> Iterator[Batch]:
         base = raw.kept or RepeatedLoader(

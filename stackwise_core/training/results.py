@@ -28,6 +28,9 @@ class StageResult:
     """What every step measured: step, loss, learning_rate, gradient_norm."""
     validation_loss: float | None = None
     """Mean over the loss positions of the validation batches [nats]; None without such batches."""
+    cooled_loss: float | None = None
+    """The same after a cool-down; None unless `validation.cooldown_steps` asks for one and the stage ends at the peak.
+    """
     seconds: float = 0.0
     """Of the training steps of this call."""
     parameters: dict[str, int] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class StageResult:
     def summary(self) -> str:
         """Return losses, parameters and time in a line."""
         held_out = "" if self.validation_loss is None else f", validation loss {self.validation_loss:.4f}"
+        held_out += "" if self.cooled_loss is None else f", cooled {self.cooled_loss:.4f}"
         trained, total = self.parameters["trained"], self.parameters["total"]
         return f"loss {self.loss:.4f}{held_out}, {trained:,} of {total:,} parameters trained, {self.seconds:.1f} s"
 

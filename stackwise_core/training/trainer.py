@@ -8,8 +8,6 @@ from dataclasses import asdict, replace
 from types import NoneType
 from typing import Any
 
-from torch import Tensor
-
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_type
 from stackwise_core.config.functions import shown
@@ -24,8 +22,9 @@ from stackwise_core.model.snapshot import Interrupted, Snapshot
 from stackwise_core.objectives.dataloader import ProgressiveDataLoader, RowSource
 from stackwise_core.objectives.losses import Batch
 from stackwise_core.stages.resolve import resolve_mask
-from stackwise_core.stages.stages import StageSpec, resolve_joint, resolve_stage
+from stackwise_core.stages.stages import StageSpec, ends_at_peak, resolve_joint, resolve_stage
 from stackwise_core.training.call import Call
+from stackwise_core.training.cooldown import cool_down
 from stackwise_core.training.hardware import compiler_fault, torch_restored, use_hardware
 from stackwise_core.training.in_memory import adapters_of, as_adapted, stage_inputs, validation_loss_of
 from stackwise_core.training.progress import Progress
@@ -131,8 +130,9 @@ class ProgressiveTrainer:
         if (count := self.config.hardware.processes) > 1:
             allowed = "this trains in the process that calls it; `stackwise train` starts several, else set it to 1"
             raise ConfigError([Fault("hardware.processes", str(count), allowed)])
-        if (steps := self.config.validation.cooldown_steps) and is_used(self.config, "validation.cooldown_steps"):
-            allowed = "`stackwise train` cools a stage down to judge it; in the library use 0"
+        cools = call.validation is None and is_used(self.config, "validation.cooldown_steps")
+        if (steps := self.config.validation.cooldown_steps) and cools:
+            allowed = "give `validation`, the batches on which a stage is judged when it has cooled down, or use 0"
             raise ConfigError([Fault("validation.cooldown_steps", str(steps), allowed)])
         self._check_target(builder, target)
         builder.check_additions(self.config, target)
@@ -265,13 +265,16 @@ class ProgressiveTrainer:
         builder.build_rack().to("cpu")  # where the copy is kept
         builder.prepare_stage(spec, config.run.seed)
         before = Snapshot.of(builder.build_rack(), spec.anatomy, builder.channels)
-        hooks, left = call.hooks_of(settings), dict[str, Tensor]()
-        if config.training.optimizer_state == "keep" and anneal is None:
-            hooks = _keeping(hooks, left)
+        hooks, ended, cooled_loss = call.hooks_of(settings), list[TrainingState](), None
+        keeps, cools = config.training.optimizer_state == "keep" and anneal is None, ends_at_peak(config, spec)
+        if keeps or cools:
+            hooks = _keeping(hooks, ended, with_weights=cools)
         try:
             inputs = stage_inputs(builder, config, spec, call.dataloader, call.cache.get(spec.anatomy.boundary), state)
             parameters = {"trained": count_parameters(inputs.model)["trainable_parameters"]}
             trained = train_stage(inputs, hooks)
+            if cools:
+                cooled_loss = cool_down(call, config, spec, hooks, ended[0])
             builder.channels.update(end_stage(inputs.model, inputs.first_batches))
         except StageInterruptedError as stopped:
             kept: TrainingState = stopped.state.copy()
@@ -284,10 +287,11 @@ class ProgressiveTrainer:
             raise
         builder.finish_stage(spec.anatomy)
         if anneal is None:
-            builder.moments = left
+            builder.moments = moments_of(ended[0]) if keeps else {}
         else:  # growth goes on from the rack before it, and from the state before it
             builder.keep_annealed(anneal, before)
         result = result_of(config, spec, trained, {**parameters, "total": builder.get_rack_info()["parameters"]})
+        result.cooled_loss = cooled_loss
         self._record(result, config, spec, inputs.batches)
         try:
             if call.validation is not None:
@@ -313,14 +317,15 @@ class ProgressiveTrainer:
             }
 
 
-def _keeping(hooks: Hooks, left: dict[str, Tensor]) -> Hooks:
-    """Return hooks that also keep the state that the optimizer is left in."""
+def _keeping(hooks: Hooks, ended: list[TrainingState], *, with_weights: bool) -> Hooks:
+    """Return hooks that also keep the state after the last step, or only that of its optimizer."""
     on_end = hooks.on_end
 
     def keep(state: TrainingState) -> None:
         if on_end is not None:
             on_end(state)
-        left.update({name: value.detach().cpu() for name, value in moments_of(state).items()})
+        kept = {name: value for name, value in state.tensors.items() if with_weights or name.startswith("optimizer.")}
+        ended.append(replace(state, tensors=kept).copy())
 
     return replace(hooks, on_end=keep)
 

@@ -119,11 +119,3 @@ def test_ids_notes_and_what_it_costs() -> None:
     sides = [(16, 16), (16, 16), (8, 16), (8, 16), (16, 24), (16, 24), (16, 24)]
     products = [2 * a * b * a + 2 * a**3 + 2 * a * a * b for a, b in sides]  # A A', its square, times A
     assert more == spec.optim.steps * 5 * sum(products)
-
-
-@pytest.mark.parametrize("joint", [{"training.joint_steps": 5}, {f"{G}enabled": False}])
-def test_sharded_matrices_are_refused(joint: dict[str, Any]) -> None:
-    values = {"training.optimizer": "muon", "hardware.processes": 2, **joint}
-    with pytest.raises(Exception, match="muon needs whole"):
-        configuration(values)
-    configuration({"training.optimizer": "muon", "hardware.processes": 2})

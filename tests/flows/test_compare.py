@@ -357,6 +357,10 @@ REFUSED = {
         ["--arms", "frozen+anneal:training.joint_steps=1"],
         "arm frozen+anneal joint_steps=1 at budget 1: training.steps_per_stack: got 1 in the shortest stage",
     ),
+    "two of one name": (
+        ["--arms", "other.yaml,./other.yaml"],
+        "--arms: got './other.yaml'; another arm is called other",
+    ),
     "another objective": (
         ["--arms", f"frozen:{G}.training_objective=mlm"],
         "training_objective of arm frozen training_objective=mlm: got mlm; clm end to end: no measure is common",

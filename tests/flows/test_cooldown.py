@@ -68,6 +68,15 @@ def test_it_is_the_loss_of_a_run_whose_clock_ends_there(mode: str, tmp_path: Pat
     assert [path.name[:10] for path in sorted((root / "cooldowns").iterdir())] == ["cooldown-0", "cooldown-1"]
 
 
+def test_a_cache_below_it_changes_no_loss(reference: Reference) -> None:
+    cached, live = reference(COOLED), reference({**COOLED, f"{G}cache_activations": False})
+    assert any(name.startswith("activations") for name in digests(cached))
+    assert not any(name.startswith("activations") for name in digests(live))
+    for stage in (0, 1):
+        with_cache, without = (judged(root, "cooldown", stage) for root in (cached, live))
+        assert {**with_cache, "flops": 0} == {**without, "flops": 0}
+
+
 @pytest.mark.parametrize("mode", SLOW)
 def test_nothing_else_changes_and_it_is_made_once(mode: str, tmp_path: Path, reference: Reference) -> None:
     """Of a finished run too, where the stage is trained again for it."""
@@ -179,5 +188,5 @@ def test_where_it_has_no_meaning_that_is_said() -> None:
     whole = configuration({**COOLED, **ends})
     assert notes(whole) == ["not used: validation.cooldown_steps (enabled: false)"]
     library = configuration(COOLED)
-    with pytest.raises(ConfigError, match="stackwise train` cools a stage down"):
+    with pytest.raises(ConfigError, match=r"cooldown_steps: got 5; give `validation`, the batches on which"):
         ProgressiveTrainer(library).train_progressively(ProgressiveRackBuilder(library), [])

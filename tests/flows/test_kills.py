@@ -16,7 +16,7 @@ import pytest
 from flows.cli.status import show_runs, show_stages
 from flows.run.numbers import size
 from flows.run.summary import summarise
-from storage.artifacts import Artifacts
+from storage.artifacts import Artifacts, State
 from storage.runs import find_run
 from support.adopting import library_rack, run_batches
 from support.children import Child
@@ -113,6 +113,17 @@ def test_killed_with_masks_and_epochs(tmp_path: Path, reference: Reference) -> N
     assert again.messages == ["stage 1 goes on from its checkpoint at step 6"]
     expected = digests(reference({"training.progressive.training_objective": "mlm"}))
     assert {name: digests(root)[name] for name in expected} == expected
+
+
+def test_killed_between_the_seals_of_an_optimizers_state_and_its_stack(tmp_path: Path, reference: Reference) -> None:
+    """Training goes on from the checkpoint, and seals the same state again."""
+    root, changes = tmp_path / "a", {"training.optimizer_state": "keep", "training.progressive.target_stacks": 2}
+    assert Child(tmp_path, root, changes, "seal-train:0:KILL").go().ended() == -signal.SIGKILL
+    stage = find_run(Artifacts(root), "tiny").plan.stages[0]
+    assert [Artifacts(root).state(stage.ref(kind)) for kind in ("optimizer", "stack")] == [State.SEALED, State.ABSENT]
+    assert grown(tiny(tmp_path, changes), root).messages == ["stage 0 goes on from its checkpoint at step 8"]
+    assert digests(root) == digests(reference(changes))
+    assert not [*(root / "work").iterdir(), *(root / "trash").iterdir()]
 
 
 @pytest.mark.parametrize("failpoint", ["promote-stack:0", "train:5"])

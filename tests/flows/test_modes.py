@@ -31,6 +31,7 @@ CACHED = [
     "nf4",
     "nvfp4 top",
     "bfloat16",
+    "one clock joint",
     "mixed",
     "insert",
     "insert below quantised",
@@ -42,7 +43,7 @@ CACHED = [
     *QUANTISED_MODES,
 ]
 
-BY_DEFAULT = ("append", "prepend", "full", "insert", "nf4 dual", "int8 mixed", "input per sequence", "depth joint")
+BY_DEFAULT = ("append", "prepend", "kept full", "insert", "nf4 dual", "int8 mixed", "input per sequence", "depth joint")
 BY_DEFAULT += ("fresh",)
 """Together they have every place, trunk, precision of the stream and kind of time; the others are run with the slow."""
 

@@ -54,6 +54,9 @@ def alone(stage: Stage, folder: Path) -> tuple[list[dict[str, float]], dict[str,
     return trained.records, weights
 
 
+OF_WEIGHTS = {"8 bits": 0.01 * 2e-3, "muon": 5e-4, "muon joint": 5e-4}
+"""A sum in another order may round a moment to another code; Muon's iterations are in bfloat16 (1.5e-4 was seen)."""
+MUON = {"training.optimizer": "muon", f"{G}trunk_strategy": "full"}
 MLM = {f"{G}training_objective": "mlm", "cache.views": 2}
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "first": ({}, 0),
@@ -83,6 +86,9 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
         {"training.optimizer_state": "keep", f"{G}trunk_strategy": "full", "training.joint_steps": 8},
         3,
     ),
+    "muon": ({**MUON, "cache.keep": "all"}, 1),
+    # 33 rows: shares of a matrix that are not equal.
+    "muon joint": ({**MUON, "training.optimizer_state": "keep", "training.joint_steps": 8, "model.d_ff": 33}, 3),
     "joint in time": (  # shares of two rows and of three, in two parts each
         {**DEPTH, "training.joint_steps": 8, "training.accumulation_steps": 3, "training.batch_size": 5},
         3,
@@ -111,7 +117,7 @@ CASES |= {
 
 
 _SLOW = ("from a cache", "nf4 dual", "joint", "prepend half", "elbo", "whole", "whole, few positions", "kept joint")
-_SLOW += ("insert frozen", "anneal by one clock", "cool-down", "compiled", "compiled joint", "8 bits")
+_SLOW += ("insert frozen", "anneal by one clock", "cool-down", "compiled", "compiled joint", "8 bits", "muon joint")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in _SLOW else c for c in CASES])
@@ -124,15 +130,15 @@ def test_two_processes_train_as_one(case: str, tmp_path: Path, reference: Any, p
     records, _, steps = first
     assert second[0] == records  # bit for bit: whatever is decided by them, all decide alike
     assert (steps, second[2]) == ([n + 1 for n in range(len(records))], [])
+    tolerance = OF_WEIGHTS.get(case, TOLERANCE)
     for here, there in zip(records, expected, strict=True):
-        assert here == pytest.approx(there, abs=TOLERANCE, rel=TOLERANCE), here["step"]
+        assert here["loss"] == pytest.approx(there["loss"], abs=TOLERANCE, rel=TOLERANCE), here["step"]
+        assert here == pytest.approx(there, abs=tolerance, rel=tolerance), here["step"]
     state = load_state(tmp_path / "two")
     assert state is not None
     assert state.step == len(records)
     found = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
     assert found.keys() == weights.keys()
-    # A sum in another order may round a moment to another code.
-    tolerance = 0.01 * 2e-3 if case == "8 bits" else TOLERANCE
     assert max((found[name] - weights[name]).abs().max().item() for name in weights) <= tolerance
 
 
