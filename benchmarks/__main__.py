@@ -29,6 +29,7 @@ NAMES = (
     "store_writing",
     "store_growth",
     "cache_feeding",
+    "cache_fill",
     "data_parallel",
     "corpora",
 )

@@ -26,7 +26,7 @@ from stackwise_core.stages.resolve import resolve_shape
 from stackwise_core.training.boundary import InputsFromTokens, LiveTrunk, RowsFromTokens
 from stackwise_core.training.evaluate import differing_rows
 from storage.activations.fill import StoreRows, fill_store, write_shards
-from storage.activations.reader import ReusedRows, StoreReader
+from storage.activations.reader import ReusedRows, StoreReader, rows_for
 from storage.files import Files
 
 _AHEAD = 2
@@ -65,12 +65,12 @@ def feeding(run: Run) -> Iterator[Measure]:
     batches = np.split(ids, n_rows // batch_size)
 
     with StoreReader(run.scratch / "store", files) as reader:
-        cached = ReusedRows(reader, _AHEAD + 1, pinned=run.device.type == "cuda")
+        on_host, cached = ReusedRows(reader, 1), rows_for(run.device, reader, _AHEAD + 1)
         for name, at_least in (("first read from the disk", None), ("again", 8.0)):
-            seconds = run.seconds(lambda: [cached.rows(some, 0) for some in batches], rounds=1, warmup=0)
+            seconds = run.seconds(lambda: [on_host.rows(some, 0) for some in batches], rounds=1, warmup=0)
             rates = [values.nbytes / s / 1e9 for s in seconds]
             yield Measure(case, f"store to host, {name}", "GB/s", rates, at_least=at_least)
-        seconds = run.seconds(lambda: [cached.rows(some, 0).to(run.device) for some in batches], rounds=2, warmup=0)
+        seconds = run.seconds(lambda: [cached.rows(some, 0) for some in batches], rounds=2, warmup=0)
         yield Measure(case, "store to device", "GB/s", [values.nbytes / s / 1e9 for s in seconds])
 
         def fed_by(rows_of: Callable[[np.ndarray], Tensor]) -> Iterator[Batch]:

@@ -44,7 +44,11 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--name", default="", help="of the comparison, and the beginning of its runs' (default: run.name)"
     )
     parser.add_argument("--plan", action="store_true", help="print the runs and what they cost, and train nothing")
-    parser.add_argument("--so-far", action="store_true", help="judge the runs that are done, and train nothing")
+    parser.add_argument(
+        "--so-far",
+        action="store_true",
+        help="judge the runs that are done, each arm at the best rate so far; train nothing",
+    )
     parser.add_argument("--html", default="", metavar="FILE", help="write the page there, too")
     parser.add_argument("--markdown", default="", metavar="FILE", help="write the tables as Markdown, too")
 
@@ -59,6 +63,7 @@ def _run(options: argparse.Namespace) -> None:
         "curve": _numbers("--curve", options.curve),
         "tflop": _number("--tflop", options.tflop),
         "extend": options.extend,
+        "so_far": options.so_far,
         "name": options.name,
     }
     jobs = _whole("--jobs", options.jobs)

@@ -35,6 +35,8 @@ class Comparison(BaseModel, frozen=True):
     tflop: float = 0.0
     """What a budget of 1 is [TFLOP]; 0: what the configuration itself costs."""
     extend: bool = False
+    so_far: bool = False
+    """Whether the best of the rates that were tried counts before all of them were."""
 
     def budgets_of(self, arm: str) -> tuple[float, ...]:
         """Return the budgets of an arm, rising."""
@@ -52,6 +54,7 @@ def comparison_of(
     curve: Sequence[float] = (),
     tflop: float = 0.0,
     extend: bool = False,
+    so_far: bool = False,
     name: str = "",
 ) -> Comparison:
     """Return a comparison of the controls and the named arms.
@@ -67,6 +70,7 @@ def comparison_of(
         curve: further budgets of the end-to-end arm.
         tflop: what a budget of 1 is; 0 for the FLOPs of the configuration.
         extend: whether the grid grows while its edge is best.
+        so_far: whether the best of the rates that were tried counts before all of them were.
         name: of the comparison, with which the names of its runs begin; by default that of the configuration.
 
     Raises:
@@ -91,6 +95,7 @@ def comparison_of(
         curve=tuple(curve),
         tflop=tflop,
         extend=extend,
+        so_far=so_far,
     )
     changed(config, {"run.name": comparison.name})  # raises if it is no name of a run
     return comparison
@@ -201,7 +206,11 @@ def grid_of(comparison: Comparison, losses: Mapping[float, float]) -> Grid:
     factors = list(comparison.rates)
     while True:
         if any(factor not in losses for factor in factors):
-            return Grid(tuple(factors), None, edge=False)
+            tried = [factor for factor in factors if math.isfinite(losses.get(factor, math.inf))]
+            if not comparison.so_far or not tried:
+                return Grid(tuple(factors), None, edge=False)
+            best = min(tried, key=lambda factor: (losses[factor], factor))
+            return Grid(tuple(factors), best, best in (tried[0], tried[-1]))
         best = min(factors, key=lambda factor: (losses[factor], factor))
         if not math.isfinite(losses[best]):
             return Grid(tuple(factors), None, edge=False)

@@ -9,8 +9,9 @@ import contextlib
 import importlib.util
 import multiprocessing
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import takewhile
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -54,16 +55,16 @@ def fill_shard(stage: Stage, writer: StoreWriter, shard: ShardRange) -> dict[str
     use_hardware(stage.config.hardware)  # with another number of threads than the parent, sums can have other bits
     rows = rows_to_store(stage)
     with boundary_above(stage, rows) as (source, _):
-        write_shard(rows, source, writer, shard)
+        write_shard(rows, source, writer, shard, pinned=stage.device.type == "cuda")
     failpoint("fill", shard.index)
     return {"group": shard.group, "index": shard.index, "rows": shard.n_rows}
 
 
 def write_by_workers(
-    stage: Stage, workers: Workers, writer: StoreWriter, wanted: Iterator[ShardRange]
+    stage: Stage, workers: Workers, writer: StoreWriter, missing: Sequence[ShardRange], stopping: Callable[[], bool]
 ) -> Generator[ShardRange]:
     """Fill the store of a stage by workers, as a `WriteShards`; raises `WorkerDiedError` if one is killed."""
-    n_workers = stage.config.cache.fill_workers
+    n_workers, wanted = stage.config.cache.fill_workers, takewhile(lambda _: not stopping(), missing)
     try:
         with workers(stage) as submit:
             yield from _submit_all(lambda shard: submit(writer, shard), wanted, n_workers)

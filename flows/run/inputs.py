@@ -21,6 +21,7 @@ from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import PackedBatches, first_rows, stage_batches
 from stackwise_core.objectives.dataloader import RowSource
 from stackwise_core.objectives.losses import Batch
+from stackwise_core.objectives.trunk_activations import ReadingSource
 from stackwise_core.stages.identity import Ref, StackRecipe
 from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.resolve import resolve_order
@@ -37,7 +38,7 @@ from stackwise_core.training.kept_state import kept_moments
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import StageInputs, TrainingState, fits, tensor_digest
 from storage.activations.fill import StoreRows
-from storage.activations.reader import ReusedRows, StoreReader
+from storage.activations.reader import StoreReader, rows_for
 from storage.checkpoints import load_channels, load_embedding, load_head, load_moments, load_stack, load_state
 from storage.demand import advance_source
 from storage.errors import AGAIN, ArtifactCorruptError
@@ -186,7 +187,7 @@ def _batches(
     if not isinstance(boundary, StoreReader):
         # A live trunk computes on the device that trains: batches made ahead would only compete with training.
         return stage_batches(config, spec, packed, boundary, first_step=first_step)
-    rows = ReusedRows(boundary, _BATCHES_AHEAD + 1, pinned=stage.device.type == "cuda")
+    rows = rows_for(stage.device, boundary, _BATCHES_AHEAD + 1)
     return stage_batches(config, spec, packed, rows, first_step=first_step, ahead=_BATCHES_AHEAD)
 
 
@@ -194,7 +195,7 @@ def _batches(
 
 
 @contextlib.contextmanager
-def boundary_above(stage: Stage, rows: StoreRows) -> Generator[tuple[RowSource, Facts]]:
+def boundary_above(stage: Stage, rows: StoreRows) -> Generator[tuple[ReadingSource, Facts]]:
     """Open some rows of the next stage's boundary, before the cast to the stored type, and say where they are from.
 
     Rows that the store below has are advanced from it; all others are derived from tokens.
@@ -207,7 +208,8 @@ def boundary_above(stage: Stage, rows: StoreRows) -> Generator[tuple[RowSource, 
     stack = load_stack(stage.artifacts, stage.so_far, stacks[-1], stage.device)
     with open_store(stage.artifacts, below) as reader:
         inputs = _inputs(stage) if stage.run_plan.data.separated_by is not None else None
-        advanced, name = RowsFromBoundary(reader, stack, stage.device, inputs), f"boundary {len(stacks) - 1}"
+        rows_below = rows_for(stage.device, reader, 2)  # one part is read while one is computed
+        advanced, name = RowsFromBoundary(rows_below, stack, stage.device, inputs), f"boundary {len(stacks) - 1}"
         there = [reader.has(rows.sequence_ids[rows.views == view], view) for view in np.unique(rows.views).tolist()]
         if not (n_lacking := len(rows.sequence_ids) - sum(int(which.sum()) for which in there)):
             yield advanced, {"from": name}

@@ -85,7 +85,8 @@ def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers
         rows = rows_to_store(stage)
         with boundary_above(stage, rows) as (source, origin):
             parallel = stage.config.cache.fill_workers > 1
-            write = partial(write_by_workers, stage, workers) if parallel else partial(write_shards, rows, source)
+            alone = partial(write_shards, rows, source, pinned=stage.device.type == "cuda")
+            write = partial(write_by_workers, stage, workers) if parallel else alone
             counts, checksums = fill_store(write, folder, rows, on_progress, stop_requested)
             with StoreReader(folder, checksums) as stored:
                 error = stored_error(stored, source, rows.sample(_ERROR_ROWS))

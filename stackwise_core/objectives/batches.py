@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from stackwise_core.objectives.losses import Batch, batch_rows
 from stackwise_core.objectives.raw_batch import raw_fields
 from stackwise_core.stages.resolve import resolve_mask
 from stackwise_core.stages.stages import StageSpec, resolve_joint_times
+
+T = TypeVar("T")
 
 
 def stage_batches(
@@ -137,15 +139,15 @@ def first_rows(batches: Iterable[Batch], n_rows: int) -> Iterator[Batch]:
             return
 
 
-def prefetched(batches: Iterable[Batch], depth: int) -> Iterator[Batch]:
-    """Yield the same batches in the same order, up to `depth` of them made ahead in one thread.
+def prefetched(batches: Iterable[T], depth: int) -> Generator[T]:
+    """Yield the same batches, or other things, in the same order, up to `depth` of them made ahead in one thread.
 
     While a batch is in use, at most `depth` others exist: a source that reuses buffers needs `depth + 1` of them.
     An error of the source is raised after the batches before it. When the caller stops early, so does the thread.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
         iterator = iter(batches)
-        ahead: deque[Future[Batch | None]] = deque(thread.submit(next, iterator, None) for _ in range(depth))
+        ahead: deque[Future[T | None]] = deque(thread.submit(next, iterator, None) for _ in range(depth))
         try:
             while (batch := ahead.popleft().result()) is not None:
                 ahead.append(thread.submit(next, iterator, None))

@@ -26,6 +26,15 @@ class RowSource(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadingSource(RowSource, Protocol):
+    """A source that computes its rows from what it reads: the next can be read in a thread while some are computed."""
+
+    def read(self, sequence_ids: IntArray, view: int) -> Callable[[], Tensor]:
+        """Read what the rows of some sequences need, and return what computes them."""
+        ...
+
+
 Boundary = Tensor | RowSource | Callable[..., Tensor]
 """A tensor [N, T, D], a source of rows, or a function of the corrupted input_ids [B, T] and, where time is an input,
 the steps [B]; where documents are kept apart, the steps or None, and the numbers of the documents [B, T]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,9 +16,9 @@ from stackwise_core.data.sequences import PackedSequences
 from stackwise_core.model.blocks import Stack, TokenEmbedding
 from stackwise_core.model.precision import compute_dtype, held_dense
 from stackwise_core.model.stream import EXACT, Stream
-from stackwise_core.objectives.dataloader import RowSource
 from stackwise_core.objectives.losses import Batch, input_time_step, several
 from stackwise_core.objectives.make_batch import make_batch
+from stackwise_core.objectives.trunk_activations import ReadingSource, RowSource
 
 _POSITIONS_AT_ONCE = 2048
 """On a GPU: enough for its matrix products, and a bound for what they need."""
@@ -111,43 +112,55 @@ class InputsFromTokens:
         return make_batch(fields, mask_spec)
 
 
+class _ReadThenComputed:
+    """Rows that are read and computed, one after the other."""
+
+    def read(self, sequence_ids: IntArray, view: int) -> Callable[[], Tensor]:
+        """Read what the rows of some sequences need, and return what computes them."""
+        raise NotImplementedError
+
+    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
+        """Return the boundary of some sequences: [B, T, D]; a negative view is the validation split's."""
+        return self.read(sequence_ids, view)()
+
+
 @dataclass(frozen=True)
-class RowsFromTokens:
+class RowsFromTokens(_ReadThenComputed):
     """A boundary derived from tokens through the whole trunk: it refills a store, and checks one."""
 
     inputs: InputsFromTokens
     trunk: Callable[..., Tensor]
     """Of the stage that reads the boundary: a `LiveTrunk`, or its `output`."""
 
-    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
-        """Return the boundary of some sequences: [B, T, D]; a negative view is the validation split's."""
+    def read(self, sequence_ids: IntArray, view: int) -> Callable[[], Tensor]:
+        """Corrupt the inputs of some sequences, and return what derives their boundary."""
         batch = self.inputs.batch(sequence_ids, view)
-        return self.trunk(batch["input_ids"], input_time_step(batch), batch.get("documents"))
+        return partial(self.trunk, batch["input_ids"], input_time_step(batch), batch.get("documents"))
 
 
 @dataclass(frozen=True)
-class RowsFromEither:
+class RowsFromEither(_ReadThenComputed):
     """A boundary of which some rows are advanced from the one below, and the others derived from tokens."""
 
-    below: RowSource
-    tokens: RowSource
+    below: ReadingSource
+    tokens: ReadingSource
     is_below: Callable[[IntArray, int], BoolArray]
     """Which sequences [B] of a view are rows of the boundary below: [B]."""
 
-    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
-        """Return the boundary of some sequences: [B, T, D]."""
+    def read(self, sequence_ids: IntArray, view: int) -> Callable[[], Tensor]:
+        """Read what is below some sequences, or their inputs, and return what computes their boundary."""
         is_below = self.is_below(sequence_ids, view)
         parts = [
-            (np.flatnonzero(which), source.rows(sequence_ids[which], view))
+            (np.flatnonzero(which), source.read(sequence_ids[which], view))
             for which, source in ((is_below, self.below), (~is_below, self.tokens))
             if which.any()
         ]
         order = np.argsort(np.concatenate([places for places, _ in parts]))
-        return torch.cat([rows for _, rows in parts])[torch.from_numpy(order)]
+        return lambda: torch.cat([compute() for _, compute in parts])[torch.from_numpy(order)]
 
 
 @dataclass(frozen=True)
-class RowsFromBoundary:
+class RowsFromBoundary(_ReadThenComputed):
     """The output of the next stack on the rows of a boundary, before it is cast: float32."""
 
     below: RowSource
@@ -156,8 +169,8 @@ class RowsFromBoundary:
     inputs: InputsFromTokens | None = None
     """Where documents are kept apart: which tokens are whose."""
 
-    def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
-        """Return the stack's output for some sequences: [B, T, D]."""
-        stream_BTD = self.below.rows(sequence_ids, view).to(self.device)
+    def read(self, sequence_ids: IntArray, view: int) -> Callable[[], Tensor]:
+        """Read the rows below some sequences, and return what gives the stack's output: [B, T, D]."""
+        stream_BTD = self.below.rows(sequence_ids, view)
         documents = self.inputs.batch(sequence_ids, view).get("documents") if self.inputs else None
-        return advance([self.stack.eval()], stream_BTD, EXACT, documents)
+        return lambda: advance([self.stack.eval()], stream_BTD.to(self.device), EXACT, documents)

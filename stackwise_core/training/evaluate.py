@@ -141,7 +141,7 @@ def _is_close(row_TD: Tensor, derived_TD: Tensor, tolerance: float) -> bool:
 
 
 class ChannelMoments:
-    """Sums over positions, in float64; row by row, so that they do not depend on the batch size."""
+    """Sums over positions, in float64 where the rows lie; row by row, so that they do not depend on the batch size."""
 
     def __init__(self) -> None:
         """Start at zero."""
@@ -149,7 +149,8 @@ class ChannelMoments:
 
     def add(self, stream_BTD: Tensor) -> None:
         """Add some rows."""
-        for row_TD in stream_BTD.double().cpu():
+        for row_TD in stream_BTD:
+            row_TD = row_TD.double()
             self.count += len(row_TD)
             self.sum = self.sum + row_TD.sum(0)
             self.squares = self.squares + row_TD.square().sum(0)
@@ -179,7 +180,8 @@ def output_statistics(
 def _statistics(moments: ChannelMoments) -> ChannelStatistics:
     std = moments.variance().clamp_min(0.0).sqrt()
     floor = max(_FLOOR * std.mean().item(), _LEAST_STD)
-    return ChannelStatistics((moments.sum / moments.count).float(), std.clamp_min(floor).float())
+    found = ChannelStatistics((moments.sum / moments.count).float(), std.clamp_min(floor).float())
+    return found.to(torch.device("cpu"))
 
 
 class StoredError(TypedDict):

@@ -151,7 +151,8 @@ class StageModel(nn.Module):
             return self.embedding(batch["input_ids"].to(device), input_time_step(batch))
         if batch["trunk_activations"] is None:
             raise ConfigError([Fault("trunk_activations", "None", "a stack on a trunk needs the trunk's activations")])
-        # From pinned memory the copy is asynchronous; a step ends by waiting for its loss, and so for the copy.
+        # Rows of a store are on the device already. Of others, those in pinned memory come while Python goes on; a step
+        # ends by waiting for its loss, and so for them.
         return batch["trunk_activations"].to(device, non_blocking=True).float()
 
     def summed_loss(self, batch: Batch) -> tuple[Tensor, int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, takewhile
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.failpoints import failpoint
 from stackwise_core.model.stream import ChannelStatistics, Quantised, quantise
-from stackwise_core.objectives.dataloader import RowSource
+from stackwise_core.objectives.batches import prefetched
+from stackwise_core.objectives.trunk_activations import ReadingSource, RowSource
 from storage.activations.format import GROUPS, Group, GroupSpec
+from storage.activations.reader import empty_pinned
 from storage.activations.statistics import evenly_spaced
 from storage.activations.writer import RowKeys, ShardRange, StoreWriter
 
@@ -63,9 +66,9 @@ class StoreRows:
         return [(int(sequence_ids[place]), int(views[place])) for place in evenly_spaced(len(views), n_rows)]
 
 
-WriteShards = Callable[[StoreWriter, Iterator[ShardRange]], Generator[ShardRange]]
-"""Writes the shards that the iterator yields, taking the next one only when it is ready for it, and yields each shard
-once it is on the disk."""
+WriteShards = Callable[[StoreWriter, Sequence[ShardRange], Callable[[], bool]], Generator[ShardRange]]
+"""Writes shards in this order, and yields each once it is on the disk; before it computes one, it asks the function
+whether to stop."""
 
 
 def fill_store(
@@ -78,7 +81,7 @@ def fill_store(
     """Write every missing shard of a store in a work folder.
 
     After every shard, `on_progress` gets (bytes on disk, bytes in all), and `should_stop` is asked. If it returns True,
-    `write` gets no further shard, but still writes those that it has computed.
+    `write` computes no further shard, but still writes those that it has computed.
 
     Returns:
         The counts train_rows, validation_rows and store_bytes; and (size, checksum) of every file.
@@ -95,8 +98,7 @@ def fill_store(
     done = total - sum(shard.n_rows * specs[shard.group].stored_row_bytes for shard in missing)
     on_progress(done, total)
     stopping = False
-    wanted = takewhile(lambda _: not stopping, missing)
-    with closing(write(writer, wanted)) as written:  # ends all writing before the folder's lock is released
+    with closing(write(writer, missing, lambda: stopping)) as written:  # it ends before the folder's lock is released
         for number, shard in enumerate(written, 1):
             done += shard.n_rows * specs[shard.group].stored_row_bytes
             on_progress(done, total)
@@ -111,14 +113,23 @@ def fill_store(
 
 
 def write_shards(
-    rows: StoreRows, source: RowSource, writer: StoreWriter, wanted: Iterator[ShardRange]
+    rows: StoreRows,
+    source: RowSource,
+    writer: StoreWriter,
+    missing: Sequence[ShardRange],
+    stopping: Callable[[], bool],
+    *,
+    pinned: bool = False,
 ) -> Generator[ShardRange]:
-    """Compute shards in reused buffers, and write each while the next is computed; see `WriteShards`."""
-    memory = cycle([_memory(writer.specs.values()) for _ in range(_WRITTEN_AT_ONCE + 1)])
-    with ThreadPoolExecutor(_WRITTEN_AT_ONCE, "disk") as disk:
+    """Compute shards in reused buffers, and write each while the next is computed; see `WriteShards`.
+
+    What a `ReadingSource` computes next is read meanwhile. `pinned` buffers are for rows that a CUDA device computes.
+    """
+    memory = cycle([_memory(writer.specs.values(), pinned) for _ in range(_WRITTEN_AT_ONCE + 1)])
+    with closing(_parts(rows, source, missing)) as parts, ThreadPoolExecutor(_WRITTEN_AT_ONCE) as disk:
         behind: deque[tuple[ShardRange, Future[None]]] = deque()
-        for shard in wanted:
-            computed = _compute(rows, shard, source, next(memory))
+        for shard in takewhile(lambda _: not stopping(), missing):
+            computed = _compute(rows, shard, parts, next(memory))
             behind.append((shard, disk.submit(writer.write_shard, shard, computed)))
             if len(behind) > _WRITTEN_AT_ONCE:
                 yield _written(*behind.popleft())
@@ -131,35 +142,67 @@ def _written(shard: ShardRange, future: Future[None]) -> ShardRange:
     return shard
 
 
-def write_shard(rows: StoreRows, source: RowSource, writer: StoreWriter, shard: ShardRange) -> None:
+def write_shard(
+    rows: StoreRows, source: RowSource, writer: StoreWriter, shard: ShardRange, *, pinned: bool = False
+) -> None:
     """Compute and write one shard."""
-    writer.write_shard(shard, _compute(rows, shard, source, _memory([writer.specs[shard.group]])))
+    with closing(_parts(rows, source, [shard])) as parts:
+        writer.write_shard(shard, _compute(rows, shard, parts, _memory([writer.specs[shard.group]], pinned)))
 
 
-def _memory(specs: Iterable[GroupSpec]) -> list[torch.Tensor]:
+def _memory(specs: Iterable[GroupSpec], pinned: bool) -> list[torch.Tensor]:
     """Allocate a buffer for each array of any shard; allocating one per shard would cost as much as filling it."""
     memory: list[torch.Tensor] = []
     for first, *others in zip(*(spec.arrays.values() for spec in specs), strict=True):
         n_rows = max(len(spec.shard_range(0)) for spec in (first, *others))
-        memory.append(torch.empty((n_rows, first.seq_len, first.d_model), dtype=first.torch_dtype))
+        shape = n_rows, first.seq_len, first.d_model
+        memory.append(empty_pinned(shape, first.torch_dtype) if pinned else torch.empty(shape, dtype=first.torch_dtype))
     return memory
 
 
+_Part = tuple[ShardRange, int, int, Callable[[], torch.Tensor]]
+"""A shard, the first and the last row + 1 of a part of it, and what computes the part."""
+
+
+def _parts(rows: StoreRows, source: RowSource, shards: Iterable[ShardRange]) -> Generator[_Part]:
+    """Yield the parts of shards; what the next one is computed from is read in a thread meanwhile."""
+
+    def parts() -> Iterator[_Part]:
+        for shard in shards:
+            sequence_ids, views = rows.index(shard.group)
+            for first, last in _runs(views, shard.first_row, shard.first_row + shard.n_rows):
+                which = sequence_ids[first:last], int(views[first])
+                compute = source.read(*which) if isinstance(source, ReadingSource) else partial(source.rows, *which)
+                yield shard, first, last, compute
+
+    return prefetched(parts(), 1)
+
+
 def _compute(
-    rows: StoreRows, shard: ShardRange, source: RowSource, memory: list[torch.Tensor]
+    rows: StoreRows, shard: ShardRange, parts: Iterator[_Part], memory: list[torch.Tensor]
 ) -> torch.Tensor | Quantised:
-    """Return the rows of a shard as they are stored, in `memory`."""
+    """Return the rows of a shard, whose parts come next, as they are stored, in `memory`."""
     stored = [room[: shard.n_rows] for room in memory]
-    sequence_ids, views = rows.index(shard.group)
-    for first, last in _runs(views, shard.first_row, shard.first_row + shard.n_rows):
-        part = source.rows(sequence_ids[first:last], int(views[first]))
+    last, end = shard.first_row, shard.first_row + shard.n_rows
+    while last < end:
+        of, first, last, compute = next(parts)
+        assert of == shard
+        part = compute()
         encoded = (part,) if rows.channels is None else quantise(part, rows.dtype, rows.channels)
         for out, tensor in zip(stored, encoded, strict=True):
             if tensor.shape != (last - first, *out.shape[1:]):  # assignment would broadcast it
                 found, each = tuple(tensor.shape), tuple(out.shape[1:])
                 raise ValueError(f"{shard}: rows {first}..{last} came as {found}, not {each} each")
-            out[first - shard.first_row : last - shard.first_row] = tensor.cpu()
+            place = out[first - shard.first_row : last - shard.first_row]
+            place.copy_(_rounded(tensor, out.dtype), non_blocking=True)
+        if last == end and part.is_cuda:
+            torch.cuda.current_stream(part.device).synchronize()  # all parts have come
     return stored[0] if rows.channels is None else Quantised(*stored)
+
+
+def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows in the type that is stored, if they have to cross a bus; on a CPU the copy rounds them."""
+    return tensor if tensor.device.type == "cpu" else tensor.to(dtype)
 
 
 def _runs(views: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from math import prod
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from stackwise_core.data.masks import VALIDATION_VIEW
-from stackwise_core.model.stream import Quantised, dequantise
+from stackwise_core.model.stream import ChannelStatistics, Quantised, dequantise
 from storage.activations.format import GROUPS, Array, Group, corrupt, parse_record, record_path, shard_path
 from storage.activations.metadata import open_sealed
 from storage.activations.shard import ShardDamageError, ShardObject, bytes_of
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from storage.place import RangeReader
 
 Access = Literal["auto", "map", "read"]
+MakeTensor = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 Indices = torch.Tensor | np.ndarray | Sequence[int]
 PAGE_BYTES: Final = 4096
 _REQUESTS_AT_ONCE: Final = 32
@@ -106,13 +107,34 @@ class StoreReader:
             RowMissingError: The store does not have such a row.
             ArtifactCorruptError: The bytes differ from what was sealed.
         """
+        return self.read(*self._found(sequence_ids, view), out)
+
+    def stored_rows(
+        self, sequence_ids: torch.Tensor | np.ndarray, view: int, make: MakeTensor
+    ) -> tuple[tuple[torch.Tensor, ...], ChannelStatistics | None]:
+        """Return the rows that `rows` returns as they are stored, in tensors that `make` returns.
+
+        Returns:
+            Values `[B, T, D]`; and of a quantised store, float32 scales `[B, T, 1]` and the statistics of its channels.
+        """
+        group, rows = self._found(sequence_ids, view)
+        return self._stored(group, rows, make), self._groups[group].channels
+
+    def _found(self, sequence_ids: torch.Tensor | np.ndarray, view: int) -> tuple[Group, np.ndarray]:
+        """Return the group of some rows, and their indices in it."""
         group: Group = "validation" if view == VALIDATION_VIEW else "train"
         try:
-            rows = self._groups[group].rows.find(np.asarray(sequence_ids, np.int64), view)
+            return group, self._groups[group].rows.find(np.asarray(sequence_ids, np.int64), view)
         except KeyError as error:
             remedy = "ask for rows that the stage's steps visit, or make a store that holds them"
             raise RowMissingError(self.folder, f"no {group} row of {error.args[0]}", remedy) from None
-        return self.read(group, rows, out)
+
+    def _stored(self, group: Group, rows: np.ndarray, make: MakeTensor) -> tuple[torch.Tensor, ...]:
+        stored: list[torch.Tensor] = []
+        for array, spec in self._groups[group].spec.arrays.items():
+            stored.append(make((len(rows), spec.seq_len, spec.d_model), spec.torch_dtype))
+            self.read_bytes(group, rows, bytes_of(stored[-1]), array)
+        return tuple(stored)
 
     def has(self, sequence_ids: torch.Tensor | np.ndarray, view: int) -> np.ndarray:
         """Return which sequences have a row in one view, as `rows` takes it: bool `[B]`."""
@@ -138,10 +160,7 @@ class StoreReader:
         if channels is None:
             self.read_bytes(group, rows, bytes_of(out))
             return out
-        stored = Quantised(empty_aligned(shape, spec.torch_dtype), empty_aligned((*shape[:2], 1), torch.float32))
-        self.read_bytes(group, rows, bytes_of(stored.values))
-        self.read_bytes(group, rows, bytes_of(stored.scale), "scale")
-        return dequantise(stored, channels, out)
+        return dequantise(Quantised(*self._stored(group, rows, empty_aligned)), channels, out)
 
     def read_bytes(self, group: Group, rows: np.ndarray, out: np.ndarray, array: Array = "activations") -> None:
         """Copy rows int64 `[B]` as stored into uint8 `[B, row bytes]`; saves the 0.1 ms of `read`'s tensors.
@@ -207,6 +226,11 @@ def empty_aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return raw[first : first + n_bytes].view(dtype).view(shape)
 
 
+def empty_pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return an uninitialised CPU tensor in page-locked memory, which a CUDA device reads and writes by itself."""
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
 def _checked_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous() or out.device.type != "cpu":
         found = f"{tuple(out.shape)} {out.dtype} {out.stride()} on {out.device}"
@@ -214,12 +238,20 @@ def _checked_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) 
     return out
 
 
+def rows_for(device: torch.device, reader: StoreReader, n_buffers: int) -> ReusedRows | DeviceRows:
+    """Return the rows of a store where a device computes, valid until `n_buffers` further batches have been read.
+
+    Only one thread may read them.
+    """
+    return DeviceRows(reader, device) if device.type == "cuda" else ReusedRows(reader, n_buffers)
+
+
 class ReusedRows:
     """Reads the rows of a store into a few buffers, which are used in turn."""
 
-    def __init__(self, reader: StoreReader, n_buffers: int, *, pinned: bool = False) -> None:
-        """Read from `reader`; a pinned buffer can be copied to a CUDA device asynchronously."""
-        self.reader, self.pinned = reader, pinned
+    def __init__(self, reader: StoreReader, n_buffers: int) -> None:
+        """Read from `reader`."""
+        self.reader = reader
         self._buffers: list[torch.Tensor | None] = [None] * n_buffers
         self._turn = cycle(range(n_buffers))
 
@@ -228,7 +260,36 @@ class ReusedRows:
         turn, n_rows = next(self._turn), len(sequence_ids)
         buffer = self._buffers[turn]
         if buffer is None or len(buffer) < n_rows:
-            shape, dtype = (n_rows, self.reader.train.seq_len, self.reader.train.d_model), self.reader.dtype
-            buffer = torch.empty(shape, dtype=dtype, pin_memory=True) if self.pinned else empty_aligned(shape, dtype)
+            buffer = empty_aligned((n_rows, self.reader.train.seq_len, self.reader.train.d_model), self.reader.dtype)
             self._buffers[turn] = buffer
         return self.reader.rows(sequence_ids, view, out=buffer[:n_rows])
+
+
+class DeviceRows:
+    """Brings the rows of a store to a CUDA device, from the thread that reads them, while the device computes.
+
+    They cross the bus as they are stored, from pinned memory and on a stream of their own; quantised ones are
+    dequantised on the device, which gives the same bits. Only one thread may read.
+    """
+
+    def __init__(self, reader: StoreReader, device: torch.device) -> None:
+        """Bring rows for the stream that is the device's current one now."""
+        self.reader, self.device = reader, device
+        self._own, self._users = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        self._pinned: dict[torch.dtype, torch.Tensor] = {}
+
+    def rows(self, sequence_ids: torch.Tensor | np.ndarray, view: int) -> torch.Tensor:
+        """Return what `StoreReader.rows` does, on the device."""
+        stored, channels = self.reader.stored_rows(sequence_ids, view, self._buffer)
+        with torch.cuda.stream(self._own):
+            moved = [part.to(self.device, non_blocking=True) for part in stored]
+            rows = moved[0] if channels is None else dequantise(Quantised(*moved), channels)
+            arrived = self._own.record_event()
+        arrived.synchronize()  # the buffers are free for the next rows, and any stream may read these
+        rows.record_stream(self._users)  # their memory is not given away while that stream still needs it
+        return rows
+
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._pinned or len(self._pinned[dtype]) < shape[0]:
+            self._pinned[dtype] = empty_pinned(shape, dtype)
+        return self._pinned[dtype][: shape[0]]

@@ -18,7 +18,7 @@ from stackwise_core.objectives.losses import Batch
 from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.training import boundary, evaluate
 from stackwise_core.training.boundary import advance, rows_at_once
-from stackwise_core.training.evaluate import differing_rows, judge_rack
+from stackwise_core.training.evaluate import ChannelMoments, differing_rows, judge_rack, output_statistics
 from support.racks import SHAPE
 
 T, END = 12, 9
@@ -96,6 +96,25 @@ def test_validation_gives_the_same_losses_in_groups(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(boundary, "rows_at_once", lambda *_: 3)
     monkeypatch.setattr(evaluate, "_SEQUENCES_AT_ONCE", 2)
     assert losses() == pytest.approx(expected, rel=1e-5)
+
+
+def test_statistics_are_summed_where_the_rows_lie_and_kept_on_the_cpu() -> None:
+    moments = ChannelMoments()
+    moments.add(torch.empty(2, T, SHAPE.d_model, dtype=torch.bfloat16, device="meta"))
+    assert (moments.sum.device.type, moments.squares.dtype) == ("meta", torch.float64)
+    (found,) = output_statistics(stacks_of_two()[:1], [(entering(3), None)]).values()
+    rows = advance(stacks_of_two()[:1], entering(3), EXACT).double().flatten(0, 1)
+    torch.testing.assert_close(found.mean, rows.mean(0).float())
+    torch.testing.assert_close(found.std, rows.std(0, correction=0).float())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_statistics_of_rows_on_a_gpu() -> None:
+    stacks, expected = stacks_of_two()[:1], output_statistics(stacks_of_two()[:1], [(entering(3), None)])
+    found = output_statistics([stacks[0].cuda()], [(entering(3).cuda(), None)])
+    for there, here in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)  # both on the CPU
 
 
 # ---------------------------------------------------------------- compared within a tolerance

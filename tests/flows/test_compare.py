@@ -72,8 +72,17 @@ def compared(comparison: Comparison, root: Path) -> dict[str, Any]:
 
 
 def grid(losses: dict[float, float], *, extend: bool = False, rates: tuple[float, ...] = (0.5, 1.0, 2.0)) -> Any:
-    comparison = Comparison.model_construct(rates=rates, extend=extend)
+    comparison = Comparison.model_construct(rates=rates, extend=extend, so_far=False)
     return grid_of(comparison, losses)
+
+
+def test_so_far_the_best_rate_is_that_of_those_that_were_tried() -> None:
+    comparison = Comparison.model_construct(rates=(0.5, 1.0, 2.0), extend=True, so_far=True)
+    assert grid_of(comparison, {}) == ((0.5, 1.0, 2.0), None, False)
+    assert grid_of(comparison, {1.0: 1.2}) == ((0.5, 1.0, 2.0), 1.0, True)
+    assert grid_of(comparison, {0.5: 1.4, 2.0: 1.3}) == ((0.5, 1.0, 2.0), 2.0, True)
+    assert grid_of(comparison, {0.5: math.inf, 2.0: 1.3})[1] == 2.0
+    assert grid_of(comparison, {0.5: 1.4, 1.0: 1.2, 2.0: 1.3}) == ((0.5, 1.0, 2.0), 1.0, False)
 
 
 def test_the_best_rate_is_known_when_all_were_tried() -> None:

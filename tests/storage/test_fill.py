@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stackwise_core.data.masks import IntArray
+from stackwise_core.config.schema import QUANTISED_STREAMS
+from stackwise_core.data.masks import VALIDATION_VIEW, IntArray
 from stackwise_core.errors import StageInterruptedError
+from stackwise_core.model.stream import ChannelStatistics
 from storage.activations import fill as fill_module
 from storage.activations.fill import StoreRows, fill_store, write_shards
 from storage.activations.reader import StoreReader
@@ -136,6 +139,71 @@ def test_a_shard_is_written_while_the_next_is_computed(tmp_path: Path, monkeypat
     monkeypatch.setattr(StoreWriter, "write_shard", waiting)
     fill(tmp_path, Telling())
     assert written == [True] * 10
+
+
+class Computing(Source):
+    """Reads the numbers of rows, and computes the rows from these; it remembers how many parts it has read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_so_far, self.has_read = 0, threading.Condition()
+        self.ahead: list[bool] = []
+
+    def read(self, sequence_ids: IntArray, view: int) -> Callable[[], Tensor]:
+        with self.has_read:
+            self.read_so_far += 1
+            self.has_read.notify_all()
+        return lambda: self.computed(sequence_ids, view)
+
+    def computed(self, sequence_ids: IntArray, view: int) -> Tensor:
+        n_before, is_last = len(self.ahead), view == VALIDATION_VIEW
+        with self.has_read:
+            self.ahead.append(is_last or self.has_read.wait_for(lambda: self.read_so_far > n_before + 1, timeout=240))
+        return self.rows(sequence_ids, view)
+
+
+def test_a_part_is_read_while_the_one_before_is_computed(tmp_path: Path, uninterrupted: Any) -> None:
+    source = Computing()
+    _, checksums, _ = fill(tmp_path, source)
+    assert source.ahead == [True] * len(source.ahead)
+    assert source.read_so_far == len(source.ahead)
+    assert source.asked == pairs()
+    assert (content(tmp_path), checksums) == uninterrupted
+
+
+def test_stopped_while_it_reads_ahead_it_leaves_no_thread_and_the_same_bytes(
+    tmp_path: Path, uninterrupted: Any
+) -> None:
+    before = set(threading.enumerate())
+    source = Computing()
+    with pytest.raises(StageInterruptedError):
+        fill(tmp_path, source, n_shards=1)
+    assert source.read_so_far == len(source.ahead) + 1  # one in vain
+    assert set(threading.enumerate()) == before
+    _, checksums, _ = fill(tmp_path, Computing())
+    assert (content(tmp_path), checksums) == uninterrupted
+
+
+def test_what_leaves_a_device_has_the_type_that_is_stored() -> None:
+    leaving = fill_module._rounded(torch.empty(2, 3, 4, device="meta"), torch.bfloat16)
+    assert leaving.dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8", "fp8"])
+def test_rows_of_a_gpu_are_stored_as_those_of_a_cpu(dtype: str, tmp_path: Path) -> None:
+    channels = ChannelStatistics(torch.arange(D).float(), torch.arange(D) + 0.5) if dtype in QUANTISED_STREAMS else None
+    rows = dataclasses.replace(rows_to_store(dtype), channels=channels)
+
+    class OnDevice(Source):
+        def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
+            return super().rows(sequence_ids, view).cuda()
+
+    for folder, source, pinned in (("a", Source(torch.float32), False), ("b", OnDevice(torch.float32), True)):
+        write = functools.partial(write_shards, rows, source, pinned=pinned)
+        fill_store(write, tmp_path / folder, rows, lambda *_: None, lambda: False)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
 def test_a_request_to_stop_with_the_last_shard_under_way_comes_too_late(uninterrupted: Any, tmp_path: Path) -> None:
