@@ -197,7 +197,11 @@ def _llama(run: Run, like: Later) -> Callable[[], float]:
 def large_stage(run: Run) -> Iterator[Measure]:
     """A step of 70B shape with everything that saves memory, for one sequence and for eight."""
     for batch_size in (1, run.size(8, 2)):
-        changes = {**_CHECKPOINTING, "training.accumulation_steps": batch_size}
+        changes = {
+            **_CHECKPOINTING,
+            "training.optimizer": "adamw8bit",
+            "training.accumulation_steps": batch_size,
+        }
         with peak_bytes(run.device) as peak:
             stage = later(run, SHAPE_70B, changes, batch_size)
             seconds = run.seconds(stage.step, rounds=3)
