@@ -66,10 +66,10 @@ def low_storage(run: Run) -> Iterator[Measure]:
         stored = quantise(weight, storage)
         error = float((dequantise(stored, storage, (rows, columns)) - weight).norm() / weight.norm())
         yield Measure(f"{rows} x {columns}", f"{storage}: relative error", "", [error], at_most=at_most)
-        n_bytes = 4 * weight.numel() + sum(tensor.nbytes for tensor in stored.values())
-        seconds = run.seconds(lambda s=storage, t=stored: dequantise(t, s, (rows, columns)))
+        n_bytes = 2 * weight.numel() + sum(tensor.nbytes for tensor in stored.values())
+        seconds = run.seconds(lambda s=storage, t=stored: dequantise(t, s, (rows, columns), torch.bfloat16))
         rates = [n_bytes / s / 1e9 for s in seconds]
-        yield Measure(f"{rows} x {columns}", f"{storage}: decoding, read and written", "GB/s", rates)
+        yield Measure(f"{rows} x {columns}", f"{storage}: decoding to bfloat16, read and written", "GB/s", rates)
     del weight, stored
 
     seconds_of: dict[str, list[float]] = {}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import memory
 from benchmarks.gpu.record import Run
-from benchmarks.gpu.stages import SHAPE_8B, later, settings
+from benchmarks.gpu.stages import SHAPE_8B, Later, later, settings
 from benchmarks.harness import Measure, ratios
 from stackwise_core.data.sequences import FIRST_VALIDATION_ID, PackedSequences
 from stackwise_core.model.growth_operators import grow_stack, new_rack
@@ -73,18 +74,19 @@ def feeding(run: Run) -> Iterator[Measure]:
         seconds = run.seconds(lambda: [cached.rows(some, 0) for some in batches], rounds=2, warmup=0)
         yield Measure(case, "store to device", "GB/s", [values.nbytes / s / 1e9 for s in seconds])
 
-        def fed_by(rows_of: Callable[[np.ndarray], Tensor]) -> Iterator[Batch]:
+        def fed_by(rows_of: Callable[[np.ndarray], Tensor]) -> Generator[Batch]:
             return ({**stage.batch, "trunk_activations": rows_of(some)} for some in itertools.cycle(batches))
 
         there = stage.batch["trunk_activations"]
-        sources: dict[str, Iterable[Batch]] = {
+        sources: dict[str, Generator[Batch]] = {
             "the cache": prefetched(fed_by(lambda some: cached.rows(some, 0)), _AHEAD),
             "pinned memory": fed_by(lambda some: values[some[0] : some[0] + batch_size]),
             "the device": fed_by(lambda some: there),
         }
         fed: dict[str, list[float]] = {}
         for name, source in sources.items():
-            fed[name] = run.seconds(functools.partial(_step, stage, iter(source)), rounds=12)
+            with contextlib.closing(source):
+                fed[name] = run.seconds(functools.partial(_step, stage, source), rounds=12)
             yield Measure(case, f"step fed by {name}", "ms", [s * 1e3 for s in fed[name]])
         for name in list(fed)[1:]:
             goal = 0.99 if name == "pinned memory" else None
@@ -92,7 +94,7 @@ def feeding(run: Run) -> Iterator[Measure]:
             yield Measure(case, f"speed, the cache / {name}", "x", speed, at_least=goal)
 
 
-def _step(stage, batches: Iterator[Batch]) -> None:
+def _step(stage: Later, batches: Iterator[Batch]) -> None:
     stage.batch = next(batches)
     stage.step()
 
