@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
@@ -119,6 +120,17 @@ def hold(module: nn.Module, tensors: dict[str, Tensor], device: torch.device = C
     for name in tensors:  # a copy lies where torch aligns it, which bits of products may depend on
         tensors[name] = tensors[name].to(device, copy=True)
     module.load_state_dict(tensors, assign=True)
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """Return the named tensors of a safetensors file, mapped into memory, privately; nothing may write to the file.
+
+    Raises ValueError if it is none.
+    """
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ValueError(f"is not a safetensors file ({error})") from None
 
 
 def fill(load: Callable[[dict[str, Tensor]], object], tensors: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stackwise_core.files import recover_folder, replace_folder, write_pieces
-from stackwise_core.model.saving import deserialised, safetensors_pieces
+from stackwise_core.model.saving import mapped, safetensors_pieces
 from stackwise_core.stages.state_header import read_header, write_header
 from stackwise_core.training.training import TrainingState
 
@@ -77,12 +77,14 @@ def write_state(folder: Path, state: TrainingState, made_by: dict[str, Any] | No
 def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]] | None:
     """Return the state in a folder and what it was made by; None if there is none, or if it is damaged."""
     recover_folder(folder)
+    header, path = read_header(folder), folder / _TENSORS
     try:
-        payload = (folder / _TENSORS).read_bytes()
-    except OSError:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if header is None or digest != header["tensors"]:
+            return None
+        tensors = mapped(path)  # a stage holds the state that it began with, as long as it trains
+    except (OSError, ValueError):
         return None
-    header = read_header(folder)
-    if header is None or hashlib.sha256(payload).hexdigest() != header["tensors"]:
-        return None
-    state = TrainingState(header["step"], deserialised(payload), header["records"], header.get("fingerprint", {}))
+    state = TrainingState(header["step"], tensors, header["records"], header.get("fingerprint", {}))
     return state, header.get("made_by", {})

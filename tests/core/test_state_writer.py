@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from stackwise_core.errors import NonFiniteLossError, StackWiseError, StageInterruptedError
 from stackwise_core.model.saving import deserialised, safetensors_pieces, serialised
 from stackwise_core.stages.stages import resolve_stage
+from stackwise_core.stages.state_header import write_header
 from stackwise_core.training import saved_state, training
 from stackwise_core.training.saved_state import StateWriter, read_state, write_state
 from stackwise_core.training.training import Hooks, StageInputs, TrainingState, train_stage
@@ -51,6 +53,27 @@ def test_every_type_comes_back() -> None:
     found = deserialised(b"".join(safetensors_pieces(tensors)))
     assert {name: tensor.dtype for name, tensor in found.items()} == {str(kind): kind for kind in kinds}
     assert all(found[name].view(torch.uint8).equal(tensors[name].view(torch.uint8)) for name in tensors)
+
+
+def test_a_state_that_is_read_takes_no_memory_and_may_be_changed(tmp_path: Path) -> None:
+    for step in (1, 2):  # the file of the first is replaced while it is still read
+        write_state(tmp_path / "state", state_of(step))
+        found = read_state(tmp_path / "state")
+        assert found
+        assert str(tmp_path / "state/state.safetensors") in Path("/proc/self/maps").read_text()
+        assert same_bits(found[0].tensors, state_of(step).tensors)
+        found[0].tensors["model.w"].zero_()
+    again = read_state(tmp_path / "state")
+    assert again
+    assert same_bits(again[0].tensors, state_of(2).tensors)
+
+
+def test_what_is_no_state_is_none_whatever_its_header_says(tmp_path: Path) -> None:
+    write_state(tmp_path, state_of(1))
+    for payload in (b"", b"no tensors", (2**62).to_bytes(8, "little")):
+        (tmp_path / "state.safetensors").write_bytes(payload)
+        write_header(tmp_path, {"step": 1, "tensors": hashlib.sha256(payload).hexdigest(), "records": []})
+        assert read_state(tmp_path) is None
 
 
 # ---------------------------------------------------------------- one state after the other
