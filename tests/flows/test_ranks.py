@@ -109,17 +109,12 @@ CASES |= {
     "insert by one clock": (BY_CLOCK, 2),
     "insert frozen": ({**BY_CLOCK, f"{G}tail_strategy": "frozen", f"{G}tail_stacks": 2}, 2),
     "anneal by one clock": (BY_CLOCK, 3),
-    "compiled": ({**MODES["nf4 dual"], "hardware.compile": True, "training.activation_checkpointing": True}, 2),
-    "compiled joint": (
-        {"training.joint_steps": 8, "hardware.compile": True, "training.activation_checkpointing": True},
-        3,
-    ),
     "cool-down": ({**BY_CLOCK, "validation.cooldown_steps": 4}, 2),
 }
 
 
 _SLOW = ("from a cache", "nf4 dual", "joint", "prepend half", "elbo", "whole", "whole, few positions", "kept joint")
-_SLOW += ("insert frozen", "anneal by one clock", "cool-down", "compiled", "compiled joint", "8 bits", "muon joint")
+_SLOW += ("insert frozen", "anneal by one clock", "cool-down", "8 bits", "muon joint")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in _SLOW else c for c in CASES])
