@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from stackwise_core.model.precision import compute_dtype
 from stackwise_core.objectives.losses import Batch, loss_positions
 from stackwise_core.training.stage_model import Ranks, StageModel
 
@@ -117,12 +118,22 @@ class Shards(DistributedRanks):
         torch_fills_in = hasattr(FSDPModule, "set_reduce_scatter_unused_params")  # from 2.12 or 2.13 on
         self.live = _SummedLoss(model, head_always=not torch_fills_in)
         blocks = [block for stack in model.live_stacks() for block in stack.blocks]
-        for module in (*blocks, self.live):
-            sharded = fully_shard(module, mesh=mesh)
+        kinds = {compute_dtype(stack.precision, self.device) for stack in model.live_stacks()}
+        low = kinds.pop() if len(kinds) == 1 else torch.float32
+        if low is torch.float32:
+            groups, policy = list[nn.Module | list[nn.Module]](blocks), MixedPrecisionPolicy()
+        else:
+            # Gathered in the type of their products; norms, which are small and used in float32, with the head.
+            groups = [[block.attention, block.ffn] for block in blocks]
+            policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for group in groups:
+            fully_shard(group, mesh=mesh, mp_policy=policy)
+        fully_shard(self.live, mesh=mesh)
+        for sharded in (module for module in self.live.modules() if isinstance(module, FSDPModule)):
             sharded.set_gradient_divide_factor(1.0)  # the sum: FSDP2 itself takes the mean
             sharded.set_force_sum_reduction_for_comms(True)
             if torch_fills_in:
-                sharded.set_reduce_scatter_unused_params(module is self.live, recurse=False)
+                sharded.set_reduce_scatter_unused_params(sharded is self.live, recurse=False)
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
         """Return a tensor gathered from all processes; all of them must call this."""

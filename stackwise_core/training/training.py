@@ -301,12 +301,21 @@ def _parts(batch: Batch, n_parts: int) -> Iterator[Batch]:
 def capture(
     model: nn.Module, optimizer: torch.optim.Optimizer, records: list[Record], ranks: Ranks = ALONE
 ) -> TrainingState:
-    """Return the state after the last record; its tensors are the live ones: save them before the next step."""
+    """Return the state after the last record; its tensors are the live ones: save them before the next step.
+
+    All ranks call this, and the first alone gets tensors; one that is gathered for it goes to host memory at once.
+    """
     tensors: dict[str, Tensor] = {}
+
+    def keep(key: str, tensor: Tensor) -> None:
+        whole = ranks.full_tensor(tensor)
+        if ranks.rank == 0:
+            tensors[key] = whole if whole is tensor else whole.cpu()
+
     for name, parameter in trainable(model):
-        tensors[f"model.{name}"] = ranks.full_tensor(parameter.detach())
+        keep(f"model.{name}", parameter.detach())
         for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{moment}"] = ranks.full_tensor(value)
+            keep(f"optimizer.{name}.{moment}", value)
     return TrainingState(len(records), tensors, list(records))
 
 

@@ -25,7 +25,7 @@ from stackwise_core.errors import ConfigError, NonFiniteLossError, StageInterrup
 from stackwise_core.training.training import train_stage
 from storage.checkpoints import load_state
 from support.modes import DEPTH, MODES, G
-from support.ranks import COUNT, TOLERANCE, Pair
+from support.ranks import COUNT, TOLERANCE, Pair, in_bfloat16
 from support.runs import Recorder, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -122,7 +122,8 @@ def test_two_processes_train_as_one(case: str, tmp_path: Path, reference: Any, p
     changes, index = CASES[case]
     root = reference(changes)
     expected, weights = alone(stage_of(root, changes, index, 1), tmp_path / "one")
-    first, second = pair.train(stage_of(root, changes, index, COUNT), tmp_path / "two", older="2.11" in case)
+    within = "torch 2.11" if "2.11" in case else ""
+    first, second = pair.train(stage_of(root, changes, index, COUNT), tmp_path / "two", within=within)
     assert not isinstance(first, Exception), first
     records, _, steps = first
     assert second[0] == records  # bit for bit: whatever is decided by them, all decide alike
@@ -137,6 +138,27 @@ def test_two_processes_train_as_one(case: str, tmp_path: Path, reference: Any, p
     found = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
     assert found.keys() == weights.keys()
     assert max((found[name] - weights[name]).abs().max().item() for name in weights) <= tolerance
+
+
+@pytest.mark.slow
+def test_sharded_products_in_bfloat16_are_those_of_one_process(tmp_path: Path, reference: Any, pair: Pair) -> None:
+    """Each process rounds its share of a gradient, one process the whole: 2^-8 of the loss is allowed."""
+    changes, index = CASES["whole"]
+    root = reference(changes)
+    with in_bfloat16():
+        expected, weights = alone(stage_of(root, changes, index, 1), tmp_path / "one")
+    exact, _ = alone(stage_of(root, changes, index, 1), tmp_path / "exact")
+    first, second = pair.train(stage_of(root, changes, index, COUNT), tmp_path / "two", within="bfloat16")
+    assert not isinstance(first, Exception), first
+    losses, of_one, of_exact = ([record["loss"] for record in each] for each in (first[0], expected, exact))
+    assert second[0] == first[0]
+    assert losses == pytest.approx(of_one, rel=4e-3)
+    assert abs(losses[0] - of_one[0]) <= 1e-6 < abs(losses[0] - of_exact[0])
+    state = load_state(tmp_path / "two")
+    assert state is not None
+    found = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
+    kinds = ({name: (t.shape, t.dtype) for name, t in each.items()} for each in (found, weights))
+    assert next(kinds) == next(kinds)
 
 
 def test_a_request_to_one_process_stops_all(tmp_path: Path, reference: Any, pair: Pair) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
 
 from flows.run.events import StepTaken, request_stop, stopping_on_signals, subscribed
 from flows.run.inputs import open_stage
@@ -15,6 +19,7 @@ from flows.run.ranks import Job
 from flows.run.stage import Stage
 from flows.run.training import hooks_of
 from stackwise_core.errors import StackWiseError
+from stackwise_core.model import blocks
 from stackwise_core.training.training import train_stage
 from support.runs import Recorder
 
@@ -25,6 +30,18 @@ _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["pytest", "torch._dynamo", "flows.run.training", "stackwise_core.training.distributed"])
 
 
+@contextmanager
+def in_bfloat16() -> Generator[None]:
+    """Have every stack compute in bfloat16 on a CPU too."""
+    from stackwise_core.training import distributed
+
+    def low(precision: Any, device: Any) -> torch.dtype:
+        return torch.bfloat16
+
+    with mock.patch.object(blocks, "compute_dtype", low), mock.patch.object(distributed, "compute_dtype", low):
+        yield
+
+
 def _rank(pipe: Connection, rank: int, store: str) -> None:
     """Train the shares of a rank, job after job."""
     import torch.distributed as dist
@@ -32,17 +49,18 @@ def _rank(pipe: Connection, rank: int, store: str) -> None:
     from stackwise_core.training.distributed import Replicas, Shards
     from support.older_torch import older_torch
 
+    WITHIN = {"": nullcontext, "torch 2.11": older_torch, "bfloat16": in_bfloat16}
     os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     os.fsync = lambda fd: None
     dist.init_process_group("gloo", store=dist.FileStore(store, COUNT), rank=rank, world_size=COUNT)
     kept: list[Any] = []  # see `init_process_group`
     while (message := pipe.recv()) is not None:
-        text, stop, older = message
+        text, stop, within = message
         job = Job.model_validate_json(text)
         kind = Shards if job.stage.plan.spec.mode == "joint" else Replicas
         recorder = Recorder()
         try:
-            with stopping_on_signals(), subscribed(recorder), older_torch() if older else nullcontext():
+            with stopping_on_signals(), subscribed(recorder), WITHIN[within]():
                 if stop:
                     request_stop()
                 kept.append(kind(job.stage.device))
@@ -70,14 +88,14 @@ class Pair:
             self.pipes.append(mine)
             self.processes.append(process)
 
-    def train(self, stage: Stage, folder: Path, stop: int = -1, *, older: bool = False) -> list[Any]:
+    def train(self, stage: Stage, folder: Path, stop: int = -1, *, within: str = "") -> list[Any]:
         """Train a stage into a work folder; return what each rank came to. One may be asked to `stop`.
 
-        `older` takes away what torch 2.11 lacks.
+        `within` is "torch 2.11", which lacks some names, or "bfloat16", see `in_bfloat16`.
         """
         build = stage.plan.ref("build") if stage.plan.build else None
         for rank, pipe in enumerate(self.pipes):
-            pipe.send((Job(stage=stage, build=build, folder=folder).model_dump_json(), rank == stop, older))
+            pipe.send((Job(stage=stage, build=build, folder=folder).model_dump_json(), rank == stop, within))
         found: list[Any] = []
         for pipe in self.pipes:
             assert pipe.poll(600), "a rank hangs"
