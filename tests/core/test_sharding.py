@@ -33,8 +33,9 @@ def test_blocks_are_gathered_in_the_type_that_all_compute_in(
 ) -> None:
     seen: list[tuple[Any, MixedPrecisionPolicy]] = []
 
-    def fully_shard(what: Any, *, mesh: Any, mp_policy: MixedPrecisionPolicy | None = None) -> None:
+    def fully_shard(what: Any, *, mesh: Any, mp_policy: MixedPrecisionPolicy | None = None) -> Any:
         seen.append((what, mp_policy or MixedPrecisionPolicy()))
+        return what
 
     monkeypatch.setattr(distributed, "init_device_mesh", lambda *_: None)
     monkeypatch.setattr(distributed, "fully_shard", fully_shard)
