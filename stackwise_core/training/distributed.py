@@ -120,15 +120,15 @@ class Shards(DistributedRanks):
         blocks = [block for stack in model.live_stacks() for block in stack.blocks]
         kinds = {compute_dtype(stack.precision, self.device) for stack in model.live_stacks()}
         low = kinds.pop() if len(kinds) == 1 else torch.float32
-        groups, policy = list[Any](blocks), MixedPrecisionPolicy()
-        if low is not torch.float32:
-            # Gathered in the type of their products; norms, which are small and used in float32, with the head.
-            groups = [[block.attention, block.ffn] for block in blocks]
-            policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for group in groups:
-            fully_shard(group, mesh=mesh, mp_policy=policy)
-        root: nn.Module = fully_shard(self.live, mesh=mesh)
-        for sharded in (module for module in root.modules() if isinstance(module, FSDPModule)):
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in blocks:
+            if low is torch.float32:
+                fully_shard(block, mesh=mesh)
+            else:  # gathered in the type of their products; norms, which are small and used in float32, with the head
+                halves: list[nn.Module] = [block.attention, block.ffn]
+                fully_shard(halves, mesh=mesh, mp_policy=policy)
+        root = fully_shard(self.live, mesh=mesh)
+        for sharded in (module for module in self.live.modules() if isinstance(module, FSDPModule)):
             sharded.set_gradient_divide_factor(1.0)  # the sum: FSDP2 itself takes the mean
             sharded.set_force_sum_reduction_for_comms(True)
             if torch_fills_in:
