@@ -125,7 +125,7 @@ class Shards(DistributedRanks):
             if low is torch.float32:
                 fully_shard(block, mesh=mesh)
             else:  # gathered in the type of their products; norms, which are small and used in float32, with the head
-                halves: list[nn.Module] = [block.attention, block.ffn]
+                halves = [block.get_submodule("attention"), block.get_submodule("ffn")]
                 fully_shard(halves, mesh=mesh, mp_policy=policy)
         root = fully_shard(self.live, mesh=mesh)
         for sharded in (module for module in self.live.modules() if isinstance(module, FSDPModule)):
