@@ -69,6 +69,8 @@ class RunProgress:
                     self._before += self._of_stage[1]
                     self._of_stage = event.stage, event.steps
                 self._trained.add(self._before + event.step, event.loss)
+                if event.validation_loss is not None:
+                    self._validated.append((self._before + event.step, event.validation_loss))
             case RowsCached():
                 done = f"{size(event.n_bytes)} of {size(event.of_bytes)}"
                 self._doing, self._step = f"{self._stage(event.stage)}: caching activations, {done}", None
@@ -116,7 +118,7 @@ class RunProgress:
         for step, value in self._validated:
             plot.dot(step, value, "validated", "validation")
         drawn = as_image("Training loss (line) and validation loss (dots)", plot.image(STYLE + _DOTS, _MARGIN))
-        return [drawn, "", "Line: training loss. Dots: validation loss after each stage."]
+        return [drawn, "", "Line: training loss. Dots: validation loss."]
 
 
 _DOING = {

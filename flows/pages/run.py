@@ -181,6 +181,9 @@ def _curve(artifacts: Artifacts, manifest: Manifest | None) -> Document:
     edges = [round(at * len(records) / n) for at in range(n + 1)] if n else [0]
     spans = [records[start:end] for start, end in itertools.pairwise(edges)]
     curve: Document = {"steps": [span[-1]["step"] + 1 for span in spans], "of": len(records)}
+    if inside := [record for record in records if "validation_loss" in record]:
+        losses = [record["validation_loss"] for record in inside]
+        curve["validation"] = {"steps": [record["step"] + 1 for record in inside], "loss": losses}
     return curve | {name: [_mean(span, name) for span in spans] for name in _CURVES}
 
 

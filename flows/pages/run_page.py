@@ -190,7 +190,7 @@ def _losses(documents: Sequence[Document], axis: _Axis) -> Markup | None:
     """Return training and validation loss along an axis; None if nothing is known."""
     lines = [list(_spans(document, axis)) for document in documents]
     ends = [end for line in lines for _, _, end in line]
-    validated = [stage["validation_loss"] for line in lines for stage, _, _ in line]
+    validated = [value for line in lines for span in line for _, value, _ in _validated(*span)]
     trained = [value for line in lines for stage, _, _ in line for value in _settled(stage)]
     if not max(ends, default=0.0) or not any(value is not None for value in [*validated, *trained]):
         return None
@@ -204,16 +204,22 @@ def _losses(documents: Sequence[Document], axis: _Axis) -> Markup | None:
             elif curve:
                 xs, ys = _smoothed(_along(curve, start, end), curve["loss"])
                 plot.line(xs, ys, f"line thin {style}")
-        judged = [(end, stage) for stage, _, end in line if stage["validation_loss"] is not None]
-        plot.line([at for at, _ in judged], [stage["validation_loss"] for _, stage in judged], f"line {style}".strip())
-        for at, stage in judged:
-            plot.dot(
-                at,
-                stage["validation_loss"],
-                f"dot judged {style}".strip(),
-                f"{document['run']}, stage {stage['stage']}",
-            )
+        judged = [point for span in line for point in _validated(*span)]
+        plot.line([at for at, _, _ in judged], [value for _, value, _ in judged], f"line {style}".strip())
+        for at, value, where in judged:
+            plot.dot(at, value, f"dot judged {style}".strip(), f"{document['run']}, {where}")
     return plot.svg()
+
+
+def _validated(stage: Document, start: float, end: float) -> Iterator[tuple[float, float, str]]:
+    """Yield the validation losses of a stage: their places along an axis, the losses, and after which step."""
+    where, curve = f"stage {stage['stage']}", stage["curve"]
+    if inside := curve.get("validation"):
+        places = _along({**curve, **inside}, start, end)
+        for at, value, step in zip(places, inside["loss"], inside["steps"], strict=True):
+            yield at, value, f"{where}, step {step}"
+    if stage["validation_loss"] is not None:
+        yield end, stage["validation_loss"], where
 
 
 def _smoothed(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[float], list[float | None]]:

@@ -86,6 +86,8 @@ class StepTaken:
     loss: float
     n_tokens: int
     learning_rate: float = 0.0
+    validation_loss: float | None = None
+    """If it was measured after this step."""
 
 
 @dataclass(frozen=True)

@@ -104,12 +104,19 @@ def _known(event: Event, pace: Pace | None) -> dict[str, Any] | None:
         case TaskStarted():
             return {"stage": event.stage, "task": event.task}
         case StepTaken():
-            said = {"stage": event.stage, "task": "train", "step": event.step, "steps": event.steps, "loss": event.loss}
-            return said if pace is None else {**said, **pace._asdict()}
+            return {"stage": event.stage, "task": "train", **of_step(event, pace)}
         case RowsCached():
             return {"stage": event.stage, "task": "cache", "bytes": event.n_bytes, "of_bytes": event.of_bytes}
         case _:
             return None
+
+
+def of_step(event: StepTaken, pace: Pace | None) -> dict[str, Any]:
+    """Return what a step says, as `told` takes it."""
+    said: dict[str, Any] = {"step": event.step, "steps": event.steps, "loss": event.loss}
+    if event.validation_loss is not None:
+        said["validation_loss"] = event.validation_loss
+    return said if pace is None else {**said, **pace._asdict()}
 
 
 def told(said: Mapping[str, Any]) -> str:
@@ -119,6 +126,8 @@ def told(said: Mapping[str, Any]) -> str:
     if "step" not in said:
         return ""
     words = f"step {said['step']}/{said['steps']}, loss {said['loss']:.4f}"
+    if "validation_loss" in said:
+        words += f", validation loss {said['validation_loss']:.4f}"
     if "seconds_left" not in said:
         return words
     words = f"{words}, {said['tokens_per_second']:,.0f} tokens/s, {clock(said['seconds_left'])} left"

@@ -31,7 +31,7 @@ from flows.run.events import (
     TaskStarted,
     subscribed,
 )
-from flows.run.live import Meter, Pace, told
+from flows.run.live import Meter, Pace, of_step, told
 from flows.run.numbers import clock, size
 from flows.run.say import complain, say
 from flows.run.summary import STAGE_COLUMNS, StageSummary
@@ -48,6 +48,8 @@ class _Progress:
     completed: float = 1
     total: float | None = 1
     """None: a task has started, and its length is not known yet."""
+    is_news: bool = False
+    """Whether it is said at once, however short ago the last was."""
 
 
 class _Describer:
@@ -73,7 +75,8 @@ class _Describer:
             case TaskStarted():
                 return _Progress(event.stage, event.task, "", 0, None)
             case StepTaken():
-                return _Progress(event.stage, "train", _step(event, pace), event.step, event.steps)
+                validated = event.validation_loss is not None
+                return _Progress(event.stage, "train", _step(event, pace), event.step, event.steps, validated)
             case RowsCached():
                 text = f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
                 return _Progress(event.stage, "cache", text, event.n_bytes, event.of_bytes)
@@ -84,7 +87,7 @@ class _Describer:
 
 
 def _step(event: StepTaken, pace: Pace | None) -> str:
-    return told({"step": event.step, "steps": event.steps, "loss": event.loss, **(pace._asdict() if pace else {})})
+    return told(of_step(event, pace))
 
 
 def _reading(event: CorpusRead) -> str:
@@ -138,7 +141,9 @@ class PlainLines:
         said = self._describer.describe(event)
         if isinstance(said, str):
             self._write(said)
-        elif said and (said.total in (None, said.completed) or time.monotonic() - self._last >= self._seconds):
+        elif said and (
+            said.is_news or said.total in (None, said.completed) or time.monotonic() - self._last >= self._seconds
+        ):
             self._last = time.monotonic()
             stage = f"stage {said.stage} ({said.stage + 1} of {self._n_stages}): " if said.stage >= 0 else ""
             self._write(f"{stage}{said.text or said.task}")

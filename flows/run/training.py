@@ -22,7 +22,7 @@ from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import cooldown_flops
 from stackwise_core.stages.saved_rack import SavedRack
 from stackwise_core.training.saved_state import StateWriter
-from stackwise_core.training.stage_model import ALONE, Ranks
+from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import Hooks, TrainingState, end_stage, moments_of, train_stage
 from storage.artifacts import SCRATCH, State
 from storage.checkpoints import METRICS, load_state, save_channels, save_moments, save_state, save_trained
@@ -175,9 +175,15 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
     optim = stage.plan.spec.optim
     n_tokens = optim.batch_size * stage.config.data.seq_len
 
+    def validation_loss(model: StageModel) -> float:
+        recipe = stage.plan.validation
+        assert recipe
+        return losses_of(stage, recipe.sequences, (), model)["validation_loss"]
+
     def on_step(record: dict[str, float]) -> None:
         step, rate = int(record["step"]) + 1, record["learning_rate"]
-        emit(StepTaken(stage.index, step, optim.steps, record["loss"], n_tokens, rate))
+        validated = record.get("validation_loss")
+        emit(StepTaken(stage.index, step, optim.steps, record["loss"], n_tokens, rate, validated))
 
     writer = StateWriter(partial(save_state, folder))
 
@@ -190,6 +196,8 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
         hooks,
         checkpoint_every=stage.config.training.checkpoint_every,
         checkpoint_minutes=stage.config.training.checkpoint_minutes,
+        validate=None if ranks.sharded else validation_loss,
+        validate_every=stage.config.validation.every,
         checkpoint_last=ranks.count > 1,
         should_stop=stop_requested,
         go_on=GO_ON,

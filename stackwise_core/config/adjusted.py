@@ -24,6 +24,7 @@ def adjustments(config: ConfigSchema) -> Iterator[str]:
     yield from _time_steps(config)
     yield from _trunk_adapters(config)
     yield from _ranks(config)
+    yield from _validations(config)
 
 
 def _batches(config: ConfigSchema) -> Iterator[str]:
@@ -35,6 +36,14 @@ def _batches(config: ConfigSchema) -> Iterator[str]:
         because = f"hardware.processes: {config.hardware.processes}" if share < parts else f"batch_size: {rows}"
         taken = min(parts, share)
         yield f"taken: accumulation_steps {taken} instead of {training.accumulation_steps} ({because})"
+
+
+def _validations(config: ConfigSchema) -> Iterator[str]:
+    """Yield a line if a stage whose stacks are spread over processes is only validated when it has ended."""
+    training, processes = config.training, config.hardware.processes
+    joint = training.joint_steps > 0 or not training.progressive.enabled
+    if (every := config.validation.every) and joint and processes > 1:
+        yield f"taken: validation.every 0 instead of {every} in the joint stage (hardware.processes: {processes})"
 
 
 def _schedules(config: ConfigSchema) -> Iterator[str]:

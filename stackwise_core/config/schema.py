@@ -480,6 +480,8 @@ class ValidationConfig(Section):
     """At most this many validation sequences."""
     sampled_rows: int = Field(default=16, ge=1, le=2**20)
     """Rows of a cache that are derived again from tokens and compared."""
+    every: int = Field(default=0, ge=0, le=2**32)
+    """Steps between validations inside a stage; 0 makes none before its end. They take time and change no result."""
     cooldown_steps: int = Field(default=0, ge=0, le=2**32)
     """one_clock: a stage that ends at the peak rate is also judged after this many further steps, in which the rate
     decays, and which are thrown away."""

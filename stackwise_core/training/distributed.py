@@ -110,6 +110,8 @@ def _sync_no_buffers() -> dict[str, Any]:
 class Shards(DistributedRanks):
     """Each process holds a shard of every block, and gathers one block at a time (FSDP2, Zhao et al. 2023)."""
 
+    sharded = True
+
     def wrap(self, model: StageModel) -> None:
         """Shard every parameter along its first dimension; embedding and head are gathered with the loss."""
         mesh = init_device_mesh(self.device.type, (self.count,))

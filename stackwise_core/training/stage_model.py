@@ -186,6 +186,8 @@ class Ranks:
     """
 
     rank, count = 0, 1
+    sharded = False
+    """Whether no process has a whole stack."""
     gradient_divisor = 1
     """Multiplies the loss, because reducing the gradients over the processes divides them by the same number."""
     failpoint = "train"

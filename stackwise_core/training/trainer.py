@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -269,6 +270,8 @@ class ProgressiveTrainer:
         keeps, cools = config.training.optimizer_state == "keep" and anneal is None, ends_at_peak(config, spec)
         if keeps or cools:
             hooks = _keeping(hooks, ended, with_weights=cools)
+        if config.validation.every and call.validation is not None:
+            hooks = _validating(hooks, partial(validation_loss_of, builder, config, spec, call.validation), config)
         try:
             inputs = stage_inputs(builder, config, spec, call.dataloader, call.cache.get(spec.anatomy.boundary), state)
             parameters = {"trained": count_parameters(inputs.model)["trainable_parameters"]}
@@ -315,6 +318,11 @@ class ProgressiveTrainer:
                 "limit": int(config.cache.max_gb * 2**30),
                 "full": batches.cache_full,
             }
+
+
+def _validating(hooks: Hooks, loss: Callable[[], float], config: StackWiseConfig) -> Hooks:
+    """Return hooks that also measure the validation loss inside a stage."""
+    return replace(hooks, validate=lambda model: loss(), validate_every=config.validation.every)
 
 
 def _keeping(hooks: Hooks, ended: list[TrainingState], *, with_weights: bool) -> Hooks:

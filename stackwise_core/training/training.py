@@ -26,7 +26,7 @@ from stackwise_core.training.optimizer import LossScale, learning_rate, make_opt
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 
 Record = dict[str, float]
-"""What one step measured: step, loss, learning_rate, gradient_norm."""
+"""What one step measured: step, loss, learning_rate, gradient_norm; and validation_loss, if the model was validated."""
 _now = time.monotonic
 
 
@@ -76,6 +76,10 @@ class Hooks:
     goes on there with the same bits."""
     go_on: str = "the same call on the same builder goes on there, or give it `state=`"
     """What the message of a stop says about going on."""
+    validate: Callable[[StageModel], float] | None = None
+    """Returns the validation loss of what trains, which it leaves as it was; every rank calls it."""
+    validate_every: int = 0
+    """Steps between calls of `validate`; after the last step there is none."""
 
 
 @dataclass
@@ -178,6 +182,10 @@ def train_stack(
     kept = _now()
     for step, batch in zip(range(len(records), spec.steps), batches, strict=False):
         record = train_step(model, batch, optimizer, spec, step, scale, ranks)
+        if hooks.validate and hooks.validate_every and (step + 1) % hooks.validate_every == 0 < spec.steps - step - 1:
+            optimizer.zero_grad(set_to_none=True)  # their memory is free until the next step
+            record["validation_loss"] = hooks.validate(model)
+            model.train()
         records.append(record)
         hooks.on_step(record)
         failpoint(ranks.failpoint, step + 1)

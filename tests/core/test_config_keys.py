@@ -323,6 +323,7 @@ NOT_IN_THE_PLAN = {
     "data.token_type",  # as tokens of this type
     "training.checkpoint_every",
     "training.checkpoint_minutes",
+    "validation.every",
     "training.activation_checkpointing",
     f"{GROWTH}.max_stacks",  # it is a limit
     f"{GROWTH}.qlora_strategy",  # the ranks it gives are

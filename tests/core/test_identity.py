@@ -55,6 +55,7 @@ def test_a_run_has_these_artifacts() -> None:
         ("run.name", "another"),
         ("training.checkpoint_every", 7),
         ("training.checkpoint_minutes", 0.5),
+        ("validation.every", 3),
         ("hardware.device", "cpu"),
         ("hardware.compile", True),
         ("hardware.deterministic", False),

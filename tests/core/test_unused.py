@@ -82,7 +82,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 # Where and how fast it runs, how it is called, what is kept, what is checked, what would be too much.
 NO_RESULT = {"run.name", "data.source", "training.checkpoint_every", "training.activation_checkpointing"}
-NO_RESULT |= {"training.checkpoint_minutes"}
+NO_RESULT |= {"training.checkpoint_minutes", "validation.every"}
 NO_RESULT |= {"hardware.device", "hardware.compile", "hardware.threads", "cache.keep", "cache.max_gb"}
 NO_RESULT |= {"cache.fill_workers", "cache.task_runner", "hardware.processes", "hardware.deterministic"}
 NO_RESULT |= {"hardware.tf32"}

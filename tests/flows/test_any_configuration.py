@@ -80,6 +80,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "cache.max_gb": st.sampled_from([1.0, 1e-3]),
     "data.rows": st.sampled_from(["shared", "fresh"]),
     "validation.cooldown_steps": st.sampled_from([0, 1, 3]),
+    "validation.every": st.sampled_from([0, 1]),
     "cache.keep": st.sampled_from(["last", "all"]),
     "cache.mode": st.sampled_from(["always", "auto"]),
     "cache.fill_workers": st.sampled_from([1, 3]),

@@ -1,0 +1,125 @@
+"""`validation.every`: the loss inside a stage is that of a stage that ends there, and measuring it changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flows.run.events import StepTaken
+from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
+from stackwise_core.config.unused import notes
+from stackwise_core.training.evaluate import judge_rack
+from support.commands import Run
+from support.configurations import configuration
+from support.modes import G
+from support.runs import digests, folder_of, grown, manifests, tiny
+
+pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
+
+EVEN: dict[str, Any] = {"training.warmup_steps": 0, "training.min_learning_rate": 2e-3, f"{G}target_stacks": 2}
+"""A rate that does not depend on the length of a stage."""
+MODES: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "masked int8 insert": {
+        f"{G}training_objective": "mlm",
+        "cache.dtype": "int8",
+        f"{G}building_mode": "insert",
+        f"{G}target_stacks": 3,
+    },
+    "adapters": {f"{G}new_stack_precision": "qlora", f"{G}trunk_strategy": "qlora"},
+    "joint": {f"{G}enabled": False},
+}
+
+
+def measured(root: Path, stage: int) -> dict[int, float]:
+    """Return the validation losses in the metrics of a stage, by the number of steps before them."""
+    lines = (folder_of(root, "stack", stage) / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {record["step"] + 1: record["validation_loss"] for record in records if "validation_loss" in record}
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(name, marks=[pytest.mark.slow] * (name == "adapters")) for name in MODES]
+)
+def test_the_loss_is_that_of_a_stage_that_ends_there(mode: str, tmp_path: Path) -> None:
+    config = tiny(tmp_path, {**EVEN, **MODES[mode], "training.steps_per_stack": 8})
+    last = 0 if mode == "joint" else config.training.progressive.target_stacks - 1
+    grown(config, tmp_path / "without")
+    config.validation.every = 3
+    heard = grown(config, tmp_path / "with").events
+    assert digests(tmp_path / "with") == digests(tmp_path / "without")  # the same artifacts, to the bit
+    found = measured(tmp_path / "with", last)
+    assert list(found) == [3, 6]
+    steps = [event for event in heard if isinstance(event, StepTaken) and event.stage == last]
+    assert {event.step: event.validation_loss for event in steps if event.validation_loss is not None} == found
+    short = (
+        {f"{G}stacks": [*[{"steps": 8}] * last, {"steps": 6}]} if mode != "joint" else {"training.steps_per_stack": 6}
+    )
+    grown(tiny(tmp_path, {**EVEN, "training.steps_per_stack": 8, **MODES[mode], **short}), tmp_path / "short")
+    (ended,) = (
+        manifest["facts"]["validation_loss"]
+        for name, manifest in manifests(tmp_path / "short").items()
+        if name.startswith(f"validation-{last}-")
+    )
+    assert found[6] == (ended if mode != "adapters" else pytest.approx(ended, rel=1e-3))  # stored in 4 bits at the end
+
+
+def test_a_stage_that_is_resumed_has_measured_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(tmp_path, {**EVEN, "validation.every": 2, "training.checkpoint_every": 3})
+    grown(config, tmp_path / "whole")
+    calls = 0
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return judge_rack(*arguments, **options)
+
+    monkeypatch.setattr("flows.run.validating.judge_rack", failing)
+    with pytest.raises(KeyboardInterrupt):
+        grown(config, tmp_path / "killed")
+    assert not list((tmp_path / "killed" / "stacks").glob("stack-0-*/manifest.json"))
+    heard = grown(config, tmp_path / "killed").events
+    steps = [event.step for event in heard if isinstance(event, StepTaken) and event.stage == 0]
+    assert steps[0] == 4  # from the checkpoint after step 3
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    for stage in range(2):
+        assert measured(tmp_path / "killed", stage) == measured(tmp_path / "whole", stage)
+
+
+def test_curves_of_a_report_have_it(tmp_path: Path, run: Run) -> None:
+    root = tmp_path / "a"
+    grown(tiny(tmp_path, {**EVEN, "validation.every": 4, f"{G}target_stacks": 1}), root)
+    page = tmp_path / "page.html"
+    run("report", "tiny", "--artifacts", root, "--html", page, "--samples", 0)
+    inside = json.loads(page.with_suffix(".json").read_text())["stages"][0]["curve"]["validation"]
+    assert inside == {"steps": list(measured(root, 0)), "loss": list(measured(root, 0).values())}
+    assert page.read_text().count("dot judged") == 2 * 3  # by steps and by FLOPs: two inside, one at the end
+
+
+def test_in_the_library_too() -> None:
+    config = configuration({"training.steps_per_stack": 4, "validation.every": 2, f"{G}target_stacks": 1, **TINY})
+    rows = [torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    records: list[dict[str, float]] = []
+    results = []
+    for every in (2, 0):
+        config.validation.every = every
+        builder = ProgressiveRackBuilder(config)
+        trainer = ProgressiveTrainer(config)
+        trainer.hooks.on_step = records.append
+        results += trainer.train_progressively(builder, rows, 1, validation=rows[:2])
+    assert ["validation_loss" in record for record in records] == [False, True, False, False] + [False] * 4
+    assert results[0].validation_loss == results[1].validation_loss
+
+
+TINY = {"model.d_model": 16, "model.n_heads": 2, "data.seq_len": 16, "training.batch_size": 4}
+
+
+def test_spread_over_processes_it_is_a_note() -> None:
+    said = notes(configuration({"validation.every": 5, "hardware.processes": 2, "training.joint_steps": 3}))
+    assert "taken: validation.every 0 instead of 5 in the joint stage (hardware.processes: 2)" in said
