@@ -31,6 +31,7 @@ from stackwise_core.training.in_memory import adapters_of, as_adapted, stage_inp
 from stackwise_core.training.progress import Progress
 from stackwise_core.training.results import StageResult, result_of
 from stackwise_core.training.settings import digest_of, stage_settings
+from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import Hooks, TrainingState, end_stage, moments_of, train_stage
 
 _log = logging.getLogger("stackwise")
@@ -322,7 +323,11 @@ class ProgressiveTrainer:
 
 def _validating(hooks: Hooks, loss: Callable[[], float], config: StackWiseConfig) -> Hooks:
     """Return hooks that also measure the validation loss inside a stage."""
-    return replace(hooks, validate=lambda model: loss(), validate_every=config.validation.every)
+
+    def measured(model: StageModel) -> float:  # whose modules are the builder's
+        return loss()
+
+    return replace(hooks, validate=measured, validate_every=config.validation.every)
 
 
 def _keeping(hooks: Hooks, ended: list[TrainingState], *, with_weights: bool) -> Hooks:
