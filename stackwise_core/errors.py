@@ -44,6 +44,15 @@ def shortened(value: Any, most: int = _MOST) -> str:
     return cut(repr(value), most)
 
 
+def size(n_bytes: float) -> str:
+    """Return a number of bytes for people: 512 B, 3.4 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"
+
+
 _OUT_OF_MEMORY = {
     "CUDA out of memory": "not enough memory on the device",
     "allocate memory": "not enough memory",  # torch's allocator, the loader of libraries, the kernel
@@ -129,6 +138,10 @@ class NonFiniteLossError(StackWiseError, ArithmeticError):
 
     SIGN = "No weight was touched by this step"
     """What its message holds."""
+
+
+class OutOfMemoryError(StackWiseError):
+    """Training a stage needed more memory than there is."""
 
 
 class StageInterruptedError(StackWiseError):

@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from flows.cli.arguments import add_common
-from flows.cli.gpus import ADVICE, gpu_names
 from flows.network import ask, shown
+from flows.run import devices
 from flows.run.numbers import size
 from flows.run.say import say, say_json
 from flows.server import fault_of, is_registered, workers_alive
@@ -89,12 +89,12 @@ def _check_libraries() -> tuple[bool, str]:
 
 def _check_device() -> tuple[bool, str]:
     n_cores = len(os.sched_getaffinity(0))
-    gpus = gpu_names()
+    gpus = [gpu.name for gpu in devices.gpus()]
     if not gpus:
         return True, f"cpu, {n_cores} cores; no CUDA device"
     if version("torch").endswith("+cpu"):
         return False, f"{', '.join(gpus)}, but torch is built without CUDA: install one that has it, or set device: cpu"
-    return True, f"{', '.join(gpus)}; {n_cores} CPU cores; {ADVICE}"
+    return True, f"{', '.join(gpus)}; {n_cores} CPU cores; {devices.ADVICE}"
 
 
 def _check_disk(folder: Path) -> tuple[bool, str]:

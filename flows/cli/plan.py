@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from flows.cli.arguments import add_common, add_config, load_config
-from flows.cli.gpus import ADVICE, gpu_names
+from flows.run.devices import ADVICE, device_memory, settings_of
 from flows.run.estimate import estimate_sequences
 from flows.run.numbers import parameters, size
 from flows.run.prepare import alone, pack_corpus, sampled
@@ -26,9 +26,9 @@ from stackwise_core.stages.costs import (
     stage_flops,
     store_bytes,
     trainable_parameters,
-    training_bytes,
 )
 from stackwise_core.stages.identity import AdoptedRecipe, Ref
+from stackwise_core.stages.memory import Memory, Saving, Setting, does_not_fit, memory, savings, table
 from stackwise_core.stages.plan import RunPlan, StagePlan, cooldown_flops, rows_read_again
 from stackwise_core.stages.resolve import reads_examples, resolve_order
 from storage.adopt import plan_in
@@ -53,6 +53,9 @@ def show_plan(options: argparse.Namespace) -> None:
         config, plan = plan_in(artifacts, config, Reading("read"))
     demand = compute_demand(plan, artifacts, config.cache.keep)
     (n_train, n_validation, exact), parts = _count_sequences(config, artifacts, plan)
+    cuda, there = device_memory(config.hardware.device)
+    settings = list(settings_of(config, plan, cuda=cuda))
+    too_large = [line for setting in settings if (line := does_not_fit(setting, there))]
     document = {
         "run": config.run.name,
         "artifacts": artifacts.uri,
@@ -62,9 +65,10 @@ def show_plan(options: argparse.Namespace) -> None:
         **({} if exact else {"sequences_estimated": True}),
         **({"sources": parts} if parts else {}),
         "complete": demand.complete,
-        "notes": [*notes(config), *_advice(config, plan)],
+        "notes": [*notes(config), *_advice(plan, cuda=cuda), *too_large],
         "stages": [
-            _stage(config, plan, at, demand, artifacts, n_train, n_validation) for at in range(len(plan.stages))
+            _stage(config, plan, at, demand, artifacts, n_train, n_validation, setting)
+            for at, setting in enumerate(settings)
         ],
     }
     if options.json:
@@ -73,11 +77,10 @@ def show_plan(options: argparse.Namespace) -> None:
         _print_plan(document, config.data.seq_len)
 
 
-def _advice(config: StackWiseConfig, plan: RunPlan) -> list[str]:
+def _advice(plan: RunPlan, *, cuda: bool) -> list[str]:
     """Return what would be faster on the device of a configuration."""
-    device, stacks = config.hardware.device, plan.stages[-1].spec.stacks
-    on_gpu = device.startswith("cuda") or (device == "auto" and gpu_names())
-    return [ADVICE] if on_gpu and any(stack.precision == "full" for stack in stacks) else []
+    stacks = plan.stages[-1].spec.stacks
+    return [ADVICE] if cuda and any(stack.precision == "full" for stack in stacks) else []
 
 
 class _Count(NamedTuple):
@@ -135,6 +138,7 @@ def _stage(
     artifacts: Artifacts,
     n_train: int,
     n_validation: int,
+    setting: Setting,
 ) -> dict[str, Any]:
     stage = plan.stages[index]
     spec, shape, seq_len = stage.spec, stage.shape, config.data.seq_len
@@ -176,7 +180,9 @@ def _stage(
         "flops": live + (0.0 if cached_below else below),
         "flops_saved_by_cache": below if cached_below else 0.0,
         **({"cooldown_flops": cooldown_flops(stage, seq_len)} if stage.cooldown else {}),
-        "memory_bytes": 0 if spec.adopted else training_bytes(shape, spec, seq_len),
+        "memory_bytes": (forecast := memory(setting)).peak,
+        "memory": forecast._asdict(),
+        "savings": [saving._asdict() for saving in savings(setting)],
         "cache_bytes": cache,
         **fill,
         "cache_note": stage.no_cache_reason,
@@ -257,6 +263,7 @@ def _paragraph(row: dict[str, Any]) -> str:
     saving += f", {row['cooldown_flops'] / 1e12:.3g} more to cool down" if "cooldown_flops" in row else ""
     plural = "block" if row["blocks"] == 1 else "blocks"
     how = "all stacks together" if row["mode"] == "joint" else f"{row['blocks']} {plural}, {row['operator']}"
+    ways = [Saving(**each) for each in row["savings"]]
     ranks: dict[int, list[str]] = {}
     for adapter in row["adapters"]:
         ranks.setdefault(adapter["stack"], []).append(f"{adapter['name']} {adapter['rank']}")
@@ -268,13 +275,16 @@ def _paragraph(row: dict[str, Any]) -> str:
         "stack": f"{how}; {row['steps']} steps, {masks}{time}",
         "LoRA": "; ".join(f"stack {stack}: {', '.join(names)}" for stack, names in ranks.items()),
         "trains": f"{parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters",
-        "costs": f"{row['flops'] / 1e12:.3g} TFLOP{saving}; about {size(row['memory_bytes'])} of memory",
+        "costs": f"{row['flops'] / 1e12:.3g} TFLOP{saving}",
+        "memory": table(Memory(**row["memory"])),
+        "less by": ", ".join(f"{way.key.rpartition('.')[2]}: {way.shown} (-{size(way.n_bytes)})" for way in ways),
         "cache": row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"]) + _filled(row),
         "was": ", ".join(speeds),
         "to run": ", ".join(row["to_run"]) or "nothing, all is there",
     }
     if folder := row["adopted_from"]:
-        lines |= {"stack": f"{row['blocks']} {plural}, adopted from {folder}", "trains": "", "costs": ""}
+        lines |= dict.fromkeys(("trains", "costs", "memory", "less by"), "")
+        lines["stack"] = f"{row['blocks']} {plural}, adopted from {folder}"
         lines["to run"] = lines["to run"].replace("train", "adopt")
     title = f"\nstage {row['stage']}: {row['name']}"
     return "\n".join([title, *(f"  {what:<8}{text}" for what, text in lines.items() if text)])

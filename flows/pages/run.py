@@ -13,7 +13,6 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.keys import keys_of
 from stackwise_core.config.unused import notes
 from stackwise_core.stages.charges import charge
-from stackwise_core.stages.costs import training_bytes
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from stackwise_core.strict import parse_object
 from storage.artifacts import Artifacts
@@ -142,13 +141,11 @@ def _stage(artifacts: Artifacts, config: StackWiseConfig, stage: StagePlan, summ
     rounded, exact = validation.get("validation_loss"), validation.get("validation_loss_exact")
     trained = 0 if stage.spec.adopted else optim.steps * optim.batch_size * config.data.seq_len
     return {
-        **summary.model_dump(exclude={"states"}),
+        **summary.model_dump(exclude={"states", "memory_bytes_peak"}),
         "state": "unfinished" if summary.unfinished else "done",
         "tokens": trained if stack else 0,
-        "memory_bytes_forecast": 0
-        if stage.spec.adopted
-        else training_bytes(stage.shape, stage.spec, config.data.seq_len),
-        "memory_bytes_measured": stack.get("peak_bytes"),
+        "memory_bytes_forecast": stack.get("memory_bytes_forecast", 0),
+        "memory_bytes_measured": stack.get("memory_bytes_peak"),
         "cache_error": None if rounded is None or exact is None else rounded - exact,
         "precision": {str(each.index): each.precision for each in stage.spec.stacks},
         "adapters": {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from stackwise_core.errors import size as size
+
 
 def clock(seconds: float) -> str:
     """Return a duration for people: 42 s, 3:07, 1:02:03."""
@@ -10,15 +12,6 @@ def clock(seconds: float) -> str:
         return f"{whole} s"
     hours, minutes = whole // 3600, whole % 3600 // 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
-
-
-def size(n_bytes: float) -> str:
-    """Return a number of bytes for people: 512 B, 3.4 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.1f} TiB"
 
 
 def loss(value: float | None) -> str:

@@ -15,7 +15,7 @@ from flows.run.children import end_with_parent
 from flows.run.events import Event, Message, StepTaken, request_stop, subscribed
 from flows.run.inputs import open_stage
 from flows.run.ranks import Ending, Job, encode_event
-from flows.run.training import hooks_of
+from flows.run.training import hooks_of, memory_explained
 from stackwise_core.errors import StackWiseError, StageInterruptedError
 from stackwise_core.training.distributed import init_process_group
 from stackwise_core.training.training import train_stage
@@ -32,7 +32,7 @@ def main(path: str) -> NoReturn:
         stage = job.stage
         with subscribed(_print_event) if rank == 0 else nullcontext():  # the first rank reports for all
             ranks = init_process_group(stage.device, sharded=stage.plan.spec.mode == "joint")
-            with open_stage(stage, job.build, job.folder, ranks) as inputs:
+            with memory_explained(stage), open_stage(stage, job.build, job.folder, ranks) as inputs:
                 trained = train_stage(inputs, hooks_of(stage, job.folder, ranks), ranks)
         code = _end(job, rank, Ending(trained=replace(trained, records=[])))
     except StackWiseError as error:

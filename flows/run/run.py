@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 
+from flows.run.devices import device_memory, settings_of
 from flows.run.events import (
     GO_ON,
     Message,
@@ -29,6 +30,7 @@ from stackwise_core.config.unused import notes
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.stages.charges import charge
 from stackwise_core.stages.identity import Ref
+from stackwise_core.stages.memory import does_not_fit
 from stackwise_core.stages.plan import RunPlan
 from stackwise_core.stages.resolve import imports
 from stackwise_core.training.hardware import compiler_fault, use_hardware
@@ -83,6 +85,8 @@ def grow(
             emit(Message(line))
         prepare_data(filled, artifacts, plan)
         needed = compute_demand(plan, artifacts, config.cache.keep, forced).needed
+        for line in _too_large(filled, plan, needed):
+            emit(Message(line))
         if needed:
             check_validation(filled, artifacts, plan)
             if filled.hardware.compile and (fault := compiler_fault(device)):
@@ -106,6 +110,14 @@ def grow(
                     emit(Message(worse))
         compute_demand(plan, artifacts, config.cache.keep)  # raises if a redone stage has other bytes
     return summarise(artifacts, plan)
+
+
+def _too_large(config: StackWiseConfig, plan: RunPlan, needed: Set[Ref]) -> Iterator[str]:
+    """Yield a line about each stage still to be trained that may not fit the device."""
+    cuda, there = device_memory(config.hardware.device)
+    for setting, stage in zip(settings_of(config, plan, cuda=cuda), plan.stages, strict=True):
+        if stage.ref("stack") in needed and (line := does_not_fit(setting, there)):
+            yield line
 
 
 def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand: Demand) -> Stage:

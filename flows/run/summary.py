@@ -49,6 +49,10 @@ class StageSummary(BaseModel, frozen=True):
     seconds: float | None = None
     """Duration of all tasks [s]."""
     tokens_per_second: int | None = None
+    memory_bytes_forecast: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Peak of training as it was forecast [bytes]."""
+    memory_bytes_peak: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """As it was measured, on a CUDA device [bytes]."""
     cache_bytes: int | None = None
     """Size of the store that this stage wrote, even if it was retired since."""
     cache_note: str = ""
@@ -90,6 +94,8 @@ class StageSummary(BaseModel, frozen=True):
             parts.append(f"in {clock(self.seconds)}")
         if self.cache_bytes is not None:
             parts.append(f"cache {size(self.cache_bytes)}")
+        if self.memory_bytes_forecast is not None and self.memory_bytes_peak is not None:
+            parts.append(f"memory {size(self.memory_bytes_peak)}, forecast {size(self.memory_bytes_forecast)}")
         return ", ".join(parts)
 
 
@@ -156,6 +162,8 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         by_mask_ratio=validation.get("by_mask_ratio", {}),
         seconds=round(sum(seconds), 1) if stack else None,
         tokens_per_second=stack.get("tokens_per_second"),
+        memory_bytes_forecast=stack.get("memory_bytes_forecast"),
+        memory_bytes_peak=stack.get("memory_bytes_peak"),
         cache_bytes=manifests["activations"].n_bytes if "activations" in manifests else None,
         cache_note=f"from {cache['from']}" if "from" in cache else stage.no_cache_reason,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from flows.run.devices import settings_of
 from flows.run.events import GO_ON, Message, StepTaken, emit, stop_requested
 from flows.run.inputs import open_stage, state_below, store_below
 from flows.run.ranks import train_by_ranks
@@ -19,8 +21,10 @@ from stackwise_core.model.precision import count_parameters
 from stackwise_core.stages.adopt import adopted_recipes, rack_files
 from stackwise_core.stages.costs import rack_parameters, stack_parameters
 from stackwise_core.stages.identity import Ref
+from stackwise_core.stages.memory import Setting, explained, memory
 from stackwise_core.stages.plan import cooldown_flops
 from stackwise_core.stages.saved_rack import SavedRack
+from stackwise_core.training.hardware import measured_peak
 from stackwise_core.training.saved_state import StateWriter
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import Hooks, TrainingState, end_stage, moments_of, train_stage
@@ -28,6 +32,7 @@ from storage.artifacts import SCRATCH, State
 from storage.checkpoints import METRICS, load_state, save_channels, save_moments, save_state, save_trained
 from storage.errors import ArtifactCorruptError
 from storage.files import checksum_file, write_bytes, write_text
+from storage.midstage import step_reached
 
 
 def train(stage: Stage, build: Ref | None, trunk: Ref | None) -> Ref:
@@ -82,7 +87,7 @@ def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tupl
     cools = "cooldown" in stage.needed
     hooks = replace(hooks, on_end=keep if stage.plan.optimizer or cools else None)
     by_ranks = train_by_ranks(stage, build, folder) if stage.config.hardware.processes > 1 else None
-    with open_stage(stage, build, folder) as opened:
+    with measured_peak(stage.device) as peak, memory_explained(stage), open_stage(stage, build, folder) as opened:
         # After ranks have trained, the checkpoint is that of the last step, and this only restores it.
         trained = train_stage(opened, hooks)
         trainable = count_parameters(opened.model)["trainable_parameters"]
@@ -101,8 +106,20 @@ def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tupl
         "first_step": attempt.first_step,
         "train_loss": trained.records[-1]["loss"],
         "tokens_per_second": round(n_tokens / attempt.seconds),
+        "memory_bytes_forecast": memory(_setting(stage)).peak,
+        **({"memory_bytes_peak": peak[0]} if peak and by_ranks is None else {}),
     }
     return Made(facts, records=(METRICS,)), moments
+
+
+def memory_explained(stage: Stage) -> AbstractContextManager[None]:
+    """Return a context in which a stage that has too little memory ends with a message of its own."""
+    return explained(partial(_setting, stage), partial(step_reached, stage.artifacts, stage.plan.ref("stack")))
+
+
+def _setting(stage: Stage) -> Setting:
+    """Return what the memory of a stage depends on."""
+    return list(settings_of(stage.config, stage.run_plan, cuda=stage.device.type == "cuda"))[stage.index]
 
 
 def _check_same(stage: Stage, stack: Ref, weights: Path) -> None:
@@ -135,7 +152,7 @@ def cool_down(stage: Stage, build: Ref | None, stack: Ref) -> Ref | None:
             emit(Message(f"stage {stage.index} trains again before its cool-down: its last checkpoint is not there"))
         if stage.config.hardware.processes > 1:
             train_by_ranks(cooling, build, folder)
-        with open_stage(cooling, build, folder) as opened:
+        with memory_explained(cooling), open_stage(cooling, build, folder) as opened:
             trained = train_stage(opened, hooks_of(cooling, folder))
             end_stage(opened.model)
             losses = losses_of(cooling, recipe.sequences, recipe.grid, opened.model)

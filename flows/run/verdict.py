@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flows.run.comparison import Chosen, Grid, Result, Results
+from flows.run.devices import device_memory, settings_of
 from flows.run.field import Field
 from flows.run.numbers import loss
 from stackwise_core.stages.arms import CONFIGURED, CONTROLS, END_TO_END
 from stackwise_core.stages.charges import charge
-from stackwise_core.stages.costs import trainable_parameters, training_bytes
+from stackwise_core.stages.costs import trainable_parameters
+from stackwise_core.stages.memory import memory
 
 Document = dict[str, Any]
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131, 2.12)
@@ -169,7 +171,7 @@ def _spent(field: Field, run: Chosen) -> dict[str, float]:
 def _row(field: Field, results: Results, runs: list[Chosen]) -> Document:
     """Return what the seeds of an arm gave at a budget."""
     config, plan = field.config_of(runs[0]), field.plan_of(runs[0])
-    spent, seq_len = _spent(field, runs[0]), config.data.seq_len
+    spent, (cuda, _) = _spent(field, runs[0]), device_memory(config.hardware.device)
     known = {run: results[run] for run in runs if run in results and results[run].state == "done"}
     return {
         "arm": runs[0].arm,
@@ -178,7 +180,7 @@ def _row(field: Field, results: Results, runs: list[Chosen]) -> Document:
         "blocks": sum(stack.n_blocks for stack in plan.stages[-1].spec.stacks),
         **spent,
         "trained_parameters": max(trainable_parameters(stage.shape, stage.spec) for stage in plan.stages),
-        "memory_bytes_forecast": max(training_bytes(stage.shape, stage.spec, seq_len) for stage in plan.stages),
+        "memory_bytes_forecast": max(memory(each).peak for each in settings_of(config, plan, cuda=cuda)),
         "seconds": statistics.mean(each.seconds for each in known.values()) if known else None,
         "loss": _dumped(interval([each.loss for each in known.values()])),
         "runs": [

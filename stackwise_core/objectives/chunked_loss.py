@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-MOST_LOGITS = 2**26
-"""With no more logits, 256 MiB of them in float32, a CPU computes the loss whole."""
-
-
-def chunk_positions(d_model: int, device: torch.device) -> int:
-    """Return the positions of a chunk [C]: what a GPU needs to be busy, or on a CPU what little memory allows.
-
-    There the logits C * V are a twelfth of the matrix, its gradient, and both of the stream.
-    """
-    return 2048 if device.type == "cuda" else max(64, min(2048, d_model // 6))
+from stackwise_core.stages.memory import chunk_positions
 
 
 def chunked_cross_entropy(
@@ -59,7 +50,7 @@ class _Chunked(torch.autograd.Function):
         grad_VD = torch.zeros_like(weight_VD) if of_weight else None
         if compute is not torch.float32:
             hidden_PD, weight_VD = hidden_PD.to(compute), weight_VD.to(compute)
-        size = min(chunk_positions(weight_VD.shape[1], weight_VD.device), len(targets_P))
+        size = min(chunk_positions(weight_VD.shape[1], cuda=weight_VD.device.type == "cuda"), len(targets_P))
         chunk_CV = losses_P.new_empty(size, len(weight_VD))  # one for all, or two would exist at once
         for first in range(0, len(targets_P), size):
             rows = slice(first, min(first + size, len(targets_P)))

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.blocks import Head
-from stackwise_core.objectives.chunked_loss import MOST_LOGITS, chunked_cross_entropy
+from stackwise_core.objectives.chunked_loss import chunked_cross_entropy
+from stackwise_core.stages.memory import MOST_LOGITS
 
 Batch = dict[str, Any]
 LossFunction = Callable[[Tensor, Tensor], Tensor]

@@ -15,7 +15,6 @@ from stackwise_core.stages.stages import StackSpec, StageSpec
 
 STREAM_BYTES: dict[StreamDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 """Bytes of one stored value of the stream."""
-_TRAINING_BYTES = 16  # per trainable parameter: fp32 weight, gradient and AdamW's two moments (of Muon it has one)
 
 
 def base_parameters(shape: ModelShape, n_blocks: int) -> int:
@@ -139,15 +138,3 @@ def store_bytes(rows: int, seq_len: int, d_model: int, dtype: StreamDtype) -> in
     values = rows * seq_len * d_model * STREAM_BYTES[dtype]
     # A scale per token, and two statistics per channel, which training and validation rows each hold, in fp32.
     return values + (4 * rows * seq_len + 2 * 4 * 2 * d_model if dtype in QUANTISED_STREAMS else 0)
-
-
-def training_bytes(shape: ModelShape, spec: StageSpec, seq_len: int) -> int:
-    """Estimate the peak bytes of a stage whose boundary is cached: weights, optimizer state, kept activations.
-
-    A block keeps about 10 tensors of width d_model and 4 of width d_ff per position for its backward pass.
-    """
-    trained = trainable_parameters(shape, spec)
-    live = [spec.stacks[index] for index in spec.anatomy.live]
-    frozen = _stacks_parameters(shape, live) + shape.vocab_size * shape.d_model - trained
-    kept = sum(stack.n_blocks for stack in live) * (10 * shape.d_model + 4 * shape.d_ff) * 4
-    return trained * _TRAINING_BYTES + 4 * max(0, frozen) + spec.optim.batch_size * seq_len * kept

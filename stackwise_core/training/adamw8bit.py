@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from stackwise_core.model.precision import silent_import
 
 BLOCK = 256
-SMALLEST = 4096
-"""Values of the smallest matrix whose moments are kept in 8 bits."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 STATE = {"step", *_MOMENTS, *SCALES}

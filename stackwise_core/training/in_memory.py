@@ -16,7 +16,14 @@ from stackwise_core.objectives.batches import RepeatedLoader, first_rows, stage_
 from stackwise_core.objectives.dataloader import RowSource, unwrapped
 from stackwise_core.objectives.losses import Batch, loss_normaliser
 from stackwise_core.objectives.make_batch import validation_batch
-from stackwise_core.stages.resolve import resolve_loss, resolve_mask, resolve_statistics_rows, resolve_views
+from stackwise_core.stages.memory import Setting
+from stackwise_core.stages.resolve import (
+    resolve_loss,
+    resolve_mask,
+    resolve_shape,
+    resolve_statistics_rows,
+    resolve_views,
+)
 from stackwise_core.stages.stages import AdapterName, StackSpec, StageSpec
 from stackwise_core.training.boundary import LiveTrunk
 from stackwise_core.training.evaluate import judge_rack
@@ -92,6 +99,15 @@ def stage_inputs(
     batches = stage_batches(config, spec, raw, boundary, first_step=first_step, record=record)
     moments = kept_moments(model, spec, builder.moments)
     return StageInputs(spec, model, batches, state, first_batches() if n_rows else (), moments)
+
+
+def memory_setting(inputs: StageInputs, config: StackWiseConfig) -> Setting:
+    """Return what the memory of a stage in memory depends on."""
+    spec, device = inputs.spec, inputs.model.head.projection.weight.device
+    mask = resolve_mask(config, spec.anatomy.newest)
+    ratio = mask.mean_ratio if mask else None
+    how: dict[str, Any] = {"cached": not spec.anatomy.boundary, "cuda": device.type == "cuda"}
+    return Setting.of(config, resolve_shape(config), spec, loss_fraction=ratio, **how)
 
 
 def validation_loss_of(

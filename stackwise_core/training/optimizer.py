@@ -12,8 +12,9 @@ from torch import nn
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.adapters import adapter_parameters
 from stackwise_core.model.precision import compute_dtype
+from stackwise_core.stages.memory import SMALLEST_IN_8_BITS
 from stackwise_core.stages.stages import OptimSpec
-from stackwise_core.training.adamw8bit import SMALLEST, AdamW8bit
+from stackwise_core.training.adamw8bit import AdamW8bit
 from stackwise_core.training.stage_model import StageModel
 
 
@@ -90,7 +91,7 @@ def eight_bit_parameters(model: StageModel, spec: OptimSpec) -> list[nn.Paramete
         return []
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trainable = (p for p in model.parameters() if p.requires_grad)
-    return [p for p in trainable if p.dim() > 1 and p.numel() >= SMALLEST and id(p) not in embeddings]
+    return [p for p in trainable if p.dim() > 1 and p.numel() >= SMALLEST_IN_8_BITS and id(p) not in embeddings]
 
 
 def learning_rate(spec: OptimSpec, step: int) -> float:

@@ -22,12 +22,19 @@ from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.snapshot import Interrupted, Snapshot
 from stackwise_core.objectives.dataloader import ProgressiveDataLoader, RowSource
 from stackwise_core.objectives.losses import Batch
+from stackwise_core.stages.memory import explained
 from stackwise_core.stages.resolve import resolve_mask
 from stackwise_core.stages.stages import StageSpec, ends_at_peak, resolve_joint, resolve_stage
 from stackwise_core.training.call import Call
 from stackwise_core.training.cooldown import cool_down
 from stackwise_core.training.hardware import compiler_fault, torch_restored, use_hardware
-from stackwise_core.training.in_memory import adapters_of, as_adapted, stage_inputs, validation_loss_of
+from stackwise_core.training.in_memory import (
+    adapters_of,
+    as_adapted,
+    memory_setting,
+    stage_inputs,
+    validation_loss_of,
+)
 from stackwise_core.training.progress import Progress
 from stackwise_core.training.results import StageResult, result_of
 from stackwise_core.training.settings import digest_of, stage_settings
@@ -35,6 +42,7 @@ from stackwise_core.training.stage_model import StageModel
 from stackwise_core.training.training import Hooks, TrainingState, end_stage, moments_of, train_stage
 
 _log = logging.getLogger("stackwise")
+_AS_BEFORE = "The rack is as it was before the stage; checkpoints in Hooks.checkpoint_folder stand"
 
 
 class ProgressiveTrainer:
@@ -276,9 +284,10 @@ class ProgressiveTrainer:
         try:
             inputs = stage_inputs(builder, config, spec, call.dataloader, call.cache.get(spec.anatomy.boundary), state)
             parameters = {"trained": count_parameters(inputs.model)["trainable_parameters"]}
-            trained = train_stage(inputs, hooks)
-            if cools:
-                cooled_loss = cool_down(call, config, spec, hooks, ended[0])
+            with explained(partial(memory_setting, inputs, config), lambda: None, _AS_BEFORE):
+                trained = train_stage(inputs, hooks)
+                if cools:
+                    cooled_loss = cool_down(call, config, spec, hooks, ended[0])
             builder.channels.update(end_stage(inputs.model, inputs.first_batches))
         except StageInterruptedError as stopped:
             kept: TrainingState = stopped.state.copy()

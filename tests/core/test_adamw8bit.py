@@ -29,7 +29,7 @@ BY_8_BITS: dict[str, Any] = {"optimizer": "adamw8bit"}
 @pytest.fixture(autouse=True)
 def _small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep most matrices of the tiny model in 8 bits."""
-    monkeypatch.setattr("stackwise_core.training.optimizer.SMALLEST", 100)
+    monkeypatch.setattr("stackwise_core.training.optimizer.SMALLEST_IN_8_BITS", 100)
 
 
 def test_the_steps_are_those_of_bitsandbytes() -> None:

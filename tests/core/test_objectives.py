@@ -154,7 +154,7 @@ def test_in_chunks_the_loss_and_its_gradients_are_the_dense_ones(
 ) -> None:
     """Two positions at a time, the last alone; in float64, so that only the formula counts."""
     monkeypatch.setattr(losses, "MOST_LOGITS", 2 * V)
-    monkeypatch.setattr(chunked_loss, "chunk_positions", lambda d_model, device: 2)
+    monkeypatch.setattr(chunked_loss, "chunk_positions", lambda d_model, cuda: 2)
     batch, weights = batch_of("clm"), torch.rand(B, dtype=torch.float64) + 0.5
     positions = loss_positions(batch)
     positions[0, 0] = False
@@ -197,7 +197,7 @@ def test_the_logits_of_a_large_vocabulary_never_exist_at_once(monkeypatch: pytes
     largest: list[int] = []
     for limit in (n * V, n * V - 1):
         monkeypatch.setattr(losses, "MOST_LOGITS", limit)
-        monkeypatch.setattr(chunked_loss, "chunk_positions", lambda d_model, device: 3)
+        monkeypatch.setattr(chunked_loss, "chunk_positions", lambda d_model, cuda: 3)
         with _Largest() as mode:
             summed_loss(hidden, head, batch)[0].backward()
         largest.append(mode.most)
@@ -206,7 +206,7 @@ def test_the_logits_of_a_large_vocabulary_never_exist_at_once(monkeypatch: pytes
 
 def test_judging_in_chunks_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "MOST_LOGITS", V)
-    monkeypatch.setattr(chunked_loss, "chunk_positions", lambda d_model, device: 3)
+    monkeypatch.setattr(chunked_loss, "chunk_positions", lambda d_model, cuda: 3)
     batch, found = batch_of("clm"), list[tuple[int, float]]()
     for trains in (True, False):
         head, hidden = new_head().requires_grad_(trains), torch.ones(B, T, D)

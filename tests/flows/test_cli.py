@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from flows.cli import plan
-from flows.run import validating
+from flows.run import devices, validating
 from flows.run.events import Message
 from flows.run.run import add_stage
 from storage.activations import fill
@@ -287,7 +287,8 @@ def test_a_plan_says_what_would_be_faster_on_a_gpu(run: Run, config: Path, monke
 
     low = "training.progressive.new_stack_precision=bfloat16"
     assert not said()
-    monkeypatch.setattr(plan, "gpu_names", lambda: ["H100"])
+    monkeypatch.setattr(devices, "gpus", lambda: [devices.Gpu("H100", 0)])
+    monkeypatch.setattr(devices, "version", lambda name: "2.13.0+cu130")
     assert said("hardware.device=auto")
     assert not said("hardware.device=auto", low)
     assert not said("hardware.device=cpu")

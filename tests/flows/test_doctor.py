@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from flows.cli import doctor, gpus
+from flows.cli import doctor
+from flows.run import devices
+from flows.run.devices import Gpu
 from flows.services import AUTOMATION
 from storage import files
 from support.commands import Run
@@ -176,7 +178,7 @@ def test_a_missing_library_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_gpu_that_torch_cannot_use_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "gpu_names", lambda: ["H100"])
+    monkeypatch.setattr(devices, "gpus", lambda: [Gpu("H100", 80 * 2**30)])
     builds = {"+cpu": False, "+cu128": True, "": True}
     for build, works in builds.items():
         monkeypatch.setattr(doctor, "version", lambda name, build=build: f"2.13.0{build}")
@@ -184,7 +186,7 @@ def test_a_gpu_that_torch_cannot_use_is_found(run: Run, monkeypatch: pytest.Monk
         assert found["ok"] == works
         assert found["says"].startswith("H100")
         assert ("new_stack_precision=bfloat16" in found["says"]) == works
-    monkeypatch.setattr(doctor, "gpu_names", list)
+    monkeypatch.setattr(devices, "gpus", list)
     assert findings(run)["device"]["says"] == f"cpu, {len(os.sched_getaffinity(0))} cores; no CUDA device"
 
 
@@ -207,5 +209,12 @@ def test_the_driver_is_asked_as_its_interface_says(monkeypatch: pytest.MonkeyPat
             name.value = f"GPU {device.value}".encode()[: length - 1]
             return 0
 
-    monkeypatch.setattr(gpus.ctypes, "CDLL", lambda name: Driver())
-    assert gpus.gpu_names() == ["GPU 1"]
+        def cuDeviceTotalMem_v2(self, n_bytes: Any, device: Any) -> int:
+            n_bytes._obj.value = 16 * 2**30
+            return 0
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver())
+    assert devices.gpus() == [Gpu("GPU 1", 16 * 2**30)]
+    assert devices.device_memory("cuda") == (True, 16 * 2**30)
+    assert devices.device_memory("cuda:3") == (True, 0)
+    assert not devices.device_memory("cpu")[0]

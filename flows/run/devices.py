@@ -1,0 +1,62 @@
+"""The devices of this machine and their memory, without importing torch, which takes seconds."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import NamedTuple
+
+from stackwise_core.config import StackWiseConfig
+from stackwise_core.stages.memory import Setting
+from stackwise_core.stages.plan import RunPlan
+
+ADVICE = (
+    "precision full computes in float32; on a GPU training.progressive.new_stack_precision=bfloat16 is several times "
+    "as fast, and hardware.tf32=true somewhat faster"
+)
+"""What to say where there is a GPU."""
+
+
+class Gpu(NamedTuple):
+    """A CUDA device."""
+
+    name: str
+    n_bytes: int
+    """Of its memory; 0 if it does not say."""
+
+
+def gpus() -> list[Gpu]:
+    """Ask the CUDA driver (docs.nvidia.com/cuda/cuda-driver-api) for its devices."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count, found = ctypes.c_int(0), list[Gpu]()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):  # 0 is success
+        return []
+    for index in range(count.value):
+        device, name, n_bytes = ctypes.c_int(), ctypes.create_string_buffer(100), ctypes.c_size_t(0)
+        if not cuda.cuDeviceGet(ctypes.byref(device), index):
+            cuda.cuDeviceGetName(name, len(name), device)
+            cuda.cuDeviceTotalMem_v2(ctypes.byref(n_bytes), device)
+            found.append(Gpu(name.value.decode(), n_bytes.value))
+    return found
+
+
+def device_memory(asked: str) -> tuple[bool, int]:
+    """Return whether `hardware.device` is a CUDA device here, and the bytes of memory of it or of this machine."""
+    there = [] if asked == "cpu" else gpus()
+    if asked != "cpu" and (asked != "auto" or (there and not version("torch").endswith("+cpu"))):
+        index = int(asked.partition(":")[2] or 0)
+        return True, there[index].n_bytes if index < len(there) else 0
+    return False, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def settings_of(config: StackWiseConfig, plan: RunPlan, *, cuda: bool) -> Iterator[Setting]:
+    """Yield what the memory of each stage of a plan depends on."""
+    for below, stage in zip([None, *plan.stages], plan.stages, strict=False):
+        ratio = stage.mask.mean_ratio if stage.mask else None
+        cached = below is None or below.activations is not None or not stage.spec.anatomy.boundary
+        yield Setting.of(config, stage.shape, stage.spec, loss_fraction=ratio, cached=cached, cuda=cuda)
