@@ -180,8 +180,9 @@ def _tail_faults(config: ConfigSchema) -> Iterator[Fault]:
         tail = order[place:] if settings.mode == "insert" and stack >= len(config.adopted) else []
         order.insert(place, stack)
         quantised = [other for other in tail if settings_of(config, other).precision in QUANTISED]
-        if quantised and growth.tail_strategy == "full" and growth.enabled:
-            allowed = f"{_are(quantised)} quantised, in the tail above stack {stack}, and cannot train whole"
+        bare = [other for other in quantised if settings_of(config, other).adapter is None]
+        if bare and growth.tail_strategy == "full" and growth.enabled:
+            allowed = f"{_are(bare)} quantised (new_stack_precision), in the tail above stack {stack}, without an adapter to train"
             yield _fault(config, f"{GROWTH}.tail_strategy", f"{allowed}; use frozen or qlora")
             return
 

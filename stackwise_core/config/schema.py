@@ -289,7 +289,8 @@ class ProgressiveConfig(Section):
     tail_stacks: int = Field(default=1, ge=1, le=1024)
     """insert: how many of the top stacks are the tail, which stays above the new stack; at most all."""
     tail_strategy: Strategy = "full"
-    """insert: what of the tail trains with the new stack: nothing, adapters, or everything, also the head."""
+    """insert: what of the tail trains with the new stack: nothing, adapters, or everything, also the head; of quantised
+    stacks also then only the adapters."""
     trunk_strategy: Strategy = "frozen"
     """What of the existing stacks trains: nothing, their adapters (which qlora gives to those that have none),
     everything; after an insert, of those below the new one."""

@@ -124,7 +124,8 @@ def stage_anatomy(
         if stack == stage:
             return newest
         if stack in tail:
-            return _TRAINS[growth.tail_strategy]
+            quantised = settings(stack).precision in QUANTISED
+            return "adapters" if quantised and growth.tail_strategy == "full" else _TRAINS[growth.tail_strategy]
         return _TRAINS[growth.trunk_strategy] if growth.trunk_strategy == "full" or stack in top else "nothing"
 
     with_head = new.mode == "append" or (new.mode == "insert" and growth.tail_strategy == "full")

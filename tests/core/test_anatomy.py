@@ -39,6 +39,7 @@ def config_of(growth: dict[str, Any]) -> StackWiseConfig:
         (INSERT, (1, 2, 0), (N, E, E), False, True, 1),
         ({**INSERT, "tail_strategy": "frozen"}, (1, 2, 0), (N, E, N), False, False, 1),
         ({**INSERT, "tail_strategy": "qlora"}, (1, 2, 0), (N, E, A), False, False, 1),
+        ({**INSERT, "new_stack_precision": "qlora"}, (1, 2, 0), (N, A, A), False, True, 1),
         ({**INSERT, "tail_stacks": 7}, (2, 1, 0), (E, E, E), False, True, 0),
         ({**INSERT, "trunk_strategy": "full", "tail_strategy": "frozen"}, (1, 2, 0), (E, E, N), True, True, 0),
         ({**INSERT, "trunk_strategy": "qlora", "tail_strategy": "frozen"}, (1, 2, 0), (A, E, N), False, False, 0),

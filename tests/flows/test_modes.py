@@ -35,6 +35,7 @@ CACHED = [
     "mixed",
     "insert",
     "insert below quantised",
+    "insert below qlora",
     "fresh",
     "depth",
     "input",

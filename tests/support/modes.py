@@ -97,6 +97,7 @@ MODES: dict[str, dict[str, Any]] = {
         f"{G}new_stack_precision": "nvfp4",
         f"{G}tail_strategy": "qlora",
     },
+    "insert below qlora": {f"{G}building_mode": "insert", f"{G}new_stack_precision": "qlora"},
     "fresh": {  # stage 1 reads epochs 2.5 to 5, and stage 2 those to 7.5: of view 2 the two share half
         "data.rows": "fresh",
         "cache.dtype": "int8",
