@@ -23,12 +23,13 @@ test: $(VENV)/test ## run the tests
 test-slow: $(VENV)/test ## run the tests that take minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST)
 
-check: $(VENV)/check ## check style, types, import layers and spelling
+check: $(VENV)/check ## check style, types, import layers, spelling and the documentation's links
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright --level error
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/codespell
+	@$(BIN)/zensical build --strict --clean
 
 bench: $(VENV)/bench ## run the benchmarks: JSON and a table in benchmarks/results/
 	@$(BIN)/python -m benchmarks
@@ -36,7 +37,8 @@ bench: $(VENV)/bench ## run the benchmarks: JSON and a table in benchmarks/resul
 gpu: $(VENV)/run ## download the wheels to carry to a machine with a GPU, and print the command that measures it
 	@$(BIN)/python -m benchmarks.gpu.wheels
 
-docs: $(VENV)/test ## run every snippet of the docs
+docs: $(VENV)/check ## build the documentation into site/, and run its snippets
+	@$(BIN)/zensical build --strict --clean
 	@$(BIN)/python -m pytest tests/project/test_docs.py
 
 setup: $(VENV)/run $(VENV)/test $(VENV)/check ## install the dependencies of these targets at once

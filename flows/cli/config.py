@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import textwrap
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
     parser.add_argument("section", nargs="?", default="", metavar="SECTION", help="only keys that begin with this")
     parser.add_argument("--diff", dest="config", default="", metavar="FILE", help="what a configuration changes")
+    parser.add_argument("--markdown", action="store_true", help="print a page of the documentation")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of FILE")
     add_json(parser)
 
@@ -36,12 +38,33 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigError([Fault("SECTION", repr(options.section), f"no key begins with it; the sections: {sections}")])
     if options.config:
         keys = [key for key in keys if key.changed]
-    if options.json:
+    if options.markdown:
+        say(*_page(keys))
+    elif options.json:
         say_json({"keys": [key._asdict() for key in keys]})
     elif options.config:
         say(*(_changed(keys) or [f"{options.config} changes no key"]))
     else:
         say(*(line for key in keys for line in _described(key)))
+
+
+def _page(keys: Sequence[Key]) -> list[str]:
+    """Return the reference of the documentation: a table for each section, which this command writes."""
+    lines = ["# Configuration", "", *_INTRODUCTION]
+    for section, members in itertools.groupby(keys, key=lambda key: key.name.rpartition(".")[0]):
+        lines += ["", f"## {section}", "", "| key | default | |", "|---|---|---|"]
+        for key in members:
+            name, about = key.name.rpartition(".")[2], key.description.replace("|", "\\|").replace("<", "&lt;")
+            lines.append(f"| `{name}` | `{_text(key.default)}` | {about} |")
+    return lines
+
+
+_INTRODUCTION = (
+    "Every key has a default; a file names those that it changes. `stackwise config` prints this list, `stackwise",
+    "config --diff FILE` what a file changes, and `stackwise plan FILE` the stages that come of it. A key that a",
+    "configuration does not use is a note in the plan, one that contradicts another is refused with a sentence.",
+    "`stackwise config --markdown` wrote this page.",
+)
 
 
 def _is_in(name: str, section: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flows.cli.arguments import add_common
 from flows.pages.run import Document, describe_run
-from flows.pages.run_page import MOST_RUNS, page_of, side_by_side, tables
+from flows.pages.run_page import MOST_RUNS, loss_image, page_of, side_by_side, tables
 from flows.run.say import say, say_json
 from flows.run.terminal import print_tables
 from stackwise_core.errors import ConfigError, Fault
@@ -23,6 +23,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="+", metavar="RUN", help=help_text)
     help_text = "write one page that needs no network, and beside it the same as JSON"
     parser.add_argument("--html", default="", metavar="FILE", help=help_text)
+    parser.add_argument("--svg", default="", metavar="FILE", help="write the curves of losses as a picture")
     help_text = "of a single run: let the rack of every depth write N tokens (0; on a page 64)"
     parser.add_argument("--samples", type=int, metavar="N", help=help_text)
     help_text = "what they go on from (default: the beginning of a withheld sequence)"
@@ -37,6 +38,8 @@ def _run(options: argparse.Namespace) -> None:
         _add_samples(options, artifacts, documents[0])
     if options.html:
         _write(Path(options.html).absolute(), documents)
+    if options.svg:
+        _draw(options.svg, documents)
     if options.json:
         say_json(_said(documents))
         return
@@ -94,11 +97,21 @@ def _said(documents: list[Document]) -> Document:
     return documents[0] if len(documents) == 1 else {"runs": documents}
 
 
+def _draw(path: str, documents: list[Document]) -> None:
+    if (drawn := loss_image(documents)) is None:
+        raise ConfigError([Fault("--svg", repr(path), "no loss is known yet; let a stage train first")])
+    _written("--svg", {Path(path).absolute(): drawn})
+
+
 def _write(page: Path, documents: list[Document]) -> None:
+    data = json.dumps(_said(documents), indent=1)
+    _written("--html", {page: page_of(documents), page.with_suffix(".json"): data})
+
+
+def _written(option: str, files: dict[Path, str]) -> None:
     try:
-        write_text(page, page_of(documents))
-        write_text(page.with_suffix(".json"), json.dumps(_said(documents), indent=1))
+        for path, text in files.items():
+            write_text(path, text)
     except OSError as error:
-        raise ConfigError(
-            [Fault("--html", repr(str(page)), f"cannot be written ({error.strerror or error})")]
-        ) from None
+        allowed = f"cannot be written ({error.strerror or error})"
+        raise ConfigError([Fault(option, repr(str(error.filename or next(iter(files)))), allowed)]) from None

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from flows.pages.page import number, render
 from flows.pages.plots import Plot, places, scale_of
+from flows.pages.report import STYLE
 from flows.pages.run import Document, differences
 from flows.run.numbers import clock, loss, parameters, size
 from flows.run.terminal import TableOf
@@ -133,8 +134,11 @@ _STEP, _COMPUTE = _Axis("step of all stages", "steps"), _Axis("FLOPs as executed
 def run_page(document: Document) -> str:
     """Return the report of a run as one HTML page."""
     curves = [
-        (_losses([document], _STEP), "Line: training, mean of a few steps. Dots: validation, after each stage."),
-        (_losses([document], _COMPUTE), "The same against what was computed, the cache's filling included."),
+        (
+            _drawn(_losses([document], _STEP)),
+            "Line: training, mean of a few steps. Dots: validation, after each stage.",
+        ),
+        (_drawn(_losses([document], _COMPUTE)), "The same against what was computed, the cache's filling included."),
         *_by_ratio(document),
         *_gains(document),
         (_recorded(document, "learning_rate", "learning rate", zero=True), "The schedule, over all stages."),
@@ -148,8 +152,8 @@ def run_page(document: Document) -> str:
 def runs_page(documents: Sequence[Document]) -> str:
     """Return several runs side by side as one HTML page."""
     curves = [
-        (_losses(documents, _STEP), "Thin lines: training, smoothed. Dots: validation, after each stage."),
-        (_losses(documents, _COMPUTE), "The same against what was computed."),
+        (_drawn(_losses(documents, _STEP)), "Thin lines: training, smoothed. Dots: validation, after each stage."),
+        (_drawn(_losses(documents, _COMPUTE)), "The same against what was computed."),
     ]
     values = {"curves": [each for each in curves if each[0]], "tables": side_by_side(documents)}
     return str(render("runs.html.j2", documents=documents, **values))
@@ -186,7 +190,25 @@ def _spans(document: Document, axis: _Axis) -> Iterator[tuple[Document, float, f
         at += length
 
 
-def _losses(documents: Sequence[Document], axis: _Axis) -> Markup | None:
+def _drawn(plot: Plot | None) -> Markup | None:
+    return plot and plot.svg()
+
+
+def loss_image(documents: Sequence[Document]) -> str | None:
+    """Return training and validation loss against compute as an SVG file, black on white; None if none is known."""
+    plot = _losses(documents, _COMPUTE)
+    return plot and plot.image(STYLE + _RUN_STYLE, _MARGIN)
+
+
+_RUN_STYLE = """
+.line.thin { stroke: #9aa1ab; stroke-width: 1; } .dot { fill: #2458c5; }
+.run-1 { --own: #b8460b; } .run-2 { --own: #2a8a57; } .run-3 { --own: #8f5bc2; } .run-0 { --own: #2458c5; }
+.line[class*="run-"] { stroke: var(--own); } .dot[class*="run-"] { fill: var(--own); }
+"""
+_MARGIN = 10  # px
+
+
+def _losses(documents: Sequence[Document], axis: _Axis) -> Plot | None:
     """Return training and validation loss along an axis; None if nothing is known."""
     lines = [list(_spans(document, axis)) for document in documents]
     ends = [end for line in lines for _, _, end in line]
@@ -208,7 +230,7 @@ def _losses(documents: Sequence[Document], axis: _Axis) -> Markup | None:
         plot.line([at for at, _, _ in judged], [value for _, value, _ in judged], f"line {style}".strip())
         for at, value, where in judged:
             plot.dot(at, value, f"dot judged {style}".strip(), f"{document['run']}, {where}")
-    return plot.svg()
+    return plot
 
 
 def _validated(stage: Document, start: float, end: float) -> Iterator[tuple[float, float, str]]:

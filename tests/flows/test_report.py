@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -95,6 +96,15 @@ def test_a_page_needs_nothing_and_is_beside_its_data(reference: Reference, run: 
     assert [sample["depth"] for sample in document["samples"]] == [1, 2, 3]
     again = run("report", "tiny", "--artifacts", reference(), "--prompt", "<script>the of", "--json").document
     assert again["samples"] == document["samples"]
+
+
+def test_a_picture_has_the_losses_of_every_stage(reference: Reference, run: Run, tmp_path: Path) -> None:
+    run("report", "tiny", "--artifacts", reference(), "--svg", tmp_path / "curves.svg")
+    image = ElementTree.fromstring((tmp_path / "curves.svg").read_text())
+    assert len([each for each in image.iter() if each.tag.endswith("circle")]) == 3
+    assert len([each for each in image.iter() if each.tag.endswith("polyline")]) == 3 + 1
+    said = run("report", "tiny", "--artifacts", reference(), "--svg", tmp_path / "missing" / "curves.svg")
+    assert (said.code, "cannot be written" in said.err) == (2, True)
 
 
 def test_samples_of_a_masked_run_go_on_from_a_withheld_row(run: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,31 @@ def test_every_page_names_only_files_that_exist() -> None:
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-def test_the_commands_of_the_readme_parse() -> None:
+def test_the_site_has_every_page_once() -> None:
+    """Zensical finds broken links when the site is built, which `make check` does; not pages that no menu leads to."""
+    sections = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    listed = [page for section in sections for pages in section.values() for page in pages]
+    there = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(there)
+
+
+def test_the_reference_of_the_configuration_is_that_of_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.cli.main import main
+
+    assert main(["config", "--markdown"]) == 0
+    assert capsys.readouterr().out == (ROOT / "docs" / "configuration.md").read_text(), (
+        "write it again: stackwise config --markdown > docs/configuration.md"
+    )
+
+
+@pytest.mark.parametrize(("page", "fewest"), [("README.md", 6), ("docs/walkthrough.md", 6), ("docs/reports.md", 4)])
+def test_the_commands_of_a_page_parse(page: str, fewest: int) -> None:
     from flows.cli.main import parse
 
-    lines = re.findall(r"^stackwise (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    assert len(lines) >= 6
+    lines = re.findall(r"^stackwise (.*?)(?:\s+#.*)?$", (ROOT / page).read_text(), flags=re.MULTILINE)
+    assert len(lines) >= fewest
     for line in lines:
-        assert parse(line.split()).command
+        assert parse(shlex.split(line)).command
 
 
 def test_the_reader_of_the_format_page_reads_a_store(reference: Callable[..., Path]) -> None:
