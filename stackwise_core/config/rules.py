@@ -182,7 +182,8 @@ def _tail_faults(config: ConfigSchema) -> Iterator[Fault]:
         quantised = [other for other in tail if settings_of(config, other).precision in QUANTISED]
         bare = [other for other in quantised if settings_of(config, other).adapter is None]
         if bare and growth.tail_strategy == "full" and growth.enabled:
-            allowed = f"{_are(bare)} quantised (new_stack_precision), in the tail above stack {stack}, without an adapter to train"
+            where = f"in the tail above stack {stack}, without an adapter to train"
+            allowed = f"{_are(bare)} quantised (new_stack_precision), {where}"
             yield _fault(config, f"{GROWTH}.tail_strategy", f"{allowed}; use frozen or qlora")
             return
 
