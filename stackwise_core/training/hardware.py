@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Generator
 from functools import cache
 from typing import Any
@@ -86,7 +87,8 @@ def compiler_fault(device: torch.device) -> str:
 @cache
 def _fault_of(device: torch.device, backend: str) -> str:
     try:
-        torch.compile(torch.neg, backend=backend)(torch.ones(8, device=device))
+        with warnings.catch_warnings(action="ignore"):  # of what it imports, which may be errors in this program
+            torch.compile(torch.neg, backend=backend)(torch.ones(8, device=device))
     except Exception as error:  # whatever is missing: training goes on without
         lines = [line for line in str(error).splitlines() if line and not line.startswith("backend=")]
         return f"hardware.compile: torch.compile does not work here, so blocks run as they are ({lines[0]})"

@@ -184,6 +184,7 @@ def test_processes_that_train_together_compile_their_blocks(kind: str, tmp_path:
 # ---------------------------------------------------------------- the compiler itself
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo looks at gradients of what has none
 @pytest.mark.slow
 def test_inductor_trains_to_the_same_losses() -> None:
     config = tiny("clm", activation_checkpointing=True)
