@@ -137,6 +137,9 @@ class ProgressPage:
 @contextlib.contextmanager
 def live_page(name: str) -> Generator[None]:
     """Show on the page of the current flow run how far the run is, renewed every few seconds while the block lasts."""
+    if flow_run.id is None:  # it was called without Prefect, and has no page
+        yield
+        return
     progress = RunProgress()
 
     def show(outcome: str) -> None:  # drawn in the thread of the update, not in that of the training

@@ -141,7 +141,11 @@ def test_statistics_are_mean_and_deviation_of_each_stacks_output_in_any_split() 
 class _Given(torch.nn.Module):
     """In the place of a stack: its output is what comes in."""
 
-    creation_index = 0
+    creation_index, precision = 0, "full"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anything = torch.nn.Parameter(torch.zeros(()))  # a stack computes where its weights lie
 
     def forward(self, x_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         return x_BTD

@@ -108,6 +108,7 @@ def test_it_is_renewed_by_time_and_not_by_the_thread_that_trains(now: Clock, mon
     monkeypatch.setattr(artifacts, "time", now)
     publish = lambda text, key, _: shown.append((threading.current_thread().name, key, text))  # noqa: E731
     monkeypatch.setattr(artifacts, "_publish", publish)
+    monkeypatch.setattr(artifacts, "flow_run", SimpleNamespace(id="a flow run"))
     with artifacts.live_page("My_Run"):
         emit(RunStarted("My_Run", 1, "/a"))
         for number in range(1, 13):
@@ -131,6 +132,7 @@ def test_a_failed_run_says_so_and_a_server_that_is_away_stops_nothing(monkeypatc
         raise ConnectionError("the server is away")
 
     monkeypatch.setattr(artifacts, "_publish", away)
+    monkeypatch.setattr(artifacts, "flow_run", SimpleNamespace(id="a flow run"))
     logger = SimpleNamespace(warning=lambda text, *values: warnings.append(text % values))
     monkeypatch.setattr(artifacts, "get_run_logger", lambda: logger)
     with pytest.raises(KeyError), artifacts.live_page("tiny"):

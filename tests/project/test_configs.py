@@ -149,11 +149,11 @@ def test_every_key_is_explained(name: str) -> None:
 # ---------------------------------------------------------------- what each grows
 
 
-def test_quickstart_caches_what_the_frozen_trunk_gives(run_of: Run) -> None:
+def test_quickstart_inserts_below_a_tail_that_trains_and_caches_what_is_below_both(run_of: Run) -> None:
     run = run_of("quickstart")
-    assert (run.order, run.cached) == ((0, 1, 2), [1, 2])
-    assert run.changed(1) == {"stack 1", "head"}
-    assert run.changed(2) == {"stack 2", "head"}
+    assert (run.order, run.cached) == ((1, 2, 0), [1])
+    assert run.changed(1) == {"stack 0", "stack 1", "head"}
+    assert run.changed(2) == {"stack 0", "stack 2", "head"}
 
 
 def test_prepend_trains_the_new_stack_alone(run_of: Run) -> None:
