@@ -137,7 +137,7 @@ def _arm(field: Field, results: Results, name: str, grid: Grid) -> Document:
         "arm": name,
         "grows": len(field.plan_of(pilots[grid.factors[0]]).stages) > 1,
         "rate": rate,
-        "edge": grid.edge and ("lowest" if grid.best == grid.factors[0] else "highest"),
+        "edge": grid.edge and ("highest" if any(run.factor < best for run in tried) else "lowest"),
         "tried": [_tried(field, run, results.get(run)) for run in pilots.values()],
         "tuning_tflop": math.fsum(_spent(field, run)["tflop"] for run in tried),
         "budgets": [

@@ -255,6 +255,10 @@ def test_a_comparison_runs_what_is_missing_once(tmp_path: Path, run: Run) -> Non
     field = open_field(comparison, str(tmp_path / "artifacts"))
     again = judge(field, run_missing(field, pytest.fail, 1))  # nothing is started
     assert again == found
+    partly = comparison.model_copy(update={"rates": (0.5, *comparison.rates), "so_far": True})
+    field = open_field(partly, str(tmp_path / "artifacts"))
+    so_far = judge(field, known_results(field, failed=True))  # of the rates that were tried, which 0.5 was not
+    assert {(arm["rate"], arm["edge"]) for arm in so_far["arms"]} == {(0.002, "lowest")}
     config.to_yaml(tmp_path / "c.yaml")
     words = ("--rates", "1,1e12", "--seeds", 1, "--curve", 2, "--html", "c.html", "--markdown", "c.md")
     printed = run("compare", "c.yaml", *words)
