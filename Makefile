@@ -7,7 +7,7 @@ CONFIG ?= configs/quickstart.yaml
 
 .PHONY: setup train server worker test test-slow check bench gpu docs clean
 
-train: $(VENV)/run ## grow the quickstart rack: three stacks, about four minutes
+train: $(VENV)/run ## grow the quickstart rack: three stacks, about three minutes
 	@$(BIN)/stackwise train $(CONFIG)
 
 server: $(VENV)/run ## run Prefect's server with its pages, on http://127.0.0.1:4200
