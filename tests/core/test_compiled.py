@@ -175,7 +175,8 @@ def test_one_block_at_a_time_is_computed_again() -> None:
 @pytest.mark.parametrize("kind", ["shards", "replicas"])
 def test_processes_that_train_together_compile_their_blocks(kind: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "support.compiled_ranks", kind, str(tmp_path / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    tests = Path(__file__).parents[1]  # where `support` is found
+    done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=True, timeout=600)
     found = json.loads(done.stdout)
     assert found["together"] == pytest.approx(found["alone"], abs=TOLERANCE)
     assert (found["graphs"], found["breaks"]) == (1, 0)  # both blocks are one
