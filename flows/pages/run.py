@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ def describe_run(artifacts: Artifacts, name: str) -> Document:
     """
     attempt = find_run(artifacts, name)
     config, plan = attempt.config, attempt.plan
+    keys = keys_of(config)
     summaries = summarise(artifacts, plan)
     stages = _stages(artifacts, config, plan, summaries)
     manifests = [found for stage in plan.stages if (found := artifacts.sealed(stage.ref("stack")))]
@@ -58,13 +60,13 @@ def describe_run(artifacts: Artifacts, name: str) -> Document:
         "seconds": _sum(stage["seconds"] for stage in stages),
         "tokens": _sum(stage["tokens"] for stage in stages),
         "cache_bytes": _sum(stage["cache_bytes"] for stage in stages),
-        "changes": [key._asdict() for key in keys_of(config) if key.changed],
-        "config": {key.name: key.value for key in keys_of(config)},
+        "changes": [key._asdict() for key in keys if key.changed],
+        "config": {key.name: key.value for key in keys},
         "stages": stages,
         "parts": _parts(plan),
         "machines": _machines(manifests),
         "lineage": trace(artifacts, manifests[-1]) if manifests else [],
-        "command": f"stackwise train {attempt.where}/config.yaml --artifacts {artifacts.uri}",
+        "command": shlex.join(["stackwise", "train", f"{attempt.where}/config.yaml", "--artifacts", artifacts.uri]),
         "samples": [],
     }
 

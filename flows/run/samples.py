@@ -62,4 +62,5 @@ def _continued(opened: OpenedRun, tokenizer: Tokenizer, given: list[int], n_new:
     never = {tokenizer.pad_token, *range(tokenizer.vocab_size, opened.shape.vocab_size)}
     row = [*given, *[tokenizer.mask_token] * n_new]
     how = Unmasking(temperature=_TEMPERATURE)
-    return unmask(opened.denoisers(device), [row], tokenizer.mask_token, how, sorted(never))[0][len(given) :]
+    forbidden = sorted(never - {tokenizer.end_token})  # which may stand in for a missing pad token
+    return unmask(opened.denoisers(device), [row], tokenizer.mask_token, how, forbidden)[0][len(given) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -112,12 +113,12 @@ class InputsFromTokens:
         return make_batch(fields, mask_spec)
 
 
-class _ReadThenComputed:
+class _ReadThenComputed(ABC):
     """Rows that are read and computed, one after the other."""
 
+    @abstractmethod
     def read(self, sequence_ids: IntArray, view: int) -> Callable[[], Tensor]:
         """Read what the rows of some sequences need, and return what computes them."""
-        raise NotImplementedError
 
     def rows(self, sequence_ids: IntArray, view: int) -> Tensor:
         """Return the boundary of some sequences: [B, T, D]; a negative view is the validation split's."""

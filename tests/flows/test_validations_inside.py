@@ -92,6 +92,17 @@ def test_a_stage_that_is_resumed_has_measured_the_same(tmp_path: Path, monkeypat
         assert measured(tmp_path / "killed", stage) == measured(tmp_path / "whole", stage)
 
 
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {**EVEN, "validation.every": 4, f"{G}target_stacks": 1})
+    grown(config, tmp_path / "one")
+    config.hardware.processes = 2
+    heard = grown(config, tmp_path / "two").events
+    assert measured(tmp_path / "two", 0) == pytest.approx(measured(tmp_path / "one", 0), rel=1e-5)
+    told = [event.step for event in heard if isinstance(event, StepTaken) and event.validation_loss is not None]
+    assert told == [4, 8]
+
+
 def test_curves_of_a_report_have_it(tmp_path: Path, run: Run) -> None:
     root = tmp_path / "a"
     grown(tiny(tmp_path, {**EVEN, "validation.every": 4, f"{G}target_stacks": 1}), root)
