@@ -41,7 +41,7 @@ def _in_a_group(pipe: Connection, run: Run) -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     alone = _losses(run, ALONE)
-    init_process_group(run.device, sharded=False)
+    init_process_group(run.device)
     for kind in (Replicas, Shards):
         losses = _losses(run, kind(run.device))
         pipe.send((kind.__name__, max(abs(a - b) for a, b in zip(losses, alone, strict=True))))

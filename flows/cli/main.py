@@ -42,6 +42,7 @@ _COMMANDS = {
         "compare a configuration with other ways to spend its FLOPs",
         "configs/quickstart.yaml --arms full,jump --seeds 3",
     ),
+    "join": Command("train as a further node of runs with hardware.nodes above 1", "--artifacts /mnt/shared/artifacts"),
     "status": Command("show the runs, or the stages and artifacts of one run", "quickstart"),
     "report": Command("show what came of a run, or of several side by side", "quickstart --html quickstart.html"),
     "export": Command("write the rack of a run for transformers", "quickstart --to model --dtype bfloat16"),

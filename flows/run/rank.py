@@ -8,16 +8,18 @@ import sys
 import traceback
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 from flows.run.children import end_with_parent
 from flows.run.events import Event, Message, StepTaken, request_stop, subscribed
 from flows.run.inputs import open_stage
-from flows.run.ranks import Ending, Job, encode_event
+from flows.run.ranks import FIRST_NODE, Ending, Job, encode_event
+from flows.run.stage import Stage, fingerprint_of
 from flows.run.training import hooks_of, memory_explained
 from stackwise_core.errors import StackWiseError, StageInterruptedError
-from stackwise_core.training.distributed import init_process_group
+from stackwise_core.training.distributed import DistributedRanks, Replicas, Shards, check_alike, init_process_group
 from stackwise_core.training.training import train_stage
 from storage.files import write_text
 
@@ -30,8 +32,11 @@ def main(path: str) -> NoReturn:
     ranks, code = None, 1
     try:
         stage = job.stage
-        with subscribed(_print_event) if rank == 0 else nullcontext():  # the first rank reports for all
-            ranks = init_process_group(stage.device, sharded=stage.plan.spec.mode == "joint")
+        reports = FIRST_NODE in os.environ and os.environ["LOCAL_RANK"] == "0"  # one for all, where the run is
+        with subscribed(_print_event) if reports else nullcontext():
+            init_process_group(stage.device)
+            ranks = ranks_of(stage)
+            ranks.reports = reports
             with memory_explained(stage), open_stage(stage, job.build, job.folder, ranks) as inputs:
                 trained = train_stage(inputs, hooks_of(stage, job.folder, ranks), ranks)
         code = _end(job, rank, Ending(trained=replace(trained, records=[])))
@@ -44,6 +49,12 @@ def main(path: str) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # while `ranks` still exists: see `init_process_group`
+
+
+def ranks_of(stage: Stage) -> DistributedRanks:
+    """Return this process of the group, which trains a stage; raises ConfigError unless all run the same software."""
+    check_alike({"StackWise": version("stackwise"), **fingerprint_of(stage)})
+    return (Shards if stage.plan.spec.mode == "joint" else Replicas)(stage.device)
 
 
 def _end(job: Job, rank: int, ending: Ending) -> int:

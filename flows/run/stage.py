@@ -200,6 +200,6 @@ def _is_there(stage: Stage, ref: Ref) -> bool:
 def fingerprint_of(stage: Stage) -> dict[str, Any]:
     """Return what the numbers of this stage may depend on besides its recipe."""
     hardware = stage.config.hardware
-    device = str(stage.device) if hardware.processes == 1 else stage.device.type  # each process has its own
+    device = str(stage.device) if hardware.ranks == 1 else stage.device.type  # each process has its own
     compiled = hardware.compile and not compiler_fault(stage.device)
-    return fingerprint(n_threads(hardware), device, compiled, hardware.processes)
+    return fingerprint(n_threads(hardware), device, compiled, hardware.ranks)

@@ -86,7 +86,7 @@ def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tupl
 
     cools = "cooldown" in stage.needed
     hooks = replace(hooks, on_end=keep if stage.plan.optimizer or cools else None)
-    by_ranks = train_by_ranks(stage, build, folder) if stage.config.hardware.processes > 1 else None
+    by_ranks = train_by_ranks(stage, build, folder) if stage.config.hardware.ranks > 1 else None
     with measured_peak(stage.device) as peak, memory_explained(stage), open_stage(stage, build, folder) as opened:
         # After ranks have trained, the checkpoint is that of the last step, and this only restores it.
         trained = train_stage(opened, hooks)
@@ -150,7 +150,7 @@ def cool_down(stage: Stage, build: Ref | None, stack: Ref) -> Ref | None:
     def work(folder: Path) -> Made:
         if load_state(folder) is None:
             emit(Message(f"stage {stage.index} trains again before its cool-down: its last checkpoint is not there"))
-        if stage.config.hardware.processes > 1:
+        if stage.config.hardware.ranks > 1:
             train_by_ranks(cooling, build, folder)
         with memory_explained(cooling), open_stage(cooling, build, folder) as opened:
             trained = train_stage(opened, hooks_of(cooling, folder))
@@ -187,7 +187,7 @@ def _adopt(stage: Stage) -> Ref:
 def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
     """Return hooks that report steps as events and write checkpoints to the work folder.
 
-    Only the first rank reports and writes; its checkpoint of the last step is the result.
+    Only one rank reports, and the first one writes; its checkpoint of the last step is the result.
     """
     optim = stage.plan.spec.optim
     n_tokens = optim.batch_size * stage.config.data.seq_len
@@ -208,7 +208,9 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
         state.fingerprint = fingerprint_of(stage)
         writer.put(state)
 
-    hooks = Hooks(on_step, on_checkpoint, settle=writer.settle) if ranks.rank == 0 else Hooks()
+    hooks = Hooks(on_checkpoint=on_checkpoint, settle=writer.settle) if ranks.rank == 0 else Hooks()
+    if ranks.reports:
+        hooks.on_step = on_step
     return replace(
         hooks,
         checkpoint_every=stage.config.training.checkpoint_every,

@@ -31,19 +31,24 @@ def _batches(config: ConfigSchema) -> Iterator[str]:
     training, rows = config.training, batch_size_of(config)
     if rows < training.batch_size:
         yield f"taken: batch_size {rows} instead of {training.batch_size} (data.max_sequences: {rows})"
-    parts, share = accumulation_steps_of(config), rows // config.hardware.processes
+    parts, share = accumulation_steps_of(config), rows // config.hardware.ranks
     if share < training.accumulation_steps:
-        because = f"hardware.processes: {config.hardware.processes}" if share < parts else f"batch_size: {rows}"
+        because = _processes(config) if share < parts else f"batch_size: {rows}"
         taken = min(parts, share)
         yield f"taken: accumulation_steps {taken} instead of {training.accumulation_steps} ({because})"
 
 
 def _validations(config: ConfigSchema) -> Iterator[str]:
     """Yield a line if a stage whose stacks are spread over processes is only validated when it has ended."""
-    training, processes = config.training, config.hardware.processes
+    training = config.training
     joint = training.joint_steps > 0 or not training.progressive.enabled
-    if (every := config.validation.every) and joint and processes > 1:
-        yield f"taken: validation.every 0 instead of {every} in the joint stage (hardware.processes: {processes})"
+    if (every := config.validation.every) and joint and config.hardware.ranks > 1:
+        yield f"taken: validation.every 0 instead of {every} in the joint stage ({_processes(config)})"
+
+
+def _processes(config: ConfigSchema) -> str:
+    nodes, processes = config.hardware.nodes, config.hardware.processes
+    return f"hardware.processes: {processes}" + (f", hardware.nodes: {nodes}" if nodes > 1 else "")
 
 
 def _schedules(config: ConfigSchema) -> Iterator[str]:

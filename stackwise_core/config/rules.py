@@ -287,14 +287,15 @@ def _elbo_faults(config: ConfigSchema) -> Iterator[Fault]:
 
 def _hardware_faults(config: ConfigSchema) -> Iterator[Fault]:
     hardware, most = config.hardware, batch_size_of(config)
-    if hardware.processes > 1 and hardware.device.startswith("cuda:"):
-        yield _fault(
-            config, "hardware.device", f"hardware.processes = {hardware.processes} need a device each; use cuda"
-        )
+    if hardware.nodes > 1 and not hardware.rendezvous:
+        yield _fault(config, "hardware.rendezvous", f"hardware.nodes = {hardware.nodes} need HOST:PORT of the first")
+    if hardware.ranks > 1 and hardware.device.startswith("cuda:"):
+        yield _fault(config, "hardware.device", f"{hardware.ranks} processes need a device each; use cuda")
     growth = config.training.progressive
     joint = bool(config.training.joint_steps) or not growth.enabled
-    if hardware.processes > 1 and joint and config.training.optimizer == "adamw8bit":
+    if hardware.ranks > 1 and joint and config.training.optimizer == "adamw8bit":
         allowed = "several processes shard the matrices of joint training, which adamw8bit needs whole; use adamw"
-        yield _fault(config, "training.optimizer", f"{allowed}, or set hardware.processes to 1")
-    if hardware.processes > most:
-        yield _fault(config, "hardware.processes", f"each process needs a row of every batch: at most {most}")
+        yield _fault(config, "training.optimizer", f"{allowed}, or one process")
+    if hardware.ranks > most:
+        key, others = ("processes", 1) if hardware.processes > most else ("nodes", hardware.processes)
+        yield _fault(config, f"hardware.{key}", f"each process needs a row of every batch: at most {most // others}")

@@ -464,14 +464,24 @@ class HardwareConfig(Section):
     deterministic: bool = True
     """With CUDA, use only kernels that give the same bits every time. False may be faster, but a run that is killed and
     resumed may then end with other bits. A CPU always gives the same bits."""
+    nodes: int = Field(default=1, ge=1, le=1024)
+    """Machines that train a stage together, each with `processes` of them: the run is on one, and `stackwise join` on
+    the others."""
     processes: int = Field(default=1, ge=1)
-    """Processes of this machine that train one stage together: each has a share of every batch, of the threads, and
+    """Processes of each machine that train one stage together: each has a share of every batch, of the threads, and
     with CUDA a device of its own."""
+    rendezvous: str = Field(default="", pattern=r"^$|^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,253}):[0-9]{1,5}$")
+    """HOST:PORT of the first node, as the others reach it; needed with more than one."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of torch; 0 means as many as this process may use."""
     tf32: bool = False
     """With CUDA, round what enters float32 matrix products to TF32, with 10 bits for 23: faster where precision is
     full."""
+
+    @property
+    def ranks(self) -> int:
+        """All processes that train a stage together."""
+        return self.nodes * self.processes
 
 
 class ValidationConfig(Section):

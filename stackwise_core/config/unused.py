@@ -99,6 +99,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     "training.muon_learning_rate": [[("training.optimizer", ("muon",))]],
     "training.optimizer_state": [_GROWS, _TRAINS_TWICE],
     "training.new_state": [_KEPT, _COPIES],
+    "hardware.rendezvous": [[("hardware.nodes", range(2, 2**63))]],
     f"{GROWTH}.tail_stacks": [_INSERTS],
     f"{GROWTH}.tail_strategy": [_GROWS, _INSERTS],
     f"{GROWTH}.trunk_strategy": [_GROWS],

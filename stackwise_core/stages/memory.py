@@ -113,7 +113,7 @@ class Setting:
         cuda: bool,
     ) -> Setting:
         """Return the setting of a stage of a configuration; without a fraction every position has a loss."""
-        checkpointing, processes = config.training.activation_checkpointing, config.hardware.processes
+        checkpointing, processes = config.training.activation_checkpointing, config.hardware.ranks
         return cls(shape, spec, config.data.seq_len, loss_fraction or 1.0, cached, checkpointing, cuda, processes)
 
     @property

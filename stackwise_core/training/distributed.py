@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.model.precision import compute_dtype
 from stackwise_core.objectives.losses import Batch, loss_positions
 from stackwise_core.training.stage_model import Ranks, StageModel
 
 
-def init_process_group(device: torch.device, *, sharded: bool) -> Ranks:
+def init_process_group(device: torch.device) -> None:
     """Join the process group that torchrun set up; the process must end by `os._exit`, without destroying the group.
 
     Destroying DDP and gloo can deadlock: a thread of gloo needs Python's lock to free a tensor, while the main
@@ -32,7 +34,20 @@ def init_process_group(device: torch.device, *, sharded: bool) -> Ranks:
         torch.cuda.set_device(device)
     # Numbers go over gloo, so that a step does not wait for the device because of them.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Shards(device) if sharded else Replicas(device)
+
+
+def check_alike(software: Mapping[str, Any]) -> None:
+    """Raise ConfigError in every process, unless all of them run the same; each calls this with what it runs."""
+    found: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, dict(software))
+    first = found[0]
+    other = next((rank for rank, each in enumerate(found) if each != first), None)
+    if other is None:
+        return
+    differ = [name for name in {**first, **found[other]} if first.get(name) != found[other].get(name)]
+    runs = [", ".join(f"{name} {each.get(name, 'unknown')}" for name in differ) for each in (first, found[other])]
+    allowed = "processes that train together must run the same software on the same kind of machine"
+    raise ConfigError([Fault("hardware.processes", f"{runs[0]} in rank 0 and {runs[1]} in rank {other}", allowed)])
 
 
 class DistributedRanks(Ranks):
@@ -45,6 +60,7 @@ class DistributedRanks(Ranks):
         """Get rank and world size from the process group."""
         self.device = device
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.reports = self.rank == 0
         self.failpoint = f"rank-{self.rank}"
 
     def sum(self, value: float) -> float:

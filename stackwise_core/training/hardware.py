@@ -27,7 +27,7 @@ def use_hardware(hardware: HardwareConfig) -> torch.device:
 
     With CUDA, also make torch deterministic or not, and let it round to TF32 or not, as configured.
     """
-    rank = os.environ.get("LOCAL_RANK") if hardware.processes > 1 else None  # set by torchrun
+    rank = os.environ.get("LOCAL_RANK") if hardware.ranks > 1 else None  # set by torchrun
     torch.set_num_threads(n_threads(hardware) if rank is None else threads_of_rank(hardware))
     n_devices = torch.cuda.device_count()
     device = torch.device("cuda" if hardware.device == "auto" and n_devices else hardware.device.replace("auto", "cpu"))

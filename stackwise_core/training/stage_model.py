@@ -186,6 +186,8 @@ class Ranks:
     """
 
     rank, count = 0, 1
+    reports = True
+    """Whether this process tells of the steps of all."""
     sharded = False
     """Whether no process has a whole stack."""
     gradient_divisor = 1

@@ -137,7 +137,7 @@ class ProgressiveTrainer:
         """
         builder = call.builder
         self.config.validate(corpus=False)
-        if (count := self.config.hardware.processes) > 1:
+        if (count := self.config.hardware.ranks) > 1:
             allowed = "this trains in the process that calls it; `stackwise train` starts several, else set it to 1"
             raise ConfigError([Fault("hardware.processes", str(count), allowed)])
         cools = call.validation is None and is_used(self.config, "validation.cooldown_steps")

@@ -37,6 +37,7 @@ ORDINARY: dict[str, list[Any]] = {
     "cache.views": [1, 4],
     "cache.fill_workers": [2],
     "hardware.processes": [2, 9, 33],
+    "hardware.nodes": [2],
     f"{GROWTH}.max_stacks": [1, 3, 64],
     f"{GROWTH}.target_stacks": [1, 2, 12, 13],
     f"{GROWTH}.qlora_rank": [1, 1024],
@@ -52,6 +53,7 @@ REFUSED: dict[tuple[str, Any], str] = {
     (f"{GROWTH}.max_stacks", 1): LIMIT,
     (f"{GROWTH}.target_stacks", 13): LIMIT,
     ("training.loss_weighting", "elbo"): "another loss than asked for: the bound needs time as an input and all [MASK]",
+    ("hardware.nodes", 2): "nobody but the user knows where the nodes meet",
     ("hardware.processes", 33): "more processes than rows of a batch: each idle one would only wait",
 }
 REFUSED_OF_CLM: dict[tuple[str, Any], str] = {

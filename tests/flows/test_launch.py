@@ -15,8 +15,12 @@ import pytest
 from safetensors.torch import load_file
 
 from flows.run.events import StepTaken
+from flows.run.ranks import Job, torchrun
+from flows.run.stage import Stage
+from stackwise_core.errors import ConfigError
 from storage.checkpoints import STACK
-from support.children import Child
+from support.children import Child, started
+from support.configurations import configuration
 from support.modes import G
 from support.ranks import COUNT, TOLERANCE
 from support.runs import digests, folder_of, grown, manifests, tiny
@@ -132,3 +136,58 @@ def test_a_second_signal_ends_the_ranks_too(tmp_path: Path) -> None:
     child.process.terminate()
     assert child.ended() == -signal.SIGTERM
     assert gone(ranks)
+
+
+# ---------------------------------------------------------------- several nodes
+
+NODES = {**ONE_STAGE, "hardware.nodes": 2, "hardware.rendezvous": "127.0.0.1:29871", "hardware.threads": 1}
+
+
+def test_the_first_node_holds_the_rendezvous_at_which_the_others_come(tmp_path: Path) -> None:
+    config = tiny(tmp_path, {**NODES, "hardware.processes": 2})
+    stage = Stage(config=config, root=str(tmp_path), corpus="c", corpus_bytes=1, index=0)
+    job = Job(stage=stage, build=None, folder=tmp_path / "work", token="t")
+    first, other = (torchrun(job, first=first)[3:] for first in (True, False))
+    assert first == [
+        *("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29871", "--rdzv-id=t"),
+        *("--rdzv-conf=is_host=1", "--local-addr=127.0.0.1", "--nproc-per-node=2"),
+        *("-m", "flows.run.rank", str(tmp_path / "work/scratch/ranks/job.json")),
+    ]
+    assert [*first[:4], "--rdzv-conf=is_host=0", *first[5:]] == other
+
+
+def test_what_nodes_need(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"hardware.rendezvous: got ''; hardware.nodes = 2 need HOST:PORT of the"):
+        configuration({"hardware.nodes": 2})
+    with pytest.raises(ConfigError, match=r"hardware.nodes: got 5; each process needs a row of every batch: at most 4"):
+        configuration({**NODES, "hardware.nodes": 5, "hardware.processes": 2, "training.batch_size": 8})
+    somewhere = Stage(
+        config=tiny(tmp_path, {**NODES, "hardware.rendezvous": "no-such-host.invalid:1"}),
+        **{"root": str(tmp_path), "corpus": "c", "corpus_bytes": 1, "index": 0},
+    )
+    with pytest.raises(ConfigError, match=r"hardware.rendezvous: got 'no-such-host.invalid:1'; no address was found"):
+        torchrun(Job(stage=somewhere, build=None, folder=tmp_path), first=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_two_nodes_train_as_two_processes_and_another_number_goes_on(
+    nodes: int, tmp_path: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    root = tmp_path / "a"
+    node = started("join", "--artifacts", root)
+    child = Child(tmp_path, root, NODES, failpoint="train:6:TERM").go()
+    assert child.ended() == 1
+    (error,) = [line for line in child.said if line.startswith("error:")]
+    assert "stopped on request after step" in error
+    assert "message: stage 0 trains on 2 nodes, once `stackwise join` runs on the others" in child.said
+    recorder = grown(tiny(tmp_path, {**NODES, "hardware.nodes": nodes}), root)
+    stopped_at = error.split("after step ")[1].split(" ")[0]
+    assert any(f"goes on from its checkpoint at step {stopped_at}" in text for text in recorder.messages)
+    node.terminate()
+    node.join(120)
+    assert node.exitcode == 0
+    here, there = (load_file(folder_of(folder, "stack", 0) / STACK) for folder in (root, reference(TWO)))
+    furthest = max((here[name] - there[name]).abs().max().item() for name in there)
+    assert furthest <= (0.0 if nodes == COUNT else TOLERANCE)

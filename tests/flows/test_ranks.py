@@ -192,6 +192,19 @@ def test_a_loss_that_explodes_is_told_by_all_with_the_ids_of_the_whole_batch(
         assert str(error).split("sequence ids ")[1] == ids
 
 
+def test_ranks_with_another_version_of_torch_end_all_with_one_message(
+    tmp_path: Path, reference: Any, pair: Pair
+) -> None:
+    errors = pair.train(stage_of(reference({}), {}, 0, COUNT), tmp_path / "two", within="another torch in rank 1")
+    for error in errors:
+        assert isinstance(error, ConfigError)
+        assert str(error) == (
+            "hardware.processes: got torch 2.11.0 in rank 0 and torch 2.11.1 in rank 1; processes that train together "
+            "must run the same software on the same kind of machine"
+        )
+    assert load_state(tmp_path / "two") is None
+
+
 # ---------------------------------------------------------------- what each process has
 
 

@@ -59,10 +59,16 @@ def _command(arguments: tuple[str, ...], failpoint: str) -> None:
     sys.exit(main(list(arguments)))
 
 
-def run_to(failpoint: str, *arguments: object) -> int:
-    """Run a command in a process of its own that a failpoint ends; return its exit code (negative: the signal)."""
+def started(*arguments: object, failpoint: str = "") -> Any:
+    """Start a command in a process of its own."""
     process = _SPAWN.Process(target=_command, args=(tuple(map(str, arguments)), failpoint), daemon=True)
     process.start()
+    return process
+
+
+def run_to(failpoint: str, *arguments: object) -> int:
+    """Run a command in a process of its own that a failpoint ends; return its exit code (negative: the signal)."""
+    process = started(*arguments, failpoint=failpoint)
     process.join(300)
     assert process.exitcode is not None, f"it hangs: {arguments}"
     return process.exitcode

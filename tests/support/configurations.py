@@ -69,6 +69,7 @@ OTHERS: dict[str, Any] = {
     "training.mask_ratio_table": [0.1 * n for n in range(1, 10)] + [0.95] * 3,
     "training.custom_loss": "json:dumps",
     "hardware.device": "cpu",
+    "hardware.rendezvous": "node-0:29400",
 }
 
 
@@ -138,6 +139,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "training.custom_loss": {f"{GROWTH}.training_objective": "custom"},
     "validation.cooldown_steps": {"training.schedule": "one_clock"},
     "cache.task_runner": {"cache.fill_workers": 2},
+    "hardware.nodes": {"hardware.rendezvous": "node-0:29400"},
+    "hardware.rendezvous": {"hardware.nodes": 2},
 }
 NOT_BUILT = {"data.tokenizer", "data.end_token", "model.from"}
 

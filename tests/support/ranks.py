@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,11 @@ def _rank(pipe: Connection, rank: int, store: str) -> None:
     """Train the shares of a rank, job after job."""
     import torch.distributed as dist
 
-    from stackwise_core.training.distributed import Replicas, Shards
+    from flows.run.rank import ranks_of
     from support.older_torch import older_torch
 
-    WITHIN = {"": nullcontext, "torch 2.11": older_torch, "bfloat16": in_bfloat16}
+    WITHIN: dict[str, Any] = {"": nullcontext, "torch 2.11": older_torch, "bfloat16": in_bfloat16}
+    WITHIN["another torch in rank 1"] = partial(mock.patch.object, torch, "__version__", f"2.11.{rank}")
     os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     os.fsync = lambda fd: None
     dist.init_process_group("gloo", store=dist.FileStore(store, COUNT), rank=rank, world_size=COUNT)
@@ -57,13 +59,12 @@ def _rank(pipe: Connection, rank: int, store: str) -> None:
     while (message := pipe.recv()) is not None:
         text, stop, within = message
         job = Job.model_validate_json(text)
-        kind = Shards if job.stage.plan.spec.mode == "joint" else Replicas
         recorder = Recorder()
         try:
             with stopping_on_signals(), subscribed(recorder), WITHIN[within]():
                 if stop:
                     request_stop()
-                kept.append(kind(job.stage.device))
+                kept.append(ranks_of(job.stage))
                 with open_stage(job.stage, job.build, job.folder, kept[-1]) as inputs:
                     trained = train_stage(inputs, hooks_of(job.stage, job.folder, kept[-1]), kept[-1])
             steps = [event.step for event in recorder.events if isinstance(event, StepTaken)]
@@ -91,7 +92,7 @@ class Pair:
     def train(self, stage: Stage, folder: Path, stop: int = -1, *, within: str = "") -> list[Any]:
         """Train a stage into a work folder; return what each rank came to. One may be asked to `stop`.
 
-        `within` is "torch 2.11", which lacks some names, or "bfloat16", see `in_bfloat16`.
+        `within` is "torch 2.11", which lacks some names, "bfloat16", see `in_bfloat16`, or another version in rank 1.
         """
         build = stage.plan.ref("build") if stage.plan.build else None
         for rank, pipe in enumerate(self.pipes):
