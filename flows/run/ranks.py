@@ -236,6 +236,8 @@ def _how_it_died(job: Job) -> str:
         return f"stage {job.stage.index}: not all nodes came within ten minutes; {GO_ON}. The log is {job.log}"
     who = f"rank {rank} of {count} died{how}" if found else f"its {count} processes ended early"
     last = f": {said[-1]}" if said and number >= 0 else ""
+    if number > 0 and job.stage.config.hardware.nodes > 1:
+        last += ", perhaps since one on another node did, where `stackwise join` says why"
     return f"stage {job.stage.index}: {who}{last}; {GO_ON} from the last checkpoint. The log is {job.log}"
 
 

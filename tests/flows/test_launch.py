@@ -172,11 +172,12 @@ def test_what_nodes_need(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_two_nodes_train_as_two_processes_and_another_number_goes_on(
-    nodes: int, tmp_path: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+    nodes: int, tmp_path: Path, reference: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     root = tmp_path / "a"
     node = started("join", "--artifacts", root)
+    request.addfinalizer(node.kill)
     child = Child(tmp_path, root, NODES, failpoint="train:6:TERM").go()
     assert child.ended() == 1
     (error,) = [line for line in child.said if line.startswith("error:")]

@@ -54,7 +54,8 @@ def _child(pipe: Connection, folder: Path, root: Path, changes: dict[str, Any], 
 
 
 def _command(arguments: tuple[str, ...], failpoint: str) -> None:
-    os.environ["STACKWISE_FAILPOINT"] = failpoint
+    if failpoint:
+        os.environ["STACKWISE_FAILPOINT"] = failpoint
     os.fsync = lambda fd: None
     sys.exit(main(list(arguments)))
 
