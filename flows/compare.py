@@ -12,11 +12,11 @@ from pydantic import Field
 
 from flows.artifacts import publish_comparison, run_log
 from flows.errors import explained_server_errors, one_line_errors, outlive_the_worker
-from flows.flow_runs import end, tagged, tags_of, watched
+from flows.flow_runs import end, page_of_run, tagged, tags_of, watched
 from flows.pages.comparison import write_comparison
 from flows.run.comparing import RunsFailedError, open_field, run_missing
 from flows.run.comparison import MOST_SEEDS, Comparison, comparison_of
-from flows.run.events import GO_ON, subscribed
+from flows.run.events import GO_ON, Message, emit, subscribed
 from flows.run.train_process import TrainProcess
 from flows.run.verdict import failures_of, judge
 from stackwise_core.config import StackWiseConfig
@@ -59,6 +59,8 @@ def compare(
         name: of the comparison; empty for that of the configuration.
     """
     outlive_the_worker()
+    if page := page_of_run():
+        emit(Message(f"page of this comparison: {page}"))
     with one_line_errors():
         numbers: dict[str, Any] = {"rates": rates, "seeds": seeds, "budgets": budgets, "curve": curve, "tflop": tflop}
         comparison = comparison_of(config, arms, own, **numbers, extend=extend, name=name)

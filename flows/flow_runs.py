@@ -17,6 +17,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import Abort, Pause
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Crashed, Paused, Suspended
+from prefect.utilities.urls import url_for
 
 from flows.run.events import Message, emit, request_stop
 from flows.services import TAG
@@ -29,6 +30,11 @@ _STOPPING = {StateType.PAUSED, StateType.CANCELLING, StateType.CANCELLED}
 def tags_of(run: str) -> set[str]:
     """Return the tags of a flow run that works on a run."""
     return {TAG, f"run:{run}"}
+
+
+def page_of_run() -> str:
+    """Return the address of this flow run's page, or '' if it has none."""
+    return (url_for("flow-run", obj_id=flow_run.id) or "") if flow_run.id else ""
 
 
 @contextlib.contextmanager

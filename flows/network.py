@@ -19,7 +19,7 @@ from collections.abc import Generator
 from typing import Any
 from urllib.parse import urlsplit
 
-from flows.run.say import complain
+from flows.run.say import complain, report
 from stackwise_core.errors import ConfigError, Fault
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -130,7 +130,7 @@ def _watch(url: str, ended: threading.Event) -> None:
         now = time.monotonic()
         if not problem:
             if told:
-                complain(f"Prefect's server {shown(url)} answers again")
+                report(f"Prefect's server {shown(url)} answers again")
             heard = waiting_since = now
             told = False
             continue
@@ -139,7 +139,7 @@ def _watch(url: str, ended: threading.Event) -> None:
         if not told and now - heard >= _SECONDS_UNTIL_TOLD:
             told = True
             limit = f"waiting for it at most {_SECONDS_UNTIL_GIVEN_UP / 60:.0f} minutes between two tasks"
-            complain(f"Prefect's server {shown(url)} does not answer ({problem}); {limit}")
+            report(f"Prefect's server {shown(url)} does not answer ({problem}); {limit}")
         if now - waiting_since >= _SECONDS_UNTIL_GIVEN_UP:
             _give_up(url, ended)
             return

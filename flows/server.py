@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from flows.network import ask, bypass_proxy, shown
 from flows.run.children import ending_with_us
-from flows.run.say import complain
+from flows.run.say import report
 from stackwise_core.errors import ConfigError, Fault, StackWiseError
 from storage.links import open_plain
 
@@ -265,14 +265,14 @@ class EmbeddedServer:
             if waited > _QUIET_SECONDS and not told:
                 told = True
                 limit = f"waiting at most {_STARTUP_SECONDS:.0f} s"
-                complain(f"Prefect's embedded server is still starting; {limit}; its log is {self.log}")
+                report(f"Prefect's embedded server is still starting; {limit}; its log is {self.log}")
 
     def _ended_early(self) -> None:
         """Stop the run at a safe point, because Prefect would wait for its server for minutes."""
         self.ended.set()
         if not self.ready.is_set():
             return  # no run has started; `wait_until_ready` raises
-        complain(f"Prefect's embedded server ended unexpectedly; see {self.log}")
+        report(f"Prefect's embedded server ended unexpectedly; see {self.log}")
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # by default it would end this process as if killed
             os.kill(os.getpid(), signal.SIGTERM)
             self.stopping.wait(20.0)

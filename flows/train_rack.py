@@ -12,8 +12,8 @@ from pydantic import Field
 
 from flows.artifacts import live_page, publish_run, run_log
 from flows.errors import explained_server_errors, one_line_errors, outlive_the_worker
-from flows.flow_runs import end, end_killed_tasks, tagged, tags_of, watched
-from flows.run.events import GO_ON, subscribed
+from flows.flow_runs import end, end_killed_tasks, page_of_run, tagged, tags_of, watched
+from flows.run.events import GO_ON, Message, emit, subscribed
 from flows.run.run import grow
 from flows.run.stage import Stage
 from flows.tasks import add_stage
@@ -43,6 +43,8 @@ def train_rack(
     """
     outlive_the_worker()
     publish = publish_run(config, artifacts)
+    if page := page_of_run():
+        emit(Message(f"page of this run: {page}"))
     with one_line_errors(), tagged(config.run.name), watched():
         end_killed_tasks()
         try:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from flows.run.say import complain
+from flows.run.say import report
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import parse_value
 from stackwise_core.errors import ConfigError, Fault
@@ -22,6 +22,13 @@ def add_common(parser: argparse.ArgumentParser, run: Run, *, json: bool = False)
     parser.add_argument("--artifacts", default="artifacts", metavar="ROOT", help=help_text)
     if json:
         add_json(parser)
+
+
+def add_loudness(parser: argparse.ArgumentParser) -> None:
+    """Add -q and -v."""
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("-q", "--quiet", action="store_true", help="no progress; only notes, warnings and the result")
+    how.add_argument("-v", "--verbose", action="store_true", help="a line for every step and every task, and no bars")
 
 
 def add_json(parser: argparse.ArgumentParser | argparse._MutuallyExclusiveGroup) -> None:  # pyright: ignore[reportPrivateUsage]
@@ -54,4 +61,4 @@ def load_config(options: argparse.Namespace) -> StackWiseConfig:
 
 def print_waiting(holder: str) -> None:
     """Print that this command waits for a lock; an `on_wait` callback."""
-    complain(f"waiting for {holder}")
+    report(f"waiting for {holder}")

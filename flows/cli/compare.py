@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from flows.cli.arguments import add_common, add_config, load_config
+from flows.cli.arguments import add_common, add_config, add_loudness, load_config
 from flows.cli.train import on_server
 from flows.pages.comparison import EXPLAINED, comparison_page, markdown, tables, write_comparison
 from flows.run.comparing import RunsFailedError, known_results, open_field
 from flows.run.comparison import Comparison, comparison_of, unknown_arm
-from flows.run.events import subscribed
+from flows.run.events import Subscriber, subscribed
 from flows.run.field import Field
 from flows.run.say import say, say_json
-from flows.run.terminal import PlainLines, plain_console, plain_table, print_tables, reading_shown
+from flows.run.terminal import plain_console, plain_table, print_tables, reading_shown, showing
 from flows.run.verdict import failures_of, judge
 from stackwise_core.config.yaml import load_yaml, parse_value
 from stackwise_core.errors import ConfigError, Fault
@@ -51,6 +52,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--html", default="", metavar="FILE", help="write the page there, too")
     parser.add_argument("--markdown", default="", metavar="FILE", help="write the tables as Markdown, too")
+    add_loudness(parser)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -77,14 +79,17 @@ def _run(options: argparse.Namespace) -> None:
     if options.so_far:
         _show(options, field)
         return None
-    failed = _complete(comparison, field, {"config": config, "arms": arms, "own": own, "jobs": jobs, **given})
+    listener = showing(quiet=options.quiet, verbose=options.verbose, lines=True)
+    failed = _complete(comparison, field, listener, {"config": config, "arms": arms, "own": own, "jobs": jobs, **given})
     failures = _show(options, field)
     if failed or failures:
         raise failed or RunsFailedError("\n".join(failures))
     return None
 
 
-def _complete(comparison: Comparison, field: Field, given: dict[str, Any]) -> RunsFailedError | None:
+def _complete(
+    comparison: Comparison, field: Field, shown: AbstractContextManager[Subscriber], given: dict[str, Any]
+) -> RunsFailedError | None:
     """Run what is missing, and return the error of runs that failed."""
     results = known_results(field)
     if all(run in results for run in field.wanted(results)):
@@ -93,7 +98,7 @@ def _complete(comparison: Comparison, field: Field, given: dict[str, Any]) -> Ru
         from flows.compare import compare_to_the_end
 
         try:
-            with subscribed(PlainLines()):
+            with shown as listener, subscribed(listener):
                 compare_to_the_end(comparison, {"artifacts": field.artifacts.uri, **given})
         except RunsFailedError as error:
             return error

@@ -73,9 +73,11 @@ def _is_in(name: str, section: str) -> bool:
 
 def _changed(keys: Sequence[Key]) -> list[str]:
     """Return a line for each key: its value, and its default behind a sign that begins a comment."""
-    lines = [f"{key.name}: {_text(key.value)}" for key in keys]
-    width = max(map(len, lines), default=0)
-    return [f"{line:<{width}}  # {_text(key.default)}" for line, key in zip(lines, keys, strict=True)]
+    if not keys:
+        return []
+    lines = [("# what it sets", "default"), *((f"{key.name}: {_text(key.value)}", _text(key.default)) for key in keys)]
+    width = max(len(line) for line, _ in lines)
+    return [f"{line:<{width}}  # {default}" for line, default in lines]
 
 
 def _described(key: Key) -> list[str]:

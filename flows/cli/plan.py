@@ -10,7 +10,7 @@ from rich.text import Text
 from flows.cli.arguments import add_common, add_config, load_config
 from flows.run.devices import ADVICE, device_memory, settings_of
 from flows.run.estimate import estimate_sequences
-from flows.run.numbers import parameters, size
+from flows.run.numbers import clock, parameters, size
 from flows.run.prepare import alone, pack_corpus, sampled
 from flows.run.reading import Reading
 from flows.run.say import say, say_json
@@ -20,6 +20,7 @@ from stackwise_core.config.unused import notes
 from stackwise_core.data.mixture import mixture_counts, shares_of, sources_of
 from stackwise_core.data.packing import read_corpus
 from stackwise_core.errors import shown
+from stackwise_core.stages.charges import charge
 from stackwise_core.stages.costs import (
     fill_flops,
     rack_parameters,
@@ -43,6 +44,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan`."""
     add_common(parser, show_plan, json=True)
     add_config(parser)
+    help_text = (
+        "say how long it takes, from two steps of the dearest stage (default: unless they take long or --json is given)"
+    )
+    parser.add_argument("--probe", action=argparse.BooleanOptionalAction, help=help_text)
 
 
 def show_plan(options: argparse.Namespace) -> None:
@@ -71,10 +76,54 @@ def show_plan(options: argparse.Namespace) -> None:
             for at, setting in enumerate(settings)
         ],
     }
+    if options.probe or (options.probe is None and not options.json):
+        _add_times(config, plan, document, _Device(cuda, there), asked=bool(options.probe))
     if options.json:
         say_json(document)
     else:
         _print_plan(document, config.data.seq_len)
+
+
+class _Device(NamedTuple):
+    """What the probe has to go by."""
+
+    cuda: bool
+    n_bytes: int
+    """Of its memory; 0 if it is not known."""
+
+
+_QUICK_FLOPS = {False: 2e11, True: 2e14}
+"""Of a step that the plan takes without being asked: seconds on a CPU, and on a CUDA device."""
+
+
+def _add_times(
+    config: StackWiseConfig, plan: RunPlan, document: dict[str, Any], device: _Device, *, asked: bool
+) -> None:
+    """Add to the document how long the stages still to be trained take, or why that is not known."""
+    charges = charge(config, plan, document["train_sequences"])
+    left = [row["stage"] for row in document["stages"] if "train" in row["to_run"] and not row["adopted_from"]]
+    if not left:
+        return
+    dearest = max(left, key=lambda at: charges[at].trained)
+    row, steps = document["stages"][dearest], document["stages"][dearest]["steps"]
+    if device.n_bytes and row["memory_bytes"] > device.n_bytes * (1.0 if asked else 0.5):
+        document["no_probe"] = f"a step needs {size(row['memory_bytes'])} of the {size(device.n_bytes)} there are"
+    elif not asked and charges[dearest].trained / steps > _QUICK_FLOPS[device.cuda]:
+        document["no_probe"] = "a step takes long here; --probe takes two of them to say"
+    if "no_probe" in document:
+        return
+    try:
+        from flows.run.probe import probe
+
+        a_step = probe(config, plan.stages[dearest])
+    except Exception as error:  # the plan stands without it
+        document["no_probe"] = f"the probe failed: {str(error) or type(error).__name__}".splitlines()[0]
+        return
+    a_flop = a_step * steps / charges[dearest].trained
+    for at in left:
+        document["stages"][at]["seconds"] = round(charges[at].total * a_flop, 1)
+    document["probe"] = {"stage": dearest, "seconds_per_step": a_step}
+    document["seconds"] = round(sum(document["stages"][at]["seconds"] for at in left), 1)
 
 
 def _advice(plan: RunPlan, *, cuda: bool) -> list[str]:
@@ -233,6 +282,11 @@ def _print_plan(document: dict[str, Any], seq_len: int) -> None:
     say(sequences, *map(_source_line, document.get("sources", ())), *document["notes"])
     for row in document["stages"]:
         console.print(_paragraph(row))
+    if "seconds" in document:
+        how = f"by two steps of stage {document['probe']['stage']} with drawn weights"
+        say("", f"about {clock(document['seconds'])} in all, {how}; reading the corpus and validating come on top")
+    elif "no_probe" in document:
+        say("", f"how long it takes is not known: {document['no_probe']}")
 
 
 def _source_line(part: dict[str, Any]) -> str:
@@ -249,6 +303,10 @@ def _filled(row: dict[str, Any]) -> str:
     advanced = f" and {fill['rows_advanced']:,} through one stack" if fill["rows_advanced"] else ""
     how = f"{fill['rows_from_tokens']:,} rows from tokens{advanced}"
     return f", filled by {fill['flops'] / 1e12:.3g} TFLOP: {how}"
+
+
+def _takes(row: dict[str, Any]) -> str:
+    return f"; about {clock(row['seconds'])} here" if "seconds" in row else ""
 
 
 def _paragraph(row: dict[str, Any]) -> str:
@@ -275,7 +333,7 @@ def _paragraph(row: dict[str, Any]) -> str:
         "stack": f"{how}; {row['steps']} steps, {masks}{time}",
         "LoRA": "; ".join(f"stack {stack}: {', '.join(names)}" for stack, names in ranks.items()),
         "trains": f"{parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters",
-        "costs": f"{row['flops'] / 1e12:.3g} TFLOP{saving}",
+        "costs": f"{row['flops'] / 1e12:.3g} TFLOP{saving}" + _takes(row),
         "memory": table(Memory(**row["memory"])),
         "less by": ", ".join(f"{way.key.rpartition('.')[2]}: {way.shown} (-{size(way.n_bytes)})" for way in ways),
         "cache": row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"]) + _filled(row),

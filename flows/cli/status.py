@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,7 @@ from rich.text import Text
 
 from flows.cli.arguments import add_common
 from flows.run.live import read_live, told
-from flows.run.numbers import size
+from flows.run.numbers import loss, size
 from flows.run.say import say, say_json
 from flows.run.summary import StageSummary, summarise
 from flows.run.terminal import plain_console, plain_table, stage_tables
@@ -89,14 +91,26 @@ def show_runs(root: str, *, as_json: bool) -> None:
 
 def _lines(runs: list[dict[str, Any]]) -> list[str]:
     """Return a line for each run, in columns; drawn here, since a table of rich's takes a second for a thousand."""
-    rows = [("run", "state", "stages", "valid. loss", "attempts", "started")]
-    for run in runs:
-        loss = "-" if run["validation_loss"] is None else f"{run['validation_loss']:.4f}"
-        stages = f"{run['stages_done']}/{run['stages']}"
-        rows.append((run["name"], run["state"], stages, loss, str(run["attempts"]), run["started"]))
-    run, state, stages, loss, attempts, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-    form = f"{{:{run}}}  {{:{state}}}  {{:>{stages}}}  {{:>{loss}}}  {{:>{attempts}}}  {{}}"
-    return [form.format(*row) for row in rows]
+    cells = {
+        "run": [run["name"] for run in runs],
+        "state": [run["state"] for run in runs],
+        "stages": [f"{run['stages_done']}/{run['stages']}" for run in runs],
+        "val. loss": [loss(run["validation_loss"]) for run in runs],
+        "attempts": [str(run["attempts"]) for run in runs],
+        "started (UTC)": [run["started"][:16].replace("T", " ") for run in runs],
+    }
+    columns = [
+        [f"{cell:{'>' if name in _NUMBERS else '<'}{max(map(len, [name, *column]))}}" for cell in [name, *column]]
+        for name, column in cells.items()
+    ]
+    width = plain_console().width if sys.stdout.isatty() else math.inf
+    for least in (4, 3):  # a date or a name that is cut is worth less than a number
+        if sum(len(column[0]) + 2 for column in columns) - 2 > width:
+            del columns[least]
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+
+
+_NUMBERS = ("stages", "val. loss", "attempts")
 
 
 def show_stages(root: str, name: str, *, as_json: bool) -> None:

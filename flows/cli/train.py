@@ -6,16 +6,16 @@ import argparse
 import os
 import shlex
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 
-from flows.cli.arguments import add_common, add_config, load_config, print_waiting
+from flows.cli.arguments import add_common, add_config, add_loudness, load_config, print_waiting
 from flows.network import check_proxies, shown, watching
-from flows.run.events import subscribed
+from flows.run.events import Subscriber, subscribed
 from flows.run.numbers import parameters
 from flows.run.reading import Reading
-from flows.run.say import complain, say
+from flows.run.say import complain, report, say
 from flows.run.summary import summarise
 from flows.run.terminal import plain_console, reading_shown, showing, stage_tables
 from flows.server import check_api, check_home, embedded_server, quiet_prefect
@@ -40,20 +40,29 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--from-stack", type=int, default=-1, metavar="K", help="redo the stages from K on (0-based)")
     parser.add_argument("--force", default="", metavar="TASK", help="redo build, trunk, train, cool, cache or validate")
+    add_loudness(parser)
 
 
 def _run(options: argparse.Namespace) -> None:
     if options.from_stack < -1:
         raise ConfigError([Fault("--from-stack", str(options.from_stack), "stages are counted from 0")])
     command = ["stackwise", "train", options.config, *(word for entry in options.set for word in ("--set", entry))]
-    train(load_config(options), command, options.artifacts, options.from_stack, options.force)
+    shown = showing(quiet=options.quiet, verbose=options.verbose)
+    train(load_config(options), command, options.artifacts, options.from_stack, options.force, shown)
 
 
-def train(config: StackWiseConfig, command: list[str], root: str, from_stack: int, force: str) -> None:
+def train(
+    config: StackWiseConfig,
+    command: list[str],
+    root: str,
+    from_stack: int,
+    force: str,
+    shown: AbstractContextManager[Subscriber],
+) -> None:
     """Grow the rack of a configuration to its target, and print the result.
 
     `from_stack` and `force` name the first stage and the task to redo (-1 and '' redo nothing); the printed hint how
-    to add a stack repeats `command`.
+    to add a stack repeats `command`. `shown` shows the progress.
 
     Raises:
         StackWiseError: one clear message; the same command resumes from the sealed artifacts.
@@ -68,15 +77,21 @@ def train(config: StackWiseConfig, command: list[str], root: str, from_stack: in
             register_complete(artifacts, config, plan)
             complain(*imports(filled), *notes(filled))  # a run prints them itself
     if not complete:
-        _run_flow(config, artifacts, from_stack, force)
+        _run_flow(config, artifacts, from_stack, force, shown)
     _print_result(config, command, artifacts, reused=complete)
 
 
-def _run_flow(config: StackWiseConfig, artifacts: Artifacts, from_stack: int, force: str) -> None:
+def _run_flow(
+    config: StackWiseConfig,
+    artifacts: Artifacts,
+    from_stack: int,
+    force: str,
+    shown: AbstractContextManager[Subscriber],
+) -> None:
     with on_server(artifacts):
         from flows.train_rack import run_to_the_end
 
-        with showing() as listener, subscribed(listener):
+        with shown as listener, subscribed(listener):
             run_to_the_end(config, artifacts.uri, from_stack, force)
 
 
@@ -98,7 +113,7 @@ def on_server(artifacts: Artifacts) -> Generator[None]:
     server = (
         f"its server is {shown(url)}{by}" if url else "on the first run of a machine its server takes up to a minute"
     )
-    complain(f"starting Prefect (seconds; {server})")
+    report(f"starting Prefect (seconds; {server})")
     with nullcontext() if url else embedded_server(artifacts.root / "prefect" / "server.log") as server:
         load_prefect()
         import_module("flows.train_rack")

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from flows.pages.plots import Plot, places, scale_of
 from flows.pages.report import STYLE, as_image
-from flows.run.events import Event, RowsCached, RunStarted, StageDone, StepTaken, TaskStarted
+from flows.run.events import Event, Judged, RowsCached, RunStarted, StageDone, StepTaken, TaskStarted
 from flows.run.live import Meter, Pace
 from flows.run.numbers import clock, loss, size
 
@@ -50,7 +50,7 @@ class RunProgress:
         """Steps of earlier stages, and the stage that trains with its steps."""
         self._step: StepTaken | None = None
         self._pace: Pace | None = None
-        self._doing = "preparing data"
+        self._doing, self._task = "preparing data", ""
         self._trained, self._validated = Curve(), list[tuple[int, float]]()
 
     def __call__(self, event: Event) -> None:
@@ -60,6 +60,7 @@ class RunProgress:
             case RunStarted():
                 self._n_stages = event.n_stages
             case TaskStarted():
+                self._task = event.task
                 self._doing = f"{self._stage(event.stage)}: {_DOING.get(event.task, event.task)}"
                 self._step = self._pace = None
             case StepTaken():
@@ -74,6 +75,9 @@ class RunProgress:
             case RowsCached():
                 done = f"{size(event.n_bytes)} of {size(event.of_bytes)}"
                 self._doing, self._step = f"{self._stage(event.stage)}: caching activations, {done}", None
+            case Judged() if self._task == "validate":  # not inside a stage, whose steps are shown
+                done = f"{event.done} of {event.of} {event.what}"
+                self._doing = f"{self._stage(event.stage)}: {_DOING['validate']}, {done}"
             case StageDone() if event.summary.validation_loss is not None:
                 self._validated.append((self._before + self._of_stage[1], event.summary.validation_loss))
                 self._doing, self._step = f"{self._stage(event.stage)} is done", None
@@ -81,7 +85,8 @@ class RunProgress:
                 pass
 
     def _stage(self, index: int) -> str:
-        return f"Stage {index} ({index + 1} of {self._n_stages})" if index >= 0 else "Corpus"
+        last = self._n_stages - 1
+        return f"Stage {index} (the last{'' if index == last else f' is {last}'})" if index >= 0 else "Corpus"
 
     def markdown(self, outcome: str = "") -> str:
         """Return the page as of now; `outcome` says how the run ended, if it did."""

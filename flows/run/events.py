@@ -97,6 +97,19 @@ class RowsCached:
     stage: int
     n_bytes: int
     of_bytes: int
+    computed: int = 0
+    """Bytes that are computed so far, if that is said between two shards."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How far a validation is, of the whole rack or inside a stage's training."""
+
+    stage: int
+    done: int
+    of: int
+    what: str
+    """What is counted, such as 'stacks'."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,11 @@ class Message:
     text: str
 
 
+@dataclass(frozen=True)
+class EndsAtOnce:
+    """The process ends when its subscribers have heard this."""
+
+
 Event = (
     RunStarted
     | CorpusRead
@@ -124,8 +142,10 @@ Event = (
     | TaskReused
     | StepTaken
     | RowsCached
+    | Judged
     | StageDone
     | Message
+    | EndsAtOnce
 )
 Subscriber = Callable[[Event], None]
 
@@ -187,6 +207,7 @@ def stopping_on_signals() -> Generator[None]:
 
 def _ask_to_stop(number: int, frame: FrameType | None) -> None:
     if _stop.is_set():
+        emit(EndsAtOnce())
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
     _stop.set()

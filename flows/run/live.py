@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flows.run.events import Event, RowsCached, StagesPriced, StepTaken, TaskStarted, subscribed
+from flows.run.events import Event, Judged, RowsCached, StageDone, StagesPriced, StepTaken, TaskStarted, subscribed
 from flows.run.numbers import clock, size
 from stackwise_core.strict import parse_object
 from storage.runs import Attempt
@@ -21,12 +21,17 @@ _SECONDS_BETWEEN_WRITES = 2.0
 _MOST_BYTES = 4096
 
 
+_STEPS_TO_TELL, _SECONDS_TO_TELL = 3, 2.0
+"""What is measured over less says too little of the time left."""
+
+
 class Pace(NamedTuple):
-    """How quickly a stage trains, measured since its second step: the first one also warms up."""
+    """How quickly a task goes on, measured since its second step: the first one also warms up."""
 
     tokens_per_second: float
+    """0 of a task that does not train."""
     seconds_left: float
-    """Of the training of this stage [s]."""
+    """Of the training of this stage, or of this task [s]."""
     run_seconds_left: float | None
     """Of all stages, at the speed of this one [s]; None if it is not known."""
 
@@ -37,28 +42,45 @@ class Meter:
     def __init__(self) -> None:
         """Know nothing yet."""
         self._began, self._first = 0.0, 0
-        self._stage = -1
+        self._counts: type[Event] | None = None
+        """The kind of event that counts how far the task is."""
         self._flops: tuple[float, ...] = ()
+        self.run_share: float | None = None
+        """How much of the training of the run is done; None if there is nothing to train, or it is not known."""
 
     def __call__(self, event: Event) -> Pace | None:
-        """Take in an event, and return the pace if the event is a step from which it can be told."""
+        """Take in an event, and return the pace if it can be told from the event."""
         match event:
             case StagesPriced():
                 self._flops = event.flops
+                self._done(0, 0.0)
             case TaskStarted():
-                self._stage = -1
-            case StepTaken() if event.stage != self._stage:
-                self._stage, self._began, self._first = event.stage, time.monotonic(), event.step
+                self._counts = None
+            case StageDone():
+                self._done(event.stage, 1.0)
             case StepTaken():
-                return self._pace(event)
+                self._done(event.stage, event.step / event.steps)
+                if a_step := self._each(StepTaken, event.step, _STEPS_TO_TELL):
+                    left = (event.steps - event.step) * a_step
+                    return Pace(event.n_tokens / a_step, left, self._left_of_run(event, a_step, left))
+            case RowsCached():
+                done = max(event.n_bytes, event.computed)
+                if a_byte := self._each(RowsCached, done, 1):
+                    return Pace(0.0, (event.of_bytes - done) * a_byte, None)
             case _:
                 pass
         return None
 
-    def _pace(self, event: StepTaken) -> Pace:
-        a_step = max(time.monotonic() - self._began, 1e-9) / (event.step - self._first)
-        left = (event.steps - event.step) * a_step
-        return Pace(event.n_tokens / a_step, left, self._left_of_run(event, a_step, left))
+    def _each(self, counts: type[Event], count: int, least: int) -> float:
+        """Return the seconds that one of what is counted takes, or 0 if it is too early to tell."""
+        if counts is not self._counts:
+            self._counts, self._began, self._first = counts, time.monotonic(), count
+        took, since = time.monotonic() - self._began, count - self._first
+        return took / since if took >= _SECONDS_TO_TELL and since >= least else 0.0
+
+    def _done(self, stage: int, share: float) -> None:
+        if stage < len(self._flops) and (whole := sum(self._flops)):
+            self.run_share = (sum(self._flops[:stage]) + share * self._flops[stage]) / whole
 
     def _left_of_run(self, event: StepTaken, a_step: float, left: float) -> float | None:
         if event.stage >= len(self._flops) or not (here := self._flops[event.stage]):
@@ -106,7 +128,9 @@ def _known(event: Event, pace: Pace | None) -> dict[str, Any] | None:
         case StepTaken():
             return {"stage": event.stage, "task": "train", **of_step(event, pace)}
         case RowsCached():
-            return {"stage": event.stage, "task": "cache", "bytes": event.n_bytes, "of_bytes": event.of_bytes}
+            return {"stage": event.stage, "task": "cache", **of_rows(event, pace)}
+        case Judged():
+            return {"stage": event.stage, "task": "validate", "done": event.done, "of": event.of, "what": event.what}
         case _:
             return None
 
@@ -119,10 +143,22 @@ def of_step(event: StepTaken, pace: Pace | None) -> dict[str, Any]:
     return said if pace is None else {**said, **pace._asdict()}
 
 
+def of_rows(event: RowsCached, pace: Pace | None) -> dict[str, Any]:
+    """Return what `RowsCached` says, as `told` takes it."""
+    said: dict[str, Any] = {"bytes": event.n_bytes, "of_bytes": event.of_bytes}
+    if event.computed > event.n_bytes:
+        said["computed"] = event.computed
+    return said if pace is None else {**said, "seconds_left": pace.seconds_left}
+
+
 def told(said: Mapping[str, Any]) -> str:
     """Return in words how far a task is, from what a `LiveFile` says of it; '' if it has only begun."""
     if "bytes" in said:
-        return f"cached {size(said['bytes'])} of {size(said['of_bytes'])}"
+        words = f"cached {size(said['bytes'])} of {size(said['of_bytes'])}"
+        words += f", {size(said['computed'])} computed" if "computed" in said else ""
+        return f"{words}, {clock(said['seconds_left'])} left" if said.get("seconds_left") else words
+    if "what" in said:
+        return f"validating, {said['done']} of {said['of']} {said['what']}"
     if "step" not in said:
         return ""
     words = f"step {said['step']}/{said['steps']}, loss {said['loss']:.4f}"
@@ -130,9 +166,10 @@ def told(said: Mapping[str, Any]) -> str:
         words += f", validation loss {said['validation_loss']:.4f}"
     if "seconds_left" not in said:
         return words
-    words = f"{words}, {said['tokens_per_second']:,.0f} tokens/s, {clock(said['seconds_left'])} left"
+    words += f", {clock(said['seconds_left'])} left"
     of_run = said["run_seconds_left"]
-    return words if of_run is None or of_run == said["seconds_left"] else f"{words}, {clock(of_run)} for the run"
+    words += "" if of_run is None or of_run == said["seconds_left"] else f", {clock(of_run)} for the run"
+    return f"{words}, {said['tokens_per_second']:,.0f} tokens/s"
 
 
 def read_live(folder: Path) -> dict[str, Any] | None:

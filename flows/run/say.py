@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Any, TextIO
 
 from stackwise_core.errors import shown
@@ -18,6 +19,12 @@ def say(*lines: object, file: TextIO | None = None) -> None:
 def complain(*lines: object) -> None:
     """Print lines to stderr; see `say`."""
     say(*lines, file=sys.stderr)
+
+
+def report(*lines: object) -> None:
+    """Print to stderr how a command goes on; where no terminal shows it, as lines of a log, with the time of day."""
+    when = "" if sys.stderr.isatty() else time.strftime("%H:%M:%S ")
+    complain(*(f"{when}{line}" for line in lines))
 
 
 def say_json(document: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 
@@ -78,18 +79,38 @@ def cache_activations(stage: Stage, stack: Ref, workers: Workers = plain_workers
             emit(Message(f"stage {stage.index} caches nothing: {stage.plan.no_cache_reason}"))
         return None
 
-    def on_progress(n_bytes: int, of_bytes: int) -> None:
-        emit(RowsCached(stage.index, n_bytes, of_bytes))
-
     def work(folder: Path) -> Made:
         rows = rows_to_store(stage)
+        filled = _Filled(stage.index, rows.spec("train").stored_row_bytes)
         with boundary_above(stage, rows) as (source, origin):
             parallel = stage.config.cache.fill_workers > 1
-            alone = partial(write_shards, rows, source, pinned=stage.device.type == "cuda")
+            alone = partial(write_shards, rows, source, pinned=stage.device.type == "cuda", on_rows=filled.computed)
             write = partial(write_by_workers, stage, workers) if parallel else alone
-            counts, checksums = fill_store(write, folder, rows, on_progress, stop_requested)
+            counts, checksums = fill_store(write, folder, rows, filled.stored, stop_requested)
             with StoreReader(folder, checksums) as stored:
                 error = stored_error(stored, source, rows.sample(_ERROR_ROWS))
         return Made({**origin, "boundary": recipe.boundary, **counts, "error": error}, checksums)
 
     return make(stage, "cache", [stage.run_plan.data_ref, *stage.stacks_below, stack], work)
+
+
+class _Filled:
+    """Says how much of a store is on the disk, and between two shards how much of it is computed."""
+
+    def __init__(self, stage: int, row_bytes: int) -> None:
+        self._stage, self._row_bytes, self._last = stage, row_bytes, 0.0
+        self._computed, self._on_disk = 0, (0, 0)
+
+    def stored(self, n_bytes: int, of_bytes: int) -> None:
+        self._on_disk, self._computed = (n_bytes, of_bytes), max(self._computed, n_bytes)
+        self._last = time.monotonic()
+        emit(RowsCached(self._stage, n_bytes, of_bytes))
+
+    def computed(self, n_rows: int) -> None:
+        self._computed += n_rows * self._row_bytes
+        if time.monotonic() - self._last >= _SECONDS_BETWEEN_EVENTS:
+            self._last = time.monotonic()
+            emit(RowsCached(self._stage, *self._on_disk, self._computed))
+
+
+_SECONDS_BETWEEN_EVENTS = 0.5

@@ -9,16 +9,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.measure import Measurement
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from flows.run.events import (
     CorpusRead,
     DataReady,
+    EndsAtOnce,
     Event,
+    Judged,
     Message,
     RowsCached,
     RunStarted,
@@ -31,9 +35,9 @@ from flows.run.events import (
     TaskStarted,
     subscribed,
 )
-from flows.run.live import Meter, Pace, of_step, told
+from flows.run.live import Meter, of_rows, of_step, told
 from flows.run.numbers import clock, size
-from flows.run.say import complain, say
+from flows.run.say import report, say
 from flows.run.summary import STAGE_COLUMNS, StageSummary
 from stackwise_core.errors import shown
 
@@ -45,10 +49,12 @@ class _Progress:
     stage: int
     task: str
     text: str
-    completed: float = 1
+    """Its parts, by commas, the most important ones first."""
+    completed: float | None = 1
+    """None: as it was."""
     total: float | None = 1
     """None: a task has started, and its length is not known yet."""
-    is_news: bool = False
+    is_news: bool = True
     """Whether it is said at once, however short ago the last was."""
 
 
@@ -56,38 +62,45 @@ class _Describer:
     """Says in words what an event means."""
 
     def __init__(self) -> None:
-        self._meter = Meter()
+        self.meter = Meter()
+        self._task = ""
 
     def describe(self, event: Event) -> str | _Progress | None:
         """Return a text about the whole run, the progress of a stage, or None if there is nothing to show."""
-        pace = self._meter(event)
+        pace = self.meter(event)
         match event:
             case RunStarted():
                 return f"run {event.name}: {event.n_stages} stages in {event.folder}"
             case CorpusRead():
                 total = max(event.of_bytes or 2 * event.n_bytes, event.n_bytes + 1)  # its end is not an event
-                return _Progress(-1, event.what, _reading(event), event.n_bytes, total)
+                return _Progress(-1, event.what, _reading(event), event.n_bytes, total, is_news=False)
             case DataReady():
                 text = f"{event.n_train:,} training and {event.n_validation:,} validation sequences"
                 return _Progress(-1, "ready", text)
-            case StageOpened() | StagesPriced() | TaskReused():
+            case StageOpened() | StagesPriced() | TaskReused() | EndsAtOnce():
                 return None
             case TaskStarted():
+                self._task = event.task
                 return _Progress(event.stage, event.task, "", 0, None)
             case StepTaken():
-                validated = event.validation_loss is not None
-                return _Progress(event.stage, "train", _step(event, pace), event.step, event.steps, validated)
+                news = event.validation_loss is not None or event.step == event.steps
+                text = told(of_step(event, pace))
+                return _Progress(event.stage, self._task or "train", text, event.step, event.steps, news)
             case RowsCached():
-                text = f"cached {size(event.n_bytes)} of {size(event.of_bytes)}"
-                return _Progress(event.stage, "cache", text, event.n_bytes, event.of_bytes)
+                done, text = max(event.n_bytes, event.computed), told(of_rows(event, pace))
+                return _Progress(event.stage, "cache", text, done, event.of_bytes, event.n_bytes == event.of_bytes)
+            case Judged() if self._task == "validate":
+                return _Progress(event.stage, self._task, _judged(event), event.done, event.of, is_news=False)
+            case Judged():  # inside a stage: its steps wait
+                return _Progress(event.stage, self._task, _judged(event), None, None, is_news=False)
             case StageDone():
                 return _Progress(event.stage, "done", event.summary.line)
             case Message():
                 return event.text
 
 
-def _step(event: StepTaken, pace: Pace | None) -> str:
-    return told(of_step(event, pace))
+def _judged(event: Judged) -> str:
+    return f"validating, {event.done} of {event.of} {event.what}"
 
 
 def _reading(event: CorpusRead) -> str:
@@ -100,14 +113,24 @@ def _reading(event: CorpusRead) -> str:
 
 
 @contextmanager
-def showing() -> Generator[Subscriber]:
-    """Yield a subscriber that shows the progress of a run on stderr."""
-    if not sys.stderr.isatty():
-        yield PlainLines()
-        return
-    bars = LiveBars(plain_console(stderr=True))
-    with bars.live:
-        yield bars
+def showing(*, quiet: bool = False, verbose: bool = False, lines: bool = False) -> Generator[Subscriber]:
+    """Yield a subscriber that shows the progress of a run on stderr: as bars on a terminal, unless `lines`.
+
+    `quiet` leaves out the progress, but not what is said of the run; `verbose` gives a line for every step and task.
+    """
+    console = plain_console(stderr=True)
+    if quiet:
+        yield lambda event: report(event.text) if isinstance(event, Message) else None
+    elif lines or verbose or not sys.stderr.isatty() or console.is_dumb_terminal:
+        yield PlainLines(seconds_between_steps=0.0 if verbose else 10.0)
+    else:
+        bars = LiveBars(console)
+        with bars.live:
+            console.show_cursor()  # a process that is killed cannot bring it back
+            try:
+                yield bars
+            finally:
+                bars.stop()
 
 
 @contextmanager
@@ -132,47 +155,33 @@ class PlainLines:
         self._seconds = seconds_between_steps
         self._describer = _Describer()
         self._last = 0.0
-        self._n_stages = 0
 
     def __call__(self, event: Event) -> None:
         """Write a line about the event, if it is due."""
-        if isinstance(event, RunStarted):
-            self._n_stages = event.n_stages
         said = self._describer.describe(event)
+        if isinstance(event, TaskReused) and self._seconds == 0.0:
+            said = _Progress(event.stage, event.task, f"{event.task}: is there already")
         if isinstance(said, str):
             self._write(said)
-        elif said and (
-            said.is_news or said.total in (None, said.completed) or time.monotonic() - self._last >= self._seconds
-        ):
+        elif said and (said.is_news or time.monotonic() - self._last >= self._seconds):
             self._last = time.monotonic()
-            stage = f"stage {said.stage} ({said.stage + 1} of {self._n_stages}): " if said.stage >= 0 else ""
+            stage = f"stage {said.stage}: " if said.stage >= 0 else ""
             self._write(f"{stage}{said.text or said.task}")
 
 
 def _print_line(text: str) -> None:
     with suppress(OSError):  # a reader that is gone must not stop the training
-        complain(text)
+        report(text)
 
 
 class LiveBars:
-    """A bar per stage: its task, loss, tokens/s, time left, cache bytes."""
+    """A bar per stage (its task, loss, time left, tokens/s, cache bytes), and one for the run below them."""
 
     def __init__(self, console: Console) -> None:
         """Draw on a console while `live` is entered."""
         self.console = console
-        self.progress = Progress(
-            SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=10),
-            TextColumn(
-                "{task.fields[detail]}",
-                style="dim",
-                markup=False,
-                table_column=Column(no_wrap=True, overflow="ellipsis"),
-            ),
-            console=console,
-        )
-        self.live = Live(self.progress, console=console, refresh_per_second=8)
+        self.progress, self._whole = _progress(console), _progress(console)
+        self.live = Live(Group(self.progress, self._whole), console=console, refresh_per_second=_FRAMES_PER_SECOND)
         self._bars: dict[int, tuple[str, TaskID]] = {}
         """Per stage: the task that is shown, and its bar."""
         self._describer = _Describer()
@@ -182,9 +191,35 @@ class LiveBars:
         said = self._describer.describe(event)
         if isinstance(said, str):
             self.console.print(Text(shown(said)))
+        elif isinstance(event, EndsAtOnce):
+            self.stop()
+            self.live.stop()
         elif said:
-            bar = self._bar_of(said)
-            self.progress.update(bar, completed=said.completed, total=said.total, detail=shown(said.text))
+            text = said.text.removeprefix(f"corpus: {said.task} ")
+            if (share := self._describer.meter.run_share) is not None and said.stage >= 0:
+                text = self._show_run(share, text)
+            detail = tuple(shown(text).split(", "))
+            self.progress.update(self._bar_of(said), completed=said.completed, total=said.total, detail=detail)
+
+    def _show_run(self, share: float, text: str) -> str:
+        """Move what a text says of the whole run to the bar of the run, and return the rest."""
+        parts = text.split(", ")
+        of_run = [part.removesuffix(_FOR_RUN) + " left" for part in parts if part.endswith(_FOR_RUN)]
+        if not self._whole.tasks:
+            self._whole.add_task("run", total=1.0, detail=())
+        ((bar),) = self._whole.task_ids
+        detail = (f"{share:.0%}", *of_run) if of_run or share == 1.0 else None
+        self._whole.update(bar, completed=share, **({"detail": detail} if detail else {}))
+        return ", ".join(part for part in parts if not part.endswith(_FOR_RUN))
+
+    def stop(self) -> None:
+        """Show what is not finished as stopped: no process moves it any more."""
+        for shown_ in (self.progress, self._whole):
+            for task in shown_.tasks:
+                if not task.finished:
+                    detail = ("stopped", *task.fields["detail"])
+                    detail = tuple(part for part in detail if not part.endswith(" left"))
+                    shown_.update(task.id, detail=detail, stopped=True)
 
     def _bar_of(self, said: _Progress) -> TaskID:
         """Return the bar of a task; each task gets a new one, because rich cannot reset a bar to unknown length."""
@@ -194,9 +229,71 @@ class LiveBars:
         if bar is not None:
             self.progress.remove_task(bar)
         name = f"stage {said.stage}" if said.stage >= 0 else "corpus"
-        bar = self.progress.add_task(f"{name:<9}{said.task:<9}", total=said.total, detail=shown(said.text))
+        bar = self.progress.add_task(f"{name:<7} {said.task:<8}", total=said.total, detail=())
         self._bars[said.stage] = said.task, bar
         return bar
+
+
+_FOR_RUN = " for the run"
+_FRAMES_PER_SECOND = 4
+
+
+def _progress(console: Console) -> Progress:
+    """Return bars without any: a mark, what it is, the bar, and as much of the detail as fits."""
+    what = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=16))
+    return Progress(
+        _Mark(),
+        what,
+        _Bar(8 if console.width < 90 else 16),
+        _Detail(table_column=Column(ratio=1)),
+        console=console,
+        expand=True,
+    )
+
+
+class _Mark(SpinnerColumn):
+    """Turns while a task lasts, and says how it ended."""
+
+    def __init__(self) -> None:
+        super().__init__(finished_text="✓")
+
+    def render(self, task: Task) -> RenderableType:
+        return Text("■") if task.fields.get("stopped") else super().render(task)
+
+
+class _Bar(ProgressColumn):
+    """Fills with the colour of the text, so that it reads alike on light and dark backgrounds."""
+
+    def __init__(self, cells: int) -> None:
+        super().__init__()
+        self._cells = cells
+
+    def render(self, task: Task) -> Text:
+        share = min(task.completed / task.total, 1.0) if task.total else 0.0
+        filled, eighths = divmod(round(share * self._cells * 8), 8)
+        drawn = "█" * filled + ("▏▎▍▌▋▊▉"[eighths - 1] if eighths else "")
+        return Text(f"{drawn:░<{self._cells}}")
+
+
+class _Detail(ProgressColumn):
+    def render(self, task: Task) -> RenderableType:
+        return _Parts(task.fields["detail"])
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Parts of a line, of which those that fit are drawn: a number that is cut says something else."""
+
+    parts: Sequence[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Generator[RenderableType]:
+        first = " ".join(self.parts[:1]).split()
+        fits = [", ".join(self.parts[:n]) for n in range(len(self.parts), 0, -1)]
+        fits += [" ".join(first[:n]) + " …" for n in range(len(first) - 1, 0, -1)]
+        yield Text(next((text for text in fits if cell_len(text) <= options.max_width), ""), no_wrap=True)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, options.max_width)
 
 
 def stage_tables(summaries: list[StageSummary]) -> Group:
@@ -222,11 +319,20 @@ def _ratio_table(summaries: list[StageSummary]) -> Table | None:
 
 
 def plain_table(*columns: str) -> Table:
-    """Return an empty table without lines; | before a name aligns the column right."""
+    """Return an empty table without lines; | before a name aligns the column right.
+
+    Where it is too wide, texts are wrapped before a number or a name is cut.
+    """
     table = _PlainTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(columns))
     for name in columns:
-        table.add_column(name.removeprefix("|"), justify="right" if name.startswith("|") else "left")
+        whole = name.startswith("|") or name in _WHOLE
+        justify, overflow = "right" if name.startswith("|") else "left", "ellipsis" if whole else "fold"
+        table.add_column(name.removeprefix("|"), justify=justify, no_wrap=whole, overflow=overflow)
     return table
+
+
+_WHOLE = ("artifact", "address", "run", "stage", "time")
+"""Columns of names and the like, which nobody can use in parts."""
 
 
 class TableOf(NamedTuple):
@@ -243,8 +349,6 @@ def print_tables(tables: Iterable[TableOf]) -> None:
     for each in tables:
         say("", each.title)
         drawn = plain_table(*each.columns)
-        for column in drawn.columns:
-            column.overflow, column.no_wrap = "fold", column.justify == "right"
         for row in each.rows:
             drawn.add_row(*row)
         plain_console().print(drawn)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from flows.run.events import Judged, emit
 from flows.run.inputs import rows_from_tokens, rows_to_store, stream_of
 from flows.run.stage import Facts, Made, Stage, make
 from stackwise_core.errors import StackWiseError
@@ -20,6 +22,8 @@ from stackwise_core.training.stage_model import StageModel
 from storage.checkpoints import load_embedding, load_head, load_stack
 from storage.files import write_text
 from storage.stores import open_store
+
+_Item = TypeVar("_Item")
 
 
 class CacheMismatchError(StackWiseError):
@@ -54,7 +58,16 @@ def compare_store(stage: Stage, ref: Ref) -> tuple[int, list[tuple[int, int]]]:
     sample = rows.sample(stage.plan.validation.sampled_rows)
     exact = stage.device.type == "cpu"  # CUDA kernels may sum in another order
     with open_store(stage.artifacts, ref) as reader:
-        return len(sample), differing_rows(reader, rows_from_tokens(stage), sample, rows.dtype, exact=exact)
+        live = rows_from_tokens(stage)
+        each = _counted(stage, sample, len(sample), "cached rows compared")
+        return len(sample), differing_rows(reader, live, each, rows.dtype, exact=exact)
+
+
+def _counted(stage: Stage, items: Iterable[_Item], of: int, what: str) -> Generator[_Item]:
+    """Yield items, and say after each how many are done."""
+    for done, item in enumerate(items, 1):
+        yield item
+        emit(Judged(stage.index, done, of, what))
 
 
 def _check_store(stage: Stage, ref: Ref) -> Facts:
@@ -84,10 +97,11 @@ def losses_of(stage: Stage, n_rows: int, grid: Sequence[float], trained: StageMo
     mask = stage.plan.mask
     # The stage's own corruption, then those at which all stages are compared.
     masks = [mask, *(mask.at_ratio(ratio) for ratio in grid)] if mask else [None]
+    # Loaded one by one, so that memory does not grow with the rack.
+    stacks = (live.get(index) or load_stack(stage.artifacts, plans, index, stage.device) for index in anatomy.order)
     own, *others = judge_rack(
         embedding or load_embedding(stage.artifacts, plans, stage.device),
-        # Loaded one by one, so that memory does not grow with the rack.
-        (live.get(index) or load_stack(stage.artifacts, plans, index, stage.device) for index in anatomy.order),
+        _counted(stage, stacks, len(anatomy.order), "stacks"),
         trained.head if trained else load_head(stage.artifacts, plans, stage.device),
         [validation_batch(sequences.fields(rows), mask, objective) for mask in masks],
         stream=stream_of(stage, plans, anatomy.below),

@@ -109,7 +109,7 @@ def _mean_loss(hidden_BTD: Tensor, head: Head, batch: Batch, loss_function: Loss
 
 
 def differing_rows(
-    stored: RowSource, live: RowSource, sample: list[tuple[int, int]], dtype: StreamDtype, *, exact: bool
+    stored: RowSource, live: RowSource, sample: Iterable[tuple[int, int]], dtype: StreamDtype, *, exact: bool
 ) -> list[tuple[int, int]]:
     """Return the (sequence id, view) pairs of a sample whose stored row differs from the row derived from tokens.
 

@@ -120,16 +120,18 @@ def write_shards(
     stopping: Callable[[], bool],
     *,
     pinned: bool = False,
+    on_rows: Callable[[int], None] = lambda n_rows: None,
 ) -> Generator[ShardRange]:
     """Compute shards in reused buffers, and write each while the next is computed; see `WriteShards`.
 
     What a `ReadingSource` computes next is read meanwhile. `pinned` buffers are for rows that a CUDA device computes.
+    `on_rows` gets the number of rows of each part that was computed.
     """
     memory = cycle([_memory(writer.specs.values(), pinned) for _ in range(_WRITTEN_AT_ONCE + 1)])
     with closing(_parts(rows, source, missing)) as parts, ThreadPoolExecutor(_WRITTEN_AT_ONCE) as disk:
         behind: deque[tuple[ShardRange, Future[None]]] = deque()
         for shard in takewhile(lambda _: not stopping(), missing):
-            computed = _compute(rows, shard, parts, next(memory))
+            computed = _compute(rows, shard, parts, next(memory), on_rows)
             behind.append((shard, disk.submit(writer.write_shard, shard, computed)))
             if len(behind) > _WRITTEN_AT_ONCE:
                 yield _written(*behind.popleft())
@@ -179,7 +181,11 @@ def _parts(rows: StoreRows, source: RowSource, shards: Iterable[ShardRange]) -> 
 
 
 def _compute(
-    rows: StoreRows, shard: ShardRange, parts: Iterator[_Part], memory: list[torch.Tensor]
+    rows: StoreRows,
+    shard: ShardRange,
+    parts: Iterator[_Part],
+    memory: list[torch.Tensor],
+    on_rows: Callable[[int], None] = lambda n_rows: None,
 ) -> torch.Tensor | Quantised:
     """Return the rows of a shard, whose parts come next, as they are stored, in `memory`."""
     stored = [room[: shard.n_rows] for room in memory]
@@ -195,6 +201,7 @@ def _compute(
                 raise ValueError(f"{shard}: rows {first}..{last} came as {found}, not {each} each")
             place = out[first - shard.first_row : last - shard.first_row]
             place.copy_(_rounded(tensor, out.dtype), non_blocking=True)
+        on_rows(last - first)
         if last == end and part.is_cuda:
             torch.cuda.current_stream(part.device).synchronize()  # all parts have come
     return stored[0] if rows.channels is None else Quantised(*stored)

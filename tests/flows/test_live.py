@@ -33,16 +33,19 @@ def test_time_left_of_the_run_is_by_flops(monkeypatch: pytest.MonkeyPatch, capsy
     for number in range(1, 41):
         now.now += 0.5
         lines(StepTaken(1, number, 100, 2.0, n_tokens=64))
-    assert capsys.readouterr().err.splitlines()[-1].endswith("30 s left, 3:00 for the run")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("30 s left, 3:00 for the run, 128 tokens/s")
     lines(TaskStarted(2, "train"))
-    for number in (1, 2):
+    for number in (1, 2, 3, 4):
         now.now += 1.5
         lines(StepTaken(2, number, 100, 2.0, n_tokens=64))
-    assert capsys.readouterr().err.splitlines()[-1].endswith("2:27 left")  # the last stage: the run's is the same
+    assert (
+        capsys.readouterr().err.splitlines()[-1].endswith("2:24 left, 43 tokens/s")
+    )  # the last stage: the run's is the same
 
 
 def test_a_live_run_says_how_far_it_is(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "_SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr(live, "_SECONDS_TO_TELL", 0.0)
     root, said = tmp_path / "a", list[str]()
 
     def look(event: object) -> None:
@@ -53,7 +56,7 @@ def test_a_live_run_says_how_far_it_is(run: Run, tmp_path: Path, monkeypatch: py
     quick = {"training.steps_per_stack": 6, "training.progressive.target_stacks": 2}
     with subscribed(look):
         grown(tiny(tmp_path, quick), root)
-    assert re.search(r"^stage 1, train: step 4/6, loss \d\.\d{4}, [\d,]+ tokens/s, \d+ s left$", said[0], re.MULTILINE)
+    assert re.search(r"^stage 1, train: step 4/6, loss \d\.\d{4}, \d+ s left, [\d,]+ tokens/s$", said[0], re.MULTILINE)
     progress = json.loads(said[1])["progress"]
     assert (progress["stage"], progress["task"], progress["step"], progress["steps"]) == (1, "train", 4, 6)
     after = run("status", "tiny", "--artifacts", root, "--json").document

@@ -65,7 +65,7 @@ def test_the_numbers_of_now(now: Clock) -> None:
     progress(StagesPriced((1e12, 2e12, 4e12)))
     steps(progress, now, 0, 5, 1.0)
     text = progress.markdown()
-    assert "**Stage 0 (1 of 3): step 5 of 10**" in text
+    assert "**Stage 0 (the last is 2): step 5 of 10**" in text
     cells = dict(zip(*(re.findall(r"[^|]+", line.strip("| ")) for line in text.splitlines()[2:5:2]), strict=True))
     assert {name.strip(): value.strip() for name, value in cells.items()} == {
         "loss": "2.5000",
@@ -75,9 +75,9 @@ def test_the_numbers_of_now(now: Clock) -> None:
         "left of the run": "1:05",  # 5 s, and six times the 10 s of this stage
     }
     progress(RowsCached(0, 2**20, 2**21))
-    assert "**Stage 0 (1 of 3): caching activations, 1.0 MiB of 2.0 MiB**" in progress.markdown()
+    assert "**Stage 0 (the last is 2): caching activations, 1.0 MiB of 2.0 MiB**" in progress.markdown()
     progress(TaskStarted(0, "validate"))
-    assert "**Stage 0 (1 of 3): validating**" in progress.markdown()
+    assert "**Stage 0 (the last is 2): validating**" in progress.markdown()
     assert "After all" in progress.markdown("After all")
 
 

@@ -83,7 +83,7 @@ def test_a_run_is_started_by_a_form_followed_and_read(site: Site, page: Any, tmp
     page.get_by_text("Completed", exact=True).first.wait_for()
     run = site.wait_for(run_id)
     assert (run["name"], run["state_name"]) == ("grow by-form to 2 stacks", "Completed")
-    end = "stage 1 (2 of 2): validation loss"
+    end = "stage 1: validation loss"
     until(lambda: any(line.startswith(end) for line in site.logs(run_id)), "end of the log: it comes after the run's")
     page.reload()  # a page asks for no more lines once it knows that the run has ended
     page.get_by_text(end).wait_for()

@@ -80,7 +80,9 @@ def test_a_run_tells_every_step_and_every_byte(tmp_path: Path) -> None:
         steps = [event for event in heard if isinstance(event, StepTaken) and event.stage == stage]
         assert [event.step for event in steps] == list(range(1, 13))
         assert {(event.steps, event.n_tokens) for event in steps} == {(12, 4 * 16)}
-    cached = [(event.n_bytes, event.of_bytes) for event in heard if isinstance(event, RowsCached)]
+    cached = [
+        (event.n_bytes, event.of_bytes) for event in heard if isinstance(event, RowsCached) and not event.computed
+    ]
     total = (16 + 8) * 16 * 16 * 2
     assert cached == [(0, total), (16 * 16 * 16 * 2, total), (total, total)]
     done = [event for event in heard if isinstance(event, StageDone)]
@@ -304,19 +306,25 @@ def test_plain_lines_begin_end_and_every_ten_seconds(
     lines(RowsCached(1, 512, 2048))
     lines(RowsCached(1, 2048, 2048))
     lines(Message("by the way"))
-    said = capsys.readouterr().err.splitlines()
+    said = [_untimed(line) for line in capsys.readouterr().err.splitlines()]
     assert said == [
         "run tiny: 3 stages in /a",
         "prepare data",
         "12,345 training and 67 validation sequences",
-        "stage 1 (2 of 3): train",
+        "stage 1: train",
         *[
-            f"stage 1 (2 of 3): step {n}/100, loss {2.5 - n / 100:.4f}, 128 tokens/s, {(100 - n) // 2} s left"
+            f"stage 1: step {n}/100, loss {2.5 - n / 100:.4f}, {(100 - n) // 2} s left, 128 tokens/s"
             for n in (20, 40, 60, 80, 100)
         ],
-        "stage 1 (2 of 3): cached 2.0 KiB of 2.0 KiB",
+        "stage 1: cached 2.0 KiB of 2.0 KiB",
         "by the way",
     ]
+
+
+def _untimed(line: str) -> str:
+    """Return a line of a log without the time of day at its beginning."""
+    assert re.match(r"\d\d:\d\d:\d\d ", line)
+    return line[9:]
 
 
 def test_speed_counts_from_the_second_step_of_the_task(
@@ -333,9 +341,10 @@ def test_speed_counts_from_the_second_step_of_the_task(
         now.now += 30.0 if number == 91 else 1.0
         lines(step(number))
     said = capsys.readouterr().err.splitlines()
-    assert said[1].endswith("step 91/100, loss 1.5900")
-    assert said[2].endswith("step 92/100, loss 1.5800, 64 tokens/s, 8 s left")
-    assert said[-1].endswith("step 100/100, loss 1.5000, 64 tokens/s, 0 s left")
+    for early in (1, 2, 3):  # a guess from fewer than three steps is often off by several times
+        assert said[early].endswith(f"step {90 + early}/100, loss {1.6 - early / 100:.4f}")
+    assert said[4].endswith("step 94/100, loss 1.5600, 6 s left, 64 tokens/s")
+    assert said[-1].endswith("step 100/100, loss 1.5000, 0 s left, 64 tokens/s")
 
 
 def test_no_bars_where_there_is_no_terminal(

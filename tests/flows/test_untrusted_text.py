@@ -77,7 +77,7 @@ def test_tables_and_progress_draw_texts_as_they_are(capsys: pytest.CaptureFixtur
     assert file.getvalue().count("[bold]c[/] :boom: | <b>`d") == 3
     assert DRAWN in file.getvalue()
     PlainLines()(Message(HOSTILE))
-    assert capsys.readouterr().err == f"{DRAWN}\n"
+    assert capsys.readouterr().err.partition(" ")[2] == f"{DRAWN}\n"  # behind the time of day
 
 
 @pytest.fixture(scope="module")
