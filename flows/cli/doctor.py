@@ -17,7 +17,8 @@ from flows.cli.arguments import add_common
 from flows.network import ask, shown
 from flows.run import devices
 from flows.run.numbers import size
-from flows.run.say import say, say_json
+from flows.run.say import say_json
+from flows.run.terminal import say_hanging
 from flows.server import fault_of, is_registered, workers_alive
 from flows.services import AUTOMATION, POOL
 from flows.settings import SettingsError, find_api
@@ -72,7 +73,7 @@ def examine(options: argparse.Namespace) -> int:
         say_json({"ok": passed, "findings": findings})
     else:
         for finding in findings:
-            say(f"{'ok  ' if finding['ok'] else 'BAD '}{finding['what']:<13}{finding['says']}")
+            say_hanging(f"{'ok  ' if finding['ok'] else 'BAD '}{finding['what']:<13}", str(finding["says"]))
     return 0 if passed else 1
 
 

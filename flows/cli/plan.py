@@ -14,7 +14,7 @@ from flows.run.numbers import clock, parameters, size
 from flows.run.prepare import alone, pack_corpus, sampled
 from flows.run.reading import Reading
 from flows.run.say import say, say_json
-from flows.run.terminal import plain_console, reading_shown
+from flows.run.terminal import plain_console, reading_shown, say_hanging
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.data.mixture import mixture_counts, shares_of, sources_of
@@ -101,7 +101,9 @@ def _add_times(
 ) -> None:
     """Add to the document how long the stages still to be trained take, or why that is not known."""
     charges = charge(config, plan, document["train_sequences"])
-    left = [row["stage"] for row in document["stages"] if "train" in row["to_run"] and not row["adopted_from"]]
+    left: list[int] = [
+        row["stage"] for row in document["stages"] if "train" in row["to_run"] and not row["adopted_from"]
+    ]
     if not left:
         return
     dearest = max(left, key=lambda at: charges[at].trained)
@@ -281,7 +283,10 @@ def _print_plan(document: dict[str, Any], seq_len: int) -> None:
     console.print(Text.assemble((document["run"], "bold"), f" in {shown(document['artifacts'])}"), soft_wrap=True)
     say(sequences, *map(_source_line, document.get("sources", ())), *document["notes"])
     for row in document["stages"]:
-        console.print(_paragraph(row))
+        say("", f"stage {row['stage']}: {row['name']}")
+        for what, text in _lines(row).items():
+            if text:
+                say_hanging(f"  {what:<8}", text)
     if "seconds" in document:
         how = f"by two steps of stage {document['probe']['stage']} with drawn weights"
         say("", f"about {clock(document['seconds'])} in all, {how}; reading the corpus and validating come on top")
@@ -309,8 +314,8 @@ def _takes(row: dict[str, Any]) -> str:
     return f"; about {clock(row['seconds'])} here" if "seconds" in row else ""
 
 
-def _paragraph(row: dict[str, Any]) -> str:
-    """Return one stage of the plan as a few short lines."""
+def _lines(row: dict[str, Any]) -> dict[str, str]:
+    """Return what is said of one stage of the plan; '' where there is nothing to say."""
     masks = "inputs as they are" if row["mask_ratio"] is None else f"{row['mask_ratio']:.0%} of the positions masked"
     if between := row.get("mask_ratios"):
         masks = f"{between[0]:.0%} to {between[1]:.0%} of the positions masked, {row['mask_ratio']:.0%} on average"
@@ -344,5 +349,4 @@ def _paragraph(row: dict[str, Any]) -> str:
         lines |= dict.fromkeys(("trains", "costs", "memory", "less by"), "")
         lines["stack"] = f"{row['blocks']} {plural}, adopted from {folder}"
         lines["to run"] = lines["to run"].replace("train", "adopt")
-    title = f"\nstage {row['stage']}: {row['name']}"
-    return "\n".join([title, *(f"  {what:<8}{text}" for what, text in lines.items() if text)])
+    return lines

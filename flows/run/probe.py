@@ -27,7 +27,6 @@ def probe(config: StackWiseConfig, stage: StagePlan) -> float:
     Raises:
         Exception: whatever such a step raises: too little memory, a custom objective whose batches are the user's.
     """
-    torch.manual_seed(0)
     spec, shape, anatomy = stage.spec, stage.shape, stage.spec.anatomy
     with torch_restored(), torch.random.fork_rng():
         device, stacks = use_hardware(config.hardware), dict[int, Stack]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
@@ -198,8 +199,17 @@ class LiveBars:
             text = said.text.removeprefix(f"corpus: {said.task} ")
             if (share := self._describer.meter.run_share) is not None and said.stage >= 0:
                 text = self._show_run(share, text)
-            detail = tuple(shown(text).split(", "))
-            self.progress.update(self._bar_of(said), completed=said.completed, total=said.total, detail=detail)
+            detail, bar = tuple(shown(text).split(", ")), self._bar_of(said)
+            self.progress.update(bar, completed=said.completed, total=said.total, detail=detail)
+            if isinstance(event, (DataReady, StageDone)):
+                self._leave_behind(said.stage, bar)
+
+    def _leave_behind(self, stage: int, bar: TaskID) -> None:
+        """Print a bar that is done above the others, which fit on a screen however many stages there are."""
+        tasks = [task for task in self.progress.tasks if task.id == bar]
+        self.console.print(self.progress.make_tasks_table(tasks))
+        self.progress.remove_task(bar)
+        del self._bars[stage]
 
     def _show_run(self, share: float, text: str) -> str:
         """Move what a text says of the whole run to the bar of the run, and return the rest."""
@@ -208,8 +218,8 @@ class LiveBars:
         if not self._whole.tasks:
             self._whole.add_task("run", total=1.0, detail=())
         ((bar),) = self._whole.task_ids
-        detail = (f"{share:.0%}", *of_run) if of_run or share == 1.0 else None
-        self._whole.update(bar, completed=share, **({"detail": detail} if detail else {}))
+        detail = (f"{share:.0%}", *of_run) if of_run or share == 1.0 else self._whole.tasks[0].fields["detail"]
+        self._whole.update(bar, completed=share, detail=detail)
         return ", ".join(part for part in parts if not part.endswith(_FOR_RUN))
 
     def stop(self) -> None:
@@ -352,6 +362,16 @@ def print_tables(tables: Iterable[TableOf]) -> None:
         for row in each.rows:
             drawn.add_row(*row)
         plain_console().print(drawn)
+
+
+def say_hanging(head: str, text: str) -> None:
+    """Print a text behind a head; on a terminal its further lines begin below its first, and no word is cut."""
+    if not sys.stdout.isatty():
+        say(head + text)
+        return
+    width = max(plain_console().width - cell_len(head), 20)
+    first, *more = textwrap.wrap(shown(text), width, break_long_words=False, break_on_hyphens=False) or [""]
+    say(head + first, *(f"{'':<{len(head)}}{line}" for line in more))
 
 
 def plain_console(*, stderr: bool = False) -> Console:
