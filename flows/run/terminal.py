@@ -198,7 +198,7 @@ class LiveBars:
         elif said:
             text = said.text.removeprefix(f"corpus: {said.task} ")
             if (share := self._describer.meter.run_share) is not None and said.stage >= 0:
-                text = self._show_run(share, text)
+                text = self._show_run(share, text, begins=isinstance(event, TaskStarted))
             detail, bar = tuple(shown(text).split(", ")), self._bar_of(said)
             self.progress.update(bar, completed=said.completed, total=said.total, detail=detail)
             if isinstance(event, (DataReady, StageDone)):
@@ -211,14 +211,18 @@ class LiveBars:
         self.progress.remove_task(bar)
         del self._bars[stage]
 
-    def _show_run(self, share: float, text: str) -> str:
-        """Move what a text says of the whole run to the bar of the run, and return the rest."""
+    def _show_run(self, share: float, text: str, *, begins: bool) -> str:
+        """Move what a text says of the whole run to the bar of the run, and return the rest.
+
+        The time left was that of training, and is dropped where a task `begins`.
+        """
         parts = text.split(", ")
         of_run = [part.removesuffix(_FOR_RUN) + " left" for part in parts if part.endswith(_FOR_RUN)]
         if not self._whole.tasks:
             self._whole.add_task("run", total=1.0, detail=())
         ((bar),) = self._whole.task_ids
-        detail = (f"{share:.0%}", *of_run) if of_run or share == 1.0 else self._whole.tasks[0].fields["detail"]
+        known = of_run or begins or share == 1.0
+        detail = (f"{share:.0%}", *of_run) if known else self._whole.tasks[0].fields["detail"]
         self._whole.update(bar, completed=share, detail=detail)
         return ", ".join(part for part in parts if not part.endswith(_FOR_RUN))
 

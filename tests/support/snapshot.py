@@ -206,14 +206,14 @@ def told_by(config: Path, **how: Any) -> list[Any]:
             grow(StackWiseConfig.from_yaml(config), "artifacts", **how)
         except StackWiseError as error:
             events.append(error)
-    lines = [[type(event).__name__, *_content(event)] for event in events]
-    return [line for line in lines if line[0] not in ("StepTaken", "StageDone", "StagesPriced")]
+    lines = [[type(event).__name__, *_content(event)] for event in events if not getattr(event, "computed", 0)]
+    return [line for line in lines if line[0] not in ("StepTaken", "StageDone", "StagesPriced", "Judged")]
 
 
 def _content(event: Any) -> list[Any]:
     if isinstance(event, StackWiseError):
         return [event.exit_code, str(event)]
-    return list(vars(event).values())
+    return [value for name, value in vars(event).items() if name != "computed"]  # said by time, not by work
 
 
 def summary_of_plan(result: dict[str, Any]) -> Any:
@@ -340,7 +340,7 @@ def of_housekeeping() -> dict[str, Any]:
             found[f"{len(found)}. grow {path.stem} {how or ''}".rstrip()] = told_by(path, **how)
             set_clock(root)
 
-        say("plan config.yaml")
+        say("plan config.yaml --no-probe")
         grow_again(config)
         grow_again(other)
         write_config(config, {"cache.keep": "all", **THREE})
