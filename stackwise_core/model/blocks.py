@@ -21,6 +21,7 @@ from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.generation.kv_cache import BlockMemory, StackMemory, grouped_attention
 from stackwise_core.model.precision import compute_dtype, product_dtype
 from stackwise_core.model.rotary import rotary_table, rotate
+from stackwise_core.model.shown import parts_table
 from stackwise_core.stages.resolve import ModelShape, TimeShape
 
 INIT_STD = 0.02
@@ -140,6 +141,9 @@ class Stack(nn.Module):
         self.precision: Precision = precision
         every = shape.no_rope_interval or n_blocks + 1
         self.blocks = nn.ModuleList(Block(shape, has_rope=n % every != 0) for n in range(1, n_blocks + 1))
+
+    def _repr_html_(self) -> str:
+        return parts_table("Stack", [(f"stack {self.creation_index}", self)])
 
     def last_weights(self) -> list[nn.Parameter]:
         """Return what each half of a block ends with: its output projection or, if it has one, the norm of its output.

@@ -45,6 +45,11 @@ class GrownRack:
         self.created_ends = self.ends()
         """Digests of embedding and head as they were created."""
 
+    def _repr_html_(self) -> str:
+        created = enumerate(self.added)
+        how = {i: f", {each.mode}{'' if self.is_trained(i) else ', not trained yet'}" for i, each in created}
+        return self.rack.shown(how)
+
     @property
     def stacks(self) -> list[Stack]:
         """The stacks in data-flow order."""

@@ -18,6 +18,7 @@ from stackwise_core.generation.generate import OnToken, Prompts, generate
 from stackwise_core.generation.sampling import Sampling
 from stackwise_core.generation.unmask import Denoiser, Unmasking, unmask
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
+from stackwise_core.model.precision import count_parameters
 from stackwise_core.model.saving import (
     CHANNELS,
     EMBEDDING,
@@ -33,6 +34,7 @@ from stackwise_core.model.saving import (
     stack_tensors,
     write_whole,
 )
+from stackwise_core.model.shown import parts_table
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.resolve import ModelShape
 from stackwise_core.stages.saved_rack import RACK, SavedRack
@@ -131,6 +133,17 @@ class Rack(nn.Module):
             allowed = f"this rack has {n_steps} time steps; give the share of masked tokens of each"
             raise ConfigError([Fault("step_ratios", f"{len(step_ratios)} ratios", allowed)])
         return unmask([Denoiser(self, step_ratios=tuple(step_ratios))], tokens, mask_token, Unmasking(**how))
+
+    def _repr_html_(self) -> str:
+        return self.shown({})
+
+    def shown(self, how: Mapping[int, str]) -> str:
+        """Return its parts in the order of the data, as HTML; `how` says more of stacks, by creation index."""
+        stacks = [stack for stack in self.stacks if isinstance(stack, Stack)]
+        named = [(f"stack {stack.creation_index}{how.get(stack.creation_index, '')}", stack) for stack in stacks]
+        shape, total = self.shape, count_parameters(self)["parameters"]
+        title = f"Rack: {len(stacks)} stacks, {total:,} parameters, {shape.d_model} channels"
+        return parts_table(title, [("embedding", self.embedding), *named, ("head", self.head)])
 
     def save(self, folder: str | Path) -> None:
         """Write the rack into a folder, whole or not at all, in the place of a rack that was saved there before.

@@ -17,7 +17,8 @@ from stackwise_core.data.masks import MaskSpec
 from stackwise_core.data.mixture import shares_of, sources_of
 from stackwise_core.data.packing import corpus_facts
 from stackwise_core.errors import CorpusError
-from stackwise_core.stages.costs import fill_flops, stage_flops, store_bytes
+from stackwise_core.notebook import table
+from stackwise_core.stages.costs import fill_flops, rack_parameters, stage_flops, store_bytes, trainable_parameters
 from stackwise_core.stages.identity import (
     ActivationRecipe,
     AdoptedRecipe,
@@ -154,6 +155,21 @@ class RunPlan(Value, frozen=True):
         if [stage.index for stage in stages] != list(range(len(stages))):
             raise ValueError("the stages are not numbered from 0 on")
         return stages
+
+    def _repr_html_(self) -> str:
+        columns = ("stage", "how", "blocks", "steps", "training", "of", "GFLOP", "reads the cache of")
+        rows = list[tuple[object, ...]]()
+        for before, stage in zip([None, *self.stages], self.stages, strict=False):
+            spec, shape = stage.spec, stage.shape
+            ratio = stage.mask.mean_ratio if stage.mask else 1.0
+            live, below = stage_flops(shape, spec, self.data.seq_len, ratio)
+            cached = before is not None and before.activations is not None
+            flops = 0.0 if spec.adopted else live + (0.0 if cached else below)
+            sizes = trainable_parameters(shape, spec), rack_parameters(shape, spec)
+            read = f"boundary {before.activations.boundary}" if before and before.activations else None
+            steps = 0 if spec.adopted else spec.optim.steps
+            rows.append((spec.index, spec.name, spec.n_blocks, steps, *sizes, round(flops / 1e9), read))
+        return table("Plan", columns, rows)
 
     @property
     def data_ref(self) -> Ref:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import Mode, Precision
+from stackwise_core.notebook import plot_losses, table
 from stackwise_core.objectives.batches import stage_masks
 from stackwise_core.stages.stages import StageSpec
 from stackwise_core.training.training import Record, Trained
@@ -53,12 +54,56 @@ class StageResult:
         """Number of steps."""
         return len(self.records)
 
+    def _repr_html_(self) -> str:
+        return _stages_table([self])
+
     def summary(self) -> str:
         """Return losses, parameters and time in a line."""
         held_out = "" if self.validation_loss is None else f", validation loss {self.validation_loss:.4f}"
         held_out += "" if self.cooled_loss is None else f", cooled {self.cooled_loss:.4f}"
         trained, total = self.parameters["trained"], self.parameters["total"]
         return f"loss {self.loss:.4f}{held_out}, {trained:,} of {total:,} parameters trained, {self.seconds:.1f} s"
+
+
+class Results(list[StageResult]):
+    """The results of stages, in the order in which they trained; in a notebook a table."""
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw training loss [nats] by step, stage after stage, and the validation losses, with matplotlib.
+
+        `axes` are those to draw on; by default they are made. Returns them. Raises StackWiseError without matplotlib.
+        """
+        curves, points, before = dict[str, tuple[range, list[float]]](), list[tuple[int, float]](), 0
+        for result in self:
+            steps = range(before + 1, before + result.steps + 1)
+            curves[f"stage {result.index} ({result.mode})"] = (steps, result.losses)
+            inside = zip(steps, result.records, strict=True)
+            points += [(step, record["validation_loss"]) for step, record in inside if "validation_loss" in record]
+            before += result.steps
+            if result.validation_loss is not None:
+                points.append((before, result.validation_loss))
+        return plot_losses(curves, points, axes)
+
+    def _repr_html_(self) -> str:
+        return _stages_table(self)
+
+
+def _stages_table(results: list[StageResult]) -> str:
+    columns = ("stage", "how", "steps", "trained", "of", "loss", "val. loss", "seconds")
+    rows = [
+        (
+            result.index,
+            result.mode,
+            result.steps,
+            result.parameters.get("trained"),
+            result.parameters.get("total"),
+            result.loss,
+            result.validation_loss,
+            f"{result.seconds:.1f}",
+        )
+        for result in results
+    ]
+    return table("Stages", columns, rows)
 
 
 def result_of(config: StackWiseConfig, spec: StageSpec, trained: Trained, parameters: dict[str, int]) -> StageResult:

@@ -20,6 +20,7 @@ from stackwise_core.errors import ConfigError, Fault, StageInterruptedError
 from stackwise_core.model.precision import count_parameters
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.model.snapshot import Interrupted, Snapshot
+from stackwise_core.notebook import bar
 from stackwise_core.objectives.dataloader import ProgressiveDataLoader, RowSource
 from stackwise_core.objectives.losses import Batch
 from stackwise_core.stages.memory import explained
@@ -36,10 +37,10 @@ from stackwise_core.training.in_memory import (
     validation_loss_of,
 )
 from stackwise_core.training.progress import Progress
-from stackwise_core.training.results import StageResult, result_of
+from stackwise_core.training.results import Results, StageResult, result_of
 from stackwise_core.training.settings import digest_of, stage_settings
 from stackwise_core.training.stage_model import StageModel
-from stackwise_core.training.training import Hooks, TrainingState, end_stage, moments_of, train_stage
+from stackwise_core.training.training import Hooks, Record, TrainingState, end_stage, moments_of, train_stage
 
 _log = logging.getLogger("stackwise")
 _AS_BEFORE = "The rack is as it was before the stage; checkpoints in Hooks.checkpoint_folder stand"
@@ -55,7 +56,7 @@ class ProgressiveTrainer:
         check_type("hooks", hooks, (Hooks, NoneType), "a Hooks or None is expected")
         self.config = config
         self.hooks = hooks or Hooks()
-        self.history: list[StageResult] = []
+        self.history = Results()
         """The results of all stages that this trainer has trained."""
         self._cached: dict[str, Any] = {}
 
@@ -74,7 +75,7 @@ class ProgressiveTrainer:
         hooks: Hooks | None = None,
         state: TrainingState | None = None,
         validation: Iterable[Any] | None = None,
-    ) -> list[StageResult]:
+    ) -> Results:
         """Add stacks until there are `target_stacks`, training each; untrained ones train first.
 
         Args:
@@ -105,7 +106,7 @@ class ProgressiveTrainer:
             results = [self._train_jointly(call, 0, target)]
         if call.state is not None:
             raise ConfigError([Fault("state", "a checkpoint", "no stage is left to train: leave it out")])
-        return results
+        return Results(results)
 
     @torch_restored()
     def train_rack(
@@ -117,7 +118,7 @@ class ProgressiveTrainer:
         hooks: Hooks | None = None,
         state: TrainingState | None = None,
         validation: Iterable[Any] | None = None,
-    ) -> list[StageResult]:
+    ) -> Results:
         """Grow to `target_stacks` as `train_progressively` does; without it, train all stacks of the rack together."""
         if target_stacks is not None:
             return self.train_progressively(
@@ -128,7 +129,7 @@ class ProgressiveTrainer:
             allowed = "the rack has no stack yet; give a number, or append one"
             raise ConfigError([Fault("target_stacks", "None", allowed)])
         self._begin(call, rack_builder.n_stacks)
-        return [self._train_jointly(call, 0, rack_builder.n_stacks)]
+        return Results([self._train_jointly(call, 0, rack_builder.n_stacks)])
 
     def _begin(self, call: Call, target: Any) -> int:
         """Reject before the first step what would fail after the last, and have the configuration rule the rack.
@@ -281,6 +282,7 @@ class ProgressiveTrainer:
             hooks = _keeping(hooks, ended, with_weights=cools)
         if config.validation.every and call.validation is not None:
             hooks = _validating(hooks, partial(validation_loss_of, builder, config, spec, call.validation), config)
+        hooks = _with_bar(hooks, spec)
         try:
             inputs = stage_inputs(builder, config, spec, call.dataloader, call.cache.get(spec.anatomy.boundary), state)
             parameters = {"trained": count_parameters(inputs.model)["trainable_parameters"]}
@@ -337,6 +339,18 @@ def _validating(hooks: Hooks, loss: Callable[[], float], config: StackWiseConfig
         return loss()
 
     return replace(hooks, validate=measured, validate_every=config.validation.every)
+
+
+def _with_bar(hooks: Hooks, spec: StageSpec) -> Hooks:
+    """Return hooks that also show the steps of a stage as a bar, in a notebook."""
+    if (show := bar(f"stage {spec.index} ({spec.name})", spec.optim.steps)) is None:
+        return hooks
+
+    def on_step(record: Record) -> None:
+        show(int(record["step"]) + 1, f"loss {record['loss']:.4f}")
+        hooks.on_step(record)
+
+    return replace(hooks, on_step=on_step)
 
 
 def _keeping(hooks: Hooks, ended: list[TrainingState], *, with_weights: bool) -> Hooks:

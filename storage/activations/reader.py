@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from stackwise_core.data.masks import VALIDATION_VIEW
+from stackwise_core.errors import size
 from stackwise_core.model.stream import ChannelStatistics, Quantised, dequantise
+from stackwise_core.notebook import table
 from storage.activations.format import GROUPS, Array, Group, corrupt, parse_record, record_path, shard_path
 from storage.activations.metadata import open_sealed
 from storage.activations.shard import ShardDamageError, ShardObject, bytes_of
@@ -99,6 +101,20 @@ class StoreReader:
                     array.read_indices(self._pool)
             except (ShardDamageError, FileNotFoundError) as error:
                 raise self._explained(error) from None
+
+    def _repr_html_(self) -> str:
+        spec, recipe = self.train, self.attributes.get("recipe", {})
+        boundary = f" of boundary {recipe['boundary']}" if "boundary" in recipe else ""
+        rows = [
+            ("training rows", self.train.rows),
+            ("validation rows", self.validation.rows),
+            ("a row", f"{spec.seq_len:,} positions of {spec.d_model:,} channels, {spec.dtype}"),
+            ("bytes", size((self.train.rows + self.validation.rows) * spec.row_bytes)),
+            ("chunk", f"{spec.chunk_bytes // spec.row_bytes:,} rows, each with a checksum"),
+            ("shards", spec.n_shards),
+            ("folder", str(self._place)),
+        ]
+        return table(f"Activation store{boundary}", ("", ""), rows)
 
     def rows(self, sequence_ids: torch.Tensor | np.ndarray, view: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the rows of some sequences in one view, by `read`; `VALIDATION_VIEW` means validation rows.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+import stackwise_core
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import Section
 from stackwise_core.config.unused import notes
@@ -48,6 +50,16 @@ def test_the_site_has_every_page_once() -> None:
     listed = [page for section in sections for pages in section.values() for page in pages]
     there = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
     assert sorted(listed) == sorted(there)
+
+
+def test_the_library_reference_has_every_public_name() -> None:
+    """Its signatures and docstrings are read from the source when the site is built; a name that is gone fails here."""
+    page = (ROOT / "docs" / "reference.md").read_text()
+    listed = re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)
+    for name in listed:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(import_module(module), attribute).__doc__, name
+    assert {f"stackwise_core.{name}" for name in stackwise_core.__all__} <= {*listed}
 
 
 def test_the_reference_of_the_configuration_is_that_of_the_schema(capsys: pytest.CaptureFixture[str]) -> None:

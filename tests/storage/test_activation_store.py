@@ -71,6 +71,18 @@ def test_padding_is_nan_and_absent_chunks_are_marked(tmp_path: Path) -> None:
     assert index == [[0, stride], [2**64 - 1] * 2, [2**64 - 1] * 2]
 
 
+def test_a_store_shows_its_sizes_in_a_notebook(tmp_path: Path) -> None:
+    store = small_store()
+    folder = tmp_path / "<i>"
+    with StoreReader(folder, store.write(folder)) as reader:
+        shown = reader._repr_html_()
+    train, validation = (store.given(group) for group in GROUP_FOLDERS)
+    for expected in (len(train), len(validation), f"{T} positions of {D} channels, bfloat16"):
+        assert f">{expected}<" in shown
+    assert "&lt;i&gt;" in shown
+    assert "<i>" not in shown
+
+
 def test_zeros_are_written(tmp_path: Path) -> None:
     store = small_store()
     store.values = {group: torch.zeros_like(rows) for group, rows in store.values.items()}
