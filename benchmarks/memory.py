@@ -1,4 +1,4 @@
-"""Peak tensor memory while the k-th stage trains, depending on how much of the trunk is in memory.
+"""Peak tensor memory while the k-th stage trains, depending on how much of the trunk is in memory; and its forecast.
 
 The flow's training task with two steps; see `benchmarks.peak` for what is counted.
 """
@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.harness import RESULTS, Measure
 from benchmarks.peak import peak_bytes
 from benchmarks.plot import line_chart
+from flows.run.devices import settings_of
 from flows.run.run import grow
 from flows.run.stage import Stage
 from flows.run.steps import build_stack, cache_activations, configure_trunk
@@ -21,6 +22,7 @@ from flows.run.training import train
 from flows.run.validating import validate
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
+from stackwise_core.stages.memory import memory
 
 N_STACKS = 12
 FLAT = 1.02
@@ -41,36 +43,42 @@ def measure(quick: bool) -> list[Measure]:
     n_stacks, d_model = (3, 64) if quick else (N_STACKS, 256)
     found = {case: peaks(changes, n_stacks, d_model) for case, changes in CASES.items()}
     measures = [
-        Measure(f"{k} stacks" if k > 1 else "1 stack", case, "MiB", [found[case][k - 1] / 2**20])
+        Measure(f"{k} stacks" if k > 1 else "1 stack", case, "MiB", [found[case][k - 1][0] / 2**20])
         for k in range(1, n_stacks + 1)
         for case in CASES
     ]
-    later = found[CACHED][1:]
-    flatness = Measure(f"2 to {n_stacks} stacks", f"{CACHED}: largest / smallest", "x", [max(later) / min(later)])
-    return [*measures, Measure(flatness.case, flatness.what, "x", flatness.values, at_most=FLAT)]
+    later = [peak for peak, _ in found[CACHED][1:]]
+    flat = f"{CACHED}: largest / smallest"
+    flatness = Measure(f"2 to {n_stacks} stacks", flat, "x", [max(later) / min(later)], at_most=FLAT)
+    forecasts = [
+        Measure("every stage", f"{case}: forecast / peak", "x", [forecast / peak for peak, forecast in found[case]])
+        for case in CASES
+    ]
+    return [*measures, flatness, *forecasts]
 
 
-def peaks(changes: Mapping[str, Any], n_stacks: int, d_model: int) -> list[int]:
-    """Return the peak bytes of training with 1 .. n stacks, with some values of the configuration changed."""
+def peaks(changes: Mapping[str, Any], n_stacks: int, d_model: int) -> list[tuple[int, int]]:
+    """Return the peak bytes of training with 1 .. n stacks, measured and forecast, with some values changed."""
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "corpus.txt"
         corpus.write_text("".join(random.Random(0).choices("stack wise\n", k=20_000)))
         if not changes.get(f"{PROGRESSIVE}.enabled", True):
             # Joint training has one stage, so every depth is a separate run.
             racks = [_grow(_config(corpus, changes, k, d_model), f"{scratch}/{k}") for k in range(1, n_stacks + 1)]
-            return [peak for (peak,) in racks]
+            return [stage for (stage,) in racks]
         return _grow(_config(corpus, changes, n_stacks, d_model), scratch)
 
 
-def _grow(config: StackWiseConfig, root: str) -> list[int]:
-    """Return the peak bytes of every stage's training."""
-    found: list[int] = []
+def _grow(config: StackWiseConfig, root: str) -> list[tuple[int, int]]:
+    """Return the peak bytes of every stage's training, measured and forecast."""
+    found: list[tuple[int, int]] = []
 
     def add(stage: Stage) -> None:
         build, trunk = build_stack(stage), configure_trunk(stage)
         with peak_bytes(stage.device) as peak:
             stack = train(stage, build, trunk)
-        found.extend(peak)
+        settings = list(settings_of(stage.config, stage.run_plan, cuda=stage.device.type == "cuda"))
+        found.append((peak[0], memory(settings[stage.index]).peak))
         validate(stage, stack, cache_activations(stage, stack))
 
     grow(config, root, add=add)

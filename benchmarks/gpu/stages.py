@@ -22,6 +22,7 @@ from stackwise_core.model.precision import convert_storage
 from stackwise_core.objectives.losses import Batch
 from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.stages.costs import stage_flops
+from stackwise_core.stages.memory import Setting, memory
 from stackwise_core.stages.resolve import ModelShape, resolve_shape
 from stackwise_core.stages.stages import StageSpec, resolve_stage
 from stackwise_core.training.hardware import torch_restored, use_hardware
@@ -67,6 +68,13 @@ class Later:
     model: StageModel
     optimizer: torch.optim.Optimizer
     batch: Batch
+
+    @property
+    def forecast(self) -> int:
+        """What `plan` says of its peak memory [bytes]."""
+        cuda = self.batch["trunk_activations"].is_cuda
+        how: dict[str, Any] = {"loss_fraction": None, "cached": True, "cuda": cuda}
+        return memory(Setting.of(self.config, self.shape, self.spec, **how)).peak
 
     def step(self) -> float:
         """Take a step and return its loss."""
@@ -205,9 +213,10 @@ def large_stage(run: Run) -> Iterator[Measure]:
         with peak_bytes(run.device) as peak:
             stage = later(run, SHAPE_70B, changes, batch_size)
             seconds = run.seconds(stage.step, rounds=3)
+        case, forecast = f"70B shape, batch {batch_size}", stage.forecast
         del stage
-        case = f"70B shape, batch {batch_size}"
         yield Measure(case, "peak", "GB", [peak[0] / 1e9], at_most=40)
+        yield Measure(case, "forecast / peak", "x", [forecast / peak[0]], at_least=0.9, at_most=1.1)
         goal = 180.0 if batch_size == 1 else None
         yield Measure(case, "step", "ms", [s * 1e3 for s in seconds], at_most=goal)
 

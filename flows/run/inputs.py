@@ -64,7 +64,8 @@ def open_stage(stage: Stage, build: Ref | None, folder: Path, ranks: Ranks = ALO
         assert isinstance(recipe, StackRecipe)
         first = first_rows(_batches(stage, boundary, 0), recipe.statistics_rows)
         batches = _batches(stage, boundary, state.step if state else 0, ranks)
-        yield StageInputs(stage.plan.spec, model, batches, state, first, moments)
+        trunk = boundary.modules if isinstance(boundary, LiveTrunk) else []
+        yield StageInputs(stage.plan.spec, model, batches, state, first, moments, trunk)
 
 
 def open_model(stage: Stage, build: Ref | None) -> StageModel:

@@ -52,7 +52,7 @@ class StageSummary(BaseModel, frozen=True):
     memory_bytes_forecast: int | None = Field(default=None, exclude_if=lambda value: value is None)
     """Peak of training as it was forecast [bytes]."""
     memory_bytes_peak: int | None = Field(default=None, exclude_if=lambda value: value is None)
-    """As it was measured, on a CUDA device [bytes]."""
+    """As it was measured, of one process [bytes]; None if it trained for too few steps."""
     cache_bytes: int | None = None
     """Size of the store that this stage wrote, even if it was retired since."""
     cache_note: str = ""

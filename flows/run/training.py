@@ -24,7 +24,6 @@ from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.memory import Setting, explained, memory
 from stackwise_core.stages.plan import cooldown_flops
 from stackwise_core.stages.saved_rack import SavedRack
-from stackwise_core.training.hardware import measured_peak
 from stackwise_core.training.saved_state import StateWriter
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import Hooks, TrainingState, end_stage, moments_of, train_stage
@@ -87,7 +86,7 @@ def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tupl
     cools = "cooldown" in stage.needed
     hooks = replace(hooks, on_end=keep if stage.plan.optimizer or cools else None)
     by_ranks = train_by_ranks(stage, build, folder) if stage.config.hardware.ranks > 1 else None
-    with measured_peak(stage.device) as peak, memory_explained(stage), open_stage(stage, build, folder) as opened:
+    with memory_explained(stage), open_stage(stage, build, folder) as opened:
         # After ranks have trained, the checkpoint is that of the last step, and this only restores it.
         trained = train_stage(opened, hooks)
         trainable = count_parameters(opened.model)["trainable_parameters"]
@@ -107,7 +106,7 @@ def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tupl
         "train_loss": trained.records[-1]["loss"],
         "tokens_per_second": round(n_tokens / attempt.seconds),
         "memory_bytes_forecast": memory(_setting(stage)).peak,
-        **({"memory_bytes_peak": peak[0]} if peak and by_ranks is None else {}),
+        **({"memory_bytes_peak": attempt.peak_bytes} if attempt.peak_bytes else {}),
     }
     return Made(facts, records=(METRICS,)), moments
 

@@ -45,7 +45,7 @@ class AdamW8bit(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state.update(_zeros(parameter))
-        state["step"] = state["step"].cpu() + 1  # the update takes a number
+        state["step"] = state["step"].cpu().add_(1)  # the update takes a number
         signed, unsigned = _codes(parameter.device)
         optimizer_update_8bit_blockwise(
             "adam",

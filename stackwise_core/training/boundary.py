@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stackwise_core.data.masks import BoolArray, IntArray, MaskSpec
 from stackwise_core.data.order import RowOrder
@@ -72,6 +72,11 @@ class LiveTrunk:
         self.embedding = embedding
         self.stacks = [stack.eval() for stack in stacks]
         self.stream = stream
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """What is in memory of it."""
+        return [self.embedding, *self.stacks]
 
     @torch.no_grad()
     def __call__(

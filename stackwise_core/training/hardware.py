@@ -105,14 +105,3 @@ def many_kinds_of_code() -> Generator[None]:
 
     with torch._dynamo.config.patch(recompile_limit=256):
         yield
-
-
-@contextlib.contextmanager
-def measured_peak(device: torch.device) -> Generator[list[int]]:
-    """Yield a list that holds one number after the block: the peak bytes of a CUDA device. Of a CPU it stays empty."""
-    peak: list[int] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    yield peak
-    if device.type == "cuda":
-        peak.append(torch.cuda.max_memory_allocated(device))

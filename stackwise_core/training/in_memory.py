@@ -80,11 +80,12 @@ def stage_inputs(
     if state is not None and not fits(model, state):
         allowed = f"stage {spec.index} trains other tensors: give a checkpoint of this stage, or None"
         raise ConfigError([Fault("state", f"a checkpoint at step {state.step}", allowed)])
-    boundary = store if anatomy.boundary else None
+    boundary, trunk = store if anatomy.boundary else None, []
     if anatomy.boundary and store is None:
         below = [stacks[index].to(device) for index in anatomy.below]
         stream = Stream(config.cache.dtype, builder.channels)
         boundary = LiveTrunk(rack.embedding.to(device), below, stream)
+        trunk = boundary.modules
     n_rows, views, first_step = resolve_statistics_rows(config), resolve_views(config), state.step if state else 0
     loader = unwrapped(dataloader, stage_masks(config, spec), config.training.progressive.training_objective)
     raw = RepeatedLoader(loader, views, spec.order_step, first_step, n_rows)
@@ -98,7 +99,7 @@ def stage_inputs(
 
     batches = stage_batches(config, spec, raw, boundary, first_step=first_step, record=record)
     moments = kept_moments(model, spec, builder.moments)
-    return StageInputs(spec, model, batches, state, first_batches() if n_rows else (), moments)
+    return StageInputs(spec, model, batches, state, first_batches() if n_rows else (), moments, trunk)
 
 
 def memory_setting(inputs: StageInputs, config: StackWiseConfig) -> Setting:
@@ -106,7 +107,7 @@ def memory_setting(inputs: StageInputs, config: StackWiseConfig) -> Setting:
     spec, device = inputs.spec, inputs.model.head.projection.weight.device
     mask = resolve_mask(config, spec.anatomy.newest)
     ratio = mask.mean_ratio if mask else None
-    how: dict[str, Any] = {"cached": not spec.anatomy.boundary, "cuda": device.type == "cuda"}
+    how: dict[str, Any] = {"cached": not inputs.trunk, "cuda": device.type == "cuda"}
     return Setting.of(config, resolve_shape(config), spec, loss_fraction=ratio, **how)
 
 

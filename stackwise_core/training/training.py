@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from stackwise_core.objectives.losses import Batch, batch_rows, loss_normaliser,
 from stackwise_core.stages.stages import OptimSpec, StageSpec
 from stackwise_core.training.evaluate import output_statistics
 from stackwise_core.training.optimizer import LossScale, learning_rate, make_optimizer
+from stackwise_core.training.peak import Peak
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 
 Record = dict[str, float]
@@ -96,6 +97,8 @@ class StageInputs:
     """The rows over which channel statistics are taken at the end; empty where the stream needs none."""
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     """What the optimizer begins with, as `<name>.<moment>`, unless it resumes; see `kept_moments`."""
+    trunk: Sequence[nn.Module] = ()
+    """What computes the boundary while the stage trains; empty where it is read."""
 
 
 @dataclass
@@ -108,6 +111,8 @@ class Trained:
     seconds: float
     frozen: list[str]
     """The live parts that do not train, and were not changed."""
+    peak_bytes: int | None = None
+    """The most that this process's tensors held, if it was measured; see `Peak`."""
 
 
 # ---------------------------------------------------------------- one stage
@@ -123,13 +128,15 @@ def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trai
     """
     frozen = _frozen_digests(inputs.model)
     began, first_step = time.monotonic(), inputs.state.step if inputs.state else 0
+    device = inputs.model.head.projection.weight.device
+    peak = Peak(device, (inputs.model, *inputs.trunk), ranks.count)
     how: dict[str, Any] = {"state": inputs.state, "moments": inputs.moments, "hooks": hooks, "ranks": ranks}
     with inputs.model.compiled(), _settling(hooks):
-        records = train_stack(inputs.model, inputs.batches, inputs.spec.optim, **how)
+        records = train_stack(inputs.model, inputs.batches, inputs.spec.optim, **how, peak=peak)
     seconds = time.monotonic() - began
     if _frozen_digests(inputs.model) != frozen:
         raise FrozenChangedError(f"stage {inputs.spec.index}: training changed frozen weights")
-    return Trained(records, first_step, seconds, sorted(frozen))
+    return Trained(records, first_step, seconds, sorted(frozen), peak.n_bytes)
 
 
 @contextlib.contextmanager
@@ -166,6 +173,7 @@ def train_stack(
     moments: Mapping[str, Tensor] | None = None,
     hooks: Hooks | None = None,
     ranks: Ranks = ALONE,
+    peak: Peak | None = None,
 ) -> list[Record]:
     """Run the training loop of a stage and return one record per step; see `train_stage`."""
     hooks = hooks or Hooks()
@@ -181,7 +189,8 @@ def train_stack(
     model.train()
     kept = _now()
     for step, batch in zip(range(len(records), spec.steps), batches, strict=False):
-        record = train_step(model, batch, optimizer, spec, step, scale, ranks)
+        with peak.step(optimizer, batch) if peak else contextlib.nullcontext():
+            record = train_step(model, batch, optimizer, spec, step, scale, ranks)
         if hooks.validate and hooks.validate_every and (step + 1) % hooks.validate_every == 0 < spec.steps - step - 1:
             optimizer.zero_grad(set_to_none=True)  # their memory is free until the next step
             record["validation_loss"] = hooks.validate(model)

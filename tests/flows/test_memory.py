@@ -15,9 +15,12 @@ import yaml
 
 from flows.cli import main as command_line
 from flows.cli import plan as planning
+from flows.pages.run import describe_run
+from flows.pages.run_page import tables
 from flows.run import run as running
-from stackwise_core.errors import ConfigError, OutOfMemoryError, why_no_memory
-from stackwise_core.training import training
+from stackwise_core.errors import ConfigError, OutOfMemoryError, size, why_no_memory
+from stackwise_core.training import peak, training
+from storage.artifacts import artifacts_at
 from support.commands import Run
 from support.runs import folder_of, grown, tiny, tiny_values, write_corpus
 
@@ -101,12 +104,16 @@ def test_a_stage_without_memory_says_what_it_takes_and_goes_on_with_a_remedy(
     assert "The checkpoint at step 4 stands: the stage goes on from it with training.activation_checkpointing" in said
     assert told.value.exit_code == 1
     monkeypatch.setattr(training, "train_step", plain)
+    monkeypatch.setattr(peak, "WATCHED", 5)
     config.training.activation_checkpointing = True
     recorder = grown(config, tmp_path / "a")
     assert "stage 0 goes on from its checkpoint at step 4" in recorder.messages
     facts = json.loads((folder_of(tmp_path / "a", "stack", 0) / "manifest.json").read_text())["facts"]
     assert facts["memory_bytes_forecast"] > 4 * 4 * facts["trainable_parameters"]
-    assert "memory_bytes_peak" not in facts  # a CPU does not say
+    assert facts["memory_bytes_peak"] == pytest.approx(facts["memory_bytes_forecast"], rel=0.1)
+    described = describe_run(artifacts_at(str(tmp_path / "a")), "tiny")
+    (held,) = [table for table in tables(described) if table.title == "What it held"]
+    assert held.rows[0][1:3] == [size(facts["memory_bytes_forecast"]), size(facts["memory_bytes_peak"])]
 
 
 def test_a_stage_larger_than_its_device_is_named_or_refused(
