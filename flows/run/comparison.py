@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -120,6 +121,10 @@ def _faults_of_names(arms: Sequence[str], own: Mapping[str, Mapping[str, Any]]) 
     for name in arms:
         if name not in ARMS and name not in own:
             yield Fault("--arms", repr(name), unknown_arm(name))
+    called: dict[str, str] = {}
+    for name in dict.fromkeys((*CONTROLS, *arms, *own)):
+        if (other := called.setdefault(in_run_names(name), name)) != name:
+            yield Fault("--arms", repr(name), f"its runs would have the names of those of {other!r}; give it another")
     for name, changes in own.items():
         if name in ARMS:
             yield Fault("--arms", repr(name), "there is an arm of this name; give the file another")
@@ -131,6 +136,11 @@ def _faults_of_names(arms: Sequence[str], own: Mapping[str, Mapping[str, Any]]) 
         for key in _dotted(changes):
             if key.split(".")[0] == "run":
                 yield Fault(f"{key} of {name}", "a value", "runs are named and seeded by the comparison; leave it out")
+
+
+def in_run_names(arm: str) -> str:
+    """Return the name of an arm as the names of its runs have it."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", arm.replace("/", "of")).strip("-")
 
 
 def unknown_arm(name: str) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from flows.run.comparison import Chosen, Comparison, Grid, Result, Results, grid_of
+from flows.run.comparison import Chosen, Comparison, Grid, Result, Results, grid_of, in_run_names
 from flows.run.events import emit_waiting
 from flows.run.reading import Reading
 from flows.run.summary import StageSummary, summarise
@@ -83,8 +83,7 @@ class Field:
 
     def name_of(self, run: Chosen) -> str:
         """Return the name of a run: of the comparison, the arm, the factor of the rate, the seed and the budget."""
-        arm = run.arm.replace("/", "of")
-        name = f"{self.comparison.name}-{arm}-x{run.factor:g}-s{run.seed}-b{run.budget:g}"
+        name = f"{self.comparison.name}-{in_run_names(run.arm)}-x{run.factor:g}-s{run.seed}-b{run.budget:g}"
         name = re.sub(r"[^A-Za-z0-9._]+", "-", name)
         if len(name) > _LONGEST_NAME:
             allowed = f"its runs would have names of more than {_LONGEST_NAME} characters, such as {name}; shorten it"

@@ -16,6 +16,7 @@ from flows.run.events import Message, emit
 from flows.run.stage import Facts, Stage, fingerprint_of
 from stackwise_core.config.schema import QUANTISED_STREAMS
 from stackwise_core.model.blocks import Stack
+from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.growth_operators import give_adapters, new_rack, new_stack
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.batches import PackedBatches, first_rows, stage_batches
@@ -36,7 +37,7 @@ from stackwise_core.training.boundary import (
 )
 from stackwise_core.training.kept_state import kept_moments
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
-from stackwise_core.training.training import StageInputs, TrainingState, fits, tensor_digest
+from stackwise_core.training.training import StageInputs, TrainingState, fits
 from storage.activations.fill import StoreRows
 from storage.activations.reader import StoreReader, rows_for
 from storage.checkpoints import load_channels, load_embedding, load_head, load_moments, load_stack, load_state

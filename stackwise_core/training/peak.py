@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,8 @@ class Peak:
     def step(self, optimizer: torch.optim.Optimizer, batch: Batch) -> Generator[None]:
         """Take a step in the block, and watch it if it is its turn and nobody else is profiling."""
         self._steps += 1
-        if not self._watches or self._steps != WATCHED or torch.autograd._profiler_enabled():
+        profiling: Any = torch.autograd
+        if not self._watches or self._steps != WATCHED or profiling._profiler_enabled():
             yield
             return
         optimizer.zero_grad(set_to_none=True)  # or the last step's gradients would go while this one is watched
@@ -53,7 +55,8 @@ class Peak:
         state = (value for values in optimizer.state.values() for value in values.values())
         held = _bytes_of((*weights, *state, *batch.values()))
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it would write two lines to stderr
-        with profile(profile_memory=True) as profiler:
+        profiler: Any = profile(profile_memory=True)
+        with profiler:
             yield
         events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
         now = most = held

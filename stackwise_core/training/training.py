@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from stackwise_core.errors import ConfigError, Fault, NonFiniteLossError, StackWiseError, StageInterruptedError
 from stackwise_core.failpoints import failpoint
-from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.growth_operators import freeze
 from stackwise_core.model.precision import convert_storage
 from stackwise_core.model.stream import ChannelStatistics
@@ -126,15 +125,16 @@ def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trai
         NonFiniteLossError: see `train_step`.
         FrozenChangedError: a weight that does not train was changed.
     """
-    frozen = _frozen_digests(inputs.model)
     began, first_step = time.monotonic(), inputs.state.step if inputs.state else 0
     device = inputs.model.head.projection.weight.device
     peak = Peak(device, (inputs.model, *inputs.trunk), ranks.count)
     how: dict[str, Any] = {"state": inputs.state, "moments": inputs.moments, "hooks": hooks, "ranks": ranks}
     with inputs.model.compiled(), _settling(hooks):
+        ranks.wrap(inputs.model)
+        frozen = _frozen(inputs.model)
         records = train_stack(inputs.model, inputs.batches, inputs.spec.optim, **how, peak=peak)
     seconds = time.monotonic() - began
-    if _frozen_digests(inputs.model) != frozen:
+    if any(tensor._version != writes for part in frozen.values() for tensor, writes in part):
         raise FrozenChangedError(f"stage {inputs.spec.index}: training changed frozen weights")
     return Trained(records, first_step, seconds, sorted(frozen), peak.n_bytes)
 
@@ -175,9 +175,8 @@ def train_stack(
     ranks: Ranks = ALONE,
     peak: Peak | None = None,
 ) -> list[Record]:
-    """Run the training loop of a stage and return one record per step; see `train_stage`."""
+    """Run the training loop of a stage, distributed already, and return one record per step; see `train_stage`."""
     hooks = hooks or Hooks()
-    ranks.wrap(model)
     optimizer = make_optimizer(model, spec)
     records: list[Record] = []
     if state is not None:
@@ -379,11 +378,11 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def _frozen_digests(model: StageModel) -> dict[str, str]:
-    """Return the hash of every live part of which nothing trains, by name."""
+def _frozen(model: StageModel) -> dict[str, list[tuple[Tensor, int]]]:
+    """Return the tensors of every live part of which nothing trains, with how often torch has written to each."""
     parts: dict[str, nn.Module] = {f"stack {stack.creation_index}": stack for stack in model.live_stacks()}
     parts["head"] = model.head
     if model.embedding is not None:
         parts["embedding"] = model.embedding
     frozen = {name: part for name, part in parts.items() if not any(p.requires_grad for p in part.parameters())}
-    return {name: tensor_digest(part) for name, part in frozen.items()}
+    return {name: [(p, p._version) for p in (*part.parameters(), *part.buffers())] for name, part in frozen.items()}

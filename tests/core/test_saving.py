@@ -16,11 +16,11 @@ import torch
 from stackwise_core.config.schema import Precision
 from stackwise_core.errors import ConfigError, SavedRackError
 from stackwise_core.model.adapters import adapter_names, add_adapter
+from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.precision import convert_storage
 from stackwise_core.model.rack import Rack, load_rack, save_rack
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.stages.saved_rack import SavedRack
-from stackwise_core.training.training import tensor_digest
 from support.racks import TOKENS, mixed_rack
 
 

@@ -17,13 +17,13 @@ from flows.run.training import train
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, SavedRackError, StackWiseError
+from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.rack import Rack
 from stackwise_core.model.stream import Stream
 from stackwise_core.stages.adopt import adopted_recipes
 from stackwise_core.stages.resolve import TimeShape
 from stackwise_core.stages.saved_rack import SavedRack
 from stackwise_core.training.boundary import LiveTrunk
-from stackwise_core.training.training import tensor_digest
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts
 from storage.checkpoints import load_embedding, load_head, load_stack

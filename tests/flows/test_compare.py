@@ -16,7 +16,7 @@ from flows.run.events import request_stop
 from flows.run.run import grow
 from flows.run.verdict import Interval, failures_of, interval, judge, loses, loss_at, share_of, spent_for, verdict
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.errors import StackWiseError, StageInterruptedError
+from stackwise_core.errors import ConfigError, StackWiseError, StageInterruptedError
 from storage.artifacts import Artifacts
 from support.commands import Run
 from support.runs import digests, tiny
@@ -326,6 +326,17 @@ def test_an_arm_keeps_its_name_only_as_text(tmp_path: Path) -> None:
     found = judge(field, {})
     assert "<i>" not in comparison_page(found)
     assert "\\<i\\>\\|\\*" in markdown(found)
+
+
+def test_arms_whose_runs_would_have_the_same_names_are_refused(tmp_path: Path) -> None:
+    own = {"no decay": {"arm": "full"}, "no-decay!": {"arm": "full"}, "flat-1of3": {"arm": "full"}}
+    with pytest.raises(ConfigError) as told:
+        comparison_of(small(tmp_path), ["flat-1/3"], own)
+    said = [str(fault) for fault in told.value.faults]
+    assert said == [
+        "--arms: got 'no-decay!'; its runs would have the names of those of 'no decay'; give it another",
+        "--arms: got 'flat-1of3'; its runs would have the names of those of 'flat-1/3'; give it another",
+    ]
 
 
 def test_the_runs_are_those_of_the_configuration_itself(tmp_path: Path, run: Run) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.adapters import adapter_parameters, adapter_state, base_state
 from stackwise_core.model.blocks import Stack
+from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.precision import base_linears, storage_of
 from stackwise_core.model.stream import Stream
 from stackwise_core.objectives.make_batch import validation_batch
@@ -21,7 +22,7 @@ from stackwise_core.stages.stages import resolve_stages
 from stackwise_core.training import hardware
 from stackwise_core.training.evaluate import judge_rack
 from stackwise_core.training.stage_model import StageModel
-from stackwise_core.training.training import tensor_digest, train_stack
+from stackwise_core.training.training import train_stack
 from storage.artifacts import Artifacts
 from storage.checkpoints import load_embedding, load_head, load_stack
 from storage.errors import ArtifactCorruptError

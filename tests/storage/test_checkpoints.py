@@ -22,13 +22,14 @@ from torch import Tensor
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.model.blocks import Stack, initialise
+from stackwise_core.model.digests import tensor_digest
 from stackwise_core.model.growth_operators import new_rack
 from stackwise_core.stages.plan import StagePlan, plan_run
 from stackwise_core.training import saved_state
 from stackwise_core.training.optimizer import make_optimizer
 from stackwise_core.training.saved_state import StateWriter
 from stackwise_core.training.stage_model import StageModel
-from stackwise_core.training.training import TrainingState, capture, tensor_digest
+from stackwise_core.training.training import TrainingState, capture
 from storage.artifacts import SCRATCH, Artifacts
 from storage.checkpoints import (
     HEAD,
