@@ -108,7 +108,9 @@ def _add_times(
         return
     dearest = max(left, key=lambda at: charges[at].trained)
     row, steps = document["stages"][dearest], document["stages"][dearest]["steps"]
-    if device.n_bytes and row["memory_bytes"] > device.n_bytes * (1.0 if asked else 0.5):
+    if config.training.progressive.training_objective == "custom":
+        document["no_probe"] = "the batches of a custom objective are yours"
+    elif device.n_bytes and row["memory_bytes"] > device.n_bytes * (1.0 if asked else 0.5):
         document["no_probe"] = f"a step needs {size(row['memory_bytes'])} of the {size(device.n_bytes)} there are"
     elif not asked and charges[dearest].trained / steps > _QUICK_FLOPS[device.cuda]:
         document["no_probe"] = "a step takes long here; --probe takes two of them to say"
@@ -281,17 +283,21 @@ def _print_plan(document: dict[str, Any], seq_len: int) -> None:
     about = "about " if "sequences_estimated" in document else ""
     sequences = f"{about}{n_train:,} training and {n_validation:,} validation sequences of {seq_len} tokens"
     console.print(Text.assemble((document["run"], "bold"), f" in {shown(document['artifacts'])}"), soft_wrap=True)
-    say(sequences, *map(_source_line, document.get("sources", ())), *document["notes"])
+    say(sequences, *map(_source_line, document.get("sources", ())))
+    for note in document["notes"]:
+        say_hanging("", note)
     for row in document["stages"]:
         say("", f"stage {row['stage']}: {row['name']}")
         for what, text in _lines(row).items():
             if text:
                 say_hanging(f"  {what:<8}", text)
     if "seconds" in document:
-        how = f"by two steps of stage {document['probe']['stage']} with drawn weights"
-        say("", f"about {clock(document['seconds'])} in all, {how}; reading the corpus and validating come on top")
+        how = f"by a probe: two steps of stage {document['probe']['stage']} with random weights"
+        say("")
+        say_hanging("", f"about {clock(document['seconds'])} in all, {how}; the corpus and validating come on top")
     elif "no_probe" in document:
-        say("", f"how long it takes is not known: {document['no_probe']}")
+        say("")
+        say_hanging("", f"how long it takes is not known: {document['no_probe']}")
 
 
 def _source_line(part: dict[str, Any]) -> str:
@@ -308,10 +314,6 @@ def _filled(row: dict[str, Any]) -> str:
     advanced = f" and {fill['rows_advanced']:,} through one stack" if fill["rows_advanced"] else ""
     how = f"{fill['rows_from_tokens']:,} rows from tokens{advanced}"
     return f", filled by {fill['flops'] / 1e12:.3g} TFLOP: {how}"
-
-
-def _takes(row: dict[str, Any]) -> str:
-    return f"; about {clock(row['seconds'])} here" if "seconds" in row else ""
 
 
 def _lines(row: dict[str, Any]) -> dict[str, str]:
@@ -338,7 +340,8 @@ def _lines(row: dict[str, Any]) -> dict[str, str]:
         "stack": f"{how}; {row['steps']} steps, {masks}{time}",
         "LoRA": "; ".join(f"stack {stack}: {', '.join(names)}" for stack, names in ranks.items()),
         "trains": f"{parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters",
-        "costs": f"{row['flops'] / 1e12:.3g} TFLOP{saving}" + _takes(row),
+        "costs": f"{row['flops'] / 1e12:.3g} TFLOP{saving}",
+        "takes": f"about {clock(row['seconds'])} on this machine" if "seconds" in row else "",
         "memory": table(Memory(**row["memory"])),
         "less by": ", ".join(f"{way.key.rpartition('.')[2]}: {way.shown} (-{size(way.n_bytes)})" for way in ways),
         "cache": row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"]) + _filled(row),

@@ -10,7 +10,7 @@ from flows.cli.arguments import add_common
 from flows.pages.run import Document, describe_run
 from flows.pages.run_page import MOST_RUNS, loss_image, page_of, side_by_side, tables
 from flows.run.say import say, say_json
-from flows.run.terminal import print_tables
+from flows.run.terminal import print_tables, say_hanging
 from stackwise_core.errors import ConfigError, Fault
 from storage.artifacts import Artifacts, artifacts_at
 from storage.files import write_text
@@ -44,7 +44,9 @@ def _run(options: argparse.Namespace) -> None:
         say_json(_said(documents))
         return
     for document in documents:
-        say(f"{document['run']}: {document['verdict']}", *document["warnings"])
+        say_hanging("", f"{document['run']}: {document['verdict']}")
+        for warning in document["warnings"]:
+            say_hanging("", warning)
     print_tables(tables(documents[0]) if len(documents) == 1 else side_by_side(documents))
     for sample in documents[0]["samples"]:
         say("", f"stage {sample['stage']}, {sample['depth']} deep: {sample['prompt']!r} -> {sample['text']!r}")

@@ -1,4 +1,4 @@
-"""How long a stage takes on this machine, from two steps of it with weights and tokens that are drawn."""
+"""How long a stage takes on this machine, from two steps of it with random weights and tokens."""
 
 from __future__ import annotations
 

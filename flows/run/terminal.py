@@ -7,11 +7,11 @@ import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.measure import Measurement
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
@@ -206,10 +206,10 @@ class LiveBars:
 
     def _leave_behind(self, stage: int, bar: TaskID) -> None:
         """Print a bar that is done above the others, which fit on a screen however many stages there are."""
-        tasks = [task for task in self.progress.tasks if task.id == bar]
-        self.console.print(self.progress.make_tasks_table(tasks))
+        drawn = self.progress.make_tasks_table([task for task in self.progress.tasks if task.id == bar])
         self.progress.remove_task(bar)
         del self._bars[stage]
+        self.console.print(drawn)
 
     def _show_run(self, share: float, text: str, *, begins: bool) -> str:
         """Move what a text says of the whole run to the bar of the run, and return the rest.
@@ -335,18 +335,14 @@ def _ratio_table(summaries: list[StageSummary]) -> Table | None:
 def plain_table(*columns: str) -> Table:
     """Return an empty table without lines; | before a name aligns the column right.
 
-    Where it is too wide, texts are wrapped before a number or a name is cut.
+    Where it is too wide, headers and texts are wrapped, then it becomes several tables that begin with the same column:
+    no number, date or name is cut.
     """
     table = _PlainTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(columns))
     for name in columns:
-        whole = name.startswith("|") or name in _WHOLE
-        justify, overflow = "right" if name.startswith("|") else "left", "ellipsis" if whole else "fold"
-        table.add_column(name.removeprefix("|"), justify=justify, no_wrap=whole, overflow=overflow)
+        justify = "right" if name.startswith("|") else "left"
+        table.add_column(name.removeprefix("|"), justify=justify, overflow="fold")
     return table
-
-
-_WHOLE = ("artifact", "address", "run", "stage", "time")
-"""Columns of names and the like, which nobody can use in parts."""
 
 
 class TableOf(NamedTuple):
@@ -391,3 +387,48 @@ class _PlainConsole(Console):
 class _PlainTable(Table):
     def add_row(self, *cells: RenderableType | None, **how: Any) -> None:
         super().add_row(*(Text(shown(cell)) if isinstance(cell, str) else cell for cell in cells), **how)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        caption, columns = self.caption, self.columns
+        parts = _parts_of(columns, options.max_width)
+        for part in parts:
+            self.columns, self.caption = part, caption if part is parts[-1] else None
+            yield from super().__rich_console__(console, options)
+        self.columns, self.caption = columns, caption
+
+
+_GAP = 2
+"""Cells between two columns."""
+_TEXT = 24
+"""Cells below which a column of text is not made narrower."""
+_WORD = 40
+"""Length of the longest word that is kept whole in a text."""
+
+
+def _parts_of(columns: Sequence[Column], width: int) -> list[list[Column]]:
+    """Cut columns into parts that fit a width, each with the first column and with the widths of all settled."""
+    sizes = [_sizes(column) for column in columns]
+    parts = [[0]]
+    for at in range(1, len(columns)):
+        if sum(sizes[other][1] + _GAP for other in (*parts[-1], at)) > width + _GAP and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(at)
+    settled: list[list[Column]] = []
+    for part in parts:
+        widths = {at: sizes[at][0] for at in part}
+        over = sum(widths.values()) + _GAP * (len(part) - 1) - width
+        for at in sorted(part, key=lambda at: sizes[at][1] - sizes[at][0]):  # what can give most gives first
+            given = max(0, min(over, widths[at] - sizes[at][1]))
+            widths[at], over = widths[at] - given, over - given
+        settled.append([replace(columns[at], width=widths[at]) for at in part])
+    return settled
+
+
+def _sizes(column: Column) -> tuple[int, int]:
+    """Return how wide a column would be, and how wide it must be."""
+    header, *cells = [str(cell) for cell in (column.header, *column.cells)]
+    wide, words = max(map(cell_len, (header, *cells))), [max(map(cell_len, text.split()), default=0) for text in cells]
+    longest = max(map(cell_len, header.split()), default=0)
+    if column.justify == "right":
+        return wide, max(longest, *map(cell_len, cells)) if cells else longest
+    return wide, min(wide, max(_TEXT, min(max(words, default=0), _WORD)))

@@ -39,8 +39,8 @@ def test_minutes_are_by_flops_from_a_step_of_the_dearest_stage(
     for stage, cost in zip(document["stages"], costs, strict=True):
         assert stage["seconds"] == pytest.approx(60 * cost.total / costs[dearest].trained, abs=0.06)
     said = run(*command).out
-    assert f"\nabout {clock(document['seconds'])} in all, by two steps of stage {dearest} with" in said
-    assert said.count(" here\n") == 3
+    assert f"\nabout {clock(document['seconds'])} in all, by a probe: two steps of stage {dearest} with" in said
+    assert said.count(" on this machine\n") == 3
     assert not (tmp_path / "a").exists()
 
 
@@ -52,7 +52,7 @@ def test_no_probe_where_it_is_not_wanted_or_takes_long(
 
     monkeypatch.setattr(probe, "probe", never)
     assert not {"probe", "no_probe"} & run(*command, "--json").document.keys()
-    assert "about" not in run(*command, "--no-probe").out
+    assert "this machine" not in run(*command, "--no-probe").out
     monkeypatch.setattr(plan, "_QUICK_FLOPS", {False: 1.0})
     assert "not known: a step takes long here; --probe takes two" in run(*command).out
 

@@ -368,7 +368,7 @@ def test_bars_show_stages_and_escape_names(tmp_path: Path) -> None:
     assert "tiny: 2 stages in" in text
     assert "[red]not markup[/red]" in text
     assert text.count("validation loss") >= 2
-    assert [text.count(f"✓ {done}") for done in ("corpus  ready", "stage 0 done", "stage 1 done")] == [1, 1, 1]
+    assert all(f"✓ {done}" in text for done in ("corpus  ready", "stage 0 done", "stage 1 done"))
     assert not bars.progress.tasks  # what is done is left behind, so that a hundred stages fit on a screen
 
 

@@ -25,7 +25,7 @@ from flows.run.events import (
     stopping_on_signals,
     subscribed,
 )
-from flows.run.terminal import LiveBars, PlainLines, plain_console, showing
+from flows.run.terminal import LiveBars, PlainLines, TableOf, plain_console, print_tables, showing
 
 
 class Clock:
@@ -157,3 +157,16 @@ def test_a_signal_is_answered_on_a_console_too(capsys: pytest.CaptureFixture[str
     with subscribed(bars), stopping_on_signals():
         signal.raise_signal(signal.SIGINT)
     assert "stopping at the next safe point" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [30, 60, 120])
+def test_a_table_cuts_no_number_however_narrow(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    numbers = [[f"{stage}", "insert below 1, frozen, full", *(f"{stage}{n}.3456" for n in range(8))] for stage in "12"]
+    print_tables([TableOf("Stages", ["|stage", "how", *(f"|loss {n}" for n in range(8))], numbers)])
+    words = capsys.readouterr().out.split()
+    assert max(map(len, capsys.readouterr().out.splitlines()), default=0) <= width
+    assert {word for row in numbers for word in row[2:]} <= {*words}
+    assert words.count("insert") == 2
