@@ -228,6 +228,7 @@ def _stage(
         ],
         "blocks": spec.n_blocks,
         "steps": spec.optim.steps,
+        **({"patience": spec.optim.watch.patience} if spec.optim.watch and spec.optim.watch.patience else {}),
         "trainable_parameters": trainable_parameters(shape, spec),
         "rack_parameters": rack_parameters(shape, spec),
         "flops": live + (0.0 if cached_below else below),
@@ -326,6 +327,7 @@ def _lines(row: dict[str, Any]) -> dict[str, str]:
     saved = row["flops_saved_by_cache"]
     saving = f", {saved / 1e12:.3g} saved by the cache below" if saved else ""
     saving += f", {row['cooldown_flops'] / 1e12:.3g} more to cool down" if "cooldown_flops" in row else ""
+    most = "at most " if "patience" in row else ""
     plural = "block" if row["blocks"] == 1 else "blocks"
     how = "all stacks together" if row["mode"] == "joint" else f"{row['blocks']} {plural}, {row['operator']}"
     ways = [Saving(**each) for each in row["savings"]]
@@ -337,11 +339,11 @@ def _lines(row: dict[str, Any]) -> dict[str, str]:
     if "cache_bytes_per_second" in measured:
         speeds.append(f"cached at {size(measured['cache_bytes_per_second'])}/s")
     lines = {
-        "stack": f"{how}; {row['steps']} steps, {masks}{time}",
+        "stack": f"{how}; {most}{row['steps']} steps, {masks}{time}",
         "LoRA": "; ".join(f"stack {stack}: {', '.join(names)}" for stack, names in ranks.items()),
         "trains": f"{parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters",
-        "costs": f"{row['flops'] / 1e12:.3g} TFLOP{saving}",
-        "takes": f"about {clock(row['seconds'])} on this machine" if "seconds" in row else "",
+        "costs": f"{most}{row['flops'] / 1e12:.3g} TFLOP{saving}",
+        "takes": f"{most or 'about '}{clock(row['seconds'])} on this machine" if "seconds" in row else "",
         "memory": table(Memory(**row["memory"])),
         "less by": ", ".join(f"{way.key.rpartition('.')[2]}: {way.shown} (-{size(way.n_bytes)})" for way in ways),
         "cache": row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"]) + _filled(row),

@@ -116,7 +116,8 @@ def _stages(
     """Return a document of each stage, with what it added to the one before it."""
     data = artifacts.sealed(plan.data_ref)
     n_rows = data.count("train_sequences") if data else 0
-    charges = charge(config, plan, n_rows) if n_rows else []
+    taken = {summary.stage: summary.steps for summary in summaries if summary.steps_planned}
+    charges = charge(config, plan, n_rows, taken) if n_rows else []
     documents: list[Document] = []
     for stage, summary in zip(plan.stages, summaries, strict=True):
         charged = charges[stage.index] if charges and not stage.spec.adopted else None
@@ -141,7 +142,7 @@ def _stage(artifacts: Artifacts, config: StackWiseConfig, stage: StagePlan, summ
     stack, validation = facts["stack"], facts.get("validation", {})
     manifest, optim = found["stack"], stage.spec.optim
     rounded, exact = validation.get("validation_loss"), validation.get("validation_loss_exact")
-    trained = 0 if stage.spec.adopted else optim.steps * optim.batch_size * config.data.seq_len
+    trained = 0 if stage.spec.adopted else summary.steps * optim.batch_size * config.data.seq_len
     return {
         **summary.model_dump(exclude={"states", "memory_bytes_peak"}),
         "state": "unfinished" if summary.unfinished else "done",

@@ -52,7 +52,7 @@ def tables(document: Document) -> list[TableOf]:
             [
                 [
                     str(stage["stage"]),
-                    f"{stage['steps']:,}",
+                    f"{stage['steps']:,}" + (f" of {stage['steps_planned']:,}" if stage.get("steps_planned") else ""),
                     parameters(stage["tokens"]),
                     number(stage["tflop"]),
                     number(stage["tflop_recomputed"]),

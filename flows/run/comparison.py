@@ -78,7 +78,8 @@ def comparison_of(
         ConfigError: names every fault.
     """
     own = own or {}
-    config = changed(config, {"validation.cooldown_steps": 0})  # which only judges stages before the last
+    # Cool-downs only judge stages before the last, and where a stage may end early its FLOPs are not known before.
+    config = changed(config, {"validation.cooldown_steps": 0, "validation.patience": 0})
     faults = [*_faults_of_numbers(rates, seeds, budgets, curve, tflop), *_faults_of_names(arms, own)]
     if config.model.from_:
         allowed = "what an imported model has cost is not known; compare configurations that begin from nothing"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from types import FrameType
 
 from flows.run.summary import StageSummary
@@ -88,6 +88,8 @@ class StepTaken:
     learning_rate: float = 0.0
     validation_loss: float | None = None
     """If it was measured after this step."""
+    record: Mapping[str, float] = field(default_factory=dict)
+    """All that the step measured, as `metrics.jsonl` has it."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from stackwise_core.training.boundary import (
 from stackwise_core.training.kept_state import kept_moments
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import StageInputs, TrainingState, fits
+from stackwise_core.training.watch import Watch
 from storage.activations.fill import StoreRows
 from storage.activations.reader import StoreReader, rows_for
 from storage.checkpoints import load_channels, load_embedding, load_head, load_moments, load_stack, load_state
@@ -150,7 +151,7 @@ def _open_checkpoint(stage: Stage, folder: Path, model: StageModel) -> TrainingS
         emit(Message(f"stage {stage.index} starts anew: its checkpoint is of another version of StackWise"))
         return None
     begins_at = stage.run_plan.stages[stage.index].spec.optim.steps if stage.cooling else 0
-    if begins_at < state.step < stage.plan.spec.optim.steps:
+    if begins_at < state.step and not Watch(stage.plan.spec.optim, state.records).is_over:
         emit(Message(f"stage {stage.index} goes on from its checkpoint at step {state.step}"))
         then, now = state.fingerprint, fingerprint_of(stage)
         changed = [

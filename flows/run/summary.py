@@ -26,6 +26,11 @@ class StageSummary(BaseModel, frozen=True):
     artifacts: dict[str, str]
     """Name of each artifact by kind."""
     steps: int
+    """Those that were planned, until it is trained."""
+    steps_planned: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Where it ended early (`validation.patience`)."""
+    kept_step: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """After how many steps its weights are kept, if it took more (`validation.keep`)."""
     steps_kept: int | None = None
     """Steps in the checkpoint of an unfinished training; None if there is no checkpoint."""
     bytes_kept: int = 0
@@ -90,6 +95,10 @@ class StageSummary(BaseModel, frozen=True):
             parts = ["unfinished" if self.unfinished else "adopted"]
         if self.by_mask_ratio and self.mask_ratio is not None:  # losses of other stages are at other ratios
             parts[0] += f" at {self.mask_ratio:.0%} masked"
+        if self.steps_planned is not None:
+            parts.append(f"ended after {self.steps} of {self.steps_planned} steps")
+        if self.kept_step is not None:
+            parts.append(f"weights of step {self.kept_step}")
         if self.seconds is not None:
             parts.append(f"in {clock(self.seconds)}")
         if self.cache_bytes is not None:
@@ -148,7 +157,9 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         name=stage.spec.name,
         states=states,
         artifacts={kind: stage.ref(kind).name for kind in kinds},
-        steps=stage.spec.optim.steps,
+        steps=stack.get("steps", stage.spec.optim.steps),
+        steps_planned=stack.get("steps_planned"),
+        kept_step=stack.get("kept_step"),
         steps_kept=None if stack else step_reached(artifacts, stage.ref("stack")),
         bytes_kept=bytes_written(artifacts, stage.ref("activations")) if "activations" in kinds else 0,
         stacks=len(stage.spec.stacks),

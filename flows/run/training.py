@@ -26,7 +26,7 @@ from stackwise_core.stages.plan import cooldown_flops
 from stackwise_core.stages.saved_rack import SavedRack
 from stackwise_core.training.saved_state import StateWriter
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
-from stackwise_core.training.training import Hooks, TrainingState, end_stage, moments_of, train_stage
+from stackwise_core.training.training import Hooks, Record, TrainingState, end_stage, moments_of, train_stage
 from storage.artifacts import SCRATCH, State
 from storage.checkpoints import METRICS, load_state, save_channels, save_moments, save_state, save_trained
 from storage.errors import ArtifactCorruptError
@@ -91,19 +91,23 @@ def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tupl
         trained = train_stage(opened, hooks)
         trainable = count_parameters(opened.model)["trainable_parameters"]
         channels = end_stage(opened.model, opened.first_batches)
+    for line in trained.told:
+        emit(Message(f"stage {stage.index} {line}"))
     save_trained(weights, spec, opened.model, trained.records)
     if channels:
         save_channels(weights, channels)
     attempt = by_ranks or trained
-    n_tokens = (spec.optim.steps - attempt.first_step) * spec.optim.batch_size * stage.config.data.seq_len
+    n_tokens = (len(trained.records) - attempt.first_step) * spec.optim.batch_size * stage.config.data.seq_len
     facts = {
         "stack_parameters": sum(stack_parameters(shape, stack) for stack in added),
         "trainable_parameters": trainable,
         "rack_parameters": rack_parameters(shape, spec),
         "frozen_unchanged": attempt.frozen,
-        "steps": spec.optim.steps,
+        "steps": (n_steps := len(trained.records)),
+        **({"steps_planned": spec.optim.steps} if n_steps < spec.optim.steps else {}),
+        **({"kept_step": trained.kept} if trained.kept else {}),
         "first_step": attempt.first_step,
-        "train_loss": trained.records[-1]["loss"],
+        "train_loss": trained.records[(trained.kept or 0) - 1]["loss"],
         "tokens_per_second": round(n_tokens / attempt.seconds),
         "memory_bytes_forecast": memory(_setting(stage)).peak,
         **({"memory_bytes_peak": attempt.peak_bytes} if attempt.peak_bytes else {}),
@@ -196,10 +200,10 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
         assert recipe
         return losses_of(stage, recipe.sequences, (), model)["validation_loss"]
 
-    def on_step(record: dict[str, float]) -> None:
+    def on_step(record: Record) -> None:
         step, rate = int(record["step"]) + 1, record["learning_rate"]
         validated = record.get("validation_loss")
-        emit(StepTaken(stage.index, step, optim.steps, record["loss"], n_tokens, rate, validated))
+        emit(StepTaken(stage.index, step, optim.steps, record["loss"], n_tokens, rate, validated, record))
 
     writer = StateWriter(partial(save_state, folder))
 
@@ -216,6 +220,7 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
         checkpoint_minutes=stage.config.training.checkpoint_minutes,
         validate=None if ranks.sharded else validation_loss,
         validate_every=stage.config.validation.every,
+        on_end_elsewhere=ranks.count > 1 and stage.plan.optimizer is not None,
         checkpoint_last=ranks.count > 1,
         should_stop=stop_requested,
         go_on=GO_ON,

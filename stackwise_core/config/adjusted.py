@@ -39,9 +39,11 @@ def _batches(config: ConfigSchema) -> Iterator[str]:
 
 
 def _validations(config: ConfigSchema) -> Iterator[str]:
-    """Yield a line if a stage whose stacks are spread over processes is only validated when it has ended."""
+    """Yield a line for each stage that is not validated inside, or not ended by it, as another is."""
     training = config.training
     joint = training.joint_steps > 0 or not training.progressive.enabled
+    if config.validation.every and (patience := config.validation.patience) and training.schedule == "one_clock":
+        yield f"taken: validation.patience 0 instead of {patience} in the last stage (training.schedule: one_clock)"
     if (every := config.validation.every) and joint and config.hardware.ranks > 1:
         yield f"taken: validation.every 0 instead of {every} in the joint stage ({_processes(config)})"
 

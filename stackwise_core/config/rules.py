@@ -113,6 +113,24 @@ def _documents_faults(config: ConfigSchema, tokenizer: Tokenizer) -> Iterator[Fa
 def _training_faults(config: ConfigSchema) -> Iterator[Fault]:
     if is_used(config, "training.mask_ratio_max"):
         yield from _limited(config, "training.mask_ratio_min", "training.mask_ratio_max")
+    yield from _validation_faults(config)
+
+
+def _validation_faults(config: ConfigSchema) -> Iterator[Fault]:
+    """Yield a fault where nothing could decide when a stage ends, or which of its weights are kept."""
+    validation, training = config.validation, config.training
+    joint, clock = training.joint_steps > 0 or not training.progressive.enabled, training.schedule == "one_clock"
+    decides = {
+        "validation.patience": bool(validation.every and validation.patience),
+        "validation.keep": bool(validation.every) and validation.keep == "best",
+    }
+    for path, used in decides.items():
+        if used and validation.cooldown_steps and is_used(config, "validation.cooldown_steps"):
+            allowed = f"it goes on from the last planned step, which with {path} need not be what is kept; use 0"
+            yield _fault(config, "validation.cooldown_steps", allowed)
+        if used and joint and config.hardware.ranks > 1 and not (clock and path == "validation.patience"):
+            allowed = f"the {config.hardware.ranks} processes of the joint stage do not validate inside it"
+            yield _fault(config, path, f"{allowed}; use 1 process, or leave this out")
 
 
 def _limited(config: ConfigSchema, path: str, limit_path: str) -> Iterator[Fault]:

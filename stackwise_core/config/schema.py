@@ -496,6 +496,12 @@ class ValidationConfig(Section):
     cooldown_steps: int = Field(default=0, ge=0, le=2**32)
     """one_clock: a stage that ends at the peak rate is also judged after this many further steps, in which the rate
     decays, and which are thrown away."""
+    patience: int = Field(default=0, ge=0, le=2**32)
+    """A stage ends when this many validations inside it, in a row, have brought no lower loss; 0 never ends one early.
+    With one_clock the stage in which the rate decays has all its steps."""
+    keep: Literal["last", "best"] = "last"
+    """Keep of a stage its last weights, or those of the lowest loss among its validations, of which one is then made
+    after the last step too."""
 
 
 class AdapterSpec(BaseModel, frozen=True, extra="forbid"):

@@ -145,6 +145,8 @@ BELONGS_TO: dict[str, list[Need]] = {
     "cache.fill_workers": [_STORED],
     "cache.task_runner": [[("cache.fill_workers", _MANY[1:])]],
     "validation.sampled_rows": [_STORED],
+    "validation.patience": [[("validation.every", _MANY)]],
+    "validation.keep": [[("validation.every", _MANY)]],
     "validation.cooldown_steps": [_GROWS, [("training.schedule", ("one_clock",))]],  # else each stage has cooled down
 }
 """What each key needs to have an effect: all of its entries. Keys that always have an effect are left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from stackwise_core.config import StackWiseConfig
@@ -26,19 +27,22 @@ class Charge(NamedTuple):
         return self.trained + self.frozen
 
 
-def charge(config: StackWiseConfig, plan: RunPlan, n_rows: int) -> list[Charge]:
+def charge(config: StackWiseConfig, plan: RunPlan, n_rows: int, taken: Mapping[int, int] | None = None) -> list[Charge]:
     """Return what every stage of a run costs, given the number of training sequences.
 
-    A store is charged to the stage that reads it.
+    A store is charged to the stage that reads it, with all rows that were planned. `taken` has the steps of stages
+    that ended early.
     """
-    return [_charge_of(config, plan, stage, n_rows) for stage in plan.stages]
+    return [_charge_of(config, plan, stage, n_rows, (taken or {}).get(stage.index)) for stage in plan.stages]
 
 
-def _charge_of(config: StackWiseConfig, plan: RunPlan, stage: StagePlan, n_rows: int) -> Charge:
+def _charge_of(config: StackWiseConfig, plan: RunPlan, stage: StagePlan, n_rows: int, taken: int | None) -> Charge:
     spec, seq_len = stage.spec, config.data.seq_len
     fraction = stage.mask.mean_ratio if stage.mask else (seq_len - 1) / seq_len
     trained, recomputed = stage_flops(stage.shape, spec, seq_len, fraction)
     trained += _adapter_flops(stage, seq_len)
+    if taken is not None:
+        trained, recomputed = trained * taken / spec.optim.steps, recomputed * taken / spec.optim.steps
     before = plan.stages[stage.index - 1] if stage.index else None
     if before is None or before.activations is None:
         return Charge(trained, recomputed, recomputed)

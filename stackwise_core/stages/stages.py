@@ -164,6 +164,19 @@ def last_trained(anatomies: Sequence[Anatomy], stack: int, part: Literal["base",
 # ---------------------------------------------------------------- stages
 
 
+class WatchSpec(Value, frozen=True):
+    """Validations inside a stage that decide when it ends, or which of its weights are kept."""
+
+    every: int
+    """Steps between them."""
+    patience: int = 0
+    """How many in a row may bring nothing better; 0 is any number."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights are kept."""
+    sequences: int = 0
+    """On how many validation sequences, at most."""
+
+
 class OptimSpec(Value, frozen=True):
     """The optimisation of one stage: AdamW or Muon, warm-up and decay, clipping."""
 
@@ -188,6 +201,8 @@ class OptimSpec(Value, frozen=True):
     """Peak rate of Muon for the matrices of stacks that train in full; 0 where AdamW trains them, or none does."""
     eight_bit: WhereSaid[bool] = False
     """Whether AdamW keeps the moments of large matrices in 8 bits."""
+    watch: WhereSaid[WatchSpec | None] = None
+    """None where validations inside the stage, if there are any, decide nothing."""
 
 
 class InitSpec(Value, frozen=True):
@@ -487,6 +502,18 @@ def _resolve_optim(
         decay_steps=decay_steps,
         muon_learning_rate=muon * rate / training.learning_rate,
         eight_bit=training.optimizer == "adamw8bit",
+        watch=_watch(config, decays_by_clock=decay_steps is not None and decay_steps > 0),
+    )
+
+
+def _watch(config: StackWiseConfig, *, decays_by_clock: bool) -> WatchSpec | None:
+    """Return what validations inside a stage decide; the stage in which the run's rate decays does so to the end."""
+    validation = config.validation
+    patience = 0 if decays_by_clock else validation.patience
+    if not validation.every or not (patience or validation.keep == "best"):
+        return None
+    return WatchSpec(
+        every=validation.every, patience=patience, keep=validation.keep, sequences=validation.max_sequences
     )
 
 

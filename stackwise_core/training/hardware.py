@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
+import sys
 import warnings
 from collections.abc import Generator
 from functools import cache
@@ -105,3 +107,10 @@ def many_kinds_of_code() -> Generator[None]:
 
     with torch._dynamo.config.patch(recompile_limit=256):
         yield
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most bytes held so far: of a CUDA device by torch since it was last reset, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

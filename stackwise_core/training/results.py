@@ -26,7 +26,7 @@ class StageResult:
     mask_ratio: float | None = None
     """None where inputs are not masked, or not all at one ratio."""
     records: list[Record] = field(default_factory=list)
-    """What every step measured: step, loss, learning_rate, gradient_norm."""
+    """What every step measured: step, loss, learning_rate, gradient_norm, time, tokens_per_second, memory_bytes."""
     validation_loss: float | None = None
     """Mean over the loss positions of the validation batches [nats]; None without such batches."""
     cooled_loss: float | None = None
@@ -38,11 +38,13 @@ class StageResult:
     """`trained` by the stage, and the `total` of the rack."""
     cache_bytes: int = 0
     """Of the activations that the stage kept in RAM."""
+    kept: int | None = None
+    """The number of steps after which its weights are kept (`validation.keep: best`), if it took more."""
 
     @property
     def loss(self) -> float:
-        """Training loss of the last step [nats]."""
-        return self.records[-1]["loss"]
+        """Training loss of the last step, or of that whose weights are kept [nats]."""
+        return self.records[(self.kept or 0) - 1]["loss"]
 
     @property
     def losses(self) -> list[float]:
@@ -119,4 +121,5 @@ def result_of(config: StackWiseConfig, spec: StageSpec, trained: Trained, parame
         records=trained.records,
         seconds=trained.seconds,
         parameters=parameters,
+        kept=trained.kept,
     )

@@ -214,6 +214,10 @@ class Ranks:
         """Return whether the flag is set in any process; all processes get the same answer."""
         return self.sum(float(flag)) > 0
 
+    def of_first(self, value: float) -> float:
+        """Return the first process's value, to the bit, in all of them."""
+        return self.sum(value if self.rank == 0 else 0.0)
+
     def gather(self, ids: list[int]) -> list[int]:
         """Return the ids of every process, in the order of the batch."""
         return ids

@@ -141,10 +141,8 @@ class ProgressiveTrainer:
         if (count := self.config.hardware.ranks) > 1:
             allowed = "this trains in the process that calls it; `stackwise train` starts several, else set it to 1"
             raise ConfigError([Fault("hardware.processes", str(count), allowed)])
-        cools = call.validation is None and is_used(self.config, "validation.cooldown_steps")
-        if (steps := self.config.validation.cooldown_steps) and cools:
-            allowed = "give `validation`, the batches on which a stage is judged when it has cooled down, or use 0"
-            raise ConfigError([Fault("validation.cooldown_steps", str(steps), allowed)])
+        if call.validation is None:
+            self._check_judged()
         self._check_target(builder, target)
         builder.check_additions(self.config, target)
         built = builder.as_built(self.config)
@@ -167,6 +165,14 @@ class ProgressiveTrainer:
         call.progress = Progress.open(call.hooks.checkpoint_folder, builder)
         self._check_target(builder, target)
         return call.progress.first_ahead(first)
+
+    def _check_judged(self) -> None:
+        """Reject what validation decides, since there are no batches for it."""
+        validation, allowed = self.config.validation, "give `validation`, the batches on which that is judged"
+        decides = {"cooldown_steps": 0, "patience": 0, "keep": "last"}
+        for key, off in decides.items():
+            if (value := getattr(validation, key)) != off and is_used(self.config, f"validation.{key}"):
+                raise ConfigError([Fault(f"validation.{key}", shown(value), f"{allowed}, or use {off}")])
 
     def _check_target(self, builder: ProgressiveRackBuilder, target: Any) -> None:
         growth = self.config.training.progressive
@@ -307,6 +313,8 @@ class ProgressiveTrainer:
             builder.keep_annealed(anneal, before)
         result = result_of(config, spec, trained, {**parameters, "total": builder.get_rack_info()["parameters"]})
         result.cooled_loss = cooled_loss
+        for line in trained.told:
+            _log.info("stage %d %s", spec.index, line)
         self._record(result, config, spec, inputs.batches)
         try:
             if call.validation is not None:

@@ -21,12 +21,12 @@ from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.objectives.losses import Batch, batch_rows, loss_normaliser, loss_positions
 from stackwise_core.stages.stages import OptimSpec, StageSpec
 from stackwise_core.training.evaluate import output_statistics
+from stackwise_core.training.hardware import peak_bytes
 from stackwise_core.training.optimizer import LossScale, learning_rate, make_optimizer
 from stackwise_core.training.peak import Peak
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
+from stackwise_core.training.watch import Record, Watch
 
-Record = dict[str, float]
-"""What one step measured: step, loss, learning_rate, gradient_norm; and validation_loss, if the model was validated."""
 _now = time.monotonic
 
 
@@ -79,7 +79,9 @@ class Hooks:
     validate: Callable[[StageModel], float] | None = None
     """Returns the validation loss of what trains, which it leaves as it was; every rank calls it."""
     validate_every: int = 0
-    """Steps between calls of `validate`; after the last step there is none."""
+    """Steps between calls of `validate`; after the last step there is none, unless the best weights are kept."""
+    on_end_elsewhere: bool = False
+    """Whether another process reads the state of the optimizer at the end, so that it is kept with the best weights."""
 
 
 @dataclass
@@ -112,13 +114,20 @@ class Trained:
     """The live parts that do not train, and were not changed."""
     peak_bytes: int | None = None
     """The most that this process's tensors held, if it was measured; see `Peak`."""
+    kept: int | None = None
+    """The number of steps after which the weights are kept, if there were more."""
+    told: list[str] = field(default_factory=list)
+    """How the stage ended, a line each, where that is worth saying."""
 
 
 # ---------------------------------------------------------------- one stage
 
 
 def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trained:
-    """Train a stage to its last step; of several ranks, each calls this with its share of every batch.
+    """Train a stage to its end; of several ranks, each calls this with its share of every batch.
+
+    It ends after its last step, or when validations inside it bring nothing better (`spec.optim.watch`). Where the best
+    weights are kept, the model has them afterwards; of several ranks only the checkpoint of the end has them.
 
     Raises:
         StageInterruptedError: `hooks.should_stop()`; a checkpoint was handed over first.
@@ -136,7 +145,8 @@ def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trai
     seconds = time.monotonic() - began
     if any(tensor._version != writes for part in frozen.values() for tensor, writes in part):
         raise FrozenChangedError(f"stage {inputs.spec.index}: training changed frozen weights")
-    return Trained(records, first_step, seconds, sorted(frozen), peak.n_bytes)
+    watch = Watch(inputs.spec.optim, records)
+    return Trained(records, first_step, seconds, sorted(frozen), peak.n_bytes, watch.kept, watch.told())
 
 
 @contextlib.contextmanager
@@ -175,7 +185,7 @@ def train_stack(
     ranks: Ranks = ALONE,
     peak: Peak | None = None,
 ) -> list[Record]:
-    """Run the training loop of a stage, distributed already, and return one record per step; see `train_stage`."""
+    """Run the training loop of a stage, distributed already, and return one record per step that it took."""
     hooks = hooks or Hooks()
     optimizer = make_optimizer(model, spec)
     records: list[Record] = []
@@ -184,24 +194,29 @@ def train_stack(
         records = list(state.records)
     else:
         give_moments(model, optimizer, moments or {}, ranks)
-    scale = LossScale.of(model, records)
+    scale, watch = LossScale.of(model, records), Watch(spec, records, state.tensors if state else None)
     model.train()
-    kept = _now()
-    for step, batch in zip(range(len(records), spec.steps), batches, strict=False):
+    kept = before = _now()
+    for step, batch in zip(range(spec.steps if watch.is_over else len(records), spec.steps), batches, strict=False):
         with peak.step(optimizer, batch) if peak else contextlib.nullcontext():
             record = train_step(model, batch, optimizer, spec, step, scale, ranks)
-        if hooks.validate and hooks.validate_every and (step + 1) % hooks.validate_every == 0 < spec.steps - step - 1:
+        record |= _clocked(model, batch, spec, ranks, _now() - before)
+        if hooks.validate and watch.measures(step, hooks.validate_every):
             optimizer.zero_grad(set_to_none=True)  # their memory is free until the next step
-            record["validation_loss"] = hooks.validate(model)
+            record["validation_loss"] = ranks.of_first(hooks.validate(model))
             model.train()
         records.append(record)
+        if watch.see(record):
+            state = capture(model, optimizer, records, ranks)
+            watch.keep(state.tensors, with_optimizer=hooks.on_end is not None or hooks.on_end_elsewhere)
         hooks.on_step(record)
         failpoint(ranks.failpoint, step + 1)
-        stop, is_last = ranks.any(hooks.should_stop()), step + 1 == spec.steps
+        stop, is_last = ranks.any(hooks.should_stop()), watch.is_over
         late = hooks.checkpoint_minutes > 0 and ranks.any(_now() - kept >= 60 * hooks.checkpoint_minutes)
         due = late or (hooks.checkpoint_every and (step + 1) % hooks.checkpoint_every == 0)
         if hooks.checkpoint_last if is_last else stop or due:
             state, kept = capture(model, optimizer, records, ranks), _now()
+            state.tensors |= watch.saved
             hooks.on_checkpoint(state)
             if stop and not is_last:
                 hooks.settle()
@@ -210,9 +225,16 @@ def train_stack(
                 )  # torchrun would kill the first rank, which may still be writing, soon after others end
                 stopped = f"stopped on request after step {step + 1} of {spec.steps}; {hooks.go_on}"
                 raise StageInterruptedError(stopped, state)
-    if len(records) < spec.steps:
+        if is_last:
+            break
+        before = _now()
+    if isinstance(batches, Generator):
+        batches.close()  # or a thread would still make batches of a stage that ended early
+    if not watch.is_over:
         fault = Fault("dataloader", f"{len(records)} batches", f"training.steps_per_stack = {spec.steps} are needed")
         raise ConfigError([fault])
+    if watch.kept and ranks.count == 1:
+        restore(model, optimizer, TrainingState(watch.kept, watch.tensors, records))
     if hooks.on_end is not None:
         hooks.on_end(capture(model, optimizer, records, ranks))
     model.let_in(None)
@@ -270,6 +292,15 @@ def train_step(
         )
     optimizer.step()
     return record
+
+
+def _clocked(model: StageModel, batch: Batch, spec: OptimSpec, ranks: Ranks, seconds: float) -> Record:
+    """Return what a record has of the machine: when, how quickly, and in how much memory the step was taken."""
+    n_rows, seq_len = batch["input_ids"].shape
+    n_tokens = seq_len * (n_rows if ranks.count == 1 else spec.batch_size)
+    memory = peak_bytes(model.head.projection.weight.device)
+    clocked = {"time": time.time(), "tokens_per_second": n_tokens / max(seconds, 1e-9), "memory_bytes": memory}
+    return {name: round(value, 3) for name, value in clocked.items()}
 
 
 def _backward(model: StageModel, batch: Batch, n_parts: int, factor: float, ranks: Ranks) -> float:

@@ -324,6 +324,8 @@ NOT_IN_THE_PLAN = {
     "training.checkpoint_every",
     "training.checkpoint_minutes",
     "validation.every",
+    "validation.patience",  # with validation.every
+    "validation.keep",
     "training.activation_checkpointing",
     f"{GROWTH}.max_stacks",  # it is a limit
     f"{GROWTH}.qlora_strategy",  # the ranks it gives are

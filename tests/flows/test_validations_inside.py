@@ -12,9 +12,13 @@ import torch
 from flows.run.events import StepTaken
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.config.unused import notes
+from stackwise_core.model.digests import tensor_digest
+from stackwise_core.stages.charges import charge
+from stackwise_core.stages.plan import plan_config
 from stackwise_core.training.evaluate import judge_rack
 from support.commands import Run
 from support.configurations import configuration
+from support.metrics import metrics_of, unclocked
 from support.modes import G
 from support.runs import digests, folder_of, grown, manifests, tiny
 
@@ -37,8 +41,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 def measured(root: Path, stage: int) -> dict[int, float]:
     """Return the validation losses in the metrics of a stage, by the number of steps before them."""
-    lines = (folder_of(root, "stack", stage) / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = metrics_of(root, stage)
     return {record["step"] + 1: record["validation_loss"] for record in records if "validation_loss" in record}
 
 
@@ -90,6 +93,93 @@ def test_a_stage_that_is_resumed_has_measured_the_same(tmp_path: Path, monkeypat
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
     for stage in range(2):
         assert measured(tmp_path / "killed", stage) == measured(tmp_path / "whole", stage)
+
+
+def by_weights(stage: Any, n_rows: int, grid: Any, model: Any) -> dict[str, float]:
+    """A loss without a trend, which the weights alone decide."""
+    return {"validation_loss": int(tensor_digest(model.head)[:8], 16) / 2**32}
+
+
+ENDING: dict[str, Any] = {
+    **EVEN,
+    "training.steps_per_stack": 8,
+    "training.optimizer_state": "keep",
+    f"{G}trunk_strategy": "full",
+    "validation.every": 1,
+    "validation.patience": 2,
+    "validation.keep": "best",
+}
+
+
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stage_ends_early_and_keeps_its_best_weights(n: int, tmp_path: Path, monkeypatch: Any, run: Run) -> None:
+    monkeypatch.setattr("flows.run.training.losses_of", by_weights)
+    config, root = tiny(tmp_path, {**ENDING, "training.checkpoint_every": 1, f"{G}target_stacks": n}), tmp_path / "a"
+    heard = grown(config, root)
+    facts = [manifests(root)[folder_of(root, "stack", stage).name]["facts"] for stage in range(n)]
+    losses = [list(measured(root, stage).values()) for stage in range(n)]
+    taken = [len(losses[stage]) for stage in range(n)]
+    kept = [losses[stage].index(min(losses[stage])) + 1 for stage in range(n)]
+    assert taken[0] < 8
+    for stage in range(n):
+        assert facts[stage]["steps"] == taken[stage] == (kept[stage] + 2 if taken[stage] < 8 else 8)
+        assert facts[stage].get("kept_step", taken[stage]) == kept[stage]
+        assert facts[stage]["train_loss"] == metrics_of(root, stage)[kept[stage] - 1]["loss"]
+    said = f"stage 0 ended early, after step {taken[0]} of 8: its validation loss has not fallen below"
+    assert any(message.startswith(said) for message in heard.messages)
+    # The weights, and the state of the optimizer, are those of stages of as many steps as were kept.
+    short = {key: value for key, value in ENDING.items() if not key.startswith("validation.")}
+    steps = {f"{G}stacks": [{"steps": each} for each in kept], f"{G}target_stacks": n}
+    grown(tiny(tmp_path, {**short, **steps}), tmp_path / "short")
+    for stage in range(n):
+        files = ["stack.safetensors", "head.safetensors", "embedding.safetensors"]
+        for file in files:
+            found, wanted = (folder_of(where, "stack", stage) / file for where in (root, tmp_path / "short"))
+            assert found.read_bytes() == wanted.read_bytes(), (stage, file)
+    # A kill in the middle changes nothing of it.
+    monkeypatch.setattr("flows.run.training.losses_of", failing_at(3))
+    with pytest.raises(KeyboardInterrupt):
+        grown(config, tmp_path / "killed")
+    monkeypatch.setattr("flows.run.training.losses_of", by_weights)
+    grown(config, tmp_path / "killed")
+    assert digests(tmp_path / "killed") == digests(root)
+    for stage in range(n):
+        assert unclocked(metrics_of(tmp_path / "killed", stage)) == unclocked(metrics_of(root, stage))
+    # What was executed is charged, and said.
+    run("report", "tiny", "--artifacts", root, "--html", tmp_path / "page.html", "--samples", 0)
+    first = json.loads((tmp_path / "page.json").read_text())["stages"][0]
+    config.validation.every = 0
+    planned = charge(config, plan_config(config), 1000)[0]
+    assert first["tflop"] == pytest.approx(planned.total * taken[0] / 8 / 1e12)
+    assert (first["steps"], first["steps_planned"]) == (taken[0], 8)
+    assert f"{taken[0]} of 8" in (tmp_path / "page.html").read_text()
+
+
+def failing_at(call: int) -> Any:
+    calls = iter(range(call))
+
+    def losses(*arguments: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return by_weights(*arguments)
+
+    return losses
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
+    changes = {"validation.every": 1, "validation.patience": 2, "validation.keep": "best", f"{G}target_stacks": 1}
+    config = tiny(tmp_path, {**EVEN, **changes, "training.learning_rate": 0.5, "training.min_learning_rate": 0.5})
+    config.training.optimizer_state = "keep"
+    grown(config, tmp_path / "one")
+    config.hardware.processes = 2
+    grown(config, tmp_path / "two")
+    roots = (tmp_path / "one", tmp_path / "two")
+    facts = [manifests(root)[folder_of(root, "stack", 0).name]["facts"] for root in roots]
+    one, two = ([each[key] for key in ("steps", "steps_planned", "kept_step")] for each in facts)
+    assert one == two
+    (judged,) = (m["facts"] for name, m in manifests(tmp_path / "two").items() if name.startswith("validation-0-"))
+    assert judged["validation_loss"] == pytest.approx(min(measured(tmp_path / "two", 0).values()), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import StackWiseError
 from stackwise_core.stages.plan import RunPlan
 from storage.manifest import fingerprint
+from support.metrics import unclocked
 from support.records import change
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "snapshot.json"
@@ -232,7 +233,8 @@ def of_artifacts(root: Path) -> dict[str, Any]:
         ids[name] = "id:" + manifest["ref"]["sha256"]
         manifests[name] = manifest
         if (metrics := path.parent / "metrics.jsonl").exists():
-            steps[name] = [list(json.loads(line).values()) for line in metrics.read_text().splitlines()]
+            measured = unclocked(map(json.loads, metrics.read_text().splitlines()))
+            steps[name] = [list(record.values()) for record in measured]
     attempts = sorted(root.glob("runs/*/attempts/*"))
     records = {f"{path.parent.parent.name} {path.name}": record_of(path) for path in attempts}
     return {"ids": ids, "manifests": manifests, "steps": steps, "records": records}
