@@ -64,7 +64,7 @@ def lost_server(seen: str) -> ServerError:
 
 def fault_of(url: str) -> str:
     """Return what is wrong with an API and what to do, or '' if runs can use it."""
-    if not _is_url(url):
+    if not is_url(url):
         return f"the URL of Prefect's API is expected, {_EXAMPLE}"
     if shown(url) != url:
         return "give name and password by PREFECT_API_AUTH_STRING=NAME:PASSWORD, not in the URL"
@@ -86,7 +86,8 @@ def fault_of(url: str) -> str:
     return f"what answers is not Prefect's API{code}; its URL ends in /api, {_EXAMPLE}"
 
 
-def _is_url(url: str) -> bool:
+def is_url(url: str) -> bool:
+    """Return whether a text is an address of http or https."""
     try:
         parts = urlsplit(url)
         named = bool(parts.hostname) and parts.port != 0

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -24,12 +26,17 @@ POOL = "stackwise"
 
 AUTOMATION = "stackwise: no heartbeat, so the run has crashed"
 
+NOTIFICATION = "stackwise: tell when a run has ended"
+
 HEARTBEAT_SECONDS = 30
 """How often a flow process sends a heartbeat; one that missed two counts as dead."""
 
 TAG = "stackwise"
 """The tag of all our flow runs on Prefect's pages; the automation judges no others."""
 
+_OURS = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
+_WHOLE_RUNS = ("train-rack", "add-stack", "compare", "validate", "gc")
+"""The flows that people start; of their subflows nobody is told apart."""
 _ONLY_IN_CONTAINERS = "docker"
 """Name of the deployment that works on the volume of docker/compose.yaml."""
 _API = "http://127.0.0.1:4200/api"
@@ -101,6 +108,51 @@ def register_heartbeat() -> bool:
         return _register_automation()
 
 
+def register_notification(address: str, *, done: bool) -> bool:
+    """Register the automation that posts to an address when a run of ours fails; return whether it changed.
+
+    With `done` it also posts when a run completes. The server holds the address, in a block, and posts there.
+
+    Raises:
+        ConfigError: the API does not answer.
+    """
+    with watching(_find_api()):
+        from prefect.blocks.notifications import CustomWebhookNotificationBlock
+
+        key = "content" if "discord" in (urlsplit(address).hostname or "") else "text"  # Slack and others: text
+        block = CustomWebhookNotificationBlock(
+            name="StackWise", url=address, json_data={key: "{{subject}}: {{body}}"}, timeout=10
+        )
+        action = {
+            "type": "send-notification",
+            "block_document_id": str(block.save("stackwise", overwrite=True)),
+            "subject": "{{ flow_run.name }} is {{ flow_run.state.name }}",
+            "body": "{{ flow_run.state.message }} {{ flow_run|ui_url }}",
+        }
+        trigger = {
+            "type": "event",
+            "posture": "Reactive",
+            "expect": [f"prefect.flow-run.{end}" for end in ("Failed", "Crashed", *(["Completed"] if done else []))],
+            "match": {"prefect.resource.id": "prefect.flow-run.*"},
+            "match_related": [_OURS, {"prefect.resource.role": "flow", "prefect.resource.name": list(_WHOLE_RUNS)}],
+            "for_each": ["prefect.resource.id"],
+            "threshold": 1,
+        }
+        return _registered(NOTIFICATION, "Posts to the address of the block stackwise.", trigger, action)
+
+
+def remove_notification() -> bool:
+    """Remove that automation; return whether there was one."""
+    with watching(_find_api()):
+        from prefect.client.orchestration import get_client
+
+        with get_client(sync_client=True) as client:
+            there = client.read_automations_by_name(NOTIFICATION)
+            for found in there:
+                client.delete_automation(found.id)
+    return bool(there)
+
+
 def _find_api() -> str:
     """Set PREFECT_API_URL, if it is not set, to where `stackwise server` listens; return it if it answers."""
     check_proxies()
@@ -164,9 +216,6 @@ def _register_automation() -> bool:
     One of our runs that has neither ended nor been paused, and whose heartbeats stayed away for two periods and ten
     seconds, has crashed.
     """
-    from prefect.automations import AutomationCore
-    from prefect.client.orchestration import get_client
-
     ends = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed", "Suspended", "Paused"]
     message = "no heartbeat: its machine died, or the server was not reachable"
     trigger = {
@@ -175,21 +224,26 @@ def _register_automation() -> bool:
         "after": ["prefect.flow-run.heartbeat"],
         "expect": [f"prefect.flow-run.{end}" for end in ends],
         "match": {"prefect.resource.id": "prefect.flow-run.*"},
-        "match_related": {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"},
+        "match_related": _OURS,
         "for_each": ["prefect.resource.id"],
         "threshold": 1,
         "within": 2 * HEARTBEAT_SECONDS + 10,
     }
+    action = {"type": "change-flow-run-state", "state": "CRASHED", "message": message}
+    description = "Marks the runs of a dead machine as Crashed; without it they stay Running for ever."
+    return _registered(AUTOMATION, description, trigger, action)
+
+
+def _registered(name: str, description: str, trigger: dict[str, Any], action: dict[str, Any]) -> bool:
+    """Register an automation, or replace that of its name, which stays off if it is off; return whether it changed."""
+    from prefect.automations import AutomationCore
+    from prefect.client.orchestration import get_client
+
     wanted = AutomationCore.model_validate(
-        {
-            "name": AUTOMATION,
-            "description": "Marks the runs of a dead machine as Crashed; without it they stay Running for ever.",
-            "trigger": trigger,
-            "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "message": message}],
-        }
+        {"name": name, "description": description, "trigger": trigger, "actions": [action]}
     )
     with get_client(sync_client=True) as client:
-        there = client.read_automations_by_name(AUTOMATION)
+        there = client.read_automations_by_name(name)
         for found in there:
             if found.trigger == wanted.trigger and found.actions == wanted.actions:
                 return False

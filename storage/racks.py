@@ -16,6 +16,7 @@ from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.schema import Mode
 from stackwise_core.config.stacks import resolve_time_input, settings_of
 from stackwise_core.data.masks import IntArray
+from stackwise_core.data.sequences import PackedSequences
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.generation.unmask import Denoiser
@@ -118,13 +119,21 @@ class OpenedRun:
 
     def validation_rows(self) -> Iterator[IntArray]:
         """Yield its validation sequences [T], mapped into memory; raises ConfigError if it has none here."""
+        validation = self._validation()
+        for row in range(len(validation)):
+            yield validation.take(np.asarray([row]))[0][0]
+
+    def validation_fields(self, most: int) -> dict[str, Any]:
+        """Return the first of its validation sequences as a batch; raises ConfigError if it has none here."""
+        validation = self._validation()
+        return validation.fields(np.arange(min(most, len(validation))))
+
+    def _validation(self) -> PackedSequences:
         ref = self.attempt.plan.data_ref
         if self.artifacts.state(ref) in (State.ABSENT, State.RETIRED):
             allowed = f"run {self.attempt.name} has no validation sequences in {self.artifacts.uri}; name a text"
             raise ConfigError([Fault("--data", "nothing", allowed)])
-        _, validation = load_sequences(self.artifacts, ref)
-        for row in range(len(validation)):
-            yield validation.take(np.asarray([row]))[0][0]
+        return load_sequences(self.artifacts, ref)[1]
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that it was trained with; raises ConfigError if the file is gone or is another now."""

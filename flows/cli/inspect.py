@@ -136,7 +136,7 @@ def _describe(options: argparse.Namespace, artifacts: Artifacts, folder: Path, m
     if manifest.ref.kind == "stack" and (options.json or options.html):
         from flows.pages.stack import describe_stack
 
-        return describe_stack(artifacts.checked(manifest.ref), manifest)
+        return describe_stack(artifacts, manifest)
     return {}
 
 

@@ -69,6 +69,7 @@ _COMMANDS = {
         "--limit 2, then: prefect deployment run train-rack/quickstart",
         "services",
     ),
+    "notify": Command("post a line to an address when a run fails", "https://example.com/hook --done", "services"),
     "heartbeat": Command("let Prefect mark the runs of dead machines as crashed", module="services"),
 }
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from flows.cli.arguments import add_common
 from flows.pages.run import Document, describe_run
-from flows.pages.run_page import MOST_RUNS, loss_image, page_of, side_by_side, tables
+from flows.pages.run_page import MOST_RUNS, loss_image, page_of
+from flows.pages.run_tables import side_by_side, tables
 from flows.run.say import say, say_json
 from flows.run.terminal import print_tables, say_hanging
 from stackwise_core.errors import ConfigError, Fault
@@ -24,7 +25,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     help_text = "write one page that needs no network, and beside it the same as JSON"
     parser.add_argument("--html", default="", metavar="FILE", help=help_text)
     parser.add_argument("--svg", default="", metavar="FILE", help="write the curves of losses as a picture")
-    help_text = "of a single run: let the rack of every depth write N tokens (0; on a page 64)"
+    help_text = "of a single run: let the rack of every depth write N tokens (0; on a page 64, and 0 opens no rack)"
     parser.add_argument("--samples", type=int, metavar="N", help=help_text)
     help_text = "what they go on from (default: the beginning of a withheld sequence)"
     parser.add_argument("--prompt", default="", metavar="TEXT", help=help_text)
@@ -45,8 +46,8 @@ def _run(options: argparse.Namespace) -> None:
         return
     for document in documents:
         say_hanging("", f"{document['run']}: {document['verdict']}")
-        for warning in document["warnings"]:
-            say_hanging("", warning)
+        for line in filter(None, [document["standing"], *document["warnings"]]):
+            say_hanging("", line)
     print_tables(tables(documents[0]) if len(documents) == 1 else side_by_side(documents))
     for sample in documents[0]["samples"]:
         say("", f"stage {sample['stage']}, {sample['depth']} deep: {sample['prompt']!r} -> {sample['text']!r}")
@@ -85,8 +86,13 @@ def _add_samples(options: argparse.Namespace, artifacts: Artifacts, document: Do
     n_new = options.samples if options.samples is not None else _ON_A_PAGE if options.html or options.prompt else 0
     if n_new == 0 or not any(stage["digest"] for stage in document["stages"]):
         return
-    from flows.run.samples import sample_depths
+    from flows.run.samples import judge_depths, sample_depths
 
+    if options.html:
+        try:
+            document["depths"] = judge_depths(artifacts.uri, document["run"])
+        except ConfigError as error:
+            document["notes"].append(f"no losses by position: {error.faults[0].allowed}")
     try:
         document["samples"] = sample_depths(artifacts.uri, document["run"], n_new, options.prompt)
     except ConfigError as error:

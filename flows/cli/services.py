@@ -1,4 +1,4 @@
-"""`stackwise server`, `worker` and `heartbeat`: the processes behind deployments. Imports neither torch nor prefect."""
+"""`stackwise server`, `worker`, `heartbeat`, `notify`: behind deployments. Imports neither torch nor prefect."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import math
 from collections.abc import Callable
 
 from flows.run.say import say
-from flows.services import AUTOMATION, register_heartbeat, serve, work
+from flows.server import is_url
+from flows.services import (
+    AUTOMATION,
+    NOTIFICATION,
+    register_heartbeat,
+    register_notification,
+    remove_notification,
+    serve,
+    work,
+)
+from stackwise_core.errors import ConfigError, Fault
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +52,33 @@ def add_worker(parser: argparse.ArgumentParser) -> None:
 def add_heartbeat(parser: argparse.ArgumentParser) -> None:
     """`heartbeat` takes no arguments."""
     parser.set_defaults(run=_heartbeat)
+
+
+def add_notify(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `notify`."""
+    help_text = "where the server posts a line, such as https://hooks.slack.com/services/..."
+    parser.add_argument("address", nargs="?", default="", metavar="URL", help=help_text)
+    parser.add_argument("--done", action="store_true", help="also when a run has completed")
+    parser.add_argument("--off", action="store_true", help="tell nobody any more")
+    parser.set_defaults(run=_notify)
+
+
+def _notify(options: argparse.Namespace) -> None:
+    """Register or remove the automation that tells when a run has ended.
+
+    Raises:
+        ConfigError: there is no address of http or https, or one where none is wanted.
+    """
+    if options.off:
+        if options.address or options.done:
+            raise ConfigError([Fault("--off", options.address or "--done", "it takes nothing; leave the other out")])
+        say(f"automation {NOTIFICATION!r} {'is removed' if remove_notification() else 'was not there'}")
+        return
+    if not is_url(options.address):
+        allowed = "the address to post to is expected, such as https://hooks.slack.com/services/..."
+        raise ConfigError([Fault("URL", repr(options.address), allowed)])
+    changed = register_notification(options.address, done=options.done)
+    say(f"automation {NOTIFICATION!r} {'is registered' if changed else 'was there already'}")
 
 
 def _server(options: argparse.Namespace) -> None:

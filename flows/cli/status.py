@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.arguments import add_common
-from flows.run.live import read_live, told
+from flows.run.live import progress_line, read_live
 from flows.run.numbers import loss, size
 from flows.run.say import say, say_json
-from flows.run.summary import StageSummary, summarise
+from flows.run.summary import StageSummary, state_of_run, summarise
 from flows.run.terminal import plain_console, plain_table, stage_tables
 from stackwise_core.errors import ConfigError, Fault, shown
 from stackwise_core.stages.identity import Kind, Ref
@@ -59,7 +59,8 @@ def _follow(options: argparse.Namespace) -> None:
     artifacts, last = artifacts_at(options.artifacts).existing(), ""
     known_attempts(artifacts, options.name)
     while is_live(artifacts, options.name):
-        line = _progress_line(read_live(known_attempts(artifacts, options.name)[-1].folder))
+        live = read_live(known_attempts(artifacts, options.name)[-1].folder)
+        line = progress_line(live) if live else ""
         if line and line != last:
             say(line)
         last = line
@@ -68,13 +69,6 @@ def _follow(options: argparse.Namespace) -> None:
 
 _NO_JSON = ("--follow", "--json", "a document is printed once; leave one of them out")
 _SECONDS_BETWEEN_LOOKS = 1.0
-
-
-def _progress_line(live: dict[str, Any] | None) -> str:
-    if live is None:
-        return ""
-    where = f"stage {live['stage']}, {live['task']}" if live["stage"] >= 0 else live["task"]
-    return ": ".join(filter(None, [where, told(live)]))
 
 
 def show_runs(root: str, *, as_json: bool) -> None:
@@ -133,7 +127,7 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     message = "; ".join(run["message"].splitlines())
     shorter = len(attempt.plan.stages)
     fewer = [f"its newest attempt asked for {shorter} of these {len(stages)} stages"] if shorter < len(stages) else []
-    going = [line] if (line := _progress_line(run.get("progress"))) else []
+    going = [progress_line(run["progress"])] if "progress" in run else []
     say(*([message] if message else []), *fewer, *_holders(run), *going)
     console.print(stage_tables(stages))
     console.print()
@@ -187,14 +181,7 @@ def _describe(artifacts: Artifacts, found: list[Attempt], lookup: Lookups) -> di
     all_done = len(done) == len(plan.stages)
     making = {} if all_done and not live else plan.recipes
     holders = {ref.name: artifacts.place.lock_holder(ref.name) for ref in making}
-    if live:
-        state = "running"
-    elif all_done:  # the artifacts on disk count more than how the last attempt ended
-        state = "done"
-    elif outcome is None:
-        state = "killed"
-    else:
-        state = "incomplete" if outcome["state"] == "done" else outcome["state"]
+    state = state_of_run(outcome, live=live, all_done=all_done)
     return {
         "name": attempt.name,
         "state": state,

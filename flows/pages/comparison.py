@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from flows.pages.page import render
-from flows.pages.plots import LEFT, WIDTH, Mark, Plot, scale_of
+from flows.pages.plots import Mark, Plot, scale_of
 from flows.pages.report import escaped
 from flows.run.numbers import clock, loss, parameters, size
 from flows.run.terminal import TableOf
@@ -166,9 +166,6 @@ _CHARTS = {
     "seconds": ("seconds", "Of this machine, without validation."),
     "memory_bytes_forecast": ("memory [MiB]", "The planner's forecast for the largest stage of a run."),
 }
-_LABEL_HEIGHT, _LABEL_WIDTH = 17, 8.5
-"""Of a name in a chart and of a letter of it, on the smallest screen [px]."""
-_LONGEST_LABEL = 20
 _WIDE = 8
 """Ratio of an axis' ends from which on it is logarithmic."""
 _ROOM = 1.15
@@ -202,26 +199,8 @@ def _chart(document: Document, axis: str, x_label: str) -> Markup:
             plot.marks.append(Mark("line", {"class": "line thin", "x1": x, "x2": x, **ends}))
         dot = {"class": "dot" if row["arm"] in grows else "outlier", "cx": x, "cy": plot.y(found["mean"]), "r": 4}
         plot.marks.append(Mark("circle", dot, tip=f"{row['arm']}, budget {row['budget']:g}: {_mean(found)}"))
-    plot.marks += _labels([(plot.x(xs[id(row)]), plot.y(row["loss"]["mean"]), row["arm"]) for row in rows])
+    plot.names((xs[id(row)], row["loss"]["mean"], row["arm"]) for row in rows)
     return plot.svg()
-
-
-def _labels(points: Sequence[tuple[float, float, str]]) -> list[Mark]:
-    """Return the names of points, moved down from each other where they would overlap."""
-    placed: list[tuple[float, float, float]] = []  # left, right, height
-    marks: list[Mark] = []
-    for x, y, name in sorted(points, key=lambda point: point[1]):
-        text = name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}\u2026"
-        on_the_left = x > (LEFT + WIDTH) / 2
-        width = _LABEL_WIDTH * len(text)
-        left, right = (x - 8 - width, x - 8) if on_the_left else (x + 8, x + 8 + width)
-        for other_left, other_right, height in placed:
-            if left < other_right and other_left < right and abs(y - height) < _LABEL_HEIGHT:
-                y = height + _LABEL_HEIGHT
-        placed.append((left, right, y))
-        place = {"class": "note", "x": x - 8 if on_the_left else x + 8, "y": y + 4}
-        marks.append(Mark("text", {**place, "text-anchor": "end" if on_the_left else "start"}, text, tip=name))
-    return marks
 
 
 def write_comparison(document: Document, artifacts: Artifacts) -> Path:

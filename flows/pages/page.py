@@ -5,9 +5,10 @@ The templates escape what is inserted, so that names and corpus text cannot beco
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ def shape(lengths: Sequence[int], by: str = "\u00d7") -> str:
     return f" {by} ".join(f"{length:,}" for length in lengths)
 
 
+def ranges(numbers: Iterable[int]) -> str:
+    """Return rising numbers as ranges: 0\u20133, 7."""
+    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    spans = [[each for _, each in run] for _, run in runs]
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}\u2013{span[-1]}" for span in spans)
+
+
 def rounded(value: float) -> float | None:
     """Return a number for a JSON document: six significant digits, None if it is not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
@@ -80,6 +88,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "parameters": parameters,
     "phrase": phrase,
     "prod": math.prod,
+    "ranges": ranges,
     "shape": shape,
     "size": size,
     "visible": visible,

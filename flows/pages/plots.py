@@ -13,7 +13,14 @@ from flows.pages.page import render
 
 WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 30, 44
+MARGIN = 10
+"""Around an image [px]."""
 Numbers = Sequence[float | None]
+_FEWEST_TICKS = 3
+"""On a log axis; a shorter one has ticks in even steps."""
+_LABEL_HEIGHT, _LABEL_WIDTH = 17, 8.5
+"""Of a name and of a letter of it, on the smallest screen [px]."""
+_LONGEST_LABEL = 20
 _SMALLEST_SHOWN = 1e-5
 """A log axis begins at this fraction of its largest value; smaller values are rounding errors, drawn on the axis."""
 
@@ -52,7 +59,8 @@ class Scale:
         every = max(1, (last - first) // 5)
         powers = range(first - 1, last + 1) if len(factors) > 1 else range(first, last + 1, every)
         values = [factor * 10.0**power for power in powers for factor in factors]
-        return [value for value in values if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
+        found = [value for value in values if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
+        return found if len(found) >= _FEWEST_TICKS else Scale(self.low, self.high).ticks()
 
 
 def places(first: int, last: int) -> Scale:
@@ -139,10 +147,20 @@ class Plot:
         circle = {"class": class_, "cx": self.x(x), "cy": self.y(y), "r": 2 if class_ == "dot" else 4}
         self.marks.append(Mark("circle", circle, tip=f"{what}: {y:.4g}"))
 
-    def name(self, x: float, y: float, text: str) -> None:
-        """Write a name beside a point, on the side with room for it."""
-        left = self.x(x) > WIDTH - 80
-        self._write(self.x(x) + (-8 if left else 8), self.y(y) + 4, text, "note", "end" if left else "start")
+    def names(self, points: Iterable[tuple[float, float, str]], lift: int = 0) -> None:
+        """Write names beside points, on the side with room, moved down where they would overlap; `lift` is in px."""
+        placed: list[tuple[float, float, float]] = []  # left, right, height
+        for x, y, name in sorted(((self.x(x), self.y(y), name) for x, y, name in points), key=lambda each: each[1]):
+            text = name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}\u2026"
+            on_the_left = x > (LEFT + WIDTH) / 2
+            width, y = _LABEL_WIDTH * len(text), y - lift
+            left, right = (x - 8 - width, x - 8) if on_the_left else (x + 8, x + 8 + width)
+            for other_left, other_right, height in placed:
+                if left < other_right and other_left < right and abs(y - height) < _LABEL_HEIGHT:
+                    y = height + _LABEL_HEIGHT
+            placed.append((left, right, y))
+            mark = _text(x - 8 if on_the_left else x + 8, y + 4, text, "note", "end" if on_the_left else "start")
+            self.marks.append(mark if text == name else mark._replace(tip=name))
 
     def bars(self, edges: Sequence[float], heights: Sequence[float], floor: float) -> None:
         """Draw a histogram whose bars stand on a floor; empty bins have none."""
@@ -153,11 +171,9 @@ class Plot:
                 size = {"width": round(width, 1), "height": round(self.y(floor) - top, 1)}
                 self.marks.append(Mark("rect", {"class": "bar", "x": self.x(low), "y": top, **size}, tip=tip))
 
-    def level(self, y: float, text: str) -> None:
-        """Draw a labelled horizontal line at a value."""
-        at = self.y(y)
-        self._line("bound", LEFT, WIDTH - RIGHT, at, at)
-        self._write(WIDTH - RIGHT, at - 5, text, "note", "end")
+    def level(self, y: float) -> None:
+        """Draw a dashed horizontal line at a value."""
+        self._line("bound", LEFT, WIDTH - RIGHT, self.y(y), self.y(y))
 
     def place(self, x: float, text: str) -> None:
         """Draw a labelled vertical line at a value."""
@@ -170,9 +186,9 @@ class Plot:
         """Return the plot as an element of a page, in the style of that page."""
         return _svg(WIDTH, HEIGHT, self.label, self.marks)
 
-    def image(self, style: str, margin: int) -> Markup:
-        """Return the plot as an image with a style and a white margin [px]."""
-        size = {"left": -margin, "top": -margin, "width": WIDTH + 2 * margin, "height": HEIGHT + 2 * margin}
+    def image(self, style: str) -> Markup:
+        """Return the plot as an image with a style and a white margin."""
+        size = {"left": -MARGIN, "top": -MARGIN, "width": WIDTH + 2 * MARGIN, "height": HEIGHT + 2 * MARGIN}
         return render("plot.svg.j2", **size, label=self.label, marks=self.marks, image_style=style)
 
     def _points(self, xs: Numbers, ys: Numbers) -> str:

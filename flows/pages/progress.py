@@ -14,7 +14,6 @@ from flows.run.numbers import clock, loss, size
 _MOST_POINTS = 300
 _FORGOTTEN = 0.1
 """Share of the points at the beginning that do not stretch the axis of losses: they are far above the others."""
-_MARGIN = 10  # px
 
 
 class Curve:
@@ -122,7 +121,7 @@ class RunProgress:
         plot.line([step for step, _ in points], [value for _, value in points])
         for step, value in self._validated:
             plot.dot(step, value, "validated", "validation")
-        drawn = as_image("Training loss (line) and validation loss (dots)", plot.image(STYLE + _DOTS, _MARGIN))
+        drawn = as_image("Training loss (line) and validation loss (dots)", plot.image(STYLE + _DOTS))
         return [drawn, "", "Line: training loss. Dots: validation loss."]
 
 

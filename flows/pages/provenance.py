@@ -38,7 +38,7 @@ def phrase(entry: dict[str, Any]) -> str:
 
 
 def trace(artifacts: Artifacts, manifest: Manifest) -> list[dict[str, Any]]:
-    """Return one entry for each artifact that this one comes from, in the order of their making, itself last.
+    """Return one entry for each artifact that this one comes from, none before what it was made from, itself last.
 
     `state` is sealed, retired, absent, corrupt or replaced: sealed again since with other bytes than were read.
     The other fields of an unreadable artifact are empty.

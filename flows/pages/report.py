@@ -17,8 +17,6 @@ text { font: 12.5px system-ui, sans-serif; fill: #555b64; } .label, .note { fill
 """
 """Fixed colours on white, because an image cannot follow the light or dark theme of its page."""
 
-_MARGIN = 10  # px
-
 
 def report(
     name: str,
@@ -56,12 +54,11 @@ def loss_plot(stages: Sequence[StageSummary]) -> str:
     numbers = [stage.stage for stage in stages]
     everything = [loss for losses in lines.values() for loss in losses]
     plot = Plot(places(0, numbers[-1]), scale_of(everything), "stage", "validation loss [nats]")
-    for what, losses in lines.items():
+    for losses in lines.values():
         plot.line(numbers, losses)
         plot.dots(numbers, losses, "point", "stage")
-        if what and losses[-1] is not None:
-            plot.name(numbers[-1], losses[-1], what)
-    return as_image("Validation loss by stage", plot.image(STYLE, _MARGIN))
+    plot.names((numbers[-1], losses[-1], what) for what, losses in lines.items() if what and losses[-1] is not None)
+    return as_image("Validation loss by stage", plot.image(STYLE))
 
 
 def as_image(what: str, drawn: str) -> str:

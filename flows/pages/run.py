@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from flows.pages.provenance import trace
-from flows.run.summary import StageSummary, rise, summarise
+from flows.run.live import progress_line, read_live
+from flows.run.summary import StageSummary, rise, state_of_run, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.keys import keys_of
 from stackwise_core.config.unused import notes
 from stackwise_core.stages.charges import charge
 from stackwise_core.stages.plan import RunPlan, StagePlan
+from stackwise_core.stages.stages import Anatomy
 from stackwise_core.strict import parse_object
 from storage.artifacts import Artifacts
 from storage.checkpoints import METRICS
 from storage.errors import ArtifactCorruptError
 from storage.manifest import Manifest
-from storage.runs import find_run
+from storage.runs import Attempt, find_run, is_live, known_attempts
 
 Document = dict[str, Any]
 POINTS = 200
@@ -37,7 +39,7 @@ def describe_run(artifacts: Artifacts, name: str) -> Document:
         ConfigError: there is no such run.
         ArtifactError: what the run recorded of itself is damaged.
     """
-    attempt = find_run(artifacts, name)
+    attempt, newest = find_run(artifacts, name), known_attempts(artifacts, name)[-1]
     config, plan = attempt.config, attempt.plan
     keys = keys_of(config)
     summaries = summarise(artifacts, plan)
@@ -49,6 +51,7 @@ def describe_run(artifacts: Artifacts, name: str) -> Document:
         "artifacts": artifacts.uri,
         "attempt": attempt.number,
         "started": attempt.start["started"],
+        **_now(artifacts, newest, unfinished=any(summary.unfinished for summary in summaries)),
         "verdict": _verdict(summaries),
         "warnings": [line for n in range(1, len(summaries) + 1) if (line := rise(summaries[:n]))],
         "notes": notes(config),
@@ -68,7 +71,24 @@ def describe_run(artifacts: Artifacts, name: str) -> Document:
         "lineage": trace(artifacts, manifests[-1]) if manifests else [],
         "command": shlex.join(["stackwise", "train", f"{attempt.where}/config.yaml", "--artifacts", artifacts.uri]),
         "samples": [],
+        "depths": [],
     }
+
+
+def _now(artifacts: Artifacts, newest: Attempt, *, unfinished: bool) -> Document:
+    """Return how the newest attempt of a run stands: its state, when it ended, and in words what that means."""
+    live, outcome = is_live(artifacts, newest.name), newest.outcome
+    state = state_of_run(outcome, live=live, all_done=not unfinished)
+    said = read_live(newest.folder) if live else None
+    message = outcome["message"] if outcome else ""
+    standing = {
+        "running": f"It is running: {progress_line(said)}." if said else "It is running.",
+        "failed": f"It failed: {message}. Its command goes on from what is there.",
+        "stopped": f"It was stopped: {message}.",
+        "killed": "Its process ended without a word, as when it is killed. Its command goes on from what is there.",
+    }
+    ended = "" if live or outcome is None else outcome["ended"]
+    return {"state": state, "ended": ended, "standing": standing.get(state, "")}
 
 
 def _sum(values: Any) -> float:
@@ -149,6 +169,7 @@ def _stage(artifacts: Artifacts, config: StackWiseConfig, stage: StagePlan, summ
         "tokens": trained if stack else 0,
         "memory_bytes_forecast": stack.get("memory_bytes_forecast", 0),
         "memory_bytes_measured": stack.get("memory_bytes_peak"),
+        "stack_bytes": manifest.n_bytes if manifest else None,
         "cache_error": None if rounded is None or exact is None else rounded - exact,
         "precision": {str(each.index): each.precision for each in stage.spec.stacks},
         "adapters": {
@@ -194,15 +215,22 @@ def _mean(span: Sequence[Document], name: str) -> float | None:
 
 def _parts(plan: RunPlan) -> list[Document]:
     """Return for each part of the rack, in data-flow order, what of it every stage trained; None before it is there."""
-    anatomies = [stage.spec.anatomy for stage in plan.stages]
-    rows: list[Document] = [
-        {"part": "embedding", "trained": ["everything" if each.embedding_trains else "nothing" for each in anatomies]}
-    ]
-    for stack in anatomies[-1].order:
-        there = [each.trains_of(stack) if stack in each.order else None for each in anatomies]
-        rows.append({"part": f"stack {stack}", "trained": there})
-    rows.append({"part": "head", "trained": ["everything" if each.head_trains else "nothing" for each in anatomies]})
+    specs, rows = [stage.spec for stage in plan.stages], list[Document]()
+    for part in ("embedding", *specs[-1].anatomy.order, "head"):
+        trained = list[str | None]()
+        for spec in specs:
+            there = _trains(spec.anatomy, part)
+            if there is not None and spec.adopted:
+                there = "nothing" if any(trained) else "adopted"
+            trained.append(there)
+        rows.append({"part": f"stack {part}" if isinstance(part, int) else part, "trained": trained})
     return rows
+
+
+def _trains(anatomy: Anatomy, part: int | str) -> str | None:
+    if isinstance(part, int):
+        return anatomy.trains_of(part) if part in anatomy.order else None
+    return "everything" if (anatomy.embedding_trains if part == "embedding" else anatomy.head_trains) else "nothing"
 
 
 def _machines(manifests: Sequence[Manifest]) -> list[Document]:

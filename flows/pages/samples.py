@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from flows.pages.page import listed
+from flows.pages.page import listed, number
 from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.data.masks import IntArray
 from stackwise_core.data.order import RowOrder
@@ -56,13 +56,13 @@ def sample_rows(
 
 
 def title_of(sample: dict[str, Any]) -> str:
-    """Return the title of a sample row; sequences of the validation split are numbered from 2^40."""
-    sequence = sample["sequence_id"]
-    name = f"{sequence:,}" if sequence < FIRST_VALIDATION_ID else f"2⁴⁰ + {sequence - FIRST_VALIDATION_ID:,}"
+    """Return the title of a sample row; the sequences of each split are numbered from 0."""
+    name = f"{sample['sequence_id'] % FIRST_VALIDATION_ID:,}"
     view = f", view {sample['view']}" if sample["group"] == "train" else ""
     known = [norm for norm in sample["norms"] if norm is not None]
-    norms = f"; norms {min(known):.3g} to {max(known):.3g}" if known else ""
-    return f"{sample['group']} row {sample['row']:,}, sequence {name}{view}{norms}"
+    norms = f"; norms {number(min(known))} to {number(max(known))}" if known else ""
+    group = "training" if sample["group"] == "train" else "validation"
+    return f"{group} row {sample['row']:,}: sequence {name}{view}{norms}"
 
 
 def norms_by_piece(sample: dict[str, Any]) -> list[tuple[str, int, list[float]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,37 @@ from flows.pages.page import artifact_page
 from flows.pages.plots import Plot, places, scale_of
 from stackwise_core.strict import parse_object
 from storage.activations.statistics import evenly_spaced
+from storage.artifacts import Artifacts
 from storage.checkpoints import METRICS, load_tensors
 from storage.errors import ArtifactCorruptError
-from storage.manifest import Manifest
+from storage.manifest import Manifest, read_manifest
 
 _MOST_STEPS = 1000
 
 
-def describe_stack(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Return the sections `tensors` and `metrics` (at most 1,000 steps) of the document of a sealed stack.
+def describe_stack(artifacts: Artifacts, manifest: Manifest) -> dict[str, Any]:
+    """Return the sections `tensors`, `metrics` (at most 1,000 steps) and `validation` of a sealed stack's document.
+
+    `validation` holds the losses of the rack that ends with it; empty if it was not judged.
 
     Raises:
         ArtifactCorruptError: a file is not in the safetensors format.
     """
+    folder = artifacts.checked(manifest.ref)
     files = sorted(name for name in manifest.files if name.endswith(".safetensors"))
     held = {file: load_tensors(folder / file) for file in files}
     tensors = [_tensor(file, name, held[file][name]) for file in files for name in sorted(held[file], key=_by_number)]
-    return {"tensors": tensors, "metrics": _metrics(folder / METRICS) if METRICS in manifest.files else []}
+    metrics = _metrics(folder / METRICS) if METRICS in manifest.files else []
+    return {"tensors": tensors, "metrics": metrics, "validation": _validation(artifacts, manifest)}
+
+
+def _validation(artifacts: Artifacts, stack: Manifest) -> dict[str, Any]:
+    beginning, here = f"validation-{stack.ref.stage}-", (stack.ref, stack.digest)
+    for folder in artifacts.everything():
+        found = read_manifest(folder) if folder.name.startswith(beginning) else None
+        if found and here in [(entry.ref, entry.digest) for entry in found.inputs]:
+            return found.facts if artifacts.sealed(found.ref) else {}
+    return {}
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
@@ -51,22 +66,31 @@ def _tensor(file: str, name: str, tensor: Tensor) -> dict[str, Any]:
 
 def stack_page(document: dict[str, Any]) -> str:
     """Return the page of the document of a sealed stack."""
-    curves = _curves(document["metrics"]) if document["metrics"] else []
-    return artifact_page("stack.html.j2", document, curves=curves)
+    metrics = document["metrics"]
+    last = [record["loss"] for record in metrics[9 * len(metrics) // 10 :] if record["loss"] is not None]
+    mean = math.fsum(last) / len(last) if last else None
+    curves = _curves(metrics, document["validation"].get("validation_loss")) if metrics else []
+    return artifact_page("stack.html.j2", document, curves=curves, mean_loss=mean)
 
 
-def _curves(metrics: list[dict[str, Any]]) -> list[tuple[Markup, str]]:
+def _curves(metrics: list[dict[str, Any]], validation_loss: float | None) -> list[tuple[Markup, str]]:
     captions = {
-        "loss": ("loss [nats per loss position]", "The loss of each step's batch."),
+        "loss": ("loss [nats per loss position]", "Of each step's batch."),
         "learning_rate": ("learning rate", "The schedule of the optimizer."),
         "gradient_norm": ("norm of the gradient", "Before clipping, on a logarithmic scale."),
     }
-    steps = [record["step"] for record in metrics]
+    steps = [record["step"] + 1 for record in metrics]
+    judged = [(record["step"] + 1, record["validation_loss"]) for record in metrics if "validation_loss" in record]
+    if validation_loss is not None:
+        judged = [*(each for each in judged if each[0] < steps[-1]), (steps[-1], validation_loss)]
     curves: list[tuple[Markup, str]] = []
     for name, (label, caption) in captions.items():
-        log = name == "gradient_norm"
+        log, validated = name == "gradient_norm", judged if name == "loss" else []
         values = [record.get(name) for record in metrics]
-        plot = Plot(places(steps[0], steps[-1]), scale_of(values, log=log, zero=name == "learning_rate"), "step", label)
+        around = scale_of([*values, *(value for _, value in validated)], log=log, zero=name == "learning_rate")
+        plot = Plot(places(steps[0], steps[-1]), around, "step", label)
         plot.line(steps, [value if value is None or value > 0 or not log else None for value in values])
-        curves.append((plot.svg(), caption))
+        for step, value in validated:
+            plot.dot(step, value, "outlier judged", f"validation, step {step}")
+        curves.append((plot.svg(), caption + (" Dots: validation." if validated else "")))
     return curves

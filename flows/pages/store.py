@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from flows.pages.drift import Boundary, drift_of
-from flows.pages.page import artifact_page, listed, rounded, visible
+from flows.pages.page import artifact_page, listed, number, rounded, visible
 from flows.pages.plots import Plot, Scale, matrix, places, scale_of
 from flows.pages.samples import norms_by_piece, sample_rows, title_of
 from stackwise_core.strict import parse_object
@@ -24,6 +25,9 @@ from storage.stores import open_at
 _NAMED_OUTLIERS = 5
 _WIDE = 8.0
 """Norms whose range exceeds this factor are drawn on a logarithmic scale."""
+
+_DARKEST = 0.95
+"""Quantile of a row's norms from which on tokens have the full colour: a first token may be ten times as long."""
 
 Figure = tuple[Markup, str]
 """A plot and its caption."""
@@ -147,13 +151,12 @@ def _by_channel(store: dict[str, Any]) -> Figure:
         ("outlier", channels["outliers"]),
     ):
         plot.dots(which, [rms[channel] for channel in which], class_, "channel")
-    for channel in channels["outliers"][:_NAMED_OUTLIERS]:
-        plot.name(channel, rms[channel], str(channel))
+    plot.names((channel, rms[channel], str(channel)) for channel in channels["outliers"][:_NAMED_OUTLIERS])
     if far:
-        plot.level(bound, f"outliers from {bound:.3g} on")
+        plot.level(bound)
     caption = (
-        f"Size of each channel. One that is {statistics.OUTLIER_FACTOR:g} times the median is an outlier"
-        + ("." if far else f" (from {bound:.3g} on, beyond this plot).")
+        f"Size of each channel. One that is {statistics.OUTLIER_FACTOR:g} times the median is an outlier: "
+        + f"from {number(bound)} on, {'the dashed line' if far else 'beyond this plot'}."
         + (" Rings are dead channels." if channels["dead"] else "")
     )
     return plot.svg(), caption
@@ -168,9 +171,11 @@ def _sorted_std(store: dict[str, Any]) -> Figure:
     scale = scale_of([*values, bound] if near else values, log=log, zero=not log)
     plot = Plot(places(1, len(values)), scale, "channels, the widest first", "standard deviation")
     plot.line(range(1, len(values) + 1), [value if value > 0 or not log else scale.low for value in values])
-    if near and bound > 0:
-        plot.level(bound, f"dead up to {bound:.2g}")
-    caption = f"How much channels vary. One with {statistics.DEAD_FACTOR:g} of the median or less is dead."
+    marked = near and bound > 0
+    if marked:
+        plot.level(bound)
+    caption = f"How much channels vary. One with {statistics.DEAD_FACTOR:g} of the median or less is dead"
+    caption += f": below {number(bound)}, the dashed line." if marked else "."
     return plot.svg(), caption
 
 
@@ -222,12 +227,12 @@ def _row(sample: dict[str, Any]) -> dict[str, Any]:
     """Return the title of a sample row, and its tokens with the strength of the colour behind each."""
     norms, changed = sample["norms"], set(sample["changed"])
     known = [norm for norm in norms if norm is not None] or [0.0]
-    low, span = min(known), max(known) - min(known) or 1.0
+    low, high = min(known), float(np.quantile(known, _DARKEST))
     if not sample["pieces"]:
         sample = {**sample, "pieces": ["·"] * len(norms), "piece_tokens": [1] * len(norms)}
     tokens: list[dict[str, Any]] = []
     for place, (text, first, of_piece) in enumerate(norms_by_piece(sample)):
-        heat = (max(of_piece) - low) / span if of_piece else 0.0
+        heat = min((max(of_piece) - low) / (high - low or 1.0), 1.0) if of_piece else 0.0
         tip = f"position {first}: {f'norm {max(of_piece):.4g}' if of_piece else 'not finite'}"
         tokens.append({"text": visible(text), "heat": f"{heat:.2f}", "tip": tip, "changed": place in changed})
     return {"title": title_of(sample), "tokens": tokens}

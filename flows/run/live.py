@@ -172,6 +172,12 @@ def told(said: Mapping[str, Any]) -> str:
     return f"{words}, {said['tokens_per_second']:,.0f} tokens/s"
 
 
+def progress_line(said: Mapping[str, Any]) -> str:
+    """Return where a run is, and how far, from what a `LiveFile` says of it."""
+    where = f"stage {said['stage']}, {said['task']}" if said["stage"] >= 0 else str(said["task"])
+    return ": ".join(filter(None, [where, told(said)]))
+
+
 def read_live(folder: Path) -> dict[str, Any] | None:
     """Return what the file of an attempt says; None if there is none, or it is no such file."""
     try:

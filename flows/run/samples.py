@@ -1,4 +1,4 @@
-"""Text from the rack of every depth of a run, from one beginning."""
+"""What the rack of every depth of a run makes of withheld sequences: text, losses, and norms of its stream."""
 
 from __future__ import annotations
 
@@ -6,16 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.generation.generate import generate
 from stackwise_core.generation.sampling import Sampling
 from stackwise_core.generation.unmask import Unmasking, unmask
+from stackwise_core.model.rack import Rack
+from stackwise_core.objectives.losses import Batch, input_time_step, loss_positions, several
+from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.training.hardware import use_hardware
 from storage.racks import OpenedRun, open_runs
 
 _TEMPERATURE = 0.8
 _MOST_GIVEN = 32  # tokens
+_MOST_ROWS, _MOST_TOKENS = 16, 8192
+"""Withheld sequences that are judged."""
+_RATIOS = (0.15, 0.5, 0.85)
+"""Shares of masked tokens at which a masked rack is judged."""
+_LOGITS_AT_ONCE = 512  # positions: a row of logits can have a megabyte
 
 
 def sample_depths(uri: str | Path, run: str, n_new: int, prompt: str = "") -> list[dict[str, Any]]:
@@ -35,7 +47,8 @@ def sample_depths(uri: str | Path, run: str, n_new: int, prompt: str = "") -> li
         ArtifactError: a file is missing or damaged.
     """
     found = open_runs(uri, run)
-    tokenizer, context = found[-1].tokenizer(), found[-1].config.data.seq_len
+    config = found[-1].config  # of all depths: reading it takes longer than a small rack
+    tokenizer, context = found[-1].tokenizer(), config.data.seq_len
     if prompt:
         given = tokenizer.encode(prompt.encode()).tolist()[: context - 1]
     else:
@@ -46,16 +59,18 @@ def sample_depths(uri: str | Path, run: str, n_new: int, prompt: str = "") -> li
             "stage": opened.stages[-1].index,
             "depth": len(opened.stages[-1].spec.stacks),
             "prompt": tokenizer.decode(np.asarray(given)),
-            "text": tokenizer.decode(np.asarray(_continued(opened, tokenizer, given, n_new))),
+            "text": tokenizer.decode(np.asarray(_continued(opened, config, tokenizer, given, n_new))),
         }
         for opened in found
     ]
 
 
-def _continued(opened: OpenedRun, tokenizer: Tokenizer, given: list[int], n_new: int) -> list[int]:
+def _continued(
+    opened: OpenedRun, config: StackWiseConfig, tokenizer: Tokenizer, given: list[int], n_new: int
+) -> list[int]:
     """Return the tokens that follow, one after the other or filled in among masks, as the rack was trained."""
-    device = use_hardware(opened.config.hardware)
-    if opened.config.training.progressive.training_objective == "clm":
+    device = use_hardware(config.hardware)
+    if config.training.progressive.training_objective == "clm":
         sampling = Sampling(temperature=_TEMPERATURE)
         return generate(opened.rack(dense=True).to(device), [given], n_new, sampling)[0].tokens
     assert tokenizer.mask_token is not None  # it was trained with one
@@ -64,3 +79,64 @@ def _continued(opened: OpenedRun, tokenizer: Tokenizer, given: list[int], n_new:
     how = Unmasking(temperature=_TEMPERATURE)
     forbidden = sorted(never - {tokenizer.end_token})  # which may stand in for a missing pad token
     return unmask(opened.denoisers(device), [row], tokenizer.mask_token, how, forbidden)[0][len(given) :]
+
+
+@torch.no_grad()
+def judge_depths(uri: str | Path, run: str) -> list[dict[str, Any]]:
+    """Return how the rack of each depth judges some withheld sequences.
+
+    Returns:
+        A document for each depth: `stage`, `depth`; `loss_by_position`, the mean cross-entropy [nats] of spans of
+        positions by the last of each, counted from 1; or, of a masked rack, `loss_by_ratio` by the share of masked
+        tokens; and `stream_norms`, the median norm of a token's stream below the first stack and above each.
+
+    Raises:
+        ConfigError: the run has no rack, or no withheld sequence.
+        ArtifactError: a file is missing or damaged.
+    """
+    found = open_runs(uri, run)
+    config = found[-1].config
+    fields = found[-1].validation_fields(max(1, min(_MOST_ROWS, _MOST_TOKENS // config.data.seq_len)))
+    named = [{"stage": each.stages[-1].index, "depth": len(each.stages[-1].spec.stacks)} for each in found]
+    return [{**name, **_judged(opened, config, fields)} for name, opened in zip(named, found, strict=True)]
+
+
+def _judged(opened: OpenedRun, config: StackWiseConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    objective, own = config.training.progressive.training_objective, opened.stages[-1].mask
+    mask = own and own.for_validation()
+    masks = {str(ratio): mask.at_ratio(ratio) for ratio in _RATIOS} if mask else {"": None}
+    rack, device = opened.rack(dense=True), use_hardware(config.hardware)
+    rack.to(device)
+    norms, by_position, by_ratio = list[float](), dict[str, float](), dict[str, float]()
+    for ratio, corruption in masks.items():
+        batch = validation_batch(fields, corruption, objective)
+        norms, losses_BT = _losses_of(rack, batch, device)
+        if corruption is None:
+            by_position = _in_spans(losses_BT)
+        elif bool(losses_BT.isfinite().any()):
+            by_ratio[ratio] = losses_BT.nanmean().item()
+    return {"loss_by_position": by_position, "loss_by_ratio": by_ratio, "stream_norms": norms}
+
+
+def _losses_of(rack: Rack, batch: Batch, device: torch.device) -> tuple[list[float], Tensor]:
+    """Return the median norms of the stream, and the cross-entropy of every loss position [B, T], NaN elsewhere."""
+    documents = several(batch.get("documents"))
+    stream_BTD = rack.embedding(batch["input_ids"].to(device), input_time_step(batch))
+    norms = [stream_BTD.norm(dim=-1).median().item()]
+    for stack in rack.stacks:
+        stream_BTD = stack(stream_BTD, documents_BT=None if documents is None else documents.to(device))
+        norms.append(stream_BTD.norm(dim=-1).median().item())
+    at_P = loss_positions(batch).flatten().nonzero().squeeze(1)
+    losses = torch.full((batch["targets"].numel(),), torch.nan)
+    for part_P in at_P.split(_LOGITS_AT_ONCE):
+        logits_PV = rack.head(stream_BTD.flatten(0, 1)[part_P.to(device)])
+        targets_P = batch["targets"].flatten()[part_P].to(device)
+        losses[part_P] = F.cross_entropy(logits_PV.float(), targets_P, reduction="none").cpu()
+    return norms, losses.view(batch["targets"].shape)
+
+
+def _in_spans(losses_BT: Tensor) -> dict[str, float]:
+    """Return the means of positions 1, 2, 3 to 4, 5 to 8 and so on, by the last of each."""
+    ends = [min(2**n, losses_BT.shape[1]) for n in range((losses_BT.shape[1] - 1).bit_length() + 1)]
+    spans = {end: losses_BT[:, start:end] for start, end in zip([0, *ends], ends, strict=False)}
+    return {str(end): span.nanmean().item() for end, span in spans.items() if bool(span.isfinite().any())}

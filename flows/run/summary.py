@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import BaseModel, Field
 
@@ -135,6 +136,17 @@ def rise(stages: Sequence[StageSummary]) -> str:
 
 STAGE_COLUMNS = ("stage", "how", "|params", "|loss", "|val. loss", "|time", "cache")
 """Header of the stage table in the terminal, on Prefect's pages and in the report; | aligns a column right."""
+
+
+def state_of_run(outcome: dict[str, Any] | None, *, live: bool, all_done: bool) -> str:
+    """Return the state of a run: running, done, killed, incomplete, or as its newest attempt ended: failed, stopped."""
+    if live:
+        return "running"
+    if all_done:  # the artifacts on disk count more than how the last attempt ended
+        return "done"
+    if outcome is None:
+        return "killed"
+    return "incomplete" if outcome["state"] == "done" else str(outcome["state"])
 
 
 def summarise(artifacts: Artifacts, plan: RunPlan) -> list[StageSummary]:

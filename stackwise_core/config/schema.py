@@ -118,6 +118,19 @@ CustomLoss = Annotated[
 ]
 
 
+FIRST = (
+    *("name", "source", "tokenizer", "seq_len", "d_model", "blocks_per_stack"),
+    *("steps_per_stack", "batch_size", "learning_rate", "progressive", "target_stacks"),
+)
+"""The ten keys that people change first, and the section of the last: a form begins every section with its own."""
+
+
+def _as_form(schema: dict[str, Any]) -> None:
+    """Order the fields of Prefect's form, and call them what they are called in a file."""
+    for number, (name, field) in enumerate(schema.get("properties", {}).items()):
+        field["title"], field["position"] = name, FIRST.index(name) if name in FIRST else len(FIRST) + number
+
+
 class Section(BaseModel):
     """A section of the configuration. Unknown keys and wrong types are errors, also on assignment."""
 
@@ -130,6 +143,7 @@ class Section(BaseModel):
         validate_by_name=True,
         validate_by_alias=True,
         serialize_by_alias=True,
+        json_schema_extra=_as_form,
     )
 
 

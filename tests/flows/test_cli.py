@@ -52,7 +52,7 @@ COMMANDS = (
         "quarantine",
         "doctor",
     ),
-    *("server", "worker", "heartbeat", "export", "join"),
+    *("server", "worker", "heartbeat", "notify", "export", "join"),
 )
 
 

@@ -111,6 +111,21 @@ def test_a_form_can_show_every_parameter(flow: Any) -> None:
             assert {"type", "$ref", "enum"} & field.keys(), f"{path}/{name} has no type"
 
 
+def test_the_keys_that_people_change_first_come_first() -> None:
+    """Prefect's form orders the fields of every section by `position`."""
+    fields = {name: section["properties"] for name, section in schema_of(train_rack)["definitions"].items()}
+    shown = {
+        name: sorted(fields[name], key=lambda key: fields[name][key]["position"])
+        for name in ("RunConfig", "DataConfig", "ModelConfig", "TrainingConfig", "ProgressiveConfig")
+    }
+    assert shown["RunConfig"][0] == "name"
+    assert shown["DataConfig"][:3] == ["source", "tokenizer", "seq_len"]
+    assert shown["ModelConfig"][:2] == ["d_model", "blocks_per_stack"]
+    assert shown["TrainingConfig"][:4] == ["steps_per_stack", "batch_size", "learning_rate", "progressive"]
+    assert shown["ProgressiveConfig"][0] == "target_stacks"
+    assert fields["TrainingConfig"]["batch_size"]["title"] == "batch_size"
+
+
 def test_literals_are_drop_downs_with_their_defaults() -> None:
     growth = schema_of(train_rack)["definitions"]["ProgressiveConfig"]["properties"]
     assert growth["trunk_strategy"]["enum"] == ["frozen", "qlora", "full"]

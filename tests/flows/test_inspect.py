@@ -392,6 +392,21 @@ def test_ticks_are_round_and_on_the_axis(scale: Scale, ticks: list[float]) -> No
     assert (places[0], places[-1]) == (0, 1)
 
 
+def test_a_log_axis_has_more_than_one_tick() -> None:
+    for low, high in ((2.1, 4.9), (1.9, 4.7), (0.31, 0.48), (5.1e-4, 9.7e-4), (1, 1.2), (3, 3000)):
+        scale = Scale(low, high, log=True)
+        assert len(scale.ticks()) >= 3
+        assert all(low <= tick <= high for tick in scale.ticks())
+
+
+def test_a_stack_leads_with_its_validation_loss(kept: Path, look: Look, tmp_path: Path) -> None:
+    document = look(kept, "tiny/1/stack", "--json", "--html", tmp_path / "p.html").document
+    facts = json.loads((folder_of(kept, "validation", 1) / "manifest.json").read_text())["facts"]
+    assert document["validation"] == facts
+    tiles = re.findall(r'class="tile"><b>([^<]+)</b><span>([^<]+)', (tmp_path / "p.html").read_text())
+    assert tiles[0] == (f"{facts['validation_loss']:.4f}", "validation loss [nats per loss position]")
+
+
 def test_numbers_of_ticks() -> None:
     values = [0, -0.5, 12000, 1e-6, 0.30000000000000004, 2e7]
     assert [tick_text(value) for value in values] == ["0", "\u22120.5", "12,000", "1e\u22126", "0.3", "2e7"]

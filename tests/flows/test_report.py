@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+import torch
+from torch.nn import functional
 
-from flows.pages.run_page import tables
+from flows.pages.run_tables import tables
 from stackwise_core.stages.charges import cost
 from storage.artifacts import Artifacts
-from storage.racks import load_rack
+from storage.racks import load_rack, open_run
+from storage.records import sealed
 from storage.runs import find_run
 from support.commands import Run
 from support.modes import G
@@ -81,6 +85,26 @@ def test_what_trained_is_what_a_stage_wrote(run: Run, tmp_path: Path) -> None:
     assert trained["stack 0"] == ["everything", "adapters"]
     (parts,) = (table for table in tables(document) if table.title.startswith("What trained"))
     assert [row[-1] for row in parts.rows] == ["", "full, LoRA of rank 8", "full", ""]
+    assert parts.rows[1][:3] == ["stack 0", "0", "1"]
+
+
+def test_losses_by_position_are_those_of_the_rack(reference: Reference, run: Run, tmp_path: Path) -> None:
+    root = reference()
+    run("report", "tiny", "--artifacts", root, "--html", tmp_path / "page.html")
+    depths = json.loads((tmp_path / "page.json").read_text())["depths"]
+    assert [each["depth"] for each in depths] == [1, 2, 3]
+    opened = open_run(root, "tiny")
+    rows = torch.as_tensor(np.stack(list(opened.validation_rows()))).long()
+    rack = opened.rack(dense=True)
+    losses = functional.cross_entropy(rack(rows)[:, :-1].transpose(1, 2), rows[:, 1:], reduction="none")
+    spans = {"1": slice(0, 1), "2": slice(1, 2), "4": slice(2, 4), "8": slice(4, 8), "16": slice(8, 15)}
+    expected = {last: losses[:, span].mean().item() for last, span in spans.items()}
+    assert depths[-1]["loss_by_position"] == pytest.approx(expected, rel=1e-4)
+    norms = [rack.hidden(rows, n).norm(dim=-1).median().item() for n in range(4)]
+    assert depths[-1]["stream_norms"] == pytest.approx(norms, rel=1e-4)
+    text = (tmp_path / "page.html").read_text()
+    assert "position in the sequence" in text
+    assert "norm of the stream" in text
 
 
 def test_a_page_needs_nothing_and_is_beside_its_data(reference: Reference, run: Run, tmp_path: Path) -> None:
@@ -90,7 +114,7 @@ def test_a_page_needs_nothing_and_is_beside_its_data(reference: Reference, run: 
     assert not re.search(r"""(?:src|href)\s*=|https?://(?!www\.w3\.org)|@import|url\(""", text)
     assert "<script>the of" not in text
     assert "&lt;script&gt;the of" in text
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 7
     assert document["verdict"] in text
     assert document["verdict"] in said.out
     assert [sample["depth"] for sample in document["samples"]] == [1, 2, 3]
@@ -129,6 +153,11 @@ def test_a_run_that_is_not_over(reference: Reference, run: Run, tmp_path: Path) 
     said = run("report", "tiny", "--artifacts", root, "--html", tmp_path / "page.html")
     assert said.code == 0
     assert "2 of 3 stages are done." in said.out
+    outcome = next(root.glob("runs/tiny/attempts/*/outcome.json"))
+    outcome.write_bytes(sealed({**json.loads(outcome.read_text()), "state": "failed", "message": "loss is NaN"}))
+    assert "It failed: loss is NaN. Its command goes on" in run("report", "tiny", "--artifacts", root).out
+    outcome.unlink()
+    assert "Its process ended without a word" in run("report", "tiny", "--artifacts", root).out
     document = json.loads((tmp_path / "page.json").read_text())
     assert [stage["state"] for stage in document["stages"]] == ["done", "done", "unfinished"]
     assert document["stages"][2]["digest"] is None

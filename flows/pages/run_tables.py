@@ -1,0 +1,167 @@
+"""The tables of a report, of one run or of several side by side, for the terminal and for pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from flows.pages.page import number, ranges
+from flows.pages.run import Document, differences
+from flows.run.numbers import clock, loss, parameters, size
+from flows.run.terminal import TableOf
+
+
+def tables(document: Document) -> list[TableOf]:
+    """Return the tables of a report; those that would be empty are left out."""
+    stages = document["stages"]
+    found = [_stages(stages), _cost(stages), _held(stages), _by_mask_ratio(stages), _parts(document)]
+    return [table for table in [*map(_without_empty_columns, found), _changes(document)] if table.rows]
+
+
+def _without_empty_columns(table: TableOf) -> TableOf:
+    full = [at for at in range(len(table.columns)) if any(row[at] not in ("", "-") for row in table.rows)]
+    return TableOf(table.title, [table.columns[at] for at in full], [[row[at] for at in full] for row in table.rows])
+
+
+def _stages(stages: Sequence[Document]) -> TableOf:
+    columns = ("|stage", "how", "|params", "|trained", "|loss", "|val. loss", "|gain")
+    rows = [
+        [
+            str(stage["stage"]),
+            stage["name"] + _unfinished(stage),
+            parameters(stage["rack_parameters"]),
+            parameters(stage["trainable_parameters"]),
+            loss(stage["train_loss"]),
+            loss(stage["validation_loss"]),
+            _signed(stage["gain"], "+.4f"),
+        ]
+        for stage in stages
+    ]
+    return TableOf("Stages", columns, rows)
+
+
+def _unfinished(stage: Document) -> str:
+    if stage["state"] == "done":
+        return ""
+    kept = stage["steps_kept"]
+    return " (unfinished)" if kept is None else f" (unfinished, {kept:,} of {stage['steps']:,} steps kept)"
+
+
+def _cost(stages: Sequence[Document]) -> TableOf:
+    columns = ("|stage", "|steps", "|tokens", "|TFLOP", "|without cache", "|time", "|tokens/s")
+    rows = [
+        [
+            str(stage["stage"]),
+            _steps(stage),
+            parameters(stage["tokens"]),
+            number(stage["tflop"]),
+            number(stage["tflop_recomputed"]),
+            "-" if stage["seconds"] is None else clock(stage["seconds"]),
+            "-" if stage["tokens_per_second"] is None else f"{stage['tokens_per_second']:,}",
+        ]
+        for stage in stages
+        if stage["steps"] or stage["seconds"]
+    ]
+    return TableOf("What it cost", columns, rows)
+
+
+def _steps(stage: Document) -> str:
+    planned, kept = stage.get("steps_planned"), stage.get("kept_step")
+    early = f" of {planned:,}" if planned else ""
+    return f"{stage['steps']:,}{early}" + (f", kept {kept:,}" if kept else "")
+
+
+def _held(stages: Sequence[Document]) -> TableOf:
+    columns = ("|stage", "|memory planned", "|measured", "|checkpoint", "|cache", "|its error", "where it is from")
+    rows = [
+        [
+            str(stage["stage"]),
+            _bytes(stage["memory_bytes_forecast"] or None),
+            _bytes(stage["memory_bytes_measured"]),
+            _bytes(stage["stack_bytes"]),
+            _bytes(stage["cache_bytes"]),
+            _signed(stage["cache_error"], "+.1e"),
+            stage["cache_note"] or "from tokens",
+        ]
+        for stage in stages
+    ]
+    return TableOf("Memory and disk", columns, rows)
+
+
+def _by_mask_ratio(stages: Sequence[Document]) -> TableOf:
+    ratios = list(dict.fromkeys(ratio for stage in stages for ratio in stage["by_mask_ratio"]))
+    rows = [
+        [str(stage["stage"]), *(loss(stage["by_mask_ratio"].get(ratio)) for ratio in ratios)]
+        for stage in stages
+        if stage["by_mask_ratio"]
+    ]
+    columns = ("|stage", *(f"|{float(ratio):.0%}" for ratio in ratios))
+    return TableOf("Validation loss by share of masked tokens", columns, rows)
+
+
+def _parts(document: Document) -> TableOf:
+    """Return which stages trained each part of the rack; a row per part, however many stages there are."""
+    numbers = [stage["stage"] for stage in document["stages"]]
+    rows = [
+        [
+            row["part"],
+            *(
+                ranges(at for at, found in zip(numbers, row["trained"], strict=True) if found == what)
+                for what in ("everything", "adapters", "nothing", "adopted")
+            ),
+            _stored(document, row),
+        ]
+        for row in document["parts"]
+    ]
+    columns = ("part", "trained in stages", "its adapters in", "frozen in", "adopted in", "stored as")
+    return TableOf("What trained in which stage", columns, rows)
+
+
+def _stored(document: Document, row: Document) -> str:
+    """Return the precision of a stack, and the ranks of its adapters."""
+    if not row["part"].startswith("stack "):
+        return ""
+    stack, last = row["part"].removeprefix("stack "), document["stages"][-1]
+    ranks = {f"rank {rank}" for rank in last["adapters"].get(stack, {}).values()}
+    return ", ".join([last["precision"][stack], *(["LoRA of " + ", ".join(sorted(ranks))] if ranks else [])])
+
+
+def _changes(document: Document) -> TableOf:
+    rows = [[key["name"], _value(key["value"]), _value(key["default"])] for key in document["changes"]]
+    return TableOf("What the configuration changes", ("key", "value", "default"), rows)
+
+
+def side_by_side(documents: Sequence[Document]) -> list[TableOf]:
+    """Return the tables of several runs: what came of each, and the keys in which they differ."""
+    columns = ("run", "|stages", "|parameters", "|validation", "|TFLOP", "|tokens", "|time", "|cache")
+    rows = [
+        [
+            document["run"],
+            str(len(document["stages"])),
+            parameters(document["parameters"]),
+            loss(document["validation_loss"]),
+            number(document["tflop"]),
+            parameters(document["tokens"]),
+            clock(document["seconds"]),
+            size(document["cache_bytes"]),
+        ]
+        for document in documents
+    ]
+    differing = [[each["name"], *map(_value, each["values"])] for each in differences(documents)]
+    names = tuple(document["run"] for document in documents)
+    found = [TableOf("Runs", columns, rows), TableOf("Where their configurations differ", ("key", *names), differing)]
+    return [table for table in found if table.rows]
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _bytes(count: int | None) -> str:
+    return "-" if count is None else size(count)
+
+
+def _signed(value: float | None, form: str) -> str:
+    """Return a difference with its sign, a true minus; - if it is not known."""
+    return "-" if value is None else f"{value:{form}}".replace("-", "\u2212") if value else "0"
