@@ -60,6 +60,7 @@ def serve(host: str, port: int) -> None:
     switch_off_telemetry()
     os.environ.update({name: value for name, value in BATCHED.items() if name not in os.environ})
     here = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    os.environ.setdefault("PREFECT_UI_URL", here)  # of the links in notifications
     if not find_api().value:
         os.environ.setdefault("PREFECT_UI_API_URL", f"{here}/api")  # otherwise its pages call port 4200
     variable = "" if f"{here}/api" == _API else f"PREFECT_API_URL={here}/api "
@@ -127,7 +128,7 @@ def register_notification(address: str, *, done: bool) -> bool:
             "type": "send-notification",
             "block_document_id": str(block.save("stackwise", overwrite=True)),
             "subject": "{{ flow_run.name }} is {{ flow_run.state.name }}",
-            "body": "{{ flow_run.state.message }} {{ flow_run|ui_url }}",
+            "body": "{{ flow_run.state.message or '' }} {{ (flow_run|ui_url) or '' }}",
         }
         trigger = {
             "type": "event",

@@ -154,7 +154,7 @@ def test_a_run_that_is_not_over(reference: Reference, run: Run, tmp_path: Path) 
     assert said.code == 0
     assert "2 of 3 stages are done." in said.out
     outcome = next(root.glob("runs/tiny/attempts/*/outcome.json"))
-    outcome.write_bytes(sealed({**json.loads(outcome.read_text()), "state": "failed", "message": "loss is NaN"}))
+    outcome.write_text(sealed({**json.loads(outcome.read_text()), "state": "failed", "message": "loss is NaN"}))
     assert "It failed: loss is NaN. Its command goes on" in run("report", "tiny", "--artifacts", root).out
     outcome.unlink()
     assert "Its process ended without a word" in run("report", "tiny", "--artifacts", root).out
