@@ -27,7 +27,7 @@ from prefect.runtime import flow_run
 
 from flows.pages.comparison import markdown
 from flows.pages.progress import RunProgress
-from flows.pages.report import loss_plot, report
+from flows.pages.report import escaped, loss_plot, report
 from flows.run.events import Event, RowsCached, RunStarted, StageDone, StageOpened, StepTaken, Subscriber, subscribed
 from flows.run.numbers import loss, size
 from flows.run.stage import Stage
@@ -143,7 +143,7 @@ def live_page(name: str) -> Generator[None]:
     progress = RunProgress()
 
     def show(outcome: str) -> None:  # drawn in the thread of the update, not in that of the training
-        _publish(progress.markdown(outcome), key_of(name, "now"), f"{name}: now")
+        _publish(progress.markdown(outcome), key_of(name, "now"), progress.line(outcome))
 
     renewed = _Renewed("page of now", show)
 
@@ -152,11 +152,14 @@ def live_page(name: str) -> Generator[None]:
         if renewed.is_due:
             renewed.start("")
 
-    outcome = "Stopped or failed; the log says why."
+    outcome = f"All stages are done; {key_of(name, 'report')} has the results."
     try:
         with subscribed(on_event):
             yield
-        outcome = f"All stages are done; {key_of(name, 'report')} has the results."
+    except BaseException as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        outcome = f"Stopped or failed, the log says more: {escaped(reason)}"
+        raise
     finally:
         renewed.start(outcome)
         renewed.wait()
@@ -224,11 +227,17 @@ def publish_run(config: StackWiseConfig, root: str) -> Subscriber:
             with _never_failing("stage table and report"):
                 _publish([_row(summary) for summary in done], key_of(name, "stages"), f"Stages of {name}")
                 text = report(name, root, done, runs, notes(config), n_stages)
-                _publish(text, key_of(name, "report"), f"Report of {name}")
+                _publish(text, key_of(name, "report"), _sofar(done, n_stages))
                 # Markdown, because the page of an image artifact prints its address, here the whole image.
                 _publish(loss_plot(done), key_of(name, "loss"), f"Validation loss of {name} by stage")
 
     return publish
+
+
+def _sofar(done: list[StageSummary], n_stages: int) -> str:
+    """Return what the card of a report says on the run's own page."""
+    judged = f", validation loss {loss(last)}" if (last := done[-1].validation_loss) is not None else ""
+    return f"{len(done)} of {n_stages} stages are done{judged}"
 
 
 def publish_comparison(document: dict[str, Any]) -> None:

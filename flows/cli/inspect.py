@@ -69,7 +69,7 @@ def show_artifact(options: argparse.Namespace) -> int:
     if state is State.SEALED:
         document |= _describe(options, artifacts, folder, manifest)
     if options.html:
-        _write_page(options.html, document)
+        _write_page(options.html, document, artifacts, manifest)
     if options.json:
         say_json(document)
     elif options.html:
@@ -152,13 +152,17 @@ def _other_store(artifacts: Artifacts, uri: str) -> Boundary:
     return Boundary.of(home, folder, manifest)
 
 
-def _write_page(path: str, document: dict[str, Any]) -> None:
-    if document["ref"]["kind"] == "activations":
-        from flows.pages.store import store_page as make_page
+def _write_page(path: str, document: dict[str, Any], artifacts: Artifacts, manifest: Manifest) -> None:
+    if manifest.ref.kind == "activations":
+        from flows.pages.store import store_page
+
+        page = store_page(document)
     else:
-        from flows.pages.stack import stack_page as make_page
+        from flows.pages.stack import stack_page, validation_of
+
+        page = stack_page(document, validation_of(artifacts, manifest))
     try:
-        write_text(Path(path).absolute(), make_page(document))
+        write_text(Path(path).absolute(), page)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError([Fault("--html", repr(path), f"it cannot be written ({reason})")]) from None

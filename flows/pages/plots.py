@@ -192,7 +192,9 @@ class Plot:
         return render("plot.svg.j2", **size, label=self.label, marks=self.marks, image_style=style)
 
     def _points(self, xs: Numbers, ys: Numbers) -> str:
-        known = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
+        """Return the known points; those above the axis are left out, not drawn as if they lay at its end."""
+        most = self._y.high + 1e-9 * abs(self._y.high)
+        known = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None and y <= most]
         return " ".join(f"{self.x(x)},{self.y(y)}" for x, y in known)
 
     def _line(self, class_: str, x1: float, x2: float, y1: float, y2: float) -> None:

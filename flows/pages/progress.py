@@ -93,8 +93,26 @@ class RunProgress:
         lines = [f"**{outcome or self._doing}**", "", *self._numbers(), *self._plot(), ""]
         return "\n".join([*lines, f"As of {now} UTC, {clock(time.monotonic() - self._began)} after the start."])
 
+    def line(self, outcome: str = "") -> str:
+        """Return the same in a line for the card on the run's own page, which shows some sixty letters of it."""
+        cells = self._numbers_of_now()
+        left = cells.pop("left of the run", None) or cells.pop("left of the stage", None)
+        validated = cells.pop("last validation loss", None)
+        first = {"": left and f"{left} left", "loss ": cells.pop("loss", None), "validation ": validated}
+        known = [f"{name}{value}" for name, value in first.items() if value]
+        if outcome:
+            return ", ".join([outcome.rstrip("."), *known[-1:]])
+        return ", ".join([*known, self._doing, *(f"{name} {value}" for name, value in cells.items())])
+
     def _numbers(self) -> list[str]:
-        """Return a table of now, without what is not known."""
+        """Return a table of now."""
+        cells = self._numbers_of_now()
+        if not cells:
+            return []
+        return [f"| {' | '.join(row)} |" for row in (cells, ["--:"] * len(cells), cells.values())] + [""]
+
+    def _numbers_of_now(self) -> dict[str, str]:
+        """Return the numbers of now by their names, without what is not known."""
         step, pace = self._step, self._pace
         cells: dict[str, str] = {}
         if step is not None:
@@ -107,9 +125,7 @@ class RunProgress:
                 cells["left of the run"] = clock(pace.run_seconds_left)
         if self._validated:
             cells["last validation loss"] = loss(self._validated[-1][1])
-        if not cells:
-            return []
-        return [f"| {' | '.join(row)} |" for row in (cells, ["--:"] * len(cells), cells.values())] + [""]
+        return cells
 
     def _plot(self) -> list[str]:
         points = self._trained.points

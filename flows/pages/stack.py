@@ -22,9 +22,7 @@ _MOST_STEPS = 1000
 
 
 def describe_stack(artifacts: Artifacts, manifest: Manifest) -> dict[str, Any]:
-    """Return the sections `tensors`, `metrics` (at most 1,000 steps) and `validation` of a sealed stack's document.
-
-    `validation` holds the losses of the rack that ends with it; empty if it was not judged.
+    """Return the sections `tensors` and `metrics` (at most 1,000 steps) of the document of a sealed stack.
 
     Raises:
         ArtifactCorruptError: a file is not in the safetensors format.
@@ -34,10 +32,11 @@ def describe_stack(artifacts: Artifacts, manifest: Manifest) -> dict[str, Any]:
     held = {file: load_tensors(folder / file) for file in files}
     tensors = [_tensor(file, name, held[file][name]) for file in files for name in sorted(held[file], key=_by_number)]
     metrics = _metrics(folder / METRICS) if METRICS in manifest.files else []
-    return {"tensors": tensors, "metrics": metrics, "validation": _validation(artifacts, manifest)}
+    return {"tensors": tensors, "metrics": metrics}
 
 
-def _validation(artifacts: Artifacts, stack: Manifest) -> dict[str, Any]:
+def validation_of(artifacts: Artifacts, stack: Manifest) -> dict[str, Any]:
+    """Return the losses of the rack that ends with a stack; empty if it was not judged."""
     beginning, here = f"validation-{stack.ref.stage}-", (stack.ref, stack.digest)
     for folder in artifacts.everything():
         found = read_manifest(folder) if folder.name.startswith(beginning) else None
@@ -64,13 +63,13 @@ def _tensor(file: str, name: str, tensor: Tensor) -> dict[str, Any]:
     return {"file": file, "name": name, "shape": list(tensor.shape), "dtype": dtype, "bytes": tensor.nbytes}
 
 
-def stack_page(document: dict[str, Any]) -> str:
-    """Return the page of the document of a sealed stack."""
+def stack_page(document: dict[str, Any], validation: dict[str, Any]) -> str:
+    """Return the page of the document of a sealed stack, and of the validation of its rack."""
     metrics = document["metrics"]
     last = [record["loss"] for record in metrics[9 * len(metrics) // 10 :] if record["loss"] is not None]
     mean = math.fsum(last) / len(last) if last else None
-    curves = _curves(metrics, document["validation"].get("validation_loss")) if metrics else []
-    return artifact_page("stack.html.j2", document, curves=curves, mean_loss=mean)
+    curves = _curves(metrics, validation.get("validation_loss")) if metrics else []
+    return artifact_page("stack.html.j2", document, curves=curves, mean_loss=mean, validation=validation)
 
 
 def _curves(metrics: list[dict[str, Any]], validation_loss: float | None) -> list[tuple[Markup, str]]:

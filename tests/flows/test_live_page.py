@@ -74,6 +74,7 @@ def test_the_numbers_of_now(now: Clock) -> None:
         "left of the stage": "5 s",
         "left of the run": "1:05",  # 5 s, and six times the 10 s of this stage
     }
+    assert progress.line().startswith("1:05 left, loss 2.5000, Stage 0 ")
     progress(RowsCached(0, 2**20, 2**21))
     assert "**Stage 0 (the last is 2): caching activations, 1.0 MiB of 2.0 MiB**" in progress.markdown()
     progress(TaskStarted(0, "validate"))
@@ -135,9 +136,10 @@ def test_a_failed_run_says_so_and_a_server_that_is_away_stops_nothing(monkeypatc
     monkeypatch.setattr(artifacts, "flow_run", SimpleNamespace(id="a flow run"))
     logger = SimpleNamespace(warning=lambda text, *values: warnings.append(text % values))
     monkeypatch.setattr(artifacts, "get_run_logger", lambda: logger)
-    with pytest.raises(KeyError), artifacts.live_page("tiny"):
-        raise KeyError
-    assert "the log says why" in shown[0]
+    with pytest.raises(ArithmeticError), artifacts.live_page("tiny"):
+        raise ArithmeticError("stage 1: the loss is <b>not</b> finite\nand so on")
+    assert "**Stopped or failed, the log says more: stage 1: the loss is \\<b\\>not" in shown[0]
+    assert "and so on" not in shown[0]
     assert warnings == ["the page of now on Prefect's pages was not updated: the server is away"]
 
 
