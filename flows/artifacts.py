@@ -35,7 +35,7 @@ from flows.run.summary import STAGE_COLUMNS, StageSummary
 from flows.run.terminal import PlainLines
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
-from stackwise_core.errors import shown
+from stackwise_core.errors import StageInterruptedError, shown
 
 _SECONDS_BETWEEN_UPDATES = 5.0  # an update costs the server tens of milliseconds
 _SECONDS_TO_FINISH = 5.0
@@ -158,7 +158,8 @@ def live_page(name: str) -> Generator[None]:
             yield
     except BaseException as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        outcome = f"Stopped or failed, the log says more: {escaped(reason)}"
+        stopped = isinstance(error, StageInterruptedError)
+        outcome = f"{'Stopped' if stopped else 'Failed, the log says more'}: {escaped(reason)}"
         raise
     finally:
         renewed.start(outcome)

@@ -122,7 +122,7 @@ def register_notification(address: str, *, done: bool) -> bool:
 
         key = "content" if "discord" in (urlsplit(address).hostname or "") else "text"  # Slack and others: text
         block = CustomWebhookNotificationBlock(
-            name="StackWise", url=address, json_data={key: "{{subject}}: {{body}}"}, timeout=10
+            name="StackWise", url=address, json_data={key: "{{subject}}: {{body}}"}, headers=None, cookies=None
         )
         action = {
             "type": "send-notification",

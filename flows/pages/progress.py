@@ -90,26 +90,27 @@ class RunProgress:
     def markdown(self, outcome: str = "") -> str:
         """Return the page as of now; `outcome` says how the run ended, if it did."""
         now = datetime.now(UTC).strftime("%H:%M:%S")
-        lines = [f"**{outcome or self._doing}**", "", *self._numbers(), *self._plot(), ""]
+        lines = [f"**{outcome or self._doing}**", "", self._numbers(outcome), "", *self._plot(), ""]
         return "\n".join([*lines, f"As of {now} UTC, {clock(time.monotonic() - self._began)} after the start."])
 
     def line(self, outcome: str = "") -> str:
         """Return the same in a line for the card on the run's own page, which shows some sixty letters of it."""
+        if outcome:
+            judged = f", validation {loss(self._validated[-1][1])}" if self._validated else ""
+            return outcome.rstrip(".") + judged
         cells = self._numbers_of_now()
         left = cells.pop("left of the run", None) or cells.pop("left of the stage", None)
         validated = cells.pop("last validation loss", None)
         first = {"": left and f"{left} left", "loss ": cells.pop("loss", None), "validation ": validated}
         known = [f"{name}{value}" for name, value in first.items() if value]
-        if outcome:
-            return ", ".join([outcome.rstrip("."), *known[-1:]])
         return ", ".join([*known, self._doing, *(f"{name} {value}" for name, value in cells.items())])
 
-    def _numbers(self) -> list[str]:
-        """Return a table of now."""
+    def _numbers(self, outcome: str) -> str:
+        """Return the numbers of now as one paragraph, which a narrow page wraps; after the end only what stays true."""
         cells = self._numbers_of_now()
-        if not cells:
-            return []
-        return [f"| {' | '.join(row)} |" for row in (cells, ["--:"] * len(cells), cells.values())] + [""]
+        if outcome:
+            cells = {name: cells[name] for name in cells if name == "last validation loss"}
+        return " \u00b7 ".join(f"{name} **{value}**" for name, value in cells.items())
 
     def _numbers_of_now(self) -> dict[str, str]:
         """Return the numbers of now by their names, without what is not known."""

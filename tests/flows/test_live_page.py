@@ -66,14 +66,14 @@ def test_the_numbers_of_now(now: Clock) -> None:
     steps(progress, now, 0, 5, 1.0)
     text = progress.markdown()
     assert "**Stage 0 (the last is 2): step 5 of 10**" in text
-    cells = dict(zip(*(re.findall(r"[^|]+", line.strip("| ")) for line in text.splitlines()[2:5:2]), strict=True))
-    assert {name.strip(): value.strip() for name, value in cells.items()} == {
+    assert dict(number.strip("*").split(" **") for number in text.splitlines()[2].split(" \u00b7 ")) == {
         "loss": "2.5000",
         "learning rate": "0.002",
         "tokens/s": "640",
         "left of the stage": "5 s",
         "left of the run": "1:05",  # 5 s, and six times the 10 s of this stage
     }
+    assert "left of" not in progress.markdown("Stopped") + progress.line("Stopped")  # nothing is
     assert progress.line().startswith("1:05 left, loss 2.5000, Stage 0 ")
     progress(RowsCached(0, 2**20, 2**21))
     assert "**Stage 0 (the last is 2): caching activations, 1.0 MiB of 2.0 MiB**" in progress.markdown()
@@ -138,7 +138,7 @@ def test_a_failed_run_says_so_and_a_server_that_is_away_stops_nothing(monkeypatc
     monkeypatch.setattr(artifacts, "get_run_logger", lambda: logger)
     with pytest.raises(ArithmeticError), artifacts.live_page("tiny"):
         raise ArithmeticError("stage 1: the loss is <b>not</b> finite\nand so on")
-    assert "**Stopped or failed, the log says more: stage 1: the loss is \\<b\\>not" in shown[0]
+    assert "**Failed, the log says more: stage 1: the loss is \\<b\\>not" in shown[0]
     assert "and so on" not in shown[0]
     assert warnings == ["the page of now on Prefect's pages was not updated: the server is away"]
 
