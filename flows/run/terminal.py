@@ -182,7 +182,8 @@ class LiveBars:
         """Draw on a console while `live` is entered."""
         self.console = console
         self.progress, self._whole = _progress(console), _progress(console)
-        self.live = Live(Group(self.progress, self._whole), console=console, refresh_per_second=_FRAMES_PER_SECOND)
+        bars = _Narrower(Group(self.progress, self._whole))
+        self.live = Live(bars, console=console, refresh_per_second=_FRAMES_PER_SECOND)
         self._bars: dict[int, tuple[str, TaskID]] = {}
         """Per stage: the task that is shown, and its bar."""
         self._describer = _Describer()
@@ -252,6 +253,16 @@ _FOR_RUN = " for the run"
 _FRAMES_PER_SECOND = 4
 
 
+@dataclass(frozen=True)
+class _Narrower:
+    """Leaves room at the end of lines for the ^C that a terminal echoes: on a line of its own it would stay."""
+
+    inside: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.inside, options.update_width(max(20, options.max_width - len("^C"))))
+
+
 def _progress(console: Console) -> Progress:
     """Return bars without any: a mark, what it is, the bar, and as much of the detail as fits."""
     what = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=16))
@@ -284,9 +295,7 @@ class _Bar(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         share = min(task.completed / task.total, 1.0) if task.total else 0.0
-        filled, eighths = divmod(round(share * self._cells * 8), 8)
-        drawn = "█" * filled + ("▏▎▍▌▋▊▉"[eighths - 1] if eighths else "")
-        return Text(f"{drawn:░<{self._cells}}")
+        return Text(f"{'█' * int(share * self._cells):░<{self._cells}}")
 
 
 class _Detail(ProgressColumn):
@@ -399,7 +408,7 @@ class _PlainTable(Table):
 
 _GAP = 2
 """Cells between two columns."""
-_TEXT = 24
+_TEXT = 14
 """Cells below which a column of text is not made narrower."""
 _WORD = 40
 """Length of the longest word that is kept whole in a text."""
@@ -420,7 +429,8 @@ def _parts_of(columns: Sequence[Column], width: int) -> list[list[Column]]:
         for at in sorted(part, key=lambda at: sizes[at][1] - sizes[at][0]):  # what can give most gives first
             given = max(0, min(over, widths[at] - sizes[at][1]))
             widths[at], over = widths[at] - given, over - given
-        settled.append([replace(columns[at], width=widths[at]) for at in part])
+        widths[part[-1]] = max(min(widths[part[-1]], _TEXT), widths[part[-1]] - max(0, over))  # a very long word breaks
+        settled.append([replace(columns[at], width=widths[at], _index=place) for place, at in enumerate(part)])
     return settled
 
 
