@@ -29,8 +29,9 @@ from stackwise_core.stages.costs import (
     trainable_parameters,
 )
 from stackwise_core.stages.identity import AdoptedRecipe, Ref
-from stackwise_core.stages.memory import Memory, Saving, Setting, does_not_fit, memory, savings, table
+from stackwise_core.stages.memory import Memory, Setting, memory
 from stackwise_core.stages.plan import RunPlan, StagePlan, cooldown_flops, rows_read_again
+from stackwise_core.stages.remedies import Saving, does_not_fit, savings, table
 from stackwise_core.stages.resolve import reads_examples, resolve_order
 from storage.adopt import plan_in
 from storage.artifacts import Artifacts, State, artifacts_at

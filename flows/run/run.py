@@ -30,8 +30,8 @@ from stackwise_core.config.unused import notes
 from stackwise_core.errors import StageInterruptedError
 from stackwise_core.stages.charges import charge
 from stackwise_core.stages.identity import Ref
-from stackwise_core.stages.memory import does_not_fit
 from stackwise_core.stages.plan import RunPlan
+from stackwise_core.stages.remedies import does_not_fit
 from stackwise_core.stages.resolve import imports
 from stackwise_core.training.hardware import compiler_fault, use_hardware
 from storage.adopt import plan_in

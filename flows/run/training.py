@@ -21,8 +21,9 @@ from stackwise_core.model.precision import count_parameters
 from stackwise_core.stages.adopt import adopted_recipes, rack_files
 from stackwise_core.stages.costs import rack_parameters, stack_parameters
 from stackwise_core.stages.identity import Ref
-from stackwise_core.stages.memory import Setting, explained, memory
+from stackwise_core.stages.memory import Setting, memory
 from stackwise_core.stages.plan import cooldown_flops
+from stackwise_core.stages.remedies import explained
 from stackwise_core.stages.saved_rack import SavedRack
 from stackwise_core.training.saved_state import StateWriter
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel

@@ -23,7 +23,7 @@ from stackwise_core.model.snapshot import Interrupted, Snapshot
 from stackwise_core.notebook import bar
 from stackwise_core.objectives.dataloader import ProgressiveDataLoader, RowSource
 from stackwise_core.objectives.losses import Batch
-from stackwise_core.stages.memory import explained
+from stackwise_core.stages.remedies import explained
 from stackwise_core.stages.resolve import resolve_mask
 from stackwise_core.stages.stages import StageSpec, ends_at_peak, resolve_joint, resolve_stage
 from stackwise_core.training.call import Call

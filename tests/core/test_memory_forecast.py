@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.memory import peak_bytes
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer, StackWiseConfig
@@ -14,7 +16,8 @@ from stackwise_core.errors import ConfigError, OutOfMemoryError
 from stackwise_core.model.adapters import add_adapter
 from stackwise_core.model.blocks import Head, Stack, TokenEmbedding
 from stackwise_core.model.precision import convert_storage
-from stackwise_core.stages.memory import Memory, Setting, does_not_fit, memory, savings, table
+from stackwise_core.stages.memory import Memory, Setting, memory
+from stackwise_core.stages.remedies import does_not_fit, savings, table
 from stackwise_core.stages.resolve import resolve_shape
 from stackwise_core.stages.stages import resolve_stage
 from stackwise_core.training import peak, training
@@ -60,7 +63,7 @@ def model_of(setting: Setting, config: StackWiseConfig) -> StageModel:
     return StageModel.assemble(config, spec.anatomy, stacks, head, embedding, torch.device("cpu"))
 
 
-def trained(setting: Setting, config: StackWiseConfig, n_steps: int) -> Trained:
+def trained(setting: Setting, config: StackWiseConfig, n_steps: int, trunk: Sequence[nn.Module] = ()) -> Trained:
     """A stage that trains for some steps on one batch."""
     tokens = torch.randint(0, setting.shape.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
     batch: dict[str, Any] = {
@@ -73,7 +76,7 @@ def trained(setting: Setting, config: StackWiseConfig, n_steps: int) -> Trained:
     }
     spec = setting.spec.model_copy(update={"optim": setting.spec.optim.model_copy(update={"steps": n_steps})})
     batches: list[Any] = [batch] * n_steps
-    return train_stage(StageInputs(spec, model_of(setting, config), batches), Hooks())
+    return train_stage(StageInputs(spec, model_of(setting, config), batches, trunk=trunk), Hooks())
 
 
 CASES: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -193,6 +196,16 @@ def test_a_fault_that_is_no_want_of_memory_is_not_explained(monkeypatch: pytest.
     config = tiny("clm")
     with pytest.raises(ValueError, match="shapes differ"):
         ProgressiveTrainer(config).train_progressively(ProgressiveRackBuilder(config), loader_of(), 1)
+
+
+def test_a_trunk_that_computes_the_boundary_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak, "WATCHED", 3)
+    setting, config = setting_of({"model.vocab_size": 4096}, 1, 4096, cached=False)
+    below = Stack(setting.shape, 2, 0, "full")
+    with_trunk = trained(setting, config, 3, [TokenEmbedding(setting.shape), below]).peak_bytes
+    assert memory(setting).peak == pytest.approx(with_trunk, rel=0.1)
+    alone = trained(setting, config, 3).peak_bytes
+    assert with_trunk == (alone or 0) + 4 * (4096 * 64 + sum(weight.numel() for weight in below.parameters()))
 
 
 def test_a_card_is_asked_for_its_own_peak(monkeypatch: pytest.MonkeyPatch) -> None:
