@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from flows.pages.page import render
 from flows.pages.plots import Mark, Plot, scale_of
-from flows.pages.report import escaped
+from flows.pages.report import escaped, table_row
 from flows.run.numbers import clock, loss, parameters, size
 from flows.run.terminal import TableOf
 from flows.run.verdict import AXES, failures_of, rows_of
@@ -25,70 +25,94 @@ Document = dict[str, Any]
 
 
 def tables(document: Document) -> list[TableOf]:
-    """Return the tables of a comparison: the losses, what they cost, and what end-to-end training does for as much."""
-    arms = {arm["arm"]: arm for arm in document["arms"]}
-    many = len({row["budget"] for row in rows_of(document)}) > 1
+    """Return the tables of a comparison: the losses, what they cost, and what end-to-end training does for as much.
+
+    Those in which nothing is known are left out.
+    """
     rows = sorted(rows_of(document), key=lambda row: (row["budget"], row["loss"]["mean"] if row["loss"] else math.inf))
-
-    def table(
-        title: str, columns: Sequence[str], cells_of: Callable[[Document], list[str]], of: list[Document]
-    ) -> TableOf:
-        named = [[row["arm"], *([f"{row['budget']:g}"] if many else []), *cells_of(row)] for row in of]
-        return TableOf(title, ["arm", *(["|budget"] if many else []), *columns], named)
-
-    bits = ["|bits/byte"] if any("bits_per_byte" in row for row in rows) else []
+    arms = {arm["arm"]: arm for arm in document["arms"]}
     compared = [row for row in rows if row["against"]]
-    found = [
-        table(
-            f"Validation loss [{document['unit']}] on {document['judged_on']}",
-            ["|rate", "|loss", *bits, "|above end-to-end", "|seeds"],
-            lambda row: [
+    found = [_losses(document, rows, arms), _costs(rows, arms), _needs(rows), _shares(compared), _gaps(compared)]
+    many = len({row["budget"] for row in rows}) > 1
+    return [_named(*each, many=many) for each in found if any(set(cells) != {"-"} for _, cells in each[2])]
+
+
+_Rows = list[tuple[Document, list[str]]]
+"""The cells of a row of the document, without its name."""
+
+
+def _named(title: str, columns: Sequence[str], rows: _Rows, *, many: bool) -> TableOf:
+    """Return a table with the name of each row and, if there are several, its budget."""
+    names = ["arm", *(["|budget"] if many else [])]
+    cells = [[row["arm"], *([f"{row['budget']:g}"] if many else []), *of_row] for row, of_row in rows]
+    return TableOf(title, [*names, *columns], cells)
+
+
+_Found = tuple[str, Sequence[str], _Rows]
+
+
+def _losses(document: Document, rows: Sequence[Document], arms: dict[str, Document]) -> _Found:
+    bits = ["|bits/byte"] if any("bits_per_byte" in row for row in rows) else []
+    cells = [
+        (
+            row,
+            [
                 _rate(arms[row["arm"]]),
                 _mean(row["loss"]),
                 *([loss(row["bits_per_byte"])] if bits else []),
                 _mean(row["above_end_to_end"], "+"),
                 _seeds(row),
             ],
-            rows,
-        ),
-        table(
-            "What it costs, without validation",
-            ["|TFLOP", "|recomputed", "|tuning", "|tokens", "|time"],
-            lambda row: [
-                *(
-                    f"{value:.3g}"
-                    for value in (row["tflop"], row["tflop_recomputed"], arms[row["arm"]]["tuning_tflop"])
-                ),
+        )
+        for row in rows
+    ]
+    title = f"Validation loss [{document['unit']}] on {document['judged_on']}"
+    return title, ["|rate", "|loss", *bits, "|above end-to-end", "|seeds"], cells
+
+
+def _costs(rows: Sequence[Document], arms: dict[str, Document]) -> _Found:
+    cells = [
+        (
+            row,
+            [
+                f"{row['tflop']:.3g}",
+                f"{row['tflop_recomputed']:.3g}",
+                f"{arms[row['arm']]['tuning_tflop']:.3g}",
                 parameters(row["tokens"]),
                 "-" if row["seconds"] is None else clock(row["seconds"]),
             ],
-            rows,
-        ),
-        table(
-            "What it needs",
-            ["|steps", "|blocks", "|memory", "|trained at once"],
-            lambda row: [
+        )
+        for row in rows
+    ]
+    return "What it costs, without validation", ["|TFLOP", "|recomputed", "|tuning", "|tokens", "|time"], cells
+
+
+def _needs(rows: Sequence[Document]) -> _Found:
+    cells = [
+        (
+            row,
+            [
                 _steps(row["steps"]),
                 str(row["blocks"]),
                 size(row["memory_bytes_forecast"]),
                 parameters(row["trained_parameters"]),
             ],
-            rows,
-        ),
-        table(
-            "What it spends, as a share of what end-to-end training spends for the same loss",
-            [f"|{axis}" for axis in AXES.values()],
-            lambda row: [_share(row["against"][axis]) for axis in AXES],
-            compared,
-        ),
-        table(
-            "How far its loss is above that of end-to-end training for equal ...",
-            [f"|{AXES[axis]}" for axis in _GAPS],
-            lambda row: [_mean(row["against"][axis]["gap"], "+") for axis in _GAPS],
-            compared,
-        ),
+        )
+        for row in rows
     ]
-    return [each for each in found if any(set(row[many + 1 :]) != {"-"} for row in each.rows)]
+    return "What it needs", ["|steps", "|blocks", "|memory", "|trained at once"], cells
+
+
+def _shares(rows: Sequence[Document]) -> _Found:
+    cells = [(row, [_share(row["against"][axis]) for axis in AXES]) for row in rows]
+    title = "What it spends, as a share of what end-to-end training spends for the same loss"
+    return title, [f"|{axis}" for axis in AXES.values()], cells
+
+
+def _gaps(rows: Sequence[Document]) -> _Found:
+    cells = [(row, [_mean(row["against"][axis]["gap"], "+") for axis in _GAPS]) for row in rows]
+    title = "How far its loss is above that of end-to-end training for equal ..."
+    return title, [f"|{AXES[axis]}" for axis in _GAPS], cells
 
 
 _GAPS = ("tflop_recomputed", "tokens", "seconds")
@@ -148,14 +172,10 @@ def markdown(document: Document) -> str:
     for table in tables(document):
         names = [name.removeprefix("|") for name in table.columns]
         marks = ["--:" if name.startswith("|") else "---" for name in table.columns]
-        lines += [f"**{escaped(table.title)}**", "", _row(names), _row(marks)]
-        lines += [*(_row([escaped(cell) for cell in row]) for row in table.rows), ""]
+        lines += [f"**{escaped(table.title)}**", "", table_row(names), table_row(marks)]
+        lines += [*(table_row([escaped(cell) for cell in row]) for row in table.rows), ""]
     lines += [line for note in (*EXPLAINED, *document["notes"]) for line in (escaped(note), "")]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 # ---------------------------------------------------------------- the page

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from flows.pages.plots import Plot, places, scale_of
 from flows.run.summary import STAGE_COLUMNS, StageSummary, rise
@@ -72,12 +72,12 @@ def _table(stages: Sequence[StageSummary], flow_runs: Mapping[int, str]) -> list
     Relative to the page of an artifact, the links work under any host name and in both versions of Prefect's pages.
     """
     marks = ["--:" if name.startswith("|") else "---" for name in STAGE_COLUMNS]
-    lines = [_row([name.removeprefix("|") for name in STAGE_COLUMNS]), _row(marks)]
+    lines = [table_row([name.removeprefix("|") for name in STAGE_COLUMNS]), table_row(marks)]
     for stage in stages:
         run = flow_runs.get(stage.stage)
         number, *others = stage.cells
         linked = f"[{number}](../../runs/flow-run/{run})" if run else number
-        lines.append(_row([linked, *map(escaped, others)]))
+        lines.append(table_row([linked, *map(escaped, others)]))
     return lines
 
 
@@ -91,5 +91,6 @@ def _code(text: str) -> str:
     return f"`{shown(text).replace('`', chr(39))}`"
 
 
-def _row(cells: list[str]) -> str:
+def table_row(cells: Iterable[str]) -> str:
+    """Return cells as a row of a markdown table."""
     return f"| {' | '.join(cells)} |"

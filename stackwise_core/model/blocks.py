@@ -256,6 +256,11 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(shape.vocab_size, shape.d_model)
         self.time = TimeEmbedding(shape.time, shape.d_model) if shape.time else None
 
+    def reset_parameters(self) -> None:
+        """Draw nothing on the meta device: torch would import its compiler for that, which takes seconds."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, input: Tensor, time_step: Tensor | None = None) -> Tensor:
         """Return the stream below the first stack [B, T, D]; where time is an input it needs the steps [B]."""
         x_BTD = super().forward(input)

@@ -201,6 +201,13 @@ def test_a_rack_trains_after_inference_mode() -> None:
     assert all(parameter.grad is not None for parameter in rack.parameters())
 
 
+def test_a_rack_that_is_to_be_filled_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device torch would import its compiler to draw."""
+    monkeypatch.setattr(nn.Embedding, "reset_parameters", lambda self: pytest.fail("it drew"))
+    with torch.device("meta"):
+        assert Rack(shape_of()).embedding.weight.is_meta
+
+
 def test_the_model_draws_nothing_at_random() -> None:
     rack, tokens = new_rack(shape_of()).train(), tokens_of(2, 8)
     state = torch.get_rng_state()

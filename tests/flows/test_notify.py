@@ -69,7 +69,7 @@ def test_a_run_that_fails_is_told_and_those_of_others_and_subflows_are_not(
         ends("train-rack", "well", "stackwise", Completed())
         ends("train-rack", "mine", "stackwise", Failed(message="stage 1: the loss is NaN"))
         said = listener.said.get(timeout=300)
-        assert said["text"].startswith("mine is Failed: stage 1: the loss is NaN http")
+        assert said["text"].startswith("mine is Failed: stage 1: the loss is NaN")
         assert "registered" in run("notify", listener.address, "--done").out
         ends("train-rack", "done", "stackwise", Completed())
         assert listener.said.get(timeout=300)["text"].startswith("done is Completed")

@@ -270,6 +270,7 @@ def test_the_pages_of_a_server_ask_that_server(
     assert {name: os.environ[name] for name in BATCHED} == BATCHED | {own: "7"}  # few writes, as the user wants them
     assert began[0][-4:] == ["--host", arguments[0], "--port", str(arguments[1])]
     assert os.environ.get("PREFECT_UI_API_URL") == pages_ask
+    assert os.environ["PREFECT_UI_URL"] == f"http://127.0.0.1:{arguments[1]}"  # of the links in notifications
     assert told in capsys.readouterr().err
 
 

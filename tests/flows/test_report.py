@@ -107,6 +107,18 @@ def test_losses_by_position_are_those_of_the_rack(reference: Reference, run: Run
     assert "norm of the stream" in text
 
 
+def test_losses_by_noise_are_those_of_the_validation(run: Run, tmp_path: Path) -> None:
+    root = tmp_path / "a"
+    masked = {f"{G}training_objective": "mlm", "training.mask_ratio": 0.5, "training.steps_per_stack": 2}
+    grown(tiny(tmp_path, {**masked, f"{G}target_stacks": 1}), root)
+    run("report", "tiny", "--artifacts", root, "--html", tmp_path / "page.html")
+    (depth,) = json.loads((tmp_path / "page.json").read_text())["depths"]
+    facts = json.loads((folder_of(root, "validation", 0) / "manifest.json").read_text())["facts"]
+    assert depth["loss_by_position"] == {}
+    assert list(depth["loss_by_ratio"]) == ["0.15", "0.5", "0.85"]
+    assert depth["loss_by_ratio"]["0.5"] == pytest.approx(facts["validation_loss_exact"], rel=1e-5)
+
+
 def test_a_page_needs_nothing_and_is_beside_its_data(reference: Reference, run: Run, tmp_path: Path) -> None:
     page = tmp_path / "out.html"
     said = run("report", "tiny", "--artifacts", reference(), "--html", page, "--prompt", "<script>the of")
