@@ -18,7 +18,7 @@ from flows.run.live import progress_line, read_live
 from flows.run.numbers import loss, size
 from flows.run.say import say, say_json
 from flows.run.summary import StageSummary, state_of_run, summarise
-from flows.run.terminal import plain_console, plain_table, stage_tables
+from flows.run.terminal import plain_console, plain_table, say_hanging, stage_tables
 from stackwise_core.errors import ConfigError, Fault, shown
 from stackwise_core.stages.identity import Kind, Ref
 from stackwise_core.stages.plan import StagePlan
@@ -128,7 +128,8 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     shorter = len(attempt.plan.stages)
     fewer = [f"its newest attempt asked for {shorter} of these {len(stages)} stages"] if shorter < len(stages) else []
     going = [progress_line(run["progress"])] if "progress" in run else []
-    say(*([message] if message else []), *fewer, *_holders(run), *going)
+    for line in (*([message] if message else []), *fewer, *_holders(run), *going):
+        say_hanging("", line)
     console.print(stage_tables(stages))
     console.print()
     console.print(_artifact_table(stages))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 import time
 from typing import Any, TextIO
 
@@ -17,8 +19,16 @@ def say(*lines: object, file: TextIO | None = None) -> None:
 
 
 def complain(*lines: object) -> None:
-    """Print lines to stderr; see `say`."""
+    """Print lines to stderr; see `say`. A terminal gets them wrapped between words."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        lines = tuple(part for line in lines for part in wrapped(line, width))
     say(*lines, file=sys.stderr)
+
+
+def wrapped(line: object, width: int) -> list[str]:
+    """Return a line in parts of a width; a longer word, such as a path, stays whole, so that it can be copied."""
+    return textwrap.wrap(shown(line), width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def report(*lines: object) -> None:

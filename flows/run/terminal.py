@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
@@ -38,7 +37,7 @@ from flows.run.events import (
 )
 from flows.run.live import Meter, of_rows, of_step, told
 from flows.run.numbers import clock, size
-from flows.run.say import report, say
+from flows.run.say import report, say, wrapped
 from flows.run.summary import STAGE_COLUMNS, StageSummary
 from stackwise_core.errors import shown
 
@@ -366,7 +365,8 @@ class TableOf(NamedTuple):
 def print_tables(tables: Iterable[TableOf]) -> None:
     """Print tables under their titles."""
     for each in tables:
-        say("", each.title)
+        say("")
+        plain_console().print(Text(each.title, style="bold"))
         drawn = plain_table(*each.columns)
         for row in each.rows:
             drawn.add_row(*row)
@@ -379,7 +379,7 @@ def say_hanging(head: str, text: str) -> None:
         say(head + text)
         return
     width = max(plain_console().width - cell_len(head), 20)
-    first, *more = textwrap.wrap(shown(text), width, break_long_words=False, break_on_hyphens=False) or [""]
+    first, *more = wrapped(text, width)
     say(head + first, *(f"{'':<{len(head)}}{line}" for line in more))
 
 

@@ -25,6 +25,7 @@ from flows.run.events import (
     stopping_on_signals,
     subscribed,
 )
+from flows.run.say import complain
 from flows.run.terminal import LiveBars, PlainLines, TableOf, plain_console, print_tables, showing
 
 
@@ -165,6 +166,19 @@ def test_a_signal_is_answered_on_a_console_too(capsys: pytest.CaptureFixture[str
     with subscribed(bars), stopping_on_signals():
         signal.raise_signal(signal.SIGINT)
     assert "stopping at the next safe point" in capsys.readouterr().err
+
+
+def test_an_error_is_wrapped_between_words_and_a_path_stays_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    path = "/a/folder-with/a-name-that-is/longer-than.the-line"
+    complain(f"stackwise: {path}: is damaged", "  of old")
+    assert capsys.readouterr().err.splitlines() == [f"stackwise: {path}: is damaged", "  of old"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    complain(f"stackwise: {path}: is damaged; run the same command", "  of old", "")
+    said = ["stackwise:", f"{path}:", "is damaged; run the same", "command", "  of old", ""]
+    assert capsys.readouterr().err.splitlines() == said
 
 
 @pytest.mark.parametrize("width", [30, 60, 120])
