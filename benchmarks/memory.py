@@ -14,7 +14,6 @@ from typing import Any
 from benchmarks.harness import RESULTS, Measure
 from benchmarks.peak import peak_bytes
 from benchmarks.plot import line_chart
-from flows.run.devices import settings_of
 from flows.run.run import grow
 from flows.run.stage import Stage
 from flows.run.steps import build_stack, cache_activations, configure_trunk
@@ -77,8 +76,7 @@ def _grow(config: StackWiseConfig, root: str) -> list[tuple[int, int]]:
         build, trunk = build_stack(stage), configure_trunk(stage)
         with peak_bytes(stage.device) as peak:
             stack = train(stage, build, trunk)
-        settings = list(settings_of(stage.config, stage.run_plan, cuda=stage.device.type == "cuda"))
-        found.append((peak[0], memory(settings[stage.index]).peak))
+        found.append((peak[0], memory(stage.setting).peak))
         validate(stage, stack, cache_activations(stage, stack))
 
     grow(config, root, add=add)

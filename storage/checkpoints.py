@@ -36,13 +36,13 @@ from stackwise_core.stages.identity import AdoptedRecipe
 from stackwise_core.stages.plan import StagePlan
 from stackwise_core.stages.resolve import ModelShape
 from stackwise_core.stages.stages import StageSpec, last_trained
-from stackwise_core.training.saved_state import read_state, write_state
-from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.saved_state import read_state, write_shard, write_state
+from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import TrainingState
 from storage.artifacts import Artifacts
 from storage.errors import AGAIN, ArtifactCorruptError
 from storage.files import explain_full_disk, write_bytes, write_text
-from storage.midstage import STATE_FOLDER
+from storage.midstage import RANKS, STATE_FOLDER
 
 METRICS, MOMENTS = "metrics.jsonl", "moments.safetensors"
 _REMADE = f"Remove {{}} and {AGAIN}"
@@ -212,7 +212,20 @@ def save_state(work: Path, state: TrainingState) -> None:
         write_state(work / STATE_FOLDER, state)
 
 
-def load_state(work: Path) -> TrainingState | None:
-    """Return the mid-stage checkpoint; None if there is none, or if it is damaged: the stage then starts again."""
-    found = read_state(work / STATE_FOLDER)
+def save_shard(work: Path, state: TrainingState, ranks: Ranks) -> Callable[[], None] | None:
+    """Write what one of several processes holds of the mid-stage checkpoint; see `write_shard` for what is returned."""
+    fresh = work / RANKS / f"state-{state.step}"
+    with explain_full_disk(fresh):
+        rest = write_shard(work / STATE_FOLDER, fresh, state, ranks)
+    return explain_full_disk(fresh)(rest) if rest else None
+
+
+def load_state(
+    work: Path, ranks: Ranks = ALONE, tell: Callable[[str], object] = lambda why: None
+) -> TrainingState | None:
+    """Return the mid-stage checkpoint; None if there is none, or if it is damaged: the stage then starts again.
+
+    See `read_state` for what several processes read, and for `tell`.
+    """
+    found = read_state(work / STATE_FOLDER, ranks, tell)
     return found and found[0]

@@ -17,7 +17,8 @@ from storage.files import write_text
 _READ = 1 << 22
 _HEADER = 128
 """Bytes of an .npy before its numbers: those are written last."""
-STATE_FOLDER = f"{SCRATCH}/checkpoint"
+STATE_FOLDER, RANKS = f"{SCRATCH}/checkpoint", f"{SCRATCH}/ranks"
+"""Below a work folder: the last checkpoint of a stage, and what the processes that train it together leave."""
 
 
 def step_reached(artifacts: Artifacts, ref: Ref) -> int | None:

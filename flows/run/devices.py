@@ -54,9 +54,10 @@ def device_memory(asked: str) -> tuple[bool, int]:
     return False, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def settings_of(config: StackWiseConfig, plan: RunPlan, *, cuda: bool) -> Iterator[Setting]:
-    """Yield what the memory of each stage of a plan depends on."""
+def settings_of(config: StackWiseConfig, plan: RunPlan, *, cuda: bool, there: int) -> Iterator[Setting]:
+    """Yield what the memory of each stage of a plan depends on; see `device_memory`."""
+    each = there if cuda else there // config.hardware.processes
     for below, stage in zip([None, *plan.stages], plan.stages, strict=False):
         ratio = stage.mask.mean_ratio if stage.mask else None
         cached = below is None or below.activations is not None or not stage.spec.anatomy.boundary
-        yield Setting.of(config, stage.shape, stage.spec, loss_fraction=ratio, cached=cached, cuda=cuda)
+        yield Setting.of(config, stage.shape, stage.spec, loss_fraction=ratio, cached=cached, cuda=cuda, there=each)

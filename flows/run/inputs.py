@@ -59,7 +59,7 @@ def open_stage(stage: Stage, build: Ref | None, folder: Path, ranks: Ranks = ALO
     not start from the initial tensors that the build describes.
     """
     model = open_model(stage, build)
-    state = _open_checkpoint(stage, folder, model)
+    state = _open_checkpoint(stage, folder, model, ranks)
     moments = _open_moments(stage, model) if state is None else {}
     with _boundary_below(stage) as boundary:
         recipe = stage.plan.stack
@@ -142,9 +142,9 @@ def _digest(stacks: list[Stack]) -> str:
     return tensor_digest(stacks[0] if len(stacks) == 1 else nn.ModuleList(stacks))
 
 
-def _open_checkpoint(stage: Stage, folder: Path, model: StageModel) -> TrainingState | None:
+def _open_checkpoint(stage: Stage, folder: Path, model: StageModel, ranks: Ranks) -> TrainingState | None:
     """Return the checkpoint that a stage resumes from, if any, and report it unless training is over."""
-    state = load_state(folder)
+    state = load_state(folder, ranks, lambda why: emit(Message(f"stage {stage.index} starts anew: {why}")))
     if state is None:
         return None
     if not fits(model, state):

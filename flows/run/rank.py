@@ -54,7 +54,7 @@ def main(path: str) -> NoReturn:
 def ranks_of(stage: Stage) -> DistributedRanks:
     """Return this process of the group, which trains a stage; raises ConfigError unless all run the same software."""
     check_alike({"StackWise": version("stackwise"), **fingerprint_of(stage)})
-    return (Shards if stage.plan.spec.mode == "joint" else Replicas)(stage.device)
+    return (Shards if stage.sharded else Replicas)(stage.device)
 
 
 def _end(job: Job, rank: int, ending: Ending) -> int:

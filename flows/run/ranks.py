@@ -25,14 +25,17 @@ from flows.run.events import GO_ON, Message, StepTaken, emit, stop_requested
 from flows.run.say import complain, say
 from flows.run.stage import Stage
 from stackwise_core.config.schema import HardwareConfig
-from stackwise_core.errors import ConfigError, Fault, StackWiseError, StageInterruptedError
+from stackwise_core.errors import ConfigError, Fault, StackWiseError, StageInterruptedError, size
 from stackwise_core.failpoints import failpoint
+from stackwise_core.files import recover_folder
 from stackwise_core.stages.identity import Ref
+from stackwise_core.stages.memory import memory
 from stackwise_core.strict import read_bounded
 from stackwise_core.training.hardware import threads_of_rank
 from stackwise_core.training.training import Trained
-from storage.artifacts import SCRATCH, Artifacts
+from storage.artifacts import Artifacts
 from storage.files import explain_full_disk, write_text
+from storage.midstage import RANKS, STATE_FOLDER
 
 FIRST_NODE = "STACKWISE_FIRST_NODE"
 """Environment variable of the ranks on the machine of the run."""
@@ -77,7 +80,7 @@ class Job(BaseModel, frozen=True):
     @property
     def scratch(self) -> Path:
         """The folder of this job's files."""
-        return self.folder / SCRATCH / "ranks"
+        return self.folder / RANKS
 
     @property
     def path(self) -> Path:
@@ -118,8 +121,11 @@ def train_by_ranks(stage: Stage, build: Ref | None, folder: Path) -> Trained:
         raise ConfigError([Fault("hardware.nodes", str(stage.config.hardware.nodes), _SHARED)])
     job = Job(stage=stage, build=build, folder=folder, token=secrets.token_hex(8))
     shutil.rmtree(job.scratch, ignore_errors=True)
+    recover_folder(folder / STATE_FOLDER)  # once, before all ranks read it
     job.scratch.mkdir(parents=True)
     write_text(job.path, job.model_dump_json())
+    if stage.sharded and stage.plan.spec.mode != "joint":
+        emit(Message(_sharded(stage)))
     if (nodes := stage.config.hardware.nodes) > 1:
         emit(Message(f"stage {stage.index} trains on {nodes} nodes, once `stackwise join` runs on the others"))
     with explain_full_disk(job.log), job.log.open("w") as log, _running(job, first=True) as process:
@@ -131,6 +137,14 @@ def train_by_ranks(stage: Stage, build: Ref | None, folder: Path) -> Trained:
             else:
                 print(line, file=log, flush=True)
     return _result(job)
+
+
+def _sharded(stage: Stage) -> str:
+    """Say that the processes of a growth stage share out what trains, and what follows from it."""
+    whole = dataclasses.replace(stage.setting, shards=1)
+    peaks = f"{size(memory(stage.setting).peak)} each, instead of {size(memory(whole).peak)}"
+    later = "; it is validated when it has ended" if stage.config.validation.every else ""
+    return f"stage {stage.index} is shared out between its {stage.setting.shards} processes: about {peaks}{later}"
 
 
 def torchrun(job: Job, *, first: bool) -> list[str]:
@@ -228,7 +242,7 @@ def _how_it_died(job: Job) -> str:
     text, count = job.log.read_text(errors="replace"), job.stage.config.hardware.ranks
     found = re.findall(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", text, re.M)  # as torchrun prints it
     # Ranks that wait for a killed one fail too; of the others torchrun prints the first to fail last.
-    rank, code = next((entry for entry in found if int(entry[1]) < 0), found[-1] if found else ("", ""))
+    rank, code = next((entry for entry in reversed(found) if int(entry[1]) < 0), found[-1] if found else ("", ""))
     number = int(code or 0)
     how = f" by {signal.Signals(-number).name}" if number < 0 else ""
     said = re.findall(rf"^\[rank{rank}\]: (\S.*)", text, re.M) if number > 0 else text.splitlines()[-1:]
@@ -253,7 +267,7 @@ def join(artifacts: Artifacts) -> None:
         raise ConfigError([Fault("--artifacts", repr(artifacts.uri), _SHARED)])
     seen = set[str]()
     while not stop_requested():
-        for path in (artifacts.root / "work").glob(f"*/{SCRATCH}/ranks/{_JOB}"):
+        for path in (artifacts.root / "work").glob(f"*/{RANKS}/{_JOB}"):
             job = _job_at(path)
             if job is None or job.token in seen or job.stage.config.hardware.nodes == 1:
                 continue

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
+from flows.run.devices import device_memory, settings_of
 from flows.run.events import GO_ON, TaskReused, TaskStarted, emit, emit_waiting, stop_requested, stopping_on_signals
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.sequences import PackedSequences
@@ -19,6 +20,7 @@ from stackwise_core.errors import StageInterruptedError
 from stackwise_core.failpoints import failpoint
 from stackwise_core.stages.adopt import adopting
 from stackwise_core.stages.identity import AdoptedRecipe, Kind, Ref
+from stackwise_core.stages.memory import Setting
 from stackwise_core.stages.plan import RunPlan, SourceFacts, StagePlan, plan_run
 from stackwise_core.training.hardware import compiler_fault, n_threads, use_hardware
 from storage.artifacts import Artifacts, State, artifacts_at
@@ -133,6 +135,17 @@ class Stage(BaseModel, frozen=True):
         return use_hardware(self.config.hardware)
 
     @functools.cached_property
+    def setting(self) -> Setting:
+        """What the memory of training the stage depends on."""
+        cuda, there = self.device.type == "cuda", device_memory(self.config.hardware.device)[1]
+        return list(settings_of(self.config, self.run_plan, cuda=cuda, there=there))[self.index]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes that train the stage share out what trains."""
+        return self.setting.shards > 1
+
+    @functools.cached_property
     def sequences(self) -> tuple[PackedSequences, PackedSequences]:
         """Train and validation sequences."""
         return load_sequences(self.artifacts, self.run_plan.data_ref)
@@ -202,4 +215,5 @@ def fingerprint_of(stage: Stage) -> dict[str, Any]:
     hardware = stage.config.hardware
     device = str(stage.device) if hardware.ranks == 1 else stage.device.type  # each process has its own
     compiled = hardware.compile and not compiler_fault(stage.device)
-    return fingerprint(n_threads(hardware), device, compiled, hardware.ranks)
+    known = fingerprint(n_threads(hardware), device, compiled, hardware.ranks)
+    return {**known, "sharded": True} if stage.sharded else known

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flows.run.devices import settings_of
 from flows.run.events import GO_ON, Message, StepTaken, emit, stop_requested
 from flows.run.inputs import open_stage, state_below, store_below
 from flows.run.ranks import train_by_ranks
@@ -21,7 +20,7 @@ from stackwise_core.model.precision import count_parameters
 from stackwise_core.stages.adopt import adopted_recipes, rack_files
 from stackwise_core.stages.costs import rack_parameters, stack_parameters
 from stackwise_core.stages.identity import Ref
-from stackwise_core.stages.memory import Setting, memory
+from stackwise_core.stages.memory import memory
 from stackwise_core.stages.plan import cooldown_flops
 from stackwise_core.stages.remedies import explained
 from stackwise_core.stages.saved_rack import SavedRack
@@ -29,7 +28,7 @@ from stackwise_core.training.saved_state import StateWriter
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import Hooks, Record, TrainingState, end_stage, moments_of, train_stage
 from storage.artifacts import SCRATCH, State
-from storage.checkpoints import METRICS, load_state, save_channels, save_moments, save_state, save_trained
+from storage.checkpoints import METRICS, load_state, save_channels, save_moments, save_shard, save_state, save_trained
 from storage.errors import ArtifactCorruptError
 from storage.files import checksum_file, write_bytes, write_text
 from storage.midstage import step_reached
@@ -81,7 +80,7 @@ def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tupl
         if stage.plan.optimizer:
             moments.update(moments_of(state))
         if cools:
-            state.fingerprint = fingerprint_of(stage)
+            state = replace(state, fingerprint=fingerprint_of(stage), tensors=dict(state.tensors))
             save_state(stage.artifacts.work(stage.plan.ref("cooldown")), state)
 
     cools = "cooldown" in stage.needed
@@ -110,7 +109,7 @@ def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tupl
         "first_step": attempt.first_step,
         "train_loss": trained.records[(trained.kept or 0) - 1]["loss"],
         "tokens_per_second": round(n_tokens / attempt.seconds),
-        "memory_bytes_forecast": memory(_setting(stage)).peak,
+        "memory_bytes_forecast": memory(stage.setting).peak,
         **({"memory_bytes_peak": attempt.peak_bytes} if attempt.peak_bytes else {}),
     }
     return Made(facts, records=(METRICS,)), moments
@@ -118,12 +117,7 @@ def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tupl
 
 def memory_explained(stage: Stage) -> AbstractContextManager[None]:
     """Return a context in which a stage that has too little memory ends with a message of its own."""
-    return explained(partial(_setting, stage), partial(step_reached, stage.artifacts, stage.plan.ref("stack")))
-
-
-def _setting(stage: Stage) -> Setting:
-    """Return what the memory of a stage depends on."""
-    return list(settings_of(stage.config, stage.run_plan, cuda=stage.device.type == "cuda"))[stage.index]
+    return explained(lambda: stage.setting, partial(step_reached, stage.artifacts, stage.plan.ref("stack")))
 
 
 def _check_same(stage: Stage, stack: Ref, weights: Path) -> None:
@@ -191,7 +185,7 @@ def _adopt(stage: Stage) -> Ref:
 def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
     """Return hooks that report steps as events and write checkpoints to the work folder.
 
-    Only one rank reports, and the first one writes; its checkpoint of the last step is the result.
+    Only one rank reports. The first one writes, or each its shard; the checkpoint of the last step is the result.
     """
     optim = stage.plan.spec.optim
     n_tokens = optim.batch_size * stage.config.data.seq_len
@@ -206,13 +200,14 @@ def hooks_of(stage: Stage, folder: Path, ranks: Ranks = ALONE) -> Hooks:
         validated = record.get("validation_loss")
         emit(StepTaken(stage.index, step, optim.steps, record["loss"], n_tokens, rate, validated, record))
 
-    writer = StateWriter(partial(save_state, folder))
+    save = partial(save_shard, folder, ranks=ranks) if ranks.sharded else partial(save_state, folder)
+    writer = StateWriter(save)
 
     def on_checkpoint(state: TrainingState) -> None:
         state.fingerprint = fingerprint_of(stage)
         writer.put(state)
 
-    hooks = Hooks(on_checkpoint=on_checkpoint, settle=writer.settle) if ranks.rank == 0 else Hooks()
+    hooks = Hooks(on_checkpoint=on_checkpoint, settle=writer.settle) if ranks.rank == 0 or ranks.sharded else Hooks()
     if ranks.reports:
         hooks.on_step = on_step
     return replace(

@@ -171,7 +171,7 @@ def _spent(field: Field, run: Chosen) -> dict[str, float]:
 def _row(field: Field, results: Results, runs: list[Chosen]) -> Document:
     """Return what the seeds of an arm gave at a budget."""
     config, plan = field.config_of(runs[0]), field.plan_of(runs[0])
-    spent, (cuda, _) = _spent(field, runs[0]), device_memory(config.hardware.device)
+    spent, (cuda, there) = _spent(field, runs[0]), device_memory(config.hardware.device)
     known = {run: results[run] for run in runs if run in results and results[run].state == "done"}
     return {
         "arm": runs[0].arm,
@@ -180,7 +180,7 @@ def _row(field: Field, results: Results, runs: list[Chosen]) -> Document:
         "blocks": sum(stack.n_blocks for stack in plan.stages[-1].spec.stacks),
         **spent,
         "trained_parameters": max(trainable_parameters(stage.shape, stage.spec) for stage in plan.stages),
-        "memory_bytes_forecast": max(memory(each).peak for each in settings_of(config, plan, cuda=cuda)),
+        "memory_bytes_forecast": max(memory(each).peak for each in settings_of(config, plan, cuda=cuda, there=there)),
         "seconds": statistics.mean(each.seconds for each in known.values()) if known else None,
         "loss": _dumped(interval([each.loss for each in known.values()])),
         "runs": [

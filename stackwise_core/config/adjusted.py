@@ -44,8 +44,10 @@ def _validations(config: ConfigSchema) -> Iterator[str]:
     joint = training.joint_steps > 0 or not training.progressive.enabled
     if config.validation.every and (patience := config.validation.patience) and training.schedule == "one_clock":
         yield f"taken: validation.patience 0 instead of {patience} in the last stage (training.schedule: one_clock)"
-    if (every := config.validation.every) and joint and config.hardware.ranks > 1:
-        yield f"taken: validation.every 0 instead of {every} in the joint stage ({_processes(config)})"
+    if (every := config.validation.every) and config.hardware.shards(joint=joint):
+        always = config.hardware.shard == "always"
+        why = "hardware.shard: always" if always else _processes(config)
+        yield f"taken: validation.every 0 instead of {every}{'' if always else ' in the joint stage'} ({why})"
 
 
 def _processes(config: ConfigSchema) -> str:

@@ -311,9 +311,10 @@ def _hardware_faults(config: ConfigSchema) -> Iterator[Fault]:
         yield _fault(config, "hardware.device", f"{hardware.ranks} processes need a device each; use cuda")
     growth = config.training.progressive
     joint = bool(config.training.joint_steps) or not growth.enabled
-    if hardware.ranks > 1 and joint and config.training.optimizer == "adamw8bit":
-        allowed = "several processes shard the matrices of joint training, which adamw8bit needs whole; use adamw"
-        yield _fault(config, "training.optimizer", f"{allowed}, or one process")
+    if hardware.shards(joint=joint) and config.training.optimizer == "adamw8bit":
+        what = "all training" if hardware.shard == "always" else "joint training"
+        allowed = f"several processes shard the matrices of {what}, which adamw8bit needs whole; use adamw"
+        yield _fault(config, "training.optimizer", f"{allowed}, or set hardware.shard to never")
     if hardware.ranks > most:
         key, others = ("processes", 1) if hardware.processes > most else ("nodes", hardware.processes)
         yield _fault(config, f"hardware.{key}", f"each process needs a row of every batch: at most {most // others}")

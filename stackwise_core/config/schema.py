@@ -486,6 +486,9 @@ class HardwareConfig(Section):
     with CUDA a device of its own."""
     rendezvous: str = Field(default="", pattern=r"^$|^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,253}):[0-9]{1,5}$")
     """HOST:PORT of the first node, as the others reach it; needed with more than one."""
+    shard: Literal["auto", "never", "always"] = "auto"
+    """Whether each of several processes holds a share of what a stage trains, of its gradients and of the optimizer's
+    state, or all of it: auto shares out joint training, and a growth stage that would not fit the device otherwise."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of torch; 0 means as many as this process may use."""
     tf32: bool = False
@@ -496,6 +499,10 @@ class HardwareConfig(Section):
     def ranks(self) -> int:
         """All processes that train a stage together."""
         return self.nodes * self.processes
+
+    def shards(self, *, joint: bool) -> bool:
+        """Return whether processes share out what a stage trains, however large it is."""
+        return self.ranks > 1 and (self.shard == "always" or (self.shard == "auto" and joint))
 
 
 class ValidationConfig(Section):

@@ -100,6 +100,7 @@ BELONGS_TO: dict[str, list[Need]] = {
     "training.optimizer_state": [_GROWS, _TRAINS_TWICE],
     "training.new_state": [_KEPT, _COPIES],
     "hardware.rendezvous": [[("hardware.nodes", range(2, 2**63))]],
+    "hardware.shard": [[("hardware.processes", range(2, 2**63)), ("hardware.nodes", range(2, 2**63))]],
     f"{GROWTH}.tail_stacks": [_INSERTS],
     f"{GROWTH}.tail_strategy": [_GROWS, _INSERTS],
     f"{GROWTH}.trunk_strategy": [_GROWS],

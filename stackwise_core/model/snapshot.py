@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +82,7 @@ class Interrupted:
     settings: str
     """The hash of what it was trained with."""
     step: int
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     records: list[dict[str, float]]
     before: Snapshot | None
     """None once the rack is so again."""

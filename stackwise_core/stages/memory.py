@@ -7,7 +7,7 @@ their way from a store, and the copy that a checkpoint makes in the memory of th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from stackwise_core.config import StackWiseConfig
@@ -79,6 +79,8 @@ class Setting:
     checkpointing: bool = False
     cuda: bool = False
     processes: int = 1
+    shards: int = 1
+    """Processes that hold a share each of what trains; with 1, each holds all of it."""
 
     @classmethod
     def of(
@@ -90,21 +92,25 @@ class Setting:
         loss_fraction: float | None,
         cached: bool,
         cuda: bool,
+        there: int = 0,
     ) -> Setting:
-        """Return the setting of a stage of a configuration; without a fraction every position has a loss."""
-        checkpointing, processes = config.training.activation_checkpointing, config.hardware.ranks
-        return cls(shape, spec, config.data.seq_len, loss_fraction or 1.0, cached, checkpointing, cuda, processes)
+        """Return the setting of a stage of a configuration; without a fraction every position has a loss.
+
+        `there` are the bytes that each process has, if they are known: `hardware.shard: auto` asks for them.
+        """
+        checkpointing, hardware = config.training.activation_checkpointing, config.hardware
+        ranks, fraction = hardware.ranks, loss_fraction or 1.0
+        whole = cls(shape, spec, config.data.seq_len, fraction, cached, checkpointing, cuda, ranks)
+        shared = hardware.shards(joint=spec.mode == "joint")
+        if hardware.shard == "auto" and not spec.optim.eight_bit and 0 < there < memory(whole).peak:
+            shared = True
+        return replace(whole, shards=ranks) if shared else whole
 
     @property
     def part(self) -> int:
         """Sequences that one process computes at once."""
         share = -(-self.spec.optim.batch_size // self.processes)
         return -(-share // min(self.spec.optim.accumulation_steps, share))
-
-    @property
-    def shards(self) -> int:
-        """Processes that hold a share each of what trains; the others hold all of it."""
-        return self.processes if self.spec.mode == "joint" else 1
 
     @property
     def live(self) -> list[StackSpec]:
@@ -136,7 +142,7 @@ def memory(setting: Setting) -> Memory:
     gradients, moments = gradients // setting.shards, moments // setting.shards
     whole = setting.spec.optim.accumulation_steps > 1 or setting.processes > 1  # gradients of a part before, or buckets
     # At the loss all activations are there; going down they end block by block, and gradients come.
-    held = [sum(kept) + casts + stream + logits + (gradients - after if whole else 0)]
+    held = [sum(kept) + casts + stream + logits + (max(0, gradients - after) if whole else 0)]
     made = after
     for number, (stack, _) in reversed(list(enumerate(blocks))):
         made += 4 * _trained_in_block(setting, stack)
@@ -221,7 +227,14 @@ def _weights(setting: Setting) -> int:
             frozen += _BYTES[stack.precision] * matrices + 4 * others
         if trains == "nothing":
             frozen += 4 * adapter_parameters(shape, stack)
-    return trained // setting.shards + int(frozen)
+    return trained // setting.shards + int(frozen) + (_gathered(setting) if setting.shards > 1 else 0)
+
+
+def _gathered(setting: Setting) -> int:
+    """Return the bytes of what a process holds whole for a while of shared weights: the ends, and two blocks."""
+    ends = sum(each.n * each.times for each in _tensors(setting) if each.of in ("head", "embedding"))
+    blocks = [_trained_in_block(setting, stack) for stack in setting.live]
+    return 4 * (ends + 2 * max(blocks, default=0))
 
 
 def _moments(setting: Setting) -> int:

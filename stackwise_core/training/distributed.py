@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.model.pieces import rows_of, shape_of
 from stackwise_core.model.precision import compute_dtype
 from stackwise_core.objectives.losses import Batch, loss_positions
 from stackwise_core.training.stage_model import Ranks, StageModel
@@ -75,6 +76,10 @@ class DistributedRanks(Ranks):
         dist.all_gather_object(found, ids)
         return [number for of_rank in found for number in of_rank]
 
+    def held(self, tensor: Tensor) -> Tensor | None:
+        """Return a tensor in the first process, and None in the others."""
+        return tensor if self.rank == 0 else None
+
     def summed_loss(self, model: StageModel, batch: Batch) -> Tensor:
         """Return the loss summed over the loss positions of this process's rows [nats]."""
         return self.live(batch)
@@ -129,23 +134,27 @@ class Shards(DistributedRanks):
     sharded = True
 
     def wrap(self, model: StageModel) -> None:
-        """Shard every parameter along its first dimension; embedding and head are gathered with the loss."""
+        """Shard what trains along its first dimension; embedding and head are gathered with the loss.
+
+        What is frozen stays whole in every process: it has no gradient and no moments, and is mostly quantised.
+        """
         mesh = init_device_mesh(self.device.type, (self.count,))
+        frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
         # Where a process has no loss position of a batch, it has no gradient of the head, and would not take part in
         # the reduction. Blocks that a step leaves out are left out by all processes and have no gradient in any.
         torch_fills_in = hasattr(FSDPModule, "set_reduce_scatter_unused_params")  # from 2.12 or 2.13 on
         self.live = _SummedLoss(model, head_always=not torch_fills_in)
-        blocks = [block for stack in model.live_stacks() for block in stack.blocks]
+        blocks = [block for stack in model.live_stacks() for block in stack.blocks if {*block.parameters()} - frozen]
         kinds = {compute_dtype(stack.precision, self.device) for stack in model.live_stacks()}
         low = kinds.pop() if len(kinds) == 1 else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks:
             if low is torch.float32:
-                fully_shard(block, mesh=mesh)
+                fully_shard(block, mesh=mesh, ignored_params=frozen)
             else:  # gathered in the type of their products; norms, which are small and used in float32, with the head
                 halves = [block.get_submodule("attention"), block.get_submodule("ffn")]
-                fully_shard(halves, mesh=mesh, mp_policy=policy)
-        root = fully_shard(self.live, mesh=mesh)
+                fully_shard(halves, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+        root = fully_shard(self.live, mesh=mesh, ignored_params=frozen)
         for sharded in (module for module in self.live.modules() if isinstance(module, FSDPModule)):
             sharded.set_gradient_divide_factor(1.0)  # the sum: FSDP2 itself takes the mean
             sharded.set_force_sum_reduction_for_comms(True)
@@ -156,9 +165,18 @@ class Shards(DistributedRanks):
         """Return a tensor gathered from all processes; all of them must call this."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def local_shard(self, full: Tensor, parameter: Tensor) -> Tensor:
-        """Return the shard of a full tensor that this process holds, laid out like a parameter."""
-        if not isinstance(parameter, DTensor) or full.shape != parameter.shape:
-            return full
-        mesh, placements = parameter.device_mesh, parameter.placements
-        return distribute_tensor(full.to(parameter.device), mesh, placements, src_data_rank=None)
+    def held(self, tensor: Tensor) -> Tensor | None:
+        """Return the rows of a tensor that this process has; of one that all have, the first process holds it."""
+        if not isinstance(tensor, DTensor):
+            return super().held(tensor)
+        local = tensor.to_local()
+        return local if local.numel() else None
+
+    def local_shard(self, tensors: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+        """Return the rows of a tensor that this process holds, if a parameter of its shape is sharded; else all."""
+        if not isinstance(parameter, DTensor) or shape_of(tensors, name) != parameter.shape:
+            return tensors[name]
+        each = -(-len(parameter) // self.count)  # as torch.chunk cuts
+        rows = rows_of(tensors, name, self.rank * each, min((self.rank + 1) * each, len(parameter)))
+        layout: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+        return DTensor.from_local(rows.to(parameter.device), parameter.device_mesh, parameter.placements, **layout)

@@ -188,6 +188,8 @@ class Ranks:
     rank, count = 0, 1
     reports = True
     """Whether this process tells of the steps of all."""
+    failed = False
+    """Whether training ended by an error that other processes need not have met."""
     sharded = False
     """Whether no process has a whole stack."""
     gradient_divisor = 1
@@ -223,12 +225,16 @@ class Ranks:
         return ids
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
-        """Return a parameter, gradient norm or optimizer moment gathered from all processes; all must call this."""
+        """Return a tensor, such as the gradient norm, gathered from all processes; all must call this."""
         return tensor
 
-    def local_shard(self, full: Tensor, parameter: Tensor) -> Tensor:
-        """Return the shard of a full tensor that this process holds, laid out like a parameter."""
-        return full
+    def held(self, tensor: Tensor) -> Tensor | None:
+        """Return what this process adds of a parameter or moment to a checkpoint."""
+        return tensor
+
+    def local_shard(self, tensors: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+        """Return what this process holds of a named tensor, laid out like a parameter of the same shape."""
+        return tensors[name]
 
 
 ALONE = Ranks()

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stackwise_core.errors import ConfigError, Fault, NonFiniteLossError, StackWiseError, StageInterruptedError
 from stackwise_core.failpoints import failpoint
 from stackwise_core.model.growth_operators import freeze
+from stackwise_core.model.pieces import shape_of
 from stackwise_core.model.precision import convert_storage
 from stackwise_core.model.stream import ChannelStatistics
 from stackwise_core.objectives.losses import Batch, batch_rows, loss_normaliser, loss_positions
@@ -28,6 +29,7 @@ from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.watch import Record, Watch
 
 _now = time.monotonic
+_MOMENT = "optimizer."
 
 
 class FrozenChangedError(StackWiseError):
@@ -39,8 +41,9 @@ class TrainingState:
     """Everything that a stage needs to resume with the same bits."""
 
     step: int
-    tensors: dict[str, Tensor]
-    """Weights as `model.<name>`, AdamW's moments as `optimizer.<name>.<moment>`."""
+    tensors: Mapping[str, Tensor]
+    """Weights as `model.<name>`, AdamW's moments as `optimizer.<name>.<moment>`. Captured by one of several processes,
+    those that it holds, or its rows of them."""
     records: list[Record]
     fingerprint: dict[str, Any] = field(default_factory=dict)
     """Hardware and library versions that the numbers may depend on."""
@@ -138,7 +141,7 @@ def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trai
     device = inputs.model.head.projection.weight.device
     peak = Peak(device, (inputs.model, *inputs.trunk), ranks.count)
     how: dict[str, Any] = {"state": inputs.state, "moments": inputs.moments, "hooks": hooks, "ranks": ranks}
-    with inputs.model.compiled(), _settling(hooks):
+    with inputs.model.compiled(), _settling(hooks, ranks):
         ranks.wrap(inputs.model)
         frozen = _frozen(inputs.model)
         records = train_stack(inputs.model, inputs.batches, inputs.spec.optim, **how, peak=peak)
@@ -150,11 +153,12 @@ def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trai
 
 
 @contextlib.contextmanager
-def _settling(hooks: Hooks) -> Generator[None]:
+def _settling(hooks: Hooks, ranks: Ranks) -> Generator[None]:
     """Wait at the end for a checkpoint that is still being written; an error of training is told before one of that."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        ranks.failed = not isinstance(error, StackWiseError)
         with contextlib.suppress(Exception):
             hooks.settle()
         raise
@@ -187,6 +191,12 @@ def train_stack(
 ) -> list[Record]:
     """Run the training loop of a stage, distributed already, and return one record per step that it took."""
     hooks = hooks or Hooks()
+    if state is not None and ranks.count == 1 and (over := Watch(spec, state.records, state.tensors)).is_over:
+        ended = replace(state, tensors=over.left(state.tensors))
+        _restore_weights(model, ended, ranks)  # its moments need not fit the device once more
+        if hooks.on_end is not None:
+            hooks.on_end(ended)
+        return list(state.records)
     optimizer = make_optimizer(model, spec)
     records: list[Record] = []
     if state is not None:
@@ -216,7 +226,7 @@ def train_stack(
         due = late or (hooks.checkpoint_every and (step + 1) % hooks.checkpoint_every == 0)
         if hooks.checkpoint_last if is_last else stop or due:
             state, kept = capture(model, optimizer, records, ranks), _now()
-            state.tensors |= watch.saved
+            state = replace(state, tensors={**state.tensors, **(watch.saved if ranks.rank == 0 else {})})
             hooks.on_checkpoint(state)
             if stop and not is_last:
                 hooks.settle()
@@ -350,57 +360,62 @@ def capture(
 ) -> TrainingState:
     """Return the state after the last record; its tensors are the live ones: save them before the next step.
 
-    All ranks call this, and the first alone gets tensors; one that is gathered for it goes to host memory at once.
+    Each rank gets what it holds: everything is in one of them.
     """
     tensors: dict[str, Tensor] = {}
-
-    def keep(key: str, tensor: Tensor) -> None:
-        whole = ranks.full_tensor(tensor)
-        if ranks.rank == 0:
-            tensors[key] = whole if whole is tensor else whole.cpu()
-
     for name, parameter in trainable(model):
-        keep(f"model.{name}", parameter.detach())
+        tensors[f"model.{name}"] = parameter.detach()
         for moment, value in optimizer.state.get(parameter, {}).items():
-            keep(f"optimizer.{name}.{moment}", value)
-    return TrainingState(len(records), tensors, list(records))
+            tensors[f"optimizer.{name}.{moment}"] = value
+    held = {name: ranks.held(tensor) for name, tensor in tensors.items()}
+    return TrainingState(len(records), {name: t for name, t in held.items() if t is not None}, list(records))
 
 
 def fits(model: nn.Module, state: TrainingState) -> bool:
     """Return whether a state holds exactly what trains in this model, by name and shape."""
-    saved = {key: tensor.shape for key, tensor in state.tensors.items() if key.startswith("model.")}
+    saved = {key: shape_of(state.tensors, key) for key in state.tensors if key.startswith("model.")}
     return saved == {f"model.{name}": parameter.shape for name, parameter in trainable(model)}
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, ranks: Ranks = ALONE) -> None:
-    """Restore a captured state, bit for bit."""
+    """Restore a whole state, bit for bit."""
+    _restore_weights(model, state, ranks)
+    give_moments(model, optimizer, state.tensors, ranks, prefix=_MOMENT)
+
+
+def _restore_weights(model: nn.Module, state: TrainingState, ranks: Ranks) -> None:
     with torch.no_grad():
         for name, parameter in trainable(model):
-            parameter.copy_(ranks.local_shard(state.tensors[f"model.{name}"], parameter))
-    give_moments(model, optimizer, moments_of(state), ranks)
+            parameter.copy_(ranks.local_shard(state.tensors, f"model.{name}", parameter))
 
 
 def moments_of(state: TrainingState) -> dict[str, Tensor]:
     """Return the state of the optimizer alone, as `<name>.<moment>`."""
-    named = {key: value for key, value in state.tensors.items() if key.startswith("optimizer.")}
-    return {key.removeprefix("optimizer."): value for key, value in named.items()}
+    return {key.removeprefix(_MOMENT): state.tensors[key] for key in state.tensors if key.startswith(_MOMENT)}
 
 
 def give_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor], ranks: Ranks = ALONE
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    moments: Mapping[str, Tensor],
+    ranks: Ranks = ALONE,
+    prefix: str = "",
 ) -> None:
-    """Have an optimizer that has made no step go on from `moments`, which are copied; others begin with zeros."""
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key, value in moments.items():
+    """Have an optimizer that has made no step go on from `moments`, which are copied; others begin with zeros.
+
+    They are named `<prefix><name>.<moment>`.
+    """
+    by_name: dict[str, dict[str, str]] = {}
+    for key in moments:
         name, moment = key.rsplit(".", 1)
-        by_name.setdefault(name, {})[moment] = value
+        by_name.setdefault(name, {})[moment] = key
     with torch.no_grad():
         for name, parameter in trainable(model):
-            if name in by_name:
+            if keys := by_name.get(f"{prefix}{name}"):
                 # `step` is a scalar that fused AdamW wants on the parameter's device.
                 optimizer.state[parameter] = {
-                    moment: ranks.local_shard(value.clone().to(parameter.device), parameter)
-                    for moment, value in by_name[name].items()
+                    moment: ranks.local_shard(moments, key, parameter).clone().to(parameter.device)
+                    for moment, key in keys.items()
                 }
 
 

@@ -32,8 +32,8 @@ class Watch:
         self._taken = self._since = 0
         for record in records:
             self.see(record)
-        saved = {name: tensor for name, tensor in (state or {}).items() if name.startswith(_BEST)}
-        self.tensors = {name.removeprefix(_BEST): tensor for name, tensor in saved.items()}
+        state = state or {}
+        self.tensors = {name.removeprefix(_BEST): state[name] for name in state if name.startswith(_BEST)}
         """The best weights, and what of the optimizer was kept with them, as `capture` names them."""
 
     def see(self, record: Record) -> bool:
@@ -77,6 +77,14 @@ class Watch:
     def saved(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it."""
         return {f"{_BEST}{name}": tensor for name, tensor in self.tensors.items()}
+
+    def left(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the tensors that a stage which is over leaves, of those of its last checkpoint."""
+        if self.kept:
+            return self.tensors
+        if not self.tensors:
+            return tensors
+        return {name: tensors[name] for name in tensors if not name.startswith(_BEST)}
 
     def told(self) -> list[str]:
         """Return what is worth saying of a stage that is over, in a line each."""

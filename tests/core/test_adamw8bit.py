@@ -136,4 +136,8 @@ def test_ids_and_what_is_refused() -> None:
         values = {"training.optimizer": "adamw8bit", "hardware.processes": 2, **joint}
         with pytest.raises(Exception, match="adamw8bit needs whole; use adamw"):
             configuration(values)
-    configuration({"training.optimizer": "adamw8bit", "hardware.processes": 2})
+        configuration({**values, "hardware.shard": "never"})
+    two = {"training.optimizer": "adamw8bit", "hardware.processes": 2}
+    configuration(two)
+    with pytest.raises(Exception, match="matrices of all training, which adamw8bit needs whole; use adamw"):
+        configuration({**two, "hardware.shard": "always"})

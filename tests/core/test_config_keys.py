@@ -337,6 +337,7 @@ NOT_IN_THE_PLAN = {
     "hardware.nodes",
     "hardware.processes",
     "hardware.rendezvous",
+    "hardware.shard",
     "hardware.compile",
     "hardware.deterministic",
     "hardware.threads",
@@ -355,5 +356,6 @@ def test_a_key_changes_what_will_be_made(path: str) -> None:
 BEFORE: dict[str, dict[str, Any]] = {
     f"{GROWTH}.time_mapping": {f"{GROWTH}.time_mapping": [0, 0, 1]},
     f"{GROWTH}.qlora_configs": {f"{GROWTH}.qlora_configs": {n: {"rank": 2, "alpha": 1.0} for n in range(3)}},
+    "hardware.rendezvous": {"hardware.rendezvous": "node-1:29400"},
 }
 """Keys whose default is not valid in their mode."""

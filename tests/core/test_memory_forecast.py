@@ -19,7 +19,7 @@ from stackwise_core.model.precision import convert_storage
 from stackwise_core.stages.memory import Memory, Setting, memory
 from stackwise_core.stages.remedies import does_not_fit, savings, table
 from stackwise_core.stages.resolve import resolve_shape
-from stackwise_core.stages.stages import resolve_stage
+from stackwise_core.stages.stages import resolve_stage, resolve_stages
 from stackwise_core.training import peak, training
 from stackwise_core.training.peak import Peak
 from stackwise_core.training.stage_model import StageModel
@@ -136,6 +136,30 @@ def test_a_stage_of_the_shape_of_70b_is_as_counted_by_hand() -> None:
     assert memory(frozen).gradients / 1e9 == pytest.approx(4 * 1.711, rel=0.001)
     replicas = {**LARGE, "training.batch_size": 4, "hardware.processes": 4}
     assert memory(setting_of(replicas, 1, 128256, cuda=True)[0]).moments == found.moments
+
+
+def test_processes_share_out_a_stage_that_would_not_fit_otherwise() -> None:
+    two = {"hardware.processes": 2}
+    whole, _ = setting_of({**two, "hardware.shard": "never"}, 1, 4096)
+    always, _ = setting_of({**two, "hardware.shard": "always"}, 1, 4096)
+    assert (whole.shards, always.shards) == (1, 2)
+    mine, all_of_it = memory(always), memory(whole)
+    n_trained = all_of_it.gradients // 4
+    assert (mine.gradients, mine.moments) == (2 * n_trained, 4 * n_trained)
+    block = 4 * 64 * 64 + 3 * 64 * 160 + 2 * 64
+    assert n_trained == 2 * block + 4096 * 64 + 64  # two blocks, head and last norm: none is frozen here
+    assert mine.weights == 2 * n_trained + 4 * (2 * block + 4096 * 64)
+    assert mine.peak < all_of_it.peak
+    there = [memory(setting_of(two, 1, 4096, there=n)[0]).peak for n in (0, all_of_it.peak, all_of_it.peak - 1)]
+    assert there == [all_of_it.peak, all_of_it.peak, mine.peak]
+    assert ("hardware.shard", "always") in [(way.key, way.value) for way in savings(whole)]
+    assert "hardware.shard" not in [way.key for way in savings(always)]
+    eight, _ = setting_of({**two, "training.optimizer": "adamw8bit"}, 1, 4096, there=1)
+    assert eight.shards == 1
+    for key, shards in (("auto", 2), ("never", 1)):
+        _, config = setting_of({**two, "training.joint_steps": 5, "hardware.shard": key}, 1)
+        joint = Setting.of(config, whole.shape, resolve_stages(config)[-1], loss_fraction=None, cached=True, cuda=False)
+        assert joint.shards == shards
 
 
 def test_each_saving_is_what_the_setting_gives() -> None:

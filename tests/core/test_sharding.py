@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,13 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from stackwise_core import ProgressiveRackBuilder
-from stackwise_core.stages.stages import Anatomy
+from stackwise_core.stages.stages import Anatomy, resolve_stage
 from stackwise_core.training import distributed
-from stackwise_core.training.stage_model import Ranks, StageModel
-from stackwise_core.training.training import capture
+from stackwise_core.training.stage_model import StageModel
+from stackwise_core.training.training import Hooks, StageInputs, TrainingState, capture, train_stage
 from support.runs import stage_model, tiny
+from support.training import stage_of
+from support.training import tiny as small
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,8 @@ def test_blocks_are_gathered_in_the_type_that_all_compute_in(
 ) -> None:
     seen: list[tuple[Any, MixedPrecisionPolicy]] = []
 
-    def fully_shard(what: Any, *, mesh: Any, mp_policy: MixedPrecisionPolicy | None = None) -> Any:
+    def fully_shard(what: Any, *, mesh: Any, ignored_params: Any, mp_policy: MixedPrecisionPolicy | None = None) -> Any:
+        assert not ignored_params
         seen.append((what, mp_policy or MixedPrecisionPolicy()))
         return what
 
@@ -54,31 +56,49 @@ def test_blocks_are_gathered_in_the_type_that_all_compute_in(
     assert expected is None or all(policy.reduce_dtype is torch.float32 for _, policy in seen[:-1])
 
 
-class Sharded(Ranks):
-    """Gathers a tensor into a new one, and looks whether the one before is still there."""
-
-    count = 2
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self.gathered: list[weakref.ref[torch.Tensor]] = []
-        self.kept = 0
-
-    def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.kept += bool(self.gathered and self.gathered[-1]() is not None)
-        whole = tensor.clone()
-        self.gathered.append(weakref.ref(whole))
-        return whole
-
-
-def test_only_the_first_process_keeps_what_is_gathered(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_all_processes_have_is_in_the_checkpoint_of_the_first(rank: int, tmp_path: Path) -> None:
     builder = ProgressiveRackBuilder(tiny(tmp_path))
     builder.append_stack()
     model = stage_model(builder.build_rack(), 0)
-    optimizer, n = torch.optim.SGD(model.parameters()), len(list(model.parameters()))
-    first, other = Sharded(0), Sharded(1)
-    assert len(capture(model, optimizer, [], first).tensors) == n
-    assert capture(model, optimizer, [], other).tensors == {}
-    # All take part in every gathering.
-    assert len(first.gathered) == len(other.gathered) == n
-    assert (first.kept, other.kept) == (n - 1, 0)
+    optimizer, ranks = torch.optim.SGD(model.parameters()), object.__new__(distributed.Replicas)
+    ranks.rank = rank
+    held = capture(model, optimizer, [], ranks).tensors
+    assert held.keys() == ({f"model.{name}" for name, _ in model.named_parameters()} if rank == 0 else set())
+    assert all(held[f"model.{name}"].data_ptr() == p.data_ptr() for name, p in model.named_parameters() if held)
+
+
+def test_frozen_tensors_and_blocks_stay_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: dict[Any, Any] = {}
+
+    def fully_shard(what: Any, *, mesh: Any, ignored_params: Any, mp_policy: Any = None) -> Any:
+        seen[what] = ignored_params
+        return what
+
+    monkeypatch.setattr(distributed, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(distributed, "fully_shard", fully_shard)
+    builder = ProgressiveRackBuilder(tiny(tmp_path))
+    stacks = [builder.append_stack() for _ in range(2)]
+    rack, shards = builder.build_rack(), object.__new__(distributed.Shards)
+    shards.device, shards.count = torch.device("cpu"), 2
+    anatomy = Anatomy(order=(0, 1), trains=("everything", "nothing"), embedding_trains=True, head_trains=False)
+    model = StageModel(anatomy, stacks, rack.head, rack.embedding)
+    shards.wrap(model)
+    assert [*seen] == [*stacks[0].blocks, shards.live]
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    assert frozen >= {*stacks[1].parameters()}
+    assert all(ignored == frozen for ignored in seen.values())
+
+
+def test_a_stage_that_is_over_makes_no_moments_and_hands_its_state_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What several processes trained need not fit one device with them."""
+    model, batches_from = stage_of(small(), 0)
+    spec, ended = resolve_stage(small(), 0), list[TrainingState]()
+    train_stage(StageInputs(spec, model, batches_from(0)), Hooks(on_end=ended.append))
+    state, expected = ended[0].copy(), [p.detach().clone() for p in model.parameters()]
+    again, _ = stage_of(small(), 0)
+    monkeypatch.delattr("stackwise_core.training.training.make_optimizer")
+    trained = train_stage(StageInputs(spec, again, [], state), Hooks(on_end=ended.append))
+    assert trained.records == state.records
+    assert (ended[1].step, ended[1].tensors) == (state.step, state.tensors)
+    assert all(here.equal(there) for here, there in zip(again.parameters(), expected, strict=True))

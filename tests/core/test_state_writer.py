@@ -114,9 +114,8 @@ def test_the_memory_of_the_copy_is_used_again() -> None:
     writer = StateWriter(lambda state: places.append({tensor.data_ptr() for tensor in state.tensors.values()}))
     for step in (1, 2):
         writer.put(state_of(step))
-    more = state_of(3)
-    more.tensors["model.new"] = torch.ones(2)  # of a stack whose first step this was
-    writer.put(more)
+    new = {"model.new": torch.ones(2)}  # of a stack whose first step this was
+    writer.put(TrainingState(3, {**state_of(3).tensors, **new}, []))
     writer.settle()
     assert places[0] == places[1] < places[2]
 

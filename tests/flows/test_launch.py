@@ -104,6 +104,19 @@ def test_a_rank_that_dies_is_told_and_the_stage_goes_on(processes: int, tmp_path
 
 
 @pytest.mark.slow
+def test_killed_between_two_shards_the_checkpoint_before_stands_for_any_number(tmp_path: Path, reference: Any) -> None:
+    root, shared = tmp_path / "a", {**TWO, "hardware.shard": "always"}
+    child = Child(tmp_path, root, shared, failpoint="shard-1:8:KILL").go()  # the other shard is there then
+    assert child.ended() == 1
+    assert "rank 1 of 2 died by SIGKILL" in "\n".join(child.said)
+    recorder = grown(tiny(tmp_path, {**shared, "hardware.processes": 3}), root)
+    assert any("goes on from its checkpoint at step 4" in text for text in recorder.messages)
+    assert any("is shared out between its 3 processes: about" in text for text in recorder.messages)
+    here, there = (load_file(folder_of(folder, "stack", 0) / STACK) for folder in (root, reference(ONE_STAGE)))
+    assert max((here[name] - there[name]).abs().max().item() for name in there) <= TOLERANCE
+
+
+@pytest.mark.slow
 def test_asked_to_stop_all_ranks_stop_with_a_checkpoint(tmp_path: Path, reference: Any) -> None:
     root = tmp_path / "a"
     child = Child(tmp_path, root, TWO, failpoint="train:6:TERM", then="tell").go()

@@ -22,8 +22,10 @@ from flows.run.training import hooks_of
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.data.packing import corpus_facts
 from stackwise_core.errors import ConfigError, NonFiniteLossError, StageInterruptedError
+from stackwise_core.model.pieces import Pieces
 from stackwise_core.training.training import train_stage
 from storage.checkpoints import load_state
+from storage.midstage import STATE_FOLDER
 from support.metrics import unclocked
 from support.modes import DEPTH, MODES, G
 from support.ranks import COUNT, TOLERANCE, Pair, in_bfloat16
@@ -55,7 +57,7 @@ def alone(stage: Stage, folder: Path) -> tuple[list[dict[str, float]], dict[str,
     return trained.records, weights
 
 
-OF_WEIGHTS = {"8 bits": 0.01 * 2e-3, "muon": 5e-4, "muon joint": 5e-4}
+OF_WEIGHTS = {"8 bits": 0.01 * 2e-3, "muon": 5e-4, "muon joint": 5e-4, "shared out, muon": 5e-4}
 """A sum in another order may round a moment to another code; Muon's iterations are in bfloat16 (1.5e-4 was seen)."""
 MUON = {"training.optimizer": "muon", f"{G}trunk_strategy": "full"}
 MLM = {f"{G}training_objective": "mlm", "cache.views": 2}
@@ -114,19 +116,41 @@ CASES |= {
 }
 
 
+SHARED = {"hardware.shard": "always"}
+CASES |= {
+    "shared out": ({**SHARED, **MLM, "training.accumulation_steps": 3}, 0),
+    "shared out on a trunk": (
+        {**SHARED, **FEW, f"{G}cache_activations": False, "training.residual_warmup_steps": 5},
+        1,
+    ),
+    "shared out, nf4": ({**SHARED, **MODES["nf4 dual"]}, 2),
+    "shared out, prepend half": ({**SHARED, **MODES["full prepend half"]}, 1),
+    "shared out, muon": (
+        {**SHARED, **MUON, "training.optimizer_state": "keep", "model.d_ff": 33, "cache.keep": "all"},
+        1,
+    ),
+    "shared out, insert frozen": (
+        {**SHARED, **BY_CLOCK, f"{G}tail_strategy": "frozen", f"{G}tail_stacks": 2, f"{G}train_head": False},
+        2,
+    ),
+    "shared out, cool-down": ({**SHARED, **BY_CLOCK, "validation.cooldown_steps": 4}, 2),
+    "joint, not shared out": ({"hardware.shard": "never", "training.joint_steps": 8}, 3),
+}
+
 _SLOW = ("from a cache", "nf4 dual", "joint", "prepend half", "elbo", "whole", "whole, few positions", "kept joint")
-_SLOW += ("insert frozen", "anneal by one clock", "cool-down", "8 bits", "muon joint")
+_SLOW += ("insert frozen", "anneal by one clock", "cool-down", "8 bits", "muon joint", "joint, not shared out")
+_SLOW += tuple(case for case in CASES if case.startswith("shared out, "))
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in _SLOW else c for c in CASES])
 def test_two_processes_train_as_one(case: str, tmp_path: Path, reference: Any, pair: Pair) -> None:
     changes, index = CASES[case]
-    root = reference(changes)
+    root = reference({key: value for key, value in changes.items() if key != "hardware.shard"})
     expected, weights = alone(stage_of(root, changes, index, 1), tmp_path / "one")
     within = "torch 2.11" if "2.11" in case else ""
     first, second = pair.train(stage_of(root, changes, index, COUNT), tmp_path / "two", within=within)
     assert not isinstance(first, Exception), first
-    records, _, steps = first
+    records, _, steps, _ = first
     records, expected = unclocked(records), unclocked(expected)
     assert unclocked(second[0]) == records  # bit for bit: whatever is decided by them, all decide alike
     assert (steps, second[2]) == ([n + 1 for n in range(len(records))], [])
@@ -137,6 +161,8 @@ def test_two_processes_train_as_one(case: str, tmp_path: Path, reference: Any, p
     state = load_state(tmp_path / "two")
     assert state is not None
     assert state.step == len(records)
+    if "shared out" in case:
+        assert isinstance(state.tensors, Pieces) == ("not" not in case)
     found = {name.removeprefix("model."): t for name, t in state.tensors.items() if name.startswith("model.")}
     assert found.keys() == weights.keys()
     assert max((found[name] - weights[name]).abs().max().item() for name in weights) <= tolerance
@@ -163,23 +189,53 @@ def test_sharded_products_in_bfloat16_are_those_of_one_process(tmp_path: Path, r
     assert next(kinds) == next(kinds)
 
 
-def test_a_request_to_one_process_stops_all(tmp_path: Path, reference: Any, pair: Pair) -> None:
-    stage = stage_of(reference({}), {}, 0, COUNT)
+@pytest.mark.parametrize("changes", [{}, SHARED])
+def test_a_request_to_one_process_stops_all(
+    changes: dict[str, Any], tmp_path: Path, reference: Any, pair: Pair
+) -> None:
+    stage = stage_of(reference({}), changes, 0, COUNT)
     errors = pair.train(stage, tmp_path / "two", stop=1)
     assert [type(error) for error in errors] == [StageInterruptedError] * COUNT
     state = load_state(tmp_path / "two")
     assert state is not None
     assert (state.step, state.fingerprint["processes"]) == (1, COUNT)
+    assert sorted(path.name for path in (tmp_path / "two" / STATE_FOLDER).iterdir()) == (
+        ["rank-0.safetensors", "rank-1.safetensors", "state.json"] if changes else ["state.json", "state.safetensors"]
+    )
     # From there, another number of processes goes on, and says that it is another.
     recorder = Recorder()
     with subscribed(recorder):
         records, weights = alone(stage_of(reference({}), {}, 0, 1), tmp_path / "two")
     assert recorder.messages[0] == "stage 0 goes on from its checkpoint at step 1"
-    assert "made with another threads (2, now 1), processes (2, now 1)" in recorder.messages[1]
+    differs = "threads (2, now 1), processes (2, now 1)" + (", sharded (True, now none)" if changes else "")
+    assert f"made with another {differs}: bits" in recorder.messages[1]
     expected, undisturbed = alone(stage_of(reference({}), {}, 0, 1), tmp_path / "one")
     (last,), (wanted,) = unclocked(records[-1:]), unclocked(expected[-1:])
     assert last == pytest.approx(wanted, abs=TOLERANCE, rel=TOLERANCE)
     assert max((weights[name] - undisturbed[name]).abs().max().item() for name in weights) <= TOLERANCE
+
+
+def test_two_processes_go_on_from_their_shards_with_equal_bits_or_all_start_anew(
+    tmp_path: Path, reference: Any, pair: Pair
+) -> None:
+    stage = stage_of(reference({}), SHARED, 0, COUNT)
+    undisturbed, _ = pair.train(stage, tmp_path / "one")
+    expected = load_state(tmp_path / "one")
+    for harmed in (False, True):
+        folder = tmp_path / str(harmed)
+        pair.train(stage, folder, stop=1)
+        damaged = folder / STATE_FOLDER / "rank-1.safetensors"
+        if harmed:
+            damaged.write_bytes(b"")
+        first, second = pair.train(stage, folder)
+        assert unclocked(first[0]) == unclocked(second[0]) == unclocked(undisturbed[0])
+        assert (first[2][0], second[2]) == (1 if harmed else 2, [])
+        found = load_state(folder)
+        assert found is not None
+        assert expected is not None
+        assert all(found.tensors[name].equal(expected.tensors[name]) for name in expected.tensors)
+        said = [text for text in first[3] if "starts anew" in text]
+        assert said == ([f"stage 0 starts anew: {damaged} is damaged or missing"] if harmed else [])
 
 
 def test_a_loss_that_explodes_is_told_by_all_with_the_ids_of_the_whole_batch(

@@ -224,3 +224,7 @@ TINY = {"model.d_model": 16, "model.n_heads": 2, "data.seq_len": 16, "training.b
 def test_spread_over_processes_it_is_a_note() -> None:
     said = notes(configuration({"validation.every": 5, "hardware.processes": 2, "training.joint_steps": 3}))
     assert "taken: validation.every 0 instead of 5 in the joint stage (hardware.processes: 2)" in said
+    always = {"validation.every": 5, "hardware.processes": 2, "hardware.shard": "always"}
+    assert "taken: validation.every 0 instead of 5 (hardware.shard: always)" in notes(configuration(always))
+    never = {**always, "training.joint_steps": 3, "hardware.shard": "never"}
+    assert not any("validation.every" in line for line in notes(configuration(never)))

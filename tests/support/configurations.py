@@ -139,6 +139,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "training.custom_loss": {f"{GROWTH}.training_objective": "custom"},
     "validation.cooldown_steps": {"training.schedule": "one_clock"},
     "cache.task_runner": {"cache.fill_workers": 2},
+    "hardware.shard": {"hardware.processes": 2},
     "hardware.nodes": {"hardware.rendezvous": "node-0:29400"},
     "hardware.rendezvous": {"hardware.nodes": 2},
 }

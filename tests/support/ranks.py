@@ -68,7 +68,7 @@ def _rank(pipe: Connection, rank: int, store: str) -> None:
                 with open_stage(job.stage, job.build, job.folder, kept[-1]) as inputs:
                     trained = train_stage(inputs, hooks_of(job.stage, job.folder, kept[-1]), kept[-1])
             steps = [event.step for event in recorder.events if isinstance(event, StepTaken)]
-            pipe.send((trained.records, trained.frozen, steps))
+            pipe.send((trained.records, trained.frozen, steps, recorder.messages))
         except StackWiseError as error:
             pipe.send(error)
     os._exit(0)
