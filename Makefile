@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install -c constraints.txt
 CONFIG ?= configs/quickstart.yaml
 
-.PHONY: setup train server worker test test-slow check bench gpu docs clean
+.PHONY: setup train server worker test test-slow check bench gpu docs gallery clean
 
 train: $(VENV)/run ## grow the quickstart rack: three stacks, about three minutes
 	@$(BIN)/stackwise train $(CONFIG)
@@ -40,6 +40,9 @@ gpu: $(VENV)/run ## download the wheels to carry to a machine with a GPU, and pr
 docs: $(VENV)/check ## build the documentation into site/, and run its snippets
 	@$(BIN)/zensical build --strict --clean
 	@$(BIN)/python -m pytest tests/project/test_docs.py
+
+gallery: $(VENV)/test ## train three small runs, and write their reports into docs/gallery, for the site
+	@PYTHONPATH=.:tests $(BIN)/python -m support.gallery docs/gallery
 
 setup: $(VENV)/run $(VENV)/test $(VENV)/check ## install the dependencies of these targets at once
 

@@ -168,10 +168,13 @@ class MaskSpec(BaseModel, frozen=True):
     """How inputs are corrupted in one stage. Enters ids unchanged."""
 
     seed: int = Field(ge=0, lt=2**31)
+    """Of the hash that says which positions are masked."""
     ratio: float = Field(ge=0.0, le=1.0)
     """Fraction of positions that is masked."""
     corruption: Literal["bert", "mask"]
+    """What a masked input becomes: of ten, eight [MASK], one a random token and one itself (bert), or all [MASK]."""
     mask_token: int = Field(ge=0)
+    """Id of [MASK]."""
     n_regular_tokens: int = Field(ge=1)
     """Number of ids that random replacements are drawn from, counted from 0 without special tokens."""
     time: TimeInput | None = None

@@ -25,7 +25,7 @@ class StageResult:
     """Of that stack, where depth is time."""
     mask_ratio: float | None = None
     """None where inputs are not masked, or not all at one ratio."""
-    records: list[Record] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list, repr=False)
     """What every step measured: step, loss, learning_rate, gradient_norm, time, tokens_per_second, memory_bytes."""
     validation_loss: float | None = None
     """Mean over the loss positions of the validation batches [nats]; None without such batches."""

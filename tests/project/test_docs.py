@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from stackwise_core.errors import ConfigError
 from stackwise_core.stages.plan import RunPlan, plan_run
 from storage.activations import StoreReader
 from storage.manifest import read_manifest
+from support.gallery import CONFIGS, write
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -36,6 +38,24 @@ def test_snippets_run(page: Path) -> None:
     assert snippets
     for snippet in snippets:
         exec(compile(snippet, str(page), "exec"), namespace)
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At two steps a stage, on less text; the outputs in it are of a whole run."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    namespace: dict[str, Any] = {}
+    for cell in code:
+        source = "".join(cell["source"])
+        for whole, small in (("steps = 400 ", "steps = 2 "), ('"*.py"', '"s*.py"'), (", 200, ", ", 8, ")):
+            source = source.replace(whole, small)
+        exec(compile(source, "notebook.ipynb", "exec"), namespace)
+        assert "error" not in [output["output_type"] for output in cell["outputs"]]
+    assert [result.steps for result in namespace["results"]] == [2, 2, 2]
+    assert namespace["store"].train.rows == 2 * 16  # what the fourth stack read
+    assert any("image/png" in output.get("data", {}) for cell in code for output in cell["outputs"])
 
 
 def test_every_page_names_only_files_that_exist() -> None:
@@ -71,7 +91,9 @@ def test_the_reference_of_the_configuration_is_that_of_the_schema(capsys: pytest
     )
 
 
-@pytest.mark.parametrize(("page", "fewest"), [("README.md", 6), ("docs/walkthrough.md", 6), ("docs/reports.md", 4)])
+@pytest.mark.parametrize(
+    ("page", "fewest"), [("README.md", 6), ("docs/walkthrough.md", 6), ("docs/reports.md", 4), ("docs/recipes.md", 12)]
+)
 def test_the_commands_of_a_page_parse(page: str, fewest: int) -> None:
     from flows.cli.main import parse
 
@@ -91,8 +113,28 @@ def test_the_reader_of_the_format_page_reads_a_store(reference: Callable[..., Pa
     with StoreReader(folder, read_manifest(folder).checksums()) as reader:
         rows = reader.read("train", range(reader.train.rows)).float().numpy()
     assert len(rows) > 1
+    recipes = (ROOT / "docs" / "recipes.md").read_text()
+    for snippet in re.findall(r"```py\n(.*?)```", recipes, flags=re.DOTALL):
+        other: dict[str, Any] = {}
+        exec(snippet.replace("artifacts/activations/activations-1-3f2a", str(folder)), other)
+        assert np.array_equal(np.asarray(other["first"], np.float32), rows[0])
     for number, row in enumerate(rows):
         assert np.array_equal(namespace["read_row"](folder, number), row)
+
+
+def test_the_gallery_names_the_pages_that_are_made() -> None:
+    page = (ROOT / "docs" / "gallery.md").read_text()
+    named = re.findall(r'href="gallery/(.*?)\.html".*?`configs/(.*?)\.yaml`', page)
+    assert [(Path(config).name, config) for config in CONFIGS] == named
+
+
+@pytest.mark.slow
+def test_the_pages_of_the_gallery_are_made(tmp_path: Path) -> None:
+    write(tmp_path / "gallery")
+    for config in CONFIGS:
+        page = (tmp_path / "gallery" / f"{Path(config).name}.html").read_text()
+        assert page.count("<svg") > 2
+        assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)  # needs no network
 
 
 # ---------------------------------------------------------------- the tables of modes.md
