@@ -52,11 +52,16 @@ class _KnownFacts(BaseModel):
     rack_parameters: _Count = 0
     trainable_parameters: _Count = 0
     tokens_per_second: _Count = 0
+    memory_bytes_forecast: _Count = 0
+    memory_bytes_peak: _Count = 0
+    steps_planned: _Count = 0
+    kept_step: _Count = 0
     boundary: _Count = 0
     train_rows: _Count = 0
     store_bytes: _Count = 0
     train_loss: _Number = 0
     validation_loss: _Number = 0
+    validation_loss_exact: _Number = 0
     seconds: _Number = 0
     flops: _Number = 0
     by_mask_ratio: dict[Annotated[float, Field(allow_inf_nan=False)], _Number] = {}

@@ -97,10 +97,15 @@ def _embedded(embedding: TokenEmbedding, batch: Batch) -> Tensor:
     return torch.cat(parts)
 
 
+def judged_at_once(device: torch.device, positions: int) -> int:
+    """Return of how many sequences of `positions` the loss is computed together: the logits of 32 may fill a GPU."""
+    return _SEQUENCES_AT_ONCE if device.type == "cpu" else rows_at_once(device, positions)
+
+
 def _mean_loss(hidden_BTD: Tensor, head: Head, batch: Batch, loss_function: LossFunction | None) -> float:
     """Return the mean loss over all loss positions; the head runs on some sequences at a time."""
     total, normaliser, device = 0.0, 0, head.norm.weight.device
-    at_once = _SEQUENCES_AT_ONCE if device.type == "cpu" else rows_at_once(device, hidden_BTD.shape[1])
+    at_once = judged_at_once(device, hidden_BTD.shape[1])
     for first in range(0, len(hidden_BTD), at_once):
         rows = slice(first, first + at_once)
         loss, count = summed_loss(hidden_BTD[rows].to(device), head, batch_rows(batch, rows), loss_function)

@@ -18,7 +18,13 @@ from stackwise_core.objectives.losses import Batch
 from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.training import boundary, evaluate
 from stackwise_core.training.boundary import advance, rows_at_once
-from stackwise_core.training.evaluate import ChannelMoments, differing_rows, judge_rack, output_statistics
+from stackwise_core.training.evaluate import (
+    ChannelMoments,
+    differing_rows,
+    judge_rack,
+    judged_at_once,
+    output_statistics,
+)
 from support.racks import SHAPE
 
 T, END = 12, 9
@@ -49,6 +55,7 @@ def documents(rows: int) -> Tensor:
 def test_on_a_gpu_a_group_has_about_2048_positions() -> None:
     assert [rows_at_once(torch.device("cpu"), T) for T in (16, 4096)] == [1, 1]
     assert [rows_at_once(torch.device("cuda"), T) for T in (128, 1000, 2048, 4096)] == [16, 2, 1, 1]
+    assert [judged_at_once(torch.device(name), 4096) for name in ("cpu", "cuda")] == [32, 1]
 
 
 @torch.no_grad()

@@ -56,6 +56,13 @@ def refused(folder: Path) -> ArtifactCorruptError:
     return caught.value
 
 
+@pytest.mark.parametrize("name", ["memory_bytes_peak", "memory_bytes_forecast", "validation_loss_exact", "kept_step"])
+def test_a_fact_that_a_report_reckons_with_is_a_number(name: str, tmp_path: Path) -> None:
+    sealed = make_manifest(REF, STAGE.stack, INPUTS, FILES, {name: "many"}, {"torch": "x"})
+    write(tmp_path, sealed.model_dump_json())
+    assert f"has a fact that cannot be used ({name}: " in str(refused(tmp_path))
+
+
 def test_what_was_sealed_is_read_back(tmp_path: Path) -> None:
     manifest = make()
     write(tmp_path, manifest.model_dump_json(indent=1))
