@@ -87,7 +87,6 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "number": number,
     "parameters": parameters,
     "phrase": phrase,
-    "prod": math.prod,
     "ranges": ranges,
     "shape": shape,
     "size": size,

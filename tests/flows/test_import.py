@@ -260,7 +260,8 @@ def test_every_command_knows_an_imported_run(imported: Path, tmp_path: Path, run
     assert "0 B" in run("gc", "--dry-run", *at).out
     assert run("du", *at).code == 0
     name = sorted(subset(manifests(root), "stack-2"))[0]
-    assert run("inspect", name, *at).code == 0
+    assert run("inspect", name, *at, "--html", tmp_path / "page.html").code == 0
+    assert "taken from a checkpoint" in (tmp_path / "page.html").read_text()
     assert run("why", name, *at).code == 0
     copied = tmp_path / "copied"
     assert run("push", copied, "base", *at).code == 0
