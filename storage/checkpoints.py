@@ -42,9 +42,9 @@ from stackwise_core.training.training import TrainingState
 from storage.artifacts import Artifacts
 from storage.errors import AGAIN, ArtifactCorruptError
 from storage.files import explain_full_disk, write_bytes, write_text
-from storage.midstage import RANKS, STATE_FOLDER
+from storage.midstage import METRICS, RANKS, STATE_FOLDER
 
-METRICS, MOMENTS = "metrics.jsonl", "moments.safetensors"
+MOMENTS = "moments.safetensors"
 _REMADE = f"Remove {{}} and {AGAIN}"
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -19,6 +19,8 @@ _HEADER = 128
 """Bytes of an .npy before its numbers: those are written last."""
 STATE_FOLDER, RANKS = f"{SCRATCH}/checkpoint", f"{SCRATCH}/ranks"
 """Below a work folder: the last checkpoint of a stage, and what the processes that train it together leave."""
+METRICS = "metrics.jsonl"
+"""In a stack: the record of each of its steps."""
 
 
 def step_reached(artifacts: Artifacts, ref: Ref) -> int | None:

@@ -6,7 +6,6 @@ import argparse
 
 from flows.cli.arguments import add_common
 from flows.run.events import stopping_on_signals
-from flows.run.ranks import join
 from flows.run.say import say
 from storage.artifacts import artifacts_at
 
@@ -17,6 +16,8 @@ def add_join(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from flows.run.ranks import join  # imports torch
+
     artifacts = artifacts_at(options.artifacts).reachable()
     say(f"waits for stages of several nodes in {artifacts.uri}; Ctrl-C or SIGTERM ends it")
     with stopping_on_signals():

@@ -19,9 +19,9 @@ from stackwise_core.stages.plan import RunPlan, StagePlan
 from stackwise_core.stages.stages import Anatomy
 from stackwise_core.strict import parse_object
 from storage.artifacts import Artifacts
-from storage.checkpoints import METRICS
 from storage.errors import ArtifactCorruptError
 from storage.manifest import Manifest
+from storage.midstage import METRICS
 from storage.runs import Attempt, find_run, is_live, known_attempts
 
 Document = dict[str, Any]

@@ -14,9 +14,10 @@ from flows.pages.plots import Plot, places, scale_of
 from stackwise_core.strict import parse_object
 from storage.activations.statistics import evenly_spaced
 from storage.artifacts import Artifacts
-from storage.checkpoints import METRICS, load_tensors
+from storage.checkpoints import load_tensors
 from storage.errors import ArtifactCorruptError
 from storage.manifest import Manifest, read_manifest
+from storage.midstage import METRICS
 
 _MOST_STEPS = 1000
 

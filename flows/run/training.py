@@ -28,10 +28,10 @@ from stackwise_core.training.saved_state import StateWriter
 from stackwise_core.training.stage_model import ALONE, Ranks, StageModel
 from stackwise_core.training.training import Hooks, Record, TrainingState, end_stage, moments_of, train_stage
 from storage.artifacts import SCRATCH, State
-from storage.checkpoints import METRICS, load_state, save_channels, save_moments, save_shard, save_state, save_trained
+from storage.checkpoints import load_state, save_channels, save_moments, save_shard, save_state, save_trained
 from storage.errors import ArtifactCorruptError
 from storage.files import checksum_file, write_bytes, write_text
-from storage.midstage import step_reached
+from storage.midstage import METRICS, step_reached
 
 
 def train(stage: Stage, build: Ref | None, trunk: Ref | None) -> Ref:
