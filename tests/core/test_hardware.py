@@ -52,6 +52,8 @@ def test_each_process_has_a_cuda_device_of_its_own(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match=r"hardware.processes: got 3; this machine has 2 CUDA devices, and each"):
         use_hardware(HardwareConfig(device="auto", processes=3))
     assert use_hardware(HardwareConfig(device="cpu", processes=3, threads=3)) == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"hardware.device: got 'cuda:2'; this machine has 2 CUDA devices; use auto"):
+        use_hardware(HardwareConfig(device="cuda:2"))
 
 
 @pytest.mark.usefixtures("two_cards")
