@@ -17,9 +17,11 @@ SMALL: dict[str, Any] = {
     "data.source": str(Path(asyncio.__file__).parent / "*.py"),
     "data.seq_len": 64,
     "model.d_model": 64,
-    "training.steps_per_stack": 60,
-    "training.warmup_steps": 6,
+    "training.batch_size": 16,
+    "training.steps_per_stack": 40,
+    "training.warmup_steps": 4,
     "validation.max_sequences": 64,
+    "hardware.threads": 1,  # more do not help racks this small
 }
 
 
