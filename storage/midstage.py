@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 from stackwise_core.data.packing import Progress
 from stackwise_core.data.sequences import SPLITS, array_path
@@ -12,6 +13,7 @@ from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.state_header import read_header
 from stackwise_core.strict import parse_object, read_bounded
 from storage.artifacts import SCRATCH, Artifacts
+from storage.errors import ArtifactCorruptError
 from storage.files import write_text
 
 _READ = 1 << 22
@@ -21,6 +23,14 @@ STATE_FOLDER, RANKS = f"{SCRATCH}/checkpoint", f"{SCRATCH}/ranks"
 """Below a work folder: the last checkpoint of a stage, and what the processes that train it together leave."""
 METRICS = "metrics.jsonl"
 """In a stack: the record of each of its steps."""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return what every step of a sealed stage measured; raises ArtifactCorruptError if a line is no such record."""
+    try:
+        return [parse_object(line) for line in path.read_bytes().splitlines()]
+    except ValueError as error:
+        raise ArtifactCorruptError(path, f"has a line that is no record of a step ({error})", "Do not use it") from None
 
 
 def step_reached(artifacts: Artifacts, ref: Ref) -> int | None:

@@ -45,6 +45,7 @@ _COMMANDS = {
     "join": Command("train as a further node of runs with hardware.nodes above 1", "--artifacts /mnt/shared/artifacts"),
     "status": Command("show the runs, or the stages and artifacts of one run", "quickstart"),
     "report": Command("show what came of a run, or of several side by side", "quickstart --html quickstart.html"),
+    "track": Command("send the curves of a trained run to a tracker of experiments", "quickstart --to tensorboard"),
     "export": Command("write the rack of a run for transformers", "quickstart --to model --dtype bfloat16"),
     "import": Command("make a Hugging Face checkpoint a run, to grow on", "./SmolLM2-135M --name smol", "imports"),
     "inspect": Command("show one artifact: layout, provenance, statistics", "activations-1-3f2a --html store.html"),

@@ -21,6 +21,9 @@ _FEWEST_TICKS = 3
 _LABEL_HEIGHT, _LABEL_WIDTH = 17, 8.5
 """Of a name and of a letter of it, on the smallest screen [px]."""
 _LONGEST_LABEL = 20
+SMOOTHED_FROM = 50
+"""Points of a curve from which on it is drawn smoothed."""
+SMOOTHED = "Line: mean over a twentieth of the points around each; faint, the points."
 _SMALLEST_SHOWN = 1e-5
 """A log axis begins at this fraction of its largest value; smaller values are rounding errors, drawn on the axis."""
 
@@ -83,6 +86,17 @@ def scale_of(values: Iterable[float | None], *, log: bool = False, zero: bool = 
     return Scale(low if zero else low - room, high + room)
 
 
+def running_mean(values: Numbers, share: float = 0.05) -> list[float | None]:
+    """Return at each point the mean of the known ones around it, as many on each side: fewer near the ends."""
+    half, n = max(1, round(len(values) * share / 2)), len(values)
+    smoothed: list[float | None] = []
+    for at, value in enumerate(values):
+        reach = min(half, at, n - 1 - at)
+        near = [each for each in values[at - reach : at + reach + 1] if each is not None]
+        smoothed.append(None if value is None else math.fsum(near) / len(near))
+    return smoothed
+
+
 def tick_text(value: float) -> str:
     """Return the number at a tick, with a true minus sign: 0.5, 12,000, 1e-6."""
     text = f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
@@ -130,6 +144,13 @@ class Plot:
     def line(self, xs: Numbers, ys: Numbers, class_: str = "line") -> None:
         """Draw a line through the known points."""
         self.marks.append(Mark("polyline", {"class": class_, "points": self._points(xs, ys)}))
+
+    def curve(self, xs: Numbers, ys: Numbers, class_: str = "line") -> None:
+        """Draw a line; where it has many points, the running mean of about a twentieth of them, itself faint behind."""
+        if len(ys) >= SMOOTHED_FROM:
+            self.line(xs, ys, "line thin")
+            ys = running_mean(ys)
+        self.line(xs, ys, class_)
 
     def band(self, xs: Numbers, lows: Numbers, highs: Numbers) -> None:
         """Fill between two lines."""

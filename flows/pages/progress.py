@@ -135,11 +135,11 @@ class RunProgress:
         settled = [value for _, value in points[int(len(points) * _FORGOTTEN) :]]
         shown = [*settled, *(value for _, value in self._validated)]
         plot = Plot(places(0, points[-1][0]), scale_of(shown), "step of all stages", "loss [nats per loss position]")
-        plot.line([step for step, _ in points], [value for _, value in points])
+        plot.curve([step for step, _ in points], [value for _, value in points])
         for step, value in self._validated:
             plot.dot(step, value, "validated", "validation")
         drawn = as_image("Training loss (line) and validation loss (dots)", plot.image(STYLE + _DOTS))
-        return [drawn, "", "Line: training loss. Dots: validation loss."]
+        return [drawn, "", "Line: training loss, of many points their running mean. Dots: validation loss."]
 
 
 _DOING = {
@@ -151,4 +151,4 @@ _DOING = {
     "cache": "caching activations",
     "validate": "validating",
 }
-_DOTS = ".validated { fill: #b8460b; }"
+_DOTS = ".validated { fill: #b8460b; } .line.thin { stroke-width: 1; opacity: 0.35; }"

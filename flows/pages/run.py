@@ -17,11 +17,9 @@ from stackwise_core.config.unused import notes
 from stackwise_core.stages.charges import charge
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from stackwise_core.stages.stages import Anatomy
-from stackwise_core.strict import parse_object
 from storage.artifacts import Artifacts
-from storage.errors import ArtifactCorruptError
 from storage.manifest import Manifest
-from storage.midstage import METRICS
+from storage.midstage import METRICS, read_metrics
 from storage.runs import Attempt, find_run, is_live, known_attempts
 
 Document = dict[str, Any]
@@ -193,11 +191,7 @@ def _curve(artifacts: Artifacts, manifest: Manifest | None) -> Document:
     """Return the training curve of a sealed stack: for a number of spans of steps, the mean of what was recorded."""
     if manifest is None or METRICS not in manifest.files:
         return {}
-    path = artifacts.checked(manifest.ref) / METRICS
-    try:
-        records = [parse_object(line) for line in path.read_bytes().splitlines()]
-    except ValueError as error:
-        raise ArtifactCorruptError(path, f"has a line that is no record of a step ({error})", "Do not use it") from None
+    records = read_metrics(artifacts.checked(manifest.ref) / METRICS)
     n = min(POINTS, len(records))
     edges = [round(at * len(records) / n) for at in range(n + 1)] if n else [0]
     spans = [records[start:end] for start, end in itertools.pairwise(edges)]

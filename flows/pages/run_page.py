@@ -9,7 +9,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from flows.pages.page import render
-from flows.pages.plots import Plot, places, scale_of
+from flows.pages.plots import Plot, places, running_mean, scale_of
 from flows.pages.report import STYLE
 from flows.pages.run import Document
 from flows.pages.run_tables import side_by_side, tables
@@ -113,8 +113,7 @@ def _loss_plot(documents: Sequence[Document], axis: _Axis) -> Plot | None:
             if (curve := stage["curve"]) and len(documents) == 1:  # several would hide each other
                 plot.line(_along(curve, start, end), curve["loss"], "line thin")
             elif curve:
-                xs, ys = _smoothed(_along(curve, start, end), curve["loss"])
-                plot.line(xs, ys, f"line thin {style}")
+                plot.line(_along(curve, start, end), running_mean(curve["loss"]), f"line thin {style}")
         judged = [point for span in line for point in _validated(*span)]
         ends_of.append((document["run"], judged))
         plot.line([at for at, _, _ in judged], [value for _, value, _ in judged], f"line {style}".strip())
@@ -134,14 +133,6 @@ def _validated(stage: Document, start: float, end: float) -> Iterator[tuple[floa
             yield at, value, f"{where}, step {step}"
     if stage["validation_loss"] is not None:
         yield end, stage["validation_loss"], where
-
-
-def _smoothed(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[float], list[float | None]]:
-    """Return the means of a few neighbouring points each."""
-    near = -(-len(ys) // _POINTS_OF_SEVERAL)
-    groups = [[y for y in ys[at : at + near] if y is not None] for at in range(0, len(ys), near)]
-    means = [sum(group) / len(group) if group else None for group in groups]
-    return [*xs[near - 1 :: near], *xs[-1:]][: len(groups)], means
 
 
 def _settled(stage: Document) -> list[float | None]:

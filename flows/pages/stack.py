@@ -10,14 +10,12 @@ from markupsafe import Markup
 from torch import Tensor
 
 from flows.pages.page import artifact_page
-from flows.pages.plots import Plot, places, scale_of
-from stackwise_core.strict import parse_object
+from flows.pages.plots import SMOOTHED, SMOOTHED_FROM, Plot, places, scale_of
 from storage.activations.statistics import evenly_spaced
 from storage.artifacts import Artifacts
 from storage.checkpoints import load_tensors
-from storage.errors import ArtifactCorruptError
 from storage.manifest import Manifest, read_manifest
-from storage.midstage import METRICS
+from storage.midstage import METRICS, read_metrics
 
 _MOST_STEPS = 1000
 
@@ -47,11 +45,8 @@ def validation_of(artifacts: Artifacts, stack: Manifest) -> dict[str, Any]:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_bytes().splitlines()
-    try:
-        return [parse_object(lines[at]) for at in evenly_spaced(len(lines), _MOST_STEPS)]
-    except ValueError as error:
-        raise ArtifactCorruptError(path, f"has a line that is no record of a step ({error})", "Do not use it") from None
+    records = read_metrics(path)
+    return [records[at] for at in evenly_spaced(len(records), _MOST_STEPS)]
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
@@ -89,8 +84,10 @@ def _curves(metrics: list[dict[str, Any]], validation_loss: float | None) -> lis
         values = [record.get(name) for record in metrics]
         around = scale_of([*values, *(value for _, value in validated)], log=log, zero=name == "learning_rate")
         plot = Plot(places(steps[0], steps[-1]), around, "step", label)
-        plot.line(steps, [value if value is None or value > 0 or not log else None for value in values])
+        draw = plot.line if name == "learning_rate" else plot.curve
+        draw(steps, [value if value is None or value > 0 or not log else None for value in values])
         for step, value in validated:
             plot.dot(step, value, "outlier judged", f"validation, step {step}")
+        caption += "" if name == "learning_rate" or len(steps) < SMOOTHED_FROM else f" {SMOOTHED}"
         curves.append((plot.svg(), caption + (" Dots: validation." if validated else "")))
     return curves

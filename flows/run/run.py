@@ -25,6 +25,8 @@ from flows.run.steps import build_stack, cache_activations, configure_trunk
 from flows.run.summary import StageSummary, rise, summarise
 from flows.run.training import cool_down, train
 from flows.run.validating import validate
+from flows.tracking.trackers import check_trackers
+from flows.tracking.tracking import tracked
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import StageInterruptedError
@@ -71,6 +73,7 @@ def grow(
     config.validate()
     device = use_hardware(config.hardware)  # a missing device fails here, before anything is made
     check_runner(config)  # so does a missing task runner
+    check_trackers(config.tracking.to)
     artifacts = artifacts_at(root).open()
     filled, plan = plan_in(artifacts, config, Reading("read"))
     forced = forced_refs(plan, from_stack, force)
@@ -78,6 +81,7 @@ def grow(
     with (
         begin_attempt(artifacts, config, plan, emit_waiting) as attempt,
         live_file(attempt),
+        tracked(config, plan, attempt, artifacts),
         explain_full_disk(artifacts.root),
     ):
         emit(RunStarted(config.run.name, len(plan.stages), artifacts.uri))

@@ -525,6 +525,27 @@ class ValidationConfig(Section):
     after the last step too."""
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) and value[:1] != "[" else value
+
+
+class TrackingConfig(Section):
+    """Trackers of experiments that get the curves of a run while it trains; never part of an id."""
+
+    to: Annotated[list[TrackerName], BeforeValidator(_as_list)] = Field(default_factory=list)
+    """tensorboard, wandb, mlflow or trackio, or several; `tracking: wandb` is short for it. Changes no result."""
+    project: str = Field(default="stackwise", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """The project (wandb, trackio), experiment (mlflow) or folder (tensorboard) that the run is in."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_names(cls, value: Any) -> Any:
+        return {"to": value} if isinstance(value, (str, list)) else value
+
+
 class AdapterSpec(BaseModel, frozen=True, extra="forbid"):
     """A LoRA adapter, whose output is multiplied by alpha / rank. Enters ids unchanged."""
 
@@ -574,6 +595,8 @@ class ConfigSchema(Section):
     """Device, threads, processes."""
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     """Validation loss and cache checks."""
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """Curves in trackers of experiments."""
     _adopted: tuple[StackSettings, ...] = PrivateAttr(())
 
     @property

@@ -232,7 +232,7 @@ def test_overrides_of_a_stack_reach_its_stage() -> None:
 
 SECTIONS = {"RunConfig": "run", "DataConfig": "data", "ModelConfig": "model", "TrainingConfig": "training"}
 SECTIONS |= {"ProgressiveConfig": "training.progressive", "CacheConfig": "cache", "HardwareConfig": "hardware"}
-SECTIONS |= {"ValidationConfig": "validation", "RopeScaling": "model.rope_scaling"}
+SECTIONS |= {"ValidationConfig": "validation", "TrackingConfig": "tracking", "RopeScaling": "model.rope_scaling"}
 
 
 def section_of(node: ast.expr, names: dict[str, str]) -> str | None:
@@ -324,8 +324,6 @@ NOT_IN_THE_PLAN = {
     "training.checkpoint_every",
     "training.checkpoint_minutes",
     "validation.every",
-    "validation.patience",  # with validation.every
-    "validation.keep",
     "training.activation_checkpointing",
     f"{GROWTH}.max_stacks",  # it is a limit
     f"{GROWTH}.qlora_strategy",  # the ranks it gives are
@@ -342,6 +340,8 @@ NOT_IN_THE_PLAN = {
     "hardware.deterministic",
     "hardware.threads",
     "hardware.tf32",
+    "tracking.to",
+    "tracking.project",
 }
 
 

@@ -61,6 +61,7 @@ def test_a_run_has_these_artifacts() -> None:
         ("hardware.deterministic", False),
         ("hardware.threads", 3),
         ("hardware.tf32", True),
+        ("tracking", "wandb"),
         ("cache.keep", "all"),
         ("cache.max_gb", 1.0),
         ("cache.fill_workers", 4),

@@ -86,6 +86,7 @@ NO_RESULT |= {"training.checkpoint_minutes", "validation.every"}
 NO_RESULT |= {"hardware.device", "hardware.compile", "hardware.threads", "cache.keep", "cache.max_gb"}
 NO_RESULT |= {"cache.fill_workers", "cache.task_runner", "hardware.processes", "hardware.deterministic"}
 NO_RESULT |= {"hardware.tf32", "hardware.nodes", "hardware.rendezvous", "hardware.shard"}
+NO_RESULT |= {"tracking.to", "tracking.project"}
 NO_RESULT |= {f"{G}max_stacks", "validation.sampled_rows"}
 # Another spelling of what is so anyway: 'causal' or 'copy' of auto, 1 of 0, constant patterns of one size, the same
 # steps by another mapping, no caching where nothing may be cached.

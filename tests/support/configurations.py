@@ -70,6 +70,8 @@ OTHERS: dict[str, Any] = {
     "training.custom_loss": "json:dumps",
     "hardware.device": "cpu",
     "hardware.rendezvous": "node-0:29400",
+    "tracking.to": ["wandb"],
+    "tracking.project": "another",
 }
 
 
@@ -138,6 +140,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "training.loss_weighting": {**INPUT, "training.corruption": "mask"},
     "training.custom_loss": {f"{GROWTH}.training_objective": "custom"},
     "validation.cooldown_steps": {"training.schedule": "one_clock"},
+    "validation.patience": {"validation.every": 5},
+    "validation.keep": {"validation.every": 5},
     "cache.task_runner": {"cache.fill_workers": 2},
     "hardware.shard": {"hardware.processes": 2},
     "hardware.nodes": {"hardware.rendezvous": "node-0:29400"},
