@@ -118,7 +118,7 @@ def _training_faults(config: ConfigSchema) -> Iterator[Fault]:
 
 def _validation_faults(config: ConfigSchema) -> Iterator[Fault]:
     """Yield a fault where nothing could decide when a stage ends, or which of its weights are kept."""
-    validation, training = config.validation, config.training
+    validation, training, hardware = config.validation, config.training, config.hardware
     joint, clock = training.joint_steps > 0 or not training.progressive.enabled, training.schedule == "one_clock"
     decides = {
         "validation.patience": bool(validation.every and validation.patience),
@@ -128,9 +128,12 @@ def _validation_faults(config: ConfigSchema) -> Iterator[Fault]:
         if used and validation.cooldown_steps and is_used(config, "validation.cooldown_steps"):
             allowed = f"it goes on from the last planned step, which with {path} need not be what is kept; use 0"
             yield _fault(config, "validation.cooldown_steps", allowed)
-        if used and joint and config.hardware.ranks > 1 and not (clock and path == "validation.patience"):
-            allowed = f"the {config.hardware.ranks} processes of the joint stage do not validate inside it"
-            yield _fault(config, path, f"{allowed}; use 1 process, or leave this out")
+        decides_joint = joint and not (clock and path == "validation.patience")
+        growth = training.progressive.enabled and hardware.shards(joint=False)
+        if used and (growth or (decides_joint and hardware.shards(joint=True))):
+            which = "a stage" if growth else "the joint stage"
+            allowed = f"the {hardware.ranks} processes that share out {which} do not validate inside it"
+            yield _fault(config, path, f"{allowed}; use hardware.shard: never, or leave this out")
 
 
 def _limited(config: ConfigSchema, path: str, limit_path: str) -> Iterator[Fault]:

@@ -102,7 +102,9 @@ class Setting:
         ranks, fraction = hardware.ranks, loss_fraction or 1.0
         whole = cls(shape, spec, config.data.seq_len, fraction, cached, checkpointing, cuda, ranks)
         shared = hardware.shards(joint=spec.mode == "joint")
-        if hardware.shard == "auto" and not spec.optim.eight_bit and 0 < there < memory(whole).peak:
+        # 8-bit moments need whole matrices, and validations that decide something the whole stage.
+        can_be = not spec.optim.eight_bit and spec.optim.watch is None
+        if hardware.shard == "auto" and can_be and 0 < there < memory(whole).peak:
             shared = True
         return replace(whole, shards=ranks) if shared else whole
 

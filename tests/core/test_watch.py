@@ -142,6 +142,10 @@ def test_with_one_clock_the_stage_that_decays_has_all_its_steps() -> None:
             {"training.joint_steps": 3, "hardware.processes": 2},
             "validation.patience: got 3; the 2 processes of",
         ),
+        (
+            {"hardware.processes": 2, "hardware.shard": "always"},
+            "validation.keep: got 'best'; the 2 processes that share",
+        ),
         ({"training.joint_steps": 3, "hardware.processes": 2}, "validation.keep: got 'best'; the 2 processes of"),
     ],
 )
