@@ -140,13 +140,13 @@ def test_with_one_clock_the_stage_that_decays_has_all_its_steps() -> None:
         ({"training.schedule": "one_clock", "validation.cooldown_steps": 5}, "validation.cooldown_steps: got 5; it"),
         (
             {"training.joint_steps": 3, "hardware.processes": 2},
-            "validation.patience: got 3; the 2 processes of",
+            "validation.patience: got 3; the 2 processes that",
         ),
         (
             {"hardware.processes": 2, "hardware.shard": "always"},
             "validation.keep: got 'best'; the 2 processes that share",
         ),
-        ({"training.joint_steps": 3, "hardware.processes": 2}, "validation.keep: got 'best'; the 2 processes of"),
+        ({"training.joint_steps": 3, "hardware.processes": 2}, "validation.keep: got 'best'; the 2 processes that"),
     ],
 )
 def test_what_cannot_be_decided_is_refused(changes: dict[str, Any], said: str) -> None:
