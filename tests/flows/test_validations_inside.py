@@ -137,7 +137,7 @@ def test_a_stage_ends_early_and_keeps_its_best_weights(n: int, tmp_path: Path, m
             found, wanted = (folder_of(where, "stack", stage) / file for where in (root, tmp_path / "short"))
             assert found.read_bytes() == wanted.read_bytes(), (stage, file)
     # A kill in the middle changes nothing of it.
-    monkeypatch.setattr("flows.run.training.losses_of", failing_at(3))
+    monkeypatch.setattr("flows.run.training.losses_of", failing_at(2))
     with pytest.raises(KeyboardInterrupt):
         grown(config, tmp_path / "killed")
     monkeypatch.setattr("flows.run.training.losses_of", by_weights)
