@@ -60,7 +60,10 @@ class TensorBoard:
         """Open the folder when the first step is known: from it on earlier events are hidden."""
         from torch.utils.tensorboard import SummaryWriter  # pyright: ignore[reportPrivateImportUsage]
 
-        self._open = lambda step: SummaryWriter(str(self._folder / ids["run"]), purge_step=step)
+        def opened(step: int | None) -> SummaryWriter:
+            return SummaryWriter(str(self._folder / ids["run"]), purge_step=step)
+
+        self._open = opened
         return 0
 
     def log(self, metrics: Mapping[str, float], step: int, at: float) -> None:
@@ -89,7 +92,7 @@ class Wandb:
 
     def start(self, run: str, config: Mapping[str, Any], ids: Mapping[str, str]) -> int:
         """Begin or resume the run of this id; without a key it would ask for one at the terminal."""
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._folder.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(console="off", silent=True)
@@ -132,8 +135,8 @@ class MLflow:
 
     def start(self, run: str, config: Mapping[str, Any], ids: Mapping[str, str]) -> int:
         """Find the run that has our id as a tag, or create it."""
-        from mlflow import MlflowClient
-        from mlflow.entities import Param, RunTag
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Param, RunTag  # pyright: ignore[reportMissingImports]
 
         self._folder.mkdir(parents=True, exist_ok=True)
         self._client = client = MlflowClient(self._uri)
@@ -152,7 +155,7 @@ class MLflow:
 
     def log(self, metrics: Mapping[str, float], step: int, at: float) -> None:
         """Add one batch of values."""
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now = round(1000 * at)
         self._client.log_batch(self._run, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
@@ -175,7 +178,7 @@ class Trackio:
 
     def start(self, run: str, config: Mapping[str, Any], ids: Mapping[str, str]) -> int:
         """Begin or resume the run of this name."""
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self._run = trackio.init(
             project=self._project,
