@@ -21,7 +21,7 @@ def add_track(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from flows.tracking.tracking import replay
+    from flows.run.tracking import replay
 
     artifacts = artifacts_at(options.artifacts).existing()
     say(replay(artifacts, options.name, options.to, options.project))

@@ -23,10 +23,10 @@ from flows.run.reading import Reading
 from flows.run.stage import Stage
 from flows.run.steps import build_stack, cache_activations, configure_trunk
 from flows.run.summary import StageSummary, rise, summarise
+from flows.run.trackers import check_trackers
+from flows.run.tracking import tracked
 from flows.run.training import cool_down, train
 from flows.run.validating import validate
-from flows.tracking.trackers import check_trackers
-from flows.tracking.tracking import tracked
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import StageInterruptedError

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from flows.run.events import StepTaken, subscribed
-from flows.tracking.trackers import TensorBoard, check_trackers
-from flows.tracking.tracking import replay
+from flows.run.trackers import TensorBoard, check_trackers
+from flows.run.tracking import replay
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError
 from storage.artifacts import artifacts_at
@@ -65,8 +65,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Fake]:
         made.append(Fake(has))
         return made[-1]
 
-    monkeypatch.setattr("flows.tracking.tracking.tracker_of", fake)
-    for place in ("flows.run.run", "flows.tracking.tracking"):
+    monkeypatch.setattr("flows.run.tracking.tracker_of", fake)
+    for place in ("flows.run.run", "flows.run.tracking"):
         monkeypatch.setattr(f"{place}.check_trackers", lambda *_: None)
     return made
 
@@ -103,7 +103,7 @@ def test_a_run_is_told_as_it_is_recorded(tmp_path: Path, fakes: list[Fake]) -> N
     later = Fake({})
     fakes_later = iter([later, Fake(later.has)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.tracking.tracking.tracker_of", lambda *_: next(fakes_later))
+        patch.setattr("flows.run.tracking.tracker_of", lambda *_: next(fakes_later))
         said = [replay(artifacts_at(str(tmp_path / "a")), "tiny", "mlflow", "stackwise") for _ in range(2)]
     assert later.logged == fake.logged
     assert later.started[0][2] == ids
@@ -152,7 +152,7 @@ def test_a_tracker_that_does_not_end_is_left_behind(
     tmp_path: Path, fakes: list[Fake], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = threading.Event()
-    monkeypatch.setattr("flows.tracking.tracking._SECONDS_AT_THE_END", 0.0)
+    monkeypatch.setattr("flows.run.tracking._SECONDS_AT_THE_END", 0.0)
     monkeypatch.setattr(Fake, "finish", lambda *_: free.wait(60))
     heard = grown(tiny(tmp_path, {**TO, f"{G}target_stacks": 1}), tmp_path / "a")
     free.set()

@@ -14,7 +14,7 @@ from typing import Any
 
 from flows.run.events import Event, Message, StageDone, StepTaken, emit, subscribed
 from flows.run.summary import StageSummary, summarise
-from flows.tracking.trackers import Tracker, check_trackers, tracker_of
+from flows.run.trackers import Tracker, check_trackers, tracker_of
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.keys import keys_of
 from stackwise_core.config.schema import TrackerName

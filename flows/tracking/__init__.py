@@ -1,1 +1,0 @@
-"""Curves of runs in trackers of experiments: TensorBoard, W&B, MLflow, trackio. Each is an extra of its own."""
