@@ -134,7 +134,7 @@ class CorpusError(StackWiseError, ValueError):
 
 
 class NonFiniteLossError(StackWiseError, ArithmeticError):
-    """A loss or gradient was infinite or NaN; the stage stopped before the weights were touched."""
+    """A loss or gradient was infinite or NaN, before weights were touched, or a validation loss was."""
 
     SIGN = "No weight was touched by this step"
     """What its message holds."""

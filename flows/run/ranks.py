@@ -39,7 +39,6 @@ from storage.midstage import RANKS, STATE_FOLDER
 
 FIRST_NODE = "STACKWISE_FIRST_NODE"
 """Environment variable of the ranks on the machine of the run."""
-_JOB = "job.json"
 _POLL_SECONDS, _LOOK_SECONDS = 0.2, 1.0
 _SHARED = "nodes share the work folders of artifacts, which an object store does not hold; give a folder that all have"
 _MARK = "\x1e"
@@ -84,8 +83,8 @@ class Job(BaseModel, frozen=True):
 
     @property
     def path(self) -> Path:
-        """The file of this job, which is there as long as it is trained."""
-        return self.scratch / _JOB
+        """The file of this job, which is there as long as it is trained; that of the next attempt has another name."""
+        return self.scratch / f"job-{self.token}.json"
 
     @property
     def log(self) -> Path:
@@ -267,7 +266,7 @@ def join(artifacts: Artifacts) -> None:
         raise ConfigError([Fault("--artifacts", repr(artifacts.uri), _SHARED)])
     seen = set[str]()
     while not stop_requested():
-        for path in (artifacts.root / "work").glob(f"*/{RANKS}/{_JOB}"):
+        for path in (artifacts.root / "work").glob(f"*/{RANKS}/job-*.json"):
             job = _job_at(path)
             if job is None or job.token in seen or job.stage.config.hardware.nodes == 1:
                 continue

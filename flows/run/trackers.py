@@ -53,14 +53,14 @@ class TensorBoard:
 
     def __init__(self, folder: Path, project: str) -> None:
         """Write to a folder of the project."""
-        self._folder, self._writer = folder / "tensorboard" / project, None
+        self._folder, self._writer, self._texts = folder / "tensorboard" / project, None, dict[str, str]()
         self.look = f"tensorboard --logdir {self._folder}"
 
     def start(self, run: str, config: Mapping[str, Any], ids: Mapping[str, str]) -> int:
         """Open the folder when the first step is known: from it on earlier events are hidden."""
         from torch.utils.tensorboard import SummaryWriter  # pyright: ignore[reportPrivateImportUsage]
 
-        def opened(step: int | None) -> SummaryWriter:
+        def opened(step: int) -> SummaryWriter:
             return SummaryWriter(str(self._folder / ids["run"]), purge_step=step)
 
         self._open = opened
@@ -68,14 +68,16 @@ class TensorBoard:
 
     def log(self, metrics: Mapping[str, float], step: int, at: float) -> None:
         """Add scalars."""
-        self._writer = self._writer or self._open(step)
+        if self._writer is None:
+            self._writer = self._open(step)
+            for name, text in self._texts.items():
+                self._writer.add_text(name, f"```\n{text}\n```")
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step, walltime=at)
 
     def artifact(self, path: Path) -> None:
-        """Event files hold no files: a text is shown as one."""
-        self._writer = self._writer or self._open(None)
-        self._writer.add_text(path.name, f"```\n{path.read_text()}\n```")
+        """Keep a text until the first step opens the folder: event files hold no files."""
+        self._texts[path.name] = path.read_text()
 
     def finish(self, outcome: str) -> None:
         """Write what is left."""

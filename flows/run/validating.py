@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,7 @@ import numpy as np
 from flows.run.events import Judged, emit
 from flows.run.inputs import rows_from_tokens, rows_to_store, stream_of
 from flows.run.stage import Facts, Made, Stage, make
-from stackwise_core.errors import StackWiseError
+from stackwise_core.errors import NonFiniteLossError, StackWiseError
 from stackwise_core.model.blocks import Stack
 from stackwise_core.objectives.make_batch import validation_batch
 from stackwise_core.stages.identity import Ref
@@ -109,6 +110,9 @@ def losses_of(stage: Stage, n_rows: int, grid: Sequence[float], trained: StageMo
         loss_function=resolve_loss(stage.config),
     )
     assert own["loss_positions"]  # check_validation rejects a run that would have none
+    if not math.isfinite(lost := own["validation_loss"]):
+        remedy = f"lower training.learning_rate (now {stage.plan.spec.optim.learning_rate})"
+        raise NonFiniteLossError(f"stage {stage.index}: validation loss {lost}; {remedy}")
     by_ratio = {
         str(round(mask.mean_ratio, 4)): loss["validation_loss_exact"]
         for mask, loss in zip(masks[1:], others, strict=True)

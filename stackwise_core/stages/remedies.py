@@ -54,7 +54,7 @@ def savings(setting: Setting) -> list[Saving]:
     if anatomy.head_trains and not anatomy.embedding_trains and spec.mode in ("append", "insert"):
         frozen = spec.model_copy(update={"anatomy": anatomy.model_copy(update={"head_trains": False})})
         ways.append(("training.progressive.train_head", False, replace(setting, spec=frozen), False))
-    if setting.shards < setting.processes and not optim.eight_bit:
+    if setting.shards < setting.processes and not optim.eight_bit and optim.watch is None:
         ways.append(("hardware.shard", "always", replace(setting, shards=setting.processes), True))
     if optim.batch_size > 1:
         half = optim.batch_size // 2

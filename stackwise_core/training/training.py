@@ -152,6 +152,19 @@ def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trai
     return Trained(records, first_step, seconds, sorted(frozen), peak.n_bytes, watch.kept, watch.told())
 
 
+def _settle_together(hooks: Hooks, ranks: Ranks) -> None:
+    """Wait until all processes have written their checkpoints.
+
+    The first one waits for theirs last: if one of them dies, a collective fails, and nobody waits for it forever. The
+    others wait for the first, or torchrun would kill it, while it may still be writing, soon after they end.
+    """
+    if ranks.rank > 0:
+        hooks.settle()
+    ranks.any(False)
+    hooks.settle()
+    ranks.any(False)
+
+
 @contextlib.contextmanager
 def _settling(hooks: Hooks, ranks: Ranks) -> Generator[None]:
     """Wait at the end for a checkpoint that is still being written; an error of training is told before one of that."""
@@ -229,13 +242,11 @@ def train_stack(
             state = replace(state, tensors={**state.tensors, **(watch.saved if ranks.rank == 0 else {})})
             hooks.on_checkpoint(state)
             if stop and not is_last:
-                hooks.settle()
-                ranks.any(
-                    False
-                )  # torchrun would kill the first rank, which may still be writing, soon after others end
+                _settle_together(hooks, ranks)
                 stopped = f"stopped on request after step {step + 1} of {spec.steps}; {hooks.go_on}"
                 raise StageInterruptedError(stopped, state)
         if is_last:
+            _settle_together(hooks, ranks)
             break
         before = _now()
     if isinstance(batches, Generator):

@@ -13,6 +13,9 @@ from torch import Tensor
 from stackwise_core import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import ConfigError, StageInterruptedError
+from stackwise_core.stages.memory import Setting
+from stackwise_core.stages.remedies import savings
+from stackwise_core.stages.resolve import resolve_shape
 from stackwise_core.stages.stages import WatchSpec, resolve_stages
 from stackwise_core.training.training import Hooks, TrainingState, train_stack
 from stackwise_core.training.watch import Watch
@@ -152,6 +155,14 @@ def test_with_one_clock_the_stage_that_decays_has_all_its_steps() -> None:
 def test_what_cannot_be_decided_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         configuration({**EVERY, **changes}).validate(corpus=False)
+
+
+def test_no_remedy_is_named_that_would_be_refused() -> None:
+    two = configuration({**EVERY, "hardware.processes": 2})
+    for spec in resolve_stages(two):
+        setting = Setting.of(two, resolve_shape(two), spec, loss_fraction=None, cached=True, cuda=False, there=1)
+        assert setting.shards == 1
+        assert "hardware.shard" not in [saving.key for saving in savings(setting)]
 
 
 def test_without_validations_they_are_not_used() -> None:

@@ -164,9 +164,11 @@ def test_the_first_node_holds_the_rendezvous_at_which_the_others_come(tmp_path: 
     assert first == [
         *("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29871", "--rdzv-id=t"),
         *("--rdzv-conf=is_host=1", "--local-addr=127.0.0.1", "--nproc-per-node=2"),
-        *("-m", "flows.run.rank", str(tmp_path / "work/scratch/ranks/job.json")),
+        *("-m", "flows.run.rank", str(tmp_path / "work/scratch/ranks/job-t.json")),
     ]
     assert [*first[:4], "--rdzv-conf=is_host=0", *first[5:]] == other
+    # Or a node would take the file of the next attempt for that of one whose first node was killed, and not end.
+    assert job.model_copy(update={"token": "u"}).path != job.path
 
 
 def test_what_nodes_need(tmp_path: Path) -> None:

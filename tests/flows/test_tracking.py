@@ -191,9 +191,12 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    config = tmp_path / "config.yaml"
+    config.write_text("run: {name: a}")
     for first, last in ((1, 5), (4, 8)):  # killed after step 5, resumed after step 3
         tracker = TensorBoard(tmp_path, "p")
         tracker.start("run", {}, {"run": "run-1"})
+        tracker.artifact(config)
         for step in range(first, last + 1):
             tracker.log({"train/loss": 8.0 / step}, step, 1e9 + step)
         tracker.finish("done")
@@ -201,3 +204,5 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     read.Reload()
     found = [(event.step, event.value, event.wall_time) for event in read.Scalars("train/loss")]
     assert found == [(step, pytest.approx(8.0 / step), 1e9 + step) for step in range(1, 9)]
+    (text,) = {event.tensor_proto.string_val[0] for event in read.Tensors("config.yaml/text_summary")}
+    assert b"run: {name: a}" in text
