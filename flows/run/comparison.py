@@ -137,6 +137,9 @@ def _faults_of_names(arms: Sequence[str], own: Mapping[str, Mapping[str, Any]]) 
         for key in _dotted(changes):
             if key.split(".")[0] == "run":
                 yield Fault(f"{key} of {name}", "a value", "runs are named and seeded by the comparison; leave it out")
+            if key == "validation.patience":
+                allowed = "where a stage may end early its FLOPs are not known before; leave it out"
+                yield Fault(f"{key} of {name}", "a value", allowed)
 
 
 def in_run_names(arm: str) -> str:

@@ -150,8 +150,13 @@ def _open_checkpoint(stage: Stage, folder: Path, model: StageModel, ranks: Ranks
     if not fits(model, state):
         emit(Message(f"stage {stage.index} starts anew: its checkpoint is of another version of StackWise"))
         return None
+    watch = Watch(stage.plan.spec.optim, state.records, state.tensors)
+    if stage.plan.optimizer and watch.lacks_moments:
+        why = "its checkpoint has the best weights without their optimizer's state, from which a stage may go on now"
+        emit(Message(f"stage {stage.index} starts anew: {why}"))
+        return None
     begins_at = stage.run_plan.stages[stage.index].spec.optim.steps if stage.cooling else 0
-    if begins_at < state.step and not Watch(stage.plan.spec.optim, state.records).is_over:
+    if begins_at < state.step and not watch.is_over:
         emit(Message(f"stage {stage.index} goes on from its checkpoint at step {state.step}"))
         then, now = state.fingerprint, fingerprint_of(stage)
         changed = [

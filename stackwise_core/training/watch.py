@@ -74,6 +74,11 @@ class Watch:
         self.tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in wanted.items()}
 
     @property
+    def lacks_moments(self) -> bool:
+        """Whether the best weights are without the state of their optimizer, since nothing went on from it then."""
+        return bool(self.tensors) and not any(name.startswith("optimizer.") for name in self.tensors)
+
+    @property
     def saved(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it."""
         return {f"{_BEST}{name}": tensor for name, tensor in self.tensors.items()}

@@ -389,6 +389,10 @@ REFUSED = {
         ["--arms", f"frozen:{G}.training_objective=mlm"],
         "training_objective of arm frozen training_objective=mlm: got mlm; clm end to end: no measure is common",
     ),
+    "an arm that may end early": (
+        ["--arms", "full:validation.patience=3"],
+        "validation.patience of full patience=3: got a value; where a stage may end early",
+    ),
     "a seed of its own": (["--arms", "full:run.seed=3"], "run.seed of full seed=3: got a value; runs are named and"),
     "no such file": (["--arms", "none.yaml"], "none.yaml: got no such file"),
     "a long name": (["--name", "n" * 60], "--name: got 'nnn"),

@@ -163,6 +163,23 @@ def test_a_stage_ends_early_and_keeps_its_best_weights(n: int, tmp_path: Path, m
     assert f"{taken[0]} of 8" in (tmp_path / "page.html").read_text()
 
 
+def test_best_weights_without_their_moments_are_not_gone_on_from(tmp_path: Path, monkeypatch: Any) -> None:
+    """Or those of the last step would be kept with them."""
+    losses_of, config = scripted(0.5, 0.4, 0.6, 0.7), tiny(tmp_path, {**ENDING, "training.checkpoint_every": 1})
+    config.training.progressive.target_stacks = 1
+    monkeypatch.setattr("flows.run.training.losses_of", losses_of)
+    grown(config, tmp_path / "a")
+    monkeypatch.setattr("flows.run.training.losses_of", failing_after(3, losses_of))
+    config.training.optimizer_state = "reset"
+    with pytest.raises(KeyboardInterrupt):
+        grown(config, tmp_path / "b")
+    monkeypatch.setattr("flows.run.training.losses_of", losses_of)
+    config.training.optimizer_state = "keep"
+    heard = grown(config, tmp_path / "b")
+    assert any("stage 0 starts anew: its checkpoint has the best weights" in message for message in heard.messages)
+    assert digests(tmp_path / "b") == digests(tmp_path / "a")
+
+
 def failing_after(n: int, losses_of: Any) -> Any:
     calls = iter(range(n))
 
