@@ -138,7 +138,13 @@ def _load_end(
 ) -> Module:
     with torch.device("meta"):
         end = kind(trained.shape)
-    return _fill(end, functools.partial(hold, end, device=device), artifacts.checked(trained.ref("stack")) / file)
+
+    def load(tensors: dict[str, Tensor]) -> None:
+        if isinstance(trained.stack, AdoptedRecipe):  # an imported model keeps its own type, often 16 bits
+            tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        hold(end, tensors, device)
+
+    return _fill(end, load, artifacts.checked(trained.ref("stack")) / file)
 
 
 def _last_with(found: list[StagePlan], stages: Sequence[StagePlan]) -> StagePlan:

@@ -33,7 +33,7 @@ LLAMA, MISTRAL, QWEN2, QWEN3, *_ = FAMILIES
 TOKENS = torch.randint(0, 259, (2, 24), generator=torch.Generator().manual_seed(1))
 G = "training.progressive."
 GROWN_ON = {
-    "Llama": (LLAMA, {"max_shard_size": "40KB", "tie_word_embeddings": True}, {}),
+    "Llama": (LLAMA, {"max_shard_size": "40KB", "tie_word_embeddings": True, "dtype": torch.bfloat16}, {}),
     "Mistral": (MISTRAL, {"dtype": torch.bfloat16}, {f"{G}building_mode": "prepend"}),
     "Qwen2": (QWEN2, {"rope_parameters": ROPES["yarn"]}, {f"{G}trunk_strategy": "qlora"}),
     "Qwen3": (QWEN3, {"head_dim": 16, "dtype": torch.float16}, {f"{G}new_stack_precision": "qlora"}),
