@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 from flows.pages.provenance import phrase
@@ -33,6 +34,11 @@ def visible(text: str, *, one_line: bool = False) -> str:
     """Return text with a visible sign for each line end and tab, which is kept behind its sign except on one line."""
     signs = _SIGNS if one_line else _SIGNS | {"\n": "↵\n", "\t": "→\t"}
     return "".join(signs.get(character) or printable(character) for character in text)
+
+
+def breakable(text: str) -> Markup:
+    """Return escaped text that a narrow page breaks behind a dot, a slash or an underscore before within a word."""
+    return Markup(re.sub(r"([._/])(?=\w)", r"\1<wbr>", str(escape(printable(text)))))  # escaped before
 
 
 def number(value: float | None) -> str:
@@ -81,6 +87,7 @@ _ENVIRONMENT = Environment(
     finalize=_finalize,
 )
 _FILTERS: dict[str, Callable[..., Any]] = {
+    "breakable": breakable,
     "clock": clock,
     "count": "{:,}".format,
     "minute": minute,

@@ -133,6 +133,11 @@ class Plot:
         self._write(0, 14, y_label, "label", "start")
         self._write(right, HEIGHT - 6, x_label, "label", "end")
 
+    @property
+    def top(self) -> float:
+        """The largest value that a line shows."""
+        return self._y.high
+
     def x(self, value: float) -> float:
         """Return the distance of a value from the left [px]."""
         return round(LEFT + self._x(value) * (WIDTH - LEFT - RIGHT), 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from flows.pages.plots import Plot, places, scale_of
 from flows.pages.report import STYLE, as_image
@@ -14,6 +14,8 @@ from flows.run.numbers import clock, loss, size
 _MOST_POINTS = 300
 _FORGOTTEN = 0.1
 """Share of the points at the beginning that do not stretch the axis of losses: they are far above the others."""
+_LONG_AGO = 15
+"""Since the last step [s], which is then said: what is known of the time left is as old."""
 
 
 class Curve:
@@ -48,6 +50,7 @@ class RunProgress:
         self._before, self._of_stage = 0, (-1, 0)
         """Steps of earlier stages, and the stage that trains with its steps."""
         self._step: StepTaken | None = None
+        self._stepped = self._began
         self._pace: Pace | None = None
         self._doing, self._task = "preparing data", ""
         self._trained, self._validated = Curve(), list[tuple[int, float]]()
@@ -64,7 +67,7 @@ class RunProgress:
                 self._step = self._pace = None
             case StepTaken():
                 self._doing = f"{self._stage(event.stage)}: step {event.step:,} of {event.steps:,}"
-                self._step, self._pace = event, pace
+                self._step, self._pace, self._stepped = event, pace, time.monotonic()
                 if event.stage != self._of_stage[0]:
                     self._before += self._of_stage[1]
                     self._of_stage = event.stage, event.steps
@@ -91,7 +94,10 @@ class RunProgress:
         """Return the page as of now; `outcome` says how the run ended, if it did."""
         now = datetime.now(UTC).strftime("%H:%M:%S")
         lines = [f"**{outcome or self._doing}**", "", self._numbers(outcome), "", *self._plot(), ""]
-        return "\n".join([*lines, f"As of {now} UTC, {clock(time.monotonic() - self._began)} after the start."])
+        since = time.monotonic() - self._stepped
+        stands = f"; the last step was {clock(since)} ago" if self._step and not outcome and since >= _LONG_AGO else ""
+        after = clock(time.monotonic() - self._began)
+        return "\n".join([*lines, f"As of {now} UTC, {after} after the start{stands}."])
 
     def line(self, outcome: str = "") -> str:
         """Return the same in a line for the card on the run's own page, which shows some sixty letters of it."""
@@ -100,10 +106,11 @@ class RunProgress:
             return outcome.rstrip(".") + judged
         cells = self._numbers_of_now()
         left = cells.pop("left of the run", None) or cells.pop("left of the stage", None)
-        validated = cells.pop("last validation loss", None)
-        first = {"": left and f"{left} left", "loss ": cells.pop("loss", None), "validation ": validated}
-        known = [f"{name}{value}" for name, value in first.items() if value]
-        return ", ".join([*known, self._doing, *(f"{name} {value}" for name, value in cells.items())])
+        validated, step = cells.pop("last validation loss", None), self._step
+        where = f"stage {step.stage} step {step.step:,}/{step.steps:,}" if step else self._doing
+        first = {"loss": cells.pop("loss", None), "validation": validated, **cells}
+        known = [f"{name} {value}" for name, value in first.items() if value]
+        return ", ".join([*([f"{left} left"] if left else []), where, *known])
 
     def _numbers(self, outcome: str) -> str:
         """Return the numbers of now as one paragraph, which a narrow page wraps; after the end only what stays true."""
@@ -124,6 +131,7 @@ class RunProgress:
             cells["left of the stage"] = clock(pace.seconds_left)
             if pace.run_seconds_left is not None:
                 cells["left of the run"] = clock(pace.run_seconds_left)
+                cells["done about"] = _time_of_day(self._stepped + pace.run_seconds_left)
         if self._validated:
             cells["last validation loss"] = loss(self._validated[-1][1])
         return cells
@@ -139,7 +147,16 @@ class RunProgress:
         for step, value in self._validated:
             plot.dot(step, value, "validated", "validation")
         drawn = as_image("Training loss (line) and validation loss (dots)", plot.image(STYLE + _DOTS))
-        return [drawn, "", "Line: training loss, of many points their running mean. Dots: validation loss."]
+        above = [value for _, value in points if value > plot.top]
+        beyond = f" The line begins above the axis, at {loss(above[0])}." if above else ""
+        return [drawn, "", f"Line: training loss, of many points their running mean. Dots: validation loss.{beyond}"]
+
+
+def _time_of_day(moment: float) -> str:
+    """Return when a moment of the monotonic clock is, with the date if it is not today."""
+    now = datetime.now(UTC)
+    then = now + timedelta(seconds=moment - time.monotonic())
+    return f"{then:%H:%M} UTC" if then.date() == now.date() else f"{then:%b %d, %H:%M} UTC"
 
 
 _DOING = {

@@ -84,7 +84,9 @@ def _losses(documents: Sequence[Document], caption: str) -> list[Figure]:
     if by_step is None:
         return []
     costs = [] if by_compute is None else [(by_compute.svg(), "The same against what was computed, caches included.")]
-    return [(by_step.svg(), caption), *costs]
+    most = max(value for document in documents for value in _known(document))
+    left_out = f" Losses above {by_step.top:.3g}, up to {most:.4g}, are left out." if most > by_step.top else ""
+    return [(by_step.svg(), caption + left_out), *costs]
 
 
 def _spans(document: Document, axis: _Axis) -> Iterator[tuple[Document, float, float]]:
@@ -100,12 +102,12 @@ def _loss_plot(documents: Sequence[Document], axis: _Axis) -> Plot | None:
     """Return training and validation loss along an axis; None if nothing is known."""
     lines = [list(_spans(document, axis)) for document in documents]
     ends = [end for line in lines for _, _, end in line]
-    validated = [value for line in lines for span in line for _, value, _ in _validated(*span)]
-    trained = [value for line in lines for stage, _, _ in line for value in _settled(stage)]
-    if not max(ends, default=0.0) or not any(value is not None for value in [*validated, *trained]):
+    known = [value for document in documents for value in _known(document)]
+    if not max(ends, default=0.0) or not known:
         return None
     x = places(0, round(max(ends))) if axis is _STEP else scale_of([0.0, max(ends)], zero=True)
-    plot = Plot(x, scale_of([*validated, *trained]), axis.label, "loss [nats per loss position]")
+    results = [stage["validation_loss"] for document in documents for stage in document["stages"]]
+    plot = Plot(x, scale_of([*_most(known), *results]), axis.label, "loss [nats per loss position]")
     ends_of: list[tuple[str, list[tuple[float, float, str]]]] = []
     for which, (document, line) in enumerate(zip(documents, lines, strict=True)):
         style = f"run-{which}" if len(documents) > 1 else ""
@@ -117,7 +119,7 @@ def _loss_plot(documents: Sequence[Document], axis: _Axis) -> Plot | None:
         judged = [point for span in line for point in _validated(*span)]
         ends_of.append((document["run"], judged))
         plot.line([at for at, _, _ in judged], [value for _, value, _ in judged], f"line {style}".strip())
-        for at, value, where in judged:
+        for at, value, where in (point for point in judged if point[1] <= plot.top):
             plot.dot(at, value, f"dot judged {style}".strip(), f"{document['run']}, {where}")
     if len(documents) > 1:
         plot.names([(*judged[-1][:2], name) for name, judged in ends_of if judged], _ABOVE)
@@ -135,10 +137,17 @@ def _validated(stage: Document, start: float, end: float) -> Iterator[tuple[floa
         yield end, stage["validation_loss"], where
 
 
-def _settled(stage: Document) -> list[float | None]:
-    """Return the training losses of a stage without its first tenth, which would stretch the axis."""
-    losses = stage["curve"].get("loss", [])
-    return losses[len(losses) // 10 :]
+def _known(document: Document) -> list[float]:
+    """Return all losses of a run that its plot could show."""
+    trained = [value for stage in document["stages"] for value in stage["curve"].get("loss", [])]
+    judged = [value for span in _spans(document, _STEP) for _, value, _ in _validated(*span)]
+    return [value for value in [*trained, *judged] if value is not None]
+
+
+def _most(losses: Sequence[float]) -> list[float]:
+    """Return losses without the few that lie far above nine tenths of them, and would stretch an axis."""
+    low, common = min(losses), sorted(losses)[int(len(losses) * 0.9)]
+    return [value for value in losses if value <= low + 1.5 * (common - low)]
 
 
 def _along(curve: Document, start: float, end: float) -> list[float]:

@@ -73,7 +73,7 @@ def _steps(stage: Document) -> str:
 
 
 def _held(stages: Sequence[Document]) -> TableOf:
-    columns = ("|stage", "|memory planned", "|measured", "|checkpoint", "|cache", "|its error", "where it is from")
+    columns = ("|stage", "|memory planned", "|measured", "|checkpoint", "|cache", "|cache error", "about the cache")
     rows = [
         [
             str(stage["stage"]),

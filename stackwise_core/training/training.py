@@ -307,9 +307,9 @@ def train_step(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         ids = ranks.gather(batch["sequence_ids"].tolist())
         raise NonFiniteLossError(
-            f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; sequence ids {ids}. {NonFiniteLossError.SIGN}; "
-            f"lower training.learning_rate (now {spec.learning_rate}) or raise training.warmup_steps "
-            f"(now {spec.warmup_steps})"
+            f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; sequence ids {ids}. "
+            f"{NonFiniteLossError.SIGN}; lower training.learning_rate (now {spec.learning_rate}) or raise "
+            f"training.warmup_steps (now {spec.warmup_steps})"
         )
     optimizer.step()
     return record

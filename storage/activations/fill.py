@@ -17,7 +17,7 @@ import torch
 
 from stackwise_core.config.schema import StreamDtype
 from stackwise_core.data.masks import VALIDATION_VIEW
-from stackwise_core.errors import StageInterruptedError
+from stackwise_core.errors import StageInterruptedError, size
 from stackwise_core.failpoints import failpoint
 from stackwise_core.model.stream import ChannelStatistics, Quantised, quantise
 from stackwise_core.objectives.batches import prefetched
@@ -105,7 +105,7 @@ def fill_store(
             failpoint("cache", number)
             stopping = stopping or should_stop()
     if done < total:
-        cached = f"{done:,} of {total:,} bytes cached"
+        cached = f"{size(done)} of {size(total)} cached"
         raise StageInterruptedError(f"stopped on request with {cached}; run the same command to go on")
     counts = {f"{group}_rows": spec.rows for group, spec in specs.items()}
     counts["store_bytes"] = total + sum(statistic.nbytes for statistic in rows.channels or ()) * len(specs)

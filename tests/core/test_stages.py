@@ -422,7 +422,7 @@ def test_a_loss_that_explodes_stops_the_stage(tmp_path: Path, reference: Referen
 
 
 def test_stages_before_a_failure_stay(tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stage 1 explodes at step 6: stage 0 stays as it is, and stage 1 goes on from its last checkpoint."""
+    """Stage 1 explodes at its seventh step: stage 0 stays as it is, and stage 1 goes on from its last checkpoint."""
     from stackwise_core.training import training as core
 
     real = core.train_step
@@ -434,7 +434,7 @@ def test_stages_before_a_failure_stay(tmp_path: Path, reference: Reference, monk
 
     root = tmp_path / "a"
     monkeypatch.setattr(core, "train_step", exploding)
-    with pytest.raises(NonFiniteLossError, match="step 6: loss nan"):
+    with pytest.raises(NonFiniteLossError, match="step 7: loss nan"):
         grown(tiny(tmp_path), root)
     monkeypatch.undo()
     sealed = digests(root)

