@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stackwise_core.config.schema import QUANTISED_STREAMS
 from stackwise_core.data.masks import VALIDATION_VIEW, IntArray
-from stackwise_core.errors import StageInterruptedError
+from stackwise_core.errors import StageInterruptedError, size
 from stackwise_core.model.stream import ChannelStatistics
 from storage.activations import fill as fill_module
 from storage.activations.fill import StoreRows, fill_store, write_shards
@@ -104,7 +104,7 @@ def test_stopped_and_resumed_it_has_the_same_bytes(n_shards: int, uninterrupted:
         fill(tmp_path, before, n_shards)
     durable = (n_shards + 2) * 6  # two more were computed when it was asked to stop
     row_bytes = T * D * 2
-    assert f"{durable * row_bytes:,} of" in str(caught.value)
+    assert f"{size(durable * row_bytes)} of" in str(caught.value)
     after = Source()
     _, checksums, told = fill(tmp_path, after)
     assert before.asked + after.asked == pairs()  # none is computed again or in vain
