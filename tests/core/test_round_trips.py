@@ -25,6 +25,7 @@ PRECISIONS = st.sampled_from(["default", "full", "qlora"])
 STACKS = st.builds(StackOverride, n_blocks=st.integers(0, 128), precision=PRECISIONS, steps=st.integers(0, 2**40))
 SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "run.name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
+    "tracking.project": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
     "data.source": TEXT,
     "data.tokenizer": TEXT,
     "model.vocab_size": st.just(0) | st.integers(2, 2**24),
@@ -33,6 +34,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "model.rope_scaling.high_freq_factor": st.floats(4, 1e9),
     "model.rope_scaling.beta_slow": st.floats(0, 1, exclude_min=True),
     "model.rope_scaling.beta_fast": st.floats(2, 1e9),
+    "hardware.rendezvous": st.just("") | st.from_regex(r"[A-Za-z0-9._-]{1,20}:[0-9]{1,5}", fullmatch=True),
     "hardware.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:0", "cuda:12"]),
     "training.custom_loss": FUNCTIONS | st.just(""),
     "training.mask_ratio_table": st.lists(st.floats(0, 1, exclude_min=True), max_size=3),

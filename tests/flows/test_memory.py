@@ -112,7 +112,7 @@ def test_a_stage_without_memory_says_what_it_takes_and_goes_on_with_a_remedy(
     assert facts["memory_bytes_forecast"] > 4 * 4 * facts["trainable_parameters"]
     assert facts["memory_bytes_peak"] == pytest.approx(facts["memory_bytes_forecast"], rel=0.1)
     described = describe_run(artifacts_at(str(tmp_path / "a")), "tiny")
-    (held,) = [table for table in tables(described) if table.title == "What it held"]
+    (held,) = [table for table in tables(described) if table.title == "Memory and disk"]
     assert held.rows[0][1:3] == [size(facts["memory_bytes_forecast"]), size(facts["memory_bytes_peak"])]
 
 

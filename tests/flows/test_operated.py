@@ -48,7 +48,7 @@ def page() -> Generator[Any]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(600_000)
+        page.set_default_timeout(120_000)
         yield page
         browser.close()
 
@@ -70,10 +70,10 @@ def test_a_run_is_started_by_a_form_followed_and_read(site: Site, page: Any, tmp
 
     # The form: what each field means, literals as a choice, the deployment's values filled in.
     page.get_by_text("Name of the run: letters, digits").wait_for()
-    page.get_by_role("button", name="Select Training Objective").click()
+    page.get_by_role("button", name="Select training_objective").click()
     page.get_by_role("option", name="clm", exact=True).click()
-    page.get_by_label("Name (Optional)", exact=True).first.fill("by-form")
-    stacks = page.get_by_label("Target Stacks (Optional)")
+    page.get_by_label("name (Optional)", exact=True).first.fill("by-form")
+    stacks = page.get_by_label("target_stacks (Optional)")
     assert stacks.input_value() == "3"
     stacks.fill("2")
     run_id = until(lambda: _submit(page), "run that the form started")

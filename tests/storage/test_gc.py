@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -293,7 +294,7 @@ def test_a_command_that_finds_all_there_keeps_gc_out(
         asked.append("register")
 
     monkeypatch.setattr(start, "register_complete", register)
-    start.train(config, [], str(tmp_path / "artifacts"), -1, "")
+    start.train(config, [], str(tmp_path / "artifacts"), -1, "", contextlib.nullcontext(lambda event: None))
     assert asked == ["register"]
 
 
