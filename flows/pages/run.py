@@ -82,7 +82,7 @@ def _now(artifacts: Artifacts, newest: Attempt, *, unfinished: bool) -> Document
     standing = {
         "running": f"It is running: {progress_line(said)}." if said else "It is running.",
         "failed": f"It failed: {message}. Its command goes on from what is there.",
-        "stopped": f"It was stopped: {message}.",
+        "stopped": f"It was {message}." if message.startswith("stopped") else f"It was stopped: {message}.",
         "killed": "Its process ended without a word, as when it is killed. Its command goes on from what is there.",
     }
     ended = "" if live or outcome is None else outcome["ended"]

@@ -148,7 +148,7 @@ def test_a_spike_does_not_stretch_the_axis(told: Any) -> None:
 
 def test_a_narrow_page_breaks_keys_between_words(told: Any) -> None:
     assert "training.<wbr>steps_<wbr>per_<wbr>stack</td>" in page_of([told])
-    assert breakable("<a.b> 0.5 c/") == "&lt;a.<wbr>b&gt; 0.<wbr>5 c/"
+    assert breakable("<a.b> 0.5 c/") == "&lt;a.<wbr>b&gt; 0.5 c/"
 
 
 def test_a_picture_has_the_losses_of_every_stage(reference: Reference, run: Run, tmp_path: Path) -> None:
@@ -183,8 +183,11 @@ def test_a_run_that_is_not_over(reference: Reference, run: Run, tmp_path: Path) 
     assert said.code == 0
     assert "2 of 3 stages are done." in said.out
     outcome = next(root.glob("runs/tiny/attempts/*/outcome.json"))
-    outcome.write_text(sealed({**json.loads(outcome.read_text()), "state": "failed", "message": "loss is NaN"}))
+    stopped = json.loads(outcome.read_text())
+    outcome.write_text(sealed({**stopped, "state": "failed", "message": "loss is NaN"}))
     assert "It failed: loss is NaN. Its command goes on" in run("report", "tiny", "--artifacts", root).out
+    outcome.write_text(sealed({**stopped, "state": "stopped", "message": "stopped on request before stage 2"}))
+    assert "It was stopped on request before stage 2." in run("report", "tiny", "--artifacts", root).out
     outcome.unlink()
     assert "Its process ended without a word" in run("report", "tiny", "--artifacts", root).out
     document = json.loads((tmp_path / "page.json").read_text())
