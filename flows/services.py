@@ -28,6 +28,9 @@ AUTOMATION = "stackwise: no heartbeat, so the run has crashed"
 
 NOTIFICATION = "stackwise: tell when a run has ended"
 
+_BLOCK = "stackwise"
+"""The block with the address that the notification is posted to."""
+
 HEARTBEAT_SECONDS = 30
 """How often a flow process sends a heartbeat; one that missed two counts as dead."""
 
@@ -126,7 +129,7 @@ def register_notification(address: str, *, done: bool) -> bool:
         )
         action = {
             "type": "send-notification",
-            "block_document_id": str(block.save("stackwise", overwrite=True)),
+            "block_document_id": str(block.save(_BLOCK, overwrite=True)),
             "subject": "{{ flow_run.name }} is {{ flow_run.state.name }}",
             "body": "{{ flow_run.state.message or '' }} {{ (flow_run|ui_url) or '' }}",
         }
@@ -143,14 +146,17 @@ def register_notification(address: str, *, done: bool) -> bool:
 
 
 def remove_notification() -> bool:
-    """Remove that automation; return whether there was one."""
+    """Remove that automation, and the block with its address; return whether there was one."""
     with watching(_find_api()):
+        from prefect.blocks.notifications import CustomWebhookNotificationBlock
         from prefect.client.orchestration import get_client
 
         with get_client(sync_client=True) as client:
             there = client.read_automations_by_name(NOTIFICATION)
             for found in there:
                 client.delete_automation(found.id)
+        with contextlib.suppress(ValueError):  # there is none
+            CustomWebhookNotificationBlock.delete(f"custom-webhook/{_BLOCK}")
     return bool(there)
 
 

@@ -59,7 +59,7 @@ def show_plan(options: argparse.Namespace) -> None:
         config, plan = plan_in(artifacts, config, Reading("read"))
     demand = compute_demand(plan, artifacts, config.cache.keep)
     (n_train, n_validation, exact), parts = _count_sequences(config, artifacts, plan)
-    cuda, there = device_memory(config.hardware.device)
+    cuda, there = device_memory(config.hardware)
     settings = list(settings_of(config, plan, cuda=cuda, there=there))
     too_large = [line for setting in settings if (line := does_not_fit(setting, there))]
     document = {

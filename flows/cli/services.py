@@ -78,7 +78,8 @@ def _notify(options: argparse.Namespace) -> None:
         allowed = "the address to post to is expected, such as https://hooks.slack.com/services/..."
         raise ConfigError([Fault("URL", repr(options.address), allowed)])
     changed = register_notification(options.address, done=options.done)
-    say(f"automation {NOTIFICATION!r} {'is registered' if changed else 'was there already'}")
+    how = "is registered" if changed else "was there already"
+    say(f"automation {NOTIFICATION!r} {how}, and posts to this address")
 
 
 def _server(options: argparse.Namespace) -> None:

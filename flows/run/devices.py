@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.schema import HardwareConfig
 from stackwise_core.stages.memory import Setting
 from stackwise_core.stages.plan import RunPlan
 
@@ -45,19 +46,19 @@ def gpus() -> list[Gpu]:
     return found
 
 
-def device_memory(asked: str) -> tuple[bool, int]:
-    """Return whether `hardware.device` is a CUDA device here, and the bytes of memory of it or of this machine."""
+def device_memory(hardware: HardwareConfig) -> tuple[bool, int]:
+    """Return whether the device is a CUDA device here, and the bytes that a process has of it, or of this machine."""
+    asked = hardware.device
     there = [] if asked == "cpu" else gpus()
     if asked != "cpu" and (asked != "auto" or (there and not version("torch").endswith("+cpu"))):
         index = int(asked.partition(":")[2] or 0)
         return True, there[index].n_bytes if index < len(there) else 0
-    return False, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return False, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // hardware.processes
 
 
 def settings_of(config: StackWiseConfig, plan: RunPlan, *, cuda: bool, there: int) -> Iterator[Setting]:
     """Yield what the memory of each stage of a plan depends on; see `device_memory`."""
-    each = there if cuda else there // config.hardware.processes
     for below, stage in zip([None, *plan.stages], plan.stages, strict=False):
         ratio = stage.mask.mean_ratio if stage.mask else None
         cached = below is None or below.activations is not None or not stage.spec.anatomy.boundary
-        yield Setting.of(config, stage.shape, stage.spec, loss_fraction=ratio, cached=cached, cuda=cuda, there=each)
+        yield Setting.of(config, stage.shape, stage.spec, loss_fraction=ratio, cached=cached, cuda=cuda, there=there)

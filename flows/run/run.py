@@ -118,7 +118,7 @@ def grow(
 
 def _too_large(config: StackWiseConfig, plan: RunPlan, needed: Set[Ref]) -> Iterator[str]:
     """Yield a line about each stage still to be trained that may not fit the device."""
-    cuda, there = device_memory(config.hardware.device)
+    cuda, there = device_memory(config.hardware)
     for setting, stage in zip(settings_of(config, plan, cuda=cuda, there=there), plan.stages, strict=True):
         if stage.ref("stack") in needed and (line := does_not_fit(setting, there)):
             yield line

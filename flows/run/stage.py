@@ -137,7 +137,7 @@ class Stage(BaseModel, frozen=True):
     @functools.cached_property
     def setting(self) -> Setting:
         """What the memory of training the stage depends on."""
-        cuda, there = self.device.type == "cuda", device_memory(self.config.hardware.device)[1]
+        cuda, there = self.device.type == "cuda", device_memory(self.config.hardware)[1]
         return list(settings_of(self.config, self.run_plan, cuda=cuda, there=there))[self.index]
 
     @property

@@ -171,7 +171,7 @@ def _spent(field: Field, run: Chosen) -> dict[str, float]:
 def _row(field: Field, results: Results, runs: list[Chosen]) -> Document:
     """Return what the seeds of an arm gave at a budget."""
     config, plan = field.config_of(runs[0]), field.plan_of(runs[0])
-    spent, (cuda, there) = _spent(field, runs[0]), device_memory(config.hardware.device)
+    spent, (cuda, there) = _spent(field, runs[0]), device_memory(config.hardware)
     known = {run: results[run] for run in runs if run in results and results[run].state == "done"}
     return {
         "arm": runs[0].arm,

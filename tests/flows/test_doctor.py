@@ -17,6 +17,7 @@ from flows.cli import doctor
 from flows.run import devices
 from flows.run.devices import Gpu
 from flows.services import AUTOMATION
+from stackwise_core.config.schema import HardwareConfig
 from storage import files
 from support.commands import Run
 from support.fake_api import FakeApi, fake_api
@@ -215,6 +216,7 @@ def test_the_driver_is_asked_as_its_interface_says(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver())
     assert devices.gpus() == [Gpu("GPU 1", 16 * 2**30)]
-    assert devices.device_memory("cuda") == (True, 16 * 2**30)
-    assert devices.device_memory("cuda:3") == (True, 0)
-    assert not devices.device_memory("cpu")[0]
+    assert devices.device_memory(HardwareConfig(device="cuda")) == (True, 16 * 2**30)
+    assert devices.device_memory(HardwareConfig(device="cuda:3")) == (True, 0)
+    (cuda, whole), (_, each) = (devices.device_memory(HardwareConfig(device="cpu", processes=n)) for n in (1, 4))
+    assert (cuda, each) == (False, whole // 4)  # the processes of a machine share its memory

@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from flows.services import NOTIFICATION
 from support.commands import Run
 
 
@@ -52,11 +51,12 @@ def test_a_run_that_fails_is_told_and_those_of_others_and_subflows_are_not(
     prefect_api: str, listener: Listener, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
     from prefect.flows import Flow
     from prefect.states import Completed, Failed
 
     monkeypatch.setenv("PREFECT_API_URL", prefect_api)
-    assert run("notify", listener.address).out == f"automation {NOTIFICATION!r} is registered\n"
+    assert run("notify", listener.address).out.endswith("is registered, and posts to this address\n")
     assert "was there already" in run("notify", listener.address).out
     with get_client(sync_client=True) as client:
 
@@ -74,6 +74,8 @@ def test_a_run_that_fails_is_told_and_those_of_others_and_subflows_are_not(
         ends("train-rack", "done", "stackwise", Completed())
         assert listener.said.get(timeout=300)["text"].startswith("done is Completed")
     assert "is removed" in run("notify", "--off").out
+    with get_client(sync_client=True) as client, pytest.raises(ObjectNotFound):  # nor is the address still there
+        client.read_block_document_by_name("stackwise", "custom-webhook")
     assert "was not there" in run("notify", "--off").out
 
 
