@@ -148,15 +148,15 @@ def register_notification(address: str, *, done: bool) -> bool:
 def remove_notification() -> bool:
     """Remove that automation, and the block with its address; return whether there was one."""
     with watching(_find_api()):
-        from prefect.blocks.notifications import CustomWebhookNotificationBlock
         from prefect.client.orchestration import get_client
+        from prefect.exceptions import ObjectNotFound
 
         with get_client(sync_client=True) as client:
             there = client.read_automations_by_name(NOTIFICATION)
             for found in there:
                 client.delete_automation(found.id)
-        with contextlib.suppress(ValueError):  # there is none
-            CustomWebhookNotificationBlock.delete(f"custom-webhook/{_BLOCK}")
+            with contextlib.suppress(ObjectNotFound):
+                client.delete_block_document(client.read_block_document_by_name(_BLOCK, "custom-webhook").id)
     return bool(there)
 
 
