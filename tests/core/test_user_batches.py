@@ -306,6 +306,16 @@ def test_forms_of_one_batch(form: str, spec: MaskSpec | None) -> None:
         assert found[name].equal(value) if isinstance(value, Tensor) else found[name] == value
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("spec", [None, MASKS])
+def test_a_batch_may_lie_on_a_gpu(spec: MaskSpec | None) -> None:
+    (expected,) = ProgressiveDataLoader([{"input_ids": TOKENS, "attention_mask": RIGHT}], spec)
+    (found,) = ProgressiveDataLoader([{"input_ids": TOKENS.cuda(), "attention_mask": RIGHT.cuda()}], spec)
+    for name, value in expected.items():
+        assert found[name].equal(value) if isinstance(value, Tensor) else found[name] == value
+
+
 def test_the_second_item_of_a_tuple_is_the_target_of_custom() -> None:
     """As `TensorDataset(x, y)` gives it, in the loader and in the trainer."""
     loader = DataLoader(TensorDataset(TOKENS, TOKENS.flip(1)), batch_size=B)
