@@ -65,13 +65,12 @@ def _run(options: argparse.Namespace) -> None:
         "curve": _numbers("--curve", options.curve),
         "tflop": _number("--tflop", options.tflop),
         "extend": options.extend,
-        "so_far": options.so_far,
         "name": options.name,
     }
     jobs = _whole("--jobs", options.jobs)
     if jobs < 1:
         raise ConfigError([Fault("--jobs", str(jobs), "at least 1 is expected")])
-    comparison = comparison_of(config, arms, own, **given)
+    comparison = comparison_of(config, arms, own, **given, so_far=options.so_far)
     with reading_shown():
         field = open_field(comparison, options.artifacts)
     if options.plan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import math
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from flows.compare import compare
 from flows.pages.comparison import comparison_page, markdown, tables
 from flows.run.comparing import known_results, open_field, run_missing
 from flows.run.comparison import Comparison, Result, comparison_of, grid_of
@@ -349,6 +352,22 @@ def test_the_runs_are_those_of_the_configuration_itself(tmp_path: Path, run: Run
     told = run("compare", "c.yaml", "--rates", 1, "--seeds", 1, "--so-far")
     assert told.code == 0
     assert "So far: 3 runs of 4 are still to come." in told.out
+
+
+def test_the_command_hands_the_flow_what_it_takes(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server is left out, and the runs: the flow binds the arguments, and gives back the same comparison."""
+    bound: list[inspect.BoundArguments] = []
+
+    def bind(comparison: Comparison, arguments: dict[str, Any]) -> None:
+        bound.append(inspect.signature(compare.fn).bind(**arguments))
+        of_flow = {name: bound[0].arguments[name] for name in ("rates", "seeds", "budgets", "curve", "tflop", "extend")}
+        assert comparison_of(arguments["config"], arguments["arms"], arguments["own"], **of_flow) == comparison
+
+    monkeypatch.setattr("flows.compare.compare_to_the_end", bind)
+    monkeypatch.setattr("flows.cli.compare.on_server", lambda artifacts: contextlib.nullcontext())
+    small(tmp_path).to_yaml(tmp_path / "c.yaml")
+    run("compare", "c.yaml", "--rates", "0.5,1", "--seeds", 2, "--curve", 2, "--jobs", 2)
+    assert bound[0].arguments["jobs"] == 2
 
 
 def test_no_run_cools_down_which_would_not_be_charged(tmp_path: Path) -> None:
