@@ -198,16 +198,7 @@ def _stage(
     spec, shape, seq_len = stage.spec, stage.shape, config.data.seq_len
     ratio = stage.mask.mean_ratio if stage.mask else None
     live, below = stage_flops(shape, spec, seq_len, ratio or 1.0)
-    cache, fill = None, dict[str, Any]()
-    if stage.activations is not None:
-        rows = resolve_order(config, n_train).count_visited(stage.activations.steps)
-        validation = min(stage.activations.validation_sequences, n_validation)
-        cache = store_bytes(rows + validation, seq_len, shape.d_model, stage.activations.dtype)
-        if config.data.rows == "fresh":
-            fill["cache_fill"] = _fill(config, plan, stage, n_train, rows, validation)
     cached_below = index > 0 and plan.stages[index - 1].activations is not None
-    makes = {task: made_by(task, stage) for task in TASK_KINDS}
-    refs = [stage.ref(kind) for kinds in makes.values() for kind in kinds]
     return {
         "stage": index,
         "name": spec.name,
@@ -238,10 +229,30 @@ def _stage(
         "memory_bytes": (forecast := memory(setting)).peak,
         "memory": forecast._asdict(),
         "savings": [saving._asdict() for saving in savings(setting)],
-        "cache_bytes": cache,
-        **fill,
+        **_cache(config, plan, stage, n_train, n_validation),
         "cache_note": stage.no_cache_reason,
         "measured": _measured(stage, artifacts),
+        **_tasks(stage, demand, artifacts),
+    }
+
+
+def _cache(config: StackWiseConfig, plan: RunPlan, stage: StagePlan, n_train: int, n_validation: int) -> dict[str, Any]:
+    """Return the size of the store of a stage, and with fresh rows what filling it takes."""
+    if stage.activations is None:
+        return {"cache_bytes": None}
+    rows = resolve_order(config, n_train).count_visited(stage.activations.steps)
+    validation = min(stage.activations.validation_sequences, n_validation)
+    n_bytes = store_bytes(rows + validation, config.data.seq_len, stage.shape.d_model, stage.activations.dtype)
+    if config.data.rows != "fresh":
+        return {"cache_bytes": n_bytes}
+    return {"cache_bytes": n_bytes, "cache_fill": _fill(config, plan, stage, n_train, rows, validation)}
+
+
+def _tasks(stage: StagePlan, demand: Demand, artifacts: Artifacts) -> dict[str, Any]:
+    """Return the artifacts of a stage with their states, and the tasks that are to run for them."""
+    makes = {task: made_by(task, stage) for task in TASK_KINDS}
+    refs = [stage.ref(kind) for kinds in makes.values() for kind in kinds]
+    return {
         "states": {ref.kind: artifacts.state(ref).value for ref in refs},
         "artifacts": {ref.kind: ref.name for ref in refs},
         "to_run": [task for task, kinds in makes.items() if any(stage.ref(kind) in demand.needed for kind in kinds)],

@@ -205,21 +205,17 @@ def train_stack(
     """Run the training loop of a stage, distributed already, and return one record per step that it took."""
     hooks = hooks or Hooks()
     if state is not None and ranks.count == 1 and (over := Watch(spec, state.records, state.tensors)).is_over:
-        ended = replace(state, tensors=over.left(state.tensors))
-        _restore_weights(model, ended, ranks)  # its moments need not fit the device once more
-        if hooks.on_end is not None:
-            hooks.on_end(ended)
-        return list(state.records)
+        return _over_already(model, state, over, hooks, ranks)
     optimizer = make_optimizer(model, spec)
-    records: list[Record] = []
+    records: list[Record] = list(state.records) if state else []
     if state is not None:
         restore(model, optimizer, state, ranks)
-        records = list(state.records)
     else:
         give_moments(model, optimizer, moments or {}, ranks)
     scale, watch = LossScale.of(model, records), Watch(spec, records, state.tensors if state else None)
+    due = _Due(hooks, ranks)
     model.train()
-    kept = before = _now()
+    before = _now()
     for step, batch in zip(range(spec.steps if watch.is_over else len(records), spec.steps), batches, strict=False):
         with peak.step(optimizer, batch) if peak else contextlib.nullcontext():
             record = train_step(model, batch, optimizer, spec, step, scale, ranks)
@@ -230,24 +226,23 @@ def train_stack(
             model.train()
         records.append(record)
         if watch.see(record):
-            state = capture(model, optimizer, records, ranks)
-            watch.keep(state.tensors, with_optimizer=hooks.on_end is not None or hooks.on_end_elsewhere)
+            best = capture(model, optimizer, records, ranks)
+            watch.keep(best.tensors, with_optimizer=hooks.on_end is not None or hooks.on_end_elsewhere)
         hooks.on_step(record)
         failpoint(ranks.failpoint, step + 1)
         stop, is_last = ranks.any(hooks.should_stop()), watch.is_over
-        late = hooks.checkpoint_minutes > 0 and ranks.any(_now() - kept >= 60 * hooks.checkpoint_minutes)
-        due = late or (hooks.checkpoint_every and (step + 1) % hooks.checkpoint_every == 0)
-        if hooks.checkpoint_last if is_last else stop or due:
-            state, kept = capture(model, optimizer, records, ranks), _now()
+        if due.after(step, stop=stop, is_last=is_last):
+            state = capture(model, optimizer, records, ranks)
             state = replace(state, tensors={**state.tensors, **(watch.saved if ranks.rank == 0 else {})})
             hooks.on_checkpoint(state)
-            if stop and not is_last:
-                _settle_together(hooks, ranks)
-                stopped = f"stopped on request after step {step + 1} of {spec.steps}; {hooks.go_on}"
-                raise StageInterruptedError(stopped, state)
-        if is_last:
+        if stop or is_last:
             _settle_together(hooks, ranks)
+        if is_last:
             break
+        if stop:
+            raise StageInterruptedError(
+                f"stopped on request after step {step + 1} of {spec.steps}; {hooks.go_on}", state
+            )
         before = _now()
     if isinstance(batches, Generator):
         batches.close()  # or a thread would still make batches of a stage that ended early
@@ -261,6 +256,32 @@ def train_stack(
     model.let_in(None)
     optimizer.zero_grad(set_to_none=True)  # or the gradients of what is frozen from now on would stay in memory
     return records
+
+
+def _over_already(model: StageModel, state: TrainingState, over: Watch, hooks: Hooks, ranks: Ranks) -> list[Record]:
+    """Give the model the weights that a stage ended with before it was killed, and return its records."""
+    ended = replace(state, tensors=over.left(state.tensors))
+    _restore_weights(model, ended, ranks)  # its moments need not fit the device once more
+    if hooks.on_end is not None:
+        hooks.on_end(ended)
+    return list(state.records)
+
+
+class _Due:
+    """When checkpoints are due: every so many steps or minutes, at a stop, and after the last step if asked."""
+
+    def __init__(self, hooks: Hooks, ranks: Ranks) -> None:
+        self._hooks, self._ranks, self._since = hooks, ranks, _now()
+
+    def after(self, step: int, *, stop: bool, is_last: bool) -> bool:
+        """Return whether a checkpoint is due after a step, in all ranks alike."""
+        every, seconds = self._hooks.checkpoint_every, 60 * self._hooks.checkpoint_minutes
+        late = seconds > 0 and self._ranks.any(_now() - self._since >= seconds)
+        regular = late or (every > 0 and (step + 1) % every == 0)
+        due = self._hooks.checkpoint_last if is_last else stop or regular
+        if due:
+            self._since = _now()
+        return due
 
 
 # ---------------------------------------------------------------- one step
