@@ -140,30 +140,33 @@ def live_page(name: str) -> Generator[None]:
     if flow_run.id is None:  # it was called without Prefect, and has no page
         yield
         return
-    progress = RunProgress()
+    progress, ended, outcome = RunProgress(), threading.Event(), ""
 
-    def show(outcome: str) -> None:  # drawn in the thread of the update, not in that of the training
-        _publish(progress.markdown(outcome), key_of(name, "now"), progress.line(outcome))
+    def renew() -> None:
+        while not ended.wait(_SECONDS_BETWEEN_UPDATES):
+            show()
+        show()
 
-    renewed = _Renewed("page of now", show)
+    def show() -> None:
+        with _never_failing("page of now"):
+            _publish(progress.markdown(outcome), key_of(name, "now"), progress.line(outcome))
 
-    def on_event(event: Event) -> None:
-        progress(event)
-        if renewed.is_due:
-            renewed.start("")
-
-    outcome = f"All stages are done; {key_of(name, 'report')} has the results."
+    # By the clock, and not by events, of which none comes during a long validation.
+    clock = threading.Thread(target=copy_context().run, args=(renew,), daemon=True, name="progress")
+    clock.start()
     try:
-        with subscribed(on_event):
+        with subscribed(progress):
             yield
+        outcome = f"All stages are done; {key_of(name, 'report')} has the results."
     except BaseException as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         stopped = isinstance(error, StageInterruptedError)
-        outcome = f"{'Stopped' if stopped else 'Failed, the log says more'}: {escaped(reason)}"
+        outcome = f"{'Stopped' if stopped else 'Failed'}: {escaped(reason)}"
+        get_run_logger().info("when it %s: %s", "was stopped" if stopped else "failed", progress.line())
         raise
     finally:
-        renewed.start(outcome)
-        renewed.wait()
+        ended.set()
+        clock.join(_SECONDS_TO_FINISH)
 
 
 def _there(key: str) -> UUID | None:
@@ -206,8 +209,11 @@ def _progress_of(event: StepTaken | RowsCached) -> tuple[float, str]:
 
 
 def run_log() -> Subscriber:
-    """Return a subscriber that writes progress to the log of the current flow or task, every minute."""
-    return PlainLines(lambda text: get_run_logger().info(text), seconds_between_steps=60.0)
+    """Return a subscriber that writes progress to the log of the current flow run, every minute.
+
+    Its page opens with that log; what a task or a subflow logs is on pages of their own.
+    """
+    return PlainLines(get_run_logger().info, seconds_between_steps=60.0)
 
 
 def publish_run(config: StackWiseConfig, root: str) -> Subscriber:

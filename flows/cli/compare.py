@@ -12,6 +12,7 @@ from flows.cli.train import on_server
 from flows.pages.comparison import EXPLAINED, comparison_page, markdown, tables, write_comparison
 from flows.run.comparing import RunsFailedError, known_results, open_field
 from flows.run.comparison import Comparison, comparison_of, unknown_arm
+from flows.run.devices import check_machine
 from flows.run.events import Subscriber, subscribed
 from flows.run.field import Field
 from flows.run.say import say, say_json
@@ -93,6 +94,7 @@ def _complete(
     results = known_results(field)
     if all(run in results for run in field.wanted(results)):
         return None
+    check_machine(given["config"])
     with on_server(field.artifacts):
         from flows.compare import compare_to_the_end
 

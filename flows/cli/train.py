@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flows.cli.arguments import add_common, add_config, add_loudness, load_config, print_waiting
 from flows.network import check_proxies, shown, watching
+from flows.run.devices import check_machine
 from flows.run.events import Subscriber, subscribed
 from flows.run.numbers import parameters
 from flows.run.reading import Reading
@@ -77,6 +78,7 @@ def train(
             register_complete(artifacts, config, plan)
             complain(*imports(filled), *notes(filled))  # a run prints them itself
     if not complete:
+        check_machine(filled)
         _run_flow(config, artifacts, from_stack, force, shown)
     _print_result(config, command, artifacts, reused=complete)
 

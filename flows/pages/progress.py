@@ -52,6 +52,8 @@ class RunProgress:
         self._step: StepTaken | None = None
         self._stepped = self._began
         self._pace: Pace | None = None
+        self._speed, self._stages_done = 0.0, 0
+        """Tokens per second, as last measured, and the number of stages that are done."""
         self._doing, self._task = "preparing data", ""
         self._trained, self._validated = Curve(), list[tuple[int, float]]()
 
@@ -68,6 +70,7 @@ class RunProgress:
             case StepTaken():
                 self._doing = f"{self._stage(event.stage)}: step {event.step:,} of {event.steps:,}"
                 self._step, self._pace, self._stepped = event, pace, time.monotonic()
+                self._speed = pace.tokens_per_second if pace else self._speed
                 if event.stage != self._of_stage[0]:
                     self._before += self._of_stage[1]
                     self._of_stage = event.stage, event.steps
@@ -75,14 +78,17 @@ class RunProgress:
                 if event.validation_loss is not None:
                     self._validated.append((self._before + event.step, event.validation_loss))
             case RowsCached():
-                done = f"{size(event.n_bytes)} of {size(event.of_bytes)}"
-                self._doing, self._step = f"{self._stage(event.stage)}: caching activations, {done}", None
+                done = f"{size(max(event.n_bytes, event.computed))} of {size(event.of_bytes)}"
+                self._doing = f"{self._stage(event.stage)}: caching activations, {done}"
+                self._step, self._pace, self._stepped = None, pace, time.monotonic()
             case Judged() if self._task == "validate":  # not inside a stage, whose steps are shown
                 done = f"{event.done} of {event.of} {event.what}"
                 self._doing = f"{self._stage(event.stage)}: {_DOING['validate']}, {done}"
-            case StageDone() if event.summary.validation_loss is not None:
-                self._validated.append((self._before + self._of_stage[1], event.summary.validation_loss))
-                self._doing, self._step = f"{self._stage(event.stage)} is done", None
+            case StageDone():
+                if (validated := event.summary.validation_loss) is not None:
+                    self._validated.append((self._before + self._of_stage[1], validated))
+                self._doing, self._step, self._pace = f"{self._stage(event.stage)} is done", None, None
+                self._stages_done = event.stage + 1
             case _:
                 pass
 
@@ -92,49 +98,61 @@ class RunProgress:
 
     def markdown(self, outcome: str = "") -> str:
         """Return the page as of now; `outcome` says how the run ended, if it did."""
-        now = datetime.now(UTC).strftime("%H:%M:%S")
-        lines = [f"**{outcome or self._doing}**", "", self._numbers(outcome), "", *self._plot(), ""]
+        now, after = datetime.now(UTC).strftime("%H:%M:%S"), clock(time.monotonic() - self._began)
         since = time.monotonic() - self._stepped
         stands = f"; the last step was {clock(since)} ago" if self._step and not outcome and since >= _LONG_AGO else ""
-        after = clock(time.monotonic() - self._began)
-        return "\n".join([*lines, f"As of {now} UTC, {after} after the start{stands}."])
+        numbers = " \u00b7 ".join(f"{name} **{value}**" for name, value in self._numbers_of_now(outcome).items())
+        lines = [f"**{outcome or self._doing}**", ""]
+        if outcome and self._n_stages and not self._is_done:
+            lines += [f"It ended at: {self._doing}.", ""]
+        when = f"{'Ended at' if outcome else 'As of'} {now} UTC, {after} after the start{stands}."
+        return "\n".join([*lines, numbers, "", *self._plot(), "", when])
 
     def line(self, outcome: str = "") -> str:
         """Return the same in a line for the card on the run's own page, which shows some sixty letters of it."""
         if outcome:
             judged = f", validation {loss(self._validated[-1][1])}" if self._validated else ""
             return outcome.rstrip(".") + judged
-        cells = self._numbers_of_now()
-        left = cells.pop("left of the run", None) or cells.pop("left of the stage", None)
-        validated, step = cells.pop("last validation loss", None), self._step
+        cells, step = self._numbers_of_now(), self._step
+        left = cells.get("left of the run") or cells.get("left of the stage")
         where = f"stage {step.stage} step {step.step:,}/{step.steps:,}" if step else self._doing
-        first = {"loss": cells.pop("loss", None), "validation": validated, **cells}
-        known = [f"{name} {value}" for name, value in first.items() if value]
-        return ", ".join([*([f"{left} left"] if left else []), where, *known])
+        known = {"loss": cells.get("loss"), "validation": cells.get("last validation loss")}
+        speed = [f"{cells['tokens/s']} tokens/s"] if "tokens/s" in cells else []
+        share = [f"{cells['trained']} trained"] if "trained" in cells else []
+        numbers = [f"{name} {value}" for name, value in known.items() if value]
+        return ", ".join([*([f"{left} left"] if left else []), where, *numbers, *speed, *share])
 
-    def _numbers(self, outcome: str) -> str:
-        """Return the numbers of now as one paragraph, which a narrow page wraps; after the end only what stays true."""
-        cells = self._numbers_of_now()
-        if outcome:
-            cells = {name: cells[name] for name in cells if name == "last validation loss"}
-        return " \u00b7 ".join(f"{name} **{value}**" for name, value in cells.items())
+    @property
+    def _is_done(self) -> bool:
+        return self._stages_done == self._n_stages
 
-    def _numbers_of_now(self) -> dict[str, str]:
-        """Return the numbers of now by their names, without what is not known."""
-        step, pace = self._step, self._pace
-        cells: dict[str, str] = {}
+    def _numbers_of_now(self, outcome: str = "") -> dict[str, str]:
+        """Return the numbers of now by their names, without what is not known; after the end nothing is left."""
+        step, pace, cells = self._step, self._pace, dict[str, str]()
+        if (share := self._meter.run_share) is not None and not self._is_done:
+            cells["trained"] = f"{share:.0%}"
         if step is not None:
             cells["loss"] = loss(step.loss)
-            cells["learning rate"] = f"{step.learning_rate:.3g}"
-        if pace is not None:
-            cells["tokens/s"] = f"{pace.tokens_per_second:,.0f}"
-            cells["left of the stage"] = clock(pace.seconds_left)
-            if pace.run_seconds_left is not None:
-                cells["left of the run"] = clock(pace.run_seconds_left)
-                cells["done about"] = _time_of_day(self._stepped + pace.run_seconds_left)
         if self._validated:
             cells["last validation loss"] = loss(self._validated[-1][1])
+        if self._speed:
+            cells["tokens/s"] = f"{self._speed:,.0f}"
+        if step is not None:
+            cells["learning rate"] = f"{step.learning_rate:.3g}"
+        if outcome:
+            return cells
+        left = self._meter.run_seconds_left
+        if pace is not None:
+            cells["left of the stage"] = clock(max(0.0, pace.seconds_left - self._waited(left)))
+        if left is not None:
+            cells["left of the run"] = clock(left)
+            cells["done about"] = _time_of_day(left)
         return cells
+
+    def _waited(self, left: float | None) -> float:
+        """Return what is taken off the time left since the last event [s]."""
+        told = self._pace.run_seconds_left if self._pace else None
+        return 0.0 if left is None or told is None else told - left
 
     def _plot(self) -> list[str]:
         points = self._trained.points
@@ -152,10 +170,10 @@ class RunProgress:
         return [drawn, "", f"Line: training loss, of many points their running mean. Dots: validation loss.{beyond}"]
 
 
-def _time_of_day(moment: float) -> str:
-    """Return when a moment of the monotonic clock is, with the date if it is not today."""
+def _time_of_day(seconds: float) -> str:
+    """Return when it is in so many seconds, with the date if that is not today."""
     now = datetime.now(UTC)
-    then = now + timedelta(seconds=moment - time.monotonic())
+    then = now + timedelta(seconds=seconds)
     return f"{then:%H:%M} UTC" if then.date() == now.date() else f"{then:%b %d, %H:%M} UTC"
 
 

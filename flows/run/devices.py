@@ -1,15 +1,20 @@
-"""The devices of this machine and their memory, without importing torch, which takes seconds."""
+"""What this machine has of what a run asks for: devices, memory, packages. Imports no torch, which takes seconds."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import NamedTuple
 
+from flows.run.trackers import tracker_faults
 from stackwise_core.config import StackWiseConfig
+from stackwise_core.config.rules import device_fault
 from stackwise_core.config.schema import HardwareConfig
+from stackwise_core.config.unused import is_used
+from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.stages.memory import Setting
 from stackwise_core.stages.plan import RunPlan
 
@@ -44,6 +49,33 @@ def gpus() -> list[Gpu]:
             cuda.cuDeviceTotalMem_v2(ctypes.byref(n_bytes), device)
             found.append(Gpu(name.value.decode(), n_bytes.value))
     return found
+
+
+RUNNER = "cache.task_runner"
+_PACKAGES = {"dask": "prefect_dask", "ray": "prefect_ray"}
+
+
+def check_machine(config: StackWiseConfig) -> None:
+    """Check that this machine has the devices and the packages that a run needs.
+
+    Raises:
+        ConfigError: with all that is missing, and what to install.
+    """
+    asks = config.hardware.device != "cpu" and not version("torch").endswith("+cpu")
+    n_devices = len(gpus()) if asks else 0
+    faults = [device_fault(config.hardware, n_devices), _runner_fault(config), *tracker_faults(config.tracking.to)]
+    if found := [fault for fault in faults if fault]:
+        raise ConfigError(found)
+
+
+def _runner_fault(config: StackWiseConfig) -> Fault | None:
+    """Return what to install, if a task runner would be used but is not installed."""
+    runner = config.cache.task_runner
+    package = _PACKAGES.get(runner) if is_used(config, RUNNER) else None
+    if package is None or importlib.util.find_spec(package) is not None:
+        return None
+    remedy = f"{package.replace('_', '-')} is not installed: pip install 'stackwise[{runner}]'"
+    return Fault(RUNNER, repr(runner), remedy)
 
 
 def device_memory(hardware: HardwareConfig) -> tuple[bool, int]:

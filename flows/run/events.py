@@ -46,10 +46,14 @@ class DataReady:
 
 @dataclass(frozen=True)
 class StagesPriced:
-    """What the training of every stage costs."""
+    """What the training of every stage costs, and judging it."""
 
     flops: tuple[float, ...]
-    """0 of a stage that is there already."""
+    """Of its training; 0 of a stage that is there already."""
+    judging: tuple[tuple[int, float], ...] = ()
+    """Its steps, and the FLOPs of a validation; 0 of a stage that is there already."""
+    every: int = 0
+    """Steps between validations inside a stage; 0 if there are none."""
 
 
 @dataclass(frozen=True)

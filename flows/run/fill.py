@@ -6,7 +6,6 @@ The process that holds the artifact's lock submits the shards and counts those t
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -16,19 +15,16 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from flows.run.children import end_with
+from flows.run.devices import RUNNER
 from flows.run.events import GO_ON, stop_requested
 from flows.run.inputs import boundary_above, rows_to_store
 from flows.run.stage import Stage
-from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import is_used
 from stackwise_core.errors import ConfigError, Fault, StackWiseError, StageInterruptedError
 from stackwise_core.failpoints import failpoint
 from stackwise_core.training.hardware import use_hardware
 from storage.activations.fill import write_shard
 from storage.activations.writer import ShardRange, StoreWriter
-
-_RUNNER = "cache.task_runner"
-_PACKAGES = {"dask": "prefect_dask", "ray": "prefect_ray"}
 
 
 class WorkerDiedError(StackWiseError):
@@ -102,15 +98,6 @@ def _submit_all(
         yield written()
 
 
-def check_runner(config: StackWiseConfig) -> None:
-    """Raise a `ConfigError` that says what to install, if a task runner would be used but is not installed."""
-    runner = config.cache.task_runner
-    package = _PACKAGES.get(runner) if is_used(config, _RUNNER) else None
-    if package is not None and importlib.util.find_spec(package) is None:
-        remedy = f"{package.replace('_', '-')} is not installed: pip install 'stackwise[{runner}]'"
-        raise ConfigError([Fault(_RUNNER, repr(runner), remedy)])
-
-
 @contextlib.contextmanager
 def plain_workers(stage: Stage) -> Generator[Submit]:
     """Start the workers of a stage in Python's own pools, without Prefect."""
@@ -129,8 +116,8 @@ def plain_workers(stage: Stage) -> Generator[Submit]:
 def check_plain(stage: Stage) -> None:
     """Raise `ConfigError` if the task runner is Dask or Ray, which only Prefect can start."""
     runner = stage.config.cache.task_runner
-    if runner not in ("threads", "processes") and is_used(stage.config, _RUNNER):
-        raise ConfigError([Fault(_RUNNER, repr(runner), "without Prefect's flow, threads or processes")])
+    if runner not in ("threads", "processes") and is_used(stage.config, RUNNER):
+        raise ConfigError([Fault(RUNNER, repr(runner), "without Prefect's flow, threads or processes")])
 
 
 def begin_worker() -> None:

@@ -29,9 +29,9 @@ class Pace(NamedTuple):
     """How quickly a task goes on, measured since its second step: the first one also warms up."""
 
     tokens_per_second: float
-    """0 of a task that does not train."""
+    """While steps are taken; 0 of a task that does not train."""
     seconds_left: float
-    """Of the training of this stage, or of this task [s]."""
+    """Of the training of this stage with the validations inside it, or of this task [s]."""
     run_seconds_left: float | None
     """Of all stages, at the speed of this one [s]; None if it is not known."""
 
@@ -41,10 +41,18 @@ class Meter:
 
     def __init__(self) -> None:
         """Know nothing yet."""
-        self._began, self._first = 0.0, 0
         self._counts: type[Event] | None = None
         """The kind of event that counts how far the task is."""
-        self._flops: tuple[float, ...] = ()
+        self._first, self._seconds = 0, 0.0
+        """The first count, and what the counts since then have taken, without validations [s]."""
+        self._last = 0.0
+        """When the last of these events came."""
+        self._priced = StagesPriced(())
+        self._a_flop, self._a_judged_flop = 0.0, 0.0
+        """What a FLOP of training and one of validating take [s]; 0 if it is not known."""
+        self._left: float | None = None
+        self._left_at, self._going_on = 0.0, 0.0
+        """What is left of the run, when that was known, and how much of it what goes on since then takes [s]."""
         self.run_share: float | None = None
         """How much of the training of the run is done; None if there is nothing to train, or it is not known."""
 
@@ -52,40 +60,120 @@ class Meter:
         """Take in an event, and return the pace if it can be told from the event."""
         match event:
             case StagesPriced():
-                self._flops = event.flops
+                self._priced = event
                 self._done(0, 0.0)
             case TaskStarted():
                 self._counts = None
+                _, judging = self._judging(event.stage)
+                going_on = self._a_judgement(judging) if event.task == "validate" else 0.0
+                self._know(self._from(event.stage, event.task), going_on)
             case StageDone():
                 self._done(event.stage, 1.0)
+                self._know(self._from(event.stage + 1))
             case StepTaken():
                 self._done(event.stage, event.step / event.steps)
-                if a_step := self._each(StepTaken, event.step, _STEPS_TO_TELL):
-                    left = (event.steps - event.step) * a_step
-                    return Pace(event.n_tokens / a_step, left, self._left_of_run(event, a_step, left))
+                return self._pace_of(event)
             case RowsCached():
                 done = max(event.n_bytes, event.computed)
-                if a_byte := self._each(RowsCached, done, 1):
-                    return Pace(0.0, (event.of_bytes - done) * a_byte, None)
+                self._count(RowsCached, done)
+                if a_byte := self._each(done, 1):
+                    left = (event.of_bytes - done) * a_byte
+                    after = self._from(event.stage, "validate")
+                    self._know(None if after is None else left + after, left)
+                    return Pace(0.0, left, self._left)
             case _:
                 pass
         return None
 
-    def _each(self, counts: type[Event], count: int, least: int) -> float:
-        """Return the seconds that one of what is counted takes, or 0 if it is too early to tell."""
+    @property
+    def run_seconds_left(self) -> float | None:
+        """What is left of the run as of now [s]; None if it is not known.
+
+        What goes on is taken off while it takes no longer than it should: a run that stands ends later.
+        """
+        if self._left is None:
+            return None
+        return self._left - min(time.monotonic() - self._left_at, self._going_on)
+
+    def _know(self, left: float | None, going_on: float = 0.0) -> None:
+        self._left, self._left_at, self._going_on = left, time.monotonic(), going_on
+
+    def _count(self, counts: type[Event], count: int, own: float = 0.0) -> float:
+        """Take in a count of an event, and return the seconds since the one before; `own` are its own if known."""
+        now = time.monotonic()
         if counts is not self._counts:
-            self._counts, self._began, self._first = counts, time.monotonic(), count
-        took, since = time.monotonic() - self._began, count - self._first
-        return took / since if took >= _SECONDS_TO_TELL and since >= least else 0.0
+            self._counts, self._first, self._seconds, self._last = counts, count, 0.0, now
+            return 0.0
+        since, self._last = now - self._last, now
+        self._seconds += min(own, since) if own else since
+        return since
+
+    def _each(self, count: int, least: int) -> float:
+        """Return the seconds that one of what is counted takes, or 0 if it is too early to tell."""
+        since = count - self._first
+        return self._seconds / since if self._seconds >= _SECONDS_TO_TELL and since >= least else 0.0
+
+    def _pace_of(self, event: StepTaken) -> Pace | None:
+        own = 0.0
+        if event.validation_loss is not None:  # its time is not that of a step
+            speed = event.record.get("tokens_per_second", 0.0)
+            own = event.n_tokens / speed if speed else self._each(event.step - 1, 1)
+        since = self._count(StepTaken, event.step, own)
+        flops, (_, judging) = self._of(event.stage), self._judging(event.stage)
+        if own and since > own and judging:
+            self._a_judged_flop = (since - own) / judging
+        if not (a_step := self._each(event.step, _STEPS_TO_TELL)):
+            return None
+        if flops:
+            self._a_flop = a_step * event.steps / flops
+        left = (event.steps - event.step) * a_step + self._inside(event.stage, event.step) * self._a_judgement(judging)
+        after = self._from(event.stage, "cache")
+        self._know(None if after is None or not flops else left + after, self._next(event, a_step, judging))
+        return Pace(event.n_tokens / a_step, left, self._left)
+
+    def _next(self, event: StepTaken, a_step: float, judging: float) -> float:
+        """Return the seconds until the next step has been taken, with the validation after it if there is one."""
+        every = self._priced.every
+        validates = every and (event.step + 1) % every == 0 and event.step + 1 < event.steps
+        return a_step + (self._a_judgement(judging) if validates else 0.0)
+
+    def _from(self, stage: int, task: str = "build") -> float | None:
+        """Return what the run takes from a task of a stage on [s]; None if no step has been measured yet."""
+        if not self._a_flop or stage < 0:
+            return None
+        left = 0.0
+        for index in range(stage, len(self._priced.flops)):
+            steps, judging = self._judging(index)
+            if index > stage or task in _BEFORE_TRAINED:
+                left += self._of(index) * self._a_flop + self._inside(index, 0, steps) * self._a_judgement(judging)
+            left += self._a_judgement(judging)  # at the end of the stage
+        return left
+
+    def _of(self, stage: int) -> float:
+        """Return the FLOPs of training a stage; 0 if it is there already, or not priced."""
+        return self._priced.flops[stage] if 0 <= stage < len(self._priced.flops) else 0.0
+
+    def _judging(self, stage: int) -> tuple[int, float]:
+        """Return the steps of a stage and the FLOPs of validating it once; 0 of a stage that is there already."""
+        return self._priced.judging[stage] if 0 <= stage < len(self._priced.judging) else (0, 0.0)
+
+    def _inside(self, stage: int, step: int, steps: int | None = None) -> int:
+        """Return how many validations there are inside a stage after a step."""
+        every, steps = self._priced.every, self._judging(stage)[0] if steps is None else steps
+        return max(0, (steps - 1) // every - step // every) if every else 0
+
+    def _a_judgement(self, flops: float) -> float:
+        """Return the seconds of a validation; until one is measured, as if a FLOP took as long as in training."""
+        return flops * (self._a_judged_flop or self._a_flop)
 
     def _done(self, stage: int, share: float) -> None:
-        if stage < len(self._flops) and (whole := sum(self._flops)):
-            self.run_share = (sum(self._flops[:stage]) + share * self._flops[stage]) / whole
+        flops = self._priced.flops
+        if stage < len(flops) and (whole := sum(flops)):
+            self.run_share = (sum(flops[:stage]) + share * flops[stage]) / whole
 
-    def _left_of_run(self, event: StepTaken, a_step: float, left: float) -> float | None:
-        if event.stage >= len(self._flops) or not (here := self._flops[event.stage]):
-            return None
-        return left + sum(self._flops[event.stage + 1 :]) * a_step * event.steps / here
+
+_BEFORE_TRAINED = ("build", "trunk", "train", "adopt")
+"""Tasks with which, or before which, the training of a stage begins."""
 
 
 class LiveFile:
@@ -148,7 +236,9 @@ def of_rows(event: RowsCached, pace: Pace | None) -> dict[str, Any]:
     said: dict[str, Any] = {"bytes": event.n_bytes, "of_bytes": event.of_bytes}
     if event.computed > event.n_bytes:
         said["computed"] = event.computed
-    return said if pace is None else {**said, "seconds_left": pace.seconds_left}
+    if pace is None:
+        return said
+    return {**said, "seconds_left": pace.seconds_left, "run_seconds_left": pace.run_seconds_left}
 
 
 def told(said: Mapping[str, Any]) -> str:
@@ -156,7 +246,7 @@ def told(said: Mapping[str, Any]) -> str:
     if "bytes" in said:
         words = f"cached {size(said['bytes'])} of {size(said['of_bytes'])}"
         words += f", {size(said['computed'])} computed" if "computed" in said else ""
-        return f"{words}, {clock(said['seconds_left'])} left" if said.get("seconds_left") else words
+        return words + _left(said) if said.get("seconds_left") else words
     if "what" in said:
         return f"validating, {said['done']} of {said['of']} {said['what']}"
     if "step" not in said:
@@ -166,10 +256,14 @@ def told(said: Mapping[str, Any]) -> str:
         words += f", validation loss {said['validation_loss']:.4f}"
     if "seconds_left" not in said:
         return words
-    words += f", {clock(said['seconds_left'])} left"
-    of_run = said["run_seconds_left"]
-    words += "" if of_run is None or of_run == said["seconds_left"] else f", {clock(of_run)} for the run"
-    return f"{words}, {said['tokens_per_second']:,.0f} tokens/s"
+    return f"{words}{_left(said)}, {said['tokens_per_second']:,.0f} tokens/s"
+
+
+def _left(said: Mapping[str, Any]) -> str:
+    """Return what is left of a task and of the run, if that is known and another time."""
+    of_task, of_run = clock(said["seconds_left"]), said.get("run_seconds_left")
+    known = "" if of_run is None or clock(of_run) == of_task else f", {clock(of_run)} for the run"
+    return f", {of_task} left{known}"
 
 
 def progress_line(said: Mapping[str, Any]) -> str:

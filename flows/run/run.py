@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Set
 
-from flows.run.devices import device_memory, settings_of
+from flows.run.devices import check_machine, device_memory, settings_of
 from flows.run.events import (
     GO_ON,
     Message,
@@ -16,21 +16,20 @@ from flows.run.events import (
     stop_requested,
     stopping_on_signals,
 )
-from flows.run.fill import check_plain, check_runner
+from flows.run.fill import check_plain
 from flows.run.live import live_file
 from flows.run.prepare import check_space, check_validation, prepare_data
 from flows.run.reading import Reading
 from flows.run.stage import Stage
 from flows.run.steps import build_stack, cache_activations, configure_trunk
 from flows.run.summary import StageSummary, rise, summarise
-from flows.run.trackers import check_trackers
 from flows.run.tracking import tracked
 from flows.run.training import cool_down, train
 from flows.run.validating import validate
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.unused import notes
 from stackwise_core.errors import StageInterruptedError
-from stackwise_core.stages.charges import charge
+from stackwise_core.stages.charges import charge, judging_flops
 from stackwise_core.stages.identity import Ref
 from stackwise_core.stages.plan import RunPlan
 from stackwise_core.stages.remedies import does_not_fit
@@ -71,9 +70,8 @@ def grow(
     one clear message; the same call resumes from the sealed artifacts.
     """
     config.validate()
-    device = use_hardware(config.hardware)  # a missing device fails here, before anything is made
-    check_runner(config)  # so does a missing task runner
-    check_trackers(config.tracking.to)
+    check_machine(config)  # what is missing is said before anything is made
+    device = use_hardware(config.hardware)
     artifacts = artifacts_at(root).open()
     filled, plan = plan_in(artifacts, config, Reading("read"))
     forced = forced_refs(plan, from_stack, force)
@@ -95,7 +93,7 @@ def grow(
             check_validation(filled, artifacts, plan)
             if filled.hardware.compile and (fault := compiler_fault(device)):
                 emit(Message(fault))
-        emit(StagesPriced(_prices(filled, artifacts, plan, needed)))
+        emit(_priced(filled, artifacts, plan, needed))
         check_space(filled, artifacts, [s for s in plan.stages if s.activations and s.ref("activations") in needed])
         with stopping_on_signals():
             for index in range(len(plan.stages)):
@@ -139,14 +137,17 @@ def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand
     )
 
 
-def _prices(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan, needed: Collection[Ref]) -> tuple[float, ...]:
-    """Return the FLOPs of the training of every stage that is still to be trained; 0 of the others."""
-    n_rows = artifacts.manifest(plan.data_ref).count("train_sequences")
-    charges = charge(config, plan, n_rows)
-    return tuple(
-        charged.total if stage.ref("stack") in needed and not stage.spec.adopted else 0.0
-        for stage, charged in zip(plan.stages, charges, strict=True)
-    )
+def _priced(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan, needed: Collection[Ref]) -> StagesPriced:
+    """Return the FLOPs of training and of judging every stage, 0 of what is there already."""
+    data = artifacts.manifest(plan.data_ref)
+    n_train, n_validation = data.count("train_sequences"), data.count("validation_sequences")
+    flops, judging = list[float](), list[tuple[int, float]]()
+    for stage, charged in zip(plan.stages, charge(config, plan, n_train), strict=True):
+        trains = stage.ref("stack") in needed and not stage.spec.adopted
+        flops.append(charged.total if trains else 0.0)
+        judged = stage.validation is not None and stage.ref("validation") in needed
+        judging.append((stage.spec.optim.steps, judging_flops(config, stage, n_validation) if judged else 0.0))
+    return StagesPriced(tuple(flops), tuple(judging), config.validation.every)
 
 
 def _refuse_newer(artifacts: Artifacts, forced: Iterable[Ref]) -> None:

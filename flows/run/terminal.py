@@ -196,10 +196,10 @@ class LiveBars:
             self.stop()
             self.live.stop()
         elif said:
-            text = said.text.removeprefix(f"corpus: {said.task} ")
-            if (share := self._describer.meter.run_share) is not None and said.stage >= 0:
-                text = self._show_run(share, text, begins=isinstance(event, TaskStarted))
-            detail, bar = tuple(shown(text).split(", ")), self._bar_of(said)
+            parts = said.text.removeprefix(f"corpus: {said.task} ").split(", ")
+            self._show_run(said.stage)
+            detail = tuple(shown(part) for part in parts if not part.endswith(_FOR_RUN))  # the bar of the run says it
+            bar = self._bar_of(said)
             self.progress.update(bar, completed=said.completed, total=said.total, detail=detail)
             if isinstance(event, (DataReady, StageDone)):
                 self._leave_behind(said.stage, bar)
@@ -211,27 +211,26 @@ class LiveBars:
         del self._bars[stage]
         self.console.print(drawn)
 
-    def _show_run(self, share: float, text: str, *, begins: bool) -> str:
-        """Move what a text says of the whole run to the bar of the run, and return the rest.
-
-        The time left was that of training, and is dropped where a task `begins`.
-        """
-        parts = text.split(", ")
-        of_run = [part.removesuffix(_FOR_RUN) + " left" for part in parts if part.endswith(_FOR_RUN)]
+    def _show_run(self, stage: int) -> None:
+        """Move the bar of the run, which is there from the first stage on."""
+        if (share := self._describer.meter.run_share) is None or stage < 0:
+            return
         if not self._whole.tasks:
-            self._whole.add_task("run", total=1.0, detail=())
-        ((bar),) = self._whole.task_ids
-        known = of_run or begins or share == 1.0
-        detail = (f"{share:.0%}", *of_run) if known else self._whole.tasks[0].fields["detail"]
-        self._whole.update(bar, completed=share, detail=detail)
-        return ", ".join(part for part in parts if not part.endswith(_FOR_RUN))
+            self._whole.add_task("run", total=1.0, detail=self._of_run)
+        self._whole.update(self._whole.task_ids[0], completed=share)
+
+    def _of_run(self) -> tuple[str, ...]:
+        """Return how far the run is as of now: between two events too the time left runs."""
+        meter = self._describer.meter
+        left = meter.run_seconds_left
+        return (f"{meter.run_share or 0.0:.0%}", *([] if left is None else [f"{clock(left)} left"]))
 
     def stop(self) -> None:
         """Show what is not finished as stopped: no process moves it any more."""
         for shown_ in (self.progress, self._whole):
             for task in shown_.tasks:
                 if not task.finished:
-                    detail = ("stopped", *task.fields["detail"])
+                    detail = ("stopped", *_parts_said(task))
                     detail = tuple(part for part in detail if not part.endswith(" left"))
                     shown_.update(task.id, detail=detail, stopped=True)
 
@@ -299,7 +298,13 @@ class _Bar(ProgressColumn):
 
 class _Detail(ProgressColumn):
     def render(self, task: Task) -> RenderableType:
-        return _Parts(task.fields["detail"])
+        return _Parts(_parts_said(task))
+
+
+def _parts_said(task: Task) -> tuple[str, ...]:
+    """Return the detail of a bar, which may be a function that says it as of now."""
+    detail: tuple[str, ...] | Callable[[], tuple[str, ...]] = task.fields["detail"]
+    return detail if isinstance(detail, tuple) else detail()
 
 
 @dataclass(frozen=True)

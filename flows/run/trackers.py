@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stackwise_core.config.schema import TrackerName
-from stackwise_core.errors import ConfigError, Fault
+from stackwise_core.errors import Fault
 
 
 class Tracker(Protocol):
@@ -35,11 +35,12 @@ class Tracker(Protocol):
         ...
 
 
-def check_trackers(names: Sequence[str], option: str = "tracking.to") -> None:
-    """Raise a ConfigError that says what to install, if the package of a tracker is missing."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:  # each package is called as its tracker
-            raise ConfigError([Fault(option, repr(name), f"it is not installed: pip install 'stackwise[{name}]'")])
+def tracker_faults(names: Sequence[str], option: str = "tracking.to") -> list[Fault]:
+    """Return what to install, for each tracker whose package is missing."""
+    missing = [
+        name for name in names if importlib.util.find_spec(name) is None
+    ]  # each package is called as its tracker
+    return [Fault(option, repr(name), f"it is not installed: pip install 'stackwise[{name}]'") for name in missing]
 
 
 def tracker_of(name: TrackerName, folder: Path, project: str) -> Tracker:

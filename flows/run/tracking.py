@@ -14,11 +14,11 @@ from typing import Any
 
 from flows.run.events import Event, Message, StageDone, StepTaken, emit, subscribed
 from flows.run.summary import StageSummary, summarise
-from flows.run.trackers import Tracker, check_trackers, tracker_of
+from flows.run.trackers import Tracker, tracker_faults, tracker_of
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.keys import keys_of
 from stackwise_core.config.schema import TrackerName
-from stackwise_core.errors import StackWiseError, StageInterruptedError
+from stackwise_core.errors import ConfigError, StackWiseError, StageInterruptedError
 from stackwise_core.stages.plan import RunPlan
 from storage.artifacts import Artifacts
 from storage.midstage import METRICS, read_metrics
@@ -152,7 +152,8 @@ def replay(artifacts: Artifacts, name: str, to: TrackerName, project: str) -> st
         ConfigError: there is no such run, or the package is missing.
         TrackingError: what the tracker raised.
     """
-    check_trackers([to], "--to")
+    if faults := tracker_faults([to], "--to"):
+        raise ConfigError(faults)
     attempt = find_run(artifacts, name)
     plan, n_sent = attempt.plan, 0
     tracker, before = tracker_of(to, folder_of(artifacts), project), steps_before(plan)

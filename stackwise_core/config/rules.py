@@ -9,7 +9,7 @@ from typing import Any
 
 from stackwise_core.config.corpus import tokenizer_of
 from stackwise_core.config.functions import shown
-from stackwise_core.config.schema import GROWTH, QUANTISED, ConfigSchema
+from stackwise_core.config.schema import GROWTH, QUANTISED, ConfigSchema, HardwareConfig
 from stackwise_core.config.sizes import batch_size_of, layer_widths
 from stackwise_core.config.stacks import (
     n_time_steps,
@@ -42,6 +42,19 @@ def rule_faults(config: ConfigSchema, *, corpus: bool = True) -> list[Fault]:
         *time_faults(config),
         *_hardware_faults(config),
     ]
+
+
+def device_fault(hardware: HardwareConfig, n_devices: int) -> Fault | None:
+    """Return what a machine of so many CUDA devices lacks of those that are asked for."""
+    if hardware.device == "cpu" or (hardware.device == "auto" and not n_devices):
+        return None
+    there = f"this machine has {n_devices or 'no'} CUDA device{'s' if n_devices > 1 else ''}"
+    if int(hardware.device.partition(":")[2] or 0) >= n_devices:
+        return Fault("hardware.device", repr(hardware.device), f"{there}; use auto or cpu")
+    if hardware.processes > n_devices:
+        allowed = f"{there}, and each process needs its own; lower it, or set hardware.device: cpu"
+        return Fault("hardware.processes", str(hardware.processes), allowed)
+    return None
 
 
 def _fault(config: ConfigSchema, path: str, allowed: str) -> Fault:

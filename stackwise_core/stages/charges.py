@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from stackwise_core.config import StackWiseConfig
-from stackwise_core.stages.costs import fill_flops, n_adapter_parameters, stage_flops
+from stackwise_core.stages.costs import fill_flops, head_flops, n_adapter_parameters, stack_flops, stage_flops
 from stackwise_core.stages.plan import RunPlan, StagePlan, plan_run, rows_read_again
 from stackwise_core.stages.resolve import resolve_order
 
@@ -38,7 +38,7 @@ def charge(config: StackWiseConfig, plan: RunPlan, n_rows: int, taken: Mapping[i
 
 def _charge_of(config: StackWiseConfig, plan: RunPlan, stage: StagePlan, n_rows: int, taken: int | None) -> Charge:
     spec, seq_len = stage.spec, config.data.seq_len
-    fraction = stage.mask.mean_ratio if stage.mask else (seq_len - 1) / seq_len
+    fraction = _loss_fraction(stage, seq_len)
     trained, recomputed = stage_flops(stage.shape, spec, seq_len, fraction)
     trained += _adapter_flops(stage, seq_len)
     if taken is not None:
@@ -53,6 +53,22 @@ def _charge_of(config: StackWiseConfig, plan: RunPlan, stage: StagePlan, n_rows:
         )
     below = [spec.stacks[stack] for stack in spec.anatomy.below]
     return Charge(trained, fill_flops(stage.shape, below, seq_len, rows - advanced, advanced), recomputed)
+
+
+def judging_flops(config: StackWiseConfig, stage: StagePlan, n_rows: int) -> float:
+    """Return the FLOPs of one validation of the rack that a stage ends with, given the validation sequences there are.
+
+    Where a boundary is cast, the rack is passed twice: with the stream as it is stored, and with the exact one.
+    """
+    spec, shape, seq_len = stage.spec, stage.shape, config.data.seq_len
+    n_blocks = sum(spec.stacks[index].n_blocks for index in spec.anatomy.order)
+    once = stack_flops(shape, n_blocks, seq_len) + head_flops(shape, seq_len, _loss_fraction(stage, seq_len))
+    return min(n_rows, config.validation.max_sequences) * (2 if spec.anatomy.boundary else 1) * once
+
+
+def _loss_fraction(stage: StagePlan, seq_len: int) -> float:
+    """Return the share of the positions that have a loss."""
+    return stage.mask.mean_ratio if stage.mask else (seq_len - 1) / seq_len
 
 
 def _adapter_flops(stage: StagePlan, seq_len: int) -> float:

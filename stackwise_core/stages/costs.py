@@ -99,6 +99,11 @@ def stack_flops(shape: ModelShape, n_blocks: int, seq_len: int) -> float:
     return n_blocks * seq_len * 2.0 * (_matrix_parameters(shape) + scores)
 
 
+def head_flops(shape: ModelShape, seq_len: int, loss_fraction: float) -> float:
+    """FLOPs of one forward pass of the head over the positions of a sequence that have a loss."""
+    return 2.0 * seq_len * loss_fraction * shape.d_model * shape.vocab_size
+
+
 def stage_flops(shape: ModelShape, spec: StageSpec, seq_len: int, loss_fraction: float) -> tuple[float, float]:
     """FLOPs of training a stage: (live stacks and head, forward and backward; frozen stacks below, forward).
 
@@ -106,7 +111,7 @@ def stage_flops(shape: ModelShape, spec: StageSpec, seq_len: int, loss_fraction:
     `loss_fraction` of the positions.
     """
     sequences = spec.optim.steps * spec.optim.batch_size
-    head = 2.0 * seq_len * loss_fraction * shape.d_model * shape.vocab_size
+    head = head_flops(shape, seq_len, loss_fraction)
     live = (3.0 if spec.anatomy.head_trains else 2.0) * head
     for index in spec.anatomy.live:
         products = 3.0 if spec.anatomy.trains_of(index) == "everything" else 2.0

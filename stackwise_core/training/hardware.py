@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from stackwise_core.config.rules import device_fault
 from stackwise_core.config.schema import HardwareConfig
 from stackwise_core.errors import ConfigError, Fault
 
@@ -35,12 +36,8 @@ def use_hardware(hardware: HardwareConfig) -> torch.device:
     device = torch.device("cuda" if hardware.device == "auto" and n_devices else hardware.device.replace("auto", "cpu"))
     if device.type == "cpu":
         return device
-    there = f"this machine has {n_devices} CUDA devices"
-    if (device.index or 0) >= n_devices:
-        raise ConfigError([Fault("hardware.device", repr(hardware.device), f"{there}; use auto or cpu")])
-    if hardware.processes > n_devices:
-        allowed = f"{there}, and each process needs its own; lower it, or set hardware.device: cpu"
-        raise ConfigError([Fault("hardware.processes", str(hardware.processes), allowed)])
+    if fault := device_fault(hardware, n_devices):
+        raise ConfigError([fault])
     _use_determinism(hardware.deterministic)
     torch.backends.cuda.matmul.allow_tf32 = hardware.tf32
     return device if rank is None else torch.device("cuda", int(rank))

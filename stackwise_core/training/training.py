@@ -30,6 +30,8 @@ from stackwise_core.training.watch import Record, Watch
 
 _now = time.monotonic
 _MOMENT = "optimizer."
+_MOST_IDS = 32
+"""Sequence ids that a message shows."""
 
 
 class FrozenChangedError(StackWiseError):
@@ -134,7 +136,7 @@ def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trai
 
     Raises:
         StageInterruptedError: `hooks.should_stop()`; a checkpoint was handed over first.
-        NonFiniteLossError: see `train_step`.
+        NonFiniteLossError: see `train_step`; it names the stage too.
         FrozenChangedError: a weight that does not train was changed.
     """
     began, first_step = time.monotonic(), inputs.state.step if inputs.state else 0
@@ -144,12 +146,22 @@ def train_stage(inputs: StageInputs, hooks: Hooks, ranks: Ranks = ALONE) -> Trai
     with inputs.model.compiled(), _settling(hooks, ranks):
         ranks.wrap(inputs.model)
         frozen = _frozen(inputs.model)
-        records = train_stack(inputs.model, inputs.batches, inputs.spec.optim, **how, peak=peak)
+        try:
+            records = train_stack(inputs.model, inputs.batches, inputs.spec.optim, **how, peak=peak)
+        except NonFiniteLossError as error:
+            error.args = (_in_stage(inputs.spec.index, error),)
+            raise
     seconds = time.monotonic() - began
     if any(tensor._version != writes for part in frozen.values() for tensor, writes in part):
         raise FrozenChangedError(f"stage {inputs.spec.index}: training changed frozen weights")
     watch = Watch(inputs.spec.optim, records)
     return Trained(records, first_step, seconds, sorted(frozen), peak.n_bytes, watch.kept, watch.told())
+
+
+def _in_stage(index: int, error: Exception) -> str:
+    """Return a message that begins with the stage; that of a validation already does."""
+    stage = f"stage {index}: "
+    return f"{stage}{str(error).removeprefix(stage)}"
 
 
 def _settle_together(hooks: Hooks, ranks: Ranks) -> None:
@@ -326,7 +338,7 @@ def train_step(
     if overflowed:
         return {**record, "gradient_norm": 0.0}
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        ids = ranks.gather(batch["sequence_ids"].tolist())
+        ids = _listed(ranks.gather(batch["sequence_ids"].tolist()))
         raise NonFiniteLossError(
             f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; sequence ids {ids}. "
             f"{NonFiniteLossError.SIGN}; lower training.learning_rate (now {spec.learning_rate}) or raise "
@@ -334,6 +346,12 @@ def train_step(
         )
     optimizer.step()
     return record
+
+
+def _listed(ids: list[int]) -> str:
+    """Return ids for a message: of a large batch the first ones."""
+    more = len(ids) - _MOST_IDS
+    return f"{ids}" if more <= 0 else f"{ids[:_MOST_IDS]} and {more} more"
 
 
 def _clocked(model: StageModel, batch: Batch, spec: OptimSpec, ranks: Ranks, seconds: float) -> Record:

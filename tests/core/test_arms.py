@@ -12,7 +12,7 @@ from stackwise_core.errors import ConfigError
 from stackwise_core.model.adapters import adapter_parameters
 from stackwise_core.model.rack_builder import ProgressiveRackBuilder
 from stackwise_core.stages.arms import ANNEAL, ANNEAL_SHARE, ARMS, END_TO_END, arm, changed
-from stackwise_core.stages.charges import charge, cost
+from stackwise_core.stages.charges import charge, cost, judging_flops
 from stackwise_core.stages.costs import stage_flops
 from stackwise_core.stages.plan import plan_run
 from support.runs import tiny
@@ -45,6 +45,13 @@ def test_a_frozen_run_is_charged_for_what_trains_and_for_filling_each_store_once
     assert [each.trained for each in found] == [trained] * 3
     assert [each.frozen for each in found] == [0, rows * BLOCK, rows * BLOCK]  # the second store from the first
     assert [each.recomputed for each in found] == [0, rows * BLOCK, 2 * rows * BLOCK]
+
+
+def test_a_validation_passes_the_whole_rack_twice_where_a_boundary_is_cast(config: StackWiseConfig) -> None:
+    stages, n_rows = plan_run(config, "0" * 64).stages, 5
+    assert config.validation.max_sequences > n_rows
+    judged = [judging_flops(config, stage, n_rows) for stage in stages]
+    assert judged == [n_rows * (BLOCK + HEAD), n_rows * 2 * (2 * BLOCK + HEAD), n_rows * 2 * (3 * BLOCK + HEAD)]
 
 
 def test_rows_that_are_read_again_are_stored_once(config: StackWiseConfig) -> None:

@@ -434,7 +434,7 @@ def test_stages_before_a_failure_stay(tmp_path: Path, reference: Reference, monk
 
     root = tmp_path / "a"
     monkeypatch.setattr(core, "train_step", exploding)
-    with pytest.raises(NonFiniteLossError, match="step 7: loss nan"):
+    with pytest.raises(NonFiniteLossError, match=r"^stage 1: step 7: loss nan"):
         grown(tiny(tmp_path), root)
     monkeypatch.undo()
     sealed = digests(root)

@@ -140,6 +140,20 @@ def test_a_fault_is_one_line_with_path_value_and_remedy(
     assert not list(tmp_path.glob("artifacts/*/*"))
 
 
+def test_what_a_machine_lacks_is_said_before_a_server_starts(
+    run: Run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "gpus", list)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run("train", config, "--set", "hardware.device=cuda", "--set", "tracking.to=[wandb]")
+    assert result.code == 2
+    assert result.faults == [
+        "hardware.device: got 'cuda'; this machine has no CUDA device; use auto or cpu",
+        "tracking.to: got 'wandb'; it is not installed: pip install 'stackwise[wandb]'",
+    ]
+    assert not list(tmp_path.glob("artifacts/runs/*"))
+
+
 def test_every_fault_is_told_at_once(run: Run, config: Path) -> None:
     overrides = ("training.batch_size=none", "model.n_heads=3", "cache.colour=red", "model.attention=bidirectional")
     result = run("train", config, *(part for override in overrides for part in ("--set", override)))

@@ -43,6 +43,35 @@ def test_time_left_of_the_run_is_by_flops(monkeypatch: pytest.MonkeyPatch, capsy
     )  # the last stage: the run's is the same
 
 
+def test_time_left_has_the_validations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes 1 s and a validation 6 s: until one is measured, 2 s, as its FLOPs say at the speed of a step."""
+    now = SimpleNamespace(now=1000.0)
+    now.monotonic = lambda: now.now
+    monkeypatch.setattr(live, "time", now)
+    meter, record = live.Meter(), {"tokens_per_second": 64.0}
+    # Stage 0 has validations after steps 10, 20 and at its end, and stage 1 those and is twice as dear.
+    meter(StagesPriced((30e9, 60e9), ((30, 2e9), (30, 2e9)), every=10))
+    meter(TaskStarted(0, "train"))
+
+    def taken(step: int, loss: float | None = None) -> tuple[int, int]:
+        now.now += 1.0 if loss is None else 7.0
+        pace = meter(StepTaken(0, step, 30, 2.0, 64, validation_loss=loss, record=record))
+        return (round(pace.seconds_left), round(pace.run_seconds_left or 0)) if pace else (0, 0)
+
+    first = [taken(step) for step in range(1, 10)][-1]
+    assert first == (21 + 2 * 2, 21 + 3 * 2 + 60 + 3 * 2)
+    assert taken(10, 1.5) == (20 + 6, 20 + 2 * 6 + 60 + 3 * 6)
+    assert [taken(step) for step in range(11, 20)][-1] == (11 + 6, 11 + 2 * 6 + 60 + 3 * 6)
+    now.now += 5.0  # of the 7 s that the next step takes with its validation
+    assert round(meter.run_seconds_left or 0) == 101 - 5
+    now.now += 60.0  # it stands
+    assert round(meter.run_seconds_left or 0) == 101 - 7
+    meter(TaskStarted(0, "cache"))
+    assert round(meter.run_seconds_left or 0) == 6 + 60 + 3 * 6
+    meter(TaskStarted(1, "build"))
+    assert round(meter.run_seconds_left or 0) == 60 + 3 * 6
+
+
 def test_a_live_run_says_how_far_it_is(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "_SECONDS_BETWEEN_WRITES", 0.0)
     monkeypatch.setattr(live, "_SECONDS_TO_TELL", 0.0)

@@ -69,6 +69,7 @@ def test_the_numbers_of_now(now: Clock) -> None:
     cells = dict(number.strip("*").split(" **") for number in text.splitlines()[2].split(" \u00b7 "))
     assert re.fullmatch(r"(\w+ \d+, )?\d\d:\d\d UTC", cells.pop("done about"))
     assert cells == {
+        "trained": "7%",
         "loss": "2.5000",
         "learning rate": "0.002",
         "tokens/s": "640",
@@ -77,14 +78,20 @@ def test_the_numbers_of_now(now: Clock) -> None:
     }
     assert "ago" not in text
     now.now += 40
-    assert "5 s after the start; the last step was 40 s ago." in progress.markdown()
+    text = progress.markdown()
+    assert "5 s after the start; the last step was 40 s ago." in text
+    assert "left of the stage **4 s** \u00b7 left of the run **1:04**" in text  # it stands: a step takes no longer
     assert "ago" not in progress.markdown("Stopped")
     assert "left of" not in progress.markdown("Stopped") + progress.line("Stopped")  # nothing is
-    assert progress.line().startswith("1:05 left, stage 0 step 5/10, loss 2.5000, ")
-    progress(RowsCached(0, 2**20, 2**21))
+    assert progress.line() == "1:04 left, stage 0 step 5/10, loss 2.5000, 640 tokens/s, 7% trained"
+    progress(RowsCached(0, 0, 2**21, 2**20))
     assert "**Stage 0 (the last is 2): caching activations, 1.0 MiB of 2.0 MiB**" in progress.markdown()
+    now.now += 10
+    progress(RowsCached(0, 0, 2**21, 3 * 2**19))
+    assert "left of the stage **10 s** \u00b7 left of the run **1:10**" in progress.markdown()
     progress(TaskStarted(0, "validate"))
     assert "**Stage 0 (the last is 2): validating**" in progress.markdown()
+    assert "left of the run **1:00**" in progress.markdown()
     assert "After all" in progress.markdown("After all")
 
 
@@ -116,13 +123,41 @@ def test_losses_above_the_axis_are_said(now: Clock) -> None:
     assert "The line begins above the axis, at 90.0000." in progress.markdown()
 
 
+class Ticks:
+    """The timer of a page: waits as the test lets it, and notes for how long it was asked to."""
+
+    def __init__(self) -> None:
+        self.asked, self.ended = list[float](), False
+        self._go, self._waiting = threading.Semaphore(0), threading.Semaphore(0)
+
+    def set(self) -> None:
+        self.ended = True
+        self._go.release()
+
+    def wait(self, seconds: float) -> bool:
+        self.asked.append(seconds)
+        self._waiting.release()
+        self._go.acquire()
+        return self.ended
+
+    def tick(self) -> None:
+        """Let a wait be over, and come back in the next one."""
+        assert self._waiting.acquire(timeout=60)
+        self._go.release()
+        assert self._waiting.acquire(timeout=60)
+        self._waiting.release()
+
+
 @pytest.mark.flow
-def test_it_is_renewed_by_time_and_not_by_the_thread_that_trains(now: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_renewed_by_the_clock_and_not_by_the_thread_that_trains(
+    now: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flows import artifacts
 
-    shown: list[tuple[str, str, str]] = []
+    shown, ticks = list[tuple[str, str, str]](), Ticks()
+    timer = SimpleNamespace(Event=lambda: ticks, Thread=threading.Thread)
+    monkeypatch.setattr(artifacts, "threading", timer)
     monkeypatch.setattr(artifacts, "_SECONDS_BETWEEN_UPDATES", 5.0)
-    monkeypatch.setattr(artifacts, "time", now)
     publish = lambda text, key, _: shown.append((threading.current_thread().name, key, text))  # noqa: E731
     monkeypatch.setattr(artifacts, "_publish", publish)
     monkeypatch.setattr(artifacts, "flow_run", SimpleNamespace(id="a flow run"))
@@ -131,11 +166,15 @@ def test_it_is_renewed_by_time_and_not_by_the_thread_that_trains(now: Clock, mon
         for number in range(1, 13):
             now.now += 1.0
             emit(StepTaken(0, number, 12, 2.5, 64, 1e-3))
-            settle()
+        assert shown == []
+        ticks.tick()
+        now.now += 60
+        ticks.tick()  # nothing happened meanwhile
     assert [name for name, _, _ in shown] == ["progress"] * 3
     assert {key for _, key, _ in shown} == {"my-run-now"}
-    assert ["step 5 of 12" in shown[0][2], "step 10 of 12" in shown[1][2]] == [True, True]
+    assert ["step 12 of 12" in shown[0][2], "the last step was 1:00 ago" in shown[1][2]] == [True, True]
     assert "All stages are done" in shown[-1][2]
+    assert ticks.asked == [5.0] * 3
 
 
 @pytest.mark.flow
@@ -150,16 +189,24 @@ def test_a_failed_run_says_so_and_a_server_that_is_away_stops_nothing(monkeypatc
 
     monkeypatch.setattr(artifacts, "_publish", away)
     monkeypatch.setattr(artifacts, "flow_run", SimpleNamespace(id="a flow run"))
-    logger = SimpleNamespace(warning=lambda text, *values: warnings.append(text % values))
+    infos = list[str]()
+    logger = SimpleNamespace(
+        warning=lambda text, *values: warnings.append(text % values),
+        info=lambda text, *values: infos.append(text % values),
+    )
     monkeypatch.setattr(artifacts, "get_run_logger", lambda: logger)
-    with pytest.raises(ArithmeticError), artifacts.live_page("tiny"):
+    events = [RunStarted("tiny", 3, "/a"), StagesPriced((1e12, 1e12, 2e12)), TaskStarted(1, "train")]
+
+    def fail() -> None:
+        for event in (*events, StepTaken(1, 6, 10, 2.5, 640, 1e-3, 2.75)):
+            emit(event)
         raise ArithmeticError("stage 1: the loss is <b>not</b> finite\nand so on")
-    assert "**Failed, the log says more: stage 1: the loss is \\<b\\>not" in shown[0]
+
+    with pytest.raises(ArithmeticError), artifacts.live_page("tiny"):
+        fail()
+    assert "**Failed: stage 1: the loss is \\<b\\>not" in shown[0]
+    assert "It ended at: Stage 1 (the last is 2): step 6 of 10." in shown[0]
+    assert "trained **40%** \u00b7 loss **2.5000** \u00b7 last validation loss **2.7500**" in shown[0]
     assert "and so on" not in shown[0]
+    assert infos == ["when it failed: stage 1 step 6/10, loss 2.5000, validation 2.7500, 40% trained"]
     assert warnings == ["the page of now on Prefect's pages was not updated: the server is away"]
-
-
-def settle() -> None:
-    for thread in threading.enumerate():
-        if thread.name == "progress":
-            thread.join(60)

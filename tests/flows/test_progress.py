@@ -217,6 +217,20 @@ def test_a_page_that_cannot_be_updated_stops_nothing(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.flow
+def test_progress_is_in_the_log_of_the_run_and_not_of_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import artifacts
+
+    of_run, of_task = list[str](), list[str]()
+    loggers = iter([SimpleNamespace(info=of_run.append), SimpleNamespace(info=of_task.append)])
+    monkeypatch.setattr(artifacts, "get_run_logger", lambda: next(loggers))
+    writes = artifacts.run_log()  # as the flow of the run begins
+    writes(TaskStarted(1, "train"))
+    writes(step(100))
+    assert (len(of_run), of_task) == (2, [])
+    assert of_run[1].startswith("stage 1: step 100/100, loss 1.5000")
+
+
+@pytest.mark.flow
 def test_progress_is_shown_by_time_and_ends_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows import artifacts
 

@@ -85,6 +85,24 @@ def test_bars_show_what_fits_and_cut_no_number(clock: Clock, width: int, stage: 
     assert said[1].index("10%") == said[0].index("step")
 
 
+def test_the_bar_of_the_run_moves_in_its_last_stage_and_between_events(clock: Clock) -> None:
+    bars = bars_of(80)
+    bars(StagesPriced((0.0, 2e12)))
+    bars(TaskStarted(1, "train"))
+    for number in range(1, 41):
+        clock.now += 0.5
+        bars(StepTaken(1, number, 100, 2.0, n_tokens=64))
+        assert re.fullmatch(rf"run +[█░]+ {number}%(, \d+ s left)?", drawn(bars)[1])
+    assert drawn(bars)[1].endswith("40%, 30 s left")
+    clock.now += 0.5
+    assert drawn(bars)[1].endswith("40%, 30 s left")  # 29.5
+    clock.now += 60.0
+    assert drawn(bars)[1].endswith("40%, 30 s left")  # it stands: a step takes half a second
+    bars(TaskStarted(1, "validate"))
+    bars(Judged(1, 1, 2, "stacks"))
+    assert drawn(bars)[1].endswith("40%, 0 s left")
+
+
 def test_lines_leave_room_for_the_echo_of_a_key(clock: Clock) -> None:
     """On a full line the ^C of a terminal would go to the next one, and a line of the bars would stay behind it."""
     bars, out = bars_of(60), io.StringIO()
