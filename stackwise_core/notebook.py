@@ -15,14 +15,16 @@ from typing import Any
 
 from stackwise_core.errors import StackWiseError, shown
 
-_LINE = "border-bottom: 1px solid rgba(128, 128, 128, 0.35)"
+_HEAD = "border-bottom: 1px solid rgba(128, 128, 128, 0.35); font-weight: 600"
 _SECONDS_BETWEEN = 0.5
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table as HTML; numbers, also those with a unit, are set to the right, None is a dash."""
-    head = "".join(_cell("th", name, f"{_LINE}; text-align: left; font-weight: 600") for name in columns)
-    body = "".join(f"<tr>{''.join(_cell('td', value, _side(value)) for value in row)}</tr>" for row in rows)
+    """Return a table as HTML; columns of numbers, also of those with a unit, are set to the right, None is a dash."""
+    rows = [tuple(row) for row in rows]
+    sides = [_side(row[at] for row in rows) for at in range(len(columns))]
+    head = "".join(map(_cell, ["th"] * len(columns), columns, (f"{side}; {_HEAD}" for side in sides)))
+    body = "".join(f"<tr>{''.join(map(_cell, ['td'] * len(row), row, sides))}</tr>" for row in rows)
     caption = f'<caption style="text-align: left; font-weight: 600; color: inherit">{_text(title)}</caption>'
     style = "border-collapse: collapse; width: auto; font-variant-numeric: tabular-nums"
     return f'<table style="{style}">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
@@ -32,8 +34,10 @@ def _cell(tag: str, value: object, style: str) -> str:
     return f'<{tag} style="padding: 2px 10px; {style}">{_text(value)}</{tag}>'
 
 
-def _side(value: object) -> str:
-    return f"text-align: {'left' if isinstance(value, str) and not value[:1].isdigit() else 'right'}"
+def _side(values: Iterable[object]) -> str:
+    """Return how a column and its header are aligned."""
+    words = any(isinstance(value, str) and not value[:1].isdigit() for value in values)
+    return f"text-align: {'left' if words else 'right'}"
 
 
 def _text(value: object) -> str:

@@ -41,6 +41,18 @@ def breakable(text: str) -> Markup:
     return Markup(re.sub(r"([._/])(?=[^\W\d])", r"\1<wbr>", str(escape(printable(text)))))  # escaped before
 
 
+def artifact(name: str) -> Markup:
+    """Return the name of an artifact that breaks before its hash only."""
+    head, dash, end = printable(name).rpartition("-")
+    return Markup('<span class="whole">{}</span><wbr><span class="whole">{}</span>').format(head + dash, end)
+
+
+def moment(created: str) -> Markup:
+    """Return a recorded time to the minute that breaks between date and time only."""
+    date, _, time = minute(created).partition(" ")
+    return Markup('<span class="whole">{}</span> {}').format(date, time)
+
+
 def number(value: float | None) -> str:
     """Return a number with four digits and a true minus sign, or - if it is None."""
     return "-" if value is None else f"{value:.4g}".replace("-", "\u2212")
@@ -87,10 +99,12 @@ _ENVIRONMENT = Environment(
     finalize=_finalize,
 )
 _FILTERS: dict[str, Callable[..., Any]] = {
+    "artifact": artifact,
     "breakable": breakable,
     "clock": clock,
     "count": "{:,}".format,
     "minute": minute,
+    "moment": moment,
     "number": number,
     "parameters": parameters,
     "phrase": phrase,

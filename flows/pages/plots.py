@@ -118,11 +118,12 @@ class Mark(NamedTuple):
 class Plot:
     """A pair of axes and the marks on them."""
 
-    def __init__(self, x: Scale, y: Scale, x_label: str, y_label: str) -> None:
-        """Draw the axes; the labels give the units."""
+    def __init__(self, x: Scale, y: Scale, x_label: str, y_label: str, names: Sequence[str] = ()) -> None:
+        """Draw the axes; the labels give the units. At the right is room for `names`, which `ends` writes there."""
         self._x, self._y, self.label = x, y, f"{y_label} by {x_label}"
         self.marks: list[Mark] = []
-        right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+        self._right = WIDTH - RIGHT - round(max(map(_width, names), default=0.0))
+        right, bottom = self._right, HEIGHT - BOTTOM
         for value in y.ticks():
             at = self.y(value)
             self._line("grid", LEFT, right, at, at)
@@ -140,7 +141,7 @@ class Plot:
 
     def x(self, value: float) -> float:
         """Return the distance of a value from the left [px]."""
-        return round(LEFT + self._x(value) * (WIDTH - LEFT - RIGHT), 1)
+        return round(LEFT + self._x(value) * (self._right - LEFT), 1)
 
     def y(self, value: float) -> float:
         """Return the distance of a value from the top [px]."""
@@ -173,20 +174,36 @@ class Plot:
         circle = {"class": class_, "cx": self.x(x), "cy": self.y(y), "r": 2 if class_ == "dot" else 4}
         self.marks.append(Mark("circle", circle, tip=f"{what}: {y:.4g}"))
 
-    def names(self, points: Iterable[tuple[float, float, str]], lift: int = 0) -> None:
-        """Write names beside points, on the side with room, moved down where they would overlap; `lift` is in px."""
+    def names(self, points: Iterable[tuple[float, float, str]]) -> None:
+        """Write names beside points, on the side with room, moved down where they would overlap."""
         placed: list[tuple[float, float, float]] = []  # left, right, height
         for x, y, name in sorted(((self.x(x), self.y(y), name) for x, y, name in points), key=lambda each: each[1]):
-            text = name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}\u2026"
             on_the_left = x > (LEFT + WIDTH) / 2
-            width, y = _LABEL_WIDTH * len(text), y - lift
+            width = _width(name)
             left, right = (x - 8 - width, x - 8) if on_the_left else (x + 8, x + 8 + width)
             for other_left, other_right, height in placed:
                 if left < other_right and other_left < right and abs(y - height) < _LABEL_HEIGHT:
                     y = height + _LABEL_HEIGHT
             placed.append((left, right, y))
-            mark = _text(x - 8 if on_the_left else x + 8, y + 4, text, "note", "end" if on_the_left else "start")
-            self.marks.append(mark if text == name else mark._replace(tip=name))
+            self._name(x - 8 if on_the_left else x + 8, y + 4, name, "end" if on_the_left else "start")
+
+    def ends(self, points: Iterable[tuple[float, str]]) -> None:
+        """Write names right of the axes, at the heights where their lines end, or moved where they would overlap."""
+        placed = sorted((self.y(y), name) for y, name in points)
+        heights, lowest = list[float](), HEIGHT - BOTTOM
+        for at, (height, _) in enumerate(placed):
+            height = min(height, lowest - (len(placed) - 1 - at) * _LABEL_HEIGHT)
+            heights.append(max(height, heights[-1] + _LABEL_HEIGHT) if heights else height)
+        for height, (_, name) in zip(heights, placed, strict=True):
+            self._name(self._right + 8, height + 4, name, "start")
+
+    def key(self, entries: Sequence[tuple[str, str]]) -> None:
+        """Write names and a piece of their lines, given by class, at the top right: falling curves leave room there."""
+        right = WIDTH - RIGHT
+        for at, (name, class_) in enumerate(entries):
+            y = TOP + 12 + at * _LABEL_HEIGHT
+            self._line(class_, right - 26, right, y - 4, y - 4)
+            self._name(right - 32, y, name, "end")
 
     def bars(self, edges: Sequence[float], heights: Sequence[float], floor: float) -> None:
         """Draw a histogram whose bars stand on a floor; empty bins have none."""
@@ -199,7 +216,7 @@ class Plot:
 
     def level(self, y: float) -> None:
         """Draw a dashed horizontal line at a value."""
-        self._line("bound", LEFT, WIDTH - RIGHT, self.y(y), self.y(y))
+        self._line("bound", LEFT, self._right, self.y(y), self.y(y))
 
     def place(self, x: float, text: str) -> None:
         """Draw a labelled vertical line at a value."""
@@ -226,8 +243,18 @@ class Plot:
     def _line(self, class_: str, x1: float, x2: float, y1: float, y2: float) -> None:
         self.marks.append(Mark("line", {"class": class_, "x1": x1, "x2": x2, "y1": y1, "y2": y2}))
 
+    def _name(self, x: float, y: float, name: str, anchor: str) -> None:
+        """Write a name over what is drawn; of a long one the beginning, and all of it in its tooltip."""
+        short = name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}\u2026"
+        self.marks.append(_text(x, y, short, "note", anchor)._replace(tip="" if short == name else name))
+
     def _write(self, x: float, y: float, text: str, class_: str, anchor: str) -> None:
         self.marks.append(_text(x, y, text, class_, anchor))
+
+
+def _width(name: str) -> float:
+    """Return how wide a name is at most [px]."""
+    return _LABEL_WIDTH * min(len(name), _LONGEST_LABEL)
 
 
 def _text(x: float, y: float, text: str, class_: str, anchor: str) -> Mark:

@@ -18,7 +18,7 @@ _FACTS: dict[Kind, dict[str, Callable[[Any], str]]] = {
         "validation_sequences": "{:,} for validation".format,
     },
     "build": {"operator": str, "blocks": "{} blocks".format},
-    "trunk": {"strategy": str, "stacks": "{} below".format},
+    "trunk": {"strategy": str, "stacks": lambda count: f"{count} stack{'' if count == 1 else 's'} below"},
     "stack": {
         "train_loss": "loss {:.4f}".format,
         "steps": "{:,} steps".format,

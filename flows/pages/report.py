@@ -53,11 +53,11 @@ def loss_plot(stages: Sequence[StageSummary]) -> str:
         lines = {f"{float(ratio):.0%} masked": [stage.by_mask_ratio.get(ratio) for stage in stages] for ratio in ratios}
     numbers = [stage.stage for stage in stages]
     everything = [loss for losses in lines.values() for loss in losses]
-    plot = Plot(places(0, numbers[-1]), scale_of(everything), "stage", "validation loss [nats]")
+    plot = Plot(places(0, numbers[-1]), scale_of(everything), "stage", "validation loss [nats]", list(lines))
     for losses in lines.values():
         plot.line(numbers, losses)
         plot.dots(numbers, losses, "point", "stage")
-    plot.names((numbers[-1], losses[-1], what) for what, losses in lines.items() if what and losses[-1] is not None)
+    plot.ends((losses[-1], what) for what, losses in lines.items() if what and losses[-1] is not None)
     return as_image("Validation loss by stage", plot.image(STYLE))
 
 

@@ -109,7 +109,9 @@ def _verdict(stages: Sequence[StageSummary]) -> str:
     if len(judged) == 1:
         return f"{done} Validation loss is {unit}{at}, with {_stacks(last)}."
     if first.mask_ratio != last.mask_ratio:
-        return f"{done} Validation loss of the last is {unit}{at}; stages at other ratios compare in the table."
+        return (
+            f"{done} Validation loss of the last is {unit}{at}; the table by share of masked tokens compares them all."
+        )
     fell = (first.validation_loss or 0.0) - (last.validation_loss or 0.0)
     moved = "fell" if fell > 0 else "rose"
     gain = (judged[-2].validation_loss or 0.0) - (last.validation_loss or 0.0)

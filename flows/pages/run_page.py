@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from markupsafe import Markup
@@ -20,8 +21,7 @@ _POINTS_OF_SEVERAL = 25
 """Most points of the training curve of a stage where several runs are drawn."""
 _MOST_DEPTHS = 4
 """Lines of losses by position: there is no room for the names of more."""
-_ABOVE = 12
-"""By which the name of a line stands above its end [px]."""
+_EACH_LINE = "Each line is the rack after a stage."
 _UNTIL_LOG = 4
 """Ratio of the largest to the smallest norm from which on their axis is logarithmic."""
 
@@ -86,7 +86,16 @@ def _losses(documents: Sequence[Document], caption: str) -> list[Figure]:
     costs = [] if by_compute is None else [(by_compute.svg(), "The same against what was computed, caches included.")]
     most = max(value for document in documents for value in _known(document))
     left_out = f" Losses above {by_step.top:.3g}, up to {most:.4g}, are left out." if most > by_step.top else ""
-    return [(by_step.svg(), caption + left_out), *costs]
+    ratios = max(len(_ratios(document)) for document in documents)
+    apart = (
+        " Each stage is judged at its own share of masked tokens: these losses do not compare." if ratios > 1 else ""
+    )
+    return [(by_step.svg(), caption + left_out + apart), *costs]
+
+
+def _ratios(document: Document) -> set[float]:
+    judged = (stage for stage in document["stages"] if stage["validation_loss"] is not None)
+    return {stage["mask_ratio"] for stage in judged}
 
 
 def _spans(document: Document, axis: _Axis) -> Iterator[tuple[Document, float, float]]:
@@ -108,7 +117,6 @@ def _loss_plot(documents: Sequence[Document], axis: _Axis) -> Plot | None:
     x = places(0, round(max(ends))) if axis is _STEP else scale_of([0.0, max(ends)], zero=True)
     results = [stage["validation_loss"] for document in documents for stage in document["stages"]]
     plot = Plot(x, scale_of([*_most(known), *results]), axis.label, "loss [nats per loss position]")
-    ends_of: list[tuple[str, list[tuple[float, float, str]]]] = []
     for which, (document, line) in enumerate(zip(documents, lines, strict=True)):
         style = f"run-{which}" if len(documents) > 1 else ""
         for stage, start, end in line:
@@ -116,14 +124,20 @@ def _loss_plot(documents: Sequence[Document], axis: _Axis) -> Plot | None:
                 plot.line(_along(curve, start, end), curve["loss"], "line thin")
             elif curve:
                 plot.line(_along(curve, start, end), running_mean(curve["loss"]), f"line thin {style}")
-        judged = [point for span in line for point in _validated(*span)]
-        ends_of.append((document["run"], judged))
-        plot.line([at for at, _, _ in judged], [value for _, value, _ in judged], f"line {style}".strip())
-        for at, value, where in (point for point in judged if point[1] <= plot.top):
-            plot.dot(at, value, f"dot judged {style}".strip(), f"{document['run']}, {where}")
+        for judged in _comparable(line):
+            plot.line([at for at, _, _ in judged], [value for _, value, _ in judged], f"line {style}".strip())
+            for at, value, where in (point for point in judged if point[1] <= plot.top):
+                plot.dot(at, value, f"dot judged {style}".strip(), f"{document['run']}, {where}")
     if len(documents) > 1:
-        plot.names([(*judged[-1][:2], name) for name, judged in ends_of if judged], _ABOVE)
+        plot.key([(document["run"], f"line run-{which}") for which, document in enumerate(documents)])
     return plot
+
+
+def _comparable(line: Sequence[tuple[Document, float, float]]) -> Iterator[list[tuple[float, float, str]]]:
+    """Yield the validation losses of stages in a row that were judged at one mask ratio, or at none."""
+    judged = [(span[0]["mask_ratio"], list(_validated(*span))) for span in line]
+    for _, stages in itertools.groupby((each for each in judged if each[1]), key=lambda each: each[0]):
+        yield [point for _, points in stages for point in points]
 
 
 def _validated(stage: Document, start: float, end: float) -> Iterator[tuple[float, float, str]]:
@@ -162,9 +176,9 @@ def _recorded(document: Document, name: str, label: str, caption: str, *, zero: 
         return []
     log = not zero and max(values) > _UNTIL_LOG * max(min(values), 1e-12)
     plot = Plot(places(0, round(spans[-1][2])), scale_of(values, log=log, zero=zero), _STEP.label, label)
-    for stage, start, end in spans:
-        known = [value if value is not None and (value > 0 or not log) else None for value in stage["curve"][name]]
-        plot.line(_along(stage["curve"], start, end), known)
+    steps = [step for stage, start, end in spans for step in _along(stage["curve"], start, end)]
+    found = [value for stage, _, _ in spans for value in stage["curve"][name]]
+    plot.line(steps, [value if value is not None and (value > 0 or not log) else None for value in found])
     return [(plot.svg(), caption)]
 
 
@@ -192,17 +206,17 @@ def _by_ratio(document: Document) -> list[Figure]:
         for each in document["depths"]
         if each["loss_by_ratio"]
     ]
-    return _lines(lines, "masked tokens [%]", "Validation. Each line is the rack after a stage.", scale=100.0)
+    return _lines(lines, "masked tokens [%]", "Validation. " + _EACH_LINE, scale=100.0)
 
 
 def _by_position(document: Document) -> list[Figure]:
-    """Return loss against the position in a sequence, a line for each depth, if it was measured."""
+    """Return loss against the position in a sequence, a line for each stage, if it was measured."""
     lines = [
-        (f"{each['depth']} stack{'s' * (each['depth'] > 1)}", _as_numbers(each["loss_by_position"]))
+        (f"stage {each['stage']}", _as_numbers(each["loss_by_position"]))
         for each in document["depths"]
         if each["loss_by_position"]
     ]
-    caption = "Of some withheld sequences, the means of positions 1, 2, 3 to 4, 5 to 8 and so on. Each line is a depth."
+    caption = "Means over positions 1, 2, 3 to 4, 5 to 8 and so on of some withheld sequences. " + _EACH_LINE
     return _lines(lines, "position in the sequence", caption, log=True)
 
 
@@ -224,11 +238,12 @@ def _lines(
     n = min(len(lines), _MOST_DEPTHS)
     lines = [lines[round(at * (len(lines) - 1) / max(1, n - 1))] for at in range(n)]
     points = list(itertools.chain.from_iterable(found for _, found in lines))
-    x = scale_of((at * scale for at, _ in points), log=log)
-    plot = Plot(x, scale_of(value for _, value in points), label, "loss [nats per loss position]")
+    x = replace(scale_of((at * scale for at, _ in points), log=log), high=max(at for at, _ in points) * scale)
+    names = [name for name, _ in lines]
+    plot = Plot(x, scale_of(value for _, value in points), label, "loss [nats per loss position]", names)
     for _, found in lines:
         plot.line([at * scale for at, _ in found], [value for _, value in found])
-    plot.names([(found[-1][0] * scale, found[-1][1], name) for name, found in lines], _ABOVE)
+    plot.ends((found[-1][1], name) for name, found in lines)
     return [(plot.svg(), caption)]
 
 

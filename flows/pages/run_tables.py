@@ -21,7 +21,9 @@ def tables(document: Document) -> list[TableOf]:
 
 def _without_empty_columns(table: TableOf) -> TableOf:
     full = [at for at in range(len(table.columns)) if any(row[at] not in ("", "-") for row in table.rows)]
-    return TableOf(table.title, [table.columns[at] for at in full], [[row[at] for at in full] for row in table.rows])
+    return table._replace(
+        columns=[table.columns[at] for at in full], rows=[[row[at] for at in full] for row in table.rows]
+    )
 
 
 def _stages(stages: Sequence[Document]) -> TableOf:
@@ -38,7 +40,13 @@ def _stages(stages: Sequence[Document]) -> TableOf:
         ]
         for stage in stages
     ]
-    return TableOf("Stages", columns, rows)
+    note = (
+        "How: where the new stack went, what of the trunk trained, how the stack is stored. Params: those of the rack; "
+        "trained: those that this stage trained. Loss: of the last training step; val. loss: of withheld sequences; "
+        "both in nats per loss position: a predicted token, of masked runs a masked one. Gain: what the stage took off "
+        "the validation loss."
+    )
+    return TableOf("Stages", columns, rows, note)
 
 
 def _unfinished(stage: Document) -> str:
@@ -63,7 +71,11 @@ def _cost(stages: Sequence[Document]) -> TableOf:
         for stage in stages
         if stage["steps"] or stage["seconds"]
     ]
-    return TableOf("What it cost", columns, rows)
+    note = (
+        "TFLOP: as executed, validation left out; without cache: if every step passed through the frozen stacks again. "
+        "Time: of all tasks of the stage; tokens/s: of its training."
+    )
+    return TableOf("What it cost", columns, rows, note)
 
 
 def _steps(stage: Document) -> str:
@@ -86,7 +98,11 @@ def _held(stages: Sequence[Document]) -> TableOf:
         ]
         for stage in stages
     ]
-    return TableOf("Memory and disk", columns, rows)
+    note = (
+        "Memory: the peak of training, as planned and as measured. Checkpoint, cache: bytes on the disk. Cache error: "
+        "the validation loss on cached activations less that on exact ones."
+    )
+    return TableOf("Memory and disk", columns, rows, note)
 
 
 def _by_mask_ratio(stages: Sequence[Document]) -> TableOf:
@@ -115,7 +131,8 @@ def _parts(document: Document) -> TableOf:
         for row in document["parts"]
     ]
     columns = ("part", "trained in stages", "its adapters in", "frozen in", "adopted in", "stored as")
-    return TableOf("What trained in which stage", columns, rows)
+    note = "From the tokens up; the numbers are those of stages, and of stacks in the order of their creation."
+    return TableOf("What trained in which stage", columns, rows, note)
 
 
 def _stored(document: Document, row: Document) -> str:
@@ -129,7 +146,8 @@ def _stored(document: Document, row: Document) -> str:
 
 def _changes(document: Document) -> TableOf:
     rows = [[key["name"], _value(key["value"]), _value(key["default"])] for key in document["changes"]]
-    return TableOf("What the configuration changes", ("key", "value", "default"), rows)
+    note = "All other keys have their defaults."
+    return TableOf("What the configuration changes", ("key", "value", "default"), rows, note)
 
 
 def side_by_side(documents: Sequence[Document]) -> list[TableOf]:
@@ -150,7 +168,11 @@ def side_by_side(documents: Sequence[Document]) -> list[TableOf]:
     ]
     differing = [[each["name"], *map(_value, each["values"])] for each in differences(documents)]
     names = tuple(document["run"] for document in documents)
-    found = [TableOf("Runs", columns, rows), TableOf("Where their configurations differ", ("key", *names), differing)]
+    note = "Validation: the loss of the last stage, in nats per loss position. TFLOP: validation left out."
+    found = [
+        TableOf("Runs", columns, rows, note),
+        TableOf("Where their configurations differ", ("key", *names), differing),
+    ]
     return [table for table in found if table.rows]
 
 

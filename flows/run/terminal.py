@@ -365,6 +365,8 @@ class TableOf(NamedTuple):
     columns: Sequence[str]
     """| before a name aligns the column right."""
     rows: Sequence[Sequence[str]]
+    note: str = ""
+    """What the columns mean, for pages: a terminal has little room, and docs/reports.md."""
 
 
 def print_tables(tables: Iterable[TableOf]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -69,6 +70,15 @@ def test_a_table_escapes_what_it_shows() -> None:
     assert "<script>" not in html
     assert "<i>" not in html
     assert cells(html) == [["a&b"], ["<script>alert(1)</script>"], ["\\x1b[31m"], ["-"], ["1,234"], ["0.5000"]]
+
+
+def test_a_header_stands_over_its_numbers() -> None:
+    html = table("t", ("what", "size"), [("a", "3 KiB"), ("b", None)])
+    assert re.findall(r"<t([hd])[^>]*text-align: (\w+)", html) == [
+        ("h", "left"),
+        ("h", "right"),
+        *[("d", "left"), ("d", "right")] * 2,
+    ]
 
 
 def test_a_rack_shows_its_parts_in_the_order_of_the_data(grown: tuple[ProgressiveRackBuilder, Results]) -> None:

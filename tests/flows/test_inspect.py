@@ -17,6 +17,7 @@ from jinja2 import UndefinedError
 from flows.cli.main import main
 from flows.pages.page import printable, render, visible
 from flows.pages.plots import Mark, Scale, scale_of, tick_text
+from flows.pages.stack import stack_page
 from flows.pages.tables import strip
 from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.data.tokenizer import ByteTokenizer
@@ -281,7 +282,7 @@ class Parsed(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
-        self.open += [] if tag == "meta" else [tag]
+        self.open += [] if tag in ("meta", "wbr") else [tag]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -306,6 +307,17 @@ def test_a_page_is_one_file_that_needs_no_other(uri: str, kept: Path, look: Look
         assert entry["name"] in parsed.text
     facts = document["facts"]
     assert (f"{facts['train_loss']:.4f}" if uri == "stack-1" else "16 training rows of 16 positions") in parsed.text
+
+
+def test_tensors_stand_under_their_files_and_break_between_words(kept: Path, look: Look, tmp_path: Path) -> None:
+    document = look(kept, "stack-1", "--html", tmp_path / "page.html", "--json").document
+    text = (tmp_path / "page.html").read_text()
+    files = dict.fromkeys(tensor["file"] for tensor in document["tensors"])
+    assert [line.replace("<wbr>", "") for line in re.findall(r'class="group">(.+)</th>', text)] == list(files)
+    assert "<code>blocks.0.<wbr>attention.<wbr>k_<wbr>proj.<wbr>weight</code>" in text
+    assert "<details open>" in text  # a few; many are folded away
+    document["tensors"] *= 10
+    assert "<details open>" not in stack_page(document, {})
 
 
 def test_text_of_the_corpus_is_only_text(tmp_path: Path, look: Look) -> None:

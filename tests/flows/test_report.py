@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -14,9 +15,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from torch.nn import functional
 
-from flows.pages.page import breakable
+from flows.pages.page import artifact, breakable, moment
+from flows.pages.plots import WIDTH, Plot, places, scale_of
 from flows.pages.run_page import page_of
 from flows.pages.run_tables import tables
 from stackwise_core.stages.charges import cost
@@ -149,6 +152,37 @@ def test_a_spike_does_not_stretch_the_axis(told: Any) -> None:
 def test_a_narrow_page_breaks_keys_between_words(told: Any) -> None:
     assert "training.<wbr>steps_<wbr>per_<wbr>stack</td>" in page_of([told])
     assert breakable("<a.b> 0.5 c/") == "&lt;a.<wbr>b&gt; 0.5 c/"
+    assert '<span class="whole">stack-1-</span><wbr><span class="whole">&lt;ab</span>' in artifact("stack-1-<ab")
+    assert moment("2026-11-30T09:32:10") == '<span class="whole">2026-11-30</span> 09:32'
+
+
+def test_a_page_says_what_the_columns_of_its_tables_mean(told: Any) -> None:
+    notes = [table.note for table in tables(told)]
+    assert all(notes)
+    assert all(str(escape(note)) in page_of([told]) for note in notes)
+
+
+def test_losses_at_other_mask_ratios_are_dots_apart(told: Any) -> None:
+    first, *others = told["stages"]
+    joined = page_of([told])
+    apart = page_of([told | {"stages": [first | {"mask_ratio": 0.15}, *others]}])
+    dots = 'class="dot judged"'
+    assert (joined.count(dots), "do not compare" in joined) == (apart.count(dots), False)
+    assert "do not compare" in apart
+    alone = re.findall(r'class="line" points="[^ "]+"', apart)
+    assert (len(re.findall(r'class="line" points="[^ "]+"', joined)), len(alone)) == (0, 2)  # by step and by FLOPs
+
+
+def test_names_of_lines_stand_beside_the_axes_and_apart() -> None:
+    names = [f"stage {n}" for n in range(9)]
+    plot = Plot(places(0, 10), scale_of([1.0, 2.0]), "x", "y", names)
+    plot.ends((1.0 + n / 1000, name) for n, name in enumerate(names))  # all of them near the lower end
+    heights = sorted(float(str(m.attributes["y"])) for m in plot.marks if m.text in names)
+    assert len(heights) == 9
+    assert min(after - before for before, after in itertools.pairwise(heights)) >= 15
+    assert heights[-1] <= plot.y(1.0) + 17
+    assert {m.attributes["x"] for m in plot.marks if m.text in names} == {plot.x(10) + 8}
+    assert plot.x(10) + 8 + 8 * 7.5 <= WIDTH
 
 
 def test_a_picture_has_the_losses_of_every_stage(reference: Reference, run: Run, tmp_path: Path) -> None:
@@ -205,6 +239,9 @@ def test_runs_side_by_side(run: Run, tmp_path: Path) -> None:
     assert [word in said.out for word in ("training.learning_rate", "run.seed", "run.name")] == [True, True, False]
     assert len(json.loads(page.with_suffix(".json").read_text())["runs"]) == 2
     assert len(re.findall(r'class="dot judged run-1"', page.read_text())) == 2
+    for name, class_ in (("tiny", "line run-0"), ("other", "line run-1")):  # a key in both plots
+        key = rf'<line class="{class_}"[^>]*></line>\s*<text class="note"[^>]*>{name}</text>'
+        assert len(re.findall(key, page.read_text())) == 2
 
 
 @pytest.mark.parametrize(
