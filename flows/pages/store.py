@@ -53,7 +53,7 @@ def describe_store(
         samples, why_not = sample_rows(artifacts, manifest, reader, groups)
     here = Boundary(artifacts, folder, manifest, groups["train"].rows)
     return {
-        "store": {**_layout(folder, groups), **_statistics(found)},
+        "store": {**_layout(folder, groups), **statistics_of(found)},
         "drift": drift_of(artifacts, here, against, n_rows),
         "samples": {"rows": samples, "why_no_text": why_not},
     }
@@ -84,7 +84,8 @@ def _codec(codec: dict[str, Any]) -> str:
     return f"{codec['name']}({shown})" if shown else str(codec["name"])
 
 
-def _statistics(found: statistics.Statistics) -> dict[str, Any]:
+def statistics_of(found: statistics.Statistics) -> dict[str, Any]:
+    """Return statistics as they stand in the section `store` of a document."""
     channels, spectrum = found.channels, found.spectrum
     names = ("mean", "std", "rms", "smallest", "largest", "kurtosis")
     return {

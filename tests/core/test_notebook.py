@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,10 +129,10 @@ def test_results_plot_losses_over_all_stages(grown: tuple[ProgressiveRackBuilder
     axes = Figure().subplots()
     assert results.plot(axes) is axes
     *stages, validation = axes.get_lines()
-    assert [line.get_xdata().tolist() for line in stages] == [[1, 2], [3, 4]]
-    assert [line.get_ydata().tolist() for line in stages] == [result.losses for result in results]
-    assert validation.get_xdata().tolist() == [2, 4]
-    assert validation.get_ydata().tolist() == [result.validation_loss for result in results]
+    assert [np.asarray(line.get_xdata()).tolist() for line in stages] == [[1, 2], [3, 4]]
+    assert [np.asarray(line.get_ydata()).tolist() for line in stages] == [result.losses for result in results]
+    assert np.asarray(validation.get_xdata()).tolist() == [2, 4]
+    assert np.asarray(validation.get_ydata()).tolist() == [result.validation_loss for result in results]
 
 
 def test_without_matplotlib_plot_says_what_to_install(

@@ -82,7 +82,8 @@ def look(capsys: pytest.CaptureFixture[str]) -> Look:
     def look(root: Path, uri: str, *options: object) -> Looked:
         capsys.readouterr()
         code = main(["inspect", uri, "--artifacts", str(root), *map(str, options)])
-        return Looked(code, *capsys.readouterr())
+        said = capsys.readouterr()
+        return Looked(code, said.out, said.err)
 
     return look
 
@@ -211,8 +212,9 @@ def test_the_text_is_what_the_trunk_read_masks_and_all(reference: Reference, loo
 
     root = reference(TIMED)
     run = find_run(Artifacts(root), "tiny")
-    corpus = {"corpus": run.plan.data.corpus, "corpus_bytes": run.plan.corpus_bytes}
-    source = rows_from_tokens(Stage(config=run.config, root=str(root), **corpus, index=0))
+    corpus, corpus_bytes = run.plan.data.corpus, run.plan.corpus_bytes
+    stage = Stage(config=run.config, root=str(root), corpus=corpus, corpus_bytes=corpus_bytes, index=0)
+    source = rows_from_tokens(stage)
     folder = folder_of(root, "activations", 0)
     samples = look(root, folder.name, "--json").document["samples"]["rows"]
     assert {sample["view"] for sample in samples} == {0, 1, VALIDATION_VIEW}
@@ -351,13 +353,13 @@ def test_planted_channels_are_marked_in_the_plots(kept: Path, look: Look) -> Non
 def test_a_store_of_nothing_finite_has_a_page_without_plots(kept: Path, look: Look) -> None:
     import torch
 
-    from flows.pages.store import _statistics, store_page
+    from flows.pages.store import statistics_of, store_page
     from flows.pages.tables import print_store
     from storage.activations.statistics import describe_rows
 
     document = look(kept, "activations-1", "--json").document
     nothing = describe_rows(lambda places: torch.full((len(places), 16, 16), torch.nan), np.arange(4), 16, 16)
-    document["store"] |= _statistics(nothing)
+    document["store"] |= statistics_of(nothing)
     json.dumps(document, allow_nan=False)
     assert Parsed(store_page(document)).tags.count("svg") == 0
     print_store(document)
