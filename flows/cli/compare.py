@@ -94,7 +94,7 @@ def _complete(
     results = known_results(field)
     if all(run in results for run in field.wanted(results)):
         return None
-    check_machine(given["config"])
+    check_machine(given["config"], remote=field.artifacts.is_remote)
     with on_server(field.artifacts):
         from flows.compare import compare_to_the_end
 

@@ -7,7 +7,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from rich.table import Table
@@ -132,7 +132,7 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
         say_hanging("", line)
     console.print(stage_tables(stages))
     console.print()
-    console.print(_artifact_table(stages))
+    console.print(_artifact_table(stages, run["locks"]))
 
 
 def _told(run: dict[str, Any]) -> list[str]:
@@ -145,11 +145,14 @@ def _holders(run: dict[str, Any]) -> list[str]:
     return [f"{what}: {Holder(**holder)}" for what, holder in held.items() if holder is not None]
 
 
-def _artifact_table(stages: list[StageSummary]) -> Table:
+def _artifact_table(stages: list[StageSummary], held: Collection[str]) -> Table:
     table = plain_table("stage", "artifact", "state")
     for stage in stages:
         for kind, artifact in stage.artifacts.items():
-            table.add_row(str(stage.stage), artifact, _state_of(stage, kind))
+            state = _state_of(stage, kind)
+            table.add_row(
+                str(stage.stage), artifact, state.replace("absent", "being made") if artifact in held else state
+            )
         if "activations" not in stage.artifacts:
             table.add_row(str(stage.stage), "no activations", stage.cache_note)
     return table

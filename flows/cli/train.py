@@ -78,7 +78,7 @@ def train(
             register_complete(artifacts, config, plan)
             complain(*imports(filled), *notes(filled))  # a run prints them itself
     if not complete:
-        check_machine(filled)
+        check_machine(filled, remote=artifacts.is_remote)
         _run_flow(config, artifacts, from_stack, force, shown)
     _print_result(config, command, artifacts, reused=complete)
 

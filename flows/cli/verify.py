@@ -7,6 +7,7 @@ import argparse
 from flows.cli.arguments import add_common
 from flows.run.maintenance import verify
 from flows.run.say import complain, say
+from flows.run.terminal import say_hanging
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
@@ -18,5 +19,5 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     found = verify(options.artifacts, options.what, on_artifact=say)
     complain(*found.problems, *found.notes)
-    say(found.verdict)
+    say_hanging("", found.verdict)
     return 3 if found.problems else 0

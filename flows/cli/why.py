@@ -31,7 +31,7 @@ def explain(options: argparse.Namespace) -> None:
     """Print the recipe fields in which an artifact differs from the most similar one of its kind and stage.
 
     Raises:
-        ArtifactMissingError: no run made or planned it.
+        ArtifactMissingError: no run made or planned it, or not the configuration that is given.
         ConfigError: the prefix is ambiguous, or the configuration is wrong.
     """
     config = load_config(options) if options.config is not None else None
@@ -45,6 +45,10 @@ def explain(options: argparse.Namespace) -> None:
         recipes.add_plan(plan)
         planned = {ref.name for ref in plan.recipes}
         found = [known for known in recipes.named(wanted) if known.ref.name in planned]
+        if not found:
+            alike = [name for name in sorted(planned) if name.startswith(f"{wanted.rpartition('-')[0]}-")]
+            remedy = f"Of this kind and stage it plans {alike[0]}" if alike else "See `stackwise plan`"
+            raise ArtifactMissingError(wanted, f"is not planned by {options.config}", remedy)
     here = _one(found, wanted, artifacts)
     nearest = recipes.nearest(here)
     if options.json:

@@ -87,11 +87,15 @@ def scale_of(values: Iterable[float | None], *, log: bool = False, zero: bool = 
 
 
 def running_mean(values: Numbers, share: float = 0.05) -> list[float | None]:
-    """Return at each point the mean of the known ones around it, as many on each side: fewer near the ends."""
-    half, n = max(1, round(len(values) * share / 2)), len(values)
+    """Return at each point the mean of the known ones around it.
+
+    They are as many on each side, so that a steep beginning is not flattened; at the end those of one side are missing,
+    or the last value, a noisy one, would stand for the mean.
+    """
+    half = max(1, round(len(values) * share / 2))
     smoothed: list[float | None] = []
     for at, value in enumerate(values):
-        reach = min(half, at, n - 1 - at)
+        reach = min(half, at)
         near = [each for each in values[at - reach : at + reach + 1] if each is not None]
         smoothed.append(None if value is None else math.fsum(near) / len(near))
     return smoothed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -97,7 +98,7 @@ class RunProgress:
         return f"Stage {index} (the last{'' if index == last else f' is {last}'})" if index >= 0 else "Corpus"
 
     def markdown(self, outcome: str = "") -> str:
-        """Return the page as of now; `outcome` says how the run ended, if it did."""
+        """Return the page as of now; `outcome` says how the run ended, if it did, such as 'Failed: no space'."""
         now, after = datetime.now(UTC).strftime("%H:%M:%S"), clock(time.monotonic() - self._began)
         since = time.monotonic() - self._stepped
         stands = f"; the last step was {clock(since)} ago" if self._step and not outcome and since >= _LONG_AGO else ""
@@ -111,11 +112,12 @@ class RunProgress:
     def line(self, outcome: str = "") -> str:
         """Return the same in a line for the card on the run's own page, which shows some sixty letters of it."""
         if outcome:
-            judged = f", validation {loss(self._validated[-1][1])}" if self._validated else ""
-            return outcome.rstrip(".") + judged
+            how, _, what = outcome.partition(": ")
+            judged = f", validation loss {loss(self._validated[-1][1])}" if self._validated else ""
+            return f"{how} after {clock(time.monotonic() - self._began)}{judged}: {what}"
         cells, step = self._numbers_of_now(), self._step
         left = cells.get("left of the run") or cells.get("left of the stage")
-        where = f"stage {step.stage} step {step.step:,}/{step.steps:,}" if step else self._doing
+        where = f"stage {step.stage} step {step.step:,}/{step.steps:,}" if step else _short(self._doing)
         known = {"loss": cells.get("loss"), "validation": cells.get("last validation loss")}
         speed = [f"{cells['tokens/s']} tokens/s"] if "tokens/s" in cells else []
         share = [f"{cells['trained']} trained"] if "trained" in cells else []
@@ -168,6 +170,11 @@ class RunProgress:
         above = [value for _, value in points if value > plot.top]
         beyond = f" The line begins above the axis, at {loss(above[0])}." if above else ""
         return [drawn, "", f"Line: training loss, of many points their running mean. Dots: validation loss.{beyond}"]
+
+
+def _short(doing: str) -> str:
+    """Return what is done without which stage is the last: 'stage 1 validating'."""
+    return re.sub(r"^Stage (\d+) \(the last.*?\):?", r"stage \1", doing)
 
 
 def _time_of_day(seconds: float) -> str:

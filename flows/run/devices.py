@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import socket
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import NamedTuple
@@ -55,17 +56,43 @@ RUNNER = "cache.task_runner"
 _PACKAGES = {"dask": "prefect_dask", "ray": "prefect_ray"}
 
 
-def check_machine(config: StackWiseConfig) -> None:
-    """Check that this machine has the devices and the packages that a run needs.
+SHARED = "nodes share the work folders of artifacts, which an object store does not hold; give a folder that all have"
+
+
+def check_machine(config: StackWiseConfig, *, remote: bool) -> None:
+    """Check that this machine has the devices, the packages and the address that a run needs.
+
+    `remote` says that its artifacts are in an object store.
 
     Raises:
-        ConfigError: with all that is missing, and what to install.
+        ConfigError: with all that is missing, and what to do about it.
     """
     asks = config.hardware.device != "cpu" and not version("torch").endswith("+cpu")
     n_devices = len(gpus()) if asks else 0
     faults = [device_fault(config.hardware, n_devices), _runner_fault(config), *tracker_faults(config.tracking.to)]
+    if config.hardware.nodes > 1 and remote:
+        faults.append(Fault("hardware.nodes", str(config.hardware.nodes), SHARED))
     if found := [fault for fault in faults if fault]:
         raise ConfigError(found)
+    if config.hardware.nodes > 1:
+        address_of(config.hardware)
+
+
+def address_of(hardware: HardwareConfig) -> str:
+    """Return the address of this node on its way to the rendezvous, where other nodes reach it too.
+
+    Raises:
+        ConfigError: the rendezvous has no address.
+    """
+    host, _, port = hardware.rendezvous.rpartition(":")
+    try:
+        kind, _, _, _, there = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:  # connecting sends nothing
+            probe.connect(there)
+            return probe.getsockname()[0]
+    except (OSError, OverflowError) as error:
+        fault = Fault("hardware.rendezvous", repr(hardware.rendezvous), f"no address was found for it ({error})")
+        raise ConfigError([fault]) from None
 
 
 def _runner_fault(config: StackWiseConfig) -> Fault | None:

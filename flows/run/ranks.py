@@ -10,7 +10,6 @@ import secrets
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,10 +20,10 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from flows.run.children import ending_with_us
+from flows.run.devices import SHARED, address_of
 from flows.run.events import GO_ON, Message, StepTaken, emit, stop_requested
 from flows.run.say import complain, say
 from flows.run.stage import Stage
-from stackwise_core.config.schema import HardwareConfig
 from stackwise_core.errors import ConfigError, Fault, StackWiseError, StageInterruptedError, size
 from stackwise_core.failpoints import failpoint
 from stackwise_core.files import recover_folder
@@ -40,7 +39,6 @@ from storage.midstage import RANKS, STATE_FOLDER
 FIRST_NODE = "STACKWISE_FIRST_NODE"
 """Environment variable of the ranks on the machine of the run."""
 _POLL_SECONDS, _LOOK_SECONDS = 0.2, 1.0
-_SHARED = "nodes share the work folders of artifacts, which an object store does not hold; give a folder that all have"
 _MARK = "\x1e"
 """Begins a line that holds an event (RFC 7464); other lines go to the log."""
 _EVENTS = {kind.__name__: kind for kind in (StepTaken, Message)}
@@ -116,8 +114,6 @@ def train_by_ranks(stage: Stage, build: Ref | None, folder: Path) -> Trained:
     The checkpoint of the last step holds the trained tensors. Raises `RankError` if a rank failed, and
     `StageInterruptedError` if a stop was requested; a checkpoint was written if training had begun.
     """
-    if stage.config.hardware.nodes > 1 and stage.artifacts.is_remote:
-        raise ConfigError([Fault("hardware.nodes", str(stage.config.hardware.nodes), _SHARED)])
     job = Job(stage=stage, build=build, folder=folder, token=secrets.token_hex(8))
     shutil.rmtree(job.scratch, ignore_errors=True)
     recover_folder(folder / STATE_FOLDER)  # once, before all ranks read it
@@ -152,22 +148,9 @@ def torchrun(job: Job, *, first: bool) -> list[str]:
     where = ["--standalone", "--local-addr=127.0.0.1"]
     if hardware.nodes > 1:
         where = [f"--nnodes={hardware.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={hardware.rendezvous}"]
-        where += [f"--rdzv-id={job.token}", f"--rdzv-conf=is_host={int(first)}", f"--local-addr={_address(hardware)}"]
+        where += [f"--rdzv-id={job.token}", f"--rdzv-conf=is_host={int(first)}", f"--local-addr={address_of(hardware)}"]
     per_node = f"--nproc-per-node={hardware.processes}"
     return [sys.executable, "-m", "torch.distributed.run", *where, per_node, "-m", "flows.run.rank", str(job.path)]
-
-
-def _address(hardware: HardwareConfig) -> str:
-    """Return the address of this node on its way to the rendezvous, where other nodes reach it too."""
-    host, _, port = hardware.rendezvous.rpartition(":")
-    try:
-        kind, _, _, _, there = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-        with socket.socket(kind, socket.SOCK_DGRAM) as probe:  # connecting sends nothing
-            probe.connect(there)
-            return probe.getsockname()[0]
-    except (OSError, OverflowError) as error:
-        fault = Fault("hardware.rendezvous", repr(hardware.rendezvous), f"no address was found for it ({error})")
-        raise ConfigError([fault]) from None
 
 
 @contextmanager
@@ -263,7 +246,7 @@ def join(artifacts: Artifacts) -> None:
     A file says which stage is trained; its ranks end when it is gone. The folder need not be there yet.
     """
     if artifacts.is_remote:
-        raise ConfigError([Fault("--artifacts", repr(artifacts.uri), _SHARED)])
+        raise ConfigError([Fault("--artifacts", repr(artifacts.uri), SHARED)])
     seen = set[str]()
     while not stop_requested():
         for path in (artifacts.root / "work").glob(f"*/{RANKS}/job-*.json"):

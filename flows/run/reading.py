@@ -19,8 +19,8 @@ class Reading:
         """Say what is done with the bytes, such as 'packed', and how many there are; 0 if that is not known."""
         self._should_stop = should_stop
         self._what, self._of_bytes, self._n_bytes = what, of_bytes, 0
-        self._began = time.monotonic()
-        self._next = self._began + _FIRST
+        self._began: float | None = None  # what is imported before the first bytes takes a while
+        self._next = 0.0
 
     def __call__(self, n_bytes: int) -> None:
         """Count bytes; raises StageInterruptedError if a stop was asked for."""
@@ -28,6 +28,8 @@ class Reading:
         if self._should_stop():
             raise StageInterruptedError(f"stopped on request while the corpus was being {self._what}; {GO_ON}")
         now = time.monotonic()
+        if self._began is None:
+            self._began, self._next = now, now + _FIRST
         if now >= self._next:
             self._next = now + _BETWEEN
             emit(CorpusRead(self._what, self._n_bytes, self._of_bytes, now - self._began))

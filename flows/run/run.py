@@ -70,9 +70,10 @@ def grow(
     one clear message; the same call resumes from the sealed artifacts.
     """
     config.validate()
-    check_machine(config)  # what is missing is said before anything is made
+    artifacts = artifacts_at(root)
+    check_machine(config, remote=artifacts.is_remote)  # what is missing is said before anything is made
     device = use_hardware(config.hardware)
-    artifacts = artifacts_at(root).open()
+    artifacts = artifacts.open()
     filled, plan = plan_in(artifacts, config, Reading("read"))
     forced = forced_refs(plan, from_stack, force)
     _refuse_newer(artifacts, forced)

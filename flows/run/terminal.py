@@ -231,7 +231,7 @@ class LiveBars:
             for task in shown_.tasks:
                 if not task.finished:
                     detail = ("stopped", *_parts_said(task))
-                    detail = tuple(part for part in detail if not part.endswith(" left"))
+                    detail = tuple(part for part in detail if part and not part.endswith(" left"))
                     shown_.update(task.id, detail=detail, stopped=True)
 
     def _bar_of(self, said: _Progress) -> TaskID:

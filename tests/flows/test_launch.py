@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from flows.run.devices import check_machine
 from flows.run.events import StepTaken
 from flows.run.ranks import Job, torchrun
 from flows.run.stage import Stage
@@ -182,6 +183,10 @@ def test_what_nodes_need(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"hardware.rendezvous: got 'no-such-host.invalid:1'; no address was found"):
         torchrun(Job(stage=somewhere, build=None, folder=tmp_path), first=True)
+    with pytest.raises(ConfigError, match=r"hardware.rendezvous: got 'no-such-host.invalid:1'; no address was found"):
+        check_machine(somewhere.config, remote=False)  # before anything starts
+    with pytest.raises(ConfigError, match=r"hardware.nodes: got 2; nodes share the work folders"):
+        check_machine(tiny(tmp_path, NODES), remote=True)
 
 
 @pytest.mark.slow

@@ -86,6 +86,8 @@ def test_a_live_run_says_how_far_it_is(run: Run, tmp_path: Path, monkeypatch: py
     with subscribed(look):
         grown(tiny(tmp_path, quick), root)
     assert re.search(r"^stage 1, train: step 4/6, loss \d\.\d{4}, \d+ s left, [\d,]+ tokens/s$", said[0], re.MULTILINE)
+    assert re.search(r"^1 +stack-1-\w+ +being made\b", said[0], re.MULTILINE)
+    assert re.search(r"^1 +validation-1-\w+ +absent\b", said[0], re.MULTILINE)
     progress = json.loads(said[1])["progress"]
     assert (progress["stage"], progress["task"], progress["step"], progress["steps"]) == (1, "train", 4, 6)
     after = run("status", "tiny", "--artifacts", root, "--json").document

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from flows.pages import progress as progress_module
+from flows.pages.plots import running_mean
 from flows.pages.progress import Curve, RunProgress
 from flows.run import live
 from flows.run.events import RowsCached, RunStarted, StageDone, StagesPriced, StepTaken, TaskStarted, emit
@@ -49,6 +50,12 @@ def test_a_curve_keeps_the_mean_of_everything_in_few_points() -> None:
     ends = [0, *(step for step, _ in curve.points)]
     for (start, end), (_, mean) in zip(itertools.pairwise(ends), curve.points, strict=True):
         assert mean == pytest.approx(math.fsum(values[start:end]) / (end - start))
+
+
+def test_a_running_mean_begins_with_the_first_value_and_ends_with_a_mean() -> None:
+    """A steep beginning is not flattened, and a last value that is noise does not bend the line."""
+    means = running_mean([5.0, *[1.0] * 98, 4.0])
+    assert (means[0], means[-1]) == (5.0, 2.0)
 
 
 def steps(progress: RunProgress, now: Clock, stage: int, n: int, seconds: float) -> None:
@@ -89,6 +96,7 @@ def test_the_numbers_of_now(now: Clock) -> None:
     now.now += 10
     progress(RowsCached(0, 0, 2**21, 3 * 2**19))
     assert "left of the stage **10 s** \u00b7 left of the run **1:10**" in progress.markdown()
+    assert progress.line() == "1:10 left, stage 0 caching activations, 1.5 MiB of 2.0 MiB, 640 tokens/s, 7% trained"
     progress(TaskStarted(0, "validate"))
     assert "**Stage 0 (the last is 2): validating**" in progress.markdown()
     assert "left of the run **1:00**" in progress.markdown()
@@ -161,6 +169,8 @@ def test_it_is_renewed_by_the_clock_and_not_by_the_thread_that_trains(
     publish = lambda text, key, _: shown.append((threading.current_thread().name, key, text))  # noqa: E731
     monkeypatch.setattr(artifacts, "_publish", publish)
     monkeypatch.setattr(artifacts, "flow_run", SimpleNamespace(id="a flow run"))
+    said = list[str]()
+    monkeypatch.setattr(artifacts, "get_run_logger", lambda: SimpleNamespace(info=said.append))
     with artifacts.live_page("My_Run"):
         emit(RunStarted("My_Run", 1, "/a"))
         for number in range(1, 13):
@@ -173,8 +183,9 @@ def test_it_is_renewed_by_the_clock_and_not_by_the_thread_that_trains(
     assert [name for name, _, _ in shown] == ["progress"] * 3
     assert {key for _, key, _ in shown} == {"my-run-now"}
     assert ["step 12 of 12" in shown[0][2], "the last step was 1:00 ago" in shown[1][2]] == [True, True]
-    assert "All stages are done" in shown[-1][2]
+    assert "**Done: my-run-report has the results**" in shown[-1][2]
     assert ticks.asked == [5.0] * 3
+    assert said == ["Done after 1:12: my-run-report has the results"]
 
 
 @pytest.mark.flow

@@ -133,6 +133,10 @@ def test_what_is_stopped_looks_stopped(clock: Clock) -> None:
     said = drawn(bars)
     assert said[0] == "stage 1 train    ███░░░░░ stopped, step 40/100, loss 2.0000, 128 tokens/s"
     assert said[1].endswith("stopped, 10%")
+    bars = bars_of(80)
+    bars(TaskStarted(1, "train"))
+    bars.stop()
+    assert drawn(bars)[0] == "stage 1 train    ░░░░░░░░ stopped"
 
 
 def test_the_second_signal_leaves_no_spinner_behind() -> None:

@@ -161,6 +161,12 @@ def test_why_would_this_be_trained_again(
     text = run("why", "stack-2", config, *override, *there)
     assert text.out.splitlines()[-1].endswith("seq_len is 8, there 16")
     assert run("why", ids[2], *there).code == 3  # no run has planned it
+    sealed = run("status", "tiny", "--json", *there).document["stage_list"][2]["artifacts"]["stack"]
+    unplanned = run("why", sealed, config, *override, *there)
+    assert (unplanned.code, unplanned.faults) == (
+        3,
+        [f"{sealed}: is not planned by {config}. Of this kind and stage it plans {ids[2]}"],
+    )
     assert run("why", "stack-", *there).code == 2
     alone = run("why", "stack-2", *there)
     assert (alone.code, "there is no other stack of stage 2" in alone.out) == (0, True)
