@@ -46,8 +46,13 @@ def explain(options: argparse.Namespace) -> None:
         planned = {ref.name for ref in plan.recipes}
         found = [known for known in recipes.named(wanted) if known.ref.name in planned]
         if not found:
-            alike = [name for name in sorted(planned) if name.startswith(f"{wanted.rpartition('-')[0]}-")]
-            remedy = f"Of this kind and stage it plans {alike[0]}" if alike else "See `stackwise plan`"
+            kind = "-".join(wanted.split("-")[:2])
+            alike = [name for name in sorted(planned) if name.startswith(f"{kind}-")]
+            remedy = (
+                f"Of this kind and stage it plans {alike[0]}"
+                if alike
+                else f"`stackwise plan {options.config} --json` lists what it plans"
+            )
             raise ArtifactMissingError(wanted, f"is not planned by {options.config}", remedy)
     here = _one(found, wanted, artifacts)
     nearest = recipes.nearest(here)
