@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import textwrap
 from collections.abc import Sequence
@@ -51,8 +50,11 @@ def _run(options: argparse.Namespace) -> None:
 def _page(keys: Sequence[Key]) -> list[str]:
     """Return the reference of the documentation: a table for each section, which this command writes."""
     lines = ["# Configuration", "", *_INTRODUCTION]
-    for section, members in itertools.groupby(keys, key=lambda key: key.name.rpartition(".")[0]):
-        lines += ["", f"## {section}", "", "| key | default | |", "|---|---|---|"]
+    sections = dict[str, list[Key]]()
+    for key in keys:
+        sections.setdefault(key.name.rpartition(".")[0], []).append(key)
+    for section, members in sections.items():
+        lines += ["", f"## {section}", "", "| key | default | what it is |", "|---|---|---|"]
         for key in members:
             name, about = key.name.rpartition(".")[2], key.description.replace("|", "\\|").replace("<", "&lt;")
             lines.append(f"| `{name}` | `{_text(key.default)}` | {about} |")

@@ -16,7 +16,6 @@ from flows.pages.report import escaped, table_row
 from flows.run.numbers import clock, loss, parameters, size
 from flows.run.terminal import TableOf
 from flows.run.verdict import AXES, failures_of, rows_of
-from stackwise_core.stages.arms import END_TO_END
 from storage.artifacts import Artifacts
 from storage.files import write_text
 from storage.place import COMPARISONS
@@ -118,6 +117,8 @@ def _gaps(rows: Sequence[Document]) -> _Found:
 _GAPS = ("tflop_recomputed", "tokens", "seconds")
 """Axes of the gaps; that at equal FLOPs is measured, not interpolated."""
 EXPLAINED = (
+    "An arm is a way to spend the same FLOPs. configured: the configuration as it is; end-to-end: all of its blocks "
+    "trained together, from scratch; flat-1/3: a third of them, from scratch.",
     "\u00b1 is half of a 95 % t-interval over the seeds; differences are taken seed by seed. An arrow at a rate: the "
     "best is at that edge of the grid.",
     "TFLOP are as executed; recomputed: if every step passed the frozen stacks again. Tuning: the other rates that "
@@ -181,7 +182,7 @@ def markdown(document: Document) -> str:
 # ---------------------------------------------------------------- the page
 
 _CHARTS = {
-    "tflop": ("FLOPs as executed [TFLOP]", "Equal budgets stand above each other."),
+    "tflop": ("FLOPs as executed [TFLOP]", "Blue: grows; orange: from scratch. Bars: 95\u00a0% intervals."),
     "tokens": ("tokens read", "Growing reads more tokens for the same FLOPs."),
     "seconds": ("seconds", "Of this machine, without validation."),
     "memory_bytes_forecast": ("memory [MiB]", "The planner's forecast for the largest stage of a run."),
@@ -201,7 +202,7 @@ def comparison_page(document: Document) -> str:
 
 
 def _chart(document: Document, axis: str, x_label: str) -> Markup:
-    """Return the losses of all arms against an axis: a line for end-to-end training, a named dot for every other."""
+    """Return the losses of all arms against an axis: a dot for every budget, joined and named once for each arm."""
     rows = [row for row in rows_of(document) if row["loss"] and row[axis]]
     unit = 2.0**20 if axis.startswith("memory") else 1.0
     xs = {id(row): row[axis] / unit for row in rows}
@@ -209,8 +210,13 @@ def _chart(document: Document, axis: str, x_label: str) -> Markup:
     least, most = min(xs.values(), default=1.0), max(xs.values(), default=1.0)
     around = [least / _ROOM, most * _ROOM]  # so that what is nearly the same stands together
     plot = Plot(scale_of(around, log=most > _WIDE * least), scale_of(bounds), x_label, f"loss [{document['unit']}]")
-    curve = sorted((xs[id(row)], row["loss"]["mean"]) for row in rows if row["arm"] == END_TO_END)
-    plot.line([x for x, _ in curve], [y for _, y in curve], "line thin")
+    ends = list[tuple[float, float, str]]()
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        of_arm = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["budget"])
+        curve = [(xs[id(row)], row["loss"]["mean"]) for row in of_arm]
+        plot.line([x for x, _ in curve], [y for _, y in curve], "line thin")
+        ends.append((*curve[-1], arm))
+    plot.names(ends)  # before the dots, which it must not cover
     grows = {arm["arm"] for arm in document["arms"] if arm["grows"]}
     for row in rows:
         x, found = plot.x(xs[id(row)]), row["loss"]
@@ -219,7 +225,6 @@ def _chart(document: Document, axis: str, x_label: str) -> Markup:
             plot.marks.append(Mark("line", {"class": "line thin", "x1": x, "x2": x, **ends}))
         dot = {"class": "dot" if row["arm"] in grows else "outlier", "cx": x, "cy": plot.y(found["mean"]), "r": 4}
         plot.marks.append(Mark("circle", dot, tip=f"{row['arm']}, budget {row['budget']:g}: {_mean(found)}"))
-    plot.names((xs[id(row)], row["loss"]["mean"], row["arm"]) for row in rows)
     return plot.svg()
 
 

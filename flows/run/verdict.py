@@ -277,7 +277,7 @@ def _edges(document: Document) -> list[str]:
     if len(document["rates"]) == 1:
         return ["No rate was tuned: --rates has one factor."]
     which = "all arms" if len(at_edge) == len(document["arms"]) else ", ".join(at_edge)
-    return [f"The best rate is at the edge of the grid, so that more may be in it: {which}. --extend tries on."]
+    return [f"The best rate is at the edge of the grid, so that more may be in it: {which}. --extend tries more."]
 
 
 def _machines(results: Results) -> list[str]:
@@ -306,9 +306,9 @@ def verdict(document: Document) -> str:
     share = best["against"]["tflop"]["share"]
     bound = best["against"]["tflop"]["bound"]
     of_theirs = f"{share['mean']:.0%}" if share else bound
-    cost = f"it has its loss for {of_theirs} of the end-to-end FLOPs" if of_theirs else ""
+    cost = f"it reaches the same loss with {of_theirs} of the FLOPs" if of_theirs else ""
     relative = gap["mean"] / flat["loss"]["mean"]
-    how = {-1: "beats", 1: "loses to", 0: "cannot be told from"}[_sign(gap)]
+    how = {-1: "beats", 1: "loses to", 0: "cannot be told apart from"}[_sign(gap)]
     numbers = f"{loss(best['loss']['mean'])} against {loss(flat['loss']['mean'])} {document['unit']}, {relative:+.1%}"
     n = gap["n"]
     seeds = "one seed, so chance is not ruled out" if n == 1 else f"{n} seeds"
@@ -375,7 +375,7 @@ def _beaten(document: Document, control: Document, grown: Sequence[Document]) ->
     if control["loss"]["mean"] >= min(rivals):
         return ""
     at = _at(control, many=len(document["budgets"]) > 1)
-    return f"all of it to {control['arm']}, a smaller model{at} ({loss(control['loss']['mean'])})"
+    return f"every arm that grows to {control['arm']}, a smaller model{at} ({loss(control['loss']['mean'])})"
 
 
 def _at(row: Document, *, many: bool) -> str:
