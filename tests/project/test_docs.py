@@ -86,9 +86,12 @@ def test_the_reference_of_the_configuration_is_that_of_the_schema(capsys: pytest
     from flows.cli.main import main
 
     assert main(["config", "--markdown"]) == 0
-    assert capsys.readouterr().out == (ROOT / "docs" / "configuration.md").read_text(), (
+    written = capsys.readouterr().out
+    assert written == (ROOT / "docs" / "configuration.md").read_text(), (
         "write it again: stackwise config --markdown > docs/configuration.md"
     )
+    sections = re.findall("^## (.+)$", written, flags=re.MULTILINE)
+    assert len(sections) == len({*sections})
 
 
 @pytest.mark.parametrize(
