@@ -67,6 +67,10 @@ class Fake:
         self.problem, self.stopped = "stopped", True
 
 
+def nothing_starts(config: StackWiseConfig, artifacts: Artifacts) -> Fake:
+    pytest.fail(f"{config.run.name} was started")
+
+
 def compared(comparison: Comparison, root: Path) -> dict[str, Any]:
     field = open_field(comparison, str(root))
     return judge(field, run_missing(field, HereAndNow, 1))
@@ -257,7 +261,7 @@ def test_a_comparison_runs_what_is_missing_once(tmp_path: Path, run: Run) -> Non
 
     before = digests(tmp_path / "artifacts")
     field = open_field(comparison, str(tmp_path / "artifacts"))
-    again = judge(field, run_missing(field, pytest.fail, 1))  # nothing is started
+    again = judge(field, run_missing(field, nothing_starts, 1))
     assert again == found
     partly = comparison.model_copy(update={"rates": (0.5, *comparison.rates), "so_far": True})
     field = open_field(partly, str(tmp_path / "artifacts"))
@@ -368,7 +372,7 @@ def test_the_command_hands_the_flow_what_it_takes(tmp_path: Path, run: Run, monk
         assert comparison_of(arguments["config"], arguments["arms"], arguments["own"], **of_flow) == comparison
 
     monkeypatch.setattr("flows.compare.compare_to_the_end", bind)
-    monkeypatch.setattr("flows.cli.compare.on_server", lambda artifacts: contextlib.nullcontext())
+    monkeypatch.setattr("flows.cli.compare.on_server", contextlib.nullcontext)
     small(tmp_path).to_yaml(tmp_path / "c.yaml")
     run("compare", "c.yaml", "--rates", "0.5,1", "--seeds", 2, "--curve", 2, "--jobs", 2)
     assert bound[0].arguments["jobs"] == 2
