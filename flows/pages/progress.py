@@ -105,7 +105,8 @@ class RunProgress:
         numbers = " \u00b7 ".join(f"{name} **{value}**" for name, value in self._numbers_of_now(outcome).items())
         lines = [f"**{outcome or self._doing}**", ""]
         if outcome and self._n_stages and not self._is_done:
-            lines += [f"It ended at: {self._doing}.", ""]
+            stood = f"{self._doing[0].lower()}{self._doing[1:]}".replace(": ", ", ", 1)
+            lines += [f"Where it stood: {stood}.", ""]
         when = f"{'Ended at' if outcome else 'As of'} {now} UTC, {after} after the start{stands}."
         return "\n".join([*lines, numbers, "", *self._plot(), "", when])
 

@@ -73,7 +73,8 @@ class Verification:
     @property
     def verdict(self) -> str:
         """One line for the user."""
-        verdict = f"{len(self.problems)} problems" if self.problems else "all as sealed"
+        n = len(self.problems)
+        verdict = f"{n} problem{'s' if n > 1 else ''}" if n else "all as sealed"
         counts = f"{self.n_artifacts} artifacts, {size(self.n_bytes)} read"
         return f"{verdict}: {counts}, {self.n_rows} cached rows derived again from tokens"
 

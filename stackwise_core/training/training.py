@@ -340,9 +340,9 @@ def train_step(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         ids = _listed(ranks.gather(batch["sequence_ids"].tolist()))
         raise NonFiniteLossError(
-            f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; sequence ids {ids}. "
-            f"{NonFiniteLossError.SIGN}; lower training.learning_rate (now {spec.learning_rate}) or raise "
-            f"training.warmup_steps (now {spec.warmup_steps})"
+            f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; lower training.learning_rate (now "
+            f"{spec.learning_rate}) or raise training.warmup_steps (now {spec.warmup_steps}). "
+            f"{NonFiniteLossError.SIGN}, on the sequence ids {ids}"
         )
     optimizer.step()
     return record

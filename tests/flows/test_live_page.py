@@ -216,7 +216,7 @@ def test_a_failed_run_says_so_and_a_server_that_is_away_stops_nothing(monkeypatc
     with pytest.raises(ArithmeticError), artifacts.live_page("tiny"):
         fail()
     assert "**Failed: stage 1: the loss is \\<b\\>not" in shown[0]
-    assert "It ended at: Stage 1 (the last is 2): step 6 of 10." in shown[0]
+    assert "Where it stood: stage 1 (the last is 2), step 6 of 10." in shown[0]
     assert "trained **40%** \u00b7 loss **2.5000** \u00b7 last validation loss **2.7500**" in shown[0]
     assert "and so on" not in shown[0]
     assert infos == ["when it failed: stage 1 step 6/10, loss 2.5000, validation 2.7500, 40% trained"]
