@@ -101,21 +101,19 @@ class OpenedRun:
         else:
             having = [stage for stage in stages if stage.mask is not None and stage.has_head]
             ratios = [mask.span.up_to if mask.span else mask.ratio for stage in having if (mask := stage.mask)]
-            racks = self._racks(having)
+            racks = list(self.racks(having))
         found = [Denoiser(rack.to(device), ratio) for rack, ratio in zip(racks, ratios, strict=True)]
         return sorted(found, key=lambda denoiser: denoiser.ratio, reverse=True)
 
-    def _racks(self, stages: Sequence[StagePlan]) -> list[Rack]:
-        """Return the dense racks of some stages; a stack that no stage between changed is loaded once."""
+    def racks(self, stages: Sequence[StagePlan]) -> Iterator[Rack]:
+        """Yield the dense racks of some stages; a stack is loaded once as long as no stage between changes it."""
         loaded = dict[tuple[object, ...], nn.Module]()
-        racks = list[Rack]()
         for stage in stages:
             so_far = self.stages[: stage.index + 1]
             rack = _rack(self.artifacts, so_far, loaded)
-            racks.append(dense_rack(rack))
-            for stack, module in zip(stage.spec.anatomy.order, rack.stacks, strict=True):
-                loaded[_state_of(so_far, stack)] = module
-        return racks
+            states = [_state_of(so_far, stack) for stack in stage.spec.anatomy.order]
+            loaded = dict(zip(states, rack.stacks, strict=True))
+            yield dense_rack(rack)
 
     def validation_rows(self) -> Iterator[IntArray]:
         """Yield its validation sequences [T], mapped into memory; raises ConfigError if it has none here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flows.pages.provenance import trace
@@ -25,7 +25,7 @@ from storage.runs import Attempt, find_run, is_live, known_attempts
 Document = dict[str, Any]
 POINTS = 200
 """Most points of the training curve of a stage; each is the mean of the steps around it."""
-_CURVES = ("loss", "gradient_norm", "learning_rate")
+CURVES = ("loss", "gradient_norm", "learning_rate")
 
 
 def describe_run(artifacts: Artifacts, name: str) -> Document:
@@ -201,12 +201,13 @@ def _curve(artifacts: Artifacts, manifest: Manifest | None) -> Document:
     if inside := [record for record in records if "validation_loss" in record]:
         losses = [record["validation_loss"] for record in inside]
         curve["validation"] = {"steps": [record["step"] + 1 for record in inside], "loss": losses}
-    return curve | {name: [_mean(span, name) for span in spans] for name in _CURVES}
+    return curve | {name: [mean(record.get(name) for record in span) for span in spans] for name in CURVES}
 
 
-def _mean(span: Sequence[Document], name: str) -> float | None:
-    values = [record[name] for record in span if record.get(name) is not None]
-    return math.fsum(values) / len(values) if values else None
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the known values; None if there is none."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def _parts(plan: RunPlan) -> list[Document]:

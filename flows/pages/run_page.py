@@ -12,13 +12,13 @@ from markupsafe import Markup
 from flows.pages.page import render
 from flows.pages.plots import Plot, places, running_mean, scale_of
 from flows.pages.report import STYLE
-from flows.pages.run import Document
+from flows.pages.run import CURVES, Document, mean
 from flows.pages.run_tables import side_by_side, tables
 
 MOST_RUNS = 4
 """Side by side: there are as many colours."""
-_POINTS_OF_SEVERAL = 25
-"""Most points of the training curve of a stage where several runs are drawn."""
+_POINTS = 400
+"""Most points of a curve over all stages; more would be a band without a shape."""
 _MOST_DEPTHS = 4
 """Lines of losses by position: there is no room for the names of more."""
 _EACH_LINE = "Each line is the rack after a stage."
@@ -45,6 +45,7 @@ def page_of(documents: Sequence[Document]) -> str:
 
 
 def _run_page(document: Document) -> str:
+    document = _thinned(document)
     curves = [
         *_losses([document], "Grey: training, the mean of a few steps. Blue: validation."),
         *_gains(document),
@@ -57,6 +58,21 @@ def _run_page(document: Document) -> str:
     return str(render("run.html.j2", document=document, curves=curves, tables=tables(document)))
 
 
+def _thinned(document: Document) -> Document:
+    """Return a run whose training curves have fewer points, each the mean of those around it."""
+    most = max(1, _POINTS // max(1, len(document["stages"])))
+    return {**document, "stages": [{**stage, "curve": _fewer(stage["curve"], most)} for stage in document["stages"]]}
+
+
+def _fewer(curve: Document, most: int) -> Document:
+    n = len(curve.get("steps", []))
+    if n <= most:
+        return curve
+    spans = list(itertools.pairwise(round(at * n / most) for at in range(most + 1)))
+    lines = {name: [mean(curve[name][start:end]) for start, end in spans] for name in CURVES}
+    return {**curve, "steps": [curve["steps"][end - 1] for _, end in spans], **lines}
+
+
 def _runs_page(documents: Sequence[Document]) -> str:
     curves = _losses(documents, "Thin: training, the mean of some steps. Dots: validation.")
     return str(render("runs.html.j2", documents=documents, curves=curves, tables=side_by_side(documents)))
@@ -64,7 +80,7 @@ def _runs_page(documents: Sequence[Document]) -> str:
 
 def loss_image(documents: Sequence[Document]) -> str | None:
     """Return training and validation loss against compute as an SVG file, black on white; None if none is known."""
-    plot = _loss_plot(documents, _COMPUTE)
+    plot = _loss_plot([_thinned(document) for document in documents], _COMPUTE)
     return plot and plot.image(STYLE + _RUN_STYLE)
 
 

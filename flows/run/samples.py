@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +54,36 @@ def sample_depths(uri: str | Path, run: str, n_new: int, prompt: str = "") -> li
         given = tokenizer.encode(prompt.encode()).tolist()[: context - 1]
     else:
         given = next(iter(found[-1].validation_rows()))[: min(_MOST_GIVEN, context // 2)].tolist()
-    n_new = min(n_new, context - len(given))
-    return [
-        {
-            "stage": opened.stages[-1].index,
-            "depth": len(opened.stages[-1].spec.stacks),
-            "prompt": tokenizer.decode(np.asarray(given)),
-            "text": tokenizer.decode(np.asarray(_continued(opened, config, tokenizer, given, n_new))),
-        }
-        for opened in found
-    ]
+    n_new, prompt = min(n_new, context - len(given)), tokenizer.decode(np.asarray(given))
+    texts = (tokenizer.decode(np.asarray(new)) for new in _continued(found, config, tokenizer, given, n_new))
+    return [{**_named(opened), "prompt": prompt, "text": text} for opened, text in zip(found, texts, strict=True)]
+
+
+def _named(opened: OpenedRun) -> dict[str, Any]:
+    return {"stage": opened.stages[-1].index, "depth": len(opened.stages[-1].spec.stacks)}
+
+
+def _racks(found: Sequence[OpenedRun]) -> Iterator[Rack]:
+    return found[-1].racks([opened.stages[-1] for opened in found])
 
 
 def _continued(
-    opened: OpenedRun, config: StackWiseConfig, tokenizer: Tokenizer, given: list[int], n_new: int
-) -> list[int]:
-    """Return the tokens that follow, one after the other or filled in among masks, as the rack was trained."""
+    found: Sequence[OpenedRun], config: StackWiseConfig, tokenizer: Tokenizer, given: list[int], n_new: int
+) -> Iterator[list[int]]:
+    """Yield for each depth the tokens that follow, one after the other or filled in, as the rack was trained."""
     device = use_hardware(config.hardware)
     if config.training.progressive.training_objective == "clm":
         sampling = Sampling(temperature=_TEMPERATURE)
-        return generate(opened.rack(dense=True).to(device), [given], n_new, sampling)[0].tokens
+        for rack in _racks(found):
+            yield generate(rack.to(device), [given], n_new, sampling)[0].tokens
+        return
+    for opened in found:
+        yield _filled_in(opened, tokenizer, given, n_new, device)
+
+
+def _filled_in(
+    opened: OpenedRun, tokenizer: Tokenizer, given: list[int], n_new: int, device: torch.device
+) -> list[int]:
     assert tokenizer.mask_token is not None  # it was trained with one
     never = {tokenizer.pad_token, *range(tokenizer.vocab_size, opened.shape.vocab_size)}
     row = [*given, *[tokenizer.mask_token] * n_new]
@@ -97,15 +108,15 @@ def judge_depths(uri: str | Path, run: str) -> list[dict[str, Any]]:
     found = open_runs(uri, run)
     config = found[-1].config
     fields = found[-1].validation_fields(max(1, min(_MOST_ROWS, _MOST_TOKENS // config.data.seq_len)))
-    named = [{"stage": each.stages[-1].index, "depth": len(each.stages[-1].spec.stacks)} for each in found]
-    return [{**name, **_judged(opened, config, fields)} for name, opened in zip(named, found, strict=True)]
+    pairs = zip(found, _racks(found), strict=True)
+    return [{**_named(opened), **_judged(opened, rack, config, fields)} for opened, rack in pairs]
 
 
-def _judged(opened: OpenedRun, config: StackWiseConfig, fields: dict[str, Any]) -> dict[str, Any]:
+def _judged(opened: OpenedRun, rack: Rack, config: StackWiseConfig, fields: dict[str, Any]) -> dict[str, Any]:
     objective, own = config.training.progressive.training_objective, opened.stages[-1].mask
     mask = own and own.for_validation()
     masks = {str(ratio): mask.at_ratio(ratio) for ratio in _RATIOS} if mask else {"": None}
-    rack, device = opened.rack(dense=True), use_hardware(config.hardware)
+    device = use_hardware(config.hardware)
     rack.to(device)
     norms, by_position, by_ratio = list[float](), dict[str, float](), dict[str, float]()
     for ratio, corruption in masks.items():

@@ -24,6 +24,7 @@ from flows.pages.run_page import page_of
 from flows.pages.run_tables import tables
 from stackwise_core.stages.charges import cost
 from storage.artifacts import Artifacts
+from storage.checkpoints import load_stack
 from storage.racks import load_rack, open_run
 from storage.records import sealed
 from storage.runs import find_run
@@ -147,6 +148,35 @@ def test_a_spike_does_not_stretch_the_axis(told: Any) -> None:
     page = page_of([document | {"stages": [stage | {"curve": stage["curve"] | {"loss": losses}}, *others]}])
     (most,) = re.findall(r"Losses above ([0-9.]+), up to 1000, are left out\.", page)
     assert max(losses[1:]) < float(most) < 2 * max(losses[1:])
+
+
+def test_a_curve_of_many_stages_is_drawn_by_the_means_of_a_few_hundred_spans(
+    told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn() -> list[list[tuple[float, float]]]:
+        lines = re.findall(r'class="line thin" points="([^"]+)"', page_of([told]))
+        return [[(float(x), float(y)) for x, y in (point.split(",") for point in line.split())] for line in lines[:3]]
+
+    before = drawn()
+    assert [len(line) for line in before] == [12, 12, 12]
+    monkeypatch.setattr("flows.pages.run_page._POINTS", 9)
+    after = drawn()
+    assert [len(line) for line in after] == [3, 3, 3]
+    assert [line[-1][0] for line in after] == [line[-1][0] for line in before]
+
+
+def test_a_page_loads_a_frozen_stack_once_for_all_depths(
+    reference: Reference, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+
+    def load(artifacts: Artifacts, stages: Any, stack: int) -> torch.nn.Module:
+        loaded.append(stack)
+        return load_stack(artifacts, stages, stack)
+
+    monkeypatch.setattr("storage.racks.load_stack", load)
+    run("report", "tiny", "--artifacts", reference(), "--html", tmp_path / "page.html")
+    assert loaded == [0, 1, 2] * 2  # to judge, and to write
 
 
 def test_a_narrow_page_breaks_keys_between_words(told: Any) -> None:
