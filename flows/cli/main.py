@@ -6,6 +6,7 @@ Only the module of the chosen command is imported, so that `stackwise --help` is
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import traceback
 from importlib import import_module
@@ -13,7 +14,7 @@ from importlib.metadata import version
 from typing import NamedTuple, NoReturn
 
 from flows.network import bypass_proxy
-from flows.run.say import complain
+from flows.run.say import complain, wrapped
 from stackwise_core.errors import StackWiseError, shown, why_no_memory
 from stackwise_core.files import why_full
 
@@ -138,7 +139,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         sub = commands.add_parser(
             name,
             help=summary,
-            description=summary,
+            description="\n".join(wrapped(summary, shutil.get_terminal_size().columns)),
             epilog=f"example: stackwise {name} {example}".rstrip(),
             formatter_class=formatter,
         )

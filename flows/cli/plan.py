@@ -20,7 +20,7 @@ from stackwise_core.config.unused import notes
 from stackwise_core.data.mixture import mixture_counts, shares_of, sources_of
 from stackwise_core.data.packing import read_corpus
 from stackwise_core.errors import shown
-from stackwise_core.stages.charges import charge
+from stackwise_core.stages.charges import charge, judging_flops
 from stackwise_core.stages.costs import (
     fill_flops,
     rack_parameters,
@@ -126,9 +126,18 @@ def _add_times(
         return
     a_flop = a_step * steps / charges[dearest].trained
     for at in left:
-        document["stages"][at]["seconds"] = round(charges[at].total * a_flop, 1)
+        judged = _n_validations(config, plan.stages[at]) * judging_flops(
+            config, plan.stages[at], document["validation_sequences"]
+        )
+        document["stages"][at]["seconds"] = round((charges[at].total + judged) * a_flop, 1)
     document["probe"] = {"stage": dearest, "seconds_per_step": a_step}
     document["seconds"] = round(sum(document["stages"][at]["seconds"] for at in left), 1)
+
+
+def _n_validations(config: StackWiseConfig, stage: StagePlan) -> int:
+    """Return how many validations a stage has inside and at its end."""
+    every = config.validation.every
+    return (stage.validation is not None) + ((stage.spec.optim.steps - 1) // every if every else 0)
 
 
 def _advice(plan: RunPlan, *, cuda: bool) -> list[str]:
@@ -307,7 +316,7 @@ def _print_plan(document: dict[str, Any], seq_len: int) -> None:
     if "seconds" in document:
         how = f"by a probe: two steps of stage {document['probe']['stage']} with random weights"
         say("")
-        say_hanging("", f"about {clock(document['seconds'])} in all, {how}; the corpus and validating come on top")
+        say_hanging("", f"about {clock(document['seconds'])} in all, {how}; the corpus comes on top")
     elif "no_probe" in document:
         say("")
         say_hanging("", f"how long it takes is not known: {document['no_probe']}")

@@ -163,10 +163,14 @@ class PlainLines:
             said = _Progress(event.stage, event.task, f"{event.task}: is there already")
         if isinstance(said, str):
             self._write(said)
-        elif said and (said.is_news or time.monotonic() - self._last >= self._seconds):
+        elif said and (said.is_news or time.monotonic() - self._last >= self._least_between(event)):
             self._last = time.monotonic()
             stage = f"stage {said.stage}: " if said.stage >= 0 else ""
             self._write(f"{stage}{said.text or said.task}")
+
+    def _least_between(self, event: Event) -> float:
+        """Return the seconds until a line about an event may follow: rows that are compared are no steps."""
+        return max(self._seconds, 2.0) if isinstance(event, Judged) else self._seconds
 
 
 def _print_line(text: str) -> None:

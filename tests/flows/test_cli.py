@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from flows.cli import plan
+from flows.cli.main import main
 from flows.run import devices, validating
 from flows.run.events import Message
 from flows.run.run import add_stage
@@ -94,6 +95,13 @@ def test_help_shows_an_example_and_imports_nothing_heavy() -> None:
         example = text[text.index("\nexample: ") :].splitlines()[1]
         assert example.startswith(f"example: stackwise {command}")
     assert all(f"  {code} " in said[""] or f" {code} " in said[""] for code in range(4))
+
+
+def test_help_is_wrapped_between_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        main(["gc", "--help"])
+    assert "\nremove unreachable artifacts and leftovers of killed\nprocesses\n" in capsys.readouterr().out
 
 
 def test_without_a_command_or_with_another(run: Run) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from flows.cli import status
 from flows.run import live, terminal
-from flows.run.events import StagesPriced, StepTaken, TaskStarted, subscribed
+from flows.run.events import Judged, StagesPriced, StepTaken, TaskStarted, subscribed
 from flows.run.live import LIVE, LiveFile, read_live
 from flows.run.terminal import PlainLines
 from support.commands import Run
@@ -41,6 +41,22 @@ def test_time_left_of_the_run_is_by_flops(monkeypatch: pytest.MonkeyPatch, capsy
     assert (
         capsys.readouterr().err.splitlines()[-1].endswith("2:24 left, 43 tokens/s")
     )  # the last stage: the run's is the same
+
+
+def test_a_line_for_every_step_is_none_for_every_row_that_is_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = SimpleNamespace(now=1000.0)
+    now.monotonic = lambda: now.now
+    monkeypatch.setattr(live, "time", now)
+    monkeypatch.setattr(terminal, "time", now)
+    lines = PlainLines(seconds_between_steps=0.0)
+    lines(TaskStarted(1, "validate"))
+    for done in range(1, 17):
+        now.now += 0.3
+        lines(Judged(1, done, 16, "cached rows compared"))
+    said = [line.split(": ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["validate", "validating, 7 of 16 cached rows compared", "validating, 14 of 16 cached rows compared"]
 
 
 def test_time_left_has_the_validations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from flows.cli import plan
 from flows.run import probe
 from flows.run.numbers import clock
 from flows.run.reading import Reading
-from stackwise_core.stages.charges import charge
+from stackwise_core.stages.charges import charge, judging_flops
 from storage.adopt import plan_in
 from storage.artifacts import artifacts_at
 from support.commands import Run
@@ -31,13 +31,16 @@ def test_minutes_are_by_flops_from_a_step_of_the_dearest_stage(
     command: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "probe", lambda config, stage: 5.0)
+    every = {"validation.every": 5}  # of 12 steps: after 5, 10 and at the end
+    (tmp_path / "tiny.yaml").write_text(tiny(tmp_path, every).to_yaml())
     document = run(*command, "--json", "--probe").document
-    config, planned = plan_in(artifacts_at(str(tmp_path / "a")).reachable(), tiny(tmp_path), Reading("read"))
+    config, planned = plan_in(artifacts_at(str(tmp_path / "a")).reachable(), tiny(tmp_path, every), Reading("read"))
     costs = charge(config, planned, 16)
     dearest = document["probe"]["stage"]
     assert costs[dearest].trained == max(cost.trained for cost in costs)
-    for stage, cost in zip(document["stages"], costs, strict=True):
-        assert stage["seconds"] == pytest.approx(60 * cost.total / costs[dearest].trained, abs=0.06)
+    for stage, of_plan, cost in zip(document["stages"], planned.stages, costs, strict=True):
+        judged = 3 * judging_flops(config, of_plan, document["validation_sequences"])
+        assert stage["seconds"] == pytest.approx(60 * (cost.total + judged) / costs[dearest].trained, abs=0.06)
     said = run(*command).out
     assert f"\nabout {clock(document['seconds'])} in all, by a probe: two steps of stage {dearest} with" in said
     assert said.count(" on this machine\n") == 3
