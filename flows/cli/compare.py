@@ -36,7 +36,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rates", default="0.5,1,2", metavar="X,Y", help=help_text)
     parser.add_argument("--extend", action="store_true", help="try one more rate while the best is the edge of these")
     parser.add_argument("--seeds", default="3", metavar="N", help="how many (default: 3)")
-    help_text = "multiples of the FLOPs of CONFIG (default: 1); rates are tuned at the first"
+    help_text = "multiples of the FLOPs of CONFIG (default: 1); rates are tuned at the first that is named"
     parser.add_argument("--budgets", default="1", metavar="X,Y", help=help_text)
     help_text = "further budgets of end-to-end training, between which its loss is interpolated"
     parser.add_argument("--curve", default="", metavar="X,Y", help=help_text)

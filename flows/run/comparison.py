@@ -30,7 +30,7 @@ class Comparison(BaseModel, frozen=True):
     """Factors of the rates of a configuration, rising."""
     seeds: tuple[int, ...]
     budgets: tuple[float, ...]
-    """Multiples of the unit, rising."""
+    """Multiples of the unit; rates are tuned at the first."""
     curve: tuple[float, ...] = ()
     """More budgets for the end-to-end arm only."""
     tflop: float = 0.0

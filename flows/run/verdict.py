@@ -294,7 +294,7 @@ def _machines(results: Results) -> list[str]:
 
 def verdict(document: Document) -> str:
     """Return in a sentence how the best way to grow compares with training end to end."""
-    budget = document["budgets"][-1]
+    budget = max(document["budgets"])
     rows = {row["arm"]: row for row in rows_of(document) if row["budget"] == budget and row["loss"]}
     grown = [rows[arm["arm"]] for arm in document["arms"] if arm["grows"] and arm["arm"] in rows]
     if END_TO_END not in rows or not grown:

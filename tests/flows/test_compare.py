@@ -196,7 +196,7 @@ def test_the_verdict_is_of_the_best_way_to_grow_at_the_largest_budget() -> None:
         row("jump", 1.33, 1.33, 1.33, budget=3, gap=-0.07),
     ]
     rows[-1]["against"]["tflop"]["share"] = Interval(0.6, 0.5, 0.7, 3)._asdict()
-    found = verdict(document(*rows))
+    found = verdict({**document(*rows), "budgets": [3, 1.0]})  # whichever the rates were tuned at
     assert found == (
         "At equal FLOPs jump beats end-to-end training: 1.3300 against 1.4000 nats per byte, -5.0%; "
         "it reaches the same loss with 60% of the FLOPs; 3 seeds."
