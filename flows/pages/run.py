@@ -140,11 +140,12 @@ def _stages(
     charges = charge(config, plan, n_rows, taken) if n_rows else []
     documents: list[Document] = []
     for stage, summary in zip(plan.stages, summaries, strict=True):
-        charged = charges[stage.index] if charges and not stage.spec.adopted else None
+        made = _stage(artifacts, config, stage, summary)
+        charged = charges[stage.index] if charges and made["digest"] and not stage.spec.adopted else None
         before = next((each for each in reversed(documents) if each["validation_loss"] is not None), None)
         documents.append(
             {
-                **_stage(artifacts, config, stage, summary),
+                **made,
                 "tflop": charged and charged.total / 1e12,
                 "tflop_recomputed": charged and (charged.trained + charged.recomputed) / 1e12,
                 "gain": _gain(before, summary),

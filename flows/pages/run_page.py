@@ -86,7 +86,7 @@ def loss_image(documents: Sequence[Document]) -> str | None:
 
 _RUN_STYLE = """
 .line.thin { stroke: #9aa1ab; stroke-width: 1; } .dot { fill: #2458c5; }
-.run-1 { --own: #b8460b; } .run-2 { --own: #2a8a57; } .run-3 { --own: #8f5bc2; } .run-0 { --own: #2458c5; }
+.run-1 { --own: #b8460b; } .run-2 { --own: #23774b; } .run-3 { --own: #8451b8; } .run-0 { --own: #2458c5; }
 .line[class*="run-"] { stroke: var(--own); } .dot[class*="run-"] { fill: var(--own); }
 """
 

@@ -69,7 +69,7 @@ def _cost(stages: Sequence[Document]) -> TableOf:
             "-" if stage["tokens_per_second"] is None else f"{stage['tokens_per_second']:,}",
         ]
         for stage in stages
-        if stage["steps"] or stage["seconds"]
+        if stage["digest"] and (stage["steps"] or stage["seconds"])
     ]
     note = (
         "TFLOP: as executed, validation left out; without cache: if every step passed through the frozen stacks again. "

@@ -257,6 +257,10 @@ def test_a_run_that_is_not_over(reference: Reference, run: Run, tmp_path: Path) 
     document = json.loads((tmp_path / "page.json").read_text())
     assert [stage["state"] for stage in document["stages"]] == ["done", "done", "unfinished"]
     assert document["stages"][2]["digest"] is None
+    assert document["stages"][2]["tflop"] is None  # nothing of it is known to have been computed
+    assert document["tflop"] == document["stages"][0]["tflop"] + document["stages"][1]["tflop"]
+    (costs,) = (table for table in tables(document) if table.title == "What it cost")
+    assert [row[0] for row in costs.rows] == ["0", "1"]
     assert document["validation_loss"] == document["stages"][1]["validation_loss"]
 
 
