@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ _FEWEST_TICKS = 3
 """On a log axis; a shorter one has ticks in even steps."""
 _LABEL_HEIGHT, _LABEL_WIDTH = 17, 8.5
 """Of a name and of a letter of it, on the smallest screen [px]."""
+_LABEL_GAP = 14
+"""At least between two labels on an axis [px]."""
 _LONGEST_LABEL = 20
 SMOOTHED_FROM = 50
 """Points of a curve from which on it is drawn smoothed."""
@@ -132,11 +135,18 @@ class Plot:
             at = self.y(value)
             self._line("grid", LEFT, right, at, at)
             self._write(LEFT - 8, at + 4, tick_text(value), "tick", "end")
-        for value in x.ticks():
+        for value in self._apart(x.ticks()):
             self._write(self.x(value), bottom + 18, tick_text(value), "tick", "middle")
         self._line("axis", LEFT, right, bottom, bottom)
         self._write(0, 14, y_label, "label", "start")
         self._write(right, HEIGHT - 6, x_label, "label", "end")
+
+    def _apart(self, ticks: list[float]) -> list[float]:
+        """Return the ticks of the horizontal axis, or every second or fourth, so that their texts stand apart."""
+        room = _LABEL_WIDTH * max((len(tick_text(value)) for value in ticks), default=0) + _LABEL_GAP
+        while len(ticks) > 2 and min(self.x(b) - self.x(a) for a, b in itertools.pairwise(ticks)) < room:
+            ticks = ticks[::2]
+        return ticks
 
     @property
     def top(self) -> float:

@@ -203,6 +203,15 @@ def test_losses_at_other_mask_ratios_are_dots_apart(told: Any) -> None:
     assert (len(re.findall(r'class="line" points="[^ "]+"', joined)), len(alone)) == (0, 2)  # by step and by FLOPs
 
 
+def test_numbers_below_an_axis_stand_apart() -> None:
+    for most in (0.0164, 0.0351, 123_456, 9, 8_900_000):
+        plot = Plot(scale_of([0.0, most], zero=True), scale_of([1.0, 2.0]), "x", "y")
+        below = [(float(str(m.attributes["x"])), m.text) for m in plot.marks if m.attributes.get("y") == 270 - 44 + 18]
+        assert len(below) >= 3
+        for (left, one), (right, other) in itertools.pairwise(below):
+            assert right - left >= 8 + 8.5 * (len(one) + len(other)) / 2  # at the largest size
+
+
 def test_names_of_lines_stand_beside_the_axes_and_apart() -> None:
     names = [f"stage {n}" for n in range(9)]
     plot = Plot(places(0, 10), scale_of([1.0, 2.0]), "x", "y", names)
