@@ -15,7 +15,7 @@ from rich.text import Text
 
 from flows.cli.arguments import add_common
 from flows.run.live import progress_line, read_live
-from flows.run.numbers import loss, size
+from flows.run.numbers import clock, loss, size
 from flows.run.say import say, say_json
 from flows.run.summary import StageSummary, state_of_run, summarise
 from flows.run.terminal import plain_console, plain_table, say_hanging, stage_tables
@@ -69,6 +69,7 @@ def _follow(options: argparse.Namespace) -> None:
 
 _NO_JSON = ("--follow", "--json", "a document is printed once; leave one of them out")
 _SECONDS_BETWEEN_LOOKS = 1.0
+_LONG_AGO = 15.0
 
 
 def show_runs(root: str, *, as_json: bool) -> None:
@@ -127,12 +128,18 @@ def show_stages(root: str, name: str, *, as_json: bool) -> None:
     message = "; ".join(run["message"].splitlines())
     shorter = len(attempt.plan.stages)
     fewer = [f"its newest attempt asked for {shorter} of these {len(stages)} stages"] if shorter < len(stages) else []
-    going = [progress_line(run["progress"])] if "progress" in run else []
+    going = [_going(run["progress"])] if "progress" in run else []
     for line in (*([message] if message else []), *fewer, *_holders(run), *going):
         say_hanging("", line)
     console.print(stage_tables(stages))
     console.print()
     console.print(_artifact_table(stages, run["locks"]))
+
+
+def _going(said: dict[str, Any]) -> str:
+    """Return where a live run is, and when that was if it is long ago: what is said of the time left is as old."""
+    age = time.time() - said["at"]
+    return progress_line(said) + (f"; that was {clock(age)} ago" if age >= _LONG_AGO else "")
 
 
 def _told(run: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,6 +98,9 @@ def test_a_live_run_says_how_far_it_is(run: Run, tmp_path: Path, monkeypatch: py
         if isinstance(event, StepTaken) and (event.stage, event.step) == (1, 5):
             said.append(run("status", "tiny", "--artifacts", root).out)
             said.append(run("status", "tiny", "--artifacts", root, "--json").out)
+            with monkeypatch.context() as later:
+                later.setattr(status, "time", SimpleNamespace(time=lambda: time.time() + 90))
+                said.append(run("status", "tiny", "--artifacts", root).out)
 
     quick = {"training.steps_per_stack": 6, "training.progressive.target_stacks": 2}
     with subscribed(look):
@@ -104,6 +108,7 @@ def test_a_live_run_says_how_far_it_is(run: Run, tmp_path: Path, monkeypatch: py
     assert re.search(r"^stage 1, train: step 4/6, loss \d\.\d{4}, \d+ s left, [\d,]+ tokens/s$", said[0], re.MULTILINE)
     assert re.search(r"^1 +stack-1-\w+ +being made\b", said[0], re.MULTILINE)
     assert re.search(r"^1 +validation-1-\w+ +absent\b", said[0], re.MULTILINE)
+    assert re.search(r"^stage 1, train: step 4/6, .* tokens/s; that was 1:3\d ago$", said[2], re.MULTILINE)
     progress = json.loads(said[1])["progress"]
     assert (progress["stage"], progress["task"], progress["step"], progress["steps"]) == (1, "train", 4, 6)
     after = run("status", "tiny", "--artifacts", root, "--json").document
