@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -83,7 +85,8 @@ def _changed(keys: Sequence[Key]) -> list[str]:
 
 
 def _described(key: Key) -> list[str]:
-    about = textwrap.wrap(key.description, _WIDTH - 4)
+    width = min(_WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else _WIDTH
+    about = textwrap.wrap(key.description, width - 4, break_on_hyphens=False)
     return [f"{key.name}: {_text(key.default)}", *(f"    {line}" for line in about)]
 
 

@@ -18,7 +18,7 @@ from flows.run.numbers import parameters
 from flows.run.reading import Reading
 from flows.run.say import complain, report, say
 from flows.run.summary import summarise
-from flows.run.terminal import plain_console, reading_shown, showing, stage_tables
+from flows.run.terminal import plain_console, reading_shown, say_hanging, showing, stage_tables
 from flows.server import check_api, check_home, embedded_server, quiet_prefect
 from flows.services import send_heartbeats
 from flows.settings import find_api, load_prefect
@@ -145,9 +145,9 @@ def _print_result(config: StackWiseConfig, command: list[str], artifacts: Artifa
     grow = shlex.join([*command, *root, *(word for key in more for word in ("--set", key))])
     if not more:
         grow = f"not beyond the {grown} stacks of {GROWTH}.max_stacks, from which the time step of every stack follows"
+    say("")
+    say_hanging("", f"{name} {made}: {counts}, validation loss {last.validation_loss:.4f}, in {artifacts.uri}")
     say(
-        "",
-        f"{name} {made}: {counts}, validation loss {last.validation_loss:.4f}, in {artifacts.uri}",
         f"look: stackwise status {look}",
         f"      stackwise verify {look}",
         f"grow: {grow}",

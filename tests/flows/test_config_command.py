@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from flows.cli.main import main
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
 from support.commands import Run
@@ -24,6 +26,15 @@ def test_every_key_with_its_default(run: Run) -> None:
     printed = run("config", "cache").out
     assert "cache.dtype: " in printed
     assert "training." not in printed
+
+
+def test_descriptions_fit_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["config", "validation"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert max(map(len, lines)) > 50
 
 
 def _leaves(values: dict[str, object], prefix: str = "") -> list[str]:
