@@ -110,10 +110,10 @@ class OpenedRun:
         loaded = dict[tuple[object, ...], nn.Module]()
         for stage in stages:
             so_far = self.stages[: stage.index + 1]
-            rack = _rack(self.artifacts, so_far, loaded)
+            rack = dense_rack(_rack(self.artifacts, so_far, loaded))
             states = [_state_of(so_far, stack) for stack in stage.spec.anatomy.order]
             loaded = dict(zip(states, rack.stacks, strict=True))
-            yield dense_rack(rack)
+            yield rack
 
     def validation_rows(self) -> Iterator[IntArray]:
         """Yield its validation sequences [T], mapped into memory; raises ConfigError if it has none here."""

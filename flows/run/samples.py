@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.tokenizer import Tokenizer
@@ -108,11 +110,43 @@ def judge_depths(uri: str | Path, run: str) -> list[dict[str, Any]]:
     found = open_runs(uri, run)
     config = found[-1].config
     fields = found[-1].validation_fields(max(1, min(_MOST_ROWS, _MOST_TOKENS // config.data.seq_len)))
-    pairs = zip(found, _racks(found), strict=True)
-    return [{**_named(opened), **_judged(opened, rack, config, fields)} for opened, rack in pairs]
+    pairs, passed = zip(found, _racks(found), strict=True), dict[str, _Passed]()
+    return [{**_named(opened), **_judged(opened, rack, config, fields, passed)} for opened, rack in pairs]
 
 
-def _judged(opened: OpenedRun, rack: Rack, config: StackWiseConfig, fields: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Passed:
+    """What the rack before made of a batch: the next rack begins where it differs."""
+
+    batch: Batch
+    embedding: nn.Module
+    stacks: list[nn.Module]
+    norms: list[float]
+    """Below the first stack, and above each."""
+    streams: dict[int, Tensor]
+    """The last two, by the number of stacks below: what was inserted lies below one stack."""
+
+    def shared(self, rack: Rack, batch: Batch) -> int | None:
+        """Return above how many stacks the stream of another rack is known, at most; None if it is nowhere."""
+        begins = (self.batch, batch), (self.embedding.state_dict(), rack.embedding.state_dict())
+        if not all(_equal(ours, theirs) for ours, theirs in begins):
+            return None
+        pairs = itertools.takewhile(lambda pair: pair[0] is pair[1], zip(self.stacks, rack.stacks, strict=False))
+        n_same = len(list(pairs))
+        return max((n for n in self.streams if n <= n_same), default=None)
+
+
+def _equal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    return ours.keys() == theirs.keys() and all(_same(ours[name], theirs[name]) for name in ours)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one is other
+
+
+def _judged(
+    opened: OpenedRun, rack: Rack, config: StackWiseConfig, fields: dict[str, Any], passed: dict[str, _Passed]
+) -> dict[str, Any]:
     objective, own = config.training.progressive.training_objective, opened.stages[-1].mask
     mask = own and own.for_validation()
     masks = {str(ratio): mask.at_ratio(ratio) for ratio in _RATIOS} if mask else {"": None}
@@ -121,7 +155,8 @@ def _judged(opened: OpenedRun, rack: Rack, config: StackWiseConfig, fields: dict
     norms, by_position, by_ratio = list[float](), dict[str, float](), dict[str, float]()
     for ratio, corruption in masks.items():
         batch = validation_batch(fields, corruption, objective)
-        norms, losses_BT = _losses_of(rack, batch, device)
+        passed[ratio] = _pass(rack, batch, device, passed.get(ratio))
+        norms, losses_BT = passed[ratio].norms, _losses_of(rack, passed[ratio].streams[len(rack.stacks)], batch)
         if corruption is None:
             by_position = _in_spans(losses_BT)
         elif bool(losses_BT.isfinite().any()):
@@ -129,21 +164,33 @@ def _judged(opened: OpenedRun, rack: Rack, config: StackWiseConfig, fields: dict
     return {"loss_by_position": by_position, "loss_by_ratio": by_ratio, "stream_norms": norms}
 
 
-def _losses_of(rack: Rack, batch: Batch, device: torch.device) -> tuple[list[float], Tensor]:
-    """Return the median norms of the stream, and the cross-entropy of every loss position [B, T], NaN elsewhere."""
+def _pass(rack: Rack, batch: Batch, device: torch.device, before: _Passed | None) -> _Passed:
+    """Pass a batch through a rack, from where it differs from the one before."""
     documents = several(batch.get("documents"))
-    stream_BTD = rack.embedding(batch["input_ids"].to(device), input_time_step(batch))
-    norms = [stream_BTD.norm(dim=-1).median().item()]
-    for stack in rack.stacks:
-        stream_BTD = stack(stream_BTD, documents_BT=None if documents is None else documents.to(device))
-        norms.append(stream_BTD.norm(dim=-1).median().item())
+    documents_BT = None if documents is None else documents.to(device)
+    start = before.shared(rack, batch) if before else None
+    if before is None or start is None:
+        streams, norms, start = {0: rack.embedding(batch["input_ids"].to(device), input_time_step(batch))}, [], 0
+        norms.append(streams[0].norm(dim=-1).median().item())
+    else:
+        streams, norms = {start: before.streams[start]}, before.norms[: start + 1]
+    for n, stack in enumerate(rack.stacks[start:], start + 1):
+        streams[n] = stack(streams[n - 1], documents_BT=documents_BT)
+        norms.append(streams[n].norm(dim=-1).median().item())
+        streams.pop(n - 2, None)
+    return _Passed(batch, rack.embedding, list(rack.stacks), norms, streams)
+
+
+def _losses_of(rack: Rack, stream_BTD: Tensor, batch: Batch) -> Tensor:
+    """Return the cross-entropy of every loss position [B, T], NaN elsewhere."""
+    device = stream_BTD.device
     at_P = loss_positions(batch).flatten().nonzero().squeeze(1)
     losses = torch.full((batch["targets"].numel(),), torch.nan)
     for part_P in at_P.split(_LOGITS_AT_ONCE):
         logits_PV = rack.head(stream_BTD.flatten(0, 1)[part_P.to(device)])
         targets_P = batch["targets"].flatten()[part_P].to(device)
         losses[part_P] = F.cross_entropy(logits_PV.float(), targets_P, reduction="none").cpu()
-    return norms, losses.view(batch["targets"].shape)
+    return losses.view(batch["targets"].shape)
 
 
 def _in_spans(losses_BT: Tensor) -> dict[str, float]:

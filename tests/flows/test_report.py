@@ -22,10 +22,12 @@ from flows.pages.page import artifact, breakable, moment
 from flows.pages.plots import WIDTH, Plot, places, scale_of
 from flows.pages.run_page import page_of
 from flows.pages.run_tables import tables
+from flows.run.samples import judge_depths
+from stackwise_core.model.blocks import Stack
 from stackwise_core.stages.charges import cost
 from storage.artifacts import Artifacts
 from storage.checkpoints import load_stack
-from storage.racks import load_rack, open_run
+from storage.racks import load_rack, open_run, open_runs
 from storage.records import sealed
 from storage.runs import find_run
 from support.commands import Run
@@ -177,6 +179,43 @@ def test_a_page_loads_a_frozen_stack_once_for_all_depths(
     monkeypatch.setattr("storage.racks.load_stack", load)
     run("report", "tiny", "--artifacts", reference(), "--html", tmp_path / "page.html")
     assert loaded == [0, 1, 2] * 2  # to judge, and to write
+
+
+def nowhere(*_: object) -> None:
+    """Nothing is shared."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {f"{G}building_mode": "insert", "training.joint_steps": 2},
+        {f"{G}trunk_strategy": "full"},
+        {f"{G}training_objective": "mlm", f"{G}time_interpretation": "input", f"{G}num_time_steps": 4},
+    ],
+)
+def test_each_depth_is_judged_as_if_it_were_alone(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever of its stream is taken over from the depth before."""
+    quick = {"training.steps_per_stack": 2, "training.warmup_steps": 1, "validation.max_sequences": 4}
+    grown(tiny(tmp_path, {**quick, **changes}), tmp_path / "a")
+    racks = open_runs(tmp_path / "a", "tiny")
+    together = judge_depths(tmp_path / "a", "tiny")
+    assert len(together) == len(racks) >= 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flows.run.samples._Passed.shared", nowhere)
+        assert judge_depths(tmp_path / "a", "tiny") == together
+
+
+def test_a_depth_passes_only_what_the_one_before_did_not(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[int] = []
+    forward = Stack.forward
+
+    def watched(stack: Stack, *arguments: Any, **named: Any) -> Any:
+        passed.append(stack.creation_index)
+        return forward(stack, *arguments, **named)
+
+    monkeypatch.setattr(Stack, "forward", watched)
+    judge_depths(reference(), "tiny")
+    assert passed == [0, 1, 2]
 
 
 def test_a_narrow_page_breaks_keys_between_words(told: Any) -> None:
