@@ -157,7 +157,7 @@ class RunPlan(Value, frozen=True):
         return stages
 
     def _repr_html_(self) -> str:
-        columns = ("stage", "how", "blocks", "steps", "training", "of", "GFLOP", "reads the cache of")
+        columns = ("stage", "how", "blocks", "steps", "params", "trained", "GFLOP", "reads the cache of")
         rows = list[tuple[object, ...]]()
         for before, stage in zip([None, *self.stages], self.stages, strict=False):
             spec, shape = stage.spec, stage.shape
@@ -165,7 +165,7 @@ class RunPlan(Value, frozen=True):
             live, below = stage_flops(shape, spec, self.data.seq_len, ratio)
             cached = before is not None and before.activations is not None
             flops = 0.0 if spec.adopted else live + (0.0 if cached else below)
-            sizes = trainable_parameters(shape, spec), rack_parameters(shape, spec)
+            sizes = rack_parameters(shape, spec), trainable_parameters(shape, spec)
             read = f"boundary {before.activations.boundary}" if before and before.activations else None
             steps = 0 if spec.adopted else spec.optim.steps
             rows.append((spec.index, spec.name, spec.n_blocks, steps, *sizes, round(flops / 1e9), read))

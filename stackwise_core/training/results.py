@@ -91,14 +91,14 @@ class Results(list[StageResult]):
 
 
 def _stages_table(results: list[StageResult]) -> str:
-    columns = ("stage", "how", "steps", "trained", "of", "loss", "val. loss", "seconds")
+    columns = ("stage", "how", "steps", "params", "trained", "loss", "val. loss", "seconds")
     rows = [
         (
             result.index,
             result.mode,
             result.steps,
-            result.parameters.get("trained"),
             result.parameters.get("total"),
+            result.parameters.get("trained"),
             result.loss,
             result.validation_loss,
             f"{result.seconds:.1f}",

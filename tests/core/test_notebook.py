@@ -117,8 +117,8 @@ def test_a_plan_shows_what_its_stages_train(grown: tuple[ProgressiveRackBuilder,
     planned.training.progressive.target_stacks = 2
     head, *rows = cells(plan_run(planned, "0" * 64))
     found = [dict(zip(head, row, strict=True)) for row in rows]
-    assert [row["training"] for row in found] == [f"{result.parameters['trained']:,}" for result in results]
-    assert found[-1]["of"] == f"{builder.get_rack_info()['parameters']:,}"
+    assert [row["trained"] for row in found] == [f"{result.parameters['trained']:,}" for result in results]
+    assert found[-1]["params"] == f"{builder.get_rack_info()['parameters']:,}"
     assert [row["reads the cache of"] for row in found] == ["-", "boundary 1"]
 
 
