@@ -163,7 +163,8 @@ def live_page(name: str) -> Generator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         stopped = isinstance(error, StageInterruptedError)
         outcome = f"{'Stopped' if stopped else 'Failed'}: {escaped(reason)}"
-        get_run_logger().info("when it %s: %s", "was stopped" if stopped else "failed", progress.line())
+        how = "was stopped" if stopped else "failed"
+        get_run_logger().info("when it %s: %s. Finished stages and the last checkpoint are kept", how, progress.stood())
         raise
     finally:
         ended.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 from flows.pages.plots import Plot, places, scale_of
@@ -116,14 +117,26 @@ class RunProgress:
             how, _, what = outcome.partition(": ")
             judged = f", validation loss {loss(self._validated[-1][1])}" if self._validated else ""
             return f"{how} after {clock(time.monotonic() - self._began)}{judged}: {what}"
-        cells, step = self._numbers_of_now(), self._step
+        cells = self._numbers_of_now()
         left = cells.get("left of the run") or cells.get("left of the stage")
+        return f"{left} left, {self._standing(cells)}" if left else self._standing(cells)
+
+    def stood(self) -> str:
+        """Return where the run stood when it ended early, and how old the last validation is."""
+        cells, since = self._numbers_of_now("ended"), 0
+        if self._step and self._validated:
+            since = self._before + self._step.step - self._validated[-1][0]
+        if since:
+            cells["last validation loss"] += f" ({since:,} steps before)"
+        return self._standing(cells)
+
+    def _standing(self, cells: Mapping[str, str]) -> str:
+        step = self._step
         where = f"stage {step.stage} step {step.step:,}/{step.steps:,}" if step else _short(self._doing)
         known = {"loss": cells.get("loss"), "validation": cells.get("last validation loss")}
         speed = [f"{cells['tokens/s']} tokens/s"] if "tokens/s" in cells else []
         share = [f"{cells['trained']} trained"] if "trained" in cells else []
-        numbers = [f"{name} {value}" for name, value in known.items() if value]
-        return ", ".join([*([f"{left} left"] if left else []), where, *numbers, *speed, *share])
+        return ", ".join([where, *(f"{name} {value}" for name, value in known.items() if value), *speed, *share])
 
     @property
     def _is_done(self) -> bool:

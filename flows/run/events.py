@@ -46,7 +46,7 @@ class DataReady:
 
 @dataclass(frozen=True)
 class StagesPriced:
-    """What the training of every stage costs, and judging it."""
+    """What the training of every stage costs, judging it, and filling its store."""
 
     flops: tuple[float, ...]
     """Of its training; 0 of a stage that is there already."""
@@ -54,6 +54,8 @@ class StagesPriced:
     """Its steps, and the FLOPs of a validation; 0 of a stage that is there already."""
     every: int = 0
     """Steps between validations inside a stage; 0 if there are none."""
+    filling: tuple[float, ...] = ()
+    """FLOPs of filling its store; 0 of one that is there already, or that no later stage reads."""
 
 
 @dataclass(frozen=True)

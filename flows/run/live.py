@@ -48,8 +48,10 @@ class Meter:
         self._last = 0.0
         """When the last of these events came."""
         self._priced = StagesPriced(())
-        self._a_flop, self._a_judged_flop = 0.0, 0.0
-        """What a FLOP of training and one of validating take [s]; 0 if it is not known."""
+        self._a_flop, self._a_judged_flop, self._a_filled_flop = 0.0, 0.0, 0.0
+        """What a FLOP of training, one of validating and one of filling a store take [s]; 0 if it is not known."""
+        self._filling: tuple[int, float] | None = None
+        """The stage whose store is filled, and since when."""
         self._left: float | None = None
         self._left_at, self._going_on = 0.0, 0.0
         """What is left of the run, when that was known, and how much of it what goes on since then takes [s]."""
@@ -64,11 +66,11 @@ class Meter:
                 self._done(0, 0.0)
             case TaskStarted():
                 self._counts = None
-                _, judging = self._judging(event.stage)
-                going_on = self._a_judgement(judging) if event.task == "validate" else 0.0
-                self._know(self._from(event.stage, event.task), going_on)
+                self._filled(event.stage if event.task == "cache" else None)
+                self._know(self._from(event.stage, event.task), self._of_task(event.stage, event.task))
             case StageDone():
                 self._done(event.stage, 1.0)
+                self._filled()
                 self._know(self._from(event.stage + 1))
             case StepTaken():
                 self._done(event.stage, event.step / event.steps)
@@ -146,6 +148,8 @@ class Meter:
             steps, judging = self._judging(index)
             if index > stage or task in _BEFORE_TRAINED:
                 left += self._of(index) * self._a_flop + self._inside(index, 0, steps) * self._a_judgement(judging)
+            if index > stage or task != "validate":
+                left += self._of_task(index, "cache")
             left += self._a_judgement(judging)  # at the end of the stage
         return left
 
@@ -165,6 +169,22 @@ class Meter:
     def _a_judgement(self, flops: float) -> float:
         """Return the seconds of a validation; until one is measured, as if a FLOP took as long as in training."""
         return flops * (self._a_judged_flop or self._a_flop)
+
+    def _of_task(self, stage: int, task: str) -> float:
+        """Return the seconds of filling the store of a stage, or of its validation; 0 for other tasks."""
+        if task == "validate":
+            return self._a_judgement(self._judging(stage)[1])
+        if task != "cache" or not 0 <= stage < len(self._priced.filling):
+            return 0.0
+        return self._priced.filling[stage] * (self._a_filled_flop or self._a_flop)
+
+    def _filled(self, begins: int | None = None) -> None:
+        """Measure what filling a store has taken, if it was filled until now; that of stage `begins` is filled next."""
+        if self._filling is not None:
+            stage, since = self._filling
+            flops = self._priced.filling[stage] if 0 <= stage < len(self._priced.filling) else 0.0
+            self._a_filled_flop = (time.monotonic() - since) / flops if flops else self._a_filled_flop
+        self._filling = None if begins is None else (begins, time.monotonic())
 
     def _done(self, stage: int, share: float) -> None:
         flops = self._priced.flops
@@ -262,7 +282,7 @@ def told(said: Mapping[str, Any]) -> str:
 def _left(said: Mapping[str, Any]) -> str:
     """Return what is left of a task and of the run, if that is known and another time."""
     of_task, of_run = clock(said["seconds_left"]), said.get("run_seconds_left")
-    known = "" if of_run is None or clock(of_run) == of_task else f", {clock(of_run)} for the run"
+    known = "" if of_run is None or clock(of_run) == of_task else f", {clock(of_run)} left of the run"
     return f", {of_task} left{known}"
 
 

@@ -139,16 +139,21 @@ def _stage(config: StackWiseConfig, root: str, plan: RunPlan, index: int, demand
 
 
 def _priced(config: StackWiseConfig, artifacts: Artifacts, plan: RunPlan, needed: Collection[Ref]) -> StagesPriced:
-    """Return the FLOPs of training and of judging every stage, 0 of what is there already."""
+    """Return the FLOPs of training and judging every stage and of filling its store, 0 of what is there already."""
     data = artifacts.manifest(plan.data_ref)
     n_train, n_validation = data.count("train_sequences"), data.count("validation_sequences")
-    flops, judging = list[float](), list[tuple[int, float]]()
+    flops, judging, filling = list[float](), list[tuple[int, float]](), [0.0] * len(plan.stages)
     for stage, charged in zip(plan.stages, charge(config, plan, n_train), strict=True):
         trains = stage.ref("stack") in needed and not stage.spec.adopted
-        flops.append(charged.total if trains else 0.0)
+        below = plan.stages[stage.index - 1] if stage.index else None
+        if below is None or below.activations is None:
+            flops.append(charged.total if trains else 0.0)
+        else:
+            flops.append(charged.trained if trains else 0.0)
+            filling[below.index] = charged.frozen if below.ref("activations") in needed else 0.0
         judged = stage.validation is not None and stage.ref("validation") in needed
         judging.append((stage.spec.optim.steps, judging_flops(config, stage, n_validation) if judged else 0.0))
-    return StagesPriced(tuple(flops), tuple(judging), config.validation.every)
+    return StagesPriced(tuple(flops), tuple(judging), config.validation.every, tuple(filling))
 
 
 def _refuse_newer(artifacts: Artifacts, forced: Iterable[Ref]) -> None:

@@ -251,7 +251,7 @@ class LiveBars:
         return bar
 
 
-_FOR_RUN = " for the run"
+_FOR_RUN = " left of the run"
 _FRAMES_PER_SECOND = 4
 
 

@@ -34,7 +34,7 @@ def test_time_left_of_the_run_is_by_flops(monkeypatch: pytest.MonkeyPatch, capsy
     for number in range(1, 41):
         now.now += 0.5
         lines(StepTaken(1, number, 100, 2.0, n_tokens=64))
-    assert capsys.readouterr().err.splitlines()[-1].endswith("30 s left, 3:00 for the run, 128 tokens/s")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("30 s left, 3:00 left of the run, 128 tokens/s")
     lines(TaskStarted(2, "train"))
     for number in (1, 2, 3, 4):
         now.now += 1.5
@@ -87,6 +87,36 @@ def test_time_left_has_the_validations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert round(meter.run_seconds_left or 0) == 6 + 60 + 3 * 6
     meter(TaskStarted(1, "build"))
     assert round(meter.run_seconds_left or 0) == 60 + 3 * 6
+
+
+def test_time_left_has_the_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes 1 s; the first store takes 30 s instead of the 10 s of its FLOPs, and so will the second."""
+    now = SimpleNamespace(now=1000.0)
+    now.monotonic = lambda: now.now
+    monkeypatch.setattr(live, "time", now)
+    meter = live.Meter()
+    meter(StagesPriced((30e9, 30e9, 30e9), filling=(10e9, 10e9, 0.0)))
+
+    def left() -> int:
+        return round(meter.run_seconds_left or 0)
+
+    meter(TaskStarted(0, "train"))
+    for step in range(1, 31):
+        now.now += 1.0
+        meter(StepTaken(0, step, 30, 2.0, 64))
+    assert left() == 10 + 30 + 10 + 30
+    meter(TaskStarted(0, "cache"))
+    now.now += 10.0
+    assert left() == 70
+    now.now += 20.0  # it takes longer than it should
+    assert left() == 70
+    meter(TaskStarted(0, "validate"))
+    assert left() == 30 + 30 + 30
+    meter(TaskStarted(1, "train"))
+    now.now += 5.0
+    assert left() == 30 + 30 + 30
+    meter(TaskStarted(2, "train"))
+    assert left() == 30
 
 
 def test_a_live_run_says_how_far_it_is(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

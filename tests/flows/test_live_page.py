@@ -209,15 +209,16 @@ def test_a_failed_run_says_so_and_a_server_that_is_away_stops_nothing(monkeypatc
     events = [RunStarted("tiny", 3, "/a"), StagesPriced((1e12, 1e12, 2e12)), TaskStarted(1, "train")]
 
     def fail() -> None:
-        for event in (*events, StepTaken(1, 6, 10, 2.5, 640, 1e-3, 2.75)):
+        for event in (*events, StepTaken(1, 6, 10, 2.5, 640, 1e-3, 2.75), StepTaken(1, 8, 10, 2.4, 640, 1e-3)):
             emit(event)
         raise ArithmeticError("stage 1: the loss is <b>not</b> finite\nand so on")
 
     with pytest.raises(ArithmeticError), artifacts.live_page("tiny"):
         fail()
     assert "**Failed: stage 1: the loss is \\<b\\>not" in shown[0]
-    assert "Where it stood: stage 1 (the last is 2), step 6 of 10." in shown[0]
-    assert "trained **40%** \u00b7 loss **2.5000** \u00b7 last validation loss **2.7500**" in shown[0]
+    assert "Where it stood: stage 1 (the last is 2), step 8 of 10." in shown[0]
+    assert "trained **45%** \u00b7 loss **2.4000** \u00b7 last validation loss **2.7500**" in shown[0]
     assert "and so on" not in shown[0]
-    assert infos == ["when it failed: stage 1 step 6/10, loss 2.5000, validation 2.7500, 40% trained"]
+    stood = "stage 1 step 8/10, loss 2.4000, validation 2.7500 (2 steps before), 45% trained"
+    assert infos == [f"when it failed: {stood}. Finished stages and the last checkpoint are kept"]
     assert warnings == ["the page of now on Prefect's pages was not updated: the server is away"]
