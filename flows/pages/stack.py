@@ -61,7 +61,9 @@ def _tensor(file: str, name: str, tensor: Tensor) -> dict[str, Any]:
 
 def stack_page(document: dict[str, Any], validation: dict[str, Any]) -> str:
     """Return the page of the document of a sealed stack, and of the validation of its rack."""
-    metrics = document["metrics"]
+    metrics, facts = document["metrics"], document["facts"]
+    if "adopted" in facts:  # of a saved rack, whose facts do not say how many blocks it has
+        document = {**document, "facts": {**facts, "blocks": document["recipe"]["stack"]["n_blocks"]}}
     last = [record["loss"] for record in metrics[9 * len(metrics) // 10 :] if record["loss"] is not None]
     mean = math.fsum(last) / len(last) if last else None
     curves = _curves(metrics, validation.get("validation_loss")) if metrics else []
