@@ -215,6 +215,8 @@ def run_log() -> Subscriber:
 
     Its page opens with that log; what a task or a subflow logs is on pages of their own.
     """
+    if flow_run.id is None:  # it was called without Prefect, and has no page
+        return lambda event: None
     return PlainLines(get_run_logger().info, seconds_between_steps=60.0)
 
 

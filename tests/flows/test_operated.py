@@ -86,6 +86,8 @@ def test_a_run_is_started_by_a_form_followed_and_read(site: Site, page: Any, tmp
     end = "stage 1: validation loss"
     until(lambda: any(line.startswith(end) for line in site.logs(run_id)), "end of the log: it comes after the run's")
     page.reload()  # a page asks for no more lines once it knows that the run has ended
+    page.get_by_text("Oldest to newest").click()
+    page.get_by_role("option", name="Newest to oldest").click()  # a page shows the first lines of its order
     page.get_by_text(end).wait_for()
     assert not [line for line in site.logs(run_id) if re.search("step [1-9]/", line)]
 

@@ -290,7 +290,7 @@ def _states_of_runs(name: str, root: str) -> list[str | None]:
 def test_exit_codes_come_through_the_flow(here: Any, tmp_path: Path, reference: Reference) -> None:
     code, out, err = here("--set", "training.learning_rate=1e30", "--set", "run.name=hot")
     assert (code, out) == (1, "")
-    assert err.splitlines()[-1].startswith("stackwise: step 2: loss ")
+    assert err.splitlines()[-1].startswith("stackwise: stage 0: step 2: loss ")
 
     code, out, err = here("--set", "cache.max_gb=0.000001", "--set", "run.name=small")
     assert code == 2
