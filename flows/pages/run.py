@@ -81,9 +81,9 @@ def _now(artifacts: Artifacts, newest: Attempt, *, unfinished: bool) -> Document
     message = outcome["message"] if outcome else ""
     standing = {
         "running": f"It is running: {progress_line(said)}." if said else "It is running.",
-        "failed": f"It failed: {message}. Its command goes on from what is there.",
+        "failed": f"It failed: {message}. The same command, run again, goes on.",
         "stopped": f"It was {message}." if message.startswith("stopped") else f"It was stopped: {message}.",
-        "killed": "Its process ended without a word, as when it is killed. Its command goes on from what is there.",
+        "killed": "Its process ended without a word, as when it is killed. The same command, run again, goes on.",
     }
     ended = "" if live or outcome is None else outcome["ended"]
     return {"state": state, "ended": ended, "standing": standing.get(state, "")}

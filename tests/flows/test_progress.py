@@ -223,6 +223,7 @@ def test_progress_is_in_the_log_of_the_run_and_not_of_its_tasks(monkeypatch: pyt
     of_run, of_task = list[str](), list[str]()
     loggers = iter([SimpleNamespace(info=of_run.append), SimpleNamespace(info=of_task.append)])
     monkeypatch.setattr(artifacts, "get_run_logger", lambda: next(loggers))
+    monkeypatch.setattr(artifacts, "flow_run", SimpleNamespace(id="a flow run"))
     writes = artifacts.run_log()  # as the flow of the run begins
     writes(TaskStarted(1, "train"))
     writes(step(100))
