@@ -182,8 +182,11 @@ def markdown(document: Document) -> str:
 # ---------------------------------------------------------------- the page
 
 _CHARTS = {
-    "tflop": ("FLOPs as executed [TFLOP]", "Blue: grows; orange: from scratch. Bars: 95\u00a0% intervals."),
-    "tokens": ("tokens read", "Growing reads more tokens for the same FLOPs."),
+    "tflop": (
+        "FLOPs as executed [TFLOP]",
+        "Blue: grows; orange: from scratch. Bars: 95\u00a0% intervals. A line joins the budgets of an arm.",
+    ),
+    "tokens": ("tokens read", "Shallow stages and smaller models read more for the same FLOPs."),
     "seconds": ("seconds", "Of this machine, without validation."),
     "memory_bytes_forecast": ("memory [MiB]", "The planner's forecast for the largest stage of a run."),
 }
