@@ -34,6 +34,8 @@ class Pace(NamedTuple):
     """Of the training of this stage with the validations inside it, or of this task [s]."""
     run_seconds_left: float | None
     """Of all stages, at the speed of this one [s]; None if it is not known."""
+    run_share: float | None = None
+    """How much of the training of the run is done; None if it is not known."""
 
 
 class Meter:
@@ -82,7 +84,7 @@ class Meter:
                     left = (event.of_bytes - done) * a_byte
                     after = self._from(event.stage, "validate")
                     self._know(None if after is None else left + after, left)
-                    return Pace(0.0, left, self._left)
+                    return Pace(0.0, left, self._left, self.run_share)
             case _:
                 pass
         return None
@@ -131,7 +133,7 @@ class Meter:
         left = (event.steps - event.step) * a_step + self._inside(event.stage, event.step) * self._a_judgement(judging)
         after = self._from(event.stage, "cache")
         self._know(None if after is None or not flops else left + after, self._next(event, a_step, judging))
-        return Pace(event.n_tokens / a_step, left, self._left)
+        return Pace(event.n_tokens / a_step, left, self._left, self.run_share)
 
     def _next(self, event: StepTaken, a_step: float, judging: float) -> float:
         """Return the seconds until the next step has been taken, with the validation after it if there is one."""
@@ -258,7 +260,8 @@ def of_rows(event: RowsCached, pace: Pace | None) -> dict[str, Any]:
         said["computed"] = event.computed
     if pace is None:
         return said
-    return {**said, "seconds_left": pace.seconds_left, "run_seconds_left": pace.run_seconds_left}
+    left = {"seconds_left": pace.seconds_left, "run_seconds_left": pace.run_seconds_left, "run_share": pace.run_share}
+    return {**said, **left}
 
 
 def told(said: Mapping[str, Any]) -> str:
@@ -280,10 +283,12 @@ def told(said: Mapping[str, Any]) -> str:
 
 
 def _left(said: Mapping[str, Any]) -> str:
-    """Return what is left of a task and of the run, if that is known and another time."""
-    of_task, of_run = clock(said["seconds_left"]), said.get("run_seconds_left")
-    known = "" if of_run is None or clock(of_run) == of_task else f", {clock(of_run)} left of the run"
-    return f", {of_task} left{known}"
+    """Return what is left of a task, unless that is nothing, and of the run, if that is known and another time."""
+    of_task, of_run, share = clock(said["seconds_left"]), said.get("run_seconds_left"), said.get("run_share")
+    left = f", {of_task} left" if round(said["seconds_left"]) else ""
+    if of_run is None or clock(of_run) == of_task:
+        return left
+    return f"{left}, {clock(of_run)} left of the run" + (f" ({share:.0%} trained)" if share is not None else "")
 
 
 def progress_line(said: Mapping[str, Any]) -> str:

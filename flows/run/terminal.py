@@ -202,7 +202,7 @@ class LiveBars:
         elif said:
             parts = said.text.removeprefix(f"corpus: {said.task} ").split(", ")
             self._show_run(said.stage)
-            detail = tuple(shown(part) for part in parts if not part.endswith(_FOR_RUN))  # the bar of the run says it
+            detail = tuple(shown(part) for part in parts if _FOR_RUN not in part)  # the bar of the run says it
             bar = self._bar_of(said)
             self.progress.update(bar, completed=said.completed, total=said.total, detail=detail)
             if isinstance(event, (DataReady, StageDone)):
@@ -282,7 +282,7 @@ class _Mark(SpinnerColumn):
     """Turns while a task lasts, and says how it ended."""
 
     def __init__(self) -> None:
-        super().__init__(finished_text="✓")
+        super().__init__(finished_text="✓", style=None)  # the colour of the text, as of the bar
 
     def render(self, task: Task) -> RenderableType:
         return Text("■") if task.fields.get("stopped") else super().render(task)
