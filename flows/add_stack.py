@@ -34,10 +34,10 @@ def add_stack(
     stack, not two.
 
     Args:
-        run: name of the run; `stackwise status` lists them.
-        artifacts: folder that holds it, or s3://BUCKET/PREFIX.
-        stack: settings of the new stack that differ from the others.
-        trust_functions: import the functions that the run's configuration names; only if you know who wrote it.
+        run: Name of the run; `stackwise status` lists them.
+        artifacts: Folder that holds it, or s3://BUCKET/PREFIX.
+        stack: Settings of the new stack that differ from the others.
+        trust_functions: Import the functions that the run's configuration names; only if you know who wrote it.
     """
     who = f"flow run {flow_run.id}"  # the same in every retry
     with one_line_errors():

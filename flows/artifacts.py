@@ -157,7 +157,7 @@ def live_page(name: str) -> Generator[None]:
     try:
         with subscribed(progress):
             yield
-        outcome = f"Done: {key_of(name, 'report')} has the results"
+        outcome = f"Done: see its artifact {key_of(name, 'report')}"
         get_run_logger().info(progress.line(outcome))
     except BaseException as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -45,18 +45,18 @@ def compare(
     The runs are ordinary ones, each in a process of its own. What is sealed is not run again.
 
     Args:
-        config: the run that is asked about.
-        artifacts: the artifacts folder.
-        arms: more arms: jump, full, insert, frozen, frozen+anneal.
-        own: more arms by name, each with the keys of the configuration that it changes.
-        rates: factors of the learning rates that are tried for every arm, with the first seed at the first budget.
-        seeds: how many; the first is that of the configuration.
-        budgets: multiples of the FLOPs of the configuration.
-        curve: further budgets of end-to-end training, between which its loss is interpolated.
-        tflop: what a budget of 1 is; 0 for the FLOPs of the configuration.
-        extend: try one more rate while the best is at the edge of the grid.
-        jobs: runs at a time.
-        name: of the comparison; empty for that of the configuration.
+        config: The run that is asked about.
+        artifacts: The artifacts folder.
+        arms: More arms: jump, full, insert, frozen, frozen+anneal.
+        own: More arms by name, each with the keys of the configuration that it changes.
+        rates: Factors of the learning rates that are tried for every arm, with the first seed at the first budget.
+        seeds: Number of seeds; the first is that of the configuration.
+        budgets: Multiples of the FLOPs of the configuration.
+        curve: Further budgets of end-to-end training, between which its loss is interpolated.
+        tflop: What a budget of 1 is; 0 for the FLOPs of the configuration.
+        extend: Try one more rate while the best is at the edge of the grid.
+        jobs: Number of runs at a time.
+        name: Name of the comparison; empty for that of the configuration.
     """
     outlive_the_worker()
     if page := page_of_run():

@@ -27,8 +27,8 @@ def validate_run(run: str = "", artifacts: str = "artifacts") -> None:
     """Recompute every checksum of a run's artifacts, and recompute sampled rows of its caches from tokens.
 
     Args:
-        run: name of the run; empty verifies everything.
-        artifacts: folder that holds it, or s3://BUCKET/PREFIX.
+        run: Name of the run; empty verifies everything.
+        artifacts: Folder that holds it, or s3://BUCKET/PREFIX.
     """
     log = get_run_logger().info
     with one_line_errors(), tagged(run) if run else nullcontext():
@@ -48,10 +48,10 @@ def collect(
     """Remove what no run reaches, and leftovers of killed processes.
 
     Args:
-        artifacts: the artifacts folder.
-        keep_last: only this many runs count, the newest; -1 keeps all.
-        superseded: of each run, only the newest attempt counts.
-        dry_run: list what would be removed, and remove nothing.
+        artifacts: The artifacts folder.
+        keep_last: Only this many runs count, the newest; -1 keeps all.
+        superseded: Of each run, only the newest attempt counts.
+        dry_run: List what would be removed, and remove nothing.
     """
     with one_line_errors():
         place = artifacts_at(artifacts).existing()

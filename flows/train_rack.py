@@ -36,10 +36,10 @@ def train_rack(
     Sealed artifacts are reused, interrupted training resumes, missing artifacts are made.
 
     Args:
-        config: the run.
-        artifacts: the artifacts folder.
-        from_stack: redo the stages from this one on; -1 redoes none.
-        force: redo this task of those stages, or of all.
+        config: The run.
+        artifacts: The artifacts folder.
+        from_stack: Redo the stages from this one on; -1 redoes none.
+        force: Redo this task of those stages, or of all.
     """
     outlive_the_worker()
     publish = publish_run(config, artifacts)

@@ -183,9 +183,9 @@ def test_it_is_renewed_by_the_clock_and_not_by_the_thread_that_trains(
     assert [name for name, _, _ in shown] == ["progress"] * 3
     assert {key for _, key, _ in shown} == {"my-run-now"}
     assert ["step 12 of 12" in shown[0][2], "the last step was 1:00 ago" in shown[1][2]] == [True, True]
-    assert "**Done: my-run-report has the results**" in shown[-1][2]
+    assert "**Done: see its artifact my-run-report**" in shown[-1][2]
     assert ticks.asked == [5.0] * 3
-    assert said == ["Done after 1:12: my-run-report has the results"]
+    assert said == ["Done after 1:12: see its artifact my-run-report"]
 
 
 @pytest.mark.flow
