@@ -34,7 +34,8 @@ def test_time_left_of_the_run_is_by_flops(monkeypatch: pytest.MonkeyPatch, capsy
     for number in range(1, 41):
         now.now += 0.5
         lines(StepTaken(1, number, 100, 2.0, n_tokens=64))
-    assert capsys.readouterr().err.splitlines()[-1].endswith("30 s left, 3:00 left of the run (10% trained), 128 tokens/s")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("30 s left, 3:00 left of the run (10% trained), 128 tokens/s")
     lines(TaskStarted(2, "train"))
     for number in (1, 2, 3, 4):
         now.now += 1.5
@@ -135,7 +136,8 @@ def test_a_live_run_says_how_far_it_is(run: Run, tmp_path: Path, monkeypatch: py
     quick = {"training.steps_per_stack": 6, "training.progressive.target_stacks": 2}
     with subscribed(look):
         grown(tiny(tmp_path, quick), root)
-    assert re.search(r"^stage 1, train: step 4/6, loss \d\.\d{4}, (\d+ s left, )?[\d,]+ tokens/s$", said[0], re.MULTILINE)
+    line = r"^stage 1, train: step 4/6, loss \d\.\d{4}, (\d+ s left, )?[\d,]+ tokens/s$"
+    assert re.search(line, said[0], re.MULTILINE)
     assert re.search(r"^1 +stack-1-\w+ +being made\b", said[0], re.MULTILINE)
     assert re.search(r"^1 +validation-1-\w+ +absent\b", said[0], re.MULTILINE)
     assert re.search(r"^stage 1, train: step 4/6, .* tokens/s; that was 1:3\d ago$", said[2], re.MULTILINE)
