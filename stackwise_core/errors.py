@@ -101,7 +101,7 @@ class ConfigError(StackWiseError, ValueError):
     exit_code = 2
 
     def __init__(self, faults: list[Fault]) -> None:
-        """Keep the faults; the message is one line per fault."""
+        """The message has a line for each of the faults."""
         self.faults = faults
         super().__init__("\n".join(str(fault) for fault in faults))
 
@@ -115,7 +115,7 @@ class SavedRackError(StackWiseError):
     exit_code = 3
 
     def __init__(self, path: Path, problem: str, remedy: str) -> None:
-        """Compose one message of the path, what is wrong with it, and what to do."""
+        """The message says the path, what is wrong with it, and what to do."""
         self.path, self.problem, self.remedy = path, problem, remedy
         super().__init__(f"{shown(path)}: {shown(problem)}. {shown(remedy)}")
 
@@ -148,7 +148,7 @@ class StageInterruptedError(StackWiseError):
     """A stop was asked for (SIGTERM, Ctrl-C); a checkpoint was written first."""
 
     def __init__(self, message: str, state: Any = None) -> None:
-        """Keep the `TrainingState` to resume from, if training was interrupted; pickles leave it out."""
+        """`state` is the `TrainingState` to resume from, if training was interrupted; pickles leave it out."""
         self.state = state
         super().__init__(message)
 

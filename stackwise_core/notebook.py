@@ -16,6 +16,8 @@ from typing import Any
 from stackwise_core.errors import StackWiseError, shown
 
 _HEAD = "border-bottom: 1px solid rgba(128, 128, 128, 0.35); font-weight: 600"
+_SCROLLS = "overflow-x: auto; padding-right: 16px; mask-image: linear-gradient(to left, transparent, black 16px)"
+"""A table that is wider than its page fades at the right edge, until it is scrolled there: no colour to know."""
 _SECONDS_BETWEEN = 0.5
 
 
@@ -26,8 +28,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     head = "".join(map(_cell, ["th"] * len(columns), columns, (f"{side}; {_HEAD}" for side in sides)))
     body = "".join(f"<tr>{''.join(map(_cell, ['td'] * len(row), row, sides))}</tr>" for row in rows)
     caption = f'<caption style="text-align: left; font-weight: 600; color: inherit">{_text(title)}</caption>'
-    style = "border-collapse: collapse; width: auto; font-variant-numeric: tabular-nums"
-    return f'<table style="{style}">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    style = "border-collapse: collapse; width: auto; white-space: nowrap; font-variant-numeric: tabular-nums"
+    drawn = f'<table style="{style}">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div style="{_SCROLLS}">{drawn}</div>'
 
 
 def _cell(tag: str, value: object, style: str) -> str:

@@ -16,7 +16,7 @@ class ArtifactError(StackWiseError):
     exit_code = 3
 
     def __init__(self, path: Path | str, problem: str, remedy: str) -> None:
-        """Compose one message of the path, what is wrong with it, and what to do."""
+        """The message says the path, what is wrong with it, and what to do."""
         self.path = path if isinstance(path, str) and "://" in path else Path(path)  # a Path would eat a slash
         self.problem = problem
         self.remedy = remedy

@@ -59,6 +59,8 @@ def _page(keys: Sequence[Key]) -> list[str]:
         lines += ["", f"## {section}", "", "| key | default | what it is |", "|---|---|---|"]
         for key in members:
             name, about = key.name.rpartition(".")[2], key.description.replace("|", "\\|").replace("<", "&lt;")
+            choices = ", ".join(f"`{choice}`" for choice in key.choices)
+            about = f"{choices}<br>{about}" if choices else about
             lines.append(f"| `{name}` | `{_text(key.default)}` | {about} |")
     return lines
 
@@ -67,7 +69,7 @@ _INTRODUCTION = (
     "Every key has a default; a file names those that it changes. `stackwise config` prints this list, `stackwise",
     "config --diff FILE` what a file changes, and `stackwise plan FILE` the stages that come of it. A key that a",
     "configuration does not use is a note in the plan, one that contradicts another is refused with a sentence.",
-    "`stackwise config --markdown` wrote this page.",
+    "Where a key is one of a few words, they stand first. `stackwise config --markdown` wrote this page.",
 )
 
 
@@ -86,7 +88,8 @@ def _changed(keys: Sequence[Key]) -> list[str]:
 
 def _described(key: Key) -> list[str]:
     width = min(_WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else _WIDTH
-    about = textwrap.wrap(key.description, width - 4, break_on_hyphens=False)
+    choices = [f"values: {', '.join(key.choices)}"] if key.choices else []
+    about = [*choices, *textwrap.wrap(key.description, width - 4, break_on_hyphens=False)]
     return [f"{key.name}: {_text(key.default)}", *(f"    {line}" for line in about)]
 
 

@@ -79,8 +79,10 @@ def _runs_page(documents: Sequence[Document]) -> str:
 
 
 def loss_image(documents: Sequence[Document]) -> str | None:
-    """Return training and validation loss against compute as an SVG file, black on white; None if none is known."""
+    """Return training and validation loss against compute as an SVG, light or dark like its page; None without any."""
     plot = _loss_plot([_thinned(document) for document in documents], _COMPUTE)
+    if plot and len(documents) == 1:  # those of several name the runs
+        plot.key([("training", "line thin"), ("validation", "line")])
     return plot and plot.image(STYLE + _RUN_STYLE)
 
 
@@ -88,6 +90,10 @@ _RUN_STYLE = """
 .line.thin { stroke: #9aa1ab; stroke-width: 1; } .dot { fill: #2458c5; }
 .run-1 { --own: #b8460b; } .run-2 { --own: #23774b; } .run-3 { --own: #8451b8; } .run-0 { --own: #2458c5; }
 .line[class*="run-"] { stroke: var(--own); } .dot[class*="run-"] { fill: var(--own); }
+@media (prefers-color-scheme: dark) { rect { fill: #14161a; } text { fill: #9aa1ab; } .label, .note { fill: #e5e6e8; }
+.grid { stroke: #2c3037; } .axis { stroke: #9aa1ab; } .line { stroke: #82aaff; } .line.thin { stroke: #646a73; }
+.dot { fill: #82aaff; } .run-0 { --own: #82aaff; } .run-1 { --own: #ffa066; } .run-2 { --own: #5cc98f; }
+.run-3 { --own: #bd93f0; } }
 """
 
 

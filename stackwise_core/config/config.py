@@ -24,7 +24,10 @@ from stackwise_core.files import write_file
 
 
 class StackWiseConfig(ConfigSchema):
-    """One run of StackWise: everything that can be chosen, in one file."""
+    """One run of StackWise: everything that can be chosen.
+
+    `StackWiseConfig()` has every key at its default; keys are attributes: `config.training.batch_size = 8`.
+    """
 
     def validate(self, *, corpus: bool = True) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Check the rules between fields, and types and ranges again, since lists and mappings can be edited in place.

@@ -536,7 +536,7 @@ class TrackingConfig(Section):
     """Trackers of experiments that get the curves of a run while it trains; never part of an id."""
 
     to: Annotated[list[TrackerName], BeforeValidator(_as_list)] = Field(default_factory=list)
-    """tensorboard, wandb, mlflow or trackio, or several; `tracking: wandb` is short for it. Changes no result."""
+    """Where the curves of a run go as well; `tracking: wandb` is short for it. Changes no result."""
     project: str = Field(default="stackwise", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """The project (wandb, trackio), experiment (mlflow) or folder (tensorboard) that the run is in."""
 

@@ -58,6 +58,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Tokens that occurred have their logit divided by it if positive, else multiplied (Keskar et al. 2019)."""
     seed: int = 0
+    """Of the draws."""
 
     def __post_init__(self) -> None:
         checks = (

@@ -39,6 +39,7 @@ class Unmasking:
     temperature: float = 0.0
     """Of the draw of a token; 0 takes the most likely one."""
     seed: int = 0
+    """Of the draws."""
     guidance: float = 0.0
     """How far logits move away from those that a rack has where the given tokens are masked too (Nie et al. 2024)."""
 

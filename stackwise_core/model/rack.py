@@ -44,7 +44,7 @@ class Rack(nn.Module):
     """Embedding, stacks in data-flow order, head."""
 
     def __init__(self, shape: ModelShape) -> None:
-        """Create a rack without stacks."""
+        """A new one has no stacks."""
         super().__init__()
         self.shape = shape
         self.embedding = TokenEmbedding(shape)

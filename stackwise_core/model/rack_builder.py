@@ -73,7 +73,7 @@ class ProgressiveRackBuilder(GrownRack):
         default_precision: Precision | None = None,
         **dimensions: Any,
     ) -> None:
-        """Start an empty rack.
+        """A new one has no stacks.
 
         Args:
             config: the configuration, which may be edited later; without it, that of the trainer is followed.

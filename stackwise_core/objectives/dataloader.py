@@ -55,10 +55,10 @@ class ProgressiveDataLoader:
         time_step: int | None = None,
         max_cache_bytes: int | None = None,
     ) -> None:
-        """Wrap a loader.
+        """The loader that it wraps is iterated once in every pass.
 
         Args:
-            base_dataloader: yields token batches; iterated once per pass over this loader.
+            base_dataloader: yields token batches.
             masking_strategy: how inputs are corrupted (mlm), or a `TimeStepMasking`, whose configuration names the
                 objective; None corrupts nothing.
             stack_idx: the creation index of the stack that trains.

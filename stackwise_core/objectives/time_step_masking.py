@@ -37,7 +37,7 @@ class TimeStepMasking:
     """
 
     def __init__(self, config: StackWiseConfig) -> None:
-        """Take a configuration whose settings of time are valid."""
+        """The configuration's settings of time must be valid."""
         check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected")
         self.config = config
         self._checked()

@@ -18,7 +18,9 @@ class StageResult:
     """The result of one stage."""
 
     index: int
+    """The number of the stage, from 0."""
     mode: Mode | Literal["joint"] = "append"
+    """Where the stage put its stack, or that it trained all of them."""
     precision: Precision | None = None
     """Of the stack that the stage added; None for joint training."""
     time_step: int | None = None

@@ -50,7 +50,7 @@ class ProgressiveTrainer:
     """Grows a rack in memory, with the same functions as the flow."""
 
     def __init__(self, config: StackWiseConfig | None = None, *, hooks: Hooks | None = None) -> None:
-        """Take a configuration, which is validated at every call since it may be edited, and the default hooks."""
+        """The configuration is validated at every call, since it may be edited; a call may have hooks of its own."""
         config = StackWiseConfig() if config is None else config
         check_type("config", config, StackWiseConfig, "a StackWiseConfig is expected; from_yaml(path) reads a file")
         check_type("hooks", hooks, (Hooks, NoneType), "a Hooks or None is expected")

@@ -43,10 +43,12 @@ class TrainingState:
     """Everything that a stage needs to resume with the same bits."""
 
     step: int
+    """How many steps of the stage were taken."""
     tensors: Mapping[str, Tensor]
     """Weights as `model.<name>`, AdamW's moments as `optimizer.<name>.<moment>`. Captured by one of several processes,
     those that it holds, or its rows of them."""
     records: list[Record]
+    """What each of them measured."""
     fingerprint: dict[str, Any] = field(default_factory=dict)
     """Hardware and library versions that the numbers may depend on."""
 
@@ -61,6 +63,7 @@ class Hooks:
     """Callbacks of a stage."""
 
     on_step: Callable[[Record], None] = lambda record: None
+    """Gets what a step measured, after each."""
     on_checkpoint: Callable[[TrainingState], None] = lambda state: None
     """Gets the live tensors: save or `copy()` them before returning."""
     settle: Callable[[], None] = lambda: None

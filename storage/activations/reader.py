@@ -63,7 +63,7 @@ class StoreReader:
         access: Access = "auto",
         remote: RangeReader | None = None,
     ) -> None:
-        """Open a store, comparing the sizes of all its files and the content of the small ones.
+        """Opening one compares the sizes of all its files and the content of the small ones.
 
         Args:
             folder: The sealed artifact.
@@ -114,7 +114,7 @@ class StoreReader:
             ("shards", spec.n_shards),
             ("folder", str(self._place)),
         ]
-        return table(f"Activation store{boundary}", ("", ""), rows)
+        return table(f"Activation store{boundary}", ("property", "value"), rows)
 
     def rows(self, sequence_ids: torch.Tensor | np.ndarray, view: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the rows of some sequences in one view, by `read`; `VALIDATION_VIEW` means validation rows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from stackwise_core.errors import StackWiseError
 from stackwise_core.notebook import table
 from stackwise_core.stages.plan import plan_run
 from stackwise_core.training.results import Results
+from support.house import ROOT
 
 TOKENS = torch.arange(8 * 8).reshape(8, 8)
 
@@ -71,6 +73,17 @@ def test_a_table_escapes_what_it_shows() -> None:
     assert "<script>" not in html
     assert "<i>" not in html
     assert cells(html) == [["a&b"], ["<script>alert(1)</script>"], ["\\x1b[31m"], ["-"], ["1,234"], ["0.5000"]]
+
+
+def test_a_table_that_is_wider_than_its_page_scrolls_and_fades_at_the_edge() -> None:
+    assert re.match(r'<div style="[^"]*overflow-x: auto[^"]*mask-image', table("t", ("a",), [(1,)]))
+
+
+def test_the_stored_outputs_of_the_notebook_are_drawn_as_tables_are_now() -> None:
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    shown = ["".join(each.get("data", {}).get("text/html", "")) for cell in cells for each in cell.get("outputs", [])]
+    frame = table("t", ("a",), []).split("<caption")[0]
+    assert sum(html.startswith(frame) for html in shown) == sum("<table" in html for html in shown) > 0
 
 
 def test_a_header_stands_over_its_numbers() -> None:

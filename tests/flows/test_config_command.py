@@ -11,6 +11,7 @@ import yaml
 from flows.cli.main import main
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import apply_overrides
+from stackwise_core.errors import ConfigError
 from support.commands import Run
 from support.house import ROOT
 
@@ -26,6 +27,19 @@ def test_every_key_with_its_default(run: Run) -> None:
     printed = run("config", "cache").out
     assert "cache.dtype: " in printed
     assert "training." not in printed
+
+
+def test_the_words_that_a_key_allows_are_shown_and_no_other_is_accepted(run: Run) -> None:
+    keys = {key["name"]: key["choices"] for key in run("config", "--json").document["keys"] if key["choices"]}
+    assert keys["data.documents"] == ["concat", "separate"]
+    assert keys["training.progressive.stack_time_mapping"] == ["linear", "exponential", "custom"]
+    assert keys["tracking.to"] == ["tensorboard", "wandb", "mlflow", "trackio"]
+    assert "    values: concat, separate\n" in run("config", "data").out
+    for name in keys:
+        values: dict[str, object] = {}
+        apply_overrides(values, {name: "neither"})
+        with pytest.raises(ConfigError, match="neither"):
+            StackWiseConfig.from_dict(values)
 
 
 def test_descriptions_fit_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -268,6 +268,8 @@ def test_a_picture_has_the_losses_of_every_stage(reference: Reference, run: Run,
     image = ElementTree.fromstring((tmp_path / "curves.svg").read_text())
     assert len([each for each in image.iter() if each.tag.endswith("circle")]) == 3
     assert len([each for each in image.iter() if each.tag.endswith("polyline")]) == 3 + 1
+    assert {"training", "validation"} <= {each.text for each in image.iter() if each.tag.endswith("text")}
+    assert "prefers-color-scheme: dark" in next(each.text or "" for each in image.iter() if each.tag.endswith("style"))
     said = run("report", "tiny", "--artifacts", reference(), "--svg", tmp_path / "missing" / "curves.svg")
     assert (said.code, "cannot be written" in said.err) == (2, True)
 
