@@ -146,3 +146,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if name == chosen:
             getattr(import_module(f"flows.cli.{module or name}"), f"add_{name}")(sub)
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

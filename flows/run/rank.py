@@ -17,7 +17,7 @@ from flows.run.events import Event, Message, StepTaken, request_stop, subscribed
 from flows.run.inputs import open_stage
 from flows.run.ranks import FIRST_NODE, Ending, Job, encode_event
 from flows.run.stage import Stage, fingerprint_of
-from flows.run.training import hooks_of, memory_explained
+from flows.run.training import failures_explained, hooks_of
 from stackwise_core.errors import StackWiseError, StageInterruptedError
 from stackwise_core.training.distributed import DistributedRanks, Replicas, Shards, check_alike, init_process_group
 from stackwise_core.training.training import train_stage
@@ -37,7 +37,7 @@ def main(path: str) -> NoReturn:
             init_process_group(stage.device)
             ranks = ranks_of(stage)
             ranks.reports = reports
-            with memory_explained(stage), open_stage(stage, job.build, job.folder, ranks) as inputs:
+            with failures_explained(stage), open_stage(stage, job.build, job.folder, ranks) as inputs:
                 trained = train_stage(inputs, hooks_of(stage, job.folder, ranks), ranks)
         code = _end(job, rank, Ending(trained=replace(trained, records=[])))
     except StackWiseError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from flows.run.inputs import open_stage, state_below, store_below
 from flows.run.ranks import train_by_ranks
 from flows.run.stage import Made, Stage, fingerprint_of, make, seal
 from flows.run.validating import losses_of
-from stackwise_core.errors import SavedRackError
+from stackwise_core.errors import NonFiniteLossError, SavedRackError
 from stackwise_core.model.precision import count_parameters
 from stackwise_core.stages.adopt import adopted_recipes, rack_files
 from stackwise_core.stages.costs import rack_parameters, stack_parameters
@@ -86,7 +87,7 @@ def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tupl
     cools = "cooldown" in stage.needed
     hooks = replace(hooks, on_end=keep if stage.plan.optimizer or cools else None)
     by_ranks = train_by_ranks(stage, build, folder) if stage.config.hardware.ranks > 1 else None
-    with memory_explained(stage), open_stage(stage, build, folder) as opened:
+    with failures_explained(stage), open_stage(stage, build, folder) as opened:
         # After ranks have trained, the checkpoint is that of the last step, and this only restores it.
         trained = train_stage(opened, hooks)
         trainable = count_parameters(opened.model)["trainable_parameters"]
@@ -115,9 +116,24 @@ def _train(stage: Stage, build: Ref | None, folder: Path, weights: Path) -> tupl
     return Made(facts, records=(METRICS,)), moments
 
 
-def memory_explained(stage: Stage) -> AbstractContextManager[None]:
-    """Return a context in which a stage that has too little memory ends with a message of its own."""
-    return explained(lambda: stage.setting, partial(step_reached, stage.artifacts, stage.plan.ref("stack")))
+@contextmanager
+def failures_explained(stage: Stage) -> Generator[None]:
+    """While the block trains a stage, give the cause and the remedy of a failure that looks like another one.
+
+    Raises:
+        OutOfMemoryError: it needs more memory than there is.
+        ArtifactCorruptError: the loss is not finite because the store was damaged after it had first been read.
+    """
+    with explained(lambda: stage.setting, partial(step_reached, stage.artifacts, stage.plan.ref("stack"))):
+        try:
+            yield
+        except NonFiniteLossError:
+            for store in store_below(stage):
+                problems, _ = stage.artifacts.verify(stage.artifacts.folder(store))
+                if problems:
+                    found = "was damaged while the stage read it, and gave a loss that is not finite"
+                    raise ArtifactCorruptError(stage.artifacts.where(store), found, problems[0]) from None
+            raise
 
 
 def _check_same(stage: Stage, stack: Ref, weights: Path) -> None:
@@ -150,7 +166,7 @@ def cool_down(stage: Stage, build: Ref | None, stack: Ref) -> Ref | None:
             emit(Message(f"stage {stage.index} trains again before its cool-down: its last checkpoint is not there"))
         if stage.config.hardware.ranks > 1:
             train_by_ranks(cooling, build, folder)
-        with memory_explained(cooling), open_stage(cooling, build, folder) as opened:
+        with failures_explained(cooling), open_stage(cooling, build, folder) as opened:
             trained = train_stage(opened, hooks_of(cooling, folder))
             end_stage(opened.model)
             losses = losses_of(cooling, recipe.sequences, recipe.grid, opened.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +20,12 @@ from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.schema import GROWTH
 from stackwise_core.errors import StageInterruptedError
 from storage.artifacts import Artifacts
+from storage.errors import ArtifactCorruptError
 from storage.manifest import read_manifest
 from storage.place import FOLDERS
 from storage.retirement import RETIRED
 from support.damage import every_kind_of_file
-from support.runs import digests, tiny
+from support.runs import digests, folder_of, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
 
@@ -140,6 +142,25 @@ def test_flipped_bits_of_what_decides_nothing_change_nothing(made: Path, tmp_pat
         grow(config_of(made.parent, 3), str(root))
     assert digests(roots[0]) == digests(roots[1])
     assert main(["verify", "--artifacts", str(roots[1])]) == 0
+
+
+def test_a_store_that_is_damaged_while_it_is_read_is_blamed_for_the_loss(tmp_path: Path) -> None:
+    """Its checksums were compared when it was first read: what is flipped after that is read as it is."""
+    root = tmp_path / "a"
+
+    def spoil(event: Event) -> None:
+        if isinstance(event, StepTaken) and (event.stage, event.step) == (1, 8):  # the second epoch
+            for shard in folder_of(root, "activations", 0).glob("store.zarr/activations/c.*"):
+                with shard.open("r+b") as file:
+                    file.write(b"\xff" * (shard.stat().st_size // 2))  # NaN
+
+    config = tiny(tmp_path, {"training.steps_per_stack": 12, "training.progressive.target_stacks": 2})
+    with subscribed(spoil), pytest.raises(ArtifactCorruptError) as error:
+        grow(config, str(root))
+    store = folder_of(root, "activations", 0)
+    assert re.match(
+        rf"{store}: was damaged while the stage read it, and gave a loss that is not .*Remove", str(error.value)
+    )
 
 
 def commands(root: Path, capsys: Any) -> Iterator[tuple[int, str]]:
