@@ -29,7 +29,7 @@ from flows.pages.comparison import markdown
 from flows.pages.progress import RunProgress
 from flows.pages.report import escaped, loss_plot, report
 from flows.run.events import Event, RowsCached, RunStarted, StageDone, StageOpened, StepTaken, Subscriber, subscribed
-from flows.run.numbers import loss, size
+from flows.run.numbers import loss, percent, size
 from flows.run.stage import Stage
 from flows.run.summary import STAGE_COLUMNS, StageSummary
 from flows.run.terminal import PlainLines
@@ -264,6 +264,6 @@ def _row(summary: StageSummary) -> dict[str, Any]:
         **dict(zip(names, map(shown, summary.cells), strict=True)),
         "trained": summary.trainable_parameters,
         "blocks": summary.blocks,
-        **{f"at {float(ratio):.0%} masked": loss(value) for ratio, value in summary.by_mask_ratio.items()},
+        **{f"at {percent(float(ratio))} masked": loss(value) for ratio, value in summary.by_mask_ratio.items()},
         "stack": summary.artifacts["stack"],
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from flows.cli.arguments import add_common, add_config, add_loudness, load_config
 from flows.cli.train import on_server
-from flows.pages.comparison import EXPLAINED, comparison_page, markdown, tables, write_comparison
+from flows.pages.comparison import comparison_page, explained, markdown, tables, write_comparison
 from flows.run.comparing import RunsFailedError, known_results, open_field
 from flows.run.comparison import Comparison, comparison_of, unknown_arm
 from flows.run.devices import check_machine
@@ -119,8 +119,9 @@ def _show(options: argparse.Namespace, field: Field) -> list[str]:
     if options.json:
         say_json(document)
     else:
-        print_tables(tables(document))
-        say("", *EXPLAINED, *document["notes"], "", document["verdict"], *filter(None, [document["loses"]]), "")
+        found = tables(document)
+        print_tables(found)
+        say("", *explained(found), *document["notes"], "", document["verdict"], *filter(None, [document["loses"]]), "")
         say(f"everything together: {document['total_tflop']:.4g} TFLOP; in {folder}")
     return failures_of(document)
 

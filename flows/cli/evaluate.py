@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.cli.arguments import add_common
 from flows.cli.opening import add_rack, objective_of, open_racks
+from flows.run.numbers import percent
 from flows.run.say import say, say_json
 from flows.run.terminal import plain_console, plain_table
 from stackwise_core.errors import ConfigError, Fault
@@ -215,4 +216,5 @@ def _show_pairs(document: Found) -> None:
 
 def _shares(of: Found) -> list[str]:
     low, high = of["interval"]
-    return [str(of["right"]), str(of["pairs"]), f"{of['share']:.1%}", f"{low:.1%} to {high:.1%}"]
+    between = f"{100 * low:.1f} to {percent(high, '.1f')}"
+    return [str(of["right"]), str(of["pairs"]), percent(of["share"], ".1f"), between]

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from flows.cli.arguments import add_common
-from flows.run.numbers import size
+from flows.run.numbers import percent, size
 from flows.run.say import say, say_json
 from stackwise_core.interop.target import exported_files
 from stackwise_core.strict import parse_object
@@ -67,5 +67,5 @@ def _told(found: Comparison) -> str:
         return f"the logits of {found.tokens} tokens equal those of the run, bit for bit"
     return (
         f"the logits of {found.tokens} tokens differ from the run's by at most {found.difference:.1e} of the largest; "
-        f"the likeliest token is the same for {found.same_choices:.1%}"
+        f"the likeliest token is the same for {percent(found.same_choices, '.1f')}"
     )

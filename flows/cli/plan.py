@@ -10,7 +10,7 @@ from rich.text import Text
 from flows.cli.arguments import add_common, add_config, load_config
 from flows.run.devices import ADVICE, device_memory, settings_of
 from flows.run.estimate import estimate_sequences
-from flows.run.numbers import clock, parameters, size
+from flows.run.numbers import clock, parameters, percent, size
 from flows.run.prepare import alone, pack_corpus, sampled
 from flows.run.reading import Reading
 from flows.run.say import say, say_json
@@ -325,8 +325,9 @@ def _print_plan(document: dict[str, Any], seq_len: int) -> None:
 def _source_line(part: dict[str, Any]) -> str:
     """Return what a source gives to an epoch of a mixture."""
     n, there = part["train_sequences"], part["of"]
-    how = "all of its" if n == there else f"{n / there:.3g} times its" if n > there else f"{n / there:.1%} of its"
-    return f"  {part['share']:.1%} {shown(part['source'])}: {n:,} sequences, {how} {there:,}"
+    part_of = f"{n / there:.3g} times its" if n > there else f"{percent(n / there, '.1f')} of its"
+    how = "all of its" if n == there else part_of
+    return f"  {percent(part['share'], '.1f')} {shown(part['source'])}: {n:,} sequences, {how} {there:,}"
 
 
 def _filled(row: dict[str, Any]) -> str:
@@ -340,9 +341,10 @@ def _filled(row: dict[str, Any]) -> str:
 
 def _lines(row: dict[str, Any]) -> dict[str, str]:
     """Return what is said of one stage of the plan; '' where there is nothing to say."""
-    masks = "inputs as they are" if row["mask_ratio"] is None else f"{row['mask_ratio']:.0%} of the positions masked"
+    ratio = row["mask_ratio"]
+    masks = "inputs as they are" if ratio is None else f"{percent(ratio)} of the positions masked"
     if between := row.get("mask_ratios"):
-        masks = f"{between[0]:.0%} to {between[1]:.0%} of the positions masked, {row['mask_ratio']:.0%} on average"
+        masks = f"{percent(between[0])} to {percent(between[1])} of the positions masked, {percent(ratio)} on average"
     masks = "each step at the mask ratio of one stack" if row["draws_depth"] else masks
     time = "" if row["time_step"] is None else f" (time step {row['time_step']})"
     saved = row["flops_saved_by_cache"]

@@ -11,9 +11,9 @@ from typing import Any
 from markupsafe import Markup
 
 from flows.pages.page import render
-from flows.pages.plots import Mark, Plot, scale_of
+from flows.pages.plots import End, Mark, Plot, scale_of
 from flows.pages.report import escaped, table_row
-from flows.run.numbers import clock, loss, parameters, size
+from flows.run.numbers import clock, loss, parameters, percent, signed, size
 from flows.run.terminal import TableOf
 from flows.run.verdict import AXES, failures_of, rows_of
 from storage.artifacts import Artifacts
@@ -40,14 +40,34 @@ _Rows = list[tuple[Document, list[str]]]
 """The cells of a row of the document, without its name."""
 
 
-def _named(title: str, columns: Sequence[str], rows: _Rows, *, many: bool) -> TableOf:
+def _named(title: str, columns: Sequence[str], rows: _Rows, note: str, *, many: bool) -> TableOf:
     """Return a table with the name of each row and, if there are several, its budget."""
     names = ["arm", *(["|budget"] if many else [])]
     cells = [[row["arm"], *([f"{row['budget']:g}"] if many else []), *of_row] for row, of_row in rows]
-    return TableOf(title, [*names, *columns], cells)
+    return TableOf(title, [*names, *columns], cells, note)
 
 
-_Found = tuple[str, Sequence[str], _Rows]
+_Found = tuple[str, Sequence[str], _Rows, str]
+_ARMS = (
+    "An arm is a way to spend the same FLOPs. configured: the configuration as it is; end-to-end: all of its blocks "
+    "trained together, from scratch; flat-1/3: a third of them, from scratch. \u00b1 is half of a 95\u00a0% t-interval "
+    "over the seeds; differences are taken seed by seed. \u2191 or \u2193 at a rate: the best of those tried is the "
+    "highest or the lowest, so that a better one may lie beyond."
+)
+_CHARGED = (
+    "TFLOP are as executed; recomputed: if every step passed the frozen stacks again. Tuning: the other rates that "
+    "were tried. A stage that two arms share is charged to both. Time is of this machine."
+)
+_PLANNED = "Memory: the planner's forecast for the largest stage; trained at once: the most parameters."
+_INTERPOLATED = (
+    "What end-to-end training has for as much is interpolated between its budgets, seed by seed; nothing is "
+    "extrapolated: --curve gives it more budgets."
+)
+
+
+def explained(found: Sequence[TableOf]) -> list[str]:
+    """Return what the columns of some tables mean, each note once."""
+    return list(dict.fromkeys(table.note for table in found))
 
 
 def _losses(document: Document, rows: Sequence[Document], arms: dict[str, Document]) -> _Found:
@@ -66,7 +86,7 @@ def _losses(document: Document, rows: Sequence[Document], arms: dict[str, Docume
         for row in rows
     ]
     title = f"Validation loss [{document['unit']}] on {document['judged_on']}"
-    return title, ["|rate", "|loss", *bits, "|above end-to-end", "|seeds"], cells
+    return title, ["|rate", "|loss", *bits, "|above end-to-end", "|seeds"], cells, _ARMS
 
 
 def _costs(rows: Sequence[Document], arms: dict[str, Document]) -> _Found:
@@ -83,7 +103,12 @@ def _costs(rows: Sequence[Document], arms: dict[str, Document]) -> _Found:
         )
         for row in rows
     ]
-    return "What it costs, without validation", ["|TFLOP", "|recomputed", "|tuning", "|tokens", "|time"], cells
+    return (
+        "What it costs, without validation",
+        ["|TFLOP", "|recomputed", "|tuning", "|tokens", "|time"],
+        cells,
+        _CHARGED,
+    )
 
 
 def _needs(rows: Sequence[Document]) -> _Found:
@@ -99,37 +124,23 @@ def _needs(rows: Sequence[Document]) -> _Found:
         )
         for row in rows
     ]
-    return "What it needs", ["|steps", "|blocks", "|memory", "|trained at once"], cells
+    return "What it needs", ["|steps", "|blocks", "|memory", "|trained at once"], cells, _PLANNED
 
 
 def _shares(rows: Sequence[Document]) -> _Found:
     cells = [(row, [_share(row["against"][axis]) for axis in AXES]) for row in rows]
     title = "What it spends, as a share of what end-to-end training spends for the same loss"
-    return title, [f"|{axis}" for axis in AXES.values()], cells
+    return title, [f"|{axis}" for axis in AXES.values()], cells, _INTERPOLATED
 
 
 def _gaps(rows: Sequence[Document]) -> _Found:
     cells = [(row, [_mean(row["against"][axis]["gap"], "+") for axis in _GAPS]) for row in rows]
     title = "How far its loss is above that of end-to-end training for equal ..."
-    return title, [f"|{AXES[axis]}" for axis in _GAPS], cells
+    return title, [f"|{AXES[axis]}" for axis in _GAPS], cells, _INTERPOLATED
 
 
 _GAPS = ("tflop_recomputed", "tokens", "seconds")
 """Axes of the gaps; that at equal FLOPs is measured, not interpolated."""
-EXPLAINED = (
-    "An arm is a way to spend the same FLOPs. configured: the configuration as it is; end-to-end: all of its blocks "
-    "trained together, from scratch; flat-1/3: a third of them, from scratch.",
-    "\u00b1 is half of a 95 % t-interval over the seeds; differences are taken seed by seed. An arrow at a rate: the "
-    "best is at that edge of the grid.",
-    "TFLOP are as executed; recomputed: if every step passed the frozen stacks again. Tuning: the other rates that "
-    "were tried. A stage that two arms share is charged to both.",
-    "Time is of this machine, memory the planner's forecast for the largest stage, trained at once the most "
-    "parameters.",
-    "What end-to-end training has for as much is interpolated between its budgets, seed by seed; nothing is "
-    "extrapolated: --curve gives it more budgets.",
-)
-
-
 _EDGES = {"lowest": " \u2193", "highest": " \u2191"}
 """Marks of rates at the edge of their grid: where a better one may be."""
 
@@ -143,7 +154,7 @@ def _mean(found: Document | None, sign: str = "") -> str:
     if found is None:
         return "-"
     half = "" if found["low"] is None else f" \u00b1 {found['high'] - found['mean']:.4f}"
-    return f"{found['mean']:{sign}.4f}{half}"
+    return signed(found["mean"], f"{sign}.4f") + half
 
 
 def _steps(steps: Sequence[int]) -> str:
@@ -163,19 +174,19 @@ def _share(against: Document) -> str:
     found = against["share"]
     if found is None:
         return against["bound"] or "-"
-    half = "" if found["low"] is None else f" \u00b1 {found['high'] - found['mean']:.0%}"
-    return f"{found['mean']:.0%}{half}"
+    half = "" if found["low"] is None else f" \u00b1 {percent(found['high'] - found['mean'])}"
+    return percent(found["mean"]) + half
 
 
 def markdown(document: Document) -> str:
     """Return the comparison as Markdown."""
-    lines = [document["verdict"], "", document["loses"], ""]
-    for table in tables(document):
+    lines, found = [document["verdict"], "", document["loses"], ""], tables(document)
+    for table in found:
         names = [name.removeprefix("|") for name in table.columns]
         marks = ["--:" if name.startswith("|") else "---" for name in table.columns]
         lines += [f"**{escaped(table.title)}**", "", table_row(names), table_row(marks)]
         lines += [*(table_row([escaped(cell) for cell in row]) for row in table.rows), ""]
-    lines += [line for note in (*EXPLAINED, *document["notes"]) for line in (escaped(note), "")]
+    lines += [line for note in (*explained(found), *document["notes"]) for line in (escaped(note), "")]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -184,7 +195,8 @@ def markdown(document: Document) -> str:
 _CHARTS = {
     "tflop": (
         "FLOPs as executed [TFLOP]",
-        "Blue: grows; orange: from scratch. Bars: 95\u00a0% intervals. A line joins the budgets of an arm.",
+        "Blue: grows; orange: from scratch. Bars: 95\u00a0% intervals. A line joins the budgets of an arm; a dotted "
+        "one leads from the largest to its name.",
     ),
     "tokens": ("tokens read", "Shallow stages and smaller models read more for the same FLOPs."),
     "seconds": ("seconds", "Of this machine, without validation."),
@@ -199,8 +211,7 @@ _ROOM = 1.15
 def comparison_page(document: Document) -> str:
     """Return the comparison as one self-contained HTML page."""
     charts = [(_chart(document, axis, *words), caption) for axis, (*words, caption) in _CHARTS.items()]
-    notes = [*EXPLAINED, *document["notes"]]
-    values = {"charts": charts, "tables": tables(document), "notes": notes, "failures": failures_of(document)}
+    values = {"charts": charts, "tables": tables(document), "failures": failures_of(document)}
     return str(render("comparison.html.j2", document=document, **values))
 
 
@@ -212,21 +223,23 @@ def _chart(document: Document, axis: str, x_label: str) -> Markup:
     bounds = [value for row in rows for value in (row["loss"]["low"], row["loss"]["high"], row["loss"]["mean"])]
     least, most = min(xs.values(), default=1.0), max(xs.values(), default=1.0)
     around = [least / _ROOM, most * _ROOM]  # so that what is nearly the same stands together
-    plot = Plot(scale_of(around, log=most > _WIDE * least), scale_of(bounds), x_label, f"loss [{document['unit']}]")
-    ends = list[tuple[float, float, str]]()
-    for arm in dict.fromkeys(row["arm"] for row in rows):
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    y_label = f"loss [{document['unit']}]"
+    plot = Plot(scale_of(around, log=most > _WIDE * least), scale_of(bounds), x_label, y_label, arms)
+    kinds = {arm["arm"]: "run-0" if arm["grows"] else "run-1" for arm in document["arms"]}
+    named = list[End]()
+    for arm in arms:
         of_arm = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["budget"])
         curve = [(xs[id(row)], row["loss"]["mean"]) for row in of_arm]
-        plot.line([x for x, _ in curve], [y for _, y in curve], "line thin")
-        ends.append((*curve[-1], arm))
-    plot.names(ends)  # before the dots, which it must not cover
-    grows = {arm["arm"] for arm in document["arms"] if arm["grows"]}
+        plot.line([x for x, _ in curve], [y for _, y in curve], f"line joined {kinds[arm]}")
+        named.append((*curve[-1], arm, {"class": f"line thin {kinds[arm]}"}))
+    plot.ends(named)  # before the dots, which its lines must not cover
     for row in rows:
         x, found = plot.x(xs[id(row)]), row["loss"]
         if found["low"] is not None:
             ends = {"y1": plot.y(found["high"]), "y2": plot.y(found["low"])}
-            plot.marks.append(Mark("line", {"class": "line thin", "x1": x, "x2": x, **ends}))
-        dot = {"class": "dot" if row["arm"] in grows else "outlier", "cx": x, "cy": plot.y(found["mean"]), "r": 4}
+            plot.marks.append(Mark("line", {"class": f"line thin {kinds[row['arm']]}", "x1": x, "x2": x, **ends}))
+        dot = {"class": f"dot {kinds[row['arm']]}", "cx": x, "cy": plot.y(found["mean"]), "r": 4}
         plot.marks.append(Mark("circle", dot, tip=f"{row['arm']}, budget {row['budget']:g}: {_mean(found)}"))
     return plot.svg()
 

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 from flows.pages.provenance import phrase
-from flows.run.numbers import clock, parameters, size
+from flows.run.numbers import clock, parameters, percent, size
 from stackwise_core.errors import is_drawn
 from stackwise_core.stages.identity import Ref
 
@@ -107,6 +107,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "moment": moment,
     "number": number,
     "parameters": parameters,
+    "percent": percent,
     "phrase": phrase,
     "ranges": ranges,
     "shape": shape,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,8 +21,12 @@ _FEWEST_TICKS = 3
 """On a log axis; a shorter one has ticks in even steps."""
 _LABEL_HEIGHT, _LABEL_WIDTH = 17, 8.5
 """Of a name and of a letter of it, on the smallest screen [px]."""
-_LABEL_GAP = 14
+_LABEL_GAP = 22
 """At least between two labels on an axis [px]."""
+_MOST_STEPS = 6
+"""Between the ticks of an axis."""
+_LEADER = 18
+"""From the end of an axis to the names right of it [px]."""
 _LONGEST_LABEL = 20
 SMOOTHED_FROM = 50
 """Points of a curve from which on it is drawn smoothed."""
@@ -49,12 +53,12 @@ class Scale:
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
-        """Return about five round values."""
+        """Return some round values, seven at most on a linear axis."""
         if self.log:
             return self._decades()
-        rough = (self.high - self.low) / 5
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = power * min((1, 2, 5, 10), key=lambda factor: abs(factor * power - rough))
+        least = (self.high - self.low) / _MOST_STEPS
+        power = 10.0 ** math.floor(math.log10(least))
+        step = power * next((factor for factor in (1, 2, 5) if factor * power >= least * (1 - 1e-9)), 10)
         step = max(step, 1.0) if self.whole else step
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [number * step for number in range(first, last + 1)]
@@ -122,31 +126,30 @@ class Mark(NamedTuple):
     """Shown when the pointer is over it."""
 
 
+End = tuple[float, float, str, Mapping[str, object]]
+"""A point, its name, and the attributes of the line that leads from one to the other."""
+
+
 class Plot:
     """A pair of axes and the marks on them."""
 
     def __init__(self, x: Scale, y: Scale, x_label: str, y_label: str, names: Sequence[str] = ()) -> None:
         """Draw the axes; the labels give the units. At the right is room for `names`, which `ends` writes there."""
+        x_label, y_label = _named(x_label, x), _named(y_label, y)
         self._x, self._y, self.label = x, y, f"{y_label} by {x_label}"
         self.marks: list[Mark] = []
-        self._right = WIDTH - RIGHT - round(max(map(_width, names), default=0.0))
+        self._right = WIDTH - RIGHT - (round(max(map(_width, names))) + _LEADER if names else 0)
         right, bottom = self._right, HEIGHT - BOTTOM
-        for value in y.ticks():
+        for value in _apart(y.ticks(), self.y, _LABEL_GAP):
             at = self.y(value)
             self._line("grid", LEFT, right, at, at)
             self._write(LEFT - 8, at + 4, tick_text(value), "tick", "end")
-        for value in self._apart(x.ticks()):
+        widest = _LABEL_WIDTH * max((len(tick_text(value)) for value in x.ticks()), default=0)
+        for value in _apart(x.ticks(), self.x, widest + _LABEL_GAP):
             self._write(self.x(value), bottom + 18, tick_text(value), "tick", "middle")
         self._line("axis", LEFT, right, bottom, bottom)
         self._write(0, 14, y_label, "label", "start")
         self._write(right, HEIGHT - 6, x_label, "label", "end")
-
-    def _apart(self, ticks: list[float]) -> list[float]:
-        """Return the ticks of the horizontal axis, or every second or fourth, so that their texts stand apart."""
-        room = _LABEL_WIDTH * max((len(tick_text(value)) for value in ticks), default=0) + _LABEL_GAP
-        while len(ticks) > 2 and min(self.x(b) - self.x(a) for a, b in itertools.pairwise(ticks)) < room:
-            ticks = ticks[::2]
-        return ticks
 
     @property
     def top(self) -> float:
@@ -177,6 +180,16 @@ class Plot:
         around = self._points([*xs, *reversed(xs)], [*highs, *reversed(lows)])
         self.marks.append(Mark("polygon", {"class": "band", "points": around}))
 
+    def lines(self, lines: Sequence[tuple[str, Numbers, Numbers]]) -> None:
+        """Draw named lines in the colours of a ramp, from its first to its last, and their names where they end."""
+        ends = list[End]()
+        for at, (name, xs, ys) in enumerate(lines):
+            look = {"class": "ramp", "style": f"--along: {at / max(1, len(lines) - 1):.0%}"}
+            self.marks.append(Mark("polyline", {**look, "points": self._points(xs, ys)}))
+            known = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
+            ends += [(*known[-1], name, look)] if name and known else []
+        self.ends(ends)
+
     def dots(self, xs: Sequence[int], ys: Numbers, class_: str, what: str) -> None:
         """Draw a dot per point; its tooltip names it."""
         for x, y in zip(xs, ys, strict=True):
@@ -187,6 +200,10 @@ class Plot:
         """Draw one dot; its tooltip says what it is, and its value."""
         circle = {"class": class_, "cx": self.x(x), "cy": self.y(y), "r": 2 if class_ == "dot" else 4}
         self.marks.append(Mark("circle", circle, tip=f"{what}: {y:.4g}"))
+
+    def marker(self, x: float, y: float, which: int, what: str) -> None:
+        """Draw the marker of one of several runs, open: those of others at the same place are seen through it."""
+        self.marks.append(_marker(self.x(x), self.y(y), which, f"{what}: {y:.4g}"))
 
     def names(self, points: Iterable[tuple[float, float, str]]) -> None:
         """Write names beside points, on the side with room, moved down where they would overlap."""
@@ -201,23 +218,30 @@ class Plot:
             placed.append((left, right, y))
             self._name(x - 8 if on_the_left else x + 8, y + 4, name, "end" if on_the_left else "start")
 
-    def ends(self, points: Iterable[tuple[float, str]]) -> None:
-        """Write names right of the axes, at the heights where their lines end, or moved where they would overlap."""
-        placed = sorted((self.y(y), name) for y, name in points)
-        heights, lowest = list[float](), HEIGHT - BOTTOM
-        for at, (height, _) in enumerate(placed):
-            height = min(height, lowest - (len(placed) - 1 - at) * _LABEL_HEIGHT)
-            heights.append(max(height, heights[-1] + _LABEL_HEIGHT) if heights else height)
-        for height, (_, name) in zip(heights, placed, strict=True):
-            self._name(self._right + 8, height + 4, name, "start")
+    def ends(self, points: Iterable[End]) -> None:
+        """Write names right of the axes, so that they stand apart, and lead a line to each from its point."""
 
-    def key(self, entries: Sequence[tuple[str, str]]) -> None:
-        """Write names and a piece of their lines, given by class, at the top right: falling curves leave room there."""
+        def order(end: End) -> tuple[int, float, float]:
+            height = self.y(end[1])  # of about the same, the rightmost first: the line of another would cross it
+            return round(height / _LABEL_HEIGHT), -self.x(end[0]), height
+
+        placed = sorted(points, key=order)
+        height, lowest = -math.inf, HEIGHT - BOTTOM
+        for at, (x, y, name, look) in enumerate(placed):
+            own = min(self.y(y), lowest - (len(placed) - 1 - at) * _LABEL_HEIGHT)
+            height = max(own, height + _LABEL_HEIGHT)
+            leader = {"x1": self.x(x), "x2": self._right + _LEADER - 4, "y1": self.y(y), "y2": height}
+            self.marks.append(Mark("line", {**look, "class": f"{look['class']} leader", **leader}))
+            self._name(self._right + _LEADER, height + 4, name, "start")
+
+    def key(self, names: Sequence[str]) -> None:
+        """Write the names of runs with their lines and markers at the top right: falling curves leave room there."""
         right = WIDTH - RIGHT
-        for at, (name, class_) in enumerate(entries):
-            y = TOP + 12 + at * _LABEL_HEIGHT
-            self._line(class_, right - 26, right, y - 4, y - 4)
-            self._name(right - 32, y, name, "end")
+        for which, name in enumerate(names):
+            y = TOP + 12 + which * _LABEL_HEIGHT
+            self._line(f"line run-{which}", right - 34, right, y - 4, y - 4)
+            self.marks.append(_marker(right - 17, y - 4, which))
+            self._name(right - 40, y, name, "end")
 
     def bars(self, edges: Sequence[float], heights: Sequence[float], floor: float) -> None:
         """Draw a histogram whose bars stand on a floor; empty bins have none."""
@@ -266,6 +290,30 @@ class Plot:
         self.marks.append(_text(x, y, text, class_, anchor))
 
 
+_MARKERS = (
+    "m-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0",
+    "m-4,-4h8v8h-8z",
+    "m0,-7l6.5,11h-13z",
+    "m0,-8l8,8l-8,8l-8,-8z",
+)
+"""Of runs side by side, around their places: circle, square, triangle and diamond, each larger than the last."""
+
+
+def _marker(x: float, y: float, which: int, tip: str = "") -> Mark:
+    return Mark("path", {"class": f"marker run-{which}", "d": f"M{x},{y}{_MARKERS[which]}"}, tip=tip)
+
+
+def _named(label: str, axis: Scale) -> str:
+    return f"{label}, log scale" if axis.log else label
+
+
+def _apart(ticks: list[float], place: Callable[[float], float], room: float) -> list[float]:
+    """Return ticks, or every second or fourth of them, so that their texts stand apart."""
+    while len(ticks) > 2 and min(abs(place(b) - place(a)) for a, b in itertools.pairwise(ticks)) < room:
+        ticks = ticks[::2]
+    return ticks
+
+
 def _width(name: str) -> float:
     """Return how wide a name is at most [px]."""
     return _LABEL_WIDTH * min(len(name), _LONGEST_LABEL)
@@ -275,15 +323,20 @@ def _text(x: float, y: float, text: str, class_: str, anchor: str) -> Mark:
     return Mark("text", {"class": class_, "x": x, "y": y, "text-anchor": anchor}, text)
 
 
-def matrix(values: Sequence[Numbers], names: Sequence[str], here: int, label: str) -> Markup:
-    """Draw a square matrix of values between 0 and 1, darker where larger; the name of row `here` is bold."""
-    n, left, top = len(names), 36, 30
+def matrix(values: Sequence[Numbers], names: Sequence[str], here: int, label: str, axis: str) -> Markup:
+    """Draw a square matrix of values between 0 and 1, darker where larger; the name of row `here` is bold.
+
+    Both its axes are named `axis`.
+    """
+    n, left, top = len(names), 52, 50
     cell = min(60, (WIDTH - left - 10) / n)
-    marks: list[Mark] = []
+    size = n * cell
+    upwards = {"class": "label", "text-anchor": "middle", "transform": f"translate(14 {top + size / 2}) rotate(-90)"}
+    marks = [_text(left + size / 2, 14, axis, "label", "middle"), Mark("text", upwards, axis)]
     for i, row in enumerate(values):
         middle = top + (i + 0.5) * cell
         class_ = "label here" if i == here else "label"
-        marks.append(_text(left / 2, middle + 4, names[i], class_, "middle"))
+        marks.append(_text(left - 12, middle + 4, names[i], class_, "end"))
         marks.append(_text(left + (i + 0.5) * cell, top - 10, names[i], class_, "middle"))
         for j, value in enumerate(row):
             x, y = left + j * cell, top + i * cell

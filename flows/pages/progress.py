@@ -11,7 +11,7 @@ from flows.pages.plots import Plot, places, scale_of
 from flows.pages.report import STYLE, as_image
 from flows.run.events import Event, Judged, RowsCached, RunStarted, StageDone, StepTaken, TaskStarted
 from flows.run.live import Meter, Pace
-from flows.run.numbers import clock, loss, size
+from flows.run.numbers import clock, loss, percent, size
 
 _MOST_POINTS = 300
 _FORGOTTEN = 0.1
@@ -146,7 +146,7 @@ class RunProgress:
         """Return the numbers of now by their names, without what is not known; after the end nothing is left."""
         step, pace, cells = self._step, self._pace, dict[str, str]()
         if (share := self._meter.run_share) is not None and not self._is_done:
-            cells["trained"] = f"{share:.0%}"
+            cells["trained"] = percent(share)
         if step is not None:
             cells["loss"] = loss(step.loss)
         if self._validated:

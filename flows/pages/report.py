@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from flows.pages.plots import Plot, places, scale_of
+from flows.run.numbers import percent
 from flows.run.summary import STAGE_COLUMNS, StageSummary, rise
 from stackwise_core.errors import shown
 
 STYLE = """
 text { font: 12.5px system-ui, sans-serif; fill: #555b64; } .label, .note { fill: #1d1f23; }
 .grid { stroke: #e4e3df; } .axis { stroke: #646a73; } .line { fill: none; stroke: #2458c5; stroke-width: 2; }
-.point { fill: #2458c5; }
+.point { fill: #2458c5; } .ramp { fill: none; stroke: color-mix(in oklch, #2b1a86 var(--along), #e08a1a); }
+.ramp { stroke-width: 2; } .ramp.leader { stroke-width: 1; }
 """
 """Fixed colours on white, because an image cannot follow the light or dark theme of its page."""
 
@@ -50,14 +52,14 @@ def loss_plot(stages: Sequence[StageSummary]) -> str:
     """
     lines = {"": [stage.validation_loss for stage in stages]}
     if ratios := stages[-1].by_mask_ratio:
-        lines = {f"{float(ratio):.0%} masked": [stage.by_mask_ratio.get(ratio) for stage in stages] for ratio in ratios}
+        lines = {f"{percent(float(at))} masked": [stage.by_mask_ratio.get(at) for stage in stages] for at in ratios}
     numbers = [stage.stage for stage in stages]
     everything = [loss for losses in lines.values() for loss in losses]
-    plot = Plot(places(0, numbers[-1]), scale_of(everything), "stage", "validation loss [nats]", list(lines))
+    named = list(filter(None, lines))
+    plot = Plot(places(0, numbers[-1]), scale_of(everything), "stage", "validation loss [nats]", named)
+    plot.lines([(what, numbers, losses) for what, losses in lines.items()])
     for losses in lines.values():
-        plot.line(numbers, losses)
         plot.dots(numbers, losses, "point", "stage")
-    plot.ends((losses[-1], what) for what, losses in lines.items() if what and losses[-1] is not None)
     return as_image("Validation loss by stage", plot.image(STYLE))
 
 

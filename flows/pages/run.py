@@ -10,10 +10,12 @@ from typing import Any
 
 from flows.pages.provenance import trace
 from flows.run.live import progress_line, read_live
+from flows.run.numbers import percent
 from flows.run.summary import StageSummary, rise, state_of_run, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.keys import keys_of
 from stackwise_core.config.unused import notes
+from stackwise_core.errors import shown
 from stackwise_core.stages.charges import charge
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from stackwise_core.stages.stages import Anatomy
@@ -50,7 +52,7 @@ def describe_run(artifacts: Artifacts, name: str) -> Document:
         "attempt": attempt.number,
         "started": attempt.start["started"],
         **_now(artifacts, newest, unfinished=any(summary.unfinished for summary in summaries)),
-        "verdict": _verdict(summaries),
+        "verdict": _verdict(summaries, _taken(config, plan)),
         "warnings": [line for n in range(1, len(summaries) + 1) if (line := rise(summaries[:n]))],
         "notes": notes(config),
         "objective": config.training.progressive.training_objective,
@@ -93,19 +95,32 @@ def _sum(values: Any) -> float:
     return math.fsum(value for value in values if value is not None)
 
 
-def _verdict(stages: Sequence[StageSummary]) -> str:
-    """Return what came of the run in a sentence or two."""
+def judged_at(document: Document) -> float | None:
+    """Return the share of masked tokens that the validation loss of a run is at; None if its inputs are as they are."""
+    judged = [stage for stage in document["stages"] if stage["validation_loss"] is not None]
+    return judged[-1]["mask_ratio"] if judged else None
+
+
+def _taken(config: StackWiseConfig, plan: RunPlan) -> str:
+    """Return a sentence on the stacks that a run took from elsewhere, '' if it made all of its own."""
+    n = sum(1 for stage in plan.stages if stage.spec.adopted)
+    which = "Its first stack was" if n == 1 else f"Its first {n} stacks were"
+    return f" {which} taken from {shown(config.model.from_)}." if n else ""
+
+
+def _verdict(stages: Sequence[StageSummary], taken: str = "") -> str:
+    """Return what came of the run in some sentences, with that on what it took from elsewhere."""
     over = [stage for stage in stages if not stage.unfinished]
     judged = [stage for stage in stages if stage.validation_loss is not None]
     so_far = f"All {len(stages)} stages are" if len(over) == len(stages) else f"{len(over)} of {len(stages)} stages are"
     if len(stages) == 1:
         so_far = "Its one stage is" if over else "Its one stage is not"
-    done = f"{so_far} done."
+    done = f"{so_far} done.{taken}"
     if not judged:
         return done
     first, last = judged[0], judged[-1]
     unit = f"{last.validation_loss:.4f} nats"
-    at = "" if last.mask_ratio is None else f" at {last.mask_ratio:.0%} masked"
+    at = "" if last.mask_ratio is None else f" at {percent(last.mask_ratio)} masked"
     if len(judged) == 1:
         return f"{done} Validation loss is {unit}{at}, with {_stacks(last)}."
     if first.mask_ratio != last.mask_ratio:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from flows.pages.page import render
 from flows.pages.plots import Plot, places, running_mean, scale_of
 from flows.pages.report import STYLE
-from flows.pages.run import CURVES, Document, mean
+from flows.pages.run import CURVES, Document, judged_at, mean
 from flows.pages.run_tables import side_by_side, tables
 
 MOST_RUNS = 4
@@ -55,7 +55,9 @@ def _run_page(document: Document) -> str:
         *_recorded(document, "gradient_norm", "norm of the gradient", "Before clipping; mean of a few steps."),
         *_stream_norms(document),
     ]
-    return str(render("run.html.j2", document=document, curves=curves, tables=tables(document)))
+    return str(
+        render("run.html.j2", document=document, ratio=judged_at(document), curves=curves, tables=tables(document))
+    )
 
 
 def _thinned(document: Document) -> Document:
@@ -74,7 +76,7 @@ def _fewer(curve: Document, most: int) -> Document:
 
 
 def _runs_page(documents: Sequence[Document]) -> str:
-    curves = _losses(documents, "Thin: training, the mean of some steps. Dots: validation.")
+    curves = _losses(documents, "Thin: training, the mean of some steps. Thick, with markers: validation.")
     return str(render("runs.html.j2", documents=documents, curves=curves, tables=side_by_side(documents)))
 
 
@@ -89,7 +91,7 @@ def loss_image(documents: Sequence[Document]) -> str | None:
 _RUN_STYLE = """
 .line.thin { stroke: #9aa1ab; stroke-width: 1; } .dot { fill: #2458c5; }
 .run-1 { --own: #b8460b; } .run-2 { --own: #23774b; } .run-3 { --own: #8451b8; } .run-0 { --own: #2458c5; }
-.line[class*="run-"] { stroke: var(--own); } .dot[class*="run-"] { fill: var(--own); }
+.line[class*="run-"] { stroke: var(--own); } .marker { fill: none; stroke: var(--own); stroke-width: 1.8; }
 @media (prefers-color-scheme: dark) { rect { fill: #14161a; } text { fill: #9aa1ab; } .label, .note { fill: #e5e6e8; }
 .grid { stroke: #2c3037; } .axis { stroke: #9aa1ab; } .line { stroke: #82aaff; } .line.thin { stroke: #646a73; }
 .dot { fill: #82aaff; } .run-0 { --own: #82aaff; } .run-1 { --own: #ffa066; } .run-2 { --own: #5cc98f; }
@@ -149,9 +151,10 @@ def _loss_plot(documents: Sequence[Document], axis: _Axis) -> Plot | None:
         for judged in _comparable(line):
             plot.line([at for at, _, _ in judged], [value for _, value, _ in judged], f"line {style}".strip())
             for at, value, where in (point for point in judged if point[1] <= plot.top):
-                plot.dot(at, value, f"dot judged {style}".strip(), f"{document['run']}, {where}")
+                what = f"{document['run']}, {where}"
+                plot.marker(at, value, which, what) if style else plot.dot(at, value, "dot judged", what)
     if len(documents) > 1:
-        plot.key([(document["run"], f"line run-{which}") for which, document in enumerate(documents)])
+        plot.key([document["run"] for document in documents])
     return plot
 
 
@@ -181,9 +184,10 @@ def _known(document: Document) -> list[float]:
 
 
 def _most(losses: Sequence[float]) -> list[float]:
-    """Return losses without the few that lie far above nine tenths of them, and would stretch an axis."""
+    """Return losses without the few that lie far above nine tenths of them, if those stretch an axis by a half."""
     low, common = min(losses), sorted(losses)[int(len(losses) * 0.9)]
-    return [value for value in losses if value <= low + 1.5 * (common - low)]
+    most = [value for value in losses if value <= low + 1.5 * (common - low)]
+    return most if max(losses) - low > 1.5 * (max(most) - low) else list(losses)
 
 
 def _along(curve: Document, start: float, end: float) -> list[float]:
@@ -258,14 +262,15 @@ def _lines(
     if not lines:
         return []
     n = min(len(lines), _MOST_DEPTHS)
-    lines = [lines[round(at * (len(lines) - 1) / max(1, n - 1))] for at in range(n)]
+    shown = [lines[round(at * (len(lines) - 1) / max(1, n - 1))] for at in range(n)]
+    names = [name for name, _ in shown]
+    if n < len(lines):
+        caption += f" Of {len(lines)} stages, {n} are shown: {', '.join(names).replace('stage ', '')}."
+    lines = shown
     points = list(itertools.chain.from_iterable(found for _, found in lines))
     x = replace(scale_of((at * scale for at, _ in points), log=log), high=max(at for at, _ in points) * scale)
-    names = [name for name, _ in lines]
     plot = Plot(x, scale_of(value for _, value in points), label, "loss [nats per loss position]", names)
-    for _, found in lines:
-        plot.line([at * scale for at, _ in found], [value for _, value in found])
-    plot.ends((found[-1][1], name) for name, found in lines)
+    plot.lines([(name, [at * scale for at, _ in found], [value for _, value in found]) for name, found in lines])
     return [(plot.svg(), caption)]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from flows.pages.page import number, ranges
-from flows.pages.run import Document, differences
-from flows.run.numbers import clock, loss, parameters, size
+from flows.pages.run import Document, differences, judged_at
+from flows.run.numbers import clock, loss, parameters, percent, signed, size
 from flows.run.terminal import TableOf
 
 
@@ -20,14 +21,19 @@ def tables(document: Document) -> list[TableOf]:
 
 
 def _without_empty_columns(table: TableOf) -> TableOf:
+    """Return a table without columns of which nothing is known, nor the sentences of its note that begin with them."""
     full = [at for at in range(len(table.columns)) if any(row[at] not in ("", "-") for row in table.rows)]
+    empty = {name.removeprefix("|").lower() for at, name in enumerate(table.columns) if at not in full}
+    sentences = re.split(r"(?<=\.) (?=[A-Z])", table.note)
     return table._replace(
-        columns=[table.columns[at] for at in full], rows=[[row[at] for at in full] for row in table.rows]
+        columns=[table.columns[at] for at in full],
+        rows=[[row[at] for at in full] for row in table.rows],
+        note=" ".join(each for each in sentences if each.partition(":")[0].lower() not in empty),
     )
 
 
 def _stages(stages: Sequence[Document]) -> TableOf:
-    columns = ("|stage", "how", "|params", "|trained", "|loss", "|val. loss", "|gain")
+    columns = ("|stage", "how", "|params", "|trained", "|loss", "|masked", "|val. loss", "|gain")
     rows = [
         [
             str(stage["stage"]),
@@ -35,16 +41,17 @@ def _stages(stages: Sequence[Document]) -> TableOf:
             parameters(stage["rack_parameters"]),
             parameters(stage["trainable_parameters"]),
             loss(stage["train_loss"]),
+            "-" if stage["mask_ratio"] is None else percent(stage["mask_ratio"]),
             loss(stage["validation_loss"]),
-            _signed(stage["gain"], "+.4f"),
+            signed(stage["gain"]),
         ]
         for stage in stages
     ]
     note = (
-        "How: where the new stack went, what of the trunk trained, how the stack is stored. Params: those of the rack; "
-        "trained: those that this stage trained. Loss: of the last training step; val. loss: of withheld sequences; "
-        "both in nats per loss position: a predicted token, of masked runs a masked one. Gain: what the stage took off "
-        "the validation loss."
+        "How: where the new stack went, what of the trunk trained, how the stack is stored. Params: those of the rack. "
+        "Trained: those that this stage trained. Losses are in nats per loss position: a predicted token, of masked "
+        "runs a masked one. Loss: of the last training step. Masked: the mean share of masked tokens. Val. loss: of "
+        "withheld sequences. Gain: what the stage took off the validation loss."
     )
     return TableOf("Stages", columns, rows, note)
 
@@ -72,8 +79,8 @@ def _cost(stages: Sequence[Document]) -> TableOf:
         if stage["digest"] and (stage["steps"] or stage["seconds"])
     ]
     note = (
-        "TFLOP: as executed, validation left out; without cache: if every step passed through the frozen stacks again. "
-        "Time: of all tasks of the stage; tokens/s: of its training."
+        "TFLOP: as executed, validation left out. Without cache: if every step passed through the frozen stacks again. "
+        "Time: of all tasks of the stage. Tokens/s: of its training."
     )
     return TableOf("What it cost", columns, rows, note)
 
@@ -93,14 +100,15 @@ def _held(stages: Sequence[Document]) -> TableOf:
             _bytes(stage["memory_bytes_measured"]),
             _bytes(stage["stack_bytes"]),
             _bytes(stage["cache_bytes"]),
-            _signed(stage["cache_error"], "+.1e"),
+            signed(stage["cache_error"], "+.1e"),
             stage["cache_note"] or "from tokens",
         ]
         for stage in stages
     ]
     note = (
-        "Memory: the peak of training, as planned and as measured. Checkpoint, cache: bytes on the disk. Cache error: "
-        "the validation loss on cached activations less that on exact ones."
+        "Memory planned: the peak of training, by the planner's forecast. Measured: that peak as it was. Checkpoint: "
+        "bytes on the disk. Cache: bytes of its activations. Cache error: the validation loss on cached activations "
+        "less that on exact ones."
     )
     return TableOf("Memory and disk", columns, rows, note)
 
@@ -112,7 +120,7 @@ def _by_mask_ratio(stages: Sequence[Document]) -> TableOf:
         for stage in stages
         if stage["by_mask_ratio"]
     ]
-    columns = ("|stage", *(f"|{float(ratio):.0%}" for ratio in ratios))
+    columns = ("|stage", *(f"|{percent(float(ratio))}" for ratio in ratios))
     return TableOf("Validation loss by share of masked tokens", columns, rows)
 
 
@@ -158,7 +166,7 @@ def side_by_side(documents: Sequence[Document]) -> list[TableOf]:
             document["run"],
             str(len(document["stages"])),
             parameters(document["parameters"]),
-            loss(document["validation_loss"]),
+            loss(document["validation_loss"]) + _at_ratio(document),
             number(document["tflop"]),
             parameters(document["tokens"]),
             clock(document["seconds"]),
@@ -176,14 +184,14 @@ def side_by_side(documents: Sequence[Document]) -> list[TableOf]:
     return [table for table in found if table.rows]
 
 
+def _at_ratio(document: Document) -> str:
+    ratio = judged_at(document)
+    return "" if ratio is None else f" at {percent(ratio)} masked"
+
+
 def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _bytes(count: int | None) -> str:
     return "-" if count is None else size(count)
-
-
-def _signed(value: float | None, form: str) -> str:
-    """Return a difference with its sign, a true minus; - if it is not known."""
-    return "-" if value is None else f"{value:{form}}".replace("-", "\u2212") if value else "0"

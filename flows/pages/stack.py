@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flows.pages.page import artifact_page
 from flows.pages.plots import SMOOTHED, SMOOTHED_FROM, Plot, places, scale_of
+from stackwise_core.data.masks import MaskSpec
 from storage.activations.statistics import evenly_spaced
 from storage.artifacts import Artifacts
 from storage.checkpoints import load_tensors
@@ -67,14 +68,33 @@ def stack_page(document: dict[str, Any], validation: dict[str, Any]) -> str:
     last = [record["loss"] for record in metrics[9 * len(metrics) // 10 :] if record["loss"] is not None]
     mean = math.fsum(last) / len(last) if last else None
     curves = _curves(metrics, validation.get("validation_loss")) if metrics else []
-    return artifact_page("stack.html.j2", document, curves=curves, mean_loss=mean, validation=validation)
+    mask = document["recipe"].get("mask")
+    values = {
+        "curves": curves,
+        "mean_loss": mean,
+        "validation": validation,
+        "ratio": mask and MaskSpec.model_validate(mask).for_validation().mean_ratio,
+        "trained": _trained(document["tensors"]),
+    }
+    return artifact_page("stack.html.j2", document, **values)
+
+
+def _trained(tensors: list[dict[str, Any]]) -> str:
+    """Return what a stage trained, which are the parts that it wrote: the stack and the head."""
+    files = {tensor["file"] for tensor in tensors}
+    ends = [part for part in ("embedding", "head") if f"{part}.safetensors" in files]
+    others = len({file.partition("/")[0] for file in files if "/" in file})
+    own = any("/" not in file for file in files - {f"{part}.safetensors" for part in ends})
+    counted = {0: [], 1: ["another stack"]}.get(others, [f"{others} other stacks"]) if own else [f"{others} stacks"]
+    parts = [*(["the stack"] if own else []), *counted, *(f"the {part}" for part in ends)]
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _curves(metrics: list[dict[str, Any]], validation_loss: float | None) -> list[tuple[Markup, str]]:
     captions = {
         "loss": ("loss [nats per loss position]", "Of each step's batch."),
         "learning_rate": ("learning rate", "The schedule of the optimizer."),
-        "gradient_norm": ("norm of the gradient", "Before clipping, on a logarithmic scale."),
+        "gradient_norm": ("norm of the gradient", "Before clipping."),
     }
     steps = [record["step"] + 1 for record in metrics]
     judged = [(record["step"] + 1, record["validation_loss"]) for record in metrics if "validation_loss" in record]

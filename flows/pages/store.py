@@ -198,7 +198,7 @@ def _histogram(histogram: dict[str, Any]) -> Figure:
     plot = Plot(scale_of(edges), heights, "value", "values in a bin")
     plot.bars(edges, counts, heights.low)
     beyond = f" {histogram['beyond']:,} values lie beyond these bins." if histogram["beyond"] else ""
-    return plot.svg(), f"All sampled values, counted on a logarithmic scale.{beyond}"
+    return plot.svg(), f"All sampled values, counted.{beyond}"
 
 
 def _spectrum(store: dict[str, Any]) -> Figure:
@@ -216,7 +216,8 @@ def _spectrum(store: dict[str, Any]) -> Figure:
 
 
 def _drift(drift: dict[str, Any]) -> Figure:
-    plot = matrix(drift["cka"], [str(depth) for depth in drift["boundaries"]], drift["here"], "CKA between boundaries")
+    names = [str(depth) for depth in drift["boundaries"]]
+    plot = matrix(drift["cka"], names, drift["here"], "CKA between boundaries", "stacks below")
     caption = (
         "Linear CKA between boundaries, numbered by the stacks below them; this one is bold (Kornblith et al. 2019). "
         f"1 is the same up to rotation and scale. Of {drift['rows']:,} rows that all of them hold."

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flows.run.numbers import percent
 from flows.run.summary import STAGE_COLUMNS, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.data.files import holds_tokens
@@ -167,7 +168,7 @@ def _card(recorded: OpenedRun, config: StackWiseConfig, origin: _Origin | None) 
         sources = sources_of(config.data.source)
         corpus = [each.name if each.name.startswith("hf:") else Path(each.name).name for each in sources]
         mask = plan.stages[0].mask
-        ratio = f", {mask.mean_ratio:.0%} masked in stage 0" if mask else ""
+        ratio = f", {percent(mask.mean_ratio)} masked in stage 0" if mask else ""
         facts.append(f"Objective: {growth.training_objective}{ratio}; sequences of {plan.data.seq_len} tokens.")
         facts.append(f"Corpus: {', '.join(map(code, corpus))}; tokenizer: {code(plan.data.tokenizer)}.")
     return Card(

@@ -19,6 +19,16 @@ def loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def signed(value: float | None, form: str = "+.4f") -> str:
+    """Return a difference with its sign, a true minus; - if it is None."""
+    return "-" if value is None else f"{value:{form}}".replace("-", "\u2212") if value else "0"
+
+
+def percent(share: float, form: str = ".0f") -> str:
+    """Return a share in percent, with a true minus sign: 6 %."""
+    return f"{100 * share:{form}}\u00a0%".replace("-", "\u2212")
+
+
 def parameters(count: int | None) -> str:
     """Return a number of parameters for people: 912, 43.2 k, 1.27 M."""
     if count is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from flows.run.numbers import clock, loss, parameters, size
+from flows.run.numbers import clock, loss, parameters, percent, size
 from stackwise_core.stages.identity import Kind
 from stackwise_core.stages.plan import RunPlan, StagePlan
 from storage.artifacts import Artifacts, State
@@ -95,7 +95,7 @@ class StageSummary(BaseModel, frozen=True):
         if self.validation_loss is None:
             parts = ["unfinished" if self.unfinished else "adopted"]
         if self.by_mask_ratio and self.mask_ratio is not None:  # losses of other stages are at other ratios
-            parts[0] += f" at {self.mask_ratio:.0%} masked"
+            parts[0] += f" at {percent(self.mask_ratio)} masked"
         if self.steps_planned is not None:
             parts.append(f"ended after {self.steps} of {self.steps_planned} steps")
         if self.kept_step is not None:

@@ -36,7 +36,7 @@ from flows.run.events import (
     subscribed,
 )
 from flows.run.live import Meter, of_rows, of_step, told
-from flows.run.numbers import clock, size
+from flows.run.numbers import clock, percent, size
 from flows.run.say import report, say, wrapped
 from flows.run.summary import STAGE_COLUMNS, StageSummary
 from stackwise_core.errors import shown
@@ -227,7 +227,7 @@ class LiveBars:
         """Return how far the run is as of now: between two events too the time left runs."""
         meter = self._describer.meter
         left = meter.run_seconds_left
-        return (f"{meter.run_share or 0.0:.0%}", *([] if left is None else [f"{clock(left)} left"]))
+        return (percent(meter.run_share or 0.0), *([] if left is None else [f"{clock(left)} left"]))
 
     def stop(self) -> None:
         """Show what is not finished as stopped: no process moves it any more."""
@@ -342,10 +342,10 @@ def _ratio_table(summaries: list[StageSummary]) -> Table | None:
     if not judged:
         return None
     ratios = list(judged[0].by_mask_ratio)
-    table = plain_table("stage", "|masked here", *(f"|{float(ratio):.0%}" for ratio in ratios))
+    table = plain_table("stage", "|masked here", *(f"|{percent(float(ratio))}" for ratio in ratios))
     for row in judged:
         losses = [f"{row.by_mask_ratio[ratio]:.4f}" for ratio in ratios]
-        table.add_row(str(row.stage), f"{row.mask_ratio:.0%}", *losses)
+        table.add_row(str(row.stage), percent(row.mask_ratio), *losses)
     return table
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from flows.run.comparison import Chosen, Grid, Result, Results
 from flows.run.devices import device_memory, settings_of
 from flows.run.field import Field
-from flows.run.numbers import loss
+from flows.run.numbers import loss, percent, signed
 from stackwise_core.stages.arms import CONFIGURED, CONTROLS, END_TO_END
 from stackwise_core.stages.charges import charge
 from stackwise_core.stages.costs import trainable_parameters
@@ -77,8 +77,8 @@ def share_of(curve: Curve, spent: float, loss: float) -> tuple[float | None, str
     if len(curve) < 2:
         return None, ""
     if loss < min(y for _, y in curve):
-        return None, f"< {spent / curve[-1][0]:.0%}"
-    return None, f"> {spent / curve[0][0]:.0%}" if loss > curve[0][1] else ""
+        return None, f"< {percent(spent / curve[-1][0])}"
+    return None, f"> {percent(spent / curve[0][0])}" if loss > curve[0][1] else ""
 
 
 # ---------------------------------------------------------------- the document
@@ -303,13 +303,12 @@ def verdict(document: Document) -> str:
     gap = best["above_end_to_end"]
     if gap is None:
         return "No verdict yet: no seed has both losses."
-    share = best["against"]["tflop"]["share"]
-    bound = best["against"]["tflop"]["bound"]
-    of_theirs = f"{share['mean']:.0%}" if share else bound
-    cost = f"it reaches the same loss with {of_theirs} of the FLOPs" if of_theirs else ""
-    relative = gap["mean"] / flat["loss"]["mean"]
-    how = {-1: "beats", 1: "loses to", 0: "cannot be told apart from"}[_sign(gap)]
-    numbers = f"{loss(best['loss']['mean'])} against {loss(flat['loss']['mean'])} {document['unit']}, {relative:+.1%}"
+    sign, against = _sign(gap), best["against"]["tflop"]
+    of_theirs = percent(against["share"]["mean"]) if against["share"] else against["bound"]
+    cost = f"it reaches the same loss with {of_theirs} of the FLOPs" if of_theirs and sign else ""
+    relative = percent(gap["mean"] / flat["loss"]["mean"], "+.1f")
+    how = {-1: "beats", 1: "loses to", 0: "cannot be told apart from"}[sign]
+    numbers = f"{loss(best['loss']['mean'])} against {loss(flat['loss']['mean'])} {document['unit']}, {relative}"
     n = gap["n"]
     seeds = "one seed, so chance is not ruled out" if n == 1 else f"{n} seeds"
     said = f"At equal FLOPs {best['arm']} {how} end-to-end training: {'; '.join(filter(None, (numbers, cost, seeds)))}."
@@ -337,45 +336,47 @@ def loses(document: Document) -> str:
     grows = {arm["arm"] for arm in document["arms"] if arm["grows"]}
     grown = [row for row in rows_of(document) if row["arm"] in grows and row["loss"]]
     many = len(document["budgets"]) > 1
-    found = [
-        _losing(grown, "end-to-end training at equal FLOPs", many, lambda row: row["above_end_to_end"]),
+    lost = [
+        _losing(grown, "FLOPs", many, lambda row: row["above_end_to_end"]),
         *(
-            _losing(grown, f"it at equal {AXES[axis]}", many, lambda row, axis=axis: row["against"][axis]["gap"])
+            _losing(grown, AXES[axis], many, lambda row, axis=axis: row["against"][axis]["gap"])
             for axis in ("tflop_recomputed", "tokens", "seconds")
         ),
-        *(
-            _beaten(document, row, grown)
-            for row in rows_of(document)
-            if row["arm"] in CONTROLS and row["arm"] not in grows
-        ),
     ]
-    said = [each for each in found if each]
+    said = [f"Growing loses to end-to-end training {'; '.join(filter(None, lost))}."] if any(lost) else []
+    said += _beaten(document, grown)
     if not grown:
         return ""
-    return f"Growing loses: {'; '.join(said)}." if said else "Growing lost nowhere in what was tried here."
+    return " ".join(said) or "Growing lost nowhere in what was tried here."
 
 
 def _losing(
-    rows: Sequence[Document], to: str, many: bool, gap_of: Callable[[Document], Mapping[str, Any] | None]
+    rows: Sequence[Document], axis: str, many: bool, gap_of: Callable[[Document], Mapping[str, Any] | None]
 ) -> str:
-    """Return which rows are above something, those that may be chance left out."""
+    """Return which rows are above end-to-end training for as much of something, those that may be chance left out."""
     named = [
-        f"{row['arm']}{_at(row, many=many)} ({gap['mean']:+.4f})"
+        f"{row['arm']}{_at(row, many=many)} ({signed(gap['mean'])})"
         for row in rows
         if (gap := gap_of(row)) and _sign(dict(gap)) > 0
     ]
-    return f"to {to}, {', '.join(named)}" if named else ""
+    return f"at equal {axis}: {', '.join(named)}" if named else ""
 
 
-def _beaten(document: Document, control: Document, grown: Sequence[Document]) -> str:
-    """Return that a smaller flat model beats every way to grow at a budget, if it does."""
-    rivals = [row["loss"]["mean"] for row in grown if row["budget"] == control["budget"]]
-    if control["arm"] in (END_TO_END, CONFIGURED) or not control["loss"] or not rivals:
-        return ""
-    if control["loss"]["mean"] >= min(rivals):
-        return ""
-    at = _at(control, many=len(document["budgets"]) > 1)
-    return f"every arm that grows to {control['arm']}, a smaller model{at} ({loss(control['loss']['mean'])})"
+def _beaten(document: Document, grown: Sequence[Document]) -> list[str]:
+    """Return a sentence for each smaller flat model that ends below every way to grow at some budget."""
+    many, sentences = len(document["budgets"]) > 1, list[str]()
+    for arm in document["arms"]:
+        if arm["grows"] or arm["arm"] not in CONTROLS or arm["arm"] in (END_TO_END, CONFIGURED):
+            continue
+        found = list[str]()
+        for row in arm["budgets"]:
+            rivals = [each["loss"]["mean"] for each in grown if each["budget"] == row["budget"]]
+            if row["loss"] and rivals and row["loss"]["mean"] < min(rivals):
+                found.append(f"{loss(row['loss']['mean'])}{_at(row, many=many)}")
+        if found:
+            what = f"A smaller model from scratch, {arm['arm']}, has a lower mean loss than every arm that grows"
+            sentences.append(f"{what}: {', '.join(found)}.")
+    return sentences
 
 
 def _at(row: Document, *, many: bool) -> str:

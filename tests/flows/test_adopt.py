@@ -217,6 +217,7 @@ def test_commands_show_what_was_adopted(rack: Path, tmp_path: Path, reference: R
     assert "append, adopted, full" in run("status", "tiny").out
     assert run("inspect", "tiny/1", "--html", tmp_path / "page.html").code == 0
     assert "<p>1 block taken from another rack, in a rack of " in (tmp_path / "page.html").read_text()
+    assert f"Its first 2 stacks were taken from {rack}." in run("report", "tiny").out
     assert run("verify", "tiny").code == 0
     assert run("gc").code == 0
     assert run("verify").code == 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import json
 import math
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -153,8 +155,8 @@ def test_interpolation_is_exact_on_a_power_law_both_ways(x: float) -> None:
 
 def test_nothing_is_extrapolated_a_bound_is_said() -> None:
     assert loss_at(POWER, 9) is loss_at(POWER, 0.9) is spent_for(POWER, 1.0) is None
-    assert share_of(POWER, 4, 1.0) == (None, "< 50%")  # even twice as much does not give it
-    assert share_of(POWER, 4, 3.1) == (None, "> 400%")
+    assert share_of(POWER, 4, 1.0) == (None, "< 50\u00a0%")  # even twice as much does not give it
+    assert share_of(POWER, 4, 3.1) == (None, "> 400\u00a0%")
     assert share_of(POWER[:1], 4, 2.0) == (None, "")
     assert loss_at([], 1.0) is None
 
@@ -165,7 +167,7 @@ def test_nothing_is_extrapolated_a_bound_is_said() -> None:
 def row(arm: str, *losses: float, budget: float = 1.0, gap: float = 0.0, **gaps: float) -> dict[str, Any]:
     above = Interval(gap, gap - 0.01, gap + 0.01, len(losses))._asdict()
     against = {
-        axis: {"share": None, "bound": "", "gap": found and Interval(found, found, found, 3)._asdict()}
+        axis: {"share": None, "bound": "", "gap": Interval(found, found, found, 3)._asdict() if found else None}
         for axis, found in {"tflop": 0.0, "tflop_recomputed": 0.0, "tokens": 0.0, "seconds": 0.0, **gaps}.items()
     }
     loss = interval(losses)
@@ -198,8 +200,8 @@ def test_the_verdict_is_of_the_best_way_to_grow_at_the_largest_budget() -> None:
     rows[-1]["against"]["tflop"]["share"] = Interval(0.6, 0.5, 0.7, 3)._asdict()
     found = verdict({**document(*rows), "budgets": [3, 1.0]})  # whichever the rates were tuned at
     assert found == (
-        "At equal FLOPs jump beats end-to-end training: 1.3300 against 1.4000 nats per byte, -5.0%; "
-        "it reaches the same loss with 60% of the FLOPs; 3 seeds."
+        "At equal FLOPs jump beats end-to-end training: 1.3300 against 1.4000 nats per byte, \u22125.0\u00a0%; "
+        "it reaches the same loss with 60\u00a0% of the FLOPs; 3 seeds."
     )
 
 
@@ -214,7 +216,11 @@ def test_the_verdict_names_a_smaller_model_that_ends_below_the_whole_one() -> No
 
 def test_a_difference_within_its_interval_is_none() -> None:
     rows = [row("end-to-end", 1.5, 1.5), row("jump", 1.495, 1.495, gap=-0.005)]
-    assert "jump cannot be told apart from end-to-end training" in verdict(document(*rows))
+    rows[1]["against"]["tflop"]["share"] = Interval(0.9, 0.5, 1.3, 2)._asdict()
+    assert verdict(document(*rows)) == (  # nor is a share of the FLOPs said
+        "At equal FLOPs jump cannot be told apart from end-to-end training: 1.4950 against 1.5000 nats per byte, "
+        "\u22120.3\u00a0%; 2 seeds."
+    )
     assert loses(document(*rows)) == "Growing lost nowhere in what was tried here."
 
 
@@ -231,10 +237,57 @@ def test_where_growing_loses_names_arms_measures_and_smaller_models() -> None:
         row("jump", 1.4, 1.4, gap=-0.1, tokens=0.05),
     ]
     assert loses(document(*rows)) == (
-        "Growing loses: to end-to-end training at equal FLOPs, frozen (+0.1000); "
-        "to it at equal tokens, frozen (+0.2000), jump (+0.0500); "
-        "every arm that grows to flat-2/3, a smaller model (1.2000)."
+        "Growing loses to end-to-end training at equal FLOPs: frozen (+0.1000); "
+        "at equal tokens: frozen (+0.2000), jump (+0.0500). "
+        "A smaller model from scratch, flat-2/3, has a lower mean loss than every arm that grows: 1.2000."
     )
+    rows = [row("flat-1/3", 1.2, budget=n) for n in (1, 2)] + [row("jump", 1.4, budget=n, gap=-0.1) for n in (1, 2)]
+    assert loses(document(*rows)).endswith("grows: 1.2000 at a budget of 1, 1.2000 at a budget of 2.")
+
+
+def whole(document: dict[str, Any], spent: dict[str, float]) -> dict[str, Any]:
+    """Add what a page shows; `spent` says for each arm what its runs cost, in all that they cost."""
+    for arm in document["arms"]:
+        arm |= {"rate": 0.01, "edge": "highest", "tuning_tflop": 1.0}
+        for each in arm["budgets"]:
+            axes = ("tflop", "tflop_recomputed", "tokens", "seconds", "memory_bytes_forecast", "trained_parameters")
+            each |= {axis: spent[arm["arm"]] for axis in axes}
+            each |= {"steps": [5], "blocks": 1, "runs": []}
+    said = {"name": "tiny", "artifacts": "a", "judged_on": "4 sequences", "verdict": "", "loses": ""}
+    counted = {"rates": [1.0], "seeds": [0], "budget_tflop": 1.0, "total_tflop": 1.0, "failures": [], "notes": []}
+    return {**document, **said, **counted}
+
+
+def test_names_in_a_chart_stand_apart_right_of_it() -> None:
+    """Each led to from the dot of its arm, in the colour of its kind, past no dot of another arm."""
+    rows = [row("end-to-end", 1.5, 1.52), row("flat-1/3", 1.4, 1.41), row("jump", 1.4, 1.411), row("frozen", 1.4, 1.42)]
+    spent = {"end-to-end": 3.0, "flat-1/3": 1.0, "jump": 2.0, "frozen": 2.5}
+    (drawn, *_) = re.findall(r"<svg.*?</svg>", comparison_page(whole(document(*rows), spent)), re.DOTALL)
+    chart = ElementTree.fromstring(drawn)
+    names = {mark.text: (float(mark.get("x", "")), float(mark.get("y", ""))) for mark in chart.iter("text")}
+    dots = {(mark[0].text or "").split(",")[0]: mark for mark in chart.iter("circle")}
+    leaders = {mark.get("x1"): mark for mark in chart.iter("line") if "leader" in mark.get("class", "")}
+    heights = sorted(names[arm][1] for arm in spent)
+    assert min(after - before for before, after in itertools.pairwise(heights)) >= 15
+    for arm, dot in dots.items():
+        leader = leaders[dot.get("cx")]
+        assert leader.get("y1") == dot.get("cy")
+        assert float(leader.get("y2", "")) + 4 == pytest.approx(names[arm][1])
+        assert ("run-0" in leader.get("class", "")) == (arm in ("jump", "frozen"))
+        assert all(names[arm][0] > float(other.get("cx", "")) + 8 for other in dots.values())
+    of_the_same = [names[arm][1] for arm in ("frozen", "jump", "flat-1/3")]
+    assert of_the_same == sorted(of_the_same)  # a leader from the left goes below those right of it
+
+
+def test_what_a_table_says_stands_beside_it() -> None:
+    rows = [row("end-to-end", 1.5, 1.5), row("jump", 1.4, 1.4, gap=-0.1)]
+    rows[1]["against"]["tflop"]["share"] = Interval(0.6, 0.5, 0.7, 3)._asdict()
+    found = tables(whole(document(*rows), {"end-to-end": 1.0, "jump": 1.0}))
+    losses, shares = found[0], next(table for table in found if "share" in table.title)
+    assert "0.01 \u2191" in losses.rows[0]
+    assert "\u2191 or \u2193 at a rate: the best of those tried is the highest or the lowest" in losses.note
+    assert "\u22120.1000 \u00b1 0.0100" in losses.rows[0]
+    assert shares.rows[0][1] == "60\u00a0% \u00b1 10\u00a0%"
 
 
 # ---------------------------------------------------------------- runs

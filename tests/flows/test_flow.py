@@ -423,7 +423,7 @@ def test_a_prepended_and_annealed_run_reads_as_sentences_too(
     assert tasks["train all stacks"] == tasks["validate all stacks"] == "Completed"
     table = json.loads(artifacts_named("depth-stages")[-1].data)
     assert [row["how"] for row in table] == ["prepend, frozen, full", "prepend, frozen, full", "joint"]
-    assert all(float(row["at 50% masked"]) > 0 for row in table)
+    assert all(float(row["at 50\u00a0% masked"]) > 0 for row in table)
     reasons = [text for text in recorder.messages if "caches nothing" in text]
     assert [text.split(":")[1].strip() for text in reasons] == [
         "stage 1 streams from tokens",

@@ -305,6 +305,8 @@ def test_a_page_is_one_file_that_needs_no_other(uri: str, kept: Path, look: Look
     assert "prefers-color-scheme: dark" in text
     assert "NaN" not in text
     assert parsed.tags.count("svg") == (6 if uri == "activations-1" else 3)
+    assert text.count(">stacks below</text>") == (2 if uri == "activations-1" else 0)  # the axes of a matrix
+    assert "counted on a log" not in parsed.text
     for entry in document["provenance"]:
         assert entry["name"] in parsed.text
     facts = document["facts"]
@@ -406,6 +408,12 @@ def test_ticks_are_round_and_on_the_axis(scale: Scale, ticks: list[float]) -> No
     assert (places[0], places[-1]) == (0, 1)
 
 
+def test_ticks_are_few() -> None:
+    for high in (1.05, 1.5, 1.71, 2.3, 3.4, 4.9, 6.1, 7.7, 9.4):
+        ticks = Scale(0, high).ticks()
+        assert 3 <= len(ticks) <= 7, high
+
+
 def test_a_log_axis_has_more_than_one_tick() -> None:
     for low, high in ((2.1, 4.9), (1.9, 4.7), (0.31, 0.48), (5.1e-4, 9.7e-4), (1, 1.2), (3, 3000)):
         scale = Scale(low, high, log=True)
@@ -418,6 +426,18 @@ def test_a_stack_leads_with_its_validation_loss(kept: Path, look: Look, tmp_path
     facts = json.loads((folder_of(kept, "validation", 1) / "manifest.json").read_text())["facts"]
     tiles = re.findall(r'class="tile"><b>([^<]+)</b><span>([^<]+)', (tmp_path / "p.html").read_text())
     assert tiles[0] == (f"{facts['validation_loss']:.4f}", "validation loss [nats per loss position]")
+    assert " parameters of the stack and the head trained for " in (tmp_path / "p.html").read_text()
+
+
+def test_the_page_of_a_stack_says_what_else_trained_and_at_which_ratio(kept: Path, look: Look) -> None:
+    document = look(kept, "tiny/1/stack", "--json").document
+    mask = {"seed": 0, "ratio": 0.65, "corruption": "mask", "mask_token": 256, "n_regular_tokens": 256}
+    document["recipe"] |= {"mask": mask}
+    files = ("embedding.safetensors", "head.safetensors", "stack-0/stack.safetensors", "stack-1/stack.safetensors")
+    document["tensors"] = [{**document["tensors"][0], "file": file} for file in files]
+    page = stack_page(document, {"validation_loss": 2.0})
+    assert " parameters of 2 stacks, the embedding and the head trained for " in page
+    assert "[nats per loss position] at 65\u00a0% masked<" in page
 
 
 def test_numbers_of_ticks() -> None:

@@ -76,7 +76,7 @@ def test_the_numbers_of_now(now: Clock) -> None:
     cells = dict(number.strip("*").split(" **") for number in text.splitlines()[2].split(" \u00b7 "))
     assert re.fullmatch(r"(\w+ \d+, )?\d\d:\d\d UTC", cells.pop("done about"))
     assert cells == {
-        "trained": "7%",
+        "trained": "7\u00a0%",
         "loss": "2.5000",
         "learning rate": "0.002",
         "tokens/s": "640",
@@ -90,13 +90,15 @@ def test_the_numbers_of_now(now: Clock) -> None:
     assert "left of the stage **4 s** \u00b7 left of the run **1:04**" in text  # it stands: a step takes no longer
     assert "ago" not in progress.markdown("Stopped")
     assert "left of" not in progress.markdown("Stopped") + progress.line("Stopped")  # nothing is
-    assert progress.line() == "1:04 left, stage 0 step 5/10, loss 2.5000, 640 tokens/s, 7% trained"
+    assert progress.line() == "1:04 left, stage 0 step 5/10, loss 2.5000, 640 tokens/s, 7\u00a0% trained"
     progress(RowsCached(0, 0, 2**21, 2**20))
     assert "**Stage 0 (the last is 2): caching activations, 1.0 MiB of 2.0 MiB**" in progress.markdown()
     now.now += 10
     progress(RowsCached(0, 0, 2**21, 3 * 2**19))
     assert "left of the stage **10 s** \u00b7 left of the run **1:10**" in progress.markdown()
-    assert progress.line() == "1:10 left, stage 0 caching activations, 1.5 MiB of 2.0 MiB, 640 tokens/s, 7% trained"
+    assert (
+        progress.line() == "1:10 left, stage 0 caching activations, 1.5 MiB of 2.0 MiB, 640 tokens/s, 7\u00a0% trained"
+    )
     progress(TaskStarted(0, "validate"))
     assert "**Stage 0 (the last is 2): validating**" in progress.markdown()
     assert "left of the run **1:00**" in progress.markdown()
@@ -217,8 +219,8 @@ def test_a_failed_run_says_so_and_a_server_that_is_away_stops_nothing(monkeypatc
         fail()
     assert "**Failed: stage 1: the loss is \\<b\\>not" in shown[0]
     assert "Where it stood: stage 1 (the last is 2), step 8 of 10." in shown[0]
-    assert "trained **45%** \u00b7 loss **2.4000** \u00b7 last validation loss **2.7500**" in shown[0]
+    assert "trained **45\u00a0%** \u00b7 loss **2.4000** \u00b7 last validation loss **2.7500**" in shown[0]
     assert "and so on" not in shown[0]
-    stood = "stage 1 step 8/10, loss 2.4000, validation 2.7500 (2 steps before), 45% trained"
+    stood = "stage 1 step 8/10, loss 2.4000, validation 2.7500 (2 steps before), 45\u00a0% trained"
     assert infos == [f"when it failed: {stood}. Finished stages and the last checkpoint are kept"]
     assert warnings == ["the page of now on Prefect's pages was not updated: the server is away"]

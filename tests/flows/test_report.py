@@ -142,6 +142,17 @@ def test_a_page_needs_nothing_and_is_beside_its_data(reference: Reference, run: 
     assert again["samples"] == document["samples"]
 
 
+def test_what_hardly_stretches_the_axis_is_shown(told: Any) -> None:
+    def page(first: float) -> str:
+        stage = told["stages"][0]
+        curve = {"steps": [*range(1, 101)], "of": 100, "loss": [first, *(6.0 - n / 100 for n in range(99))]}
+        curve |= {name: [1.0] * 100 for name in ("gradient_norm", "learning_rate")}
+        return page_of([told | {"stages": [stage | {"curve": curve}], "parts": [], "depths": []}])
+
+    assert "are left out" in page(9.0)
+    assert "are left out" not in page(6.45)  # more than one and a half times what nine tenths of the losses span
+
+
 def test_a_spike_does_not_stretch_the_axis(told: Any) -> None:
     document = told | {"depths": []}
     assert "are left out" not in page_of([document])
@@ -231,6 +242,20 @@ def test_a_page_says_what_the_columns_of_its_tables_mean(told: Any) -> None:
     assert all(str(escape(note)) in page_of([told]) for note in notes)
 
 
+def test_a_note_explains_no_column_that_is_not_there(told: Any) -> None:
+    stages = tables(told)[0]
+    assert "Gain: " in stages.note
+    assert "Masked: " not in stages.note
+    masked = [stage | {"gain": None, "mask_ratio": 0.4} for stage in told["stages"]]
+    stages = tables(told | {"stages": masked})[0]
+    assert "Gain: " not in stages.note
+    assert "Masked: " in stages.note
+    assert [row[stages.columns.index("|masked")] for row in stages.rows] == ["40\u00a0%"] * 3
+    page = page_of([told | {"stages": masked}])
+    assert "validation loss [nats per loss position] at 40\u00a0% masked</span>" in page
+    assert "masked</span>" not in page_of([told])
+
+
 def test_losses_at_other_mask_ratios_are_dots_apart(told: Any) -> None:
     first, *others = told["stages"]
     joined = page_of([told])
@@ -254,13 +279,38 @@ def test_numbers_below_an_axis_stand_apart() -> None:
 def test_names_of_lines_stand_beside_the_axes_and_apart() -> None:
     names = [f"stage {n}" for n in range(9)]
     plot = Plot(places(0, 10), scale_of([1.0, 2.0]), "x", "y", names)
-    plot.ends((1.0 + n / 1000, name) for n, name in enumerate(names))  # all of them near the lower end
+    plot.lines([(name, [0, 10], [2.0, 1.0 + n / 1000]) for n, name in enumerate(names)])  # all end near the lower end
     heights = sorted(float(str(m.attributes["y"])) for m in plot.marks if m.text in names)
     assert len(heights) == 9
     assert min(after - before for before, after in itertools.pairwise(heights)) >= 15
     assert heights[-1] <= plot.y(1.0) + 17
-    assert {m.attributes["x"] for m in plot.marks if m.text in names} == {plot.x(10) + 8}
-    assert plot.x(10) + 8 + 8 * 7.5 <= WIDTH
+    (at,) = {float(str(m.attributes["x"])) for m in plot.marks if m.text in names}
+    assert plot.x(10) < at <= WIDTH - 8 * 7.5
+    drawn = [m.attributes for m in plot.marks if m.tag == "polyline"]
+    leaders = {m.attributes["style"]: m.attributes for m in plot.marks if "leader" in str(m.attributes.get("class"))}
+    assert len(leaders) == 9  # in the colour of its line, from where that ends to its name
+    for n, line in enumerate(drawn):
+        leader = leaders[line["style"]]
+        assert str(line["points"]).endswith(f" {leader['x1']},{leader['y1']}")
+        (written,) = [m.attributes["y"] for m in plot.marks if m.text == names[n]]
+        assert float(str(leader["y2"])) + 4 == pytest.approx(float(str(written)))
+
+
+def test_a_log_axis_is_called_so() -> None:
+    plot = Plot(scale_of([1, 9], log=True), scale_of([1.0, 2.0]), "position", "loss")
+    assert {"position, log scale", "loss"} <= {mark.text for mark in plot.marks}
+    assert "loss, log scale" in {m.text for m in Plot(places(0, 9), scale_of([1, 9], log=True), "x", "loss").marks}
+
+
+def test_some_of_many_depths_are_drawn_and_named(told: Any) -> None:
+    depths = [
+        {"stage": n, "depth": n + 1, "loss_by_position": {"1": 3.0 - n / 10, "2": 2.0}, "loss_by_ratio": {}}
+        for n in range(12)
+    ]
+    page = page_of([told | {"depths": [each | {"stream_norms": [1.0, 2.0]} for each in depths]}])
+    assert "Of 12 stages, 4 are shown: 0, 4, 7, 11." in page
+    assert len(set(re.findall(r'<polyline class="ramp" style="([^"]+)"', page))) == 4
+    assert "are shown" not in page_of([told | {"depths": [each | {"stream_norms": []} for each in depths[:3]]}])
 
 
 def test_a_picture_has_the_losses_of_every_stage(reference: Reference, run: Run, tmp_path: Path) -> None:
@@ -323,10 +373,16 @@ def test_runs_side_by_side(run: Run, tmp_path: Path) -> None:
     said = run("report", "tiny", "other", "--artifacts", root, "--html", page)
     assert [word in said.out for word in ("training.learning_rate", "run.seed", "run.name")] == [True, True, False]
     assert len(json.loads(page.with_suffix(".json").read_text())["runs"]) == 2
-    assert len(re.findall(r'class="dot judged run-1"', page.read_text())) == 2
-    for name, class_ in (("tiny", "line run-0"), ("other", "line run-1")):  # a key in both plots
-        key = rf'<line class="{class_}"[^>]*></line>\s*<text class="note"[^>]*>{name}</text>'
-        assert len(re.findall(key, page.read_text())) == 2
+    assert len(re.findall(r'class="marker run-1"[^>]*><title>', page.read_text())) == 2
+    shapes = set[str]()
+    for name, run_ in (("tiny", "run-0"), ("other", "run-1")):  # a key in both plots
+        line, marker = rf'<line class="line {run_}".*', rf'<path class="marker {run_}" d="M[^ma]+([^"]+)".*'
+        found = re.findall(rf"{line}\s*{marker}\s*<text [^>]*>{name}</text>", page.read_text())
+        assert len(found) == 2
+        shapes |= set(found)
+    assert len(shapes) == 2
+    assert "Thick, with markers: validation." in page.read_text()
+    assert '<td class="text-cell key">run.<wbr>seed</td>' in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_losses_at_other_ratios_are_not_joined() -> None:
     plot = drawn(loss_plot(stages))
     first, second = [[(0, 3.0), (1, 2.5)], [(0, 4.0), (1, 3.75)]]
     assert lines(plot) == [[pytest.approx(point, abs=0.01) for point in line] for line in (first, second)]
-    assert {"15% masked", "50% masked"} <= {mark.text for mark in plot.iter(f"{SVG}text")}
+    assert {"15\u00a0% masked", "50\u00a0% masked"} <= {mark.text for mark in plot.iter(f"{SVG}text")}
 
 
 def test_stages_are_counted_in_whole_numbers() -> None:

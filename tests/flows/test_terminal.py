@@ -81,8 +81,8 @@ def test_bars_show_what_fits_and_cut_no_number(clock: Clock, width: int, stage: 
     train(bars, clock, 40)
     said = drawn(bars)
     assert said[0] == stage
-    assert re.fullmatch(r"run +[█░]+ 10%, 3:00 left", said[1])
-    assert said[1].index("10%") == said[0].index("step")
+    assert re.fullmatch(r"run +[█░]+ 10\u00a0%, 3:00 left", said[1])
+    assert said[1].index("10\u00a0%") == said[0].index("step")
 
 
 def test_the_bar_of_the_run_moves_in_its_last_stage_and_between_events(clock: Clock) -> None:
@@ -92,15 +92,15 @@ def test_the_bar_of_the_run_moves_in_its_last_stage_and_between_events(clock: Cl
     for number in range(1, 41):
         clock.now += 0.5
         bars(StepTaken(1, number, 100, 2.0, n_tokens=64))
-        assert re.fullmatch(rf"run +[█░]+ {number}%(, \d+ s left)?", drawn(bars)[1])
-    assert drawn(bars)[1].endswith("40%, 30 s left")
+        assert re.fullmatch(rf"run +[█░]+ {number}\u00a0%(, \d+ s left)?", drawn(bars)[1])
+    assert drawn(bars)[1].endswith("40\u00a0%, 30 s left")
     clock.now += 0.5
-    assert drawn(bars)[1].endswith("40%, 30 s left")  # 29.5
+    assert drawn(bars)[1].endswith("40\u00a0%, 30 s left")  # 29.5
     clock.now += 60.0
-    assert drawn(bars)[1].endswith("40%, 30 s left")  # it stands: a step takes half a second
+    assert drawn(bars)[1].endswith("40\u00a0%, 30 s left")  # it stands: a step takes half a second
     bars(TaskStarted(1, "validate"))
     bars(Judged(1, 1, 2, "stacks"))
-    assert drawn(bars)[1].endswith("40%, 0 s left")
+    assert drawn(bars)[1].endswith("40\u00a0%, 0 s left")
 
 
 def test_lines_leave_room_for_the_echo_of_a_key(clock: Clock) -> None:
@@ -132,7 +132,7 @@ def test_what_is_stopped_looks_stopped(clock: Clock) -> None:
     bars.stop()
     said = drawn(bars)
     assert said[0] == "stage 1 train    ███░░░░░ stopped, step 40/100, loss 2.0000, 128 tokens/s"
-    assert said[1].endswith("stopped, 10%")
+    assert said[1].endswith("stopped, 10\u00a0%")
     bars = bars_of(80)
     bars(TaskStarted(1, "train"))
     bars.stop()
