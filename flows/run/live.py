@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flows.run.events import Event, Judged, RowsCached, StageDone, StagesPriced, StepTaken, TaskStarted, subscribed
-from flows.run.numbers import clock, size
+from flows.run.numbers import clock, percent, size
 from stackwise_core.strict import parse_object
 from storage.runs import Attempt
 
@@ -288,7 +288,7 @@ def _left(said: Mapping[str, Any]) -> str:
     left = f", {of_task} left" if round(said["seconds_left"]) else ""
     if of_run is None or clock(of_run) == of_task:
         return left
-    return f"{left}, {clock(of_run)} left of the run" + (f" ({share:.0%} trained)" if share is not None else "")
+    return f"{left}, {clock(of_run)} left of the run" + (f" ({percent(share)} trained)" if share is not None else "")
 
 
 def progress_line(said: Mapping[str, Any]) -> str:

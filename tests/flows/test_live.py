@@ -35,7 +35,7 @@ def test_time_left_of_the_run_is_by_flops(monkeypatch: pytest.MonkeyPatch, capsy
         now.now += 0.5
         lines(StepTaken(1, number, 100, 2.0, n_tokens=64))
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.endswith("30 s left, 3:00 left of the run (10% trained), 128 tokens/s")
+    assert said.endswith("30 s left, 3:00 left of the run (10\u00a0% trained), 128 tokens/s")
     lines(TaskStarted(2, "train"))
     for number in (1, 2, 3, 4):
         now.now += 1.5
