@@ -234,13 +234,16 @@ class Plot:
             self.marks.append(Mark("line", {**look, "class": f"{look['class']} leader", **leader}))
             self._name(self._right + _LEADER, height + 4, name, "start")
 
-    def key(self, names: Sequence[str]) -> None:
-        """Write the names of runs with their lines and markers at the top right: falling curves leave room there."""
+    def key(self, entries: Sequence[tuple[str, str]], *, marked: bool = False) -> None:
+        """Write names and a piece of their lines, given by class, at the top right: falling curves leave room there.
+
+        With `marked`, they are those of runs, which have markers.
+        """
         right = WIDTH - RIGHT
-        for which, name in enumerate(names):
+        for which, (name, class_) in enumerate(entries):
             y = TOP + 12 + which * _LABEL_HEIGHT
-            self._line(f"line run-{which}", right - 34, right, y - 4, y - 4)
-            self.marks.append(_marker(right - 17, y - 4, which))
+            self._line(class_, right - 34, right, y - 4, y - 4)
+            self.marks += [_marker(right - 17, y - 4, which)] if marked else []
             self._name(right - 40, y, name, "end")
 
     def bars(self, edges: Sequence[float], heights: Sequence[float], floor: float) -> None:

@@ -154,7 +154,7 @@ def _loss_plot(documents: Sequence[Document], axis: _Axis) -> Plot | None:
                 what = f"{document['run']}, {where}"
                 plot.marker(at, value, which, what) if style else plot.dot(at, value, "dot judged", what)
     if len(documents) > 1:
-        plot.key([document["run"] for document in documents])
+        plot.key([(document["run"], f"line run-{which}") for which, document in enumerate(documents)], marked=True)
     return plot
 
 

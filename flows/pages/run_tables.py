@@ -41,7 +41,7 @@ def _stages(stages: Sequence[Document]) -> TableOf:
             parameters(stage["rack_parameters"]),
             parameters(stage["trainable_parameters"]),
             loss(stage["train_loss"]),
-            "-" if stage["mask_ratio"] is None else percent(stage["mask_ratio"]),
+            percent(stage["mask_ratio"]),
             loss(stage["validation_loss"]),
             signed(stage["gain"]),
         ]

@@ -24,9 +24,9 @@ def signed(value: float | None, form: str = "+.4f") -> str:
     return "-" if value is None else f"{value:{form}}".replace("-", "\u2212") if value else "0"
 
 
-def percent(share: float, form: str = ".0f") -> str:
-    """Return a share in percent, with a true minus sign: 6 %."""
-    return f"{100 * share:{form}}\u00a0%".replace("-", "\u2212")
+def percent(share: float | None, form: str = ".0f") -> str:
+    """Return a share in percent, with a true minus sign: 6 %; - if it is None."""
+    return "-" if share is None else f"{100 * share:{form}}\u00a0%".replace("-", "\u2212")
 
 
 def parameters(count: int | None) -> str:
