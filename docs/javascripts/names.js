@@ -1,16 +1,29 @@
-// A browser breaks a line behind a hyphen, also in the middle of --budgets or of flat-2/3. Words of inline code that fit
-// the smallest screen stay whole.
-const LONGEST = 34;
+// A browser breaks a line behind a hyphen, also in the middle of --budgets or of flat-2/3. Words of inline code stay whole;
+// of those that are longer than a phone has room for, the parts of a path or of NAME=VALUE do.
+const LONGEST = 32;
+
+function whole(text) {
+  if (text.length > LONGEST || !/\S/.test(text)) return text;
+  const span = document.createElement("span");
+  span.className = "whole";
+  span.textContent = text;
+  return span;
+}
+
+function broken(word) {
+  if (word.length <= LONGEST) return [whole(word)];
+  const [first, ...others] = word.split(/(?<=[/=@])/).map(whole);
+  return [first, ...others.flatMap((part) => [document.createElement("wbr"), part])];
+}
 
 for (const code of document.querySelectorAll("article :not(pre) > code")) {
   if (code.childElementCount) continue; // a signature with links
-  code.replaceChildren(
-    ...code.textContent.split(/(\s+)/).map((word) => {
-      if (!/[-/]/.test(word) || word.length > LONGEST) return word;
-      const whole = document.createElement("span");
-      whole.className = "whole";
-      whole.textContent = word;
-      return whole;
-    }),
-  );
+  code.replaceChildren(...code.textContent.split(/(\s+)/).flatMap(broken));
+}
+
+// A table of two names and a text, such as a key, its default and what it is, has another shape on a phone: site.css.
+for (const table of document.querySelectorAll("article table")) {
+  const rows = [...table.tBodies[0].rows];
+  const isName = (cell) => cell.firstElementChild?.textContent === cell.textContent;
+  if (rows.every(({ cells }) => cells.length === 3 && isName(cells[1]))) table.dataset.names = "";
 }

@@ -93,7 +93,7 @@ _RUN_STYLE = """
 .run-1 { --own: #b8460b; } .run-2 { --own: #23774b; } .run-3 { --own: #8451b8; } .run-0 { --own: #2458c5; }
 .line[class*="run-"] { stroke: var(--own); } .marker { fill: none; stroke: var(--own); stroke-width: 1.8; }
 @media (prefers-color-scheme: dark) { rect { fill: #14161a; } text { fill: #9aa1ab; } .label, .note { fill: #e5e6e8; }
-.grid { stroke: #2c3037; } .axis { stroke: #9aa1ab; } .line { stroke: #82aaff; } .line.thin { stroke: #646a73; }
+.grid { stroke: #2c3037; } .axis { stroke: #9aa1ab; } .line { stroke: #82aaff; } .line.thin { stroke: #828891; }
 .dot { fill: #82aaff; } .run-0 { --own: #82aaff; } .run-1 { --own: #ffa066; } .run-2 { --own: #5cc98f; }
 .run-3 { --own: #bd93f0; } }
 """
