@@ -16,6 +16,7 @@ from flows.run import live, terminal
 from flows.run.events import Judged, StagesPriced, StepTaken, TaskStarted, subscribed
 from flows.run.live import LIVE, LiveFile, read_live
 from flows.run.terminal import PlainLines
+from support.clock import clock_of
 from support.commands import Run
 from support.runs import grown, tiny
 
@@ -24,10 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
 
 def test_time_left_of_the_run_is_by_flops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Stage 1 takes 100 steps of 0.5 s; stage 2 costs three times as much, and stage 0 is there already."""
-    now = SimpleNamespace(now=1000.0)
-    now.monotonic = lambda: now.now
-    monkeypatch.setattr(live, "time", now)
-    monkeypatch.setattr(terminal, "time", now)
+    now = clock_of(monkeypatch, live, terminal)
     lines = PlainLines(seconds_between_steps=0.0)
     lines(StagesPriced((0.0, 2e12, 6e12)))
     lines(TaskStarted(1, "train"))
@@ -48,10 +46,7 @@ def test_time_left_of_the_run_is_by_flops(monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_line_for_every_step_is_none_for_every_row_that_is_compared(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = SimpleNamespace(now=1000.0)
-    now.monotonic = lambda: now.now
-    monkeypatch.setattr(live, "time", now)
-    monkeypatch.setattr(terminal, "time", now)
+    now = clock_of(monkeypatch, live, terminal)
     lines = PlainLines(seconds_between_steps=0.0)
     lines(TaskStarted(1, "validate"))
     for done in range(1, 17):
@@ -63,9 +58,7 @@ def test_a_line_for_every_step_is_none_for_every_row_that_is_compared(
 
 def test_time_left_has_the_validations(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes 1 s and a validation 6 s: until one is measured, 2 s, as its FLOPs say at the speed of a step."""
-    now = SimpleNamespace(now=1000.0)
-    now.monotonic = lambda: now.now
-    monkeypatch.setattr(live, "time", now)
+    now = clock_of(monkeypatch, live)
     meter, record = live.Meter(), {"tokens_per_second": 64.0}
     # Stage 0 has validations after steps 10, 20 and at its end, and stage 1 those and is twice as dear.
     meter(StagesPriced((30e9, 60e9), ((30, 2e9), (30, 2e9)), every=10))
@@ -92,9 +85,7 @@ def test_time_left_has_the_validations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_time_left_has_the_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes 1 s; the first store takes 30 s instead of the 10 s of its FLOPs, and so will the second."""
-    now = SimpleNamespace(now=1000.0)
-    now.monotonic = lambda: now.now
-    monkeypatch.setattr(live, "time", now)
+    now = clock_of(monkeypatch, live)
     meter = live.Meter()
     meter(StagesPriced((30e9, 30e9, 30e9), filling=(10e9, 10e9, 0.0)))
 

@@ -18,28 +18,16 @@ from flows.pages.plots import running_mean
 from flows.pages.progress import Curve, RunProgress
 from flows.run import live
 from flows.run.events import RowsCached, RunStarted, StageDone, StagesPriced, StepTaken, TaskStarted, emit
+from support.clock import Clock, clock_of
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-class Clock:
-    """Stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(live, "time", clock)
-    monkeypatch.setattr(progress_module, "time", clock)
-    return clock
+    return clock_of(monkeypatch, live, progress_module)
 
 
 def test_a_curve_keeps_the_mean_of_everything_in_few_points() -> None:

@@ -37,19 +37,10 @@ from flows.run.run import add_stage
 from flows.run.stage import Stage
 from flows.run.terminal import LiveBars, PlainLines, showing
 from stackwise_core.errors import StageInterruptedError
+from support.clock import Clock, clock_of
 from support.runs import grown, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
-
-
-class Clock:
-    """Stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 def step(number: int, stage: int = 1) -> StepTaken:
@@ -307,9 +298,7 @@ def test_artifact_keys_are_what_prefect_takes() -> None:
 def test_plain_lines_begin_end_and_every_ten_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = Clock()
-    monkeypatch.setattr(terminal, "time", now)
-    monkeypatch.setattr(live, "time", now)
+    now = clock_of(monkeypatch, live, terminal)
     lines = PlainLines()
     lines(RunStarted("tiny", 3, "/a"))
     lines(TaskStarted(-1, "prepare data"))
@@ -347,9 +336,7 @@ def test_speed_counts_from_the_second_step_of_the_task(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A resumed stage has 10 steps left at 1 s each: not 90 steps in no time. Its first step took 30 s to warm up."""
-    now = Clock()
-    monkeypatch.setattr(live, "time", now)
-    monkeypatch.setattr(terminal, "time", now)
+    now = clock_of(monkeypatch, live, terminal)
     lines = PlainLines(seconds_between_steps=0.0)
     now.now += 1000.0  # earlier tasks
     lines(TaskStarted(1, "train"))

@@ -27,25 +27,13 @@ from flows.run.events import (
 )
 from flows.run.say import complain
 from flows.run.terminal import LiveBars, PlainLines, TableOf, plain_console, print_tables, showing
-
-
-class Clock:
-    """Moves by half a second a step."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
+from support.clock import Clock, clock_of
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Stand for the time of the meter and of the lines."""
-    now = Clock()
-    monkeypatch.setattr(live, "time", now)
-    monkeypatch.setattr(terminal, "time", now)
-    return now
+    return clock_of(monkeypatch, live, terminal)
 
 
 def bars_of(width: int) -> LiveBars:
