@@ -54,6 +54,8 @@ class Meter:
         """What a FLOP of training, one of validating and one of filling a store take [s]; 0 if it is not known."""
         self._filling: tuple[int, float] | None = None
         """The stage whose store is filled, and since when."""
+        self._judged: float | None = None
+        """Since when the task that validates counts what it counts; None in other tasks."""
         self._left: float | None = None
         self._left_at, self._going_on = 0.0, 0.0
         """What is left of the run, when that was known, and how much of it what goes on since then takes [s]."""
@@ -69,6 +71,7 @@ class Meter:
             case TaskStarted():
                 self._counts = None
                 self._filled(event.stage if event.task == "cache" else None)
+                self._judged = time.monotonic() if event.task == "validate" else None
                 self._know(self._from(event.stage, event.task), self._of_task(event.stage, event.task))
             case StageDone():
                 self._done(event.stage, 1.0)
@@ -85,6 +88,8 @@ class Meter:
                     after = self._from(event.stage, "validate")
                     self._know(None if after is None else left + after, left)
                     return Pace(0.0, left, self._left, self.run_share)
+            case Judged() if self._judged is not None:
+                self._judge(event, time.monotonic() - self._judged)
             case _:
                 pass
         return None
@@ -97,7 +102,8 @@ class Meter:
         """
         if self._left is None:
             return None
-        return self._left - min(time.monotonic() - self._left_at, self._going_on)
+        left = self._left - min(time.monotonic() - self._left_at, self._going_on)
+        return left if round(left) else None  # what still goes on takes longer than it was known to
 
     def _know(self, left: float | None, going_on: float = 0.0) -> None:
         self._left, self._left_at, self._going_on = left, time.monotonic(), going_on
@@ -187,6 +193,16 @@ class Meter:
             flops = self._priced.filling[stage] if 0 <= stage < len(self._priced.filling) else 0.0
             self._a_filled_flop = (time.monotonic() - since) / flops if flops else self._a_filled_flop
         self._filling = None if begins is None else (begins, time.monotonic())
+
+    def _judge(self, event: Judged, seconds: float) -> None:
+        """Tell what is left by what is judged so far: cached rows first, if there are any, and then stacks."""
+        if event.done == event.of:
+            self._judged = time.monotonic()
+        if seconds >= _SECONDS_TO_TELL:
+            left = (event.of - event.done) * seconds / event.done
+            left += self._of_task(event.stage, "validate") if event.what != "stacks" else 0.0
+            after = self._from(event.stage + 1)
+            self._know(None if after is None else left + after, left)
 
     def _done(self, stage: int, share: float) -> None:
         flops = self._priced.flops

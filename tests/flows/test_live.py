@@ -111,6 +111,32 @@ def test_time_left_has_the_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left() == 30
 
 
+def test_time_left_of_a_validation_is_by_what_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its FLOPs say 2 s; 16 rows take 2 s each, and three stacks 10 s each. The next stage takes 30 s and 2 s."""
+    now = clock_of(monkeypatch, live)
+    meter = live.Meter()
+    meter(StagesPriced((30e9, 30e9), ((30, 2e9), (30, 2e9))))
+    meter(TaskStarted(0, "train"))
+    for number in range(1, 31):
+        now.now += 1.0
+        meter(StepTaken(0, number, 30, 2.0, 64))
+    meter(TaskStarted(0, "validate"))
+    for row in range(1, 17):
+        now.now += 2.0
+        meter(Judged(0, row, 16, "cached rows compared"))
+        assert meter.run_seconds_left == pytest.approx((16 - row) * 2.0 + 2.0 + 32.0)
+    for stack in range(1, 4):
+        now.now += 10.0
+        meter(Judged(0, stack, 3, "stacks"))
+        assert meter.run_seconds_left == pytest.approx((3 - stack) * 10.0 + 32.0)
+    meter(TaskStarted(1, "train"))
+    meter(StepTaken(1, 30, 30, 2.0, 64))
+    meter(TaskStarted(1, "validate"))
+    assert meter.run_seconds_left == pytest.approx(2.0)
+    now.now += 2.0  # it takes longer than it should, and how much longer nobody knows
+    assert meter.run_seconds_left is None
+
+
 def test_a_live_run_says_how_far_it_is(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "_SECONDS_BETWEEN_WRITES", 0.0)
     monkeypatch.setattr(live, "_SECONDS_TO_TELL", 0.0)
