@@ -184,7 +184,8 @@ class Plot:
         """Draw named lines in the colours of a ramp, from its first to its last, and their names where they end."""
         ends = list[End]()
         for at, (name, xs, ys) in enumerate(lines):
-            look = {"class": "ramp", "style": f"--along: {at / max(1, len(lines) - 1):.0%}"}
+            ramp = {"class": "ramp", "style": f"--along: {at / max(1, len(lines) - 1):.0%}"}
+            look = ramp if len(lines) > 1 else {"class": "line"}
             self.marks.append(Mark("polyline", {**look, "points": self._points(xs, ys)}))
             known = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
             ends += [(*known[-1], name, look)] if name and known else []
@@ -204,19 +205,6 @@ class Plot:
     def marker(self, x: float, y: float, which: int, what: str) -> None:
         """Draw the marker of one of several runs, open: those of others at the same place are seen through it."""
         self.marks.append(_marker(self.x(x), self.y(y), which, f"{what}: {y:.4g}"))
-
-    def names(self, points: Iterable[tuple[float, float, str]]) -> None:
-        """Write names beside points, on the side with room, moved down where they would overlap."""
-        placed: list[tuple[float, float, float]] = []  # left, right, height
-        for x, y, name in sorted(((self.x(x), self.y(y), name) for x, y, name in points), key=lambda each: each[1]):
-            on_the_left = x > (LEFT + WIDTH) / 2
-            width = _width(name)
-            left, right = (x - 8 - width, x - 8) if on_the_left else (x + 8, x + 8 + width)
-            for other_left, other_right, height in placed:
-                if left < other_right and other_left < right and abs(y - height) < _LABEL_HEIGHT:
-                    y = height + _LABEL_HEIGHT
-            placed.append((left, right, y))
-            self._name(x - 8 if on_the_left else x + 8, y + 4, name, "end" if on_the_left else "start")
 
     def ends(self, points: Iterable[End]) -> None:
         """Write names right of the axes, so that they stand apart, and lead a line to each from its point."""

@@ -144,7 +144,9 @@ def _by_channel(store: dict[str, Any]) -> Figure:
     rms, bound = channels["rms"], channels["outlier_bound"]
     far = max(value or 0.0 for value in rms) > bound / 2
     scale = scale_of([*rms, bound] if far else rms, log=far, zero=not far)
-    plot = Plot(places(0, d_model - 1), scale, "channel", "root mean square")
+    named = channels["outliers"][:_NAMED_OUTLIERS]
+    plot = Plot(places(0, d_model - 1), scale, "channel", "root mean square", list(map(str, named)))
+    plot.ends((channel, rms[channel], str(channel), {"class": "line thin"}) for channel in named)
     marked = {*channels["outliers"], *channels["dead"]}
     for class_, which in (
         ("dot", [channel for channel in range(d_model) if channel not in marked]),
@@ -152,7 +154,6 @@ def _by_channel(store: dict[str, Any]) -> Figure:
         ("outlier", channels["outliers"]),
     ):
         plot.dots(which, [rms[channel] for channel in which], class_, "channel")
-    plot.names((channel, rms[channel], str(channel)) for channel in channels["outliers"][:_NAMED_OUTLIERS])
     if far:
         plot.level(bound)
     caption = (

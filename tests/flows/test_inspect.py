@@ -347,6 +347,7 @@ def test_planted_channels_are_marked_in_the_plots(kept: Path, look: Look) -> Non
     document["store"]["non_finite"] = 12
     parsed = Parsed(store_page(document))
     assert parsed.attributes.count(("class", "outlier")) == 1
+    assert parsed.attributes.count(("class", "line thin leader")) == 1  # to its number, which covers no dot
     assert parsed.attributes.count(("class", "dead")) == 1
     assert parsed.attributes.count(("class", "dot")) == 14
     assert "NaN or infinite among the sampled values: 12" in parsed.text

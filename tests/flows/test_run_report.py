@@ -68,6 +68,7 @@ def lines(plot: ElementTree.Element) -> list[list[tuple[float, float]]]:
 def test_the_plot_shows_the_loss_of_every_stage() -> None:
     plot = drawn(loss_plot([stage(0, 2.9), stage(1, 2.5), stage(2, 2.2)]))
     assert lines(plot) == [[pytest.approx(point, abs=0.01) for point in ((0, 2.9), (1, 2.5), (2, 2.2))]]
+    assert [line.get("class") for line in plot.iter(f"{SVG}polyline")] == ["line"]  # one has no ramp of colours
     tips = [title.text for title in plot.iter(f"{SVG}title")]
     assert tips == ["stage 0: 2.9", "stage 1: 2.5", "stage 2: 2.2"]
 
