@@ -249,7 +249,7 @@ class ModelConfig(Section):
     """What attention and feed-forward are multiplied by before they are added to the stream: one, or 1 / sqrt(2 L) for
     the L blocks of the deepest rack, so that the stream of a deep rack grows no further than that of a shallow one."""
     residual_blocks: int = Field(default=0, ge=0, le=2**17)
-    """residual_scale depth: L; 0 means the blocks of training.progressive.max_stacks stacks."""
+    """The L of `residual_scale: depth`; 0 means the blocks of training.progressive.max_stacks stacks."""
     tie_embeddings: bool = True
     """Tie head and embedding in the first stage; afterwards the head is its own tensor."""
     rope_theta: float = Field(default=10000.0, gt=1.0)
@@ -358,7 +358,8 @@ class ProgressiveConfig(Section):
     """Time steps in all; 0 means as many as mask_ratio_table has ratios, or else 1,000 with time as an input, and with
     depth max_stacks * time_per_stack, or what exponential steps need."""
     stacks: list[StackOverride] = Field(default_factory=list)
-    """Per-stack overrides {n_blocks, precision, mode, tail_stacks, steps} in creation order."""
+    """Per-stack overrides {n_blocks, precision, mode, tail_stacks, steps} in creation order; precision and mode are as
+    new_stack_precision and building_mode."""
 
 
 class TrainingConfig(Section):
@@ -389,13 +390,14 @@ class TrainingConfig(Section):
     decay: Decay = "cosine"
     """How the rate falls from the peak to min_learning_rate."""
     decay_steps: int = Field(default=0, ge=0)
-    """one_clock: in how many of the last steps; 0 means all of the joint anneal, or else a fifth of the run's."""
+    """With `schedule: one_clock`, in how many of the last steps the rate falls; 0 means all of the joint anneal, or
+    else a fifth of the run's."""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Every stage begins with a fresh optimizer, or what trained in the stage right before keeps moments and step
     count."""
     new_state: Literal["zero", "copy"] = "zero"
-    """keep: a new stack begins with zeros, or a copy with the moments of its source, if that trained in the stage right
-    before."""
+    """With `optimizer_state: keep` a new stack begins with zeros, or a copy with the moments of its source, if that
+    trained in the stage right before."""
     weight_decay: float = Field(default=0.1, ge=0.0)
     """AdamW weight decay of matrices; none on norms and embeddings."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
@@ -465,7 +467,7 @@ class CacheConfig(Section):
     fill_workers: int = Field(default=1, ge=1, le=1024)
     """Workers that fill one store together, each with hardware.threads of its own. Changes no result."""
     task_runner: Literal["threads", "processes", "dask", "ray"] = "threads"
-    """What runs more than one of them; dask and ray are extras, and reach other machines."""
+    """What runs several fill_workers; dask and ray are extras, and reach other machines."""
 
 
 class HardwareConfig(Section):
