@@ -152,7 +152,10 @@ def _loss_plot(documents: Sequence[Document], axis: _Axis) -> Plot | None:
             plot.line([at for at, _, _ in judged], [value for _, value, _ in judged], f"line {style}".strip())
             for at, value, where in (point for point in judged if point[1] <= plot.top):
                 what = f"{document['run']}, {where}"
-                plot.marker(at, value, which, what) if style else plot.dot(at, value, "dot judged", what)
+                if len(documents) > 1:
+                    plot.marker(at, value, which, what)
+                else:
+                    plot.dot(at, value, "dot judged", what)
     if len(documents) > 1:
         plot.key([(document["run"], f"line run-{which}") for which, document in enumerate(documents)], marked=True)
     return plot
