@@ -92,10 +92,11 @@ _RUN_STYLE = """
 .line.thin { stroke: #9aa1ab; stroke-width: 1; } .dot { fill: #2458c5; }
 .run-1 { --own: #b8460b; } .run-2 { --own: #23774b; } .run-3 { --own: #8451b8; } .run-0 { --own: #2458c5; }
 .line[class*="run-"] { stroke: var(--own); } .marker { fill: none; stroke: var(--own); stroke-width: 1.8; }
+.line.thin[class*="run-"] { opacity: 0.5; }
 @media (prefers-color-scheme: dark) { rect { fill: #14161a; } text { fill: #9aa1ab; } .label, .note { fill: #e5e6e8; }
-.grid { stroke: #2c3037; } .axis { stroke: #9aa1ab; } .line { stroke: #82aaff; } .line.thin { stroke: #828891; }
-.dot { fill: #82aaff; } .run-0 { --own: #82aaff; } .run-1 { --own: #ffa066; } .run-2 { --own: #5cc98f; }
-.run-3 { --own: #bd93f0; } }
+.grid { stroke: #2c3037; } .axis { stroke: #9aa1ab; } .line { stroke: #82aaff; } .dot { fill: #82aaff; }
+.line.thin:not([class*="run-"]) { stroke: #828891; } .run-0 { --own: #82aaff; } .run-1 { --own: #ffa066; }
+.run-2 { --own: #5cc98f; } .run-3 { --own: #bd93f0; } }
 """
 
 
