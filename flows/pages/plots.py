@@ -180,14 +180,20 @@ class Plot:
         around = self._points([*xs, *reversed(xs)], [*highs, *reversed(lows)])
         self.marks.append(Mark("polygon", {"class": "band", "points": around}))
 
-    def lines(self, lines: Sequence[tuple[str, Numbers, Numbers]]) -> None:
-        """Draw named lines in the colours of a ramp, from its first to its last, and their names where they end."""
+    def lines(self, lines: Sequence[tuple[str, Numbers, Numbers]], point: str = "") -> None:
+        """Draw named lines in the colours of a ramp, from its first to its last, and their names where they end.
+
+        With a name for a `point`, each has a dot in the colour of its line.
+        """
         ends = list[End]()
         for at, (name, xs, ys) in enumerate(lines):
             ramp = {"class": "ramp", "style": f"--along: {at / max(1, len(lines) - 1):.0%}"}
             look = ramp if len(lines) > 1 else {"class": "line"}
             self.marks.append(Mark("polyline", {**look, "points": self._points(xs, ys)}))
             known = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
+            for x, y in known if point else ():
+                circle = {**look, "class": "point", "cx": self.x(x), "cy": self.y(y), "r": 4}
+                self.marks.append(Mark("circle", circle, tip=f"{name}, {point} {x:g}: {y:.4g}".removeprefix(", ")))
             ends += [(*known[-1], name, look)] if name and known else []
         self.ends(ends)
 

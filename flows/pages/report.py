@@ -14,7 +14,8 @@ from stackwise_core.errors import shown
 STYLE = """
 text { font: 12.5px system-ui, sans-serif; fill: #555b64; } .label, .note { fill: #1d1f23; }
 .grid { stroke: #e4e3df; } .axis { stroke: #646a73; } .line { fill: none; stroke: #2458c5; stroke-width: 2; }
-.point { fill: #2458c5; } .ramp { fill: none; stroke: color-mix(in oklch, #2b1a86 var(--along), #e08a1a); }
+.point { fill: #2458c5; } .point[style] { fill: color-mix(in oklch, #2b1a86 var(--along), #e08a1a); }
+.ramp { fill: none; stroke: color-mix(in oklch, #2b1a86 var(--along), #e08a1a); }
 .ramp { stroke-width: 2; } .ramp.leader { stroke-width: 1; }
 """
 """Fixed colours on white, because an image cannot follow the light or dark theme of its page."""
@@ -57,9 +58,7 @@ def loss_plot(stages: Sequence[StageSummary]) -> str:
     everything = [loss for losses in lines.values() for loss in losses]
     named = list(filter(None, lines))
     plot = Plot(places(0, numbers[-1]), scale_of(everything), "stage", "validation loss [nats]", named)
-    plot.lines([(what, numbers, losses) for what, losses in lines.items()])
-    for losses in lines.values():
-        plot.dots(numbers, losses, "point", "stage")
+    plot.lines([(what, numbers, losses) for what, losses in lines.items()], "stage")
     return as_image("Validation loss by stage", plot.image(STYLE))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from flows.pages.provenance import trace
 from flows.run.live import progress_line, read_live
 from flows.run.numbers import percent
-from flows.run.summary import StageSummary, rise, state_of_run, summarise
+from flows.run.summary import StageSummary, comparable_losses, rise, state_of_run, summarise
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.keys import keys_of
 from stackwise_core.config.unused import notes
@@ -52,7 +52,7 @@ def describe_run(artifacts: Artifacts, name: str) -> Document:
         "attempt": attempt.number,
         "started": attempt.start["started"],
         **_now(artifacts, newest, unfinished=any(summary.unfinished for summary in summaries)),
-        "verdict": _verdict(summaries, _taken(config, plan)),
+        "verdict": verdict_of(summaries, _taken(config, plan)),
         "warnings": [line for n in range(1, len(summaries) + 1) if (line := rise(summaries[:n]))],
         "notes": notes(config),
         "objective": config.training.progressive.training_objective,
@@ -108,7 +108,7 @@ def _taken(config: StackWiseConfig, plan: RunPlan) -> str:
     return f" {which} taken from {shown(config.model.from_)}." if n else ""
 
 
-def _verdict(stages: Sequence[StageSummary], taken: str = "") -> str:
+def verdict_of(stages: Sequence[StageSummary], taken: str = "") -> str:
     """Return what came of the run in some sentences, with that on what it took from elsewhere."""
     over = [stage for stage in stages if not stage.unfinished]
     judged = [stage for stage in stages if stage.validation_loss is not None]
@@ -118,22 +118,20 @@ def _verdict(stages: Sequence[StageSummary], taken: str = "") -> str:
     done = f"{so_far} done.{taken}"
     if not judged:
         return done
-    first, last = judged[0], judged[-1]
-    unit = f"{last.validation_loss:.4f} nats"
+    last = judged[-1]
     at = "" if last.mask_ratio is None else f" at {percent(last.mask_ratio)} masked"
-    if len(judged) == 1:
-        return f"{done} Validation loss is {unit}{at}, with {_stacks(last)}."
-    if first.mask_ratio != last.mask_ratio:
-        return (
-            f"{done} Validation loss of the last is {unit}{at}; the table by share of masked tokens compares them all."
-        )
-    fell = (first.validation_loss or 0.0) - (last.validation_loss or 0.0)
-    moved = "fell" if fell > 0 else "rose"
-    gain = (judged[-2].validation_loss or 0.0) - (last.validation_loss or 0.0)
+    losses = comparable_losses(judged)
+    if len(judged) == 1 or not losses:
+        return f"{done} Validation loss is {last.validation_loss:.4f} nats{at}, with {_stacks(last)}."
+    of = "Validation loss"
+    if any(stage.mask_ratio != last.mask_ratio for stage in judged):
+        of, at = "Mean validation loss at equal mask ratios", ""
+    moved = "fell" if losses[-1] < losses[0] else "rose"
+    gain = losses[-2] - losses[-1]
     what = "the joint anneal" if last.stacks == judged[-2].stacks else "the last stack"
     gave = f"{what} lowered it by {gain:.4f}" if gain > 0 else f"{what} raised it by {-gain:.4f}"
     return (
-        f"{done} Validation loss {moved} from {first.validation_loss:.4f} with {_stacks(first)} to {unit}{at} with "
+        f"{done} {of} {moved} from {losses[0]:.4f} with {_stacks(judged[0])} to {losses[-1]:.4f} nats{at} with "
         f"{_stacks(last)}; {gave}."
     )
 

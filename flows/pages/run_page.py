@@ -111,16 +111,9 @@ def _losses(documents: Sequence[Document], caption: str) -> list[Figure]:
     costs = [] if by_compute is None else [(by_compute.svg(), "The same against what was computed, caches included.")]
     most = max(value for document in documents for value in _known(document))
     left_out = f" Losses above {by_step.top:.3g}, up to {most:.4g}, are left out." if most > by_step.top else ""
-    ratios = max(len(_ratios(document)) for document in documents)
-    apart = (
-        " Each stage is judged at its own share of masked tokens: these losses do not compare." if ratios > 1 else ""
-    )
-    return [(by_step.svg(), caption + left_out + apart), *costs]
-
-
-def _ratios(document: Document) -> set[float]:
-    judged = (stage for stage in document["stages"] if stage["validation_loss"] is not None)
-    return {stage["mask_ratio"] for stage in judged}
+    judged = [stage for document in documents for stage in document["stages"] if stage["validation_loss"] is not None]
+    apart = " Losses at different shares of masked tokens do not compare."
+    return [(by_step.svg(), caption + left_out + apart * (len({stage["mask_ratio"] for stage in judged}) > 1)), *costs]
 
 
 def _spans(document: Document, axis: _Axis) -> Iterator[tuple[Document, float, float]]:
@@ -287,4 +280,5 @@ def _stream_norms(document: Document) -> list[Figure]:
     plot = Plot(places(0, len(norms) - 1), scale_of(norms, log=log), "stacks below", "norm of the stream")
     plot.line(range(len(norms)), norms)
     plot.dots(range(len(norms)), norms, "dot judged", "stacks below")
-    return [(plot.svg(), "Median over the tokens of some withheld sequences; 0 is the embedding.")]
+    caption = "Hidden states between stacks: the median over the tokens of some withheld sequences; 0 is the embedding."
+    return [(plot.svg(), caption)]

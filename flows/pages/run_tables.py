@@ -160,13 +160,14 @@ def _changes(document: Document) -> TableOf:
 
 def side_by_side(documents: Sequence[Document]) -> list[TableOf]:
     """Return the tables of several runs: what came of each, and the keys in which they differ."""
-    columns = ("run", "|stages", "|parameters", "|validation", "|TFLOP", "|tokens", "|time", "|cache")
+    columns = ("run", "|stages", "|parameters", "|validation", "|masked", "|TFLOP", "|tokens", "|time", "|cache")
     rows = [
         [
             document["run"],
             str(len(document["stages"])),
             parameters(document["parameters"]),
-            loss(document["validation_loss"]) + _at_ratio(document),
+            loss(document["validation_loss"]),
+            percent(judged_at(document)),
             number(document["tflop"]),
             parameters(document["tokens"]),
             clock(document["seconds"]),
@@ -176,17 +177,15 @@ def side_by_side(documents: Sequence[Document]) -> list[TableOf]:
     ]
     differing = [[each["name"], *map(_value, each["values"])] for each in differences(documents)]
     names = tuple(document["run"] for document in documents)
-    note = "Validation: the loss of the last stage, in nats per loss position. TFLOP: validation left out."
+    note = (
+        "Validation: the loss of the last stage, in nats per loss position. Masked: the share of tokens masked for it. "
+        "TFLOP: validation left out."
+    )
     found = [
-        TableOf("Runs", columns, rows, note),
+        _without_empty_columns(TableOf("Runs", columns, rows, note)),
         TableOf("Where their configurations differ", ("key", *names), differing),
     ]
     return [table for table in found if table.rows]
-
-
-def _at_ratio(document: Document) -> str:
-    ratio = judged_at(document)
-    return "" if ratio is None else f" at {percent(ratio)} masked"
 
 
 def _value(value: Any) -> str:

@@ -109,6 +109,17 @@ class StageSummary(BaseModel, frozen=True):
         return ", ".join(parts)
 
 
+def comparable_losses(judged: Sequence[StageSummary]) -> list[float]:
+    """Return the validation losses of stages that have one; none if these are not comparable.
+
+    If their own are at different mask ratios, these are means over the ratios at which all were measured.
+    """
+    if len({stage.mask_ratio for stage in judged}) == 1:
+        return [stage.validation_loss or 0.0 for stage in judged]
+    shared = set[str].intersection(*(set(stage.by_mask_ratio) for stage in judged))
+    return [math.fsum(stage.by_mask_ratio[at] for at in shared) / len(shared) for stage in judged] if shared else []
+
+
 _RISE = 0.01
 """Smallest rise of a validation loss that is said, as a share of it: less may be noise."""
 
@@ -122,14 +133,10 @@ def rise(stages: Sequence[StageSummary]) -> str:
     if len(known) < 2 or known[-1] != stages[-1]:
         return ""
     before, after = known[-2:]
-    losses = [(before.validation_loss or 0.0, after.validation_loss or 0.0)]
-    if before.mask_ratio != after.mask_ratio:
-        shared = before.by_mask_ratio.keys() & after.by_mask_ratio.keys()
-        losses = [(before.by_mask_ratio[ratio], after.by_mask_ratio[ratio]) for ratio in shared]
-    was, now = (math.fsum(found) / len(losses) for found in zip(*losses, strict=True)) if losses else (0.0, 0.0)
+    was, now = comparable_losses([before, after]) or (0.0, 0.0)
     if now <= was * (1 + _RISE):
         return ""
-    means = "mean validation loss at equal mask ratios" if len(losses) > 1 else "validation loss"
+    means = "validation loss" if before.mask_ratio == after.mask_ratio else "mean validation loss at equal mask ratios"
     remedy = "more steps, more text or a lower learning rate may help"
     return f"stage {after.stage} is worse than stage {before.stage}: {means} {loss(was)}, then {loss(now)}; {remedy}"
 

@@ -263,6 +263,12 @@ def test_losses_at_other_mask_ratios_are_dots_apart(told: Any) -> None:
     dots = 'class="dot judged"'
     assert (joined.count(dots), "do not compare" in joined) == (apart.count(dots), False)
     assert "do not compare" in apart
+    other = told | {"stages": [each | {"mask_ratio": 0.4} for each in told["stages"]]}
+    assert ["do not compare" in page_of(pair) for pair in ([told, told], [other, other], [told, other])] == [
+        False,
+        False,
+        True,
+    ]
     alone = re.findall(r'class="line" points="[^ "]+"', apart)
     assert (len(re.findall(r'class="line" points="[^ "]+"', joined)), len(alone)) == (0, 2)  # by step and by FLOPs
 

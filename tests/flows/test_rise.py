@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows.pages.report import report
+from flows.pages.run import verdict_of
 from flows.run.summary import StageSummary, rise, summarise
 from stackwise_core.stages.plan import plan_config
 from storage.artifacts import Artifacts
@@ -43,6 +44,19 @@ def test_stages_of_different_ratios_are_compared_at_equal_ones() -> None:
     assert "mean validation loss at equal mask ratios 2.0000, then 2.2000" in text
     assert rise([first, stage(1, 2.0, 0.15, a=0.9, b=2.9)]).startswith("stage 1 is worse")
     assert rise([stage(0, 1.0, 0.15), stage(1, 2.0, 0.5)]) == ""  # nothing in common
+
+
+def test_a_report_says_what_came_of_stages_at_equal_mask_ratios() -> None:
+    first, last = stage(0, 1.0, 0.15, a=1.0, b=3.0), stage(2, 2.0, 0.5, a=0.8, b=2.7)
+    said = verdict_of([first, stage(1, 3.0, 0.3, a=0.9, b=2.9), last])
+    assert said == (
+        "All 3 stages are done. Mean validation loss at equal mask ratios fell from 2.0000 with one stack to 1.7500 "
+        "nats with 3 stacks; the last stack lowered it by 0.1500."
+    )
+    alike = verdict_of([first, stage(1, 0.75, 0.15, a=9.0, b=9.0)])
+    assert "Validation loss fell from 1.0000 with one stack to 0.7500 nats at 15\u00a0% masked with 2 stacks" in alike
+    apart = verdict_of([stage(0, 1.0, 0.15), stage(1, 2.0, 0.5)])  # nothing in common
+    assert apart == "All 2 stages are done. Validation loss is 2.0000 nats at 50\u00a0% masked, with 2 stacks."
 
 
 @pytest.mark.usefixtures("quick_disk")

@@ -79,6 +79,14 @@ def test_losses_at_other_ratios_are_not_joined() -> None:
     first, second = [[(0, 3.0), (1, 2.5)], [(0, 4.0), (1, 3.75)]]
     assert lines(plot) == [[pytest.approx(point, abs=0.01) for point in line] for line in (first, second)]
     assert {"15\u00a0% masked", "50\u00a0% masked"} <= {mark.text for mark in plot.iter(f"{SVG}text")}
+    colours = [line.get("style") for line in plot.iter(f"{SVG}polyline")]
+    assert len(set(colours)) == 2
+    assert [(dot.get("style"), dot[0].text) for dot in plot.iter(f"{SVG}circle")] == [
+        (colours[0], "15\u00a0% masked, stage 0: 3"),
+        (colours[0], "15\u00a0% masked, stage 1: 2.5"),
+        (colours[1], "50\u00a0% masked, stage 0: 4"),
+        (colours[1], "50\u00a0% masked, stage 1: 3.75"),
+    ]
 
 
 def test_stages_are_counted_in_whole_numbers() -> None:
