@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import os
 import time
@@ -197,14 +198,24 @@ def find_run(artifacts: Artifacts, name: str) -> Attempt:
 
 
 def known_attempts(artifacts: Artifacts, name: str) -> list[Attempt]:
-    """Return the attempts of a run, oldest first, or raise ConfigError with the names of the runs that exist."""
+    """Return the attempts of a run, oldest first, or raise ConfigError with the runs that may be meant."""
     if found := attempts(artifacts, name):
         return found
     names = run_names(artifacts)
-    there = ", ".join(names[:_MOST_NAMES]) or "none yet"
-    if len(names) > _MOST_NAMES:
-        there += f" and {len(names) - _MOST_NAMES:,} more, see `stackwise status`"
-    raise ConfigError([Fault("RUN", repr(name), f"no such run in {artifacts.uri}; there: {there}")])
+    hint = meant(name, names) or f"there: {listed(names) or 'none yet'}"
+    raise ConfigError([Fault("RUN", repr(name), f"no such run in {artifacts.uri}; {hint}")])
+
+
+def meant(name: str, names: Sequence[str]) -> str:
+    """Return 'did you mean NAME?' of the name that is most like a wrong one; empty if none is."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the names of runs for a message: of many the first, and how many more there are."""
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more:,} more, see `stackwise status`" if more > 0 else "")
 
 
 def counting(artifacts: Artifacts, found: Sequence[Attempt]) -> list[Attempt]:

@@ -69,7 +69,7 @@ _INTRODUCTION = (
     "Every key has a default; a file names those that it changes. `stackwise config` prints this list, `stackwise",
     "config --diff FILE` what a file changes, and `stackwise plan FILE` the stages that come of it. A key that a",
     "configuration does not use is a note in the plan, one that contradicts another is refused with a sentence.",
-    "Where a key is one of a few words, they stand first. `stackwise config --markdown` wrote this page.",
+    "Where a key takes one of a few words, they come first. `stackwise config --markdown` wrote this page.",
 )
 
 

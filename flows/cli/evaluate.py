@@ -54,9 +54,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     _check(options)
+    opened = open_racks(options, options.depth or None)
     from stackwise_core.training.hardware import use_hardware
 
-    opened = open_racks(options, options.depth or None)
     objective = objective_of(opened[0])
     tokenizer, device = opened[0].tokenizer(), use_hardware(opened[0].config.hardware)
     judge = _judge_pairs if options.pairs else _judge_text

@@ -6,6 +6,7 @@ Only the module of the chosen command is imported, so that `stackwise --help` is
 from __future__ import annotations
 
 import argparse
+import difflib
 import shutil
 import sys
 import traceback
@@ -135,6 +136,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"stackwise {version('stackwise')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if chosen not in _COMMANDS and (close := difflib.get_close_matches(chosen, _COMMANDS, n=1)):
+        parser.error(f"there is no command {chosen!r}; did you mean {close[0]}?")
     for name, (summary, example, module) in _COMMANDS.items():
         sub = commands.add_parser(
             name,

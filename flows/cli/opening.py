@@ -42,6 +42,10 @@ def open_racks(options: argparse.Namespace, depth: int | str | None) -> list[Ope
             raise ConfigError([Fault("--depth", str(depth), "a folder holds a rack of one depth; leave it out")])
         found: list[Opened] = [open_folder(options.name, options.tokenizer)]
     else:
+        from storage.artifacts import artifacts_at
+        from storage.runs import known_attempts
+
+        known_attempts(artifacts_at(options.artifacts).existing(), options.name)  # before the seconds that torch takes
         from storage.racks import open_run, open_runs
 
         if options.tokenizer:

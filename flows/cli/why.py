@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.cli.arguments import add_common, add_config, load_config
+from flows.run.maintenance import planned_by_run
 from flows.run.reading import Reading
 from flows.run.say import complain, say, say_json
 from flows.run.terminal import reading_shown
@@ -22,7 +23,7 @@ from storage.errors import ArtifactMissingError
 def add_why(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `why`."""
     add_common(parser, explain, json=True)
-    help_text = "an artifact that exists or is planned; a unique prefix of its name is enough"
+    help_text = "an artifact that exists or is planned: its name, of which a unique prefix is enough, or RUN/STAGE/KIND"
     parser.add_argument("id", metavar="ID", help=help_text)
     add_config(parser, optional=True)
 
@@ -32,12 +33,13 @@ def explain(options: argparse.Namespace) -> None:
 
     Raises:
         ArtifactMissingError: no run made or planned it, or not the configuration that is given.
-        ConfigError: the prefix is ambiguous, or the configuration is wrong.
+        ConfigError: the prefix is ambiguous, the run has no such stage, or the configuration is wrong.
     """
     config = load_config(options) if options.config is not None else None
     artifacts = artifacts_at(options.artifacts).existing()
     recipes = known_recipes(artifacts, on_damage=complain)
-    wanted = Path(options.id).name
+    of_run = planned_by_run(artifacts, options.id)
+    wanted = of_run.name if of_run else Path(options.id).name
     found = recipes.named(wanted)
     if config is not None:
         with reading_shown():

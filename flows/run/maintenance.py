@@ -17,7 +17,7 @@ from storage.errors import ArtifactError, ArtifactMissingError
 from storage.manifest import read_manifest
 from storage.reachability import pins
 from storage.retirement import RETIRED
-from storage.runs import Attempt, all_attempts, attempts, find_run, run_names
+from storage.runs import Attempt, all_attempts, attempts, find_run, listed, meant, run_names
 
 
 def find_artifact(artifacts: Artifacts, uri: str) -> Path:
@@ -25,16 +25,19 @@ def find_artifact(artifacts: Artifacts, uri: str) -> Path:
     if (Path(uri) / "manifest.json").exists():
         path = Path(uri).absolute()
         return path.resolve() if path.is_symlink() else path  # the user's own link
-    if (parts := uri.split("/"))[1:] and parts[1].isdecimal() and attempts(artifacts, parts[0]):
-        return artifacts.folder(_of_run(artifacts, *parts))
+    if ref := planned_by_run(artifacts, uri):
+        if artifacts.state(ref) is State.ABSENT:
+            artifacts.sealed_folder(ref)  # raises, and says that it is not made yet
+        return artifacts.folder(ref)
     name = Path(uri).name
     found = [folder for folder in artifacts.everything() if folder.name.startswith(name)]
     exact = [folder for folder in found if folder.name == name]
     if not found:
         if Path(uri).is_dir():
             read_manifest(Path(uri))  # raises, because it has no manifest
-        runs = ", ".join(run_names(artifacts)) or "none"
-        remedy = f"See `stackwise status RUN`; runs: {runs}"
+        runs = run_names(artifacts)
+        hint = meant(uri.split("/")[0], runs) or f"runs: {listed(runs) or 'none'}"
+        remedy = f"See `stackwise status RUN`; {hint}"
         raise ArtifactMissingError(uri, f"is no artifact in {artifacts.uri}", remedy)
     if len(exact or found) != 1:
         names = ", ".join(folder.name for folder in found[:5])
@@ -42,18 +45,27 @@ def find_artifact(artifacts: Artifacts, uri: str) -> Path:
     return (exact or found)[0]
 
 
+def planned_by_run(artifacts: Artifacts, uri: str) -> Ref | None:
+    """Return the artifact that RUN/STAGE[/KIND] names, made or not; None if this is no such address of a run.
+
+    Raises:
+        ConfigError: the run has no such stage, or the stage makes nothing of this kind.
+    """
+    parts = uri.split("/")
+    if len(parts) > 1 and parts[1].isdecimal() and attempts(artifacts, parts[0]):
+        return _of_run(artifacts, *parts)
+    return None
+
+
 def _of_run(artifacts: Artifacts, run: str, number: str, kind: str = "stack", *more: str) -> Ref:
-    """Return what a run made in a stage, or raise ConfigError with what there is."""
+    """Return what a run makes in a stage, or raise ConfigError with what there is."""
     plan = find_run(artifacts, run).plan
     stage = plan.stages[int(number)] if int(number) < len(plan.stages) else None
     kinds = [] if stage is None else [made for task in TASK_KINDS for made in made_by(task, stage)]
     if stage is None or kind not in kinds or more:
         there = f"stage {number} made {', '.join(kinds)}" if stage else f"it has stages 0 to {len(plan.stages) - 1}"
         raise ConfigError([Fault("URI", repr("/".join((run, number, kind, *more))), f"RUN/STAGE/KIND: {there}")])
-    ref = stage.ref(cast("Kind", kind))
-    if artifacts.state(ref) is State.ABSENT:
-        artifacts.sealed_folder(ref)  # raises, and says that it is not made yet
-    return ref
+    return stage.ref(cast("Kind", kind))
 
 
 # ---------------------------------------------------------------- verify

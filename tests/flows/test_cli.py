@@ -21,6 +21,7 @@ from flows.run import devices, validating
 from flows.run.events import Message
 from flows.run.run import add_stage
 from storage.activations import fill
+from storage.artifacts import Artifacts
 from support.commands import Run
 from support.runs import (
     digests,
@@ -109,6 +110,21 @@ def test_without_a_command_or_with_another(run: Run) -> None:
         result = run(*arguments)
         assert result.code == 2
         assert result.err.splitlines()[-1].startswith("stackwise")
+    assert run("stats", "tiny").err.splitlines()[-1].endswith("there is no command 'stats'; did you mean status?")
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_a_misspelt_run_is_told_before_torch_is_loaded(
+    command: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Artifacts(tmp_path / "artifacts").open()
+    (tmp_path / "text.txt").write_text("a text")
+    for module in ("storage.racks", "stackwise_core.training.hardware"):
+        monkeypatch.setitem(sys.modules, module, None)  # to import it would fail
+    given = ("--prompt", "a") if command == "generate" else ("--data", "text.txt")
+    result = run(command, "nobody", *given)
+    assert result.code == 2
+    assert result.faults[0].startswith("RUN: got 'nobody'; no such run in ")
 
 
 # ---------------------------------------------------------------- a wrong configuration

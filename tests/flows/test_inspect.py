@@ -517,11 +517,12 @@ def test_addresses_of_a_run(kept: Path, look: Look) -> None:
         ("tiny/2/activations", "stage 2 made build, trunk, stack, validation"),
         ("tiny/0/stack/x", "stage 0 made"),
         ("nobody/1", "is no artifact"),
+        ("tny/1", "did you mean tiny?"),
     ],
 )
 def test_an_address_of_nothing_says_what_there_is(kept: Path, look: Look, address: str, word: str) -> None:
     found = look(kept, address)
-    assert found.code == (3 if address == "nobody/1" else 2)
+    assert found.code == (2 if address.startswith("tiny/") else 3)
     assert word in found.err
 
 

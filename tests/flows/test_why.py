@@ -197,6 +197,8 @@ def test_a_run_that_planned_it_is_enough(run: Run, tmp_path: Path) -> None:
         "absent",
         ["optim.learning_rate"],
     )
+    assert run("why", "two/1/stack", "--json").document == run("why", "two/1", "--json").document == document
+    assert (run("why", "two/9/stack").code, run("why", "two/1/song").code) == (2, 2)
 
 
 def test_a_stage_is_named_by_its_number() -> None:

@@ -396,6 +396,13 @@ def test_runs_are_found_by_name(artifacts: Artifacts) -> None:
         find_run(artifacts, "half")
 
 
+def test_a_misspelt_run_is_not_looked_for_in_a_list(artifacts: Artifacts) -> None:
+    for name in ("frozen", "inserted"):
+        run(artifacts, configuration(name))
+    with pytest.raises(ConfigError, match=r"RUN: got 'frozn'; no such run in .*; did you mean frozen\?$"):
+        find_run(artifacts, "frozn")
+
+
 def test_a_message_does_not_list_a_thousand_runs(artifacts: Artifacts) -> None:
     run(artifacts, configuration("r00"))
     for number in range(1, 15):
