@@ -46,13 +46,16 @@ def page_of(documents: Sequence[Document]) -> str:
 
 def _run_page(document: Document) -> str:
     document = _thinned(document)
+    found = [stage["curve"] for stage in document["stages"] if stage["curve"]]
+    averaged = any(len(curve["steps"]) < curve["of"] for curve in found)
+    each = "the mean of a few steps" if averaged else "each step"
     curves = [
-        *_losses([document], "Grey: training, the mean of a few steps. Blue: validation."),
+        *_losses([document], f"Grey: training, {each}. Blue: validation."),
         *_gains(document),
         *_by_ratio(document),
         *_by_position(document),
         *_recorded(document, "learning_rate", "learning rate", "The schedule, over all stages.", zero=True),
-        *_recorded(document, "gradient_norm", "norm of the gradient", "Before clipping; mean of a few steps."),
+        *_recorded(document, "gradient_norm", "norm of the gradient", f"Before clipping; {each}."),
         *_stream_norms(document),
     ]
     return str(

@@ -148,8 +148,8 @@ def _stored(document: Document, row: Document) -> str:
     if not row["part"].startswith("stack "):
         return ""
     stack, last = row["part"].removeprefix("stack "), document["stages"][-1]
-    ranks = {f"rank {rank}" for rank in last["adapters"].get(stack, {}).values()}
-    return ", ".join([last["precision"][stack], *(["LoRA of " + ", ".join(sorted(ranks))] if ranks else [])])
+    ranks = " and ".join(map(str, sorted(set(last["adapters"].get(stack, {}).values()))))
+    return last["precision"][stack] + (f", LoRA of rank {ranks}" if ranks else "")
 
 
 def _changes(document: Document) -> TableOf:

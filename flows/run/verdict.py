@@ -70,15 +70,25 @@ def spent_for(curve: Curve, loss: float) -> float | None:
     return None
 
 
-def share_of(curve: Curve, spent: float, loss: float) -> tuple[float | None, str]:
-    """Return which share of what the curve spends for a loss was spent here, and a bound in words beyond the curve."""
+def share_of(curve: Curve, spent: float, loss: float) -> tuple[str, float] | None:
+    """Return which share of what the curve spends for a loss was spent here; beyond the curve, < or > and its bound."""
     if (theirs := spent_for(curve, loss)) is not None:
-        return spent / theirs, ""
+        return "", spent / theirs
     if len(curve) < 2:
-        return None, ""
+        return None
     if loss < min(y for _, y in curve):
-        return None, f"< {percent(spent / curve[-1][0])}"
-    return None, f"> {percent(spent / curve[0][0])}" if loss > curve[0][1] else ""
+        return "<", spent / curve[-1][0]
+    return (">", spent / curve[0][0]) if loss > curve[0][1] else None
+
+
+def bound_of(shares: Sequence[tuple[str, float] | None]) -> str:
+    """Return in words what holds of the shares of all seeds, if some lie beyond the curve; '' if nothing does."""
+    known = [share for share in shares if share]
+    (sign, *others) = sorted({sign for sign, _ in known} - {""}) or [""]
+    if not sign or others or len(known) < len(shares):
+        return ""
+    values = [value for _, value in known]
+    return f"{sign} {percent(max(values) if sign == '<' else min(values))}"
 
 
 # ---------------------------------------------------------------- the document
@@ -217,20 +227,18 @@ def _losses(row: Document) -> dict[int, float]:
 
 def _against(reference: Document, row: Document, axis: str) -> Document:
     """Return the share of what the end-to-end curve spends for the same loss, and the gap at the same spending."""
-    shares, gaps, bounds = list[float](), list[float](), list[str]()
+    shares, gaps = list[tuple[str, float] | None](), list[float]()
     for run in row["runs"]:
         if run["loss"] is None:
             continue
         spent, curve = _amount(row, run, axis), _curve(reference, run["seed"], axis)
-        share, bound = share_of(curve, spent, run["loss"])
-        shares += [] if share is None else [share]
-        bounds += [bound] if bound else []
+        shares.append(share_of(curve, spent, run["loss"]))
         gaps += [] if (theirs := loss_at(curve, spent)) is None else [run["loss"] - theirs]
-    n_known = len(_losses(row))
+    within = [share[1] for share in shares if share and not share[0]]
     return {
-        "share": _dumped(interval(shares)) if len(shares) == n_known else None,
-        "bound": max(bounds, key=lambda text: float(text[2:-1])) if bounds else "",
-        "gap": _dumped(interval(gaps)) if len(gaps) == n_known else None,
+        "share": _dumped(interval(within)) if len(within) == len(shares) else None,
+        "bound": bound_of(shares),
+        "gap": _dumped(interval(gaps)) if len(gaps) == len(shares) else None,
     }
 
 

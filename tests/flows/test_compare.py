@@ -20,7 +20,18 @@ from flows.run.comparing import known_results, open_field, run_missing
 from flows.run.comparison import Comparison, Result, comparison_of, grid_of
 from flows.run.events import request_stop
 from flows.run.run import grow
-from flows.run.verdict import Interval, failures_of, interval, judge, loses, loss_at, share_of, spent_for, verdict
+from flows.run.verdict import (
+    Interval,
+    bound_of,
+    failures_of,
+    interval,
+    judge,
+    loses,
+    loss_at,
+    share_of,
+    spent_for,
+    verdict,
+)
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.errors import ConfigError, StackWiseError, StageInterruptedError
 from storage.artifacts import Artifacts
@@ -150,15 +161,23 @@ def test_interpolation_is_exact_on_a_power_law_both_ways(x: float) -> None:
     loss = 3 * x**-0.2
     assert loss_at(POWER, x) == pytest.approx(loss)
     assert spent_for(POWER, loss) == pytest.approx(x)
-    assert share_of(POWER, 0.6 * x, loss) == (pytest.approx(0.6), "")
+    assert share_of(POWER, 0.6 * x, loss) == ("", pytest.approx(0.6))
 
 
 def test_nothing_is_extrapolated_a_bound_is_said() -> None:
     assert loss_at(POWER, 9) is loss_at(POWER, 0.9) is spent_for(POWER, 1.0) is None
-    assert share_of(POWER, 4, 1.0) == (None, "< 50\u00a0%")  # even twice as much does not give it
-    assert share_of(POWER, 4, 3.1) == (None, "> 400\u00a0%")
-    assert share_of(POWER[:1], 4, 2.0) == (None, "")
+    assert share_of(POWER, 4, 1.0) == ("<", 0.5)  # even twice as much does not give it
+    assert share_of(POWER, 4, 3.1) == (">", 4)
+    assert share_of(POWER[:1], 4, 2.0) is None
     assert loss_at([], 1.0) is None
+
+
+def test_a_bound_holds_of_every_seed() -> None:
+    assert bound_of([("<", 0.5), ("<", 0.75)]) == "< 75\u00a0%"
+    assert bound_of([(">", 1.5), (">", 1.25)]) == "> 125\u00a0%"
+    assert bound_of([("<", 0.5), ("", 1.5)]) == "< 150\u00a0%"  # no more than the largest that is known
+    for shares in ([("<", 0.5), (">", 1.25)], [("<", 0.5), None], [("", 0.5), ("", 0.75)], []):
+        assert bound_of(shares) == ""
 
 
 # ---------------------------------------------------------------- sentences

@@ -94,6 +94,9 @@ def test_what_trained_is_what_a_stage_wrote(run: Run, tmp_path: Path) -> None:
     (parts,) = (table for table in tables(document) if table.title.startswith("What trained"))
     assert [row[-1] for row in parts.rows] == ["", "full, LoRA of rank 8", "full", ""]
     assert parts.rows[1][:3] == ["stack 0", "0", "1"]
+    document["stages"][-1]["adapters"]["1"] = {"stack": 16, "progressive": 4}
+    (parts,) = (table for table in tables(document) if table.title.startswith("What trained"))
+    assert parts.rows[2][-1] == "full, LoRA of rank 4 and 16"
 
 
 def test_losses_by_position_are_those_of_the_rack(reference: Reference, run: Run, tmp_path: Path) -> None:
@@ -172,9 +175,11 @@ def test_a_curve_of_many_stages_is_drawn_by_the_means_of_a_few_hundred_spans(
 
     before = drawn()
     assert [len(line) for line in before] == [12, 12, 12]
+    assert ("Grey: training, each step." in page_of([told]), "a few steps" in page_of([told])) == (True, False)
     monkeypatch.setattr("flows.pages.run_page._POINTS", 9)
     after = drawn()
     assert [len(line) for line in after] == [3, 3, 3]
+    assert page_of([told]).count("the mean of a few steps.") == 2  # of losses, and of norms
     assert [line[-1][0] for line in after] == [line[-1][0] for line in before]
 
 
