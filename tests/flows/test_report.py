@@ -416,6 +416,19 @@ def test_what_makes_no_sense_is_a_sentence(
     assert word in said.err
 
 
+def test_a_stack_that_is_gone_has_no_loss_though_its_validation_is_kept(
+    reference: Reference, run: Run, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(reference(), tmp_path / "artifacts"))
+    shutil.rmtree(folder_of(root, "stack", 2))
+    found = run("report", "tiny", "--artifacts", root, "--json").document
+    _, second, third = found["stages"]
+    assert (third["validation_loss"], third["gain"]) == (None, None)
+    assert found["validation_loss"] == second["validation_loss"]
+    assert found["verdict"].startswith("2 of 3 stages are done.")
+    assert f"to {second['validation_loss']:.4f} nats with 2 stacks" in found["verdict"]
+
+
 def test_damaged_metrics_are_said(reference: Reference, run: Run, tmp_path: Path) -> None:
     root = Path(shutil.copytree(reference(), tmp_path / "artifacts"))
     path = folder_of(root, "stack", 0) / "metrics.jsonl"
