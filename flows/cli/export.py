@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from flows.cli.arguments import add_common
+from flows.cli.opening import check_run
 from flows.run.numbers import percent, size
 from flows.run.say import say, say_json
 from stackwise_core.interop.target import exported_files
@@ -34,6 +35,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    check_run(options.artifacts, options.run_name)
     from flows.run.exporting import export_run  # imports torch
     from flows.run.pushing import Repository
 

@@ -138,8 +138,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     chosen = next((argument for argument in arguments if not argument.startswith("-")), "")
     if chosen not in _COMMANDS and (close := difflib.get_close_matches(chosen, _COMMANDS, n=1)):
         parser.error(f"there is no command {chosen!r}; did you mean {close[0]}?")
+    subs = dict[str, argparse.ArgumentParser]()
     for name, (summary, example, module) in _COMMANDS.items():
-        sub = commands.add_parser(
+        subs[name] = sub = commands.add_parser(
             name,
             help=summary,
             description="\n".join(wrapped(summary, shutil.get_terminal_size().columns)),
@@ -148,7 +149,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         )
         if name == chosen:
             getattr(import_module(f"flows.cli.{module or name}"), f"add_{name}")(sub)
-    return parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # told with the usage of the command, which parse_args does not
+        subs[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
 
 
 if __name__ == "__main__":

@@ -42,10 +42,7 @@ def open_racks(options: argparse.Namespace, depth: int | str | None) -> list[Ope
             raise ConfigError([Fault("--depth", str(depth), "a folder holds a rack of one depth; leave it out")])
         found: list[Opened] = [open_folder(options.name, options.tokenizer)]
     else:
-        from storage.artifacts import artifacts_at
-        from storage.runs import known_attempts
-
-        known_attempts(artifacts_at(options.artifacts).existing(), options.name)  # before the seconds that torch takes
+        check_run(options.artifacts, options.name)
         from storage.racks import open_run, open_runs
 
         if options.tokenizer:
@@ -59,6 +56,14 @@ def open_racks(options: argparse.Namespace, depth: int | str | None) -> list[Ope
         allowed = f"run {options.name} was trained on targets of its own (custom), and text says nothing about them"
         raise ConfigError([Fault("RUN", repr(options.name), f"{allowed}; `status` shows its loss")])
     return found
+
+
+def check_run(artifacts: str, name: str) -> None:
+    """Raise ConfigError unless there is such a run: before torch is imported, which takes seconds."""
+    from storage.artifacts import artifacts_at
+    from storage.runs import known_attempts
+
+    known_attempts(artifacts_at(artifacts).existing(), name)
 
 
 def objective_of(opened: Opened) -> str:

@@ -87,7 +87,8 @@ class Verification:
         """One line for the user."""
         n = len(self.problems)
         verdict = f"{n} problem{'s' if n > 1 else ''}" if n else "all as sealed"
-        counts = f"{self.n_artifacts} artifacts, {size(self.n_bytes)} read"
+        artifacts = f"{self.n_artifacts} artifact{'s' if self.n_artifacts != 1 else ''}"
+        counts = f"{artifacts}, {size(self.n_bytes)} read"
         return f"{verdict}: {counts}, {self.n_rows} cached rows derived again from tokens"
 
 

@@ -113,16 +113,22 @@ def test_without_a_command_or_with_another(run: Run) -> None:
     assert run("stats", "tiny").err.splitlines()[-1].endswith("there is no command 'stats'; did you mean status?")
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_an_unknown_option_is_told_with_the_usage_of_its_command(run: Run) -> None:
+    usage, *_, last = run("status", "--folow", "tiny").err.splitlines()
+    assert usage.startswith("usage: stackwise status ")
+    assert last == "stackwise status: error: unrecognized arguments: --folow"
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
 def test_a_misspelt_run_is_told_before_torch_is_loaded(
     command: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Artifacts(tmp_path / "artifacts").open()
     (tmp_path / "text.txt").write_text("a text")
-    for module in ("storage.racks", "stackwise_core.training.hardware"):
+    for module in ("storage.racks", "stackwise_core.training.hardware", "flows.run.exporting"):
         monkeypatch.setitem(sys.modules, module, None)  # to import it would fail
-    given = ("--prompt", "a") if command == "generate" else ("--data", "text.txt")
-    result = run(command, "nobody", *given)
+    given = {"generate": ("--prompt", "a"), "evaluate": ("--data", "text.txt"), "export": ("--to", "model")}
+    result = run(command, "nobody", *given[command])
     assert result.code == 2
     assert result.faults[0].startswith("RUN: got 'nobody'; no such run in ")
 
@@ -454,6 +460,7 @@ def test_verify_reads_every_byte_and_derives_rows(run: Run, artifacts: Path) -> 
     stack = folder_of(artifacts, "stack", 1)
     for what in ("tiny", stack.name, str(stack)):
         assert run("verify", what).code == 0
+    assert ": 1 artifact, " in run("verify", stack.name).out
     assert run("verify", "nothing").code == 3
 
 
