@@ -148,7 +148,7 @@ def test_the_published_page_is_that_of_the_published_results() -> None:
 
 def test_the_document_lists_every_section_and_its_seconds() -> None:
     text = script.DOCUMENT.read_text()
-    assert all(f"| {s.seconds} | {s.letter} " in text for s in script.SECTIONS)
+    assert all(f"| {s.seconds} | {s.letter}: " in text for s in script.SECTIONS)
     assert sum(section.seconds for section in script.SECTIONS) <= 480
 
 
