@@ -92,6 +92,9 @@ def _line(difference: Difference) -> str:
 
 
 def _spell(value: Any) -> str:
+    """Return a value as JSON, of a hash the beginning, also in a list."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_spell, value))}]"
     text = json.dumps(value)
     return f"{text[:13]}…{text[-1]}" if isinstance(value, str) and len(value) >= 64 else text
 

@@ -201,6 +201,15 @@ def test_a_run_that_planned_it_is_enough(run: Run, tmp_path: Path) -> None:
     assert (run("why", "two/9/stack").code, run("why", "two/1/song").code) == (2, 2)
 
 
+def test_a_hash_in_a_list_is_cut_too(run: Run, tmp_path: Path) -> None:
+    artifacts = Artifacts(tmp_path / "artifacts").open()
+    below = pretend(artifacts).stages[0].ref("stack").sha256
+    pretend(artifacts, "two", training={"progressive": {"building_mode": "insert"}})
+    (stacks,) = [line for line in run("why", "two/1/activations").out.splitlines() if line.startswith("  stacks is ")]
+    assert f'["{below[:12]}…"' in stacks
+    assert below not in stacks
+
+
 def test_a_stage_is_named_by_its_number() -> None:
     recipes = Recipes()
     recipes.add_plan(plan({f"{G}target_stacks": 12}))
