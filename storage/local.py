@@ -66,7 +66,10 @@ class LocalPlace:
 
     def check_exists(self) -> None:
         if not self.root.is_dir():
-            raise ArtifactsFolderError(f"--artifacts {self.root}: there is no such folder; `stackwise train` makes one")
+            problem = "there is no such folder; `stackwise train` makes one"
+            if self.root.exists():
+                problem = "it is a file, not a folder; name the folder of artifacts"
+            raise ArtifactsFolderError(f"--artifacts {self.root}: {problem}")
         self.check_rooms()
 
     def check_reachable(self) -> None:

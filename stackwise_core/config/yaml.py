@@ -107,6 +107,8 @@ def load_yaml(path: Path, record: bytes | None = None) -> dict[str, Any]:
             values = yaml.load(record.decode(), Loader=_RecordLoader)
     except FileNotFoundError:
         raise ConfigError([Fault(str(path), "no such file", "give the path of a YAML configuration")]) from None
+    except IsADirectoryError:
+        raise ConfigError([Fault(str(path), "a folder", "give the path of a YAML configuration")]) from None
     except (OSError, UnicodeError) as error:
         raise ConfigError([Fault(str(path), str(error), "give a readable YAML configuration")]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError of malformed dates and numbers

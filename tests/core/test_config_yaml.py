@@ -176,6 +176,6 @@ def test_a_huge_value_is_not_echoed_whole() -> None:
 def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: got no such file"):
         StackWiseConfig.from_yaml(tmp_path / "absent.yaml")
-    with pytest.raises(ConfigError, match=str(tmp_path)):
+    with pytest.raises(ConfigError, match=f"{tmp_path}: got a folder"):
         StackWiseConfig.from_yaml(tmp_path)
     assert read_yaml("# nothing but a comment\n") == StackWiseConfig()

@@ -82,10 +82,10 @@ def test_rooms_on_two_file_systems_are_refused(tmp_path: Path, monkeypatch: pyte
 
 
 def test_reading_needs_a_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing", tmp_path / "file"):
-        (tmp_path / "file").touch()
-        with pytest.raises(ArtifactsFolderError, match=f"--artifacts {path}: there is no such folder"):
-            Artifacts(path).existing()
+    (tmp_path / "file").touch()
+    for name, problem in {"nothing": "there is no such folder", "file": "it is a file, not a folder"}.items():
+        with pytest.raises(ArtifactsFolderError, match=f"--artifacts {tmp_path / name}: {problem}"):
+            Artifacts(tmp_path / name).existing()
     assert not (tmp_path / "nothing").exists()
 
 
