@@ -319,7 +319,8 @@ def verdict(document: Document) -> str:
     numbers = f"{loss(best['loss']['mean'])} against {loss(flat['loss']['mean'])} {document['unit']}, {relative}"
     n = gap["n"]
     seeds = "one seed, so chance is not ruled out" if n == 1 else f"{n} seeds"
-    said = f"At equal FLOPs {best['arm']} {how} end-to-end training: {'; '.join(filter(None, (numbers, cost, seeds)))}."
+    arm = "the configuration as it is" if best["arm"] == CONFIGURED else best["arm"]
+    said = f"At equal FLOPs {arm} {how} end-to-end training: {'; '.join(filter(None, (numbers, cost, seeds)))}."
     return said + _smaller(rows, flat)
 
 

@@ -224,6 +224,11 @@ def test_the_verdict_is_of_the_best_way_to_grow_at_the_largest_budget() -> None:
     )
 
 
+def test_the_verdict_calls_the_configured_arm_what_it_is() -> None:
+    found = verdict(document(row("end-to-end", 1.5, 1.5), row("configured", 1.4, 1.4, gap=-0.1)))
+    assert found.startswith("At equal FLOPs the configuration as it is ")
+
+
 def test_the_verdict_names_a_smaller_model_that_ends_below_the_whole_one() -> None:
     rows = [row("end-to-end", 1.5), row("flat-1/3", 1.6), row("flat-2/3", 1.45), row("jump", 1.44, gap=-0.06)]
     assert verdict(document(*rows)).endswith(
