@@ -108,14 +108,14 @@ def judged_at(document: Document) -> float | None:
 
 
 def _taken(config: StackWiseConfig, plan: RunPlan) -> str:
-    """Return a sentence on the stacks that a run took from elsewhere, '' if it made all of its own."""
+    """Return a sentence that says where the adopted stacks of a run came from; empty if it has none."""
     n = sum(1 for stage in plan.stages if stage.spec.adopted)
     which = "Its first stack was" if n == 1 else f"Its first {n} stacks were"
     return f" {which} taken from {shown(config.model.from_)}." if n else ""
 
 
 def verdict_of(stages: Sequence[StageSummary], taken: str = "") -> str:
-    """Return what came of the run in some sentences, with that on what it took from elsewhere."""
+    """Return some sentences: how far the run is, what `taken` says of adopted stacks, and how its loss moved."""
     over = [stage for stage in stages if not stage.unfinished]
     judged = [stage for stage in stages if stage.validation_loss is not None]
     so_far = f"All {len(stages)} stages are" if len(over) == len(stages) else f"{len(over)} of {len(stages)} stages are"

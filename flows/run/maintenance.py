@@ -46,7 +46,7 @@ def find_artifact(artifacts: Artifacts, uri: str) -> Path:
 
 
 def planned_by_run(artifacts: Artifacts, uri: str) -> Ref | None:
-    """Return the artifact that RUN/STAGE[/KIND] names, made or not; None if this is no such address of a run.
+    """Return the artifact that RUN/STAGE[/KIND] names, made or not; None if `uri` is no such address.
 
     Raises:
         ConfigError: the run has no such stage, or the stage makes nothing of this kind.
