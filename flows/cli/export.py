@@ -9,7 +9,7 @@ from flows.cli.arguments import add_common
 from flows.cli.opening import check_run
 from flows.run.numbers import percent, size
 from flows.run.say import say, say_json
-from stackwise_core.interop.target import exported_files
+from stackwise_core.interop.target import checked_target, exported_files
 from stackwise_core.strict import parse_object
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     check_run(options.artifacts, options.run_name)
+    checked_target(options.to, force=options.force)  # before torch, which takes seconds to load
     from flows.run.exporting import export_run  # imports torch
     from flows.run.pushing import Repository
 

@@ -19,7 +19,7 @@ def add_gc(parser: argparse.ArgumentParser) -> None:
     add_common(parser, _run, json=True)
     help_text = "list what would be removed and its bytes; remove nothing"
     parser.add_argument("--dry-run", action="store_true", help=help_text)
-    help_text = "only the N newest runs count; the records of the others are removed too"
+    help_text = "only the N newest runs count; the records of the others go too; with 0 all goes but pins"
     parser.add_argument("--keep-last", type=int, metavar="N", help=help_text)
     help_text = "of each run, only the newest attempt counts"
     parser.add_argument("--superseded", action="store_true", help=help_text)

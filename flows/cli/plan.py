@@ -316,7 +316,7 @@ def _print_plan(document: dict[str, Any], seq_len: int) -> None:
     if "seconds" in document:
         how = f"by a probe: two steps of stage {document['probe']['stage']} with random weights"
         say("")
-        say_hanging("", f"about {clock(document['seconds'])} in all, {how}; the corpus comes on top")
+        say_hanging("", f"about {clock(max(1, document['seconds']))} in all, {how}; the corpus comes on top")
     elif "no_probe" in document:
         say("")
         say_hanging("", f"how long it takes is not known: {document['no_probe']}")
@@ -366,7 +366,7 @@ def _lines(row: dict[str, Any]) -> dict[str, str]:
         "LoRA": "; ".join(f"stack {stack}: {', '.join(names)}" for stack, names in ranks.items()),
         "trains": f"{parameters(row['trainable_parameters'])} of {parameters(row['rack_parameters'])} parameters",
         "costs": f"{most}{row['flops'] / 1e12:.3g} TFLOP{saving}",
-        "takes": f"{most or 'about '}{clock(row['seconds'])} on this machine" if "seconds" in row else "",
+        "takes": f"{most or 'about '}{clock(max(1, row['seconds']))} on this machine" if "seconds" in row else "",
         "memory": table(Memory(**row["memory"])),
         "less by": ", ".join(f"{way.key.rpartition('.')[2]}: {way.shown} (-{size(way.n_bytes)})" for way in ways),
         "cache": row["cache_note"] if row["cache_bytes"] is None else size(row["cache_bytes"]) + _filled(row),

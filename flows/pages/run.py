@@ -42,7 +42,7 @@ def describe_run(artifacts: Artifacts, name: str) -> Document:
     attempt, newest = find_run(artifacts, name), known_attempts(artifacts, name)[-1]
     config, plan = attempt.config, attempt.plan
     keys = keys_of(config)
-    summaries = [_of_what_is_there(summary) for summary in summarise(artifacts, plan)]
+    summaries = summarise(artifacts, plan)
     stages = _stages(artifacts, config, plan, summaries)
     manifests = [found for stage in plan.stages if (found := artifacts.sealed(stage.ref("stack")))]
     judged = [stage for stage in stages if stage["validation_loss"] is not None]
@@ -73,12 +73,6 @@ def describe_run(artifacts: Artifacts, name: str) -> Document:
         "samples": [],
         "depths": [],
     }
-
-
-def _of_what_is_there(summary: StageSummary) -> StageSummary:
-    """Return a summary without the losses of a stack that is damaged or gone, though they were kept."""
-    gone = summary.states["stack"] != "sealed"
-    return summary.model_copy(update={"validation_loss": None, "by_mask_ratio": {}}) if gone else summary
 
 
 def _now(artifacts: Artifacts, newest: Attempt, *, unfinished: bool) -> Document:

@@ -38,10 +38,10 @@ def find_artifact(artifacts: Artifacts, uri: str) -> Path:
         runs = run_names(artifacts)
         hint = meant(uri.split("/")[0], runs) or f"runs: {listed(runs) or 'none'}"
         remedy = f"See `stackwise status RUN`; {hint}"
-        raise ArtifactMissingError(uri, f"is no artifact in {artifacts.uri}", remedy)
+        raise ArtifactMissingError(uri, f"is no artifact or run in {artifacts.uri}", remedy)
     if len(exact or found) != 1:
         names = ", ".join(folder.name for folder in found[:5])
-        raise ConfigError([Fault("URI", repr(uri), f"{len(found)} artifacts begin so in {artifacts.uri}: {names}")])
+        raise ConfigError([Fault("artifact", repr(uri), f"{len(found)} begin so in {artifacts.uri}: {names}")])
     return (exact or found)[0]
 
 
@@ -64,7 +64,7 @@ def _of_run(artifacts: Artifacts, run: str, number: str, kind: str = "stack", *m
     kinds = [] if stage is None else [made for task in TASK_KINDS for made in made_by(task, stage)]
     if stage is None or kind not in kinds or more:
         there = f"stage {number} made {', '.join(kinds)}" if stage else f"it has stages 0 to {len(plan.stages) - 1}"
-        raise ConfigError([Fault("URI", repr("/".join((run, number, kind, *more))), f"RUN/STAGE/KIND: {there}")])
+        raise ConfigError([Fault("artifact", repr("/".join((run, number, kind, *more))), f"RUN/STAGE/KIND: {there}")])
     return stage.ref(cast("Kind", kind))
 
 

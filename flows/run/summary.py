@@ -169,7 +169,9 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
     made = {kind: lookup.folder for kind, lookup in found.items() if lookup.state in (State.SEALED, State.RETIRED)}
     manifests = {kind: folder.manifest for kind, folder in made.items() if folder}
     facts = {kind: manifest.facts for kind, manifest in manifests.items()}
-    stack, cache, validation = (facts.get(kind, {}) for kind in ("stack", "activations", "validation"))
+    stack, cache = facts.get("stack", {}), facts.get("activations", {})
+    judged = facts if stack else {}  # the losses of a stack that is gone are of nothing that is there
+    validation, cooled = judged.get("validation", {}), judged.get("cooldown", {})
     seconds = [known.get("seconds", 0.0) for known in facts.values()]
     return StageSummary(
         stage=stage.index,
@@ -187,7 +189,7 @@ def _summarise_stage(artifacts: Artifacts, stage: StagePlan) -> StageSummary:
         trainable_parameters=stack.get("trainable_parameters"),
         train_loss=stack.get("train_loss"),
         validation_loss=validation.get("validation_loss"),
-        cooled_loss=facts.get("cooldown", {}).get("validation_loss"),
+        cooled_loss=cooled.get("validation_loss"),
         mask_ratio=stage.mask.for_validation().mean_ratio if stage.mask else None,
         by_mask_ratio=validation.get("by_mask_ratio", {}),
         seconds=round(sum(seconds), 1) if stack else None,

@@ -442,9 +442,9 @@ def test_inspect_what_is_ambiguous_or_absent(uri: str, run: Run, artifacts: Path
     result = run("inspect", uri)
     (line,) = result.faults
     assert result.code == (2 if uri == "stack-" else 3)
-    assert line.startswith(f"URI: got '{uri}'; " if uri == "stack-" else f"{uri}: is no artifact in ")
+    assert line.startswith(f"artifact: got '{uri}'; " if uri == "stack-" else f"{uri}: is no artifact or run in ")
     if uri == "stack-":
-        assert "3 artifacts begin so" in line
+        assert "3 begin so" in line
         assert folder_of(artifacts, "stack", 1).name in line
 
 

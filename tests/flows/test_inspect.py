@@ -459,7 +459,7 @@ def test_numbers_of_ticks() -> None:
         ("stack-1", ["--against", "activations-1"], 2, "--against: got 'activations-1'; stack-1-"),
         ("activations-1", ["--against", "stack-1"], 2, "is no store; name one"),
         ("activations-1", ["--against", "activations-1"], 2, "it is the store itself"),
-        ("activations-1", ["--against", "activations-7"], 3, "activations-7: is no artifact in "),
+        ("activations-1", ["--against", "activations-7"], 3, "activations-7: is no artifact or run in "),
         ("stack-1", ["--rows", "9"], 2, "--rows: got 9; stack-1-"),
         ("activations-1", ["--rows", "0"], 2, "--rows: got 0; read one row at least"),
     ],

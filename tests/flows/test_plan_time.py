@@ -42,7 +42,7 @@ def test_minutes_are_by_flops_from_a_step_of_the_dearest_stage(
         judged = 3 * judging_flops(config, of_plan, document["validation_sequences"])
         assert stage["seconds"] == pytest.approx(60 * (cost.total + judged) / costs[dearest].trained, abs=0.06)
     said = run(*command).out
-    assert f"\nabout {clock(document['seconds'])} in all, by a probe: two steps of stage {dearest} with" in said
+    assert f"\nabout {clock(max(1, document['seconds']))} in all, by a probe: two steps of stage {dearest} with" in said
     assert said.count(" on this machine\n") == 3
     assert not (tmp_path / "a").exists()
 

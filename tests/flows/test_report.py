@@ -427,6 +427,10 @@ def test_a_stack_that_is_gone_has_no_loss_though_its_validation_is_kept(
     assert found["validation_loss"] == second["validation_loss"]
     assert found["verdict"].startswith("2 of 3 stages are done.")
     assert f"to {second['validation_loss']:.4f} nats with 2 stacks" in found["verdict"]
+    status = run("status", "tiny", "--artifacts", root, "--json").document
+    assert [stage["validation_loss"] for stage in status["stage_list"]] == [
+        stage["validation_loss"] for stage in found["stages"]
+    ]
 
 
 def test_damaged_metrics_are_said(reference: Reference, run: Run, tmp_path: Path) -> None:
