@@ -30,7 +30,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `compare`."""
     add_common(parser, _run, json=True)
     add_config(parser)
-    named = f"more arms, by commas: {', '.join(ARMS)}; a YAML file with keys to change; or ARM:KEY=VALUE"
+    named = f"more arms, by commas: {', '.join(ARMS)}; a YAML file with keys to change; either with :KEY=VALUE"
     parser.add_argument("--arms", default="", metavar="A,B", help=named)
     help_text = "factors of the learning rates that are tried for every arm (default: 0.5,1,2)"
     parser.add_argument("--rates", default="0.5,1,2", metavar="X,Y", help=help_text)
@@ -155,19 +155,20 @@ def arms_of(text: str) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """
     names, own = list[str](), dict[str, dict[str, Any]]()
     for entry in dict.fromkeys(filter(None, (part.strip() for part in text.split(",")))):
-        start, colon, changes = entry.partition(":")
-        if Path(entry).suffix in _YAML:
-            name, keys = Path(entry).stem, load_yaml(Path(entry))
-        elif colon:
-            pairs = [pair.partition("=") for pair in changes.split(":")]
-            if start not in ARMS or not all(key and equals for key, equals, _ in pairs):
-                allowed = "ARM:KEY=VALUE is expected, such as frozen:training.optimizer_state=keep"
-                raise ConfigError([Fault("--arms", repr(entry), allowed if start in ARMS else unknown_arm(start))])
-            name = " ".join([start, *(f"{key.split('.')[-1]}={value}" for key, _, value in pairs)])
-            keys = {"arm": start, **{key: parse_value(value) for key, _, value in pairs}}
-        else:
+        start, *changes = entry.split(":")
+        is_file = Path(start).suffix in _YAML
+        if not is_file and not changes:
             names.append(entry)
             continue
+        if not is_file and start not in ARMS:
+            raise ConfigError([Fault("--arms", repr(entry), unknown_arm(start))])
+        pairs = [change.partition("=") for change in changes]
+        if not all(key and equals for key, equals, _ in pairs):
+            allowed = "ARM:KEY=VALUE is expected, such as frozen:training.optimizer_state=keep"
+            raise ConfigError([Fault("--arms", repr(entry), allowed)])
+        name = " ".join([Path(start).stem if is_file else start, *(f"{k.split('.')[-1]}={v}" for k, _, v in pairs)])
+        keys = load_yaml(Path(start)) if is_file else {"arm": start}
+        keys |= {key: parse_value(value) for key, _, value in pairs}
         if name in own:
             raise ConfigError([Fault("--arms", repr(entry), f"another arm is called {name}, too; rename a file")])
         own[name] = keys

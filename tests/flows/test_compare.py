@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from flows.cli.compare import arms_of
 from flows.compare import compare
 from flows.pages.comparison import comparison_page, markdown, tables
 from flows.run.comparing import known_results, open_field, run_missing
@@ -518,12 +519,27 @@ def test_a_comparison_that_makes_no_sense_is_refused_before_anything_is_trained(
     assert not list(tmp_path.glob("artifacts/stacks/*"))
 
 
+def test_a_file_may_be_changed_in_a_word(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("arm: frozen\ntraining: {decay: linear}\n")
+    names, own = arms_of(f"{tmp_path}/mine.yaml:training.warmup_steps=1,full")
+    assert names == ["full"]
+    arm = {"arm": "frozen", "training": {"decay": "linear"}, "training.warmup_steps": 1}
+    assert own == {"mine warmup_steps=1": arm}
+    comparison = comparison_of(small(tmp_path), names, own)
+    changes = comparison.arms["mine warmup_steps=1"]
+    assert changes["training.warmup_steps"] == 1
+    assert changes["training.decay"] == "linear"
+    assert changes[f"{G}.trunk_strategy"] == "frozen"
+
+
 def test_the_plan_names_every_run_and_trains_nothing(tmp_path: Path, run: Run) -> None:
     small(tmp_path).to_yaml(tmp_path / "c.yaml")
     (tmp_path / "no-clock.yaml").write_text("arm: frozen\ntraining: {schedule: per_stage}\n")
-    words = ("--arms", "full,no-clock.yaml,full:training.decay=linear", "--seeds", 2, "--budgets", "1,3", "--json")
+    named = "full,no-clock.yaml,full:training.decay=linear,no-clock.yaml:training.warmup_steps=1"
+    words = ("--arms", named, "--seeds", 2, "--budgets", "1,3", "--json")
     found = json.loads(run("compare", "c.yaml", "--plan", *words).out)["runs"]
     arms = ("configured", "end-to-end", "flat-1/3", "flat-2/3", "full", "no-clock", "full decay=linear")
+    arms += ("no-clock warmup_steps=1",)
     assert tuple(dict.fromkeys(each["arm"] for each in found)) == arms
     assert len(found) == len(arms) * (3 + 1 + 2)  # three rates; the other seed; both at the other budget
     assert {each["rate"] for each in found} == {0.001, 0.002, 0.004, None}

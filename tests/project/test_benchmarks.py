@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks import training_step
+from benchmarks import growing, training_step
 from benchmarks.peak import peak_bytes, peak_of
 from benchmarks.plot import line_chart, ticks
 from stackwise_core.objectives import chunked_loss, losses
+from stackwise_core.stages.arms import ARMS, CONTROLS
+from storage.artifacts import artifacts_at
+from storage.runs import find_run, run_names
+from support.runs import folder_of, tiny
 
 # ---------------------------------------------------------------- bytes
 
@@ -61,6 +67,38 @@ def test_a_step_of_the_shape_of_smollm2_does_the_work_of_transformers(monkeypatc
     measures = training_step.measure_shape("small", batch_size, small, 1, 1)  # raises unless the losses are equal
     assert [m.what for m in measures if m.at_least] == ["first stage / Llama", "later stage / Llama"]
     assert chunked.call_count == 5  # the comparison, a round to warm up and another, of both stages
+
+
+# ---------------------------------------------------------------- growing
+
+
+def test_a_run_of_the_table_is_made_again_and_then_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(tmp_path, {"training.steps_per_stack": 4, "training.learning_rate": 0.002})
+    config.to_yaml(tmp_path / "setting_s.yaml")
+    (tmp_path / "early.yaml").write_text("arm: jump\n")
+    monkeypatch.setattr(growing, "HERE", tmp_path)
+    monkeypatch.setattr(growing, "UNIT", 0.02)
+    row = growing.Row("stdlib", "early", "training.decay=linear", "0.01", "0.001", "1", "0")
+    root = str(tmp_path / "artifacts")
+    found = growing.made(row, root, "")
+    (name,) = run_names(artifacts_at(root).existing())
+    made = find_run(artifacts_at(root).existing(), name)
+    assert made.config.run.seed == 1
+    assert made.config.training.learning_rate == 0.001
+    assert made.config.training.decay == "linear"
+    assert made.plan.stages[0].spec.optim.steps > 4  # balanced
+    manifest = folder_of(Path(root), "validation", len(made.plan.stages) - 1) / "manifest.json"
+    assert found.loss == json.loads(manifest.read_text())["facts"]["validation_loss"]
+    monkeypatch.setattr(growing, "grow", pytest.fail)
+    assert growing.made(row, root, "") == found
+
+
+def test_every_run_of_the_table_has_an_arm_and_a_loss() -> None:
+    rows = list(growing.rows())
+    for row in rows:
+        assert row.arm in (*ARMS, *CONTROLS) or (growing.HERE / f"{row.arm}.yaml").exists(), row
+        assert 0.5 < float(row.loss) < 3, row
+    assert len({row[:-1] for row in rows}) == len(rows)
 
 
 # ---------------------------------------------------------------- charts
