@@ -10,6 +10,7 @@ from typing import Any
 from flows.cli.arguments import add_common, add_config, add_loudness, load_config
 from flows.cli.train import on_server
 from flows.pages.comparison import comparison_page, explained, markdown, tables, write_comparison
+from flows.pages.page import in_column
 from flows.run.comparing import RunsFailedError, known_results, open_field
 from flows.run.comparison import Comparison, comparison_of, unknown_arm
 from flows.run.devices import check_machine
@@ -133,12 +134,10 @@ def _show_plan(field: Field, *, as_json: bool) -> None:
         say_json({"name": field.comparison.name, "budget_tflop": field.unit / 1e12, "runs": rows})
         return
     table = plain_table("arm", "|budget", "|rate", "|seed", "steps", "|TFLOP", "state")
-    for row in rows:
+    for row, tflop in zip(rows, in_column([row["tflop"] for row in rows]), strict=True):
         steps = ", ".join(map(str, row["steps"]))
         rate = "best" if row["rate"] is None else f"{row['rate']:g}"
-        table.add_row(
-            row["arm"], f"{row['budget']:g}", rate, str(row["seed"]), steps, f"{row['tflop']:.4g}", row["state"]
-        )
+        table.add_row(row["arm"], f"{row['budget']:g}", rate, str(row["seed"]), steps, tflop, row["state"])
     plain_console().print(table)
     left = [row["tflop"] for row in rows if row["state"] == "to run"]
     say(

@@ -10,11 +10,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from flows.pages.page import render
+from flows.pages.page import in_column, render
 from flows.pages.plots import End, Mark, Plot, scale_of
 from flows.pages.report import escaped, table_row
 from flows.run.numbers import clock, loss, parameters, percent, signed, size
-from flows.run.terminal import TableOf
+from flows.run.terminal import TableOf, without_empty_columns
 from flows.run.verdict import AXES, failures_of, rows_of
 from storage.artifacts import Artifacts
 from storage.files import write_text
@@ -26,14 +26,15 @@ Document = dict[str, Any]
 def tables(document: Document) -> list[TableOf]:
     """Return the tables of a comparison: the losses, what they cost, and what end-to-end training does for as much.
 
-    Those in which nothing is known are left out.
+    Rows, columns and tables in which nothing is known are left out.
     """
     rows = sorted(rows_of(document), key=lambda row: (row["budget"], row["loss"]["mean"] if row["loss"] else math.inf))
     arms = {arm["arm"]: arm for arm in document["arms"]}
     compared = [row for row in rows if row["against"]]
     found = [_losses(document, rows, arms), _costs(rows, arms), _needs(rows), _shares(compared), _gaps(compared)]
     many = len({row["budget"] for row in rows}) > 1
-    return [_named(*each, many=many) for each in found if any(set(cells) != {"-"} for _, cells in each[2])]
+    named = [_named(*each, many=many) for each in found]
+    return [without_empty_columns(table) for table in named if table.rows]
 
 
 _Rows = list[tuple[Document, list[str]]]
@@ -43,7 +44,9 @@ _Rows = list[tuple[Document, list[str]]]
 def _named(title: str, columns: Sequence[str], rows: _Rows, note: str, *, many: bool) -> TableOf:
     """Return a table with the name of each row and, if there are several, its budget."""
     names = ["arm", *(["|budget"] if many else [])]
-    cells = [[row["arm"], *([f"{row['budget']:g}"] if many else []), *of_row] for row, of_row in rows]
+    cells = [
+        [row["arm"], *([f"{row['budget']:g}"] if many else []), *of_row] for row, of_row in rows if {*of_row} != {"-"}
+    ]
     return TableOf(title, [*names, *columns], cells, note)
 
 
@@ -56,12 +59,12 @@ _ARMS = (
 )
 _CHARGED = (
     "TFLOP are as executed; recomputed: if every step passed the frozen stacks again. Tuning: the other rates that "
-    "were tried. A stage that two arms share is charged to both. Time is of this machine."
+    "were tried. A stage that two arms share is charged to both. Time: of this machine."
 )
 _PLANNED = "Memory: the planner's forecast for the largest stage; trained at once: the most parameters."
 _INTERPOLATED = (
     "What end-to-end training has for as much is interpolated between its budgets, seed by seed; nothing is "
-    "extrapolated: --curve gives it more budgets."
+    "extrapolated, and what would be is left out: --curve gives it more budgets."
 )
 
 
@@ -90,18 +93,18 @@ def _losses(document: Document, rows: Sequence[Document], arms: dict[str, Docume
 
 
 def _costs(rows: Sequence[Document], arms: dict[str, Document]) -> _Found:
+    spent = [in_column([row[key] for row in rows]) for key in ("tflop", "tflop_recomputed")]
+    tuning = in_column([arms[row["arm"]]["tuning_tflop"] for row in rows])
     cells = [
         (
             row,
             [
-                f"{row['tflop']:.3g}",
-                f"{row['tflop_recomputed']:.3g}",
-                f"{arms[row['arm']]['tuning_tflop']:.3g}",
+                *tflop,
                 parameters(row["tokens"]),
                 "-" if row["seconds"] is None else clock(row["seconds"]),
             ],
         )
-        for row in rows
+        for row, *tflop in zip(rows, *spent, tuning, strict=True)
     ]
     return (
         "What it costs, without validation",
@@ -153,7 +156,7 @@ def _mean(found: Document | None, sign: str = "") -> str:
     """Return a mean and half of its interval."""
     if found is None:
         return "-"
-    half = "" if found["low"] is None else f" \u00b1 {found['high'] - found['mean']:.4f}"
+    half = "" if found["low"] is None else f" \u00b1\u00a0{found['high'] - found['mean']:.4f}"
     return signed(found["mean"], f"{sign}.4f") + half
 
 
@@ -174,7 +177,7 @@ def _share(against: Document) -> str:
     found = against["share"]
     if found is None:
         return against["bound"] or "-"
-    half = "" if found["low"] is None else f" \u00b1 {percent(found['high'] - found['mean'])}"
+    half = "" if found["low"] is None else f" \u00b1\u00a0{percent(found['high'] - found['mean'])}"
     return percent(found["mean"]) + half
 
 

@@ -58,6 +58,18 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}".replace("-", "\u2212")
 
 
+def in_column(values: Sequence[float | None]) -> list[str]:
+    """Return the numbers of a column with as many decimals each: four digits of the largest, two of the smallest.
+
+    A smallest number far below the others would make a column of zeros: it has two digits more than they have at most.
+    """
+    known = [abs(value) for value in values if value]
+    largest, smallest = (math.floor(math.log10(each(known, default=1.0))) for each in (max, min))
+    decimals = max(0, 3 - largest, min(1 - smallest, 5 - largest))
+    form = f",.{decimals}f" if -5 <= largest < 9 else ".3e"
+    return ["-" if value is None else f"{value:{form}}".replace("-", "\u2212") for value in values]
+
+
 def minute(created: str) -> str:
     """Return a recorded time (UTC) to the minute, or - if it is empty."""
     return created.replace("T", " ")[:16] or "-"

@@ -193,7 +193,7 @@ class Plot:
             known = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
             for x, y in known if point else ():
                 circle = {**look, "class": "point", "cx": self.x(x), "cy": self.y(y), "r": 4}
-                self.marks.append(Mark("circle", circle, tip=f"{name}, {point} {x:g}: {y:.4g}".removeprefix(", ")))
+                self.marks.append(Mark("circle", circle, tip=f"{name}, {point} {x:g}: {_told(y)}".removeprefix(", ")))
             ends += [(*known[-1], name, look)] if name and known else []
         self.ends(ends)
 
@@ -206,11 +206,11 @@ class Plot:
     def dot(self, x: float, y: float, class_: str, what: str) -> None:
         """Draw one dot; its tooltip says what it is, and its value."""
         circle = {"class": class_, "cx": self.x(x), "cy": self.y(y), "r": 2 if class_ == "dot" else 4}
-        self.marks.append(Mark("circle", circle, tip=f"{what}: {y:.4g}"))
+        self.marks.append(Mark("circle", circle, tip=f"{what}: {_told(y)}"))
 
     def marker(self, x: float, y: float, which: int, what: str) -> None:
         """Draw the marker of one of several runs, open: those of others at the same place are seen through it."""
-        self.marks.append(_marker(self.x(x), self.y(y), which, f"{what}: {y:.4g}"))
+        self.marks.append(_marker(self.x(x), self.y(y), which, f"{what}: {_told(y)}"))
 
     def ends(self, points: Iterable[End]) -> None:
         """Write names right of the axes, so that they stand apart, and lead a line to each from its point."""
@@ -264,10 +264,14 @@ class Plot:
         """Return the plot as an element of a page, in the style of that page."""
         return _svg(WIDTH, HEIGHT, self.label, self.marks)
 
-    def image(self, style: str) -> Markup:
-        """Return the plot as an image with a style and a white margin."""
-        size = {"left": -MARGIN, "top": -MARGIN, "width": WIDTH + 2 * MARGIN, "height": HEIGHT + 2 * MARGIN}
-        return render("plot.svg.j2", **size, label=self.label, marks=self.marks, image_style=style)
+    def image(self, style: str, remarks: Sequence[str] = ()) -> Markup:
+        """Return the plot as an image with a style and a white margin, and remarks on lines below its axis."""
+        height = HEIGHT + len(remarks) * _LABEL_HEIGHT + 2 * MARGIN
+        size = {"left": -MARGIN, "top": -MARGIN, "width": WIDTH + 2 * MARGIN, "height": height}
+        below = [
+            _text(0, HEIGHT + 12 + at * _LABEL_HEIGHT, remark, "tick", "start") for at, remark in enumerate(remarks)
+        ]
+        return render("plot.svg.j2", **size, label=self.label, marks=[*self.marks, *below], image_style=style)
 
     def _points(self, xs: Numbers, ys: Numbers) -> str:
         """Return the known points; those above the axis are left out, not drawn as if they lay at its end."""
@@ -294,6 +298,11 @@ _MARKERS = (
     "m0,-8l8,8l-8,8l-8,-8z",
 )
 """Of runs side by side, around their places: circle, square, triangle and diamond, each larger than the last."""
+
+
+def _told(value: float) -> str:
+    """Return a value in a tooltip: with the decimals of a loss, unless it is far larger or smaller than one."""
+    return (f"{value:.4f}" if 0.01 <= abs(value) < 100 else f"{value:.4g}").replace("-", "\u2212")
 
 
 def _marker(x: float, y: float, which: int, tip: str = "") -> Mark:

@@ -14,6 +14,7 @@ from flows.pages.plots import Plot, places, running_mean, scale_of
 from flows.pages.report import STYLE
 from flows.pages.run import CURVES, Document, judged_at, mean
 from flows.pages.run_tables import side_by_side, tables
+from flows.run.numbers import loss
 
 MOST_RUNS = 4
 """Side by side: there are as many colours."""
@@ -79,16 +80,25 @@ def _fewer(curve: Document, most: int) -> Document:
 
 
 def _runs_page(documents: Sequence[Document]) -> str:
-    curves = _losses(documents, "Thin: training, the mean of some steps. Thick, with markers: validation.")
+    curves = _losses(documents, _KEY_OF_RUNS)
     return str(render("runs.html.j2", documents=documents, curves=curves, tables=side_by_side(documents)))
 
 
+_KEY_OF_RUNS = "Thin: training, the mean of some steps. Thick, with markers: validation."
+
+
 def loss_image(documents: Sequence[Document]) -> str | None:
-    """Return training and validation loss against compute as an SVG, light or dark like its page; None without any."""
-    plot = _loss_plot([_thinned(document) for document in documents], _COMPUTE)
-    if plot and len(documents) == 1:  # those of several name the runs
+    """Return training and validation loss against compute as an SVG, light or dark like its page; None without any.
+
+    What a page says in the caption is written below the axis.
+    """
+    thinned = [_thinned(document) for document in documents]
+    plot = _loss_plot(thinned, _COMPUTE)
+    if plot is None:
+        return None
+    if len(documents) == 1:  # those of several name the runs
         plot.key([("training", "line thin"), ("validation", "line")])
-    return plot and plot.image(STYLE + _RUN_STYLE)
+    return plot.image(STYLE + _RUN_STYLE, [*([_KEY_OF_RUNS] if len(documents) > 1 else []), *_remarks(thinned, plot)])
 
 
 _RUN_STYLE = """
@@ -112,11 +122,17 @@ def _losses(documents: Sequence[Document], caption: str) -> list[Figure]:
     if by_step is None:
         return []
     costs = [] if by_compute is None else [(by_compute.svg(), "The same against what was computed, caches included.")]
+    return [(by_step.svg(), " ".join([caption, *_remarks(documents, by_step)])), *costs]
+
+
+def _remarks(documents: Sequence[Document], plot: Plot) -> list[str]:
+    """Return what has to be known of losses in a plot: which are left out, and which do not compare."""
     most = max(value for document in documents for value in _known(document))
-    left_out = f" Losses above {by_step.top:.3g}, up to {most:.4g}, are left out." if most > by_step.top else ""
     judged = [stage for document in documents for stage in document["stages"] if stage["validation_loss"] is not None]
-    apart = " Losses at different shares of masked tokens do not compare."
-    return [(by_step.svg(), caption + left_out + apart * (len({stage["mask_ratio"] for stage in judged}) > 1)), *costs]
+    found = [f"Losses above {loss(plot.top)}, up to {loss(most)}, are left out."] if most > plot.top else []
+    if len({stage["mask_ratio"] for stage in judged}) > 1:
+        found.append("Losses at different shares of masked tokens do not compare.")
+    return found
 
 
 def _spans(document: Document, axis: _Axis) -> Iterator[tuple[Document, float, float]]:

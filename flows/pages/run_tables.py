@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from flows.pages.page import number, ranges
+from flows.pages.page import in_column, ranges
 from flows.pages.run import Document, differences, judged_at
 from flows.run.numbers import clock, loss, parameters, percent, signed, size
-from flows.run.terminal import TableOf
+from flows.run.terminal import TableOf, without_empty_columns
 
 
 def tables(document: Document) -> list[TableOf]:
     """Return the tables of a report; those that would be empty are left out."""
     stages = document["stages"]
-    found = [_stages(stages), _cost(stages), _held(stages), _by_mask_ratio(stages), _parts(document)]
-    return [table for table in [*map(_without_empty_columns, found), _changes(document)] if table.rows]
+    found = [_stages(document), _cost(stages), _held(stages), _by_mask_ratio(stages), _parts(document)]
+    return [table for table in [*map(without_empty_columns, found), _changes(document)] if table.rows]
 
 
-def _without_empty_columns(table: TableOf) -> TableOf:
-    """Return a table without columns of which nothing is known, nor the sentences of its note that begin with them."""
-    full = [at for at in range(len(table.columns)) if any(row[at] not in ("", "-") for row in table.rows)]
-    empty = {name.removeprefix("|").lower() for at, name in enumerate(table.columns) if at not in full}
-    sentences = re.split(r"(?<=\.) (?=[A-Z])", table.note)
-    return table._replace(
-        columns=[table.columns[at] for at in full],
-        rows=[[row[at] for at in full] for row in table.rows],
-        note=" ".join(each for each in sentences if each.partition(":")[0].lower() not in empty),
-    )
-
-
-def _stages(stages: Sequence[Document]) -> TableOf:
+def _stages(document: Document) -> TableOf:
+    stages = document["stages"]
     columns = ("|stage", "how", "|params", "|trained", "|loss", "|masked", "|val. loss", "|gain")
     rows = [
         [
@@ -47,13 +35,21 @@ def _stages(stages: Sequence[Document]) -> TableOf:
         ]
         for stage in stages
     ]
+    untied = _untied(document)
     note = (
         "How: where the new stack went, what of the trunk trained, how the stack is stored. Params: those of the rack. "
+        f"{untied and untied + ' '}"
         "Trained: those that this stage trained. Losses are in nats per loss position: a predicted token, of masked "
         "runs a masked one. Loss: of the last training step. Masked: the mean share of masked tokens. Val. loss: of "
         "withheld sequences. Gain: what the stage took off the validation loss."
     )
-    return TableOf("Stages", columns, rows, note)
+    return TableOf("Stages", columns, rows, note, untied)
+
+
+def _untied(document: Document) -> str:
+    """Return a sentence if the head gets a matrix of its own, which the parameters of the rack then count."""
+    tied = document["config"]["model.tie_embeddings"] and len(document["stages"]) > 1
+    return "In stage 0 embedding and head are one matrix; from stage 1 on the head has its own." if tied else ""
 
 
 def _unfinished(stage: Document) -> str:
@@ -65,18 +61,18 @@ def _unfinished(stage: Document) -> str:
 
 def _cost(stages: Sequence[Document]) -> TableOf:
     columns = ("|stage", "|steps", "|tokens", "|TFLOP", "|without cache", "|time", "|tokens/s")
+    made = [stage for stage in stages if stage["digest"] and (stage["steps"] or stage["seconds"])]
+    spent = [in_column([stage[key] for stage in made]) for key in ("tflop", "tflop_recomputed")]
     rows = [
         [
             str(stage["stage"]),
             _steps(stage),
             parameters(stage["tokens"]),
-            number(stage["tflop"]),
-            number(stage["tflop_recomputed"]),
+            *tflop,
             "-" if stage["seconds"] is None else clock(stage["seconds"]),
             "-" if stage["tokens_per_second"] is None else f"{stage['tokens_per_second']:,}",
         ]
-        for stage in stages
-        if stage["digest"] and (stage["steps"] or stage["seconds"])
+        for stage, *tflop in zip(made, *spent, strict=True)
     ]
     note = (
         "TFLOP: as executed, validation left out. Without cache: if every step passed through the frozen stacks again. "
@@ -105,12 +101,12 @@ def _held(stages: Sequence[Document]) -> TableOf:
         ]
         for stage in stages
     ]
+    error = "Cache error: the validation loss on cached activations less that on exact ones."
     note = (
         "Memory planned: the peak of training, by the planner's forecast. Measured: that peak as it was. Checkpoint: "
-        "bytes on the disk. Cache: bytes of its activations. Cache error: the validation loss on cached activations "
-        "less that on exact ones."
+        f"bytes on the disk. Cache: bytes of its activations. {error}"
     )
-    return TableOf("Memory and disk", columns, rows, note)
+    return TableOf("Memory and disk", columns, rows, note, error)
 
 
 def _by_mask_ratio(stages: Sequence[Document]) -> TableOf:
@@ -168,12 +164,12 @@ def side_by_side(documents: Sequence[Document]) -> list[TableOf]:
             parameters(document["parameters"]),
             loss(document["validation_loss"]),
             percent(judged_at(document)),
-            number(document["tflop"]),
+            tflop,
             parameters(document["tokens"]),
             clock(document["seconds"]),
             size(document["cache_bytes"]),
         ]
-        for document in documents
+        for document, tflop in zip(documents, in_column([each["tflop"] for each in documents]), strict=True)
     ]
     differing = [[each["name"], *map(_value, each["values"])] for each in differences(documents)]
     names = tuple(document["run"] for document in documents)
@@ -182,7 +178,7 @@ def side_by_side(documents: Sequence[Document]) -> list[TableOf]:
         "TFLOP: validation left out."
     )
     found = [
-        _without_empty_columns(TableOf("Runs", columns, rows, note)),
+        without_empty_columns(TableOf("Runs", columns, rows, note)),
         TableOf("Where their configurations differ", ("key", *names), differing),
     ]
     return [table for table in found if table.rows]

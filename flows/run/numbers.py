@@ -30,12 +30,12 @@ def percent(share: float | None, form: str = ".0f") -> str:
 
 
 def parameters(count: int | None) -> str:
-    """Return a number of parameters for people: 912, 43.2 k, 1.27 M."""
+    """Return a number of parameters for people, in three digits from a thousand on: 912, 43.0 k, 1.27 M."""
     if count is None:
         return "-"
-    value = float(count)
-    for unit in ("", " k", " M"):
-        if value < 1000:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g} B"
+    if count < 1000:
+        return f"{count:.0f}"
+    value, units = float(f"{count:.3g}") / 1000, ["k", "M", "B"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:#.3g}".rstrip(".") + f" {units[0]}"

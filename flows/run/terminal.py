@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -371,6 +372,25 @@ class TableOf(NamedTuple):
     rows: Sequence[Sequence[str]]
     note: str = ""
     """What the columns mean, for pages: a terminal has little room, and docs/reports.md."""
+    short: str = ""
+    """What of it a reader of the terminal cannot guess."""
+
+
+def without_empty_columns(table: TableOf) -> TableOf:
+    """Return a table without columns of which nothing is known, nor the sentences of notes that begin with one."""
+    full = [at for at in range(len(table.columns)) if any(row[at] not in ("", "-") for row in table.rows)]
+    empty = {name.removeprefix("|").lower() for at, name in enumerate(table.columns) if at not in full}
+
+    def known(text: str) -> str:
+        sentences = re.split(r"(?<=\.) (?=[A-Z])", text)
+        return " ".join(each for each in sentences if each.partition(":")[0].lower() not in empty)
+
+    return table._replace(
+        columns=[table.columns[at] for at in full],
+        rows=[[row[at] for at in full] for row in table.rows],
+        note=known(table.note),
+        short=known(table.short),
+    )
 
 
 def print_tables(tables: Iterable[TableOf]) -> None:
@@ -382,6 +402,8 @@ def print_tables(tables: Iterable[TableOf]) -> None:
         for row in each.rows:
             drawn.add_row(*row)
         plain_console().print(drawn)
+        if each.short:
+            say_hanging("", each.short)
 
 
 def say_hanging(head: str, text: str) -> None:

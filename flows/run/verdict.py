@@ -302,15 +302,14 @@ def _machines(results: Results) -> list[str]:
 
 def verdict(document: Document) -> str:
     """Return in a sentence how the best way to grow compares with training end to end."""
-    budget = max(document["budgets"])
-    rows = {row["arm"]: row for row in rows_of(document) if row["budget"] == budget and row["loss"]}
+    rows = _at_largest(document)
     grown = [rows[arm["arm"]] for arm in document["arms"] if arm["grows"] and arm["arm"] in rows]
     if END_TO_END not in rows or not grown:
         return "No verdict yet: end-to-end training and a way to grow need a loss each."
     best, flat = min(grown, key=lambda row: row["loss"]["mean"]), rows[END_TO_END]
     gap = best["above_end_to_end"]
     if gap is None:
-        return "No verdict yet: no seed has both losses."
+        return "No verdict yet: no seed has both losses." + _said_of_smaller(document)
     sign, against = _sign(gap), best["against"]["tflop"]
     of_theirs = percent(against["share"]["mean"]) if against["share"] else against["bound"]
     cost = f"it reaches the same loss with {of_theirs} of the FLOPs" if of_theirs and sign else ""
@@ -321,16 +320,29 @@ def verdict(document: Document) -> str:
     seeds = "one seed, so chance is not ruled out" if n == 1 else f"{n} seeds"
     arm = "the configuration as it is" if best["arm"] == CONFIGURED else best["arm"]
     said = f"At equal FLOPs {arm} {how} end-to-end training: {'; '.join(filter(None, (numbers, cost, seeds)))}."
-    return said + _smaller(rows, flat)
+    return said + _said_of_smaller(document)
 
 
-def _smaller(rows: Mapping[str, Document], flat: Document) -> str:
-    """Return a sentence on the best smaller model that was trained from scratch, if the whole one is not better."""
-    controls = [rows[name] for name in CONTROLS if name in rows and name not in (END_TO_END, CONFIGURED)]
-    best = min(controls, key=lambda row: row["loss"]["mean"], default=flat)
-    if best["loss"]["mean"] >= flat["loss"]["mean"]:
+def _at_largest(document: Document) -> dict[str, Document]:
+    """Return what the arms gave at the largest budget, those that have a loss."""
+    budget = max(document["budgets"])
+    return {row["arm"]: row for row in rows_of(document) if row["budget"] == budget and row["loss"]}
+
+
+def _smaller(document: Document) -> Document | None:
+    """Return the best smaller model that was trained from scratch, if the whole one is not better."""
+    rows = _at_largest(document)
+    controls = [rows[name] for name in CONTROLS if name in rows and name != CONFIGURED]
+    best = min(controls, key=lambda row: row["loss"]["mean"], default=None)
+    return best if END_TO_END in rows and best and best["arm"] != END_TO_END else None
+
+
+def _said_of_smaller(document: Document) -> str:
+    """Return a sentence on that model: by how much it ends below every way to grow, or else its loss."""
+    if (best := _smaller(document)) is None:
         return ""
-    return f" A smaller model from scratch, {best['arm']}, has {loss(best['loss']['mean'])}."
+    plain = f"A smaller model from scratch, {best['arm']}, has {loss(best['loss']['mean'])}."
+    return f" {_beaten(document).get(best['arm'], plain)}"
 
 
 def _sign(gap: Document) -> int:
@@ -353,10 +365,11 @@ def loses(document: Document) -> str:
         ),
     ]
     said = [f"Growing loses to end-to-end training {'; '.join(filter(None, lost))}."] if any(lost) else []
-    said += _beaten(document, grown)
+    beaten, named = _beaten(document), _smaller(document)  # which the verdict names
+    said += [sentence for arm, sentence in beaten.items() if named is None or arm != named["arm"]]
     if not grown:
         return ""
-    return " ".join(said) or "Growing lost nowhere in what was tried here."
+    return " ".join(said) or ("" if beaten else "Growing lost nowhere in what was tried here.")
 
 
 def _losing(
@@ -371,9 +384,10 @@ def _losing(
     return f"at equal {axis}: {', '.join(named)}" if named else ""
 
 
-def _beaten(document: Document, grown: Sequence[Document]) -> list[str]:
-    """Return a sentence for each smaller flat model that ends below every way to grow at some budget."""
-    many, sentences = len(document["budgets"]) > 1, list[str]()
+def _beaten(document: Document) -> dict[str, str]:
+    """Return by its arm a sentence for each smaller flat model that ends below every way to grow at some budget."""
+    many, sentences = len(document["budgets"]) > 1, dict[str, str]()
+    grown = [row for arm in document["arms"] if arm["grows"] for row in arm["budgets"] if row["loss"]]
     for arm in document["arms"]:
         if arm["grows"] or arm["arm"] not in CONTROLS or arm["arm"] in (END_TO_END, CONFIGURED):
             continue
@@ -384,7 +398,7 @@ def _beaten(document: Document, grown: Sequence[Document]) -> list[str]:
                 found.append(f"{loss(row['loss']['mean'])}{_at(row, many=many)}")
         if found:
             what = f"A smaller model from scratch, {arm['arm']}, has a lower mean loss than every arm that grows"
-            sentences.append(f"{what}: {', '.join(found)}.")
+            sentences[arm["arm"]] = f"{what}: {', '.join(found)}."
     return sentences
 
 

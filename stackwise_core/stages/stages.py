@@ -285,10 +285,12 @@ class StageSpec(Value, frozen=True):
 
     @property
     def name(self) -> str:
-        """A readable name, such as 'append, frozen, full'."""
-        trunk = "adopted" if self.adopted else self.strategy
+        """A readable name, such as 'append, frozen, full'; the first stack has no trunk: 'from scratch, full'."""
+        if self.mode == "joint":
+            return "joint"
+        trunk = "adopted" if self.adopted else self.strategy if self.trunk else "from scratch"
         mode = f"insert below {self.tail}" if self.tail else self.mode
-        return "joint" if self.mode == "joint" else f"{mode}, {trunk}, {self.new.precision}"
+        return ", ".join([*([mode] if self.trunk else []), trunk, self.new.precision])
 
 
 def resolve_stages(config: StackWiseConfig) -> list[StageSpec]:

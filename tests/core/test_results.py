@@ -83,8 +83,8 @@ def test_the_log_has_a_line_for_each_stage_and_the_notes_once(caplog: pytest.Log
     lines = [record.getMessage() for record in caplog.records]
     assert [line for line in lines if "not used" in line] == [lines[0]]
     assert "time_per_stack" in lines[0]
-    for stage in range(2):
-        begins, ends = (f"stage {stage} (append, frozen, full) {what}: " for what in ("begins", "ends"))
+    for stage, how in enumerate(("from scratch, full", "append, frozen, full")):  # below the first lies no trunk
+        begins, ends = (f"stage {stage} ({how}) {what}: " for what in ("begins", "ends"))
         assert sum(line.startswith(begins) and line.endswith(f"{STEPS} steps") for line in lines) == 1
         trained, total = results[stage].parameters["trained"], results[stage].parameters["total"]
         losses = f"loss {results[stage].loss:.4f}, validation loss {results[stage].validation_loss:.4f}"

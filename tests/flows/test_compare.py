@@ -263,9 +263,13 @@ def test_where_growing_loses_names_arms_measures_and_smaller_models() -> None:
     ]
     assert loses(document(*rows)) == (
         "Growing loses to end-to-end training at equal FLOPs: frozen (+0.1000); "
-        "at equal tokens: frozen (+0.2000), jump (+0.0500). "
-        "A smaller model from scratch, flat-2/3, has a lower mean loss than every arm that grows: 1.2000."
+        "at equal tokens: frozen (+0.2000), jump (+0.0500)."
     )
+    said = "A smaller model from scratch, flat-2/3, has a lower mean loss than every arm that grows: 1.2000."
+    assert verdict(document(*rows)).endswith(said)  # once is enough
+    rows[2:] = [row("flat-1/3", 1.3, 1.3), row("jump", 1.4, 1.4, gap=-0.1)]
+    assert loses(document(*rows)) == said.replace("flat-2/3", "flat-1/3").replace("1.2", "1.3")
+    assert loses(document(*rows[:2], rows[3])) == ""  # nor does it lose nowhere
     rows = [row("flat-1/3", 1.2, budget=n) for n in (1, 2)] + [row("jump", 1.4, budget=n, gap=-0.1) for n in (1, 2)]
     assert loses(document(*rows)).endswith("grows: 1.2000 at a budget of 1, 1.2000 at a budget of 2.")
 
@@ -311,8 +315,16 @@ def test_what_a_table_says_stands_beside_it() -> None:
     losses, shares = found[0], next(table for table in found if "share" in table.title)
     assert "0.01 \u2191" in losses.rows[0]
     assert "\u2191 or \u2193 at a rate: the best of those tried is the highest or the lowest" in losses.note
-    assert "\u22120.1000 \u00b1 0.0100" in losses.rows[0]
-    assert shares.rows[0][1] == "60\u00a0% \u00b1 10\u00a0%"
+    assert "\u22120.1000 \u00b1\u00a00.0100" in losses.rows[0]
+    assert shares.rows[0][1] == "60\u00a0% \u00b1\u00a010\u00a0%"
+
+
+def test_rows_and_columns_of_which_nothing_is_known_are_left_out() -> None:
+    rows = [row("end-to-end", 1.5), row("full", 1.4, gap=-0.1), row("jump", 1.4, gap=-0.1, tokens=0.05)]
+    found = tables(whole(document(*rows), dict.fromkeys(("end-to-end", "full", "jump"), 1.0)))
+    (gaps,) = [table for table in found if "for equal" in table.title]
+    assert (list(gaps.columns), gaps.rows) == (["arm", "|tokens"], [["jump", "+0.0500 \u00b1\u00a00.0000"]])
+    assert not [table for table in found if "share" in table.title]
 
 
 # ---------------------------------------------------------------- runs

@@ -96,7 +96,8 @@ def test_names_are_sentences(first: tuple[Path, FlowRun]) -> None:
     _, run = first
     assert run.name == "grow First_Run to 2 stacks"
     assert [stage.name for stage in run.stages()] == [
-        f"First_Run: add stack {n} (append, frozen, full)" for n in range(2)
+        "First_Run: add stack 0 (from scratch, full)",
+        "First_Run: add stack 1 (append, frozen, full)",
     ]
     tasks = run.tasks(count=10)
     assert set(tasks) == {f"{sentence} {stage}" for sentence in TASKS for stage in range(2)}
@@ -121,10 +122,11 @@ def test_the_table_has_a_row_per_stage_with_its_numbers(first: tuple[Path, FlowR
     versions = [json.loads(artifact.data) for artifact in artifacts_named("first-run-stages")]
     assert [len(rows) for rows in versions] == [2]  # renewed in place: a run's page lists every version
     known = manifests(root)
+    how = ("from scratch, full", "append, frozen, full")
     for stage, row in enumerate(versions[-1]):
         stack = folder_of(root, "stack", stage).name
         validation = known[folder_of(root, "validation", stage).name]["facts"]
-        assert (row["stage"], row["stack"], row["how"]) == (str(stage), stack, "append, frozen, full")
+        assert (row["stage"], row["stack"], row["how"]) == (str(stage), stack, how[stage])
         assert row["val. loss"] == f"{validation['validation_loss']:.4f}"
         assert row["loss"] == f"{known[stack]['facts']['train_loss']:.4f}"
         assert row["trained"] == known[stack]["facts"]["trainable_parameters"]
@@ -414,7 +416,7 @@ def test_a_prepended_and_annealed_run_reads_as_sentences_too(
     assert run.state.is_completed(), run.state
     names = [stage.name for stage in run.stages()]
     assert names == [
-        "depth: add stack 0 (prepend, frozen, full)",
+        "depth: add stack 0 (from scratch, full)",
         "depth: add stack 1 (prepend, frozen, full)",
         "depth: train all stacks together",
     ]
@@ -422,7 +424,7 @@ def test_a_prepended_and_annealed_run_reads_as_sentences_too(
     assert "build all stacks" not in tasks
     assert tasks["train all stacks"] == tasks["validate all stacks"] == "Completed"
     table = json.loads(artifacts_named("depth-stages")[-1].data)
-    assert [row["how"] for row in table] == ["prepend, frozen, full", "prepend, frozen, full", "joint"]
+    assert [row["how"] for row in table] == ["from scratch, full", "prepend, frozen, full", "joint"]
     assert all(float(row["at 50\u00a0% masked"]) > 0 for row in table)
     reasons = [text for text in recorder.messages if "caches nothing" in text]
     assert [text.split(":")[1].strip() for text in reasons] == [

@@ -389,8 +389,11 @@ def test_bars_show_stages_and_escape_names(tmp_path: Path) -> None:
         (size, 2.0**41, "2.0 TiB"),
         (parameters, 912, "912"),
         (parameters, 43_210, "43.2 k"),
+        (parameters, 43_000, "43.0 k"),
+        (parameters, 124_000, "124 k"),
+        (parameters, 999_900, "1.00 M"),
         (parameters, 1_270_000, "1.27 M"),
-        (parameters, 7_000_000_000, "7 B"),
+        (parameters, 7_000_000_000, "7.00 B"),
         (parameters, None, "-"),
     ],
 )

@@ -18,11 +18,13 @@ import torch
 from markupsafe import escape
 from torch.nn import functional
 
-from flows.pages.page import artifact, breakable, moment
-from flows.pages.plots import WIDTH, Plot, places, scale_of
-from flows.pages.run_page import page_of
+from flows.pages.page import artifact, breakable, in_column, moment
+from flows.pages.plots import HEIGHT, WIDTH, Plot, places, scale_of
+from flows.pages.run_page import loss_image, page_of
 from flows.pages.run_tables import tables
 from flows.run.samples import judge_depths
+from flows.run.terminal import print_tables
+from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.model.blocks import Stack
 from stackwise_core.stages.charges import cost
 from storage.artifacts import Artifacts
@@ -162,7 +164,7 @@ def test_a_spike_does_not_stretch_the_axis(told: Any) -> None:
     stage, *others = document["stages"]
     losses = [1000.0, *stage["curve"]["loss"][1:]]
     page = page_of([document | {"stages": [stage | {"curve": stage["curve"] | {"loss": losses}}, *others]}])
-    (most,) = re.findall(r"Losses above ([0-9.]+), up to 1000, are left out\.", page)
+    (most,) = re.findall(r"Losses above ([0-9.]+), up to 1000.0000, are left out\.", page)
     assert max(losses[1:]) < float(most) < 2 * max(losses[1:])
 
 
@@ -333,6 +335,46 @@ def test_a_picture_has_the_losses_of_every_stage(reference: Reference, run: Run,
     assert "prefers-color-scheme: dark" in next(each.text or "" for each in image.iter() if each.tag.endswith("style"))
     said = run("report", "tiny", "--artifacts", reference(), "--svg", tmp_path / "missing" / "curves.svg")
     assert (said.code, "cannot be written" in said.err) == (2, True)
+
+
+def test_a_picture_says_below_its_axis_what_a_page_says_in_its_caption(told: Any) -> None:
+    def written(*documents: Any) -> list[str]:
+        image = ElementTree.fromstring(loss_image(documents) or "")
+        height = float(image.get("height", "")) + float(image.get("viewBox", "").split()[1])
+        below = [each for each in image.iter() if each.tag.endswith("text") and float(each.get("y", "")) > HEIGHT]
+        assert all(float(each.get("y", "")) < height for each in below)
+        return [each.text or "" for each in below]
+
+    spiked = json.loads(json.dumps(told))
+    spiked["stages"][1]["curve"]["loss"][0] = 1000.0
+    assert written(told) == []
+    assert written(told, told) == ["Thin: training, the mean of some steps. Thick, with markers: validation."]
+    (left_out,) = written(spiked)
+    assert left_out.endswith(", up to 1000.0000, are left out.")
+    assert left_out in page_of([spiked])
+
+
+def test_a_terminal_says_what_no_reader_can_guess(told: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    print_tables(tables(told))
+    said = capsys.readouterr().out
+    assert "Cache error: the validation loss on cached activations less that on exact ones." in said
+    first, second, third = (stage["rack_parameters"] for stage in told["stages"])
+    rows, rest = divmod((second - first) - (third - second), told["config"]["model.d_model"])
+    assert (rows >= ByteTokenizer.vocab_size, rest) == (True, 0)  # a matrix, its rows rounded up
+    sentence = "In stage 0 embedding and head are one matrix; from stage 1 on the head has its own."
+    assert sentence in said
+    assert sentence in page_of([told])
+    untied = told | {"config": told["config"] | {"model.tie_embeddings": False}}
+    assert sentence not in page_of([untied])
+
+
+def test_numbers_of_a_column_have_equal_decimals() -> None:
+    assert in_column([0.0072, 0.01097, None, 0.0]) == ["0.00720", "0.01097", "-", "0.00000"]
+    assert in_column([1.2, 1.2345]) == ["1.200", "1.234"]
+    assert in_column([1234.0, 0.52]) == ["1,234.00", "0.52"]
+    assert in_column([-2.0, 1e-9]) == ["\u22122.00000", "0.00000"]
+    assert in_column([1e-9, 2.5e-9]) == ["1.000e\u221209", "2.500e\u221209"]
+    assert in_column([None]) == ["-"]
 
 
 def test_samples_of_a_masked_run_go_on_from_a_withheld_row(run: Run, tmp_path: Path) -> None:
