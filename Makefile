@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install -c constraints.txt
 CONFIG ?= configs/quickstart.yaml
+SITE := PYTHONPATH=.:tests $(BIN)/python -m support.site build/docs && $(BIN)/zensical build --strict --clean
 
 .PHONY: setup train server worker test test-slow check bench gpu docs gallery clean
 
@@ -29,7 +30,7 @@ check: $(VENV)/check ## check style, types, import layers, spelling and the docu
 	@$(BIN)/basedpyright --level error
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/codespell
-	@$(BIN)/zensical build --strict --clean
+	@$(SITE)
 
 bench: $(VENV)/bench ## run the benchmarks: JSON and a table in benchmarks/results/
 	@$(BIN)/python -m benchmarks
@@ -38,7 +39,7 @@ gpu: $(VENV)/run ## download the wheels to carry to a machine with a GPU, and pr
 	@$(BIN)/python -m benchmarks.gpu.wheels
 
 docs: $(VENV)/check ## build the documentation into site/, and run its snippets
-	@$(BIN)/zensical build --strict --clean
+	@$(SITE)
 	@$(BIN)/python -m pytest tests/project/test_docs.py
 
 gallery: $(VENV)/test ## train three small runs, and write their reports into docs/gallery, for the site

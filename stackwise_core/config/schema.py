@@ -14,8 +14,11 @@ from stackwise_core.config.yaml import parse_value
 
 GROWTH = "training.progressive"
 Precision = Literal["full", "half", "bfloat16", "nvfp4", "qlora"]
+"""How a stack trains and is stored; nvfp4 and qlora store its weights in 4 bits."""
 Mode = Literal["append", "prepend", "insert"]
 """Where a new stack goes: below the head, above the embedding, or below the top stacks of the trunk."""
+Objective = Literal["mlm", "clm", "custom"]
+"""What is learnt: masked tokens, next tokens, or the targets of the batch."""
 GrowthOperator = Literal["copy", "copy_zero", "random", "zero"]
 CopiedFrom = Literal["neighbour", "top", "middle", "interleaved", "blend"]
 Decay = Literal["cosine", "linear", "sqrt"]
@@ -317,7 +320,7 @@ class ProgressiveConfig(Section):
     """Training and storage precision of a new stack."""
     cache_activations: bool = True
     """Cache the frozen trunk's output; false recomputes it. Changes time, not results."""
-    training_objective: Literal["mlm", "clm", "custom"] = "mlm"
+    training_objective: Objective = "mlm"
     """Masked, causal or custom targets."""
     qlora_enabled: bool = False
     """Give every stack a 'stack' adapter at creation."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from stackwise_core.config.schema import Objective
 from stackwise_core.data.tokenizer import Tokenizer
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.interop.card import Card, grown
@@ -27,7 +28,6 @@ from stackwise_core.stages.resolve import ModelShape
 from stackwise_core.strict import parse_object
 
 Format = Literal["hf", "gguf"]
-Objective = Literal["clm", "mlm", "custom"]
 
 
 class Exported(NamedTuple):

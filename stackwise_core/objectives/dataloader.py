@@ -10,10 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from stackwise_core.config.arguments import check_choice, check_integer, check_type, describe
+from stackwise_core.config.schema import Objective
 from stackwise_core.data.masks import MaskSpec
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.objectives.losses import Batch, input_time_step
-from stackwise_core.objectives.make_batch import Objective, make_batch
+from stackwise_core.objectives.make_batch import make_batch
 from stackwise_core.objectives.raw_batch import check_padding, raw_fields
 from stackwise_core.objectives.time_step_masking import TimeStepMasking
 from stackwise_core.objectives.trunk_activations import (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stackwise_core.config.schema import Objective
 from stackwise_core.data.masks import VALIDATION_VIEW, BoolArray, IntArray, MaskSpec
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.objectives.losses import Batch
@@ -23,8 +24,6 @@ from stackwise_core.objectives.raw_batch import (
     raw_fields,
     tokens_and_ids,
 )
-
-Objective = Literal["mlm", "clm", "custom"]
 
 
 def make_batch(fields: Batch, mask_spec: MaskSpec | None, objective: Objective | None = None) -> Batch:

@@ -12,11 +12,12 @@ from torch import Tensor
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.arguments import check_integer, check_type
 from stackwise_core.config.rules import time_faults
+from stackwise_core.config.schema import Objective
 from stackwise_core.config.stacks import n_time_steps, stack_time_step, time_schedule
 from stackwise_core.data.masks import VALIDATION_VIEW, IntArray, MaskSpec, content_ids
 from stackwise_core.errors import ConfigError, Fault
 from stackwise_core.objectives.losses import Batch
-from stackwise_core.objectives.make_batch import Objective, drawn_steps
+from stackwise_core.objectives.make_batch import drawn_steps
 from stackwise_core.objectives.raw_batch import maskable_positions, tokens_and_ids
 from stackwise_core.stages.resolve import resolve_mask, resolve_shape
 

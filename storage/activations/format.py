@@ -42,6 +42,7 @@ ZARR: Final = "store.zarr"
 RECORDS: Final = "records"
 
 Group = Literal["train", "validation"]
+"""The rows of a store that train, and those that are withheld."""
 GROUPS: Final[tuple[Group, ...]] = get_args(Group)
 GROUP_FOLDERS: Final[dict[Group, str]] = {"train": ZARR, "validation": f"{ZARR}/validation"}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from base64 import b64decode
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from stackwise_core.stages.plan import RunPlan, plan_run
 from storage.activations import StoreReader
 from storage.manifest import read_manifest
 from support.gallery import CONFIGS, write
+from support.site import NOT_MADE, lay_out, link_gallery
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -64,12 +66,66 @@ def test_every_page_names_only_files_that_exist() -> None:
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-def test_the_site_has_every_page_once() -> None:
+def test_the_site_has_every_page_once(laid_out: Path) -> None:
     """Zensical finds broken links when the site is built, which `make check` does; not pages that no menu leads to."""
     sections = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     listed = [page for section in sections for pages in section.values() for page in pages]
-    there = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
-    assert sorted(listed) == sorted(there)
+    there = [page.relative_to(laid_out).as_posix() for page in laid_out.rglob("*.md")]
+    assert sorted(listed) == sorted(page for page in there if not page.startswith("files/"))
+
+
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site") / "docs"
+    lay_out(folder)
+    return folder
+
+
+def _targets(page: Path) -> list[Path]:
+    """Return the files that a page links to, by Markdown or HTML."""
+    text = re.sub(r"~~~~.*?~~~~", "", page.read_text(), flags=re.DOTALL)
+    named = re.findall(r"""\]\(([^)#:\s]+)[)#]|(?:href|src)="([^"#:]+)""", text)
+    return [(page.parent / (one or other)).resolve() for one, other in named]
+
+
+def test_no_link_of_the_site_is_dead_or_leaves_it(laid_out: Path) -> None:
+    for page in laid_out.rglob("*.md"):
+        for target in _targets(page):
+            assert target.is_file(), f"{page}: {target}"
+            assert target.is_relative_to(laid_out), f"{page}: {target}"
+
+
+def test_a_file_that_a_page_names_is_shown_whole(laid_out: Path) -> None:
+    recipe = ROOT / "configs" / "recipes" / "jump.yaml"
+    page = laid_out / "files" / "configs" / "recipes" / "jump.yaml.md"
+    assert page in _targets(laid_out / "modes.md")
+    assert page in _targets(laid_out / "files" / "configs.md")
+    assert f"~~~~yaml\n{recipe.read_text()}~~~~" in page.read_text()
+
+
+def test_the_notebook_is_a_page_of_the_site(laid_out: Path) -> None:
+    page = (laid_out / "notebook.md").read_text()
+    cells = json.loads((laid_out / "notebook.ipynb").read_text())["cells"]
+    assert all("".join(cell["source"]) in page for cell in cells)
+    shown = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    assert all("".join(data["text/html"]) in page for data in shown if "text/html" in data)
+    drawings = [target.read_bytes() for target in _targets(laid_out / "notebook.md") if target.suffix == ".png"]
+    assert drawings == [b64decode(data["image/png"]) for data in shown if "image/png" in data]
+
+
+def test_the_gallery_links_the_reports_that_are_made(tmp_path: Path) -> None:
+    page, gallery = tmp_path / "gallery.md", tmp_path / "gallery"
+    page.write_text((ROOT / "docs" / "gallery.md").read_text())
+    link_gallery(tmp_path)
+    assert NOT_MADE in page.read_text()
+    assert not [target for target in _targets(page) if target.suffix == ".html"]
+    gallery.mkdir()
+    reports = [gallery / f"{Path(config).name}.html" for config in CONFIGS]
+    for report in reports:
+        report.touch()
+    link_gallery(tmp_path)
+    assert NOT_MADE not in page.read_text()
+    assert [target for target in _targets(page) if target.suffix == ".html"] == reports
 
 
 def test_the_library_reference_has_every_public_name() -> None:
@@ -78,8 +134,32 @@ def test_the_library_reference_has_every_public_name() -> None:
     listed = re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)
     for name in listed:
         module, _, attribute = name.rpartition(".")
-        assert getattr(import_module(module), attribute).__doc__, name
+        named = getattr(import_module(module), attribute)
+        assert get_origin(named) is Literal or named.__doc__, name
     assert {f"stackwise_core.{name}" for name in stackwise_core.__all__} <= {*listed}
+
+
+def test_the_library_reference_has_the_words_of_every_type_that_it_names() -> None:
+    """A signature says `Mode`; what that may be stands under its own name."""
+    page = (ROOT / "docs" / "reference.md").read_text()
+    blocks = re.findall(r"^::: (\S+)\n((?: +\S.*\n)*)", page, flags=re.MULTILINE)
+    options = {name: (yaml.safe_load(block) or {}).get("options", {}) for name, block in blocks}
+    shown = {name.rpartition(".")[2] for name, option in options.items() if option.get("show_attribute_values")}
+    needed: set[str] = set()
+    for name, option in options.items():
+        module, _, attribute = name.rpartition(".")
+        named = getattr(import_module(module), attribute)
+        members = vars(named) if isinstance(named, type) else {}
+        public = option.get("members") or [member for member in members if not member.startswith("_")]
+        described = [named, *(members[member] for member in ("__init__", *public) if member in members)]
+        annotations = " ".join(str(each) for one in described for each in getattr(one, "__annotations__", {}).values())
+        if get_origin(named) is not Literal:
+            needed |= {
+                word
+                for word, value in vars(import_module(named.__module__)).items()
+                if get_origin(value) is Literal and re.search(rf"\b{word}\b", annotations)
+            }
+    assert needed == shown
 
 
 def test_the_reference_of_the_configuration_is_that_of_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +208,7 @@ def test_the_reader_of_the_format_page_reads_a_store(reference: Callable[..., Pa
 
 def test_the_gallery_names_the_pages_that_are_made() -> None:
     page = (ROOT / "docs" / "gallery.md").read_text()
-    named = re.findall(r'href="gallery/(.*?)\.html".*?`configs/(.*?)\.yaml`', page)
+    named = re.findall(r"^\| `(.*?)` \|.*?`configs/(.*?)\.yaml`", page, flags=re.MULTILINE)
     assert [(Path(config).name, config) for config in CONFIGS] == named
 
 
