@@ -54,7 +54,12 @@ def show_artifact(options: argparse.Namespace) -> int:
         ConfigError: an option does not apply to this kind, or the page cannot be written.
     """
     named = artifacts_at(options.artifacts).existing()
-    if attempts(named, options.uri) and not options.html:
+    if attempts(named, options.uri):
+        if options.html:
+            allowed = (
+                f"{options.uri} is a run: name what it made, such as {options.uri}/0; `stackwise report` has its page"
+            )
+            raise ConfigError([Fault("--html", repr(options.html), allowed)])
         return _list_run(named, options)
     folder = find_artifact(named, options.uri)
     manifest = read_manifest(folder)

@@ -34,6 +34,8 @@ _FACTS: dict[Kind, dict[str, Callable[[Any], str]]] = {
 
 def phrase(entry: dict[str, Any]) -> str:
     """Return the facts of an entry in one line."""
+    if entry["kind"] == "trunk" and entry["facts"].get("stacks") == 0:
+        return "no stack below"  # so that it is neither frozen nor trained
     return ", ".join(_FACTS[entry["kind"]][name](value) for name, value in entry["facts"].items())
 
 

@@ -14,6 +14,7 @@ from flows.pages.drift import Boundary, drift_of
 from flows.pages.page import artifact_page, listed, number, rounded, visible
 from flows.pages.plots import Plot, Scale, matrix, places, scale_of
 from flows.pages.samples import norms_by_piece, sample_rows, title_of
+from flows.pages.tables import OF_CHANNELS, channel_cells
 from stackwise_core.strict import parse_object
 from storage.activations import statistics
 from storage.activations.format import GROUP_FOLDERS, Group
@@ -22,7 +23,8 @@ from storage.artifacts import Artifacts
 from storage.manifest import Manifest
 from storage.stores import open_at
 
-_NAMED_OUTLIERS = 5
+_NAMED_OUTLIERS, _OUTLIERS = 5, 20
+"""Outlier channels that are named in a plot, and that are listed."""
 _WIDE = 8.0
 """Norms whose range exceeds this factor are drawn on a logarithmic scale."""
 
@@ -136,7 +138,10 @@ def store_page(document: dict[str, Any]) -> str:
         plots["tokens"] = [_by_position(store), _histogram(store["histogram"])]
         plots["directions"] = [_spectrum(store), *([] if document["drift"] is None else [_drift(document["drift"])])]
     rows = [_row(sample) for sample in document["samples"]["rows"]]
-    return artifact_page("store.html.j2", document, plots=plots, rows=rows)
+    listed = store["channels"]["outliers"][:_OUTLIERS]
+    outliers = list(zip(listed, channel_cells(store["channels"], listed), strict=True))
+    values = {"plots": plots, "rows": rows, "outliers": outliers, "of_channels": OF_CHANNELS}
+    return artifact_page("store.html.j2", document, **values)
 
 
 def _by_channel(store: dict[str, Any]) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -10,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from flows.pages.page import minute, number, shape, visible
+from flows.pages.page import in_column, minute, number, shape, visible
 from flows.pages.provenance import phrase
 from flows.pages.samples import norms_by_piece, title_of
 from flows.run.numbers import size
@@ -21,6 +22,8 @@ from storage.activations.statistics import OUTLIER_FACTOR
 _BARS = "▁▂▃▄▅▆▇█"
 _COLUMNS = 80
 _CHANNELS = 6
+OF_CHANNELS = ("rms", "mean", "std", "smallest", "largest", "kurtosis")
+"""What is told of a channel."""
 
 
 def print_store(document: dict[str, Any]) -> None:
@@ -105,11 +108,10 @@ def _channels(channels: dict[str, Any]) -> Table:
     """Return the outliers, or the largest channels if there are none, and list the dead ones."""
     rms, outliers, dead = channels["rms"], channels["outliers"], channels["dead"]
     by_size = sorted(range(len(rms)), key=lambda channel: -(rms[channel] or 0.0))
-    names = ("rms", "mean", "std", "smallest", "largest", "kurtosis")
-    table = plain_table("|channel", *(f"|{name}" for name in names), "")
-    for channel in (outliers or by_size)[:_CHANNELS]:
-        mark = "outlier" if channel in outliers else ""
-        table.add_row(str(channel), *(number(channels[name][channel]) for name in names), mark)
+    table = plain_table("|channel", *(f"|{name}" for name in OF_CHANNELS), "")
+    listed = (outliers or by_size)[:_CHANNELS]
+    for channel, cells in zip(listed, channel_cells(channels, listed), strict=True):
+        table.add_row(str(channel), *cells, "outlier" if channel in outliers else "")
     shown = ", ".join(map(str, dead[:12])) + (" ..." if len(dead) > 12 else "")
     table.caption = (
         f"{len(outliers):,} outliers (rms from {number(channels['outlier_bound'])}, {OUTLIER_FACTOR:g} x the median); "
@@ -117,6 +119,12 @@ def _channels(channels: dict[str, Any]) -> Table:
     )
     table.caption_justify, table.caption_style = "left", ""
     return table
+
+
+def channel_cells(channels: dict[str, Any], listed: Sequence[int]) -> list[tuple[str, ...]]:
+    """Return a row of `OF_CHANNELS` for each of some channels."""
+    columns = [in_column([channels[name][channel] for channel in listed]) for name in OF_CHANNELS]
+    return list(zip(*columns, strict=True))
 
 
 def _drift(drift: dict[str, Any] | None) -> Table | None:

@@ -15,10 +15,11 @@ import pytest
 from jinja2 import UndefinedError
 
 from flows.cli.main import main
-from flows.pages.page import printable, render, visible
+from flows.pages.page import in_column, printable, render, visible
 from flows.pages.plots import Mark, Scale, scale_of, tick_text
+from flows.pages.provenance import phrase
 from flows.pages.stack import stack_page
-from flows.pages.tables import strip
+from flows.pages.tables import OF_CHANNELS, channel_cells, strip
 from stackwise_core.data.masks import VALIDATION_VIEW
 from stackwise_core.data.tokenizer import ByteTokenizer
 from stackwise_core.stages.identity import BuildRecipe, DataRecipe
@@ -346,6 +347,7 @@ def test_planted_channels_are_marked_in_the_plots(kept: Path, look: Look) -> Non
     channels["outliers"], channels["dead"], channels["rms"][3] = [3], [5], 100 * channels["outlier_bound"]
     document["store"]["non_finite"] = 12
     parsed = Parsed(store_page(document))
+    assert f">{in_column([channels['rms'][3]])[0]}</td>" in store_page(document)
     assert parsed.attributes.count(("class", "outlier")) == 1
     assert parsed.attributes.count(("class", "line thin leader")) == 1  # to its number, which covers no dot
     assert parsed.attributes.count(("class", "dead")) == 1
@@ -446,12 +448,23 @@ def test_numbers_of_ticks() -> None:
     assert [tick_text(value) for value in values] == ["0", "\u22120.5", "12,000", "1e\u22126", "0.3", "2e7"]
 
 
+def test_a_trunk_of_no_stack_is_not_called_frozen() -> None:
+    first, second = ({"kind": "trunk", "facts": {"strategy": "frozen", "stacks": n}} for n in (0, 1))
+    assert (phrase(first), phrase(second)) == ("no stack below", "frozen, 1 stack below")
+
+
+def test_columns_of_channels_have_equal_decimals() -> None:
+    channels = {name: [0.2523, 0.119, None] for name in OF_CHANNELS}
+    assert channel_cells(channels, [1, 0]) == [("0.1190",) * 6, ("0.2523",) * 6]
+
+
 # ---------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
     ("uri", "options", "code", "message"),
     [
+        ("tiny", ["--html", "p.html"], 2, "tiny is a run: name what it made, such as tiny/0; `stackwise report` has"),
         ("data", ["--html", "p.html"], 2, "--html: got 'p.html'; data-"),
         ("validation-1", ["--html", "p.html"], 2, "has no page; stores and stacks have"),
         ("stack-1", ["--html", "no/where/p.html"], 2, "--html: got 'no/where/p.html'; its folder does not exist"),
