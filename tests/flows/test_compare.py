@@ -317,6 +317,9 @@ def test_what_a_table_says_stands_beside_it() -> None:
     assert "\u2191 or \u2193 at a rate: the best of those tried is the highest or the lowest" in losses.note
     assert "\u22120.1000 \u00b1\u00a00.0100" in losses.rows[0]
     assert shares.rows[0][1] == "60\u00a0% \u00b1\u00a010\u00a0%"
+    page = comparison_page(whole(document(*rows), {"end-to-end": 1.0, "jump": 1.0}))
+    assert '<td class="right spread">60\u00a0% \u00b1\u00a010\u00a0%</td>' in page  # which a phone breaks before \u00b1
+    assert "td.right:not(.spread) { white-space: nowrap; }" in page
 
 
 def test_rows_and_columns_of_which_nothing_is_known_are_left_out() -> None:

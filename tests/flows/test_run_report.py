@@ -70,7 +70,7 @@ def test_the_plot_shows_the_loss_of_every_stage() -> None:
     assert lines(plot) == [[pytest.approx(point, abs=0.01) for point in ((0, 2.9), (1, 2.5), (2, 2.2))]]
     assert [line.get("class") for line in plot.iter(f"{SVG}polyline")] == ["line"]  # one has no ramp of colours
     tips = [title.text for title in plot.iter(f"{SVG}title")]
-    assert tips == ["stage 0: 2.9", "stage 1: 2.5", "stage 2: 2.2"]
+    assert tips == ["stage 0: 2.9000", "stage 1: 2.5000", "stage 2: 2.2000"]
 
 
 def test_losses_at_other_ratios_are_not_joined() -> None:
@@ -82,10 +82,10 @@ def test_losses_at_other_ratios_are_not_joined() -> None:
     colours = [line.get("style") for line in plot.iter(f"{SVG}polyline")]
     assert len(set(colours)) == 2
     assert [(dot.get("style"), dot[0].text) for dot in plot.iter(f"{SVG}circle")] == [
-        (colours[0], "15\u00a0% masked, stage 0: 3"),
-        (colours[0], "15\u00a0% masked, stage 1: 2.5"),
-        (colours[1], "50\u00a0% masked, stage 0: 4"),
-        (colours[1], "50\u00a0% masked, stage 1: 3.75"),
+        (colours[0], "15\u00a0% masked, stage 0: 3.0000"),
+        (colours[0], "15\u00a0% masked, stage 1: 2.5000"),
+        (colours[1], "50\u00a0% masked, stage 0: 4.0000"),
+        (colours[1], "50\u00a0% masked, stage 1: 3.7500"),
     ]
 
 
