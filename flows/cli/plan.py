@@ -20,11 +20,10 @@ from stackwise_core.config.unused import notes
 from stackwise_core.data.mixture import mixture_counts, shares_of, sources_of
 from stackwise_core.data.packing import read_corpus
 from stackwise_core.errors import shown
-from stackwise_core.stages.charges import charge, judging_flops
+from stackwise_core.stages.charges import Charge, charge, judging_flops
 from stackwise_core.stages.costs import (
     fill_flops,
     rack_parameters,
-    stage_flops,
     store_bytes,
     trainable_parameters,
 )
@@ -62,6 +61,7 @@ def show_plan(options: argparse.Namespace) -> None:
     cuda, there = device_memory(config.hardware)
     settings = list(settings_of(config, plan, cuda=cuda, there=there))
     too_large = [line for setting in settings if (line := does_not_fit(setting, there))]
+    charges = charge(config, plan, n_train)
     document = {
         "run": config.run.name,
         "artifacts": artifacts.uri,
@@ -73,7 +73,7 @@ def show_plan(options: argparse.Namespace) -> None:
         "complete": demand.complete,
         "notes": [*notes(config), *_advice(plan, cuda=cuda), *too_large],
         "stages": [
-            _stage(config, plan, at, demand, artifacts, n_train, n_validation, setting)
+            _stage(config, plan, at, demand, artifacts, n_train, n_validation, setting, charges[at])
             for at, setting in enumerate(settings)
         ],
     }
@@ -202,12 +202,11 @@ def _stage(
     n_train: int,
     n_validation: int,
     setting: Setting,
+    charged: Charge,
 ) -> dict[str, Any]:
     stage = plan.stages[index]
     spec, shape, seq_len = stage.spec, stage.shape, config.data.seq_len
     ratio = stage.mask.mean_ratio if stage.mask else None
-    live, below = stage_flops(shape, spec, seq_len, ratio or 1.0)
-    cached_below = index > 0 and plan.stages[index - 1].activations is not None
     return {
         "stage": index,
         "name": spec.name,
@@ -232,8 +231,8 @@ def _stage(
         **({"patience": spec.optim.watch.patience} if spec.optim.watch and spec.optim.watch.patience else {}),
         "trainable_parameters": trainable_parameters(shape, spec),
         "rack_parameters": rack_parameters(shape, spec),
-        "flops": live + (0.0 if cached_below else below),
-        "flops_saved_by_cache": below if cached_below else 0.0,
+        "flops": charged.total,
+        "flops_saved_by_cache": charged.recomputed - charged.frozen,
         **({"cooldown_flops": cooldown_flops(stage, seq_len)} if stage.cooldown else {}),
         "memory_bytes": (forecast := memory(setting)).peak,
         "memory": forecast._asdict(),
@@ -348,7 +347,7 @@ def _lines(row: dict[str, Any]) -> dict[str, str]:
     masks = "each step at the mask ratio of one stack" if row["draws_depth"] else masks
     time = "" if row["time_step"] is None else f" (time step {row['time_step']})"
     saved = row["flops_saved_by_cache"]
-    saving = f", {saved / 1e12:.3g} saved by the cache below" if saved else ""
+    saving = f", {saved / 1e12:.3g} saved by the cache below" if saved > 0 else ""
     saving += f", {row['cooldown_flops'] / 1e12:.3g} more to cool down" if "cooldown_flops" in row else ""
     most = "at most " if "patience" in row else ""
     plural = "block" if row["blocks"] == 1 else "blocks"

@@ -475,6 +475,17 @@ def test_a_stack_that_is_gone_has_no_loss_though_its_validation_is_kept(
     ]
 
 
+def test_a_plan_costs_what_the_report_says_that_it_did(reference: Reference, run: Run) -> None:
+    root = reference()
+    report = run("report", "tiny", "--artifacts", root, "--json").document
+    (config,) = root.glob("runs/tiny/attempts/*/config.yaml")
+    planned = run("plan", config, "--artifacts", root, "--json").document["stages"]
+    assert [row["flops"] / 1e12 for row in planned] == [stage["tflop"] for stage in report["stages"]]
+    recomputed = [(row["flops"] + row["flops_saved_by_cache"]) / 1e12 for row in planned]
+    assert recomputed == pytest.approx([stage["tflop_recomputed"] for stage in report["stages"]])
+    assert recomputed[-1] > planned[-1]["flops"] / 1e12  # three epochs, filled once
+
+
 def test_damaged_metrics_are_said(reference: Reference, run: Run, tmp_path: Path) -> None:
     root = Path(shutil.copytree(reference(), tmp_path / "artifacts"))
     path = folder_of(root, "stack", 0) / "metrics.jsonl"
