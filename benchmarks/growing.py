@@ -2,24 +2,28 @@
 
 docs/results.md is made of these losses. A run takes 5 minutes of a core per 16 TFLOP, all of them a night on two; what
 the folder of artifacts holds is not made again. Each line is a run, its loss in the file and the loss that was found.
+Without --artifacts: the means of the arms as they are in the file, with what they differ from end-to-end training.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 from flows.cli.compare import arms_of
 from flows.run.comparing import open_field
 from flows.run.comparison import Chosen, Result, comparison_of
+from flows.run.numbers import signed
 from flows.run.run import grow
 from flows.run.say import say
+from flows.run.verdict import interval
 from stackwise_core.config import StackWiseConfig
 from stackwise_core.config.yaml import load_yaml
-from stackwise_core.stages.arms import CONTROLS, changed
+from stackwise_core.stages.arms import CONTROLS, END_TO_END, changed
 
 HERE = Path(__file__).parent
 UNIT = 62.96
@@ -44,10 +48,13 @@ class Row(NamedTuple):
 def main() -> None:
     """Make what is not there of the chosen runs, and print how far each is from what is written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growing", description=__doc__)
-    parser.add_argument("--artifacts", required=True, metavar="FOLDER", help="kept, and resumed from")
+    parser.add_argument("--artifacts", default="", metavar="FOLDER", help="kept, and resumed from")
     parser.add_argument("--source", default="", metavar="FILE", help="the text of tiny Shakespeare; without it, stdlib")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows that begin so, such as stdlib,full")
     options = parser.parse_args()
+    if not options.artifacts:
+        say(*table(rows()))
+        return
     for row in rows():
         if ",".join(row).startswith(options.only) and (row.corpus == "stdlib" or options.source):
             result = made(row, options.artifacts, options.source)
@@ -85,6 +92,37 @@ def made(row: Row, artifacts: str, source: str) -> Result:
         found = field.look(chosen)
     assert found is not None
     return found
+
+
+def table(found: Iterable[Row]) -> list[str]:
+    """Return every arm at the rate that most seeds were run at, the better one of two, as lines of Markdown.
+
+    Differences from end-to-end training are taken seed by seed.
+    """
+    losses: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
+    for row in found:
+        by_rate = losses.setdefault((row.corpus, row.tflop, row.arm, row.changes), {})
+        by_rate.setdefault(row.learning_rate, {})[row.seed] = float(row.loss)
+    best = {of: max(by_rate.values(), key=lambda s: (len(s), -mean(s.values()))) for of, by_rate in losses.items()}
+    lines = [
+        "| corpus | TFLOP | arm | changes | loss | seeds | above end to end | by rate |",
+        "|---|--:|---|---|--:|--:|--:|---|",
+    ]
+    for (corpus, tflop, *arm), by_rate in losses.items():
+        of_arm, control = best[corpus, tflop, *arm], best.get((corpus, tflop, END_TO_END, ""), {})
+        apart = [of_arm[seed] - control[seed] for seed in of_arm if seed in control and of_arm is not control]
+        rates = "; ".join(f"{rate}: {', '.join(f'{loss:.4f}' for loss in s.values())}" for rate, s in by_rate.items())
+        cells = [corpus, tflop, *arm, _shown([*of_arm.values()]), str(len(of_arm)), _shown(apart, "+.4f"), rates]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _shown(values: Sequence[float], form: str = ".4f") -> str:
+    """Return a mean and half of its 95 % t-interval."""
+    if (found := interval(values)) is None:
+        return ""
+    half = f" ± {found.high - found.mean:.4f}" if found.high is not None else ""
+    return signed(found.mean, form) + half
 
 
 if __name__ == "__main__":

@@ -93,6 +93,18 @@ def test_a_run_of_the_table_is_made_again_and_then_only_read(tmp_path: Path, mon
     assert growing.made(row, root, "") == found
 
 
+def test_means_are_of_the_rate_with_most_seeds_and_differences_seed_by_seed() -> None:
+    def of(arm: str, rate: str, *losses: float) -> list[growing.Row]:
+        return [growing.Row("stdlib", arm, "", "2", rate, str(seed), str(loss)) for seed, loss in enumerate(losses)]
+
+    rows = [*of("end-to-end", "0.1", 3.0, 5.0), *of("end-to-end", "0.2", 2.0), *of("full", "0.1", 2.5, 4.1)]
+    _, _, *lines = growing.table(rows)
+    assert lines == [
+        "| stdlib | 2 | end-to-end |  | 4.0000 ± 12.7060 | 2 |  | 0.1: 3.0000, 5.0000; 0.2: 2.0000 |",
+        "| stdlib | 2 | full |  | 3.3000 ± 10.1648 | 2 | \u22120.7000 ± 2.5412 | 0.1: 2.5000, 4.1000 |",
+    ]
+
+
 def test_every_run_of_the_table_has_an_arm_and_a_loss() -> None:
     rows = list(growing.rows())
     for row in rows:
