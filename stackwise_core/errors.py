@@ -96,7 +96,7 @@ class Fault:
 
 
 class ConfigError(StackWiseError, ValueError):
-    """The configuration or the command is wrong. `faults` lists every fault, not the first."""
+    """The configuration or the command is wrong. `faults` lists every fault, not only the first."""
 
     exit_code = 2
 

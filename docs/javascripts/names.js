@@ -27,3 +27,20 @@ for (const table of document.querySelectorAll("article table")) {
   const isName = (cell) => cell.firstElementChild?.textContent === cell.textContent;
   if (rows.every(({ cells }) => cells.length === 3 && isName(cells[1]))) table.dataset.names = "";
 }
+
+// On a phone a column of "1, 2" needs no room for words, and where a table scrolls anyway, one of sentences has more of
+// it: site.css.
+function lengthOf(cells) {
+  const longest = Math.max(...cells.map((cell) => cell.textContent.length));
+  return longest <= 8 ? "short" : longest > 40 ? "long" : "";
+}
+
+for (const table of document.querySelectorAll("article table")) {
+  const rows = [...table.tBodies[0].rows];
+  for (const column of rows[0].cells) {
+    const cells = rows.map((row) => row.cells[column.cellIndex]).filter(Boolean);
+    const length = lengthOf(cells);
+    for (const cell of cells) cell.dataset.text = length;
+  }
+  if (table.scrollWidth > table.clientWidth) table.dataset.scrolls = "";
+}

@@ -165,7 +165,7 @@ class RatioSpan(BaseModel, frozen=True):
 
 
 class MaskSpec(BaseModel, frozen=True):
-    """How inputs are corrupted in one stage. Its fields are its arguments, by keyword. Enters ids unchanged."""
+    """How inputs are corrupted in one stage. Its fields are its arguments, by keyword, and part of ids."""
 
     seed: int = Field(ge=0, lt=2**31)
     """Of the hash that says which positions are masked."""

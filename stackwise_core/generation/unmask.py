@@ -21,6 +21,7 @@ from stackwise_core.generation.generate import Prompts, RackLike, checked_prompt
 from stackwise_core.generation.sampling import Draws, Sampling, choose, common_checks, faults_of
 
 Order = Literal["confidence", "margin", "entropy", "random"]
+"""Which masked token is filled in first: see `Unmasking.order`."""
 _USE_TOKEN, _USE_ORDER = 1, 2
 MOST_LOGITS = 2**25
 """Logits that are held at a time."""

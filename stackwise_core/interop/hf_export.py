@@ -28,6 +28,7 @@ from stackwise_core.stages.resolve import ModelShape
 from stackwise_core.strict import parse_object
 
 Format = Literal["hf", "gguf"]
+"""What an export writes: a folder for transformers, or a file for llama.cpp."""
 
 
 class Exported(NamedTuple):

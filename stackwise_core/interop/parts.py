@@ -17,6 +17,7 @@ from stackwise_core.model.rack import Rack
 from stackwise_core.stages.resolve import ModelShape
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+"""The type of the tensors that an export writes."""
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

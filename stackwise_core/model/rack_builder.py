@@ -374,7 +374,7 @@ class ProgressiveRackBuilder(GrownRack):
     def get_rack_info(self) -> dict[str, Any]:
         """Return the numbers of stacks, blocks and parameters, and an entry for each stack; see `count_parameters`.
 
-        `notes` says what of the configuration is not used, and which of its values another one was taken for.
+        `notes` lists the keys of the configuration that are not used, and the values that others were taken for.
         """
         described = self.config.model_copy(deep=True)
         described.training.progressive.stacks = self.added

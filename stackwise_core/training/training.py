@@ -63,9 +63,9 @@ class Hooks:
     """Callbacks of a stage."""
 
     on_step: Callable[[Record], None] = lambda record: None
-    """Gets what a step measured, after each."""
+    """Gets what a step measured, after each step."""
     on_checkpoint: Callable[[TrainingState], None] = lambda state: None
-    """Gets the live tensors: save or `copy()` them before returning."""
+    """Gets each checkpoint, whose tensors are live: save or `copy()` them before returning."""
     settle: Callable[[], None] = lambda: None
     """Called before a stage is stopped and at its end: waits for a checkpoint that is still being written, and raises
     what failed."""

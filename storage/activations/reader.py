@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from storage.place import RangeReader
 
 Access = Literal["auto", "map", "read"]
+"""How shards are read: mapped, by `pread`, or mapped if they are on a local disk and fit into memory (auto)."""
 MakeTensor = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 Indices = torch.Tensor | np.ndarray | Sequence[int]
 PAGE_BYTES: Final = 4096

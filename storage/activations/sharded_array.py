@@ -22,6 +22,7 @@ from storage.activations.shard import (
 )
 
 Check = Literal["first_touch", "always", "never"]
+"""When the checksum of a chunk is verified."""
 Shard = ShardFile | ShardObject
 
 MAX_OPEN_SHARDS: Final = 128

@@ -58,12 +58,19 @@ def _page_of_file(source: Path, folder: Path) -> Path:
     page = folder / "files" / f"{name}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        files = [_page_of_file(file, folder).relative_to(page.parent) for file in sorted(source.rglob("*.*"))]
-        text = "\n".join(f"- [`{file.with_suffix('')}`]({file})" for file in files)
+        files = {file: _page_of_file(file, folder).relative_to(page.parent) for file in sorted(source.rglob("*.*"))}
+        text = "\n".join(f"- [`{to.with_suffix('')}`]({to}){_about(file)}" for file, to in files.items())
     else:
         text = f"~~~~{source.suffix[1:]}\n{source.read_text()}~~~~"
     page.write_text(f"# `{name}`\n\n{text}\n")
     return page
+
+
+def _about(file: Path) -> str:
+    """Return the first sentence of the comment at the top of a file, as a line of its own."""
+    comment = re.match(r"(?:# .*\n)*", file.read_text())
+    words = comment[0].replace("\n# ", " ").removeprefix("# ") if comment else ""
+    return f"<br>{words.split('. ')[0].strip().removesuffix('.')}." if words else ""
 
 
 def _page_of_notebook(notebook: Path) -> str:
