@@ -351,8 +351,8 @@ class ProgressiveConfig(Section):
     stack_time_mapping: StackTimeMapping = "linear"
     """Which time step a stack of time-as-depth has; in the library also a function, as time_mapping."""
     stack_time_span: Literal["point", "interval"] = "point"
-    """mlm: a stack trains at the mask ratio of its time step, or at all ratios between those of its neighbours that are
-    nearer to its own, and some beyond: one for each sequence."""
+    """mlm: a stack trains at the mask ratio of its time step, or at all ratios that are nearer to its own than to those
+    of its neighbours, and some beyond; each sequence draws one."""
     time_mapping: TimeMapping = Field(default_factory=list)
     """Custom mapping: the time step of each stack in creation order, or 'module:name'."""
     time_per_stack: int = Field(default=1, ge=1, le=2**20)
@@ -421,7 +421,8 @@ class TrainingConfig(Section):
     copy."""
     residual_warmup_steps: int = Field(default=0, ge=0)
     """Steps at the start of a stage in which what the new stack adds to the stream rises evenly from nothing to all of
-    it; at most those of the stage. The first step has the loss of the trunk alone, and nothing of it stays."""
+    it; at most those of the stage. The first step has the loss of the trunk alone; the finished stack
+    adds all of it."""
     joint_steps: int = Field(default=0, ge=0)
     """Steps of the joint anneal after the last stage."""
     joint_learning_rate: float = Field(default=1e-3, gt=0.0)
@@ -449,7 +450,8 @@ class TrainingConfig(Section):
     shuffle_block: int = Field(default=0, ge=0, le=2**31)
     """0 shuffles all sequences; n keeps blocks of n together and mixes 16 at a time: for caches in an object store."""
     custom_loss: CustomLoss = ""
-    """Custom objective: 'module:name' of loss(logits [P, V], targets [P]) -> [P]; empty means cross-entropy."""
+    """Custom objective: 'module:name' of loss(logits [P, V], targets [P]) -> [P], for P loss positions and a vocabulary
+    of V tokens; empty means cross-entropy."""
     progressive: ProgressiveConfig = Field(default_factory=ProgressiveConfig)
     """How the rack grows."""
 
@@ -497,8 +499,8 @@ class HardwareConfig(Section):
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of torch; 0 means as many as this process may use."""
     tf32: bool = False
-    """With CUDA, round what enters float32 matrix products to TF32, with 10 bits for 23: faster where precision is
-    full."""
+    """With CUDA, round what enters float32 matrix products to TF32, 10 bits of mantissa instead of 23: faster for stacks
+    of precision full."""
 
     @property
     def ranks(self) -> int:
@@ -526,8 +528,8 @@ class ValidationConfig(Section):
     """A stage ends when this many validations inside it, in a row, have brought no lower loss; 0 never ends one early.
     With one_clock the stage in which the rate decays has all its steps."""
     keep: Literal["last", "best"] = "last"
-    """Keep of a stage its last weights, or those of the lowest loss among its validations, of which one is then made
-    after the last step too."""
+    """Keep the last weights of a stage, or those of the lowest loss among its validations; best also validates after
+    the last step."""
 
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
