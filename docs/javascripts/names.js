@@ -22,12 +22,12 @@ for (const code of document.querySelectorAll("article :not(pre) > code")) {
 }
 
 // A table of two names and a text, such as a key, its default and what it is, has another shape on a phone: site.css.
-// One that scrolls at its narrowest need not be that narrow.
+// Another one that scrolls at its narrowest need not be that narrow.
 for (const table of document.querySelectorAll("article table")) {
   const rows = [...table.tBodies[0].rows];
   const isName = (cell) => cell.firstElementChild?.textContent === cell.textContent;
   if (rows.every(({ cells }) => cells.length === 3 && isName(cells[1]))) table.dataset.names = "";
-  else if (table.scrollWidth > table.closest("article").clientWidth) table.dataset.wide = "";
+  else if (rows[0].cells.length > 2 && table.scrollWidth > table.closest("article").clientWidth) table.dataset.wide = "";
 }
 
 // On a phone a column of "1, 2" needs no room for words, and where a table scrolls anyway, one of sentences has more of

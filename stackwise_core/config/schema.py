@@ -499,8 +499,8 @@ class HardwareConfig(Section):
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of torch; 0 means as many as this process may use."""
     tf32: bool = False
-    """With CUDA, round what enters float32 matrix products to TF32, 10 bits of mantissa instead of 23: faster for stacks
-    of precision full."""
+    """With CUDA, round what enters float32 matrix products to TF32, 10 bits of mantissa instead of 23: faster for
+    stacks of precision full."""
 
     @property
     def ranks(self) -> int:
