@@ -58,13 +58,14 @@ _ARMS = (
     "highest or the lowest, so that a better one may lie beyond."
 )
 _CHARGED = (
-    "TFLOP are as executed; recomputed: if every step passed the frozen stacks again. Tuning: the other rates that "
-    "were tried. A stage that two arms share is charged to both. Time: of this machine."
+    "TFLOP are as executed; recomputed: if every step passed through the frozen stacks again. Tuning: the other "
+    "rates that were tried. A stage that two arms share is charged to both. Time: of this machine."
 )
 _PLANNED = "Memory: the planner's forecast for the largest stage; trained at once: the most parameters."
 _INTERPOLATED = (
-    "What end-to-end training has for as much is interpolated between its budgets, seed by seed; nothing is "
-    "extrapolated, and what would be is left out: --curve gives it more budgets."
+    "Interpolated between the budgets of end-to-end training, seed by seed, never extrapolated. A share behind < or > "
+    "is a bound: its largest budget does not reach that loss, or its smallest already does better. A gap outside its "
+    "budgets is left out. --curve gives it more budgets."
 )
 
 

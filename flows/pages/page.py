@@ -47,6 +47,20 @@ def artifact(name: str) -> Markup:
     return Markup('<span class="whole">{}</span><wbr><span class="whole">{}</span>').format(head + dash, end)
 
 
+def command(line: str) -> Markup:
+    """Return a command that breaks between its words, or within a path, but not within an option."""
+    words = [
+        Markup('<span class="whole">{}</span>').format(printable(word)) if word.startswith("--") else breakable(word)
+        for word in line.split(" ")
+    ]
+    return Markup(" ").join(words)
+
+
+def result(entry: dict[str, Any]) -> str:
+    """Return the facts of an entry in one line that does not break between a number and its unit."""
+    return re.sub(r"(?<=\d) (?=(?:[kMB]|B|[KMGT]iB)\b)", "\u00a0", phrase(entry))
+
+
 def moment(created: str) -> Markup:
     """Return a recorded time to the minute that breaks between date and time only."""
     date, _, time = minute(created).partition(" ")
@@ -114,14 +128,15 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "artifact": artifact,
     "breakable": breakable,
     "clock": clock,
+    "command": command,
     "count": "{:,}".format,
     "minute": minute,
     "moment": moment,
     "number": number,
     "parameters": parameters,
     "percent": percent,
-    "phrase": phrase,
     "ranges": ranges,
+    "result": result,
     "shape": shape,
     "size": size,
     "visible": visible,

@@ -17,7 +17,7 @@ _FACTS: dict[Kind, dict[str, Callable[[Any], str]]] = {
         "train_sequences": "{:,} sequences".format,
         "validation_sequences": "{:,} for validation".format,
     },
-    "build": {"operator": str, "blocks": "{} blocks".format},
+    "build": {"operator": str, "blocks": lambda count: f"{count} block{'' if count == 1 else 's'}"},
     "trunk": {"strategy": str, "stacks": lambda count: f"{count} stack{'' if count == 1 else 's'} below"},
     "stack": {
         "train_loss": "loss {:.4f}".format,

@@ -83,9 +83,9 @@ def _now(artifacts: Artifacts, newest: Attempt, *, unfinished: bool) -> Document
     message = outcome["message"] if outcome else ""
     standing = {
         "running": f"It is running: {progress_line(said)}." if said else "It is running.",
-        "failed": f"It failed: {message}. The same command, run again, goes on.",
+        "failed": f"It failed: {message}. The same command resumes it.",
         "stopped": f"It was {message}." if message.startswith("stopped") else f"It was stopped: {message}.",
-        "killed": "Its process ended without a word, as when it is killed. The same command, run again, goes on.",
+        "killed": "Its process ended without a word, as when it is killed. The same command resumes it.",
     }
     ended = "" if live or outcome is None else outcome["ended"]
     return {"state": state, "ended": ended, "standing": standing.get(state, "")}
@@ -173,9 +173,10 @@ def _stage(artifacts: Artifacts, config: StackWiseConfig, stage: StagePlan, summ
         kind: artifacts.sealed(stage.ref(kind)) for kind in ("stack", "validation", "activations") if kind in kinds
     }
     facts = {kind: manifest.facts if manifest else {} for kind, manifest in found.items()}
-    stack, validation = facts["stack"], facts.get("validation", {})
+    stack = facts["stack"]
     manifest, optim = found["stack"], stage.spec.optim
-    rounded, exact = validation.get("validation_loss"), validation.get("validation_loss_exact")
+    judged = facts.get("validation", {}) if stack else {}  # not of a stack that is gone, as in the summary
+    rounded, exact = judged.get("validation_loss"), judged.get("validation_loss_exact")
     trained = 0 if stage.spec.adopted else summary.steps * optim.batch_size * config.data.seq_len
     return {
         **summary.model_dump(exclude={"states", "memory_bytes_peak"}),

@@ -35,15 +35,21 @@ def _stages(document: Document) -> TableOf:
         ]
         for stage in stages
     ]
-    untied = _untied(document)
+    below, untied = _below(stages), _untied(document)
     note = (
-        "How: where the new stack went, what of the trunk trained, how the stack is stored. Params: those of the rack. "
-        f"{untied and untied + ' '}"
+        "How: where the new stack went, what of the trunk trained, how the stack is stored. "
+        f"{below and below + ' '}Params: those of the rack. {untied and untied + ' '}"
         "Trained: those that this stage trained. Losses are in nats per loss position: a predicted token, of masked "
         "runs a masked one. Loss: of the last training step. Masked: the mean share of masked tokens. Val. loss: of "
         "withheld sequences. Gain: what the stage took off the validation loss."
     )
-    return TableOf("Stages", columns, rows, note, untied)
+    return TableOf("Stages", columns, rows, note, " ".join(filter(None, [below, untied])))
+
+
+def _below(stages: Sequence[Document]) -> str:
+    """Return a sentence that explains the names of stages that insert, if there are any."""
+    inserts = any(stage["name"].startswith("insert below") for stage in stages)
+    return "Insert below N: the new stack goes under the top N stacks." if inserts else ""
 
 
 def _untied(document: Document) -> str:
@@ -62,7 +68,8 @@ def _unfinished(stage: Document) -> str:
 def _cost(stages: Sequence[Document]) -> TableOf:
     columns = ("|stage", "|steps", "|tokens", "|TFLOP", "|without cache", "|time", "|tokens/s")
     made = [stage for stage in stages if stage["digest"] and (stage["steps"] or stage["seconds"])]
-    spent = [in_column([stage[key] for stage in made]) for key in ("tflop", "tflop_recomputed")]
+    # Both columns have the same decimals, so that equal numbers look equal.
+    spent = in_column([stage[key] for key in ("tflop", "tflop_recomputed") for stage in made])
     rows = [
         [
             str(stage["stage"]),
@@ -72,7 +79,7 @@ def _cost(stages: Sequence[Document]) -> TableOf:
             "-" if stage["seconds"] is None else clock(stage["seconds"]),
             "-" if stage["tokens_per_second"] is None else f"{stage['tokens_per_second']:,}",
         ]
-        for stage, *tflop in zip(made, *spent, strict=True)
+        for stage, *tflop in zip(made, spent[: len(made)], spent[len(made) :], strict=True)
     ]
     note = (
         "TFLOP: as executed, validation left out. Without cache: if every step passed through the frozen stacks again. "

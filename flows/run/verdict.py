@@ -285,7 +285,7 @@ def _edges(document: Document) -> list[str]:
     if len(document["rates"]) == 1:
         return ["No rate was tuned: --rates has one factor."]
     which = "all arms" if len(at_edge) == len(document["arms"]) else ", ".join(at_edge)
-    return [f"The best rate is at the edge of the grid, so that more may be in it: {which}. --extend tries more."]
+    return [f"The best rate is at the edge of the grid, so a better one may lie beyond: {which}. --extend tries more."]
 
 
 def _machines(results: Results) -> list[str]:

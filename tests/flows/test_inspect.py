@@ -15,7 +15,7 @@ import pytest
 from jinja2 import UndefinedError
 
 from flows.cli.main import main
-from flows.pages.page import in_column, printable, render, visible
+from flows.pages.page import command, in_column, printable, render, result, visible
 from flows.pages.plots import Mark, Scale, scale_of, tick_text
 from flows.pages.provenance import phrase
 from flows.pages.stack import stack_page
@@ -451,6 +451,18 @@ def test_numbers_of_ticks() -> None:
 def test_a_trunk_of_no_stack_is_not_called_frozen() -> None:
     first, second = ({"kind": "trunk", "facts": {"strategy": "frozen", "stacks": n}} for n in (0, 1))
     assert (phrase(first), phrase(second)) == ("no stack below", "frozen, 1 stack below")
+
+
+def test_what_a_page_does_not_break() -> None:
+    stack, store, build = (
+        {"kind": "stack", "facts": {"steps": 20, "rack_parameters": 106_000}},
+        {"kind": "activations", "facts": {"train_rows": 1600, "store_bytes": 6 << 20}},
+        {"kind": "build", "facts": {"operator": "copy", "blocks": 1}},
+    )
+    assert result(stack) == "20 steps, rack of 106\u00a0k"
+    assert result(store) == "1,600 rows, 6.0\u00a0MiB"
+    assert result(build) == "copy, 1 block"
+    assert command("train a/b --to <x>") == 'train a/<wbr>b <span class="whole">--to</span> &lt;x&gt;'
 
 
 def test_columns_of_channels_have_equal_decimals() -> None:
