@@ -35,7 +35,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", default="", metavar="A,B", help=named)
     help_text = "factors of the learning rates that are tried for every arm (default: 0.5,1,2)"
     parser.add_argument("--rates", default="0.5,1,2", metavar="X,Y", help=help_text)
-    parser.add_argument("--extend", action="store_true", help="try one more rate while the best is the edge of these")
+    parser.add_argument("--extend", action="store_true", help="try one more rate while the best is at their edge")
     parser.add_argument("--seeds", default="3", metavar="N", help="how many (default: 3)")
     help_text = "multiples of the FLOPs of CONFIG (default: 1); rates are tuned at the first that is named"
     parser.add_argument("--budgets", default="1", metavar="X,Y", help=help_text)
@@ -44,7 +44,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tflop", default="0", metavar="N", help="what a budget of 1 is (default: what CONFIG costs)")
     parser.add_argument("--jobs", default="1", metavar="N", help="runs at a time, each with hardware.threads")
     parser.add_argument(
-        "--name", default="", help="of the comparison, and the beginning of its runs' (default: run.name)"
+        "--name", default="", help="of the comparison; the names of its runs begin with it (default: run.name)"
     )
     parser.add_argument("--plan", action="store_true", help="print the runs and what they cost, and train nothing")
     parser.add_argument(

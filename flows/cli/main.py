@@ -124,13 +124,17 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse a command line; exits with 2 where it is wrong."""
-    formatter = argparse.RawDescriptionHelpFormatter
+    formatter, width = argparse.RawDescriptionHelpFormatter, shutil.get_terminal_size().columns
+    about = "Grow a deep transformer one stack at a time, on cached activations, resumable at every stage."
     parser = _Parser(
         prog="stackwise",
-        description="Grow a deep transformer one stack at a time, on cached activations, resumable at every stage.",
+        description="\n".join(wrapped(about, width)),
         epilog="example: stackwise train configs/quickstart.yaml\n\n"
-        "exit codes: 0 done, 1 a stage failed, 2 the command or the configuration is wrong,\n"
-        "            3 an artifact is missing, unsealed or corrupt",
+        "exit codes:\n"
+        "  0  done\n"
+        "  1  a stage failed or was stopped\n"
+        "  2  the command or the configuration is wrong\n"
+        "  3  an artifact is missing, unsealed or corrupt",
         formatter_class=formatter,
     )
     parser.add_argument("--version", action="version", version=f"stackwise {version('stackwise')}")
@@ -143,7 +147,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         subs[name] = sub = commands.add_parser(
             name,
             help=summary,
-            description="\n".join(wrapped(summary, shutil.get_terminal_size().columns)),
+            description="\n".join(wrapped(summary, width)),
             epilog=f"example: stackwise {name} {example}".rstrip(),
             formatter_class=formatter,
         )

@@ -97,14 +97,14 @@ def _statistics(store: dict[str, Any]) -> Table:
             ("sample", f"{store['sampled_rows']:,} rows, {store['sampled_tokens']:,} finite tokens"),
             ("values", f"{values}; {store['non_finite']:,} not finite"),
             ("token norm", f"smallest {quantiles[0]}, median {quantiles[1]}, largest {quantiles[2]}"),
-            ("by position", f"{strip(positions['norm_mean'], 48)}  mean {along}"),
+            ("by position", f"{strip(positions['norm_mean'], 40)}  mean {along}"),
             ("cosine", cosines),
             ("eff. rank", f"{rank}; {directions}"),
         ]
     )
 
 
-def _channels(channels: dict[str, Any]) -> Table:
+def _channels(channels: dict[str, Any]) -> Group:
     """Return the outliers, or the largest channels if there are none, and list the dead ones."""
     rms, outliers, dead = channels["rms"], channels["outliers"], channels["dead"]
     by_size = sorted(range(len(rms)), key=lambda channel: -(rms[channel] or 0.0))
@@ -113,12 +113,11 @@ def _channels(channels: dict[str, Any]) -> Table:
     for channel, cells in zip(listed, channel_cells(channels, listed), strict=True):
         table.add_row(str(channel), *cells, "outlier" if channel in outliers else "")
     shown = ", ".join(map(str, dead[:12])) + (" ..." if len(dead) > 12 else "")
-    table.caption = (
+    count = (
         f"{len(outliers):,} outliers (rms from {number(channels['outlier_bound'])}, {OUTLIER_FACTOR:g} x the median); "
         f"{len(dead):,} dead{f': {shown}' if dead else ''}"
     )
-    table.caption_justify, table.caption_style = "left", ""
-    return table
+    return Group(table, Text(count))
 
 
 def channel_cells(channels: dict[str, Any], listed: Sequence[int]) -> list[tuple[str, ...]]:
