@@ -76,7 +76,7 @@ class Rack(nn.Module):
         time_step: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """Return the stream after the first `depth` stacks (all by default): [B, T, D]; see `Stack.forward`."""
+        """Return the stream after the first `depth` stacks (all by default): [B, T, D]; `documents` as in `forward`."""
         x_BTD = self.embedding(input_ids_BT, time_step)
         for stack in self.stacks[:depth]:
             x_BTD = stack(x_BTD, documents_BT=documents)

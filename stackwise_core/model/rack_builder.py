@@ -372,8 +372,9 @@ class ProgressiveRackBuilder(GrownRack):
         self._own_shape = resolve_shape(self.as_built(self._own))
 
     def get_rack_info(self) -> dict[str, Any]:
-        """Return the numbers of stacks, blocks and parameters, and an entry for each stack; see `count_parameters`.
+        """Return the numbers of stacks, blocks and parameters, and an entry for each stack.
 
+        Parameters are counted in all, in adapters, and where they have `requires_grad`; see `count_parameters`.
         `notes` lists the keys of the configuration that are not used, and the values that others were taken for.
         """
         described = self.config.model_copy(deep=True)

@@ -60,7 +60,11 @@ class TrainingState:
 
 @dataclass
 class Hooks:
-    """Callbacks of a stage."""
+    """Callbacks of a stage.
+
+    A trainer of the library sets `validate` and `validate_every`, and with a `checkpoint_folder` also `settle` and
+    `go_on`. `checkpoint_last` and `on_end_elsewhere` are for runs of several processes.
+    """
 
     on_step: Callable[[Record], None] = lambda record: None
     """Gets what a step measured, after each step."""

@@ -118,7 +118,7 @@ class StoreReader:
         return table(f"Activation store{boundary}", ("property", "value"), rows)
 
     def rows(self, sequence_ids: torch.Tensor | np.ndarray, view: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the rows of some sequences in one view, by `read`; `VALIDATION_VIEW` means validation rows.
+        """Return the rows of some sequences in one view, by `read`; view -1 means validation rows.
 
         Raises:
             RowMissingError: The store does not have such a row.
