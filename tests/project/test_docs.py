@@ -74,6 +74,14 @@ def test_the_site_has_every_page_once(laid_out: Path) -> None:
     assert sorted(listed) == sorted(page for page in there if not page.startswith("files/"))
 
 
+def test_the_list_of_decisions_names_each_by_its_title() -> None:
+    folder = ROOT / "docs" / "decisions"
+    named = re.findall(r"^- \[([^]]+)\]\(([^)]+)\)", (folder / "README.md").read_text(), flags=re.MULTILINE)
+    listed = {target: " ".join(title.split()) for title, target in named}
+    titles = {page.name: page.read_text().splitlines()[0].removeprefix("# ") for page in folder.glob("0*.md")}
+    assert listed == titles
+
+
 @pytest.fixture(scope="module")
 def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site") / "docs"
