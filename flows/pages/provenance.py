@@ -18,7 +18,7 @@ _FACTS: dict[Kind, dict[str, Callable[[Any], str]]] = {
         "validation_sequences": "{:,} for validation".format,
     },
     "build": {"operator": str, "blocks": lambda count: f"{count} block{'' if count == 1 else 's'}"},
-    "trunk": {"strategy": str, "stacks": lambda count: f"{count} stack{'' if count == 1 else 's'} below"},
+    "trunk": {"strategy": "strategy {}".format, "stacks": lambda count: f"{count} stack{'' if count == 1 else 's'}"},
     "stack": {
         "train_loss": "loss {:.4f}".format,
         "steps": "{:,} steps".format,
@@ -35,7 +35,7 @@ _FACTS: dict[Kind, dict[str, Callable[[Any], str]]] = {
 def phrase(entry: dict[str, Any]) -> str:
     """Return the facts of an entry in one line."""
     if entry["kind"] == "trunk" and entry["facts"].get("stacks") == 0:
-        return "no stack below"  # so that it is neither frozen nor trained
+        return "no stack"  # so that it is neither frozen nor trained
     return ", ".join(_FACTS[entry["kind"]][name](value) for name, value in entry["facts"].items())
 
 

@@ -448,9 +448,9 @@ def test_numbers_of_ticks() -> None:
     assert [tick_text(value) for value in values] == ["0", "\u22120.5", "12,000", "1e\u22126", "0.3", "2e7"]
 
 
-def test_a_trunk_of_no_stack_is_not_called_frozen() -> None:
+def test_a_trunk_has_its_strategy_since_its_stacks_may_lie_above_and_train_and_none_without_stacks() -> None:
     first, second = ({"kind": "trunk", "facts": {"strategy": "frozen", "stacks": n}} for n in (0, 1))
-    assert (phrase(first), phrase(second)) == ("no stack below", "frozen, 1 stack below")
+    assert (phrase(first), phrase(second)) == ("no stack", "strategy frozen, 1 stack")
 
 
 def test_what_a_page_does_not_break() -> None:
