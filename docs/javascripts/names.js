@@ -10,15 +10,16 @@ function whole(text) {
   return span;
 }
 
-function broken(word) {
-  if (word.length <= LONGEST) return [whole(word)];
+function broken(word, longest) {
+  if (word.length <= longest) return [whole(word)];
   const [first, ...others] = word.split(/(?<=[/=@])/).map(whole);
   return [first, ...others.flatMap((part) => [document.createElement("wbr"), part])];
 }
 
 for (const code of document.querySelectorAll("article :not(pre) > code")) {
   if (code.childElementCount) continue; // a signature with links
-  code.replaceChildren(...code.textContent.split(/(\s+)/).flatMap(broken));
+  const longest = code.closest("h1") ? 20 : LONGEST; // the letters of a title are larger
+  code.replaceChildren(...code.textContent.split(/(\s+)/).flatMap((word) => broken(word, longest)));
 }
 
 // A table of two names and a text, such as a key, its default and what it is, has another shape on a phone: site.css.
