@@ -38,7 +38,7 @@ def visible(text: str, *, one_line: bool = False) -> str:
 
 def breakable(text: str) -> Markup:
     """Return escaped text that a narrow page breaks behind a dot, a slash or an underscore before within a word."""
-    return Markup(re.sub(r"([._/])(?=[^\W\d])", r"\1<wbr>", str(escape(printable(text)))))  # escaped before
+    return Markup(re.sub(r"(?<=\S)([._/])(?=[^\W\d])", r"\1<wbr>", str(escape(printable(text)))))  # escaped before
 
 
 def artifact(name: str) -> Markup:

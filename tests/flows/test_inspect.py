@@ -462,7 +462,7 @@ def test_what_a_page_does_not_break() -> None:
     assert result(stack) == "20 steps, rack of 106\u00a0k"
     assert result(store) == "1,600 rows, 6.0\u00a0MiB"
     assert result(build) == "copy, 1 block"
-    assert command("train a/b --to <x>") == 'train a/<wbr>b <span class="whole">--to</span> &lt;x&gt;'
+    assert command("train /a/b --to <x>") == 'train /a/<wbr>b <span class="whole">--to</span> &lt;x&gt;'
 
 
 def test_columns_of_channels_have_equal_decimals() -> None:
