@@ -108,6 +108,8 @@ def test_a_file_that_a_page_names_is_shown_whole(laid_out: Path) -> None:
     page = laid_out / "files" / "configs" / "recipes" / "jump.yaml.md"
     assert page in _targets(laid_out / "modes.md")
     assert page in _targets(laid_out / "files" / "configs.md")
+    said = "jump.yaml.md)<br>One jump from a shallow rack to the whole depth: two blocks are trained, then four copies"
+    assert said in (laid_out / "files" / "configs.md").read_text()
     assert f"~~~~yaml\n{recipe.read_text()}~~~~" in page.read_text()
 
 
