@@ -313,7 +313,8 @@ def _print_plan(document: dict[str, Any], seq_len: int) -> None:
             if text:
                 say_hanging(f"  {what:<8}", text)
     if "seconds" in document:
-        how = f"by a probe: two steps of stage {document['probe']['stage']} with random weights"
+        stage = document["probe"]["stage"]
+        how = f"by a probe: two steps of stage {stage} with random weights, on the machine as busy as it is"
         say("")
         say_hanging("", f"about {clock(max(1, document['seconds']))} in all, {how}; the corpus comes on top")
     elif "no_probe" in document:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import textwrap
@@ -27,8 +28,16 @@ def complain(*lines: object) -> None:
 
 
 def wrapped(line: object, width: int) -> list[str]:
-    """Return a line in parts of a width; a longer word, such as a path, stays whole, so that it can be copied."""
-    return textwrap.wrap(shown(line), width, break_long_words=False, break_on_hyphens=False) or [""]
+    """Return a line in parts of a width; a longer word, such as a path, stays whole, so that it can be copied.
+
+    A number stays with its unit.
+    """
+    whole = _UNIT.sub("\x1f", shown(line))
+    parts = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
+    return [part.replace("\x1f", " ") for part in parts] or [""]
+
+
+_UNIT = re.compile(r"(?<=\d) (?=([KMGT]i)?B\b|[kM]\b|TFLOP|steps?\b|blocks?\b)")
 
 
 def report(*lines: object) -> None:

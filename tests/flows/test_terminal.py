@@ -25,7 +25,7 @@ from flows.run.events import (
     stopping_on_signals,
     subscribed,
 )
-from flows.run.say import complain
+from flows.run.say import complain, wrapped
 from flows.run.terminal import LiveBars, PlainLines, TableOf, plain_console, print_tables, showing
 from support.clock import Clock, clock_of
 
@@ -176,6 +176,10 @@ def test_a_signal_is_answered_on_a_console_too(capsys: pytest.CaptureFixture[str
     with subscribed(bars), stopping_on_signals():
         signal.raise_signal(signal.SIGINT)
     assert "stopping at the next safe point" in capsys.readouterr().err
+
+
+def test_a_number_stays_with_its_unit_where_a_line_is_wrapped() -> None:
+    assert wrapped("weights 2.0 MiB, 48 steps, 1 block", 12) == ["weights", "2.0 MiB,", "48 steps,", "1 block"]
 
 
 def test_an_error_is_wrapped_between_words_and_a_path_stays_whole(
