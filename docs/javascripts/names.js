@@ -23,27 +23,15 @@ for (const code of document.querySelectorAll("article :not(pre) > code")) {
 }
 
 // A table of two names and a text, such as a key, its default and what it is, has another shape on a phone: site.css.
-// Another one that scrolls at its narrowest need not be that narrow.
+// There a column of "1, 2" needs no room for words, and a table that still scrolls at its narrowest need not be that
+// narrow.
 for (const table of document.querySelectorAll("article table")) {
   const rows = [...table.tBodies[0].rows];
+  for (const { cellIndex } of rows[0].cells) {
+    const cells = rows.map(({ cells }) => cells[cellIndex]).filter(Boolean);
+    if (cells.every((cell) => cell.textContent.length <= 8)) cells.forEach((cell) => (cell.dataset.short = ""));
+  }
   const isName = (cell) => cell.firstElementChild?.textContent === cell.textContent;
   if (rows.every(({ cells }) => cells.length === 3 && isName(cells[1]))) table.dataset.names = "";
   else if (rows[0].cells.length > 2 && table.scrollWidth > table.closest("article").clientWidth) table.dataset.wide = "";
-}
-
-// On a phone a column of "1, 2" needs no room for words, and where a table scrolls anyway, one of sentences has more of
-// it: site.css.
-function lengthOf(cells) {
-  const longest = Math.max(...cells.map((cell) => cell.textContent.length));
-  return longest <= 8 ? "short" : longest > 40 ? "long" : "";
-}
-
-for (const table of document.querySelectorAll("article table")) {
-  const rows = [...table.tBodies[0].rows];
-  for (const column of rows[0].cells) {
-    const cells = rows.map((row) => row.cells[column.cellIndex]).filter(Boolean);
-    const length = lengthOf(cells);
-    for (const cell of cells) cell.dataset.text = length;
-  }
-  if (table.scrollWidth > table.clientWidth) table.dataset.scrolls = "";
 }
