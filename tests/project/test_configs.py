@@ -231,6 +231,7 @@ def test_full_trains_everything_in_every_stage(run_of: Run) -> None:
     assert (run.order, run.cached) == ((0, 1, 2), [])
     assert run.changed(1) == {"stack 0", "stack 1", "head", "embedding"}
     assert run.changed(2) == {"stack 0", "stack 1", "stack 2", "head", "embedding"}
+    assert [stage.spec.optim.min_learning_rate for stage in run.stages] == [0.002, 0.002, 0.0]  # one clock
 
 
 def test_jump_copies_the_first_blocks_and_then_trains_all_by_one_clock(run_of: Run) -> None:
@@ -286,6 +287,8 @@ def test_frozen_anneal_trains_everything_once_at_the_end(run_of: Run) -> None:
     assert run.changed(3) == {"stack 0", "stack 1", "stack 2", "head", "embedding"}
     assert run.facts("stack", 3)["steps"] == 4
     assert run.cached == [1, 2]
+    rates = [(stage.spec.optim.learning_rate, stage.spec.optim.min_learning_rate) for stage in run.stages]
+    assert rates == [(0.002, 0.002)] * 3 + [(0.002, 0.0)]  # from its peak, and nowhere before
 
 
 def test_end_to_end_is_one_stage(run_of: Run) -> None:
