@@ -1,8 +1,9 @@
 """Make the runs of setting_s.csv again: `python -m benchmarks.growing --artifacts FOLDER [--source SHAKESPEARE]`.
 
-docs/results.md is made of these losses. A run takes 5 minutes of a core per 16 TFLOP, all of them a night on two; what
-the folder of artifacts holds is not made again. Each line is a run, its loss in the file and the loss that was found.
-Without --artifacts: the means of the arms as they are in the file, with what they differ from end-to-end training.
+docs/results.md is made of these losses. A run takes 5 minutes of a core per 16 TFLOP; all of them, one after another,
+take 15 hours. What the folder of artifacts holds is not made again. Each line is a run, its loss in the file and the
+loss that was found. Without --artifacts: the means of the arms as they are in the file, with what they differ from
+end-to-end training.
 """
 
 from __future__ import annotations

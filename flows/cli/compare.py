@@ -155,6 +155,8 @@ def arms_of(text: str) -> tuple[list[str], dict[str, dict[str, Any]]]:
     names, own = list[str](), dict[str, dict[str, Any]]()
     for entry in dict.fromkeys(filter(None, (part.strip() for part in text.split(",")))):
         start, *changes = entry.split(":")
+        if Path(entry).suffix in _YAML and Path(start).suffix not in _YAML and start not in ARMS:
+            start, changes = entry, []  # a path with a colon
         is_file = Path(start).suffix in _YAML
         if not is_file and not changes:
             names.append(entry)

@@ -94,7 +94,8 @@ def _losses(document: Document, rows: Sequence[Document], arms: dict[str, Docume
 
 
 def _costs(rows: Sequence[Document], arms: dict[str, Document]) -> _Found:
-    spent = [in_column([row[key] for row in rows]) for key in ("tflop", "tflop_recomputed")]
+    both = in_column([row[key] for key in ("tflop", "tflop_recomputed") for row in rows])  # equal ones look equal
+    spent = both[: len(rows)], both[len(rows) :]
     tuning = in_column([arms[row["arm"]]["tuning_tflop"] for row in rows])
     cells = [
         (
@@ -184,7 +185,8 @@ def _share(against: Document) -> str:
 
 def markdown(document: Document) -> str:
     """Return the comparison as Markdown."""
-    lines, found = [document["verdict"], "", document["loses"], ""], tables(document)
+    said = [text for text in (document["verdict"], document["loses"]) if text]
+    lines, found = [line for text in said for line in (text, "")], tables(document)
     for table in found:
         names = [name.removeprefix("|") for name in table.columns]
         marks = ["--:" if name.startswith("|") else "---" for name in table.columns]

@@ -75,7 +75,7 @@ def number(value: float | None) -> str:
 def in_column(values: Sequence[float | None]) -> list[str]:
     """Return the numbers of a column with as many decimals each: four digits of the largest, two of the smallest.
 
-    A smallest number far below the others would make a column of zeros: it has two digits more than they have at most.
+    But at most two decimals more than four digits of the largest need: one tiny number would fill a column with zeros.
     """
     known = [abs(value) for value in values if value]
     largest, smallest = (math.floor(math.log10(each(known, default=1.0))) for each in (max, min))

@@ -334,11 +334,12 @@ def _smaller(document: Document) -> Document | None:
     rows = _at_largest(document)
     controls = [rows[name] for name in CONTROLS if name in rows and name != CONFIGURED]
     best = min(controls, key=lambda row: row["loss"]["mean"], default=None)
-    return best if END_TO_END in rows and best and best["arm"] != END_TO_END else None
+    judged = END_TO_END in rows and any(arm["grows"] and arm["arm"] in rows for arm in document["arms"])
+    return best if judged and best and best["arm"] != END_TO_END else None
 
 
 def _said_of_smaller(document: Document) -> str:
-    """Return a sentence on that model: by how much it ends below every way to grow, or else its loss."""
+    """Return a sentence on that model: that it ends below every way to grow, where it does, or else its loss."""
     if (best := _smaller(document)) is None:
         return ""
     plain = f"A smaller model from scratch, {best['arm']}, has {loss(best['loss']['mean'])}."

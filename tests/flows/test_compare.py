@@ -274,6 +274,13 @@ def test_where_growing_loses_names_arms_measures_and_smaller_models() -> None:
     assert loses(document(*rows)).endswith("grows: 1.2000 at a budget of 1, 1.2000 at a budget of 2.")
 
 
+def test_a_smaller_model_is_named_though_no_grown_one_reached_the_largest_budget() -> None:
+    rows = [row(arm, loss, budget=n) for arm, loss in (("end-to-end", 1.5), ("flat-1/3", 1.2)) for n in (1, 2)]
+    found = document(*rows, row("jump", 1.4, budget=1, gap=-0.1))
+    assert verdict(found).startswith("No verdict yet")
+    assert loses(found).endswith("flat-1/3, has a lower mean loss than every arm that grows: 1.2000 at a budget of 1.")
+
+
 def whole(document: dict[str, Any], spent: dict[str, float]) -> dict[str, Any]:
     """Add what a page shows; `spent` says for each arm what its runs cost, in all that they cost."""
     for arm in document["arms"]:
@@ -536,6 +543,12 @@ def test_a_comparison_that_makes_no_sense_is_refused_before_anything_is_trained(
 
 def test_a_file_may_be_changed_in_a_word(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("arm: frozen\ntraining: {decay: linear}\n")
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b" / "other.yaml").write_text("arm: full\n")
+    assert arms_of(f"{tmp_path}/a:b/other.yaml,full:data.source=x.yaml")[1] == {
+        "other": {"arm": "full"},
+        "full source=x.yaml": {"arm": "full", "data.source": "x.yaml"},
+    }
     names, own = arms_of(f"{tmp_path}/mine.yaml:training.warmup_steps=1,full")
     assert names == ["full"]
     arm = {"arm": "frozen", "training": {"decay": "linear"}, "training.warmup_steps": 1}
