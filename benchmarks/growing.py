@@ -56,7 +56,7 @@ def main() -> None:
     if not options.artifacts:
         say(*table(rows()))
         return
-    for row in rows():
+    for row in list(rows()):
         if ",".join(row).startswith(options.only) and (row.corpus == "stdlib" or options.source):
             result = made(row, options.artifacts, options.source)
             difference = result.loss - float(row.loss)
