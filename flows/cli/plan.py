@@ -314,7 +314,7 @@ def _print_plan(document: dict[str, Any], seq_len: int) -> None:
                 say_hanging(f"  {what:<8}", text)
     if "seconds" in document:
         stage = document["probe"]["stage"]
-        how = f"by a probe: two steps of stage {stage} with random weights, on the machine as busy as it is"
+        how = f"by a probe: two steps of stage {stage} with random weights, while the machine is as busy as now"
         say("")
         say_hanging("", f"about {clock(max(1, document['seconds']))} in all, {how}; the corpus comes on top")
     elif "no_probe" in document:
